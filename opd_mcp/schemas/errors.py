@@ -1,0 +1,94 @@
+"""One tree of errors; each carries a code, the offending value and the way out.
+
+OpdError
+├── InputError (also ValueError)   what the caller gave cannot be used
+│   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · unsafe_weights
+│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers
+│   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long
+│   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
+├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing
+├── PlanError                      plan_blocked · plan_changed
+├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch
+├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline
+└── RunError                       run_not_active · run_cancelled · launch_failed · bad_number
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class OpdError(Exception):
+    """A failure that says what happened, which value caused it and what to do next.
+
+    `code` is one of the names in this module's tree, `message` one sentence, `value` the offending value,
+    `nearest` valid values close to it, and `fix` one next step.
+    """
+
+    def __init__(self, code: str, message: str, *, fix: str, value: object = None, nearest: Iterable[str] = ()) -> None:
+        self.code = code
+        self.message = message
+        self.fix = fix
+        self.value = None if value is None else str(value)[:500]
+        self.nearest = list(nearest)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        parts = [f"[{self.code}] {self.message}"]
+        if self.value is not None:
+            parts.append(f"Got: {self.value!r}.")
+        if self.nearest:
+            parts.append(f"Nearest: {', '.join(self.nearest)}.")
+        parts.append(f"Fix: {self.fix}")
+        return " ".join(parts)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return _rebuild, (type(self), self.code, self.message, self.fix, self.value, self.nearest)
+
+
+def _rebuild(kind: type[OpdError], code: str, message: str, fix: str, value: object, nearest: list[str]) -> OpdError:
+    return kind(code, message, fix=fix, value=value, nearest=nearest)
+
+
+class InputError(OpdError, ValueError):
+    """What the caller gave cannot be used."""
+
+
+class PathError(InputError):
+    """A path that is relative, outside the allowed roots, missing, or not what it should be."""
+
+
+class DataError(InputError):
+    """Prompts or responses that cannot be read."""
+
+
+class ArgumentError(InputError):
+    """An argument, override or setting that is unknown or out of range."""
+
+
+class UnknownIdError(InputError):
+    """A run, artifact or plan id that does not exist in this workspace."""
+
+
+class ConsistencyError(OpdError):
+    """Teacher, student, tokenizer or cache do not belong together."""
+
+
+class PlanError(OpdError):
+    """A plan that must not be started."""
+
+
+class IntegrityError(OpdError):
+    """A file whose content is not what was written."""
+
+
+class ResourceError(OpdError):
+    """Memory, disk, a device or the network is missing."""
+
+
+class RunError(OpdError):
+    """A run that is not in the state the call needs, or that could not go on."""
+
+
+def nearest(value: str, valid: Iterable[str]) -> list[str]:
+    """Up to three valid values that look like the given one."""
+    return get_close_matches(value, list(valid), n=3, cutoff=0.5)

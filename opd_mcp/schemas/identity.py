@@ -1,0 +1,72 @@
+"""Who is who: the identities of models and data, and the lineage that travels with every artifact."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from opd_mcp.schemas.base import Schema
+
+ArtifactKind = Literal["prompts", "responses", "model", "cache", "report"]
+
+
+class ModelIdentity(Schema):
+    """Separate hashes of what makes two models the same; each is sha256 in hex.
+
+    `weights` covers tensor names, dtypes, shapes and sampled bytes, whatever the files are called or how they
+    are sharded, so a Hub model and its local copy are one identity. `weights_full` covers every byte and is
+    computed by the worker only.
+    """
+
+    name: str
+    weights: str
+    tokenizer: str = Field(description="the id → token map")
+    chat_template: str | None = None
+    special_tokens: str = Field(description="EOS ids and the special tokens' names")
+    weights_full: str | None = None
+
+    def same_weights(self, other: "ModelIdentity") -> bool:
+        """Whether both are the same network with the same parameters."""
+        return self.weights == other.weights
+
+    def label(self) -> str:
+        """Readable and unambiguous: the name and the first twelve digits of the weights' hash."""
+        return f"{self.name}@{self.weights[:12]}"
+
+
+class TeacherClaim(Schema):
+    """Which teacher's responses a student or data set comes from, and how that is known."""
+
+    basis: Literal["proven", "asserted"]
+    name: str
+    identity: ModelIdentity | None = Field(None, description="absent when only a name was declared")
+
+    def label(self) -> str:
+        """The teacher's label, as precise as the claim allows."""
+        return self.identity.label() if self.identity else f"{self.name} (by name only)"
+
+
+class Parent(Schema):
+    """One input of an artifact."""
+
+    role: str
+    identity: ModelIdentity | None = None
+    sha256: str | None = Field(None, description="content hash of a data input")
+    artifact_id: str | None = None
+
+
+class Lineage(Schema):
+    """`lineage.json`: where an artifact's content comes from; it stays true when the directory is copied."""
+
+    schema_version: Literal[1] = 1
+    kind: ArtifactKind
+    stage: str
+    recipe: dict[str, Any] = Field(description="the resolved section that made it, with runtime and prompting")
+    model: ModelIdentity | None = Field(None, description="the model in this directory, when there is one")
+    sft_teacher: TeacherClaim | None = Field(
+        None, description="whose responses the model was fine-tuned on, or the responses are"
+    )
+    distilled_from: ModelIdentity | None = Field(None, description="the teacher of the distillation, if any")
+    teacher_mismatch_allowed: bool = False
+    parents: list[Parent] = Field(default_factory=list)
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of each data file")
+    versions: dict[str, str] = Field(default_factory=dict)

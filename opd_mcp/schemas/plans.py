@@ -1,0 +1,74 @@
+"""Plans: what would run, on what basis, and what stands in the way."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
+from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.runs import PhaseName, RunInputs
+
+
+class PlannedPhase(Schema):
+    """One phase of a run; `satisfied_by` names the artifact that already holds its result."""
+
+    name: PhaseName
+    key: str = Field(description="hash of the recipe section and every input; equal key, equal result")
+    satisfied_by: str | None = None
+
+
+class PhaseEstimate(Schema):
+    """Cost of one phase; `basis` says where the numbers come from."""
+
+    phase: str
+    flops: float
+    seconds: float
+    basis: str
+
+
+class MethodEstimate(Schema):
+    """Cost of one method, all of its phases that are still to run."""
+
+    method: Literal["lightning", "live", "sft"]
+    flops: float
+    seconds: float
+    peak_memory_bytes: int
+    disk_bytes: int
+    memory_basis: str
+    disk_basis: str
+    phases: list[PhaseEstimate]
+
+
+class Finding(Schema):
+    """Something that blocks a plan, or that the user should know, with the way out."""
+
+    code: str
+    message: str
+    fix: str
+
+
+class ConsistencyVerdict(Schema):
+    """Whether the SFT teacher and the cache's teacher are the same, and how that is known."""
+
+    status: Literal["consistent", "mismatch", "unknown"]
+    basis: Literal["proven", "asserted", "by_construction"] | None = None
+    teacher: ModelIdentity | None = None
+    sft_teacher: TeacherClaim | None = None
+    mismatch_allowed: bool = False
+
+
+class Plan(Schema):
+    """The answer of `plan_distillation`; `plan_id` is the approval and the idempotency key."""
+
+    plan_id: str
+    method: Literal["lightning", "live", "sft"]
+    inputs: RunInputs
+    recipe: Recipe
+    phases: list[PlannedPhase]
+    consistency: ConsistencyVerdict
+    estimates: list[MethodEstimate] = Field(description="lightning and live side by side")
+    sample: list[str] = Field(default_factory=list, description="the first prompts, shortened")
+    blocking: list[Finding] = Field(default_factory=list)
+    warnings: list[Finding] = Field(default_factory=list)
+    next_action: str

@@ -1,0 +1,129 @@
+"""Recipes: every setting of every stage, resolved, as data."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from opd_mcp.schemas.base import Schema
+
+Method = Literal["lightning", "live", "sft"]
+Estimator = Literal["sampled", "topk_reverse_kl"]
+Normalize = Literal["sample", "token"]
+Preset = Literal["quick", "paper", "demo"]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class RuntimeRecipe(Schema):
+    """Where and how a run computes; `seed` is the only source of randomness in every stage."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: PositiveInt = 1
+    seed: Seed = 0
+
+
+class PromptingRecipe(Schema):
+    """How a prompt becomes token ids, and which ids end a response."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    eos_token_ids: list[int] | None = Field(None, description="default: the teacher's, from its config files")
+    max_prompt_tokens: PositiveInt = 2048
+
+
+class Sampling(Schema):
+    """How tokens are drawn; log-probs are always stored untruncated at temperature 1, whatever is set here."""
+
+    temperature: Annotated[float, Field(ge=0, le=10)] = Field(1.0, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: PositiveInt = 1024
+
+
+class OptimizerRecipe(Schema):
+    """AdamW with warm-up and a schedule."""
+
+    learning_rate: PositiveFloat = 2e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    gradient_clip: PositiveFloat = 1.0
+
+
+class ResponsesRecipe(Schema):
+    """Stage 1a: the teacher answers the SFT prompts."""
+
+    sampling: Sampling = Sampling()
+    limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
+    batch_size: PositiveInt = 64
+
+
+class SftRecipe(Schema):
+    """Stage 1b: maximum likelihood on the teacher's response tokens."""
+
+    steps: PositiveInt = 250
+    batch_size: PositiveInt = 32
+    max_length: PositiveInt = 4096
+    optimizer: OptimizerRecipe = OptimizerRecipe(learning_rate=8e-5, schedule="cosine", warmup_steps=25)
+    micro_batch_tokens: PositiveInt = Field(16384, description="padded tokens in one forward pass")
+
+
+class RolloutRecipe(Schema):
+    """Stage 2a: the student's own responses; `count` cycles through the prompts."""
+
+    sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=4096)
+    count: PositiveInt | None = Field(None, description="default: one response a prompt")
+    batch_size: PositiveInt = 256
+    shard_rows: PositiveInt = 4096
+
+
+class ScoreRecipe(Schema):
+    """Stage 2a: the teacher's log-probs of every sampled token, and optionally of its own top k."""
+
+    topk: Annotated[int, Field(ge=0, le=256)] = 0
+    dtype: Literal["float32", "float16"] = "float32"
+    micro_batch_tokens: PositiveInt = 16384
+
+
+class DistillRecipe(Schema):
+    """Stage 2b: train the student towards the teacher on its own rollouts."""
+
+    method: Literal["lightning", "live"] = "lightning"
+    estimator: Estimator = "sampled"
+    topk: PositiveInt = Field(8, description="k of topk_reverse_kl")
+    normalize: Normalize = "sample"
+    advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
+    steps: PositiveInt = 150
+    batch_size: PositiveInt = 256
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    micro_batch_tokens: PositiveInt = 16384
+
+
+class BenchmarkRecipe(Schema):
+    """The evidence: accuracy, reverse KL to the teacher, lengths."""
+
+    samples_per_prompt: Annotated[int, Field(ge=0, le=64)] = Field(4, description="0: greedy accuracy only")
+    sampling: Sampling = Sampling(temperature=0.6, top_p=0.95, max_new_tokens=4096)
+    answer_pattern: str | None = Field(
+        None,
+        max_length=500,
+        description="regular expression; its first group, at its last match in the response, is the answer. "
+        "Default: the whole response, stripped",
+    )
+    limit: PositiveInt | None = None
+    kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")
+    batch_size: PositiveInt = 256
+
+
+class Recipe(Schema):
+    """The resolved recipe of a run, written beside its results."""
+
+    preset: Preset = "quick"
+    runtime: RuntimeRecipe = RuntimeRecipe()
+    prompting: PromptingRecipe = PromptingRecipe()
+    responses: ResponsesRecipe = ResponsesRecipe()
+    sft: SftRecipe = SftRecipe()
+    rollout: RolloutRecipe = RolloutRecipe()
+    score: ScoreRecipe = ScoreRecipe()
+    distill: DistillRecipe = DistillRecipe()
+    benchmark: BenchmarkRecipe = BenchmarkRecipe()

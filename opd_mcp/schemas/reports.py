@@ -1,0 +1,92 @@
+"""Reports: the numbers at the end, each with how it was obtained."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.recipes import BenchmarkRecipe
+
+MetricValue = float | int
+
+
+class Estimate95(Schema):
+    """A measured value with its 95 % interval and the number of samples behind it."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+    basis: str = Field(description="how value and interval were obtained")
+
+
+class StageCost(Schema):
+    """What one stage took."""
+
+    stage: str
+    seconds: float
+    tokens: int = 0
+    steps: int = 0
+    tokens_per_second: float | None = None
+    device: str | None = None
+    reused: bool = False
+
+
+class TrainingSummary(Schema):
+    """What a training stage did; step seconds exclude loading and saving."""
+
+    steps: int
+    seconds: float
+    seconds_per_step: float
+    trained_tokens: int
+    parameters: int
+    device: str
+    final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
+    seconds_generation: float | None = None
+    seconds_scoring: float | None = None
+
+
+class ModelScore(Schema):
+    """One model's quality on the evaluation prompts."""
+
+    name: str
+    identity: ModelIdentity
+    greedy_accuracy: Estimate95 | None = None
+    sampled_accuracy: Estimate95 | None = Field(None, description="avg@n over the sampled responses")
+    pass_at_k: dict[str, float] | None = Field(None, description="unbiased, by k")
+    reverse_kl: Estimate95 | None = Field(
+        None, description="exact KL(student‖teacher) per token on fresh student samples at T = 1, nats"
+    )
+    mean_response_tokens: float
+    truncated_fraction: float
+    eos_rate: float
+    seconds: float
+    tokens: int
+
+
+class Comparison(Schema):
+    """Candidate against baseline on the same prompts; the difference is paired by prompt."""
+
+    candidate: str
+    baseline: str
+    accuracy_difference: Estimate95
+
+
+class BenchmarkReport(Schema):
+    """`report.json`: the evidence."""
+
+    schema_version: Literal[1] = 1
+    recipe: BenchmarkRecipe
+    seed: int
+    prompts_sha256: str
+    prompts: int
+    prompts_with_answer: int
+    teacher: ModelIdentity | None = None
+    models: list[ModelScore]
+    comparisons: list[Comparison] = Field(default_factory=list)
+    hardware: str
+    recipe_hash: str
+    teacher_mismatch_allowed: bool = False
+    teacher_basis: Literal["proven", "asserted"] | None = None
+    costs: list[StageCost] = Field(default_factory=list)

@@ -1,0 +1,61 @@
+"""From a preset and dotted overrides to a resolved recipe, with errors that name the nearest key."""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from opd_mcp.schemas.errors import ArgumentError, nearest
+from opd_mcp.schemas.recipes import Preset, Recipe
+
+
+def preset_values(preset: Preset) -> dict[str, Any]:
+    """The preset's file as nested values."""
+    text = (files("opd_mcp.schemas") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that an override may name."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from recipe_keys(annotation, f"{prefix}{name}.")
+        elif prefix:
+            yield prefix + name
+
+
+def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
+    """The preset with the overrides applied.
+
+    Raises ArgumentError: `unknown_override` with the nearest keys, or `invalid_argument` for a bad value.
+    """
+    values = preset_values(preset)
+    valid = set(recipe_keys())
+    for key, value in overrides.items():
+        if key not in valid:
+            raise ArgumentError(
+                "unknown_override",
+                "There is no such recipe key.",
+                value=key,
+                nearest=nearest(key, valid) or sorted(k for k in valid if k.split(".")[0] == key.split(".")[0]),
+                fix="Use a dotted key as the plan's resolved recipe shows it, e.g. 'distill.steps'.",
+            )
+        section = values
+        *parents, name = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = value
+    try:
+        return Recipe.model_validate({"preset": preset, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ArgumentError(
+            "invalid_argument",
+            f"Override {key}: {first['msg']}.",
+            value=first.get("input"),
+            fix=f"Give {key} a valid value.",
+        ) from error

@@ -1,0 +1,177 @@
+"""Run records: the immutable request, the journal's lines, and what a status call answers."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
+from opd_mcp.schemas.recipes import Recipe
+
+RunKind = Literal["generate", "sft", "cache", "distill", "benchmark"]
+RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
+PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
+ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
+FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class ModelInput(Schema):
+    """A model as resolved for a run."""
+
+    reference: str = Field(description="what the caller gave")
+    path: str | None = Field(None, description="absolute; absent for a Hub id that the worker still fetches")
+    hub_id: str | None = None
+    identity: ModelIdentity | None = None
+    artifact_id: str | None = None
+    sft_teacher: TeacherClaim | None = None
+    parameters: int | None = None
+
+
+class DataInput(Schema):
+    """Prompts or responses as resolved for a run."""
+
+    reference: str
+    path: str | None = None
+    hub_id: str | None = None
+    artifact_id: str | None = None
+    sha256: str | None = None
+    rows: int | None = None
+    rows_with_answer: int | None = None
+    mean_prompt_tokens: float | None = None
+    sft_teacher: TeacherClaim | None = None
+
+
+class RunInputs(Schema):
+    """Every input of a run; absent ones are made by an earlier phase or not needed."""
+
+    student: ModelInput | None = None
+    teacher: ModelInput | None = None
+    prompts: DataInput | None = None
+    sft_prompts: DataInput | None = None
+    eval_prompts: DataInput | None = None
+    responses: DataInput | None = None
+    cache: DataInput | None = None
+    model: ModelInput | None = Field(None, description="the model that a benchmark measures")
+    baselines: list[ModelInput] = Field(default_factory=list)
+    declared_teacher: str | None = None
+    allow_teacher_mismatch: bool = False
+
+
+class RunPhase(Schema):
+    """One phase of a run in the order of execution."""
+
+    name: PhaseName
+    key: str
+    satisfied_by: str | None = None
+
+
+class RunRequest(Schema):
+    """What a run was asked to do; its content hash makes starts idempotent."""
+
+    kind: RunKind
+    recipe: Recipe
+    inputs: RunInputs
+    phases: list[RunPhase]
+    plan_id: str | None = None
+
+
+class RunRecord(Schema):
+    """`run.json`: immutable."""
+
+    schema_version: Literal[1] = 1
+    run_id: str
+    created_at: str
+    request_hash: str
+    request: RunRequest
+    versions: dict[str, str]
+    hardware: str
+    expected_seconds: float | None = None
+
+
+class Progress(Schema):
+    """Where the current phase stands."""
+
+    done: int
+    total: int
+    unit: str
+    eta_s: float | None = None
+    rate: float | None = Field(None, description="units a second in this phase")
+
+
+class Failure(Schema):
+    """Why a run failed and what to do."""
+
+    code: str
+    cause: str
+    fix: str
+    override: dict[str, Any] | None = Field(None, description="suggested override for the next start")
+    log_tail: list[str] = Field(default_factory=list)
+
+
+class MetricTrend(Schema):
+    """The latest value of a metric, and where it is going."""
+
+    last: float | None = None
+    trend: Literal["up", "down", "flat"] | None = None
+
+
+class Alert(Schema):
+    """Something the caller should look at while the run goes on."""
+
+    time: str
+    code: str
+    message: str
+
+
+class RunSnapshot(Schema):
+    """The immediate answer of every tool that starts or stops a run."""
+
+    run_id: str
+    kind: RunKind
+    state: RunState
+    phase: PhaseName | None = None
+    progress: Progress | None = None
+    reused: bool = False
+    cache_id: str | None = Field(None, description="id that the teacher cache of this run has or will have")
+    next_action: str
+
+
+class RunStatus(Schema):
+    """The answer of `get_run_status`."""
+
+    run_id: str
+    kind: RunKind
+    state: RunState
+    phase: PhaseName | None = None
+    phases_done: list[str] = Field(default_factory=list)
+    phases_total: int
+    progress: Progress | None = None
+    queue_position: int | None = None
+    eta_s: float | None = Field(None, description="seconds to the end of the run, all phases")
+    elapsed_s: float | None = None
+    metrics: dict[str, MetricTrend] = Field(default_factory=dict)
+    alerts: list[Alert] = Field(default_factory=list)
+    result: dict[str, Any] | None = Field(None, description="artifact ids, paths and the report's figures")
+    error: Failure | None = None
+    unchanged: bool = False
+    next_check_s: float | None = None
+    next_action: str
+
+
+class RunRow(Schema):
+    """A run in a list."""
+
+    run_id: str
+    kind: RunKind
+    state: RunState
+    created_at: str
+    student: str | None = None
+    teacher: str | None = None
+
+
+class RunList(Schema):
+    """A page of runs, newest first."""
+
+    rows: list[RunRow]
+    total: int
+    next_cursor: str | None = None
