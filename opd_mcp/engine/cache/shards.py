@@ -1,0 +1,153 @@
+"""Parquet shards of sequences: exact token ids and log-probs, BYTE_STREAM_SPLIT + zstd, a CRC a row.
+
+Readable by `datasets.load_dataset("parquet", …)` and by pyarrow alone. pyarrow is imported when a shard is touched, so
+that training on data in memory needs none.
+"""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_mcp.engine.data.sequences import Sequences, concatenate
+from opd_mcp.schemas.cache import Shard
+from opd_mcp.schemas.errors import IntegrityError
+
+TOKEN_COLUMNS = ("teacher_logprobs", "behaviour_logprobs", "topk_ids", "topk_logprobs")
+
+
+def write_shard(path: Path, sequences: Sequences, *, texts: Mapping[str, Sequence[str | None]] | None = None) -> Shard:
+    """Write all rows to `path` (temporary name, fsync, rename) and return the shard's manifest entry."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {
+        "prompt_id": pa.array(sequences.prompt_row_ids, pa.string()),
+        "prompt_ids": _ragged(sequences.prompt_offsets, sequences.prompt_ids),
+        "response_ids": _ragged(sequences.response_offsets, sequences.response_ids),
+        "finish_reason": pa.array(sequences.finish_reasons, pa.string()),
+    }
+    for name in TOKEN_COLUMNS:
+        if name in sequences.columns:
+            columns[name] = _ragged(sequences.response_offsets, sequences.columns[name])
+    for name, values in (texts or {}).items():
+        columns[name] = pa.array(values, pa.string())
+    columns["row_crc"] = pa.array(row_crcs(sequences), pa.uint32())
+    table = pa.table(columns)
+    floats = [name for name in TOKEN_COLUMNS if name in sequences.columns and sequences.columns[name].dtype.kind == "f"]
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(
+        table,
+        partial,
+        compression="zstd",
+        use_dictionary=["finish_reason"],
+        column_encoding={_leaf(table.schema.field(name)): "BYTE_STREAM_SPLIT" for name in floats},
+    )
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.rename(path)
+    return Shard(
+        file=path.name,
+        rows=len(sequences),
+        tokens=len(sequences.response_ids),
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def read_shard(path: Path, *, sha256: str | None = None) -> Sequences:
+    """All rows of one shard, float columns widened to float32.
+
+    Raises IntegrityError `damaged_file` if the file's hash or a row's CRC is not what was written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise damaged(path, "its sha256 is not the manifest's")
+    try:
+        table = pq.read_table(path).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, f"it is not readable Parquet ({error})") from error
+    prompt_offsets, prompt_ids = _flat(table, "prompt_ids")
+    response_offsets, response_ids = _flat(table, "response_ids")
+    columns = {name: _flat(table, name)[1] for name in TOKEN_COLUMNS if name in table.column_names}
+    sequences = Sequences(
+        prompt_ids,
+        prompt_offsets,
+        response_ids,
+        response_offsets,
+        columns,
+        table.column("finish_reason").to_pylist(),
+        table.column("prompt_id").to_pylist(),
+    )
+    wrong = np.flatnonzero(row_crcs(sequences) != table.column("row_crc").to_numpy())
+    if len(wrong):
+        raise damaged(path, f"row {wrong[0]} does not match its CRC")
+    widened = {name: values.astype(np.float32) for name, values in columns.items() if values.dtype == np.float16}
+    return sequences.with_columns(**widened)
+
+
+def read_shards(directory: Path, shards: Sequence[Shard]) -> Sequences:
+    """All rows of the shards in order, each checked against its sha256 and its rows' CRCs."""
+    return concatenate([read_shard(directory / shard.file, sha256=shard.sha256) for shard in shards])
+
+
+def read_texts(path: Path, column: str) -> list[str | None]:
+    """A text column of one shard."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=[column]).column(column).to_pylist()
+
+
+def row_crcs(sequences: Sequences) -> NDArray[np.uint32]:
+    """crc32 of each row [N] over prompt ids, response ids and the token columns in name order."""
+    crcs = np.empty(len(sequences), dtype=np.uint32)
+    names = sorted(name for name in sequences.columns if name in TOKEN_COLUMNS)
+    for row in range(len(sequences)):
+        crc = zlib.crc32(sequences.prompt(row).tobytes())
+        crc = zlib.crc32(sequences.response(row).tobytes(), crc)
+        for name in names:
+            crc = zlib.crc32(np.ascontiguousarray(sequences.column(name, row)).tobytes(), crc)
+        crcs[row] = crc
+    return crcs
+
+
+def damaged(path: Path, why: str) -> IntegrityError:
+    """The error for a file whose content is not what was written."""
+    return IntegrityError(
+        "damaged_file",
+        f"{path.name} is damaged: {why}.",
+        value=path,
+        fix="Restore the file from a copy, or build this artifact again.",
+    )
+
+
+def _ragged(offsets: NDArray[np.int64], values: NDArray[Any]) -> Any:
+    import pyarrow as pa
+
+    leaf = pa.array(values.ravel())
+    if values.ndim == 2:
+        leaf = pa.FixedSizeListArray.from_arrays(leaf, values.shape[1])
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), leaf)
+
+
+def _flat(table: Any, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    column = table.column(name).combine_chunks()
+    column = column.chunk(0) if hasattr(column, "chunk") else column
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    values = column.values
+    if hasattr(values.type, "list_size"):
+        flat = values.values.to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
+    else:
+        flat = values.to_numpy(zero_copy_only=False)
+    return offsets - offsets[0], flat[offsets[0] : offsets[-1]]
+
+
+def _leaf(field: Any) -> str:
+    inner = field.type.value_type
+    return f"{field.name}.list.element" + (".list.element" if hasattr(inner, "list_size") else "")

@@ -1,0 +1,4 @@
+"""Data as tensors: prompts to token ids, sequences in flat arrays, padded batches.
+
+May import schemas, identity, numpy, torch and transformers' tokenizers.
+"""

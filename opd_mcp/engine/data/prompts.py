@@ -1,0 +1,58 @@
+"""Prompts as token ids: the chat template applied, over-long ones counted and reported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from opd_mcp.engine.context import Context
+from opd_mcp.identity.data import PromptRow
+from opd_mcp.schemas.errors import DataError
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt with its token ids."""
+
+    row: PromptRow
+    ids: list[int]
+
+
+def encode_prompts(
+    rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase, context: Context
+) -> list[EncodedPrompt]:
+    """Every prompt that fits `prompting.max_prompt_tokens`; the others are reported in an alert.
+
+    Raises DataError `empty_data` if none fits.
+    """
+    limit = context.prompting.max_prompt_tokens
+    encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, context)) for row in rows]
+    kept = [prompt for prompt in encoded if 0 < len(prompt.ids) <= limit]
+    if len(kept) < len(encoded):
+        context.reporter.alert(
+            "prompts_dropped", f"{len(encoded) - len(kept)} of {len(encoded)} prompts are empty or over {limit} tokens."
+        )
+    if not kept:
+        raise DataError(
+            "empty_data",
+            f"No prompt has between 1 and {limit} tokens.",
+            value=len(encoded),
+            fix="Raise 'prompting.max_prompt_tokens' or give other prompts.",
+        )
+    return kept
+
+
+def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[int]:
+    """Token ids of one prompt, with the chat template where the tokenizer has one."""
+    messages = [{"role": "user", "content": row.prompt}] if row.messages is None else list(row.messages)
+    if tokenizer.chat_template is None:
+        return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
+    return list(
+        tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **context.prompting.chat_template_kwargs,
+        )
+    )

@@ -1,0 +1,121 @@
+"""Prompts with their responses, flat in memory: one array a column, offsets a row."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+EOS, TRUNCATED = "eos", "length"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """N rows with P prompt tokens and T response tokens in all.
+
+    `prompt_ids` int32 [P], `response_ids` int32 [T], offsets int64 [N + 1]; `columns` hold one value ([T]) or k values
+    ([T, k]) a response token: `teacher_logprobs`, `behaviour_logprobs`, `topk_ids`, `topk_logprobs`.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    prompt_offsets: NDArray[np.int64]
+    response_ids: NDArray[np.int32]
+    response_offsets: NDArray[np.int64]
+    columns: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    finish_reasons: Sequence[str] = ()
+    prompt_row_ids: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.response_offsets) - 1
+
+    def prompt(self, row: int) -> NDArray[np.int32]:
+        """Token ids of one prompt."""
+        return self.prompt_ids[self.prompt_offsets[row] : self.prompt_offsets[row + 1]]
+
+    def response(self, row: int) -> NDArray[np.int32]:
+        """Token ids of one response, EOS included where it was sampled."""
+        return self.response_ids[self.response_offsets[row] : self.response_offsets[row + 1]]
+
+    def column(self, name: str, row: int) -> NDArray[np.generic]:
+        """One row's values of a per-token column."""
+        return self.columns[name][self.response_offsets[row] : self.response_offsets[row + 1]]
+
+    def response_lengths(self) -> NDArray[np.int64]:
+        """Response tokens of each row [N]."""
+        return np.diff(self.response_offsets)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Prompt plus response tokens of each row [N]."""
+        return np.diff(self.prompt_offsets) + self.response_lengths()
+
+    def with_columns(self, **columns: NDArray[np.generic]) -> "Sequences":
+        """The same rows with columns added or replaced."""
+        return Sequences(
+            self.prompt_ids,
+            self.prompt_offsets,
+            self.response_ids,
+            self.response_offsets,
+            {**self.columns, **columns},
+            self.finish_reasons,
+            self.prompt_row_ids,
+        )
+
+    def slice(self, start: int, stop: int) -> "Sequences":
+        """Rows start … stop − 1."""
+        p, r = self.prompt_offsets[start : stop + 1], self.response_offsets[start : stop + 1]
+        return Sequences(
+            self.prompt_ids[p[0] : p[-1]],
+            p - p[0],
+            self.response_ids[r[0] : r[-1]],
+            r - r[0],
+            {name: values[r[0] : r[-1]] for name, values in self.columns.items()},
+            self.finish_reasons[start:stop],
+            self.prompt_row_ids[start:stop],
+        )
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Flat int32 ids and int64 offsets [N + 1] of ragged rows."""
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1]))
+    return flat, offsets
+
+
+def build_sequences(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    columns: Mapping[str, NDArray[np.generic]] | None = None,
+    finish_reasons: Sequence[str] = (),
+    prompt_row_ids: Sequence[str] = (),
+) -> Sequences:
+    """Sequences from ragged lists; `columns` are already flat over all response tokens."""
+    prompt_ids, prompt_offsets = flatten(prompts)
+    response_ids, response_offsets = flatten(responses)
+    return Sequences(
+        prompt_ids,
+        prompt_offsets,
+        response_ids,
+        response_offsets,
+        columns or {},
+        list(finish_reasons),
+        list(prompt_row_ids),
+    )
+
+
+def concatenate(parts: Sequence[Sequences]) -> Sequences:
+    """All rows of all parts, in order; every part has the same columns."""
+
+    def joined_offsets(offsets: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for o in offsets]))]).astype(np.int64)
+
+    return Sequences(
+        np.concatenate([p.prompt_ids for p in parts]),
+        joined_offsets([p.prompt_offsets for p in parts]),
+        np.concatenate([p.response_ids for p in parts]),
+        joined_offsets([p.response_offsets for p in parts]),
+        {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns},
+        [reason for p in parts for reason in p.finish_reasons],
+        [row_id for p in parts for row_id in p.prompt_row_ids],
+    )

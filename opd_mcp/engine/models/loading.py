@@ -1,0 +1,135 @@
+"""Loading and saving causal language models: safetensors only, no remote code, files on disk only."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from opd_mcp.engine.models.rows import head_logits
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.tokenizers import eos_token_ids, token_map
+from opd_mcp.schemas.errors import PathError
+from opd_mcp.schemas.recipes import PromptingRecipe
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory with the facts of its directory."""
+
+    model: PreTrainedModel
+    facts: ModelFacts
+    path: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the head, padding included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+
+def load_model(path: Path, runtime: Runtime, *, for_training: bool = False) -> LoadedModel:
+    """The model at `path`: fp32 master weights for training, the runtime's dtype otherwise.
+
+    Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), or `unsupported_head` for a class whose
+    logits are not its head applied to its decoder's last hidden state.
+    """
+    facts = inspect_model(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32 if for_training else runtime.dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    ).to(runtime.device)
+    model.train(for_training)
+    _require_plain_head(model, path)
+    return LoadedModel(model, facts, path)
+
+
+@torch.no_grad()
+def _require_plain_head(model: PreTrainedModel, path: Path) -> None:
+    ids = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    model.train(was_training)
+    tolerance = 1e-3 if model.dtype is torch.float32 else 0.1
+    if not torch.allclose(head_logits(model, hidden), expected, atol=tolerance, rtol=tolerance):
+        raise PathError(
+            "unsupported_head",
+            f"{type(model).__name__} changes its logits after the head in a way this engine does not know.",
+            value=path,
+            fix="Use a model class whose logits are its head applied to its last hidden state.",
+        )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, from its files only."""
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def save_model(model: PreTrainedModel, output: Path, adopted: "AdoptedTokenizer") -> None:
+    """Write the model with the adopted tokenizer, template and EOS ids to `output`, as safetensors."""
+    output.mkdir(parents=True, exist_ok=True)
+    model.generation_config.eos_token_id = list(adopted.eos_token_ids)
+    model.config.eos_token_id = list(adopted.eos_token_ids)
+    model.save_pretrained(output)
+    copy_tokenizer(adopted.path, output)
+
+
+def copy_tokenizer(source: Path, output: Path) -> None:
+    """Copy the tokenizer's files, the chat template among them, to `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        (output / name).unlink(missing_ok=True)
+        if (source / name).exists():
+            shutil.copyfile(source / name, output / name)
+
+
+@dataclass(frozen=True)
+class AdoptedTokenizer:
+    """The tokenizer, template and EOS ids that a run uses for teacher and student alike."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+    path: Path
+
+    def save(self, output: Path) -> None:
+        """Write tokenizer files and EOS ids to `output`, from where `adopt_tokenizer` reads them again."""
+        copy_tokenizer(self.path, output)
+        write_atomic(output / "generation_config.json", json.dumps({"eos_token_id": list(self.eos_token_ids)}))
+
+
+def adopt_tokenizer(path: Path, prompting: PromptingRecipe) -> AdoptedTokenizer:
+    """The tokenizer at `path` with the recipe's EOS ids, or the directory's own.
+
+    Raises PathError `not_a_model` if neither names one: without a stop token no response would end.
+    """
+    eos = tuple(prompting.eos_token_ids or eos_token_ids(path, token_map(path)))
+    if not eos:
+        raise PathError(
+            "not_a_model",
+            "No EOS id is named in generation_config.json, config.json or tokenizer_config.json.",
+            value=path,
+            fix="Set the override 'prompting.eos_token_ids'.",
+        )
+    return AdoptedTokenizer(load_tokenizer(path), eos, path)

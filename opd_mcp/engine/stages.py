@@ -1,0 +1,460 @@
+"""The stages in the order of the data, each a function of a typed recipe section, paths, and a context.
+
+prompts ─► generate_responses ─► sft ─► rollout ─► score ─► [teacher cache] ─► distill ─► benchmark ─► report
+
+Every stage fills `output`, an empty or new directory, and writes its lineage.json last. The caller decides where a
+finished directory lives. A stage stops with RunError `run_cancelled` when its reporter asks for it.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from opd_mcp.engine.cache.manifest import MANIFEST_FILE, write_manifest
+from opd_mcp.engine.cache.rollouts import RolloutRecord, read_record, write_record
+from opd_mcp.engine.cache.shards import read_shard, write_shard
+from opd_mcp.engine.cache.statistics import RolloutTally, ScoreTally, compacted
+from opd_mcp.engine.context import Context
+from opd_mcp.engine.data.prompts import encode_prompts
+from opd_mcp.engine.data.responses import response_sequences
+from opd_mcp.engine.evaluation.answers import compiled_pattern
+from opd_mcp.engine.evaluation.benchmark import Scored, score_model
+from opd_mcp.engine.evaluation.intervals import paired_difference
+from opd_mcp.engine.evaluation.report import report_markdown
+from opd_mcp.engine.generation.rollouts import draw_rollouts
+from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, save_model
+from opd_mcp.engine.provenance import full_identity, record_lineage
+from opd_mcp.engine.runtime import hardware_name, open_runtime
+from opd_mcp.engine.teachers.local import score_sequences
+from opd_mcp.engine.training.batches import live_batches, stored_batches
+from opd_mcp.engine.training.loop import LoopSettings, require_going, train
+from opd_mcp.engine.training.objectives import distill_metrics, distill_objective, sft_metrics, sft_objective
+from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
+from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
+from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.schemas.base import content_hash
+from opd_mcp.schemas.cache import CacheManifest
+from opd_mcp.schemas.identity import Parent, TeacherClaim
+from opd_mcp.schemas.recipes import (
+    BenchmarkRecipe,
+    DistillRecipe,
+    ResponsesRecipe,
+    RolloutRecipe,
+    ScoreRecipe,
+    SftRecipe,
+)
+from opd_mcp.schemas.reports import BenchmarkReport, Comparison, StageCost, TrainingSummary
+
+RESPONSES_FILE = "responses.parquet"
+
+
+def generate_responses(
+    recipe: ResponsesRecipe, *, teacher: Path, prompts: Path, output: Path, context: Context
+) -> StageCost:
+    """The teacher's responses to the SFT prompts: `responses.parquet` with exact ids, and the tokenizer to adopt."""
+    started = time.perf_counter()
+    runtime = open_runtime(context.runtime)
+    adopted = adopt_tokenizer(teacher, context.prompting)
+    rows = read_prompts(prompts)
+    encoded = encode_prompts(rows[: recipe.limit], adopted.tokenizer, context)
+    model = load_model(teacher, runtime)
+    drawn = draw_rollouts(
+        model,
+        encoded,
+        recipe.sampling,
+        eos_token_ids=adopted.eos_token_ids,
+        batch_size=recipe.batch_size,
+        seed=runtime.seed,
+        scope="responses",
+        valid_vocab=model.facts.tokens,
+        on_batch=_counter(context, len(encoded), "responses"),
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    texts = adopted.tokenizer.batch_decode(
+        [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
+    )
+    write_shard(
+        output / RESPONSES_FILE,
+        drawn,
+        texts={
+            "id": [prompt.row.id for prompt in encoded],
+            "prompt": [prompt.row.text() for prompt in encoded],
+            "response": texts,
+            "answer": [prompt.row.answer for prompt in encoded],
+        },
+    )
+    adopted.save(output / "tokenizer")
+    identity = full_identity(teacher)
+    record_lineage(
+        output,
+        kind="responses",
+        stage="responses",
+        section=recipe,
+        context=context,
+        parents=[Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))],
+        files=[RESPONSES_FILE],
+        sft_teacher=proven_claim(identity),
+    )
+    return _cost("generate_responses", started, len(drawn.response_ids), model.device)
+
+
+def sft(
+    recipe: SftRecipe,
+    *,
+    student: Path,
+    responses: Path,
+    output: Path,
+    context: Context,
+    sft_teacher: TeacherClaim | None = None,
+    tokenizer: Path | None = None,
+) -> TrainingSummary:
+    """Fine-tune the student on the teacher's response tokens; the model at `output` adopts the teacher's tokenizer.
+
+    `sft_teacher` is used for responses without lineage; `tokenizer` overrides the one saved with the responses.
+    """
+    runtime = open_runtime(context.runtime)
+    lineage = verified_lineage(responses) if responses.is_dir() else None
+    claim = (lineage.sft_teacher if lineage else None) or sft_teacher
+    saved = responses / "tokenizer"
+    adopted = adopt_tokenizer(tokenizer or (saved if saved.is_dir() else student), context.prompting)
+    require_same_tokens(adopted.path, student)
+    rows = read_responses(responses)
+    sequences = response_sequences(
+        rows, adopted.tokenizer, context, eos_token_id=adopted.eos_token_ids[0], max_length=recipe.max_length
+    )
+    model = load_model(student, runtime, for_training=True)
+    summary = train(
+        model.model,
+        LoopSettings(recipe.steps, recipe.optimizer, "token", recipe.micro_batch_tokens),
+        stored_batches(sequences, steps=recipe.steps, batch_size=recipe.batch_size, seed=runtime.seed, scope="sft"),
+        sft_objective,
+        sft_metrics,
+        runtime,
+        context,
+    )
+    save_model(model.model, output, adopted)
+    write_atomic(output / "training.json", summary.to_json(indent=2))
+    record_lineage(
+        output,
+        kind="model",
+        stage="sft",
+        section=recipe,
+        context=context,
+        parents=[
+            Parent(role="student", identity=full_identity(student)),
+            Parent(role="responses", sha256=_responses_hash(rows)),
+        ],
+        sft_teacher=claim,
+    )
+    return summary
+
+
+def rollout(
+    recipe: RolloutRecipe,
+    *,
+    student: Path,
+    prompts: Path,
+    output: Path,
+    context: Context,
+    tokenizer: Path | None = None,
+) -> StageCost:
+    """The student's own rollouts in shards; `tokenizer`: the teacher's directory, whose template and EOS are adopted."""
+    started = time.perf_counter()
+    runtime = open_runtime(context.runtime)
+    adopted = adopt_tokenizer(tokenizer or student, context.prompting)
+    rows = read_prompts(prompts)
+    encoded = encode_prompts(rows, adopted.tokenizer, context)
+    count = recipe.count or len(encoded)
+    model = load_model(student, runtime)
+    output.mkdir(parents=True, exist_ok=True)
+    shards, tally = [], RolloutTally()
+    for number, first in enumerate(range(0, count, recipe.shard_rows)):
+        require_going(context)
+        chosen = [encoded[row % len(encoded)] for row in range(first, min(first + recipe.shard_rows, count))]
+        drawn = draw_rollouts(
+            model,
+            chosen,
+            recipe.sampling,
+            eos_token_ids=adopted.eos_token_ids,
+            batch_size=recipe.batch_size,
+            seed=runtime.seed,
+            scope=f"rollout/{number}",
+            valid_vocab=model.facts.tokens,
+            on_batch=_counter(context, count, "rollouts", before=first),
+        )
+        tally.add(drawn)
+        shards.append(write_shard(output / f"rollouts-{number:05d}.parquet", drawn))
+    statistics = tally.statistics()
+    adopted.save(output / "tokenizer")
+    write_record(
+        output,
+        RolloutRecord(
+            behaviour=full_identity(student),
+            prompts_sha256=prompts_hash(rows),
+            sampling=recipe.sampling,
+            seed=runtime.seed,
+            eos_token_ids=list(adopted.eos_token_ids),
+            shards=shards,
+            statistics=statistics,
+        ),
+    )
+    return _cost("rollout", started, statistics.response_tokens, model.device)
+
+
+def score(
+    recipe: ScoreRecipe,
+    *,
+    teacher: Path,
+    student: Path,
+    rollouts: Path,
+    output: Path,
+    context: Context,
+    sft_teacher: TeacherClaim | None = None,
+    allow_teacher_mismatch: bool = False,
+) -> StageCost:
+    """The teacher cache: rollouts with the teacher's log-probs of every token, shard by shard, and the manifest.
+
+    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch`, `lineage_missing` or `behaviour_mismatch`.
+    """
+    started = time.perf_counter()
+    runtime = open_runtime(context.runtime)
+    record = read_record(rollouts)
+    require_same_tokens(teacher, student)
+    teacher_identity, claim = full_identity(teacher), _claim_of(student, sft_teacher)
+    require_behaviour(record.behaviour, full_identity(student))
+    require_consistent(teacher_identity, claim, allowed=allow_teacher_mismatch)
+    model = load_model(teacher, runtime)
+    output.mkdir(parents=True, exist_ok=True)
+    shards, tally, done = [], ScoreTally(), 0
+    for number, shard in enumerate(record.shards):
+        require_going(context)
+        sequences = read_shard(rollouts / shard.file, sha256=shard.sha256)
+        scores = score_sequences(
+            model,
+            sequences,
+            topk=recipe.topk,
+            micro_batch_tokens=recipe.micro_batch_tokens,
+            runtime=runtime,
+            valid_vocab=model.facts.tokens,
+        )
+        scored, clamped = compacted(sequences.with_columns(**scores.columns()), recipe.dtype)
+        tally.add(scored, clamped)
+        shards.append(write_shard(output / f"shard-{number:05d}.parquet", scored))
+        done += len(sequences)
+        context.reporter.progress(done, record.statistics.rows, "scored rollouts")
+    adopt_tokenizer(rollouts / "tokenizer", context.prompting).save(output / "tokenizer")
+    write_manifest(
+        output,
+        CacheManifest(
+            teacher=teacher_identity,
+            behaviour=record.behaviour,
+            sft_teacher=claim,
+            teacher_mismatch_allowed=allow_teacher_mismatch,
+            prompts_sha256=record.prompts_sha256,
+            sampling=record.sampling,
+            seed=record.seed,
+            eos_token_ids=record.eos_token_ids,
+            topk=recipe.topk,
+            dtype=recipe.dtype,
+            vocab_size=model.vocab_size,
+            shards=shards,
+            rollouts=record.statistics,
+            scores=tally.statistics(),
+        ),
+    )
+    record_lineage(
+        output,
+        kind="cache",
+        stage="score",
+        section=recipe,
+        context=context,
+        parents=[
+            Parent(role="teacher", identity=teacher_identity),
+            Parent(role="student", identity=record.behaviour),
+            Parent(role="prompts", sha256=record.prompts_sha256),
+        ],
+        files=[MANIFEST_FILE],
+        sft_teacher=claim,
+        teacher_mismatch_allowed=allow_teacher_mismatch,
+    )
+    return _cost("score", started, record.statistics.response_tokens, model.device)
+
+
+def distill(
+    recipe: DistillRecipe,
+    *,
+    student: Path,
+    output: Path,
+    context: Context,
+    cache: Path | None = None,
+    teacher: Path | None = None,
+    prompts: Path | None = None,
+    rollout: RolloutRecipe | None = None,
+    sft_teacher: TeacherClaim | None = None,
+    allow_teacher_mismatch: bool = False,
+) -> TrainingSummary:
+    """Train the SFT student towards the teacher: `lightning` from `cache`, `live` from `teacher`, `prompts`, `rollout`.
+
+    Both methods share loop, estimator, generator and settings (Lightning OPD, arXiv 2604.13010). Raises
+    ConsistencyError for a cache of another teacher or behaviour policy, IntegrityError for a damaged one.
+    """
+    runtime = open_runtime(context.runtime)
+    claim = _claim_of(student, sft_teacher)
+    source: CacheSource | LiveSource
+    if recipe.method == "lightning":
+        assert cache is not None, "lightning distills from a teacher cache"
+        source = open_cache(recipe, cache, student, claim, allowed=allow_teacher_mismatch, context=context)
+        model = load_model(student, runtime, for_training=True)
+        steps = stored_batches(
+            source.sequences,
+            steps=recipe.steps,
+            batch_size=recipe.batch_size,
+            seed=runtime.seed,
+            scope="distill",
+        )
+    else:
+        assert teacher is not None, "live distillation queries a teacher"
+        assert prompts is not None, "live distillation draws rollouts for prompts"
+        assert rollout is not None, "live distillation draws rollouts by a recipe"
+        source = open_live(teacher, prompts, student, claim, allowed=allow_teacher_mismatch, context=context)
+        model = load_model(student, runtime, for_training=True)
+        teacher_model = load_model(teacher, runtime)
+        steps = live_batches(
+            model,
+            teacher_model,
+            source.prompts,
+            recipe=recipe,
+            rollout=rollout,
+            eos_token_ids=source.adopted.eos_token_ids,
+            valid_vocab=min(model.facts.tokens, teacher_model.facts.tokens),
+            runtime=runtime,
+        )
+    summary = train(
+        model.model,
+        LoopSettings(recipe.steps, recipe.optimizer, recipe.normalize, recipe.micro_batch_tokens),
+        steps,
+        distill_objective(recipe),
+        lambda result: distill_metrics(result, recipe),
+        runtime,
+        context,
+    )
+    save_model(model.model, output, source.adopted)
+    write_atomic(output / "training.json", summary.to_json(indent=2))
+    record_lineage(
+        output,
+        kind="model",
+        stage="distill",
+        section=recipe,
+        context=context,
+        parents=[Parent(role="student", identity=full_identity(student)), *source.parents],
+        sft_teacher=claim,
+        distilled_from=source.teacher,
+        teacher_mismatch_allowed=allow_teacher_mismatch,
+    )
+    return summary
+
+
+def benchmark(
+    recipe: BenchmarkRecipe,
+    *,
+    models: Mapping[str, Path],
+    prompts: Path,
+    output: Path,
+    context: Context,
+    recipe_hash: str,
+    teacher: Path | None = None,
+    costs: Sequence[StageCost] = (),
+) -> BenchmarkReport:
+    """Measure every model on the same prompts; the first is the candidate, the others its baselines.
+
+    Writes report.json and report.md.
+    """
+    runtime = open_runtime(context.runtime)
+    compiled_pattern(recipe.answer_pattern)
+    rows = read_prompts(prompts)
+    chosen = rows[: recipe.limit]
+    teacher_model = load_model(teacher, runtime) if teacher else None
+    scored: dict[str, Scored] = {}
+    for name, path in models.items():
+        context.reporter.phase(f"measuring {name}")
+        scored[name] = score_model(
+            name,
+            load_model(path, runtime),
+            chosen,
+            recipe,
+            context,
+            runtime,
+            teacher=teacher_model,
+            eos_token_ids=adopt_tokenizer(path, context.prompting).eos_token_ids,
+        )
+    candidate = next(iter(models))
+    lineage = verified_lineage(models[candidate])
+    report = BenchmarkReport(
+        recipe=recipe,
+        seed=runtime.seed,
+        prompts_sha256=prompts_hash(rows),
+        prompts=len(chosen),
+        prompts_with_answer=sum(row.answer is not None for row in chosen),
+        teacher=teacher_model.facts.identity if teacher_model else None,
+        models=[entry.score for entry in scored.values()],
+        comparisons=_comparisons(candidate, scored),
+        hardware=hardware_name(runtime.device),
+        recipe_hash=recipe_hash,
+        teacher_mismatch_allowed=bool(lineage and lineage.teacher_mismatch_allowed),
+        teacher_basis=lineage.sft_teacher.basis if lineage and lineage.sft_teacher else None,
+        costs=list(costs),
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomic(output / "report.json", report.to_json(indent=2))
+    write_atomic(output / "report.md", report_markdown(report))
+    record_lineage(
+        output,
+        kind="report",
+        stage="benchmark",
+        section=recipe,
+        context=context,
+        parents=[
+            *(Parent(role=name, identity=entry.score.identity) for name, entry in scored.items()),
+            Parent(role="prompts", sha256=report.prompts_sha256),
+        ],
+        files=["report.json", "report.md"],
+    )
+    return report
+
+
+def _comparisons(candidate: str, scored: Mapping[str, Scored]) -> list[Comparison]:
+    first = scored[candidate].greedy_correct
+    return [
+        Comparison(candidate=candidate, baseline=name, accuracy_difference=paired_difference(first, other))
+        for name, entry in scored.items()
+        if name != candidate and first is not None and (other := entry.greedy_correct) is not None
+    ]
+
+
+def _claim_of(student: Path, given: TeacherClaim | None) -> TeacherClaim | None:
+    lineage = verified_lineage(student)
+    return (lineage.sft_teacher if lineage else None) or given
+
+
+def _responses_hash(rows: Sequence[ResponseRow]) -> str:
+    return content_hash([[row.prompt.text(), row.response, row.response_ids] for row in rows])
+
+
+def _counter(context: Context, total: int, unit: str, before: int = 0) -> Callable[[int], None]:
+    def on_batch(done: int) -> None:
+        context.reporter.progress(before + done, total, unit)
+        require_going(context)
+
+    return on_batch
+
+
+def _cost(stage: str, started: float, tokens: int, device: torch.device) -> StageCost:
+    seconds = time.perf_counter() - started
+    return StageCost(
+        stage=stage, seconds=seconds, tokens=tokens, tokens_per_second=tokens / seconds, device=hardware_name(device)
+    )

@@ -1,0 +1,68 @@
+"""From a distillation recipe to the objective of a row and the metrics of a step."""
+
+from torch import Tensor
+
+from opd_mcp.engine.losses.rows import (
+    RowLosses,
+    clipped_advantage,
+    cross_entropy_rows,
+    sampled_rows,
+    topk_reverse_kl_rows,
+)
+from opd_mcp.engine.training.loop import Metrics
+from opd_mcp.engine.training.step import Objective, StepResult
+from opd_mcp.schemas.recipes import DistillRecipe
+
+
+def sft_objective(logits: Tensor, targets: Tensor, columns: dict[str, Tensor]) -> RowLosses:
+    """Cross entropy on response tokens."""
+    return cross_entropy_rows(logits, targets)
+
+
+def sft_metrics(result: StepResult) -> Metrics:
+    """Mean token log-prob of the teacher's responses."""
+    return {"mean_logprob": float(result.logprobs.mean())} if result.tokens else {}
+
+
+def distill_objective(recipe: DistillRecipe) -> Objective:
+    """The estimator of the recipe as a function of a row's logits, targets and stored teacher values."""
+    if recipe.estimator == "sampled":
+        return lambda logits, targets, columns: sampled_rows(
+            logits, targets, columns["teacher_logprobs"], advantage_clip=recipe.advantage_clip
+        )
+    return lambda logits, targets, columns: topk_reverse_kl_rows(
+        logits,
+        targets,
+        columns["topk_ids"][:, : recipe.topk].long(),
+        columns["topk_logprobs"][:, : recipe.topk],
+    )
+
+
+def distill_metrics(result: StepResult, recipe: DistillRecipe) -> Metrics:
+    """Reverse KL on the rollouts' tokens (k1, k3), advantage, drift from the behaviour policy.
+
+    On live rollouts, and in the first step on cached ones, k1 and k3 estimate KL(π_θ‖π_T); later cached steps measure
+    them on the behaviour policy's tokens. Definitions: docs/method.md.
+    """
+    if not result.tokens:
+        return {}
+    student = result.logprobs.double()
+    teacher = result.columns["teacher_logprobs"].double()
+    difference = teacher - student
+    advantage = clipped_advantage(student, teacher, recipe.advantage_clip)
+    ratio = (student - result.columns["behaviour_logprobs"].double()).clamp(-20, 20).exp()
+    return {
+        "reverse_kl_k1": float(-difference.mean()),
+        "reverse_kl_k3": float((difference.clamp(max=20).exp() - difference - 1).mean()),
+        "advantage_mean": float(advantage.mean()),
+        "advantage_abs": float(advantage.abs().mean()),
+        "advantage_clipped": float((difference.abs() > recipe.advantage_clip).double().mean()),
+        "drift_mean": float(ratio.mean()),
+        "effective_sample_share": float(ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)),
+    }
+
+
+def required_columns(recipe: DistillRecipe) -> set[str]:
+    """Per-token columns that the estimator reads."""
+    base = {"teacher_logprobs", "behaviour_logprobs"}
+    return base | {"topk_ids", "topk_logprobs"} if recipe.estimator == "topk_reverse_kl" else base

@@ -1,0 +1,62 @@
+"""Write the prompt sets of `examples/arithmetic` and the student's initial weights.
+
+    python tools/make_demo_data.py                       # prompt sets
+    python tools/make_demo_data.py --student-seed 3      # and the student with this initialisation
+
+All sets are disjoint. `eval.jsonl` is for final results only; choices are made on `tune.jsonl`.
+"""
+
+import argparse
+import json
+import random
+
+import torch
+from arithmetic_task import answer, build_tokenizer, example_directory, model_config, random_problem
+from transformers import Qwen3ForCausalLM
+
+SETS = {"sft": 350, "opd": 3200, "tune": 400, "eval": 500}
+STEPS = (2, 6)
+
+
+def write_prompt_sets() -> None:
+    generator = random.Random(20260413)
+    seen: set[str] = set()
+    for name, size in SETS.items():
+        lines = []
+        while len(lines) < size:
+            prompt = random_problem(generator, STEPS)
+            if prompt not in seen:
+                seen.add(prompt)
+                row = {"id": f"{name}-{len(lines):04d}", "prompt": prompt, "answer": answer(prompt)}
+                lines.append(json.dumps(row))
+        (example_directory() / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_student(seed: int) -> None:
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    config = model_config(
+        hidden_size=64, layers=2, intermediate_size=192, vocab_size=len(tokenizer), eos_id=tokenizer.eos_token_id
+    )
+    output = example_directory() / "student"
+    Qwen3ForCausalLM(config).save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    made_by = {
+        "command": f"python tools/make_demo_data.py --student-seed {seed}",
+        "seed": seed,
+        "torch": torch.__version__,
+    }
+    (output / "made_by.json").write_text(json.dumps(made_by, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student-seed", type=int)
+    arguments = parser.parse_args()
+    write_prompt_sets()
+    if arguments.student_seed is not None:
+        write_student(arguments.student_seed)
+
+
+if __name__ == "__main__":
+    main()
