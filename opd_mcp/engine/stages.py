@@ -163,7 +163,7 @@ def rollout(
     context: Context,
     tokenizer: Path | None = None,
 ) -> StageCost:
-    """The student's own rollouts in shards; `tokenizer`: the teacher's directory, whose template and EOS are adopted."""
+    """The student's own rollouts in shards; `tokenizer` is the teacher's directory: its template and EOS hold."""
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
     adopted = adopt_tokenizer(tokenizer or student, context.prompting)

@@ -3,14 +3,14 @@
 OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · unsafe_weights
-│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers
+│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing
 ├── PlanError                      plan_blocked · plan_changed
-├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch
-├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline
-└── RunError                       run_not_active · run_cancelled · launch_failed · bad_number
+├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed · artifact_exists
+├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline · missing_package
+└── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · bad_number
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The arguments of the tools that plan and start runs; the server's signatures mirror these models."""
+"""The arguments of the tools; the server publishes these models as its input schemas, flat."""
 
 from typing import Annotated, Any
 
@@ -6,6 +6,7 @@ from pydantic import Field, StringConstraints
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.recipes import Estimator, Method, Preset
+from opd_mcp.schemas.runs import RunKind, RunState
 
 Reference = Annotated[
     str,
@@ -20,6 +21,21 @@ Overrides = Annotated[
     dict[str, Any],
     Field(description="dotted recipe keys, e.g. {'distill.steps': 100, 'runtime.seed': 1}", max_length=100),
 ]
+RunId = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
+    Field(description="a run_id, or 'latest'"),
+]
+SftPrompts = Annotated[Prompts, Field(description="prompts for SFT on the teacher's responses, run first")]
+EvalPrompts = Annotated[Prompts, Field(description="held-out prompts with answers, for the report")]
+DeclaredTeacher = Annotated[
+    Reference, Field(description="teacher whose responses the student was fine-tuned on, where no lineage says so")
+]
+AllowMismatch = Annotated[bool, Field(description="train although the SFT teacher differs; recorded in the report")]
+
+
+class InspectSetup(Schema):
+    """Arguments of `inspect_setup`: none."""
 
 
 class PlanDistillation(Schema):
@@ -28,13 +44,13 @@ class PlanDistillation(Schema):
     student: Reference
     teacher: Reference
     prompts: Prompts
-    sft_prompts: Prompts | None = None
-    eval_prompts: Prompts | None = None
+    sft_prompts: SftPrompts | None = None
+    eval_prompts: EvalPrompts | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
     preset: Preset = "quick"
-    declared_teacher: Reference | None = None
-    allow_teacher_mismatch: bool = False
+    declared_teacher: DeclaredTeacher | None = None
+    allow_teacher_mismatch: AllowMismatch = False
     overrides: Overrides = Field(default_factory=dict)
 
 
@@ -52,7 +68,7 @@ class StartSft(Schema):
 
     student: Reference
     responses: Reference
-    declared_teacher: Reference | None = None
+    declared_teacher: DeclaredTeacher | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
 
@@ -63,9 +79,9 @@ class BuildTeacherCache(Schema):
     teacher: Reference
     student: Reference
     prompts: Prompts
-    topk: Annotated[int, Field(ge=0, le=256)] | None = None
-    declared_teacher: Reference | None = None
-    allow_teacher_mismatch: bool = False
+    topk: Annotated[int, Field(ge=0, le=256, description="teacher's top-k log-probs to store")] | None = None
+    declared_teacher: DeclaredTeacher | None = None
+    allow_teacher_mismatch: AllowMismatch = False
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
 
@@ -73,19 +89,21 @@ class BuildTeacherCache(Schema):
 class StartDistillation(Schema):
     """Arguments of `start_distillation`: a plan, or a plan's arguments, or a student and a cache."""
 
-    plan_id: str | None = None
+    plan_id: Annotated[str, Field(description="starts exactly this plan of plan_distillation")] | None = None
     student: Reference | None = None
-    cache_id: Reference | None = None
+    cache_id: (
+        Annotated[Reference, Field(description="teacher cache; with student, instead of teacher and prompts")] | None
+    ) = None
     teacher: Reference | None = None
     prompts: Prompts | None = None
-    sft_prompts: Prompts | None = None
-    eval_prompts: Prompts | None = None
+    sft_prompts: SftPrompts | None = None
+    eval_prompts: EvalPrompts | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
     preset: Preset = "quick"
-    declared_teacher: Reference | None = None
-    allow_teacher_mismatch: bool = False
-    benchmark: bool = True
+    declared_teacher: DeclaredTeacher | None = None
+    allow_teacher_mismatch: AllowMismatch = False
+    benchmark: Annotated[bool, Field(description="end with a report")] = True
     overrides: Overrides = Field(default_factory=dict)
 
 
@@ -96,6 +114,36 @@ class BenchmarkStudent(Schema):
     prompts: Prompts
     teacher: Reference | None = None
     baselines: Annotated[list[Reference], Field(max_length=8)] = Field(default_factory=list)
-    samples_per_prompt: Annotated[int, Field(ge=0, le=64)] | None = None
+    samples_per_prompt: Annotated[int, Field(ge=0, le=64, description="0: greedy accuracy only")] | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+
+
+class GetRunStatus(Schema):
+    """Arguments of `get_run_status`."""
+
+    run_id: RunId = "latest"
+    wait_seconds: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            json_schema_extra={"maximum": 25},
+            description="block until a phase change, an alert or the end, at most so long",
+        ),
+    ] = 0
+
+
+class ListRuns(Schema):
+    """Arguments of `list_runs`."""
+
+    state: RunState | None = None
+    kind: RunKind | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before")] | None = None
+
+
+class CancelRun(Schema):
+    """Arguments of `cancel_run`."""
+
+    run_id: RunId

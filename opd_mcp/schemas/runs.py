@@ -86,6 +86,7 @@ class RunRecord(Schema):
     versions: dict[str, str]
     hardware: str
     expected_seconds: float | None = None
+    expected_phase_seconds: dict[str, float] = Field(default_factory=dict, description="by phase; what the ETA uses")
 
 
 class Progress(Schema):

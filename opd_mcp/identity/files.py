@@ -1,0 +1,67 @@
+"""Files that are either complete or absent: atomic writes, and the hash of what was written."""
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.schemas.errors import IntegrityError
+
+CHUNK_BYTES = 1 << 20
+MAX_JSON_BYTES = 256 << 20
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in a directory survive a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o600) -> None:
+    """Write a file so that a reader, or a restart at any moment, sees the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises IntegrityError `damaged_file` for anything else."""
+    size = path.stat().st_size
+    try:
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"{size} bytes are more than {MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(
+            "damaged_file",
+            f"{path.name} is not a readable JSON object ({error}).",
+            value=path,
+            fix="Restore the file, e.g. by copying or downloading the directory again.",
+        ) from error
+    return value

@@ -1,0 +1,88 @@
+"""`lineage.json`: written with an artifact, read and proven again wherever its directory has been copied."""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
+from opd_mcp.schemas.errors import IntegrityError
+from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
+
+LINEAGE_FILE = "lineage.json"
+PROOF_NEEDED: frozenset[ArtifactKind] = frozenset({"model", "responses", "cache"})
+RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.json to use it without proof."
+
+
+def write_lineage(directory: Path, lineage: Lineage) -> None:
+    """Write a directory's lineage.json."""
+    write_atomic(directory / LINEAGE_FILE, lineage.to_json(indent=2) + "\n")
+
+
+def read_lineage(directory: Path) -> Lineage | None:
+    """A directory's lineage as written, unproven; None without one. Raises IntegrityError `damaged_file`."""
+    file = directory / LINEAGE_FILE
+    if not file.is_file():
+        return None
+    try:
+        return Lineage.from_json(file.read_bytes())
+    except ValidationError as error:
+        raise IntegrityError(
+            "damaged_file", "lineage.json is not a lineage this version can read.", value=file, fix=RESTORE
+        ) from error
+
+
+def verified_lineage(
+    directory: Path, *, full: bool = False, inspect: Callable[[Path], ModelFacts] = inspect_model
+) -> Lineage | None:
+    """A directory's lineage, proven against its files now; None without one.
+
+    Data files are compared by sha256; a model by weights, tokenizer, template and special tokens, and with `full`
+    by every byte of its weights where the lineage has that hash. `inspect` may be a cache's. Raises IntegrityError
+    `lineage_mismatch`, naming the file.
+    """
+    lineage = read_lineage(directory)
+    if lineage is None:
+        return None
+    if lineage.kind in PROOF_NEEDED and not (lineage.files or lineage.model):
+        raise _mismatch(directory / LINEAGE_FILE, "lineage.json names no file and no model that could prove it")
+    for name, sha256 in lineage.files.items():
+        _require_file(directory, name, sha256)
+    if lineage.model is not None:
+        _require_model(directory, lineage.model, inspect(directory).identity, full=full)
+    return lineage
+
+
+def data_hashes(directory: Path, names: list[str]) -> dict[str, str]:
+    """`Lineage.files` for the named files of a directory."""
+    return {name: file_sha256(directory / name) for name in sorted(names)}
+
+
+def _require_file(directory: Path, name: str, sha256: str) -> None:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file outside of its directory ({name})")
+    file = directory / parts
+    if not file.is_file():
+        raise _mismatch(file, f"{name} is missing")
+    if file_sha256(file) != sha256:
+        raise _mismatch(file, f"{name} is not the file that the lineage was written for")
+
+
+def _require_model(directory: Path, written: ModelIdentity, found: ModelIdentity, *, full: bool) -> None:
+    compared = {
+        "the weights": (written.weights, found.weights),
+        "tokenizer.json": (written.tokenizer, found.tokenizer),
+        "the chat template": (written.chat_template, found.chat_template),
+        "the special tokens": (written.special_tokens, found.special_tokens),
+    }
+    for what, (before, now) in compared.items():
+        if before != now:
+            raise _mismatch(directory, f"{what} in this directory changed after lineage.json was written")
+    if full and written.weights_full is not None and full_weights_hash(directory) != written.weights_full:
+        raise _mismatch(directory, "the weights in this directory changed after lineage.json was written")
+
+
+def _mismatch(path: Path, why: str) -> IntegrityError:
+    return IntegrityError("lineage_mismatch", f"The lineage is not proven: {why}.", value=path, fix=RESTORE)

@@ -1,0 +1,161 @@
+"""What a model directory holds, by its files alone: identity, size, vocabulary, EOS ids; no torch, no loading."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.identity import tokenizers
+from opd_mcp.identity.files import read_json_object
+from opd_mcp.identity.safetensors import Tensor, full_digest, read_tensors, sampled_digest
+from opd_mcp.schemas.base import content_hash
+from opd_mcp.schemas.errors import PathError
+from opd_mcp.schemas.identity import ModelIdentity
+
+HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as its files describe it; `parameters` counts a tied output layer once."""
+
+    path: Path
+    identity: ModelIdentity
+    parameters: int
+    weight_bytes: int
+    config: dict[str, Any]
+    vocab_size: int
+    tokens: int
+    eos_token_ids: tuple[int, ...]
+
+    def setting(self, name: str) -> int | None:
+        """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
+        value = _text_config(self.config).get(name)
+        return value if type(value) is int else None
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the residual stream."""
+        return self.setting("hidden_size")
+
+    @property
+    def layers(self) -> int | None:
+        """Number of transformer layers."""
+        return self.setting("num_hidden_layers")
+
+
+@dataclass
+class ModelCache:
+    """Facts of models already looked at, forgotten as soon as a file of the directory changes."""
+
+    _facts: dict[tuple[str, str], ModelFacts] = field(default_factory=dict)
+
+    def inspect_model(self, path: Path) -> ModelFacts:
+        """As `inspect_model`, at the cost of a directory listing when nothing has changed."""
+        key = (str(path), _signature(path) if path.is_dir() else "")
+        if key not in self._facts:
+            for stale in [other for other in self._facts if other[0] == key[0]]:
+                del self._facts[stale]
+            self._facts[key] = inspect_model(path)
+        return self._facts[key]
+
+
+def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
+    """The facts of a model directory, read from its JSON files and safetensors headers.
+
+    `name` replaces the name that the directory suggests. Raises PathError (`not_found`, `not_a_model`,
+    `unsafe_weights`) and IntegrityError `damaged_file`.
+    """
+    config = _model_config(path)
+    tensors, weights = _hashed_tensors(path, sampled_digest)
+    tokens = tokenizers.token_map(path)
+    eos = tokenizers.eos_token_ids(path, tokens)
+    template = tokenizers.chat_template(path)
+    identity = ModelIdentity(
+        name=name or model_name(path),
+        weights=weights,
+        tokenizer=tokenizers.token_map_hash(tokens),
+        chat_template=None if template is None else text_hash(template),
+        special_tokens=tokenizers.special_tokens_hash(eos, tokenizers.special_token_names(path)),
+    )
+    vocab_size = _text_config(config).get("vocab_size")
+    return ModelFacts(
+        path=path,
+        identity=identity,
+        parameters=sum(tensor.elements for tensor in tensors),
+        weight_bytes=sum(tensor.bytes for tensor in tensors),
+        config=config,
+        vocab_size=vocab_size if type(vocab_size) is int else max(tokens, default=-1) + 1,
+        tokens=len(tokens),
+        eos_token_ids=eos,
+    )
+
+
+def weights_hash(path: Path) -> str:
+    """The hash over tensor names, dtypes, shapes and sampled bytes of a model's weights; raises as `read_tensors`."""
+    return _hashed_tensors(path, sampled_digest)[1]
+
+
+def full_weights_hash(path: Path) -> str:
+    """The hash over every byte of a model's weights, read in pieces; raises as `read_tensors`."""
+    return _hashed_tensors(path, full_digest)[1]
+
+
+def identity_hash(identity: ModelIdentity) -> str:
+    """sha256 (hex) of what makes a model itself, its name left out; the part of a model in a phase's key."""
+    return content_hash(identity.model_copy(update={"name": "", "weights_full": None}).to_dict())
+
+
+def model_name(path: Path) -> str:
+    """The name that a directory suggests: `org/name` in a Hub cache, else the directory's own."""
+    match = HUB_SNAPSHOT.search(path.absolute().as_posix())
+    return match["id"].replace("--", "/") if match else path.resolve().name
+
+
+def text_hash(text: str) -> str:
+    """sha256 (hex) of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _model_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise PathError("not_found", "There is no such directory.", value=path, fix="Give a model's directory.")
+    if not (path / "config.json").is_file():
+        adapter = (path / "adapter_config.json").is_file()
+        raise PathError(
+            "not_a_model",
+            "This is a LoRA adapter, not a whole model." if adapter else "This directory has no config.json.",
+            value=path,
+            fix="Merge the adapter into its base model and give the merged directory."
+            if adapter
+            else "Give a directory with config.json, tokenizer.json and safetensors weights.",
+        )
+    return read_json_object(path / "config.json")
+
+
+def _hashed_tensors(path: Path, tensor_digest: Callable[[Tensor], str]) -> tuple[list[Tensor], str]:
+    tensors = read_tensors(path)
+    digests = {tensor.name: tensor_digest(tensor) for tensor in tensors}
+    # Some checkpoints store a tied output layer a second time, and saving the loaded model drops it:
+    # with or without the copy it is the same model.
+    inputs = [name for name in digests if name.endswith("embed_tokens.weight")]
+    copies = {name for name in digests if name.endswith("lm_head.weight")}
+    copies = {name for name in copies if any(digests[name] == digests[other] for other in inputs)}
+    kept = [tensor for tensor in tensors if tensor.name not in copies]
+    return kept, content_hash([[ascii(tensor.name), digests[tensor.name]] for tensor in kept])
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    nested = config.get("text_config")
+    return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def _signature(path: Path) -> str:
+    entries = []
+    for entry in sorted(path.iterdir()):
+        if entry.is_file():
+            stat = entry.stat()
+            entries.append([entry.name, stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    return content_hash(entries)

@@ -1,0 +1,178 @@
+"""Safetensors files read by their headers: which tensors there are, and hashes of their bytes, without torch."""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.identity.files import CHUNK_BYTES, read_json_object
+from opd_mcp.schemas.errors import IntegrityError, PathError
+
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+SAMPLED_BLOCKS = 64
+BLOCK_BYTES = 64
+# Tensors up to this size are hashed whole: norms, biases and everything in small models.
+WHOLE_TENSOR_BYTES = 1 << 16
+UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".h5", ".msgpack"}
+DTYPE_BYTES = {
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"], 1),
+    **dict.fromkeys(["I16", "U16", "F16", "BF16"], 2),
+    **dict.fromkeys(["I32", "U32", "F32"], 4),
+    **dict.fromkeys(["I64", "U64", "F64", "C64"], 8),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor's bytes are: [begin, end) in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes."""
+        return self.end - self.begin
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model: the index's, or `model.safetensors`, or all there are.
+
+    Raises PathError `unsafe_weights` when there are only pickled weights, `not_a_model` when there are none;
+    IntegrityError `damaged_file` when the index names a file that is missing or elsewhere.
+    """
+    index = directory / INDEX_FILE
+    if index.is_file():
+        return _indexed_files(index)
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    found = sorted(p for p in directory.glob("*.safetensors") if p.is_file() and not p.name.startswith("."))
+    if found:
+        return found
+    unsafe = sorted(p.name for p in directory.iterdir() if p.suffix in UNSAFE_SUFFIXES)
+    if unsafe:
+        raise PathError(
+            "unsafe_weights",
+            f"The weights are in files that can run code when loaded, refused unread: {', '.join(unsafe[:5])}.",
+            value=directory,
+            fix="Save the model as safetensors (model.save_pretrained(DIR)) and give that directory.",
+        )
+    raise PathError(
+        "not_a_model",
+        "This directory has no *.safetensors file.",
+        value=directory,
+        fix="Give a directory with config.json, tokenizer.json and safetensors weights.",
+    )
+
+
+def read_tensors(directory: Path) -> list[Tensor]:
+    """All tensors of a model, sorted by name; raises as `weight_files` does, and `damaged_file` for a bad header."""
+    by_name: dict[str, Tensor] = {}
+    for file in weight_files(directory):
+        for tensor in _file_tensors(file):
+            if tensor.name in by_name:
+                raise _damaged(file, f"tensor {tensor.name!r} is also in {by_name[tensor.name].file.name}")
+            by_name[tensor.name] = tensor
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def sampled_digest(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and evenly spaced blocks of the tensor's bytes, its first and last among them."""
+    if tensor.bytes <= WHOLE_TENSOR_BYTES:
+        return full_digest(tensor)
+    digest = _started_digest(tensor)
+    last = tensor.bytes - BLOCK_BYTES
+    with tensor.file.open("rb") as file:
+        for block in range(SAMPLED_BLOCKS):
+            offset = last * block // (SAMPLED_BLOCKS - 1)
+            digest.update(os.pread(file.fileno(), BLOCK_BYTES, tensor.begin + offset))
+    return digest.hexdigest()
+
+
+def full_digest(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and all bytes of a tensor."""
+    digest = _started_digest(tensor)
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.begin)
+        left = tensor.bytes
+        while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def _started_digest(tensor: Tensor) -> "hashlib._Hash":
+    return hashlib.sha256(f"{tensor.dtype!a}{list(tensor.shape)}".encode())
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _damaged(index, "there is no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise _damaged(index, f"{name!r} is not the name of a safetensors file beside it")
+        if not (index.parent / name).is_file():
+            raise _damaged(index, f"the shard {name} is missing")
+    return [index.parent / name for name in names]
+
+
+def _file_tensors(path: Path) -> Iterator[Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise _damaged(path, "the header's length is wrong")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "the header is not a JSON object")
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield _tensor(path, name, entry, data_begin=8 + length, size=size)
+
+
+def _tensor(path: Path, name: str, entry: Any, *, data_begin: int, size: int) -> Tensor:
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
+        raise _damaged(path, f"the entry of tensor {name!r} is wrong")
+    tensor = Tensor(name, dtype, shape, path, data_begin + offsets[0], data_begin + offsets[1])
+    if tensor.end > size:
+        raise _damaged(path, f"the file ends before tensor {name!r} does")
+    if tensor.bytes < 0 or (dtype in DTYPE_BYTES and tensor.bytes != tensor.elements * DTYPE_BYTES[dtype]):
+        raise _damaged(path, f"the size of tensor {name!r} does not fit its shape")
+    return tensor
+
+
+def _counts(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+        return tuple(value)
+    return None
+
+
+def _damaged(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(
+        "damaged_file", f"{path.name}: {why}.", value=path, fix="Copy or download the model directory again."
+    )

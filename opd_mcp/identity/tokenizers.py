@@ -1,0 +1,153 @@
+"""Tokenizers by their files: the id → token map, special tokens, EOS ids and chat template, without transformers."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.identity.files import read_json_object
+from opd_mcp.schemas.base import content_hash
+from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, PathError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """The lowest id on which two tokenizers disagree; None where a tokenizer has no such id."""
+
+    id: int
+    teacher: str | None
+    student: str | None
+
+
+def token_map(path: Path) -> dict[int, str]:
+    """The id → token map of a model directory's `tokenizer.json`, added tokens included.
+
+    Raises PathError `not_a_model` when the file is missing, IntegrityError `damaged_file` when it is not a tokenizer.
+    """
+    file = path / TOKENIZER_FILE
+    if not file.is_file():
+        raise PathError(
+            "not_a_model",
+            f"This directory has no {TOKENIZER_FILE}.",
+            value=path,
+            fix=f"Save the model's fast tokenizer into it (tokenizer.save_pretrained(DIR) writes {TOKENIZER_FILE}).",
+        )
+    content = read_json_object(file)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    try:
+        tokens = _vocabulary_map(vocabulary)
+        for added in content.get("added_tokens") or []:
+            tokens[int(added["id"])] = str(added["content"])
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise IntegrityError(
+            "damaged_file",
+            f"{TOKENIZER_FILE} holds no vocabulary that can be read.",
+            value=file,
+            fix="Save the tokenizer again with tokenizer.save_pretrained(DIR).",
+        ) from error
+    return tokens
+
+
+def token_map_hash(tokens: dict[int, str]) -> str:
+    """sha256 (hex) of an id → token map."""
+    digest = hashlib.sha256()
+    for token_id in sorted(tokens):
+        # Lone surrogates can stand in a JSON file; they must be hashed, not crash.
+        token = tokens[token_id].encode("utf-8", "surrogatepass")
+        digest.update(f"{token_id}:{len(token)}:".encode() + token)
+    return digest.hexdigest()
+
+
+def first_difference(teacher: Path, student: Path) -> TokenDifference | None:
+    """The lowest id that is not the same token in both model directories; None when they agree."""
+    return map_difference(token_map(teacher), token_map(student))
+
+
+def map_difference(teacher: dict[int, str], student: dict[int, str]) -> TokenDifference | None:
+    """The lowest id that is not the same token in both maps; None when they agree."""
+    if teacher == student:
+        return None
+    differing = (i for i in teacher.keys() | student.keys() if teacher.get(i) != student.get(i))
+    first = min(differing)
+    return TokenDifference(first, teacher.get(first), student.get(first))
+
+
+def require_same_tokens(teacher: Path, student: Path) -> None:
+    """Raise ConsistencyError `tokenizer_mismatch`, naming the first differing id, unless both maps agree."""
+    difference = first_difference(teacher, student)
+    if difference is None:
+        return
+    raise ConsistencyError(
+        "tokenizer_mismatch",
+        f"Teacher and student tokenizers differ, first at id {difference.id}: "
+        f"teacher has {_quoted(difference.teacher)}, student has {_quoted(difference.student)}.",
+        value=f"{teacher} and {student}",
+        fix="Choose a student with the teacher's tokenizer, e.g. a smaller model of the same family.",
+    )
+
+
+def chat_template(path: Path) -> str | None:
+    """The chat template of a model directory: `chat_template.jinja`, else the one in `tokenizer_config.json`."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="surrogateescape")
+    template = optional_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def special_token_names(path: Path) -> dict[str, str]:
+    """The special tokens that `tokenizer_config.json` names, e.g. {"eos_token": "<eos>"}."""
+    config = optional_json(path / "tokenizer_config.json")
+    names: dict[str, str] = {}
+    for key, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            names[key] = content
+    return names
+
+
+def eos_token_ids(path: Path, tokens: dict[int, str]) -> tuple[int, ...]:
+    """The ids that end a response: of generation_config.json, else config.json, else the tokenizer's EOS token.
+
+    Sorted, without duplicates; empty when no file names one.
+    """
+    for name in ("generation_config.json", "config.json"):
+        config = optional_json(path / name)
+        nested = config.get("text_config")
+        sources: list[dict[str, Any]] = [config, nested] if isinstance(nested, dict) else [config]
+        for source in sources:
+            value = source.get("eos_token_id")
+            ids = value if isinstance(value, list) else [value]
+            valid = {item for item in ids if type(item) is int and item >= 0}
+            if valid:
+                return tuple(sorted(valid))
+    eos = special_token_names(path).get("eos_token")
+    return tuple(token_id for token_id, token in tokens.items() if eos is not None and token == eos)
+
+
+def special_tokens_hash(eos_ids: tuple[int, ...], names: dict[str, str]) -> str:
+    """sha256 (hex) of the EOS ids and the special tokens' names."""
+    return content_hash({"eos": list(eos_ids), "names": {k: ascii(v) for k, v in names.items()}})
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty when there is no such file."""
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _vocabulary_map(vocabulary: Any) -> dict[int, str]:
+    if isinstance(vocabulary, dict):
+        return {int(token_id): token for token, token_id in vocabulary.items()}
+    if isinstance(vocabulary, list):  # Unigram: [token, score] by id
+        return {token_id: str(entry[0]) for token_id, entry in enumerate(vocabulary)}
+    raise TypeError("no vocabulary")
+
+
+def _quoted(token: str | None) -> str:
+    return "no such id" if token is None else ascii(token)

@@ -1,0 +1,194 @@
+"""The journal of a run: append-only JSON lines, each with a sequence number, an attempt and a CRC.
+
+Types and their data:
+  state     {"state": RunState}
+  phase     {"phase": name, "event": "started" | "finished" | "reused", "cost"?: StageCost, "artifact_id"?: id}
+  progress  {"done": int, "total": int, "unit": text}
+  metric    {"step": int, "values": {name: number}}
+  alert     {"code": text, "message": text}
+  result    whatever `RunStatus.result` shows
+  error     the fields of `Failure`
+A last line that is torn (a crash while writing) never happened. Anything else that does not fit is damage.
+"""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+from opd_mcp.schemas.errors import IntegrityError
+
+RecordType = Literal["state", "phase", "progress", "metric", "alert", "result", "error"]
+RECORD_TYPES = frozenset(get_args(RecordType))
+_CRC_TAIL = len(b',"crc":"00000000"}')
+
+
+@dataclass(frozen=True)
+class JournalRecord:
+    """One line; `seq` counts from 1 through all attempts."""
+
+    seq: int
+    attempt: int
+    time: str
+    type: RecordType
+    data: dict[str, Any]
+
+
+def utc_now() -> str:
+    """The time as the journal writes it: ISO 8601 in UTC with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def encode_record(record: JournalRecord) -> bytes:
+    """A record as its line, newline included; numbers that are not finite become null."""
+    fields = {"seq": record.seq, "attempt": record.attempt, "time": record.time, "type": record.type}
+    body = json.dumps({**fields, "data": _finite(record.data)}, separators=(",", ":"), allow_nan=False).encode()
+    return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def decode_record(line: bytes) -> JournalRecord | None:
+    """The record of a line without its newline; None when the line is not one that `encode_record` wrote."""
+    body = line[:-_CRC_TAIL] + b"}"
+    if line[-_CRC_TAIL:] != b',"crc":"%08x"}' % zlib.crc32(body):
+        return None
+    try:
+        value = json.loads(body)
+        record = JournalRecord(**value)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    numbers = type(record.seq) is int and type(record.attempt) is int
+    return record if numbers and record.type in RECORD_TYPES and isinstance(record.data, dict) else None
+
+
+class JournalReader:
+    """Reads a journal as it grows; damaged lines are skipped, and what the first one is goes to `damage`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damage: IntegrityError | None = None
+        self.attempt = 0
+        self.next_seq = 1
+        self.offset = 0
+        """Bytes up to the end of the last whole record."""
+        self._line = 0
+
+    def new_records(self) -> list[JournalRecord]:
+        """The records since the last call, in order.
+
+        What follows the last whole record is torn: it is looked at again on the next call.
+        """
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self.offset:
+                    self._flag(self._line, "the file became shorter")
+                    self.offset = size
+                file.seek(self.offset)
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+        records: list[JournalRecord] = []
+        position, line_number, bad_line = self.offset, self._line, 0
+        for line in lines:
+            position += len(line) + 1
+            line_number += 1
+            record = decode_record(line)
+            if record is None:
+                bad_line = bad_line or line_number
+                continue
+            if bad_line:
+                self._flag(bad_line, "the line is damaged")
+                bad_line = 0
+            elif not self._continues(record):
+                self._flag(line_number, f"record {record.seq} follows record {self.next_seq - 1}")
+            self.offset, self._line = position, line_number
+            if record.attempt >= self.attempt:  # an older attempt that woke up late is fenced off
+                self.attempt, self.next_seq = record.attempt, record.seq + 1
+                records.append(record)
+        return records
+
+    def _continues(self, record: JournalRecord) -> bool:
+        # A new attempt may reuse numbers of records that an older one wrote after the new one had begun.
+        if record.attempt > self.attempt:
+            return record.seq <= self.next_seq
+        return record.attempt < self.attempt or record.seq == self.next_seq
+
+    def _flag(self, line: int, why: str) -> None:
+        if self.damage is None:
+            self.damage = IntegrityError(
+                "damaged_journal",
+                f"{self.path.name} line {line}: {why}.",
+                value=self.path,
+                fix="Trust the artifacts of this run, not its history; start the run again if it has not finished.",
+            )
+
+
+def read_journal(path: Path) -> list[JournalRecord]:
+    """All records of a journal; raises IntegrityError `damaged_journal` naming the line."""
+    reader = JournalReader(path)
+    records = reader.new_records()
+    if reader.damage is not None:
+        raise reader.damage
+    return records
+
+
+class JournalWriter:
+    """Appends to a journal; only the process that holds the run's lock may have one.
+
+    Opening cuts off a torn last line, so that what is written next is not taken for damage.
+    """
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        reader = JournalReader(path)
+        reader.new_records()
+        self.attempt = attempt
+        self._next_seq = reader.next_seq
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        if os.fstat(self._descriptor).st_size > reader.offset:
+            os.ftruncate(self._descriptor, reader.offset)
+
+    def append(self, type: RecordType, data: Mapping[str, Any], *, durable: bool = True) -> JournalRecord:
+        """Write one record; when `durable` it is on the disk before this returns."""
+        record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, dict(data))
+        line = encode_record(record)
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+        self._next_seq += 1
+        if durable:
+            os.fsync(self._descriptor)
+        return record
+
+    def close(self) -> None:
+        """Close the file; the writer cannot be used any more."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def next_attempt(path: Path) -> int:
+    """The attempt number for whoever takes a run's lock now: 1, or one more than the journal's last."""
+    reader = JournalReader(path)
+    reader.new_records()
+    return reader.attempt + 1
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,79 @@
+"""The allowed roots: the only directories whose files are read for a caller, symbolic links followed first."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from opd_mcp.schemas.errors import PathError, nearest
+
+# Model, data and cache directories are shallow; what is deeper is never opened.
+LINK_DEPTH = 3
+
+
+class AllowedRoots:
+    """Directories below which references may point."""
+
+    def __init__(self, roots: Iterable[Path]) -> None:
+        self.roots = tuple(dict.fromkeys(root.resolve() for root in roots))
+
+    def resolve(self, reference: str | Path) -> Path:
+        """The real path of an absolute reference below a root.
+
+        Raises PathError: `relative_path`, `outside_roots` (also for a link that leads out), `not_found` with the
+        nearest names.
+        """
+        text = str(reference)
+        path = Path(text)
+        if not path.is_absolute():
+            raise PathError(
+                "relative_path",
+                f"A relative path means nothing to a server. Allowed roots: {self._names()}.",
+                value=text,
+                fix="Give the absolute path.",
+            )
+        try:
+            real = path.resolve()
+        except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, a loop of links
+            raise self._not_found(text, [], f"This cannot be a path ({error}).") from error
+        if not self.contains(real):
+            raise self._outside(text, "The path is outside of the allowed roots")
+        if not os.path.exists(real):
+            raise self._not_found(text, self._siblings(real), "There is no such file or directory.")
+        if real.is_dir():
+            self._require_inner_links(real)
+        return real
+
+    def contains(self, real: Path) -> bool:
+        """Whether a path without links is a root or below one."""
+        return any(real == root or root in real.parents for root in self.roots)
+
+    def _require_inner_links(self, directory: Path) -> None:
+        for folder, folders, names in os.walk(directory):
+            if len(Path(folder).relative_to(directory).parts) >= LINK_DEPTH - 1:
+                folders.clear()
+            for name in (*folders, *names):
+                entry = Path(folder) / name
+                if entry.is_symlink() and not self.contains(Path(os.path.realpath(entry))):
+                    raise self._outside(str(entry), "A link in this directory leads out of the allowed roots")
+
+    def _siblings(self, real: Path) -> list[str]:
+        parent = real.parent
+        while not parent.is_dir():
+            real, parent = parent, parent.parent
+        if not self.contains(parent):
+            return []
+        return [str(parent / name) for name in nearest(real.name, os.listdir(parent))]
+
+    def _outside(self, text: str, what: str) -> PathError:
+        return PathError(
+            "outside_roots",
+            f"{what}: {self._names()}.",
+            value=text,
+            fix="Move it below one of them, or start the server with --allow-root DIR.",
+        )
+
+    def _not_found(self, text: str, close: list[str], what: str) -> PathError:
+        return PathError("not_found", what, value=text, nearest=close, fix="Check the path.")
+
+    def _names(self) -> str:
+        return ", ".join(map(str, self.roots))

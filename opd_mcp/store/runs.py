@@ -1,0 +1,153 @@
+"""Run directories: the immutable record, the lock that is the run's life, and the cancel request."""
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import ValidationError
+
+from opd_mcp.identity.files import fsync_directory, write_atomic
+from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
+from opd_mcp.schemas.runs import RunRecord
+from opd_mcp.store.ids import is_id
+from opd_mcp.store.workspace import Workspace
+
+RECORD_FILE = "run.json"
+JOURNAL_FILE = "journal.jsonl"
+LOCK_FILE = "lock"
+CANCEL_FILE = "cancel"
+LOG_FILE = "worker.log"
+CHECKPOINTS = "checkpoints"
+# Whoever looks whether a run is alive holds a shared lock for microseconds; an acquirer outwaits them.
+ACQUIRE_SECONDS = 1.0
+
+
+def create_run(workspace: Workspace, record: RunRecord) -> Path:
+    """Make a run's directory with its record, durably; FileExistsError when the id is taken."""
+    directory = workspace.run(record.run_id)
+    directory.mkdir(mode=0o700)
+    (directory / CHECKPOINTS).mkdir(mode=0o700)
+    (directory / LOCK_FILE).touch(mode=0o600)
+    write_atomic(directory / RECORD_FILE, record.to_json(indent=2) + "\n")
+    fsync_directory(workspace.runs)
+    return directory
+
+
+def read_record(directory: Path) -> RunRecord:
+    """A run's record; raises IntegrityError `damaged_file`."""
+    file = directory / RECORD_FILE
+    try:
+        return RunRecord.from_json(file.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise IntegrityError(
+            "damaged_file",
+            "run.json is missing or not a record this version can read.",
+            value=file,
+            fix="Start the run again; its artifacts are still found and reused.",
+        ) from error
+
+
+def run_directory(workspace: Workspace, run_id: str) -> Path:
+    """The directory of an existing run; raises UnknownIdError `unknown_run` with the nearest ids."""
+    if is_id(run_id) and (workspace.run(run_id) / RECORD_FILE).is_file():
+        return workspace.run(run_id)
+    raise UnknownIdError(
+        "unknown_run",
+        "There is no such run in this workspace.",
+        value=run_id,
+        nearest=nearest(run_id, run_ids(workspace)),
+        fix="Call list_runs to see the run ids, or give 'latest'.",
+    )
+
+
+def run_ids(workspace: Workspace) -> list[str]:
+    """The ids of all runs that have a record, sorted."""
+    return sorted(path.name for path in workspace.runs.iterdir() if (path / RECORD_FILE).is_file())
+
+
+def request_cancel(directory: Path) -> None:
+    """Ask a run to stop at its next step; asking twice is asking once."""
+    write_atomic(directory / CANCEL_FILE, "")
+
+
+def cancel_requested(directory: Path) -> bool:
+    """Whether somebody asked this run to stop."""
+    return (directory / CANCEL_FILE).exists()
+
+
+def is_alive(directory: Path) -> bool:
+    """Whether a process holds the run's lock now; the kernel frees it when the process ends, however it ends."""
+    try:
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@dataclass
+class RunLock:
+    """The exclusive lock of a run; `descriptor` may be passed to a child, and the lock lives on in it."""
+
+    directory: Path
+    descriptor: int
+
+    @classmethod
+    def acquire(cls, directory: Path) -> Self:
+        """Take the lock; raises RunError `run_locked` when another process has it."""
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + ACQUIRE_SECONDS
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return cls(directory, descriptor)
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                raise RunError(
+                    "run_locked",
+                    "Another process is working on this run.",
+                    value=directory.name,
+                    fix="Follow it with get_run_status, or stop it with cancel_run.",
+                )
+            time.sleep(0.005)
+
+    @classmethod
+    def adopt(cls, directory: Path, descriptor: int) -> Self:
+        """Take over the lock that the parent process acquired and passed on; no child of ours will inherit it.
+
+        Raises RunError `run_locked` when the descriptor is not this run's lock, or does not hold it.
+        """
+        os.set_inheritable(descriptor, False)
+        same = os.path.samestat(os.fstat(descriptor), os.stat(directory / LOCK_FILE))
+        with suppress(BlockingIOError):
+            if same:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return cls(directory, descriptor)
+        raise RunError(
+            "run_locked",
+            "The descriptor that was handed over is not this run's lock.",
+            value=directory.name,
+            fix="Start the run again.",
+        )
+
+    def release(self) -> None:
+        """Close the descriptor; the lock is free once no other process has it."""
+        os.close(self.descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,150 @@
+"""The whole memory in one object: workspace, index and artifacts, with starting once, listing and rebuilding."""
+
+import shutil
+from dataclasses import dataclass
+
+from opd_mcp.schemas.errors import ArgumentError, IntegrityError
+from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
+from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
+from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
+from opd_mcp.store.runs import RECORD_FILE, RunLock, create_run, read_record, run_directory, run_ids
+from opd_mcp.store.view import RunView
+from opd_mcp.store.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class StartedRun:
+    """What a start found: `lock` is set when the run is new, and then belongs to the caller."""
+
+    run_id: str
+    lock: RunLock | None
+
+    @property
+    def reused(self) -> bool:
+        """Whether an active run of the same request already does this."""
+        return self.lock is None
+
+
+class Store:
+    """The memory of one workspace; safe to share between threads and to open in several processes."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.index = Index(workspace.index)
+        self.artifacts = ArtifactStore(workspace, self.index)
+        if self.index.is_missing() and (run_ids(workspace) or artifact_directories(workspace)):
+            self.rebuild()
+
+    def start_once(self, record: RunRecord) -> StartedRun:
+        """Create the run and take its lock, or find the active run of the same request.
+
+        Identical starts from several processes at the same moment give one new run; the others are `reused`.
+        """
+        lock: RunLock | None = None
+        try:
+            with self.index.writing() as database:
+                rows = database.execute(
+                    "SELECT run_id FROM runs WHERE request_hash = ? AND final_state IS NULL ORDER BY created_at",
+                    (record.request_hash,),
+                ).fetchall()
+                for (run_id,) in rows:
+                    if self._exists(run_id) and self.view(run_id).state in ACTIVE_STATES:
+                        return StartedRun(run_id, None)
+                lock = RunLock.acquire(create_run(self.workspace, record))
+                insert_run(database, indexed_run(record))
+        except BaseException:
+            if lock is not None:
+                lock.release()
+                shutil.rmtree(lock.directory)
+            raise
+        return StartedRun(record.run_id, lock)
+
+    def view(self, run_id: str) -> RunView:
+        """The present state of a run; raises UnknownIdError `unknown_run`."""
+        return RunView(run_directory(self.workspace, run_id)).refresh()
+
+    def record(self, run_id: str) -> RunRecord:
+        """The record of a run; raises UnknownIdError `unknown_run`, IntegrityError `damaged_file`."""
+        return read_record(run_directory(self.workspace, run_id))
+
+    def latest_run(self) -> str | None:
+        """The id of the newest run; None when there is none."""
+        return next((row.run_id for row in self.index.runs() if self._exists(row.run_id)), None)
+
+    def list_runs(
+        self,
+        *,
+        state: RunState | None = None,
+        kind: RunKind | None = None,
+        limit: int = 20,
+        cursor: str | None = None,
+    ) -> RunList:
+        """A page of runs, newest first; `total` counts all that match, on every page alike.
+
+        Raises ArgumentError `invalid_argument` for a cursor that no list gave.
+        """
+        indexed = [row for row in self.index.runs(kind=kind) if self._exists(row.run_id)]
+        rows = [row for row in map(self._row, indexed) if state in {None, row.state}]
+        last_seen = None if cursor is None else _cursor_place(cursor)
+        rest = [row for row in rows if last_seen is None or (row.created_at, row.run_id) < last_seen]
+        page = rest[:limit]
+        return RunList(rows=page, total=len(rows), next_cursor=_cursor(page[-1]) if 0 < limit < len(rest) else None)
+
+    def rebuild(self) -> list[IntegrityError]:
+        """Fill the index anew from the directories; answers what could not be read and is left out.
+
+        Raises IntegrityError `damaged_file` when the index file itself cannot be opened.
+        """
+        problems: list[IntegrityError] = []
+        # The directories are read inside of the transaction, so that no run that starts meanwhile is forgotten.
+        with self.index.writing() as database:
+            database.execute("DELETE FROM runs")
+            database.execute("DELETE FROM artifacts")
+            for run_id in run_ids(self.workspace):
+                directory = self.workspace.run(run_id)
+                try:
+                    state = RunView(directory).refresh().state
+                    final_state = state if state in FINAL_STATES else None
+                    insert_run(database, indexed_run(read_record(directory), final_state))
+                except IntegrityError as problem:
+                    problems.append(problem)
+            for path in artifact_directories(self.workspace):
+                try:
+                    insert_artifact(database, artifact_row(read_artifact(path).record))
+                except IntegrityError as problem:
+                    problems.append(problem)
+        return problems
+
+    def _exists(self, run_id: str) -> bool:
+        return (self.workspace.run(run_id) / RECORD_FILE).is_file()
+
+    def _row(self, row: IndexedRun) -> RunRow:
+        state = row.final_state
+        if state is None:
+            state = RunView(self.workspace.run(row.run_id)).refresh().state
+            if state in FINAL_STATES:
+                self.index.set_final_state(row.run_id, state)
+        return RunRow(
+            run_id=row.run_id,
+            kind=row.kind,
+            state=state,
+            created_at=row.created_at,
+            student=row.student,
+            teacher=row.teacher,
+        )
+
+
+def _cursor(row: RunRow) -> str:
+    return f"{row.created_at}/{row.run_id}"
+
+
+def _cursor_place(cursor: str) -> tuple[str, str]:
+    created_at, slash, run_id = cursor.partition("/")
+    if slash and created_at and run_id:
+        return created_at, run_id
+    raise ArgumentError(
+        "invalid_argument",
+        "This is not a cursor that list_runs gave.",
+        value=cursor,
+        fix="Give next_cursor of the page before, or leave out cursor to begin with the newest run.",
+    )

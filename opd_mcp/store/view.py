@@ -1,0 +1,145 @@
+"""A run as its journal and its lock show it, folded line by line as the journal grows."""
+
+import statistics
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.runs import FINAL_STATES, Alert, Failure, MetricTrend, PhaseName, Progress, RunState
+from opd_mcp.store.journal import JournalReader, JournalRecord
+from opd_mcp.store.runs import JOURNAL_FILE, is_alive
+
+TREND_POINTS = 20
+RATE_POINTS = 20
+MAX_ALERTS = 20
+
+
+@dataclass
+class RunView:
+    """The present state of one run; `refresh` reads what is new. Not for use from several threads at once."""
+
+    directory: Path
+    state: RunState = "queued"
+    phase: PhaseName | None = None
+    phases_done: list[str] = field(default_factory=list)
+    progress: Progress | None = None
+    alerts: list[Alert] = field(default_factory=list)
+    alert_count: int = 0
+    result: dict[str, Any] | None = None
+    error: Failure | None = None
+    costs: list[StageCost] = field(default_factory=list)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """Artifact id by phase."""
+    started_at: str | None = None
+    phase_started_at: str | None = None
+    finished_at: str | None = None
+    updated_at: str | None = None
+    attempt: int = 0
+    step: int | None = None
+    records: int = 0
+
+    def __post_init__(self) -> None:
+        self._reader = JournalReader(self.directory / JOURNAL_FILE)
+        self._journal_state: RunState = "queued"
+        self._points: dict[str, deque[float | None]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
+        self._pace: deque[tuple[float, int]] = deque(maxlen=RATE_POINTS)
+
+    def refresh(self) -> "RunView":
+        """Fold the new lines of the journal and look at the lock; returns itself."""
+        # The lock first: whatever a process wrote before it ended is then seen, and it is never called lost for it.
+        alive = is_alive(self.directory)
+        for record in self._reader.new_records():
+            self._fold(record)
+        if self._reader.damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
+            self._alert(self.updated_at or "", "damaged_journal", self._reader.damage.message)
+        ended = self._journal_state in FINAL_STATES
+        self.state = self._journal_state if ended or alive else "lost"
+        return self
+
+    @property
+    def metrics(self) -> dict[str, MetricTrend]:
+        """The latest value of each metric and where it goes; no value stands for one that is not finite."""
+        return {
+            name: MetricTrend(last=points[-1], trend=trend_of([p for p in points if p is not None]))
+            for name, points in self._points.items()
+        }
+
+    def _fold(self, record: JournalRecord) -> None:
+        self.records += 1
+        self.updated_at = record.time
+        if record.attempt > self.attempt:
+            self.attempt, self.error, self.finished_at = record.attempt, None, None
+        data = record.data
+        match record.type:
+            case "state":
+                self._fold_state(record.time, data["state"])
+            case "phase":
+                self._fold_phase(record.time, data)
+            case "progress":
+                self._fold_progress(record.time, data)
+            case "metric":
+                self.step = data.get("step", self.step)
+                for name, value in data["values"].items():
+                    self._points[name].append(value)
+            case "alert":
+                self._alert(record.time, data["code"], data["message"])
+            case "result":
+                self.result = {**(self.result or {}), **data}
+            case "error":
+                self.error = Failure.model_validate(data)
+
+    def _fold_state(self, time: str, state: RunState) -> None:
+        self._journal_state = state
+        if state == "running" and self.started_at is None:
+            self.started_at = time
+        if state in FINAL_STATES:
+            self.finished_at = time
+            self.phase = self.progress = None
+
+    def _fold_phase(self, time: str, data: dict[str, Any]) -> None:
+        name: PhaseName = data["phase"]
+        if data["event"] == "started":
+            self.phase, self.phase_started_at = name, time
+            self.progress = None
+            self._pace.clear()
+            return
+        if name not in self.phases_done:
+            self.phases_done.append(name)
+        if "cost" in data:
+            self.costs.append(StageCost.model_validate(data["cost"]))
+        if "artifact_id" in data:
+            self.artifacts[name] = data["artifact_id"]
+
+    def _fold_progress(self, time: str, data: dict[str, Any]) -> None:
+        done, total, unit = data["done"], data["total"], data["unit"]
+        if self.progress is None or self.progress.unit != unit or done < self.progress.done:
+            self._pace.clear()
+        self._pace.append((seconds_of(time), done))
+        (first_time, first_done), (last_time, last_done) = self._pace[0], self._pace[-1]
+        rate = (last_done - first_done) / (last_time - first_time) if last_time > first_time else None
+        eta = (total - done) / rate if rate else None
+        self.progress = Progress(done=done, total=total, unit=unit, eta_s=eta, rate=rate)
+
+    def _alert(self, time: str, code: str, message: str) -> None:
+        self.alert_count += 1
+        self.alerts = [*self.alerts, Alert(time=time, code=code, message=message)][-MAX_ALERTS:]
+
+
+def trend_of(values: list[float]) -> Literal["up", "down", "flat"] | None:
+    """Where a series goes: its later half against its earlier one, `flat` within the noise; None below four values."""
+    if len(values) < 4:
+        return None
+    half = len(values) // 2
+    difference = statistics.fmean(values[-half:]) - statistics.fmean(values[:half])
+    noise = statistics.stdev(values) / half**0.5
+    if abs(difference) <= 2 * noise:
+        return "flat"
+    return "up" if difference > 0 else "down"
+
+
+def seconds_of(time: str) -> float:
+    """Seconds since the epoch of a time in the journal's form."""
+    return datetime.fromisoformat(time).timestamp()

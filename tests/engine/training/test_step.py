@@ -1,0 +1,131 @@
+"""The gradient of a step does not depend on how the step is cut or padded."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.losses.rows import cross_entropy_rows
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.training import step as step_module
+from opd_mcp.engine.training.objectives import distill_objective, sft_objective
+from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.schemas.recipes import DistillRecipe
+
+VOCAB = 13
+
+
+@pytest.fixture
+def sequences() -> Sequences:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, VOCAB, size=size).tolist() for size in (1, 4, 9, 3, 2)]
+    responses = [rng.integers(2, VOCAB, size=size).tolist() for size in (6, 1, 12, 0, 3)]
+    tokens = sum(map(len, responses))
+    columns = {
+        "teacher_logprobs": -rng.exponential(size=tokens).astype(np.float32),
+        "behaviour_logprobs": -rng.exponential(size=tokens).astype(np.float32),
+    }
+    return build_sequences(prompts, responses, columns=columns)
+
+
+def gradients_of(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    runtime: Runtime,
+    *,
+    micro_batch_tokens: int,
+    normalize: str = "sample",
+) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    result = accumulate_gradients(
+        model,
+        sequences,
+        np.arange(len(sequences)),
+        distill_objective(DistillRecipe(advantage_clip=1.0)),
+        normalize=normalize,
+        micro_batch_tokens=micro_batch_tokens,
+        runtime=runtime,
+    )
+    return result.loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("normalize", ["sample", "token"])
+def test_micro_batches_do_not_change_the_gradient(
+    tiny_model: Callable[..., PreTrainedModel], sequences: Sequences, runtime: Runtime, normalize: str
+) -> None:
+    model = tiny_model(VOCAB, seed=0)
+    whole, one_batch = gradients_of(model, sequences, runtime, micro_batch_tokens=10_000, normalize=normalize)
+    cut, many_batches = gradients_of(model, sequences, runtime, micro_batch_tokens=1, normalize=normalize)
+    assert cut == pytest.approx(whole, rel=1e-6)
+    for a, b in zip(one_batch, many_batches, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max().clamp_min(1e-12)
+
+
+def test_recomputed_tiles_give_the_gradient_of_the_whole(
+    tiny_model: Callable[..., PreTrainedModel],
+    sequences: Sequences,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model(VOCAB, seed=0)
+    whole, kept = gradients_of(model, sequences, runtime, micro_batch_tokens=10_000)
+    monkeypatch.setattr(step_module, "TILE_BYTES", 4 * VOCAB * 3)
+    tiled, recomputed = gradients_of(model, sequences, runtime, micro_batch_tokens=10_000)
+    assert tiled == pytest.approx(whole, rel=1e-9)
+    for a, b in zip(kept, recomputed, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * a.abs().max().clamp_min(1e-12)
+
+
+def test_gradient_equals_plain_autograd_row_by_row(
+    tiny_model: Callable[..., PreTrainedModel], sequences: Sequences, runtime: Runtime
+) -> None:
+    """SFT on response tokens only, each row alone and unpadded through transformers' own forward."""
+    model = tiny_model(VOCAB, seed=0)
+    model.zero_grad()
+    accumulate_gradients(
+        model,
+        sequences,
+        np.arange(len(sequences)),
+        sft_objective,
+        normalize="token",
+        micro_batch_tokens=10_000,
+        runtime=runtime,
+    )
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    tokens = len(sequences.response_ids)
+    for row in range(len(sequences)):
+        prompt, response = sequences.prompt(row), sequences.response(row)
+        if len(response) == 0:
+            continue
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        (cross_entropy_rows(logits, ids[0, len(prompt) :]).loss.sum() / tokens).backward()
+    for a, p in zip(ours, model.parameters(), strict=True):
+        assert (a - p.grad).abs().max() <= 1e-6 * p.grad.abs().max().clamp_min(1e-12)
+
+
+def test_step_reports_log_probs_with_their_columns_in_one_order(
+    tiny_model: Callable[..., PreTrainedModel], sequences: Sequences, runtime: Runtime
+) -> None:
+    model = tiny_model(VOCAB, seed=0)
+    places = sequences.with_columns(teacher_logprobs=np.arange(len(sequences.response_ids), dtype=np.float32))
+    objective = distill_objective(DistillRecipe())
+    results = [
+        accumulate_gradients(
+            model,
+            places,
+            np.arange(len(sequences)),
+            objective,
+            normalize="sample",
+            micro_batch_tokens=budget,
+            runtime=runtime,
+        )
+        for budget in (1, 10_000)
+    ]
+    by_place = [dict(zip(r.columns["teacher_logprobs"].tolist(), r.logprobs.tolist(), strict=True)) for r in results]
+    assert by_place[0].keys() == by_place[1].keys()
+    assert all(by_place[0][k] == pytest.approx(by_place[1][k], abs=1e-6) for k in by_place[0])

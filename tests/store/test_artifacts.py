@@ -1,0 +1,86 @@
+"""Artifacts: published whole, found by key, never invented."""
+
+import shutil
+import stat
+
+import pytest
+
+from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
+from opd_mcp.store.artifacts import artifact_directories
+
+
+@pytest.fixture
+def artifacts(store):
+    return store.artifacts
+
+
+def build(artifacts, text="rows"):
+    building = artifacts.new_building_directory("cache")
+    (building / "shards").mkdir()
+    (building / "shards" / "0.parquet").write_text(text)
+    return building
+
+
+def test_a_published_artifact_is_found_by_id_and_by_key(artifacts):
+    artifact = artifacts.publish("cache", build(artifacts), "cache-1", "key", run_id="run-1")
+    assert (artifact.path / "shards" / "0.parquet").read_text() == "rows"
+    assert artifact.record.bytes == 4
+    assert artifacts.get("cache-1") == artifacts.find_by_key("cache", "key") == artifact
+    assert artifacts.list("cache") == [artifact]
+    assert artifacts.list("model") == []
+
+
+def test_what_is_not_published_is_not_an_artifact(artifacts, workspace):
+    building = build(artifacts)
+    assert building.parent == workspace.artifacts_of("cache")
+    assert stat.S_IMODE(building.stat().st_mode) == 0o700
+    assert artifact_directories(workspace) == []
+    assert artifacts.find_by_key("cache", "key") is None
+
+
+def test_a_removed_directory_is_forgotten(artifacts):
+    artifact = artifacts.publish("cache", build(artifacts), "cache-1", "key")
+    shutil.rmtree(artifact.path)
+    assert artifacts.find_by_key("cache", "key") is None
+    assert artifacts.find("cache-1") is None
+    assert artifacts.index.artifacts() == []
+
+
+def test_the_same_result_twice_is_kept_once(artifacts, workspace):
+    first = artifacts.publish("cache", build(artifacts, "first"), "cache-1", "key")
+    second = artifacts.publish("cache", build(artifacts, "second"), "cache-1", "key")
+    assert second == first
+    assert (second.path / "shards" / "0.parquet").read_text() == "first"
+    assert [path.name for path in workspace.artifacts_of("cache").iterdir()] == ["cache-1"]
+
+
+def test_an_id_never_changes_its_meaning(artifacts):
+    artifacts.publish("cache", build(artifacts), "cache-1", "key")
+    with pytest.raises(IntegrityError) as caught:
+        artifacts.publish("cache", build(artifacts), "cache-1", "another key")
+    assert caught.value.code == "artifact_exists"
+
+
+@pytest.mark.parametrize("artifact_id", ["cache-2", "../cache-1", ""])
+def test_an_unknown_artifact_names_the_nearest(artifacts, artifact_id):
+    artifacts.publish("cache", build(artifacts), "cache-1", "key")
+    with pytest.raises(UnknownIdError) as caught:
+        artifacts.get(artifact_id)
+    assert caught.value.code == "unknown_artifact"
+    assert caught.value.nearest == (["cache-1"] if artifact_id else [])
+
+
+def test_a_damaged_record_is_an_error(artifacts):
+    artifact = artifacts.publish("cache", build(artifacts), "cache-1", "key")
+    (artifact.path / "artifact.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"artifact\.json"):
+        artifacts.get("cache-1")
+
+
+def test_links_in_a_building_directory_are_not_published(artifacts, tmp_path):
+    building = build(artifacts)
+    (building / "link").symlink_to(tmp_path)
+    (building / "file_link").symlink_to("/etc/hostname")
+    with pytest.raises(OSError, match="symbolic links"):
+        artifacts.publish("cache", building, "cache-1", "key")
+    assert artifacts.find("cache-1") is None

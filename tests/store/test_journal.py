@@ -1,0 +1,184 @@
+"""The journal: nothing acknowledged is lost, nothing torn is believed, nothing damaged goes unnoticed."""
+
+import math
+import os
+import signal
+import subprocess
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from opd_mcp.schemas.errors import IntegrityError
+from opd_mcp.store.journal import JournalReader, JournalWriter, next_attempt, read_journal
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """A journal of five metric records."""
+    path = tmp_path / "journal.jsonl"
+    with JournalWriter(path, attempt=1) as writer:
+        for step in range(1, 6):
+            writer.append("metric", {"step": step, "values": {"loss": 1 / step}}, durable=False)
+    return path
+
+
+def steps(records):
+    return [record.data["step"] for record in records]
+
+
+def test_what_was_written_is_read(journal):
+    records = read_journal(journal)
+    assert steps(records) == [1, 2, 3, 4, 5]
+    assert [record.seq for record in records] == [1, 2, 3, 4, 5]
+    assert {record.attempt for record in records} == {1}
+    assert records[0].time.endswith("Z")
+
+
+def test_a_missing_journal_is_empty(tmp_path):
+    assert read_journal(tmp_path / "nothing") == []
+    assert next_attempt(tmp_path / "nothing") == 1
+
+
+def test_a_reader_sees_only_what_is_new(journal):
+    reader = JournalReader(journal)
+    assert len(reader.new_records()) == 5
+    assert reader.new_records() == []
+    with JournalWriter(journal, attempt=1) as writer:
+        writer.append("alert", {"code": "a", "message": "b"})
+    assert [record.type for record in reader.new_records()] == ["alert"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 60])
+def test_a_torn_last_line_is_ignored_and_the_next_attempt_writes_on(journal, cut):
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-cut])
+    reader = JournalReader(journal)
+    assert steps(reader.new_records()) == [1, 2, 3, 4]
+    assert reader.damage is None
+    with JournalWriter(journal, next_attempt(journal)) as writer:
+        writer.append("metric", {"step": 50, "values": {}})
+    assert steps(reader.new_records()) == [50]
+    assert [(record.attempt, record.seq) for record in read_journal(journal)][-2:] == [(1, 4), (2, 5)]
+
+
+def test_zeros_after_a_power_loss_are_torn(journal):
+    with journal.open("ab") as file:
+        file.write(bytes(100) + b"\n")
+    assert steps(read_journal(journal)) == [1, 2, 3, 4, 5]
+    with JournalWriter(journal, 2) as writer:
+        writer.append("metric", {"step": 6, "values": {}})
+    assert steps(read_journal(journal)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_that_is_still_being_written_is_read_once_whole(journal):
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-30])
+    reader = JournalReader(journal)
+    assert len(reader.new_records()) == 4
+    journal.write_bytes(whole)
+    assert steps(reader.new_records()) == [5]
+    assert reader.damage is None
+
+
+def test_a_damaged_middle_is_named_by_its_line(journal):
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"0.3", b"9.3")
+    journal.write_bytes(b"".join(lines))
+    with pytest.raises(IntegrityError, match=r"journal\.jsonl line 3") as caught:
+        read_journal(journal)
+    assert caught.value.code == "damaged_journal"
+    reader = JournalReader(journal)
+    assert steps(reader.new_records()) == [1, 2, 4, 5], "the rest is still shown"
+    assert reader.damage is not None
+
+
+def test_a_removed_line_is_noticed(journal):
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:2] + lines[3:]))
+    with pytest.raises(IntegrityError, match="line 3: record 4 follows record 2"):
+        read_journal(journal)
+
+
+def test_a_journal_that_became_shorter_is_noticed(journal):
+    reader = JournalReader(journal)
+    reader.new_records()
+    journal.write_bytes(journal.read_bytes()[:50])
+    assert reader.new_records() == []
+    assert reader.damage is not None
+
+
+def test_an_older_attempt_that_wakes_up_late_is_fenced_off(journal):
+    late = JournalWriter(journal, attempt=1)
+    with JournalWriter(journal, next_attempt(journal)) as writer:
+        late.append("metric", {"step": -1, "values": {}})  # before the new attempt's first line: history
+        writer.append("metric", {"step": 6, "values": {}})
+        late.append("metric", {"step": -2, "values": {}})  # after it: not believed
+        writer.append("metric", {"step": 7, "values": {}})
+    late.close()
+    assert steps(read_journal(journal)) == [1, 2, 3, 4, 5, -1, 6, 7]
+
+
+def test_numbers_that_are_not_finite_become_absent(tmp_path):
+    with JournalWriter(tmp_path / "j", 1) as writer:
+        writer.append("metric", {"step": 1, "values": {"loss": math.nan, "norm": math.inf, "kl": [0.5, -math.inf]}})
+    assert read_journal(tmp_path / "j")[0].data["values"] == {"loss": None, "norm": None, "kl": [0.5, None]}
+
+
+def test_everything_acknowledged_survives_a_kill(tmp_path, python):
+    code = f"""
+    from pathlib import Path
+    from opd_mcp.store.journal import JournalWriter
+    writer = JournalWriter(Path({str(tmp_path / "j")!r}), 1)
+    for step in range(1, 10**6):
+        writer.append("metric", {{"step": step, "values": {{}}}}, durable=step % 10 == 0)
+        print(step, flush=True)
+    """
+    with subprocess.Popen(python(code), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        acknowledged = [int(process.stdout.readline()) for _ in range(200)][-1]
+        os.kill(process.pid, signal.SIGKILL)
+    found = steps(read_journal(tmp_path / "j"))
+    assert found == list(range(1, len(found) + 1))
+    assert len(found) >= acknowledged
+
+
+values = st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.text(max_size=8), max_size=3)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(payloads=st.lists(values, max_size=6))
+def test_any_data_comes_back_as_it_was(tmp_path, payloads):
+    path = tmp_path / "any.jsonl"
+    path.unlink(missing_ok=True)
+    with JournalWriter(path, 1) as writer:
+        for payload in payloads:
+            writer.append("result", payload, durable=False)
+    assert [record.data for record in read_journal(path)] == payloads
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_bytes_never_invent_a_record_and_never_stop_the_reader(tmp_path, journal, data):
+    original = read_journal(journal)
+    content = bytearray(journal.read_bytes())
+    start = data.draw(st.integers(0, len(content)))
+    end = data.draw(st.integers(start, min(len(content), start + 300)))
+    content[start:end] = data.draw(st.binary(max_size=40))
+    mutated = tmp_path / "mutated.jsonl"
+    mutated.write_bytes(content)
+    reader = JournalReader(mutated)
+    found = reader.new_records()
+    assert [record for record in original if record in found] == found, "a subsequence of what was written"
+    prefix = original[: len(found)]
+    assert found == prefix or reader.damage is not None, "what is missing is at the end, or the damage is flagged"
+    with JournalWriter(mutated, reader.attempt + 1) as writer:
+        writer.append("state", {"state": "running"}, durable=False)
+    assert [record.type for record in reader.new_records()] == ["state"]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=300))
+def test_foreign_bytes_hold_no_records(tmp_path, content):
+    (tmp_path / "foreign").write_bytes(content)
+    assert JournalReader(tmp_path / "foreign").new_records() == []
