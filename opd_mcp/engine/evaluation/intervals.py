@@ -19,8 +19,8 @@ def wilson(successes: int, trials: int) -> Estimate95:
     half = Z95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
     return Estimate95(
         value=share,
-        low=max(0.0, centre - half),
-        high=min(1.0, centre + half),
+        low=min(share, max(0.0, centre - half)),
+        high=max(share, min(1.0, centre + half)),
         samples=trials,
         basis="greedy, one response a prompt; Wilson interval",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.engine.runtime import Runtime
@@ -15,6 +16,9 @@ from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.identity.tokenizers import eos_token_ids, token_map
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.recipes import PromptingRecipe
+
+# its bars would fill a worker's log; a stage's progress is told through its Reporter
+disable_progress_bar()
 
 TOKENIZER_FILES = (
     "tokenizer.json",

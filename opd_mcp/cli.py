@@ -1,0 +1,140 @@
+"""The command line: `opd-mcp serve | demo | status | list | cancel | worker`.
+
+The only place that reads the environment (`OPD_HOME`: the workspace). Every import beyond typer is inside the command
+that needs it, so that a server starts without what only a worker uses, and the other way round.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from opd_mcp.jobs.service import JobService
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distill a student with Lightning OPD, driven by an MCP client.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")]
+
+
+class Transport(StrEnum):
+    """How a client reaches the server."""
+
+    STDIO = "stdio"
+    HTTP = "http"
+
+
+@app.command()
+def serve(
+    allow_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder that clients may name paths below; repeatable.", exists=True, file_okay=False),
+    ] = None,
+    transport: Annotated[Transport, typer.Option(help="stdio for a client on this machine.")] = Transport.STDIO,
+    host: Annotated[str, typer.Option(help="For http: a local address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="For http.", min=1, max=65535)] = 8000,
+) -> None:
+    """Serve the tools to an MCP client."""
+    from opd_mcp.server.serve import serve_http, serve_stdio
+
+    roots = allow_root or []
+    if transport is Transport.STDIO:
+        serve_stdio(lambda: open_service(roots))
+    else:
+        serve_http(lambda: open_service(roots), host=host, port=port)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of every stage.", min=0)] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """Run the whole method on the embedded example through a real server, and print one table."""
+    from opd_mcp.demo import run_demo
+
+    run_demo(seed, json_path, workspace_root())
+
+
+@app.command()
+def status(
+    run_id: Annotated[str, typer.Argument(help="A run id, or latest.")] = "latest", as_json: AsJson = False
+) -> None:
+    """Show where a run stands."""
+    from opd_mcp.server.texts import status_text
+
+    found = open_service().status(run_id)
+    typer.echo(found.to_json() if as_json else status_text(found))
+
+
+@app.command("list")
+def list_runs(
+    limit: Annotated[int, typer.Option(help="Runs to show.", min=1, max=100)] = 20, as_json: AsJson = False
+) -> None:
+    """List runs, newest first."""
+    from opd_mcp.server.texts import list_text
+
+    found = open_service().list_runs(limit=limit)
+    typer.echo(found.to_json() if as_json else list_text(found))
+
+
+@app.command()
+def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], as_json: AsJson = False) -> None:
+    """Ask an active run to stop."""
+    from opd_mcp.server.texts import cancel_text
+
+    found = open_service().cancel(run_id)
+    typer.echo(found.to_json() if as_json else cancel_text(found))
+
+
+@app.command(hidden=True)
+def worker(
+    run_id: str,
+    workspace: Annotated[Path | None, typer.Option()] = None,
+    lock_fd: Annotated[int | None, typer.Option()] = None,
+    lease_folder: Annotated[Path | None, typer.Option()] = None,
+    cpu_slots: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Do a queued run's work (started by the server; not for use by hand)."""
+    from opd_mcp.jobs.worker import main as work
+
+    raise typer.Exit(work(workspace or workspace_root(), run_id, lock_fd, lease_folder, cpu_slots))
+
+
+def workspace_root() -> Path:
+    """The workspace that `OPD_HOME` names, or the user's default one."""
+    from opd_mcp.store.workspace import default_workspace_root
+
+    home = os.environ.get("OPD_HOME")
+    return Path(home).expanduser().absolute() if home else default_workspace_root()
+
+
+def open_service(allow_roots: Sequence[Path] = ()) -> "JobService":
+    """The service over the workspace; it may read what is below it, the examples and the given folders."""
+    from opd_mcp.jobs.service import JobService
+    from opd_mcp.store.roots import AllowedRoots
+    from opd_mcp.store.workspace import Workspace
+
+    return JobService(Workspace(workspace_root()), AllowedRoots(allow_roots))
+
+
+def main() -> None:
+    """The console script: an expected failure is one line on stderr and exit status 1."""
+    from opd_mcp.schemas.errors import OpdError
+
+    try:
+        app()
+    except OpdError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

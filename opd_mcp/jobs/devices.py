@@ -1,0 +1,119 @@
+"""What the machine has: memory, disk and GPUs, found without torch."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from opd_mcp.schemas.errors import ResourceError
+from opd_mcp.schemas.recipes import RuntimeRecipe
+
+NVIDIA_SMI_SECONDS = 5
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as the driver's tool lists it; memory in bytes."""
+
+    uuid: str
+    name: str
+    total_memory: int
+    free_memory: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run of a given recipe computes; `memory` is what is free there now, in bytes."""
+
+    kind: str
+    name: str
+    memory: int
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that `nvidia-smi` lists; none without the tool, without a driver, or with a CPU build of torch."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or not torch_build_uses_gpus():
+        return []
+    query = ["--query-gpu=uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            [tool, *query],
+            capture_output=True,
+            text=True,
+            timeout=NVIDIA_SMI_SECONDS,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except (subprocess.SubprocessError, OSError):
+        return []
+    return parse_gpus(answer.stdout)
+
+
+def parse_gpus(text: str) -> list[Gpu]:
+    """The GPUs in the tool's CSV answer (memory in MiB there); lines of another form are left out."""
+    found = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == 4 and parts[2].isdigit() and parts[3].isdigit():
+            found.append(Gpu(parts[0], parts[1], int(parts[2]) << 20, int(parts[3]) << 20))
+    return found
+
+
+def torch_build_uses_gpus() -> bool:
+    """Whether the installed torch is not marked as a CPU build; read from its metadata, not by importing it."""
+    try:
+        return not version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False
+
+
+def available_memory() -> int:
+    """Bytes of memory that a new process may use: what the machine has free, and what a container leaves."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        reclaimable = _statistic(_CGROUP / "memory.stat", "inactive_file")
+        free = min(free, max(limit - used + reclaimable, 0))
+    return free
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk that holds the path."""
+    return shutil.disk_usage(path).free
+
+
+def target_of(runtime: RuntimeRecipe) -> Target:
+    """The device that the recipe's runtime asks for; raises ResourceError `device_unavailable` without a GPU."""
+    found = [] if runtime.device == "cpu" else gpus()
+    if found:
+        best = max(found, key=lambda gpu: gpu.free_memory)
+        return Target("cuda", best.name, best.free_memory)
+    if runtime.device == "cuda":
+        raise ResourceError(
+            "device_unavailable",
+            "The recipe asks for a GPU, and none is visible here.",
+            value="runtime.device='cuda'",
+            fix="Leave runtime.device at 'auto' or set it to 'cpu'.",
+        )
+    return Target("cpu", f"{runtime.threads} CPU thread{'s' if runtime.threads > 1 else ''}", available_memory())
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)

@@ -1,0 +1,182 @@
+"""What a method costs: time, memory and disk, each with its basis.
+
+Time is what runs of this workspace have measured on the same kind of device, where there is such a run; otherwise it
+follows from the stated assumptions below.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from pydantic import ValidationError
+
+from opd_mcp.jobs.devices import Target
+from opd_mcp.jobs.workload import PROCESS_BYTES, DataSize, ModelSize, Work, phase_disk, phase_work
+from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.plans import Finding, MethodEstimate, PhaseEstimate
+from opd_mcp.schemas.recipes import Method, Recipe
+from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.runs import PhaseName, RunPhase
+
+COST_FILE = "cost.json"
+MEASUREMENTS_READ = 60
+MEASUREMENTS_USED = 5
+# Runs of models within this factor of the planned work's size tell something about it.
+COMPARABLE_FACTOR = 30.0
+
+
+class PhaseCost(Schema):
+    """One phase as it was estimated and as it went; `cost.json` of an artifact holds those that made it."""
+
+    work: str
+    device: str
+    expected_flops: float
+    cost: StageCost
+
+
+def work_name(phase: str, method: str) -> str:
+    """What measured costs are compared by: the phase, and for `distill` its method as well."""
+    return f"{phase}:{method}" if phase == "distill" else phase
+
+
+class ArtifactCosts(Schema):
+    """`cost.json`: what the phases that made an artifact took."""
+
+    phases: list[PhaseCost]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Assumed operations a second when generating and otherwise, and seconds of one layer's forward pass at least."""
+
+    generation: float
+    dense: float
+    layer_seconds: float
+    label: str
+
+
+def assumed_speed(target: Target, recipe: Recipe) -> Speed:
+    """What is assumed of a device on which nothing was measured yet."""
+    if target.kind == "cpu":
+        threads = recipe.runtime.threads
+        return Speed(6e9 * threads, 2e10 * threads, 2.5e-4, f"20 GFLOP/s on {target.name}, 6 when generating")
+    if recipe.runtime.dtype == "bfloat16":
+        return Speed(5e12, 2e14, 6e-5, f"200 TFLOP/s on {target.name}, 5 when generating")
+    return Speed(2e12, 2e13, 6e-5, f"20 TFLOP/s on {target.name}, 2 when generating")
+
+
+def measured_costs(artifacts: Path) -> list[PhaseCost]:
+    """The newest phase costs recorded with the artifacts `<kind>/<id>/cost.json` below the folder."""
+    found = [(path.stat().st_mtime, path) for path in artifacts.glob(f"*/*/{COST_FILE}")]
+    costs: list[PhaseCost] = []
+    for _, path in sorted(found, reverse=True)[:MEASUREMENTS_READ]:
+        try:
+            costs += ArtifactCosts.from_json(path.read_bytes()).phases
+        except (OSError, ValidationError):
+            continue  # a hint for estimates only: another version's file is as good as none
+    return costs
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Estimates for one pair of models and one set of prompts on one device."""
+
+    recipe: Recipe
+    student: ModelSize
+    teacher: ModelSize
+    data: DataSize
+    target: Target
+    measured: Sequence[PhaseCost] = ()
+
+    def method(self, method: Method, phases: Sequence[RunPhase]) -> MethodEstimate:
+        """The cost of those phases that no artifact satisfies."""
+        pending = [phase for phase in phases if phase.satisfied_by is None]
+        works = {phase.name: self.work(phase.name, method) for phase in pending}
+        estimates = [self._phase(name, work, method) for name, work in works.items()]
+        heaviest = max(works, key=lambda name: works[name].memory, default=None)
+        peak = (works[heaviest].memory if heaviest else 0) + PROCESS_BYTES
+        recipe = self.recipe
+        return MethodEstimate(
+            method=method,
+            flops=sum(estimate.flops for estimate in estimates),
+            seconds=sum(estimate.seconds for estimate in estimates),
+            peak_memory_bytes=peak,
+            disk_bytes=sum(phase_disk(name, recipe, self.student, self.data) for name in works),
+            memory_basis=f"computed for phase {heaviest}: weights, optimizer, activations and logits of its largest "
+            f"batch, plus {PROCESS_BYTES >> 20} MiB for the process"
+            if heaviest
+            else "nothing is left to compute",
+            disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed",
+            phases=estimates,
+        )
+
+    def work(self, name: PhaseName, method: Method) -> Work:
+        """The work of one phase."""
+        return phase_work(name, self.recipe, self.student, self.teacher, self.data, method)
+
+    def _phase(self, name: PhaseName, work: Work, method: Method) -> PhaseEstimate:
+        if name == "fetch":
+            return PhaseEstimate(phase=name, flops=0.0, seconds=0.0, basis="the download is not estimated")
+        rates = self._measured_rates(work_name(name, method), work)
+        if rates:
+            seconds, source = (
+                work.flops / median(rates),
+                f"measured in {len(rates)} earlier run(s) on {self.target.kind}",
+            )
+        else:
+            seconds, source = self._assumed_seconds(name, work, method)
+        return PhaseEstimate(
+            phase=name,
+            flops=work.flops,
+            seconds=round(seconds, 3),
+            basis=f"{source}; every response counted at its full length, so an upper bound for the tokens",
+        )
+
+    def _measured_rates(self, name: str, work: Work) -> list[float]:
+        comparable = [
+            cost.expected_flops / cost.cost.seconds
+            for cost in self.measured
+            if cost.work == name
+            and cost.device == self.target.kind
+            and cost.cost.seconds > 0
+            and work.flops / COMPARABLE_FACTOR < cost.expected_flops < work.flops * COMPARABLE_FACTOR
+        ]
+        return comparable[:MEASUREMENTS_USED]
+
+    def _assumed_seconds(self, name: PhaseName, work: Work, method: Method) -> tuple[float, str]:
+        speed = assumed_speed(self.target, self.recipe)
+        generates = name in ("generate_responses", "rollout", "benchmark") or (name == "distill" and method == "live")
+        rate = speed.generation if generates else speed.dense
+        layers = self.teacher.layers if name in ("generate_responses", "score") else self.student.layers
+        seconds = max(work.flops / rate, work.passes * layers * speed.layer_seconds)
+        return seconds, f"assumed: {speed.label}, and {speed.layer_seconds * 1e6:.0f} µs a layer and pass at least"
+
+
+def resource_findings(estimate: MethodEstimate, target: Target, disk_free: int) -> list[Finding]:
+    """What the device or the disk is too small for."""
+    findings = []
+    if estimate.peak_memory_bytes > target.memory:
+        findings.append(
+            Finding(
+                code="not_enough_memory",
+                message=f"The plan needs about {_gib(estimate.peak_memory_bytes)} of memory; {target.name} has "
+                f"{_gib(target.memory)} free.",
+                fix="Lower distill.micro_batch_tokens, sft.micro_batch_tokens, rollout.batch_size or max_new_tokens by "
+                "overrides, choose smaller models, or wait until memory is free.",
+            )
+        )
+    if estimate.disk_bytes > disk_free:
+        findings.append(
+            Finding(
+                code="not_enough_disk",
+                message=f"The plan writes up to {_gib(estimate.disk_bytes)}; the workspace's disk has "
+                f"{_gib(disk_free)} free.",
+                fix="Free disk space, move the workspace (OPD_HOME), or lower rollout.count or score.topk.",
+            )
+        )
+    return findings
+
+
+def _gib(value: int) -> str:
+    return f"{value / 2**30:.2f} GiB"

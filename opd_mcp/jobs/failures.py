@@ -1,0 +1,67 @@
+"""Why a run failed, for people and agents: cause, way out, a suggested override and the end of the log."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.runs import Failure
+
+LOG_LINES = 15
+LOG_BYTES = 16 << 10
+LINE_CHARACTERS = 300
+_NOISE = re.compile(r"^\s*$|^-- |^\s*[\^~]+\s*$")
+
+
+def failure_of(error: Exception, log: Path) -> Failure:
+    """The failure record of an exception that ended a run."""
+    if isinstance(error, OpdError):
+        given = f" Got: {error.value!r}." if error.value is not None else ""
+        return Failure(code=error.code, cause=f"{error.message}{given}", fix=error.fix, log_tail=log_tail(log))
+    if is_out_of_memory(error):
+        override: dict[str, Any] = {"distill.micro_batch_tokens": 4096, "sft.micro_batch_tokens": 4096}
+        return Failure(
+            code="not_enough_memory",
+            cause=f"The device ran out of memory ({_first_line(error)}).",
+            fix="Start again with the suggested overrides; finished phases are reused.",
+            override=override | {"score.micro_batch_tokens": 4096, "rollout.batch_size": 32},
+            log_tail=log_tail(log),
+        )
+    return Failure(
+        code="internal_error",
+        cause=f"{type(error).__name__}: {_first_line(error)}",
+        fix="Read log_tail; start again to go on from the last finished phase, and report this if it comes back.",
+        log_tail=log_tail(log),
+    )
+
+
+def lost_failure(log: Path) -> Failure:
+    """The failure of a run whose process ended without a final state."""
+    return Failure(
+        code="worker_lost",
+        cause="The worker process ended without finishing: it was killed, ran out of memory, or the machine went down.",
+        fix="Start it again with the same arguments; finished phases are reused.",
+        log_tail=log_tail(log),
+    )
+
+
+def log_tail(log: Path) -> list[str]:
+    """The last useful lines of a log; empty when there is none."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - LOG_BYTES, 0))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = [line.rstrip()[:LINE_CHARACTERS] for line in text.replace("\r", "\n").splitlines()]
+    return [line for line in lines if not _NOISE.search(line)][-LOG_LINES:]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine or the GPU had no memory left; torch's class is known by name, without importing it."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:LINE_CHARACTERS]

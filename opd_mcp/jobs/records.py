@@ -1,0 +1,88 @@
+"""The immutable record of a new run: its id, what it was asked, and on what it will run."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import opd_mcp
+from opd_mcp.identity.models import ModelCache, ModelFacts
+from opd_mcp.jobs.devices import Target, target_of
+from opd_mcp.jobs.estimates import Estimator, measured_costs
+from opd_mcp.jobs.phases import request_hash
+from opd_mcp.jobs.workload import ModelSize, data_size
+from opd_mcp.schemas.plans import MethodEstimate
+from opd_mcp.schemas.runs import ModelInput, RunRecord, RunRequest
+from opd_mcp.store.ids import new_id
+from opd_mcp.store.journal import utc_now
+from opd_mcp.store.workspace import Workspace
+
+RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+NAME_CHARACTERS = 32
+
+
+def new_record(request: RunRequest, workspace: Workspace, models: ModelCache) -> RunRecord:
+    """A record with a fresh id; raises ResourceError `device_unavailable`."""
+    target = target_of(request.recipe.runtime)
+    estimate = expected_cost(request, workspace, models, target)
+    return RunRecord(
+        run_id=new_id(run_label(request)),
+        created_at=utc_now(),
+        request_hash=request_hash(request.kind, request.phases),
+        request=request,
+        versions=installed_versions(),
+        hardware=f"{target.name}, {platform.machine()}, {platform.system()}",
+        expected_seconds=estimate.seconds if estimate else None,
+        expected_phase_seconds={phase.phase: phase.seconds for phase in estimate.phases} if estimate else {},
+    )
+
+
+def run_label(request: RunRequest) -> str:
+    """The readable part of a run's id: what it does, and to which model."""
+    inputs = request.inputs
+    model = inputs.student or inputs.model or inputs.teacher
+    prefix = request.recipe.distill.method if request.kind == "distill" else request.kind
+    return f"{prefix}-{model_label(model)[:NAME_CHARACTERS]}"
+
+
+def model_label(model: ModelInput | None) -> str:
+    """A model's short name: its artifact, else the last part of its Hub id or path."""
+    if model is None:
+        return "run"
+    return model.artifact_id or (model.hub_id or str(model.path)).rstrip("/").rsplit("/", 1)[-1]
+
+
+def expected_cost(
+    request: RunRequest, workspace: Workspace, models: ModelCache, target: Target
+) -> MethodEstimate | None:
+    """What the run is expected to take; None while a model of it is still to be fetched."""
+    inputs = request.inputs
+    first, second = inputs.student or inputs.model, inputs.teacher
+    student, teacher = _facts(first or second, models), _facts(second or first, models)
+    if student is None or teacher is None:
+        return None
+    method = request.recipe.distill.method
+    estimator = Estimator(
+        recipe=request.recipe,
+        student=ModelSize.of(student),
+        teacher=ModelSize.of(teacher),
+        data=data_size(inputs),
+        target=target,
+        measured=measured_costs(workspace.artifacts),
+    )
+    return estimator.method(method, request.phases)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    found = {"opd-mcp": opd_mcp.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # an extra that is not installed decides nothing
+    return found
+
+
+def _facts(model: ModelInput | None, models: ModelCache) -> ModelFacts | None:
+    return models.inspect_model(Path(model.path)) if model and model.path else None

@@ -1,0 +1,58 @@
+"""What a stage reports, written into the run's journal."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.runs import cancel_requested
+
+PROGRESS_SECONDS = 0.5
+CANCEL_SECONDS = 0.1
+ALERTS_PER_CODE = 5
+
+
+class JournalReporter:
+    """The engine's reporter of a run: at most two progress lines a second, a metric line a step, rare alerts."""
+
+    def __init__(self, journal: JournalWriter, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._journal = journal
+        self._directory = directory
+        self._clock = clock
+        self._unit = ""
+        self._next_progress = 0.0
+        self._next_cancel_check = 0.0
+        self._cancelled = False
+        self._alerts: Counter[str] = Counter()
+
+    def phase(self, name: str) -> None:
+        """A part of the stage begins: into the log only, since the journal's phases are the run's."""
+        print(f"-- {name}", file=sys.stderr, flush=True)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """A progress line when half a second has passed, at the end, and for each new unit."""
+        now = self._clock()
+        if now < self._next_progress and done < total and unit == self._unit:
+            return
+        self._unit, self._next_progress = unit, now + PROGRESS_SECONDS
+        self._journal.append("progress", {"done": done, "total": total, "unit": unit}, durable=False)
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        """A metric line; not fsynced, since a lost one is only a point of a curve."""
+        self._journal.append("metric", {"step": step, "values": dict(values)}, durable=False)
+
+    def alert(self, code: str, message: str) -> None:
+        """An alert line; the same code is told a few times, not at every step."""
+        self._alerts[code] += 1
+        if self._alerts[code] <= ALERTS_PER_CODE:
+            self._journal.append("alert", {"code": code, "message": message})
+
+    def should_stop(self) -> bool:
+        """Whether the user asked to stop; the file is looked at ten times a second at most."""
+        now = self._clock()
+        if not self._cancelled and now >= self._next_cancel_check:
+            self._next_cancel_check = now + CANCEL_SECONDS
+            self._cancelled = cancel_requested(self._directory)
+        return self._cancelled

@@ -1,0 +1,251 @@
+"""The jobs layer's face: every method is synchronous, answers in under two seconds and raises only OpdError."""
+
+import subprocess
+import threading
+
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.models import ModelCache
+from opd_mcp.jobs.composing import Composer
+from opd_mcp.jobs.launch import launch_worker
+from opd_mcp.jobs.leases import LeaseFolder
+from opd_mcp.jobs.planning import Planner, changed_parts
+from opd_mcp.jobs.records import new_record
+from opd_mcp.jobs.references import References
+from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.jobs.setup import setup_report
+from opd_mcp.jobs.status import snapshot_of, status_of, wait_token_of
+from opd_mcp.jobs.views import Views
+from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
+from opd_mcp.schemas.identity import ArtifactKind
+from opd_mcp.schemas.plans import Plan
+from opd_mcp.schemas.requests import (
+    BenchmarkStudent,
+    BuildTeacherCache,
+    GenerateTeacherResponses,
+    PlanDistillation,
+    StartDistillation,
+    StartSft,
+)
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunKind, RunList, RunRequest, RunSnapshot, RunState, RunStatus
+from opd_mcp.schemas.setup import Limits, SetupReport
+from opd_mcp.store.plans import read_plan, save_plan
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.runs import request_cancel, run_directory
+from opd_mcp.store.store import Store
+from opd_mcp.store.workspace import Workspace
+
+LATEST = "latest"
+PLAN_ONLY = {"plan_id", "benchmark"}
+
+
+class JobService:
+    """Plans, starts, follows and stops runs of one workspace; safe to call from several threads."""
+
+    def __init__(self, workspace: Workspace, roots: AllowedRoots, settings: JobSettings | None = None) -> None:
+        self.settings = settings or JobSettings()
+        self.workspace = workspace
+        self.roots = AllowedRoots([workspace.root, *roots.roots, self.settings.examples])
+        self.store = Store(workspace)
+        self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
+        self._models = ModelCache()
+        self._references = References(self.store, self.roots, self._models)
+        self._planner = Planner(self._references, self._find_artifact)
+        self._composer = Composer(self._references, self._find_artifact)
+        self._views = Views(workspace)
+        self._starting = threading.Lock()
+        self._workers: list[subprocess.Popen[bytes]] = []
+
+    def setup(self) -> SetupReport:
+        """The machine, the workspace, the limits and the embedded example."""
+        return setup_report(self.store, self.roots, self.leases, self.settings)
+
+    def plan(self, arguments: PlanDistillation) -> Plan:
+        """What a distillation would do, what it costs and what stands in its way; saved under its `plan_id`.
+
+        Raises OpdError for inputs that cannot be used at all: paths, data, overrides, tokenizers that differ.
+        """
+        with self._starting:
+            plan = self._planner.plan(arguments)
+        save_plan(self.workspace, plan)
+        write_atomic(self.workspace.plans / f"{plan.plan_id}.arguments", arguments.to_json(indent=2) + "\n")
+        return plan
+
+    def start_distillation(self, arguments: StartDistillation) -> RunSnapshot:
+        """The run of a plan, of a plan's arguments, or of a student and a teacher cache.
+
+        Raises PlanError `plan_blocked` or `plan_changed`, ConsistencyError, and what `plan` raises.
+        """
+        if arguments.plan_id is not None:
+            plan = self._unchanged_plan(arguments)
+        elif arguments.cache_id is not None:
+            require_cache_arguments(arguments)
+            with self._starting:
+                request = self._composer.from_cache(arguments)
+            return self._start(request)
+        else:
+            plan = self.plan(plan_arguments(arguments))
+        require_unblocked(plan)
+        return self._start(self._composer.from_plan(plan, benchmark=arguments.benchmark))
+
+    def generate_teacher_responses(self, arguments: GenerateTeacherResponses) -> RunSnapshot:
+        """The run in which the teacher answers the prompts."""
+        with self._starting:
+            request = self._composer.responses(arguments)
+        return self._start(request)
+
+    def start_sft(self, arguments: StartSft) -> RunSnapshot:
+        """The run that fine-tunes a student on responses."""
+        with self._starting:
+            request = self._composer.sft(arguments)
+        return self._start(request)
+
+    def build_teacher_cache(self, arguments: BuildTeacherCache) -> RunSnapshot:
+        """The run that draws the student's rollouts and scores them with the teacher; `cache_id` is known at once.
+
+        Raises ConsistencyError `teacher_mismatch`, `lineage_missing` or `tokenizer_mismatch`.
+        """
+        with self._starting:
+            request = self._composer.cache(arguments)
+        return self._start(request)
+
+    def benchmark_student(self, arguments: BenchmarkStudent) -> RunSnapshot:
+        """The run that measures a model and its baselines on prompts."""
+        with self._starting:
+            request = self._composer.benchmark(arguments)
+        return self._start(request)
+
+    def status(self, run_id: str = LATEST) -> RunStatus:
+        """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""
+        self._reap()
+        run_id = self._existing(run_id)
+        position = self.leases.queue_position(run_id)
+        return self._views.read(run_id, lambda view, record: status_of(view, record, position))
+
+    def list_runs(
+        self, state: RunState | None = None, kind: RunKind | None = None, limit: int = 20, cursor: str | None = None
+    ) -> RunList:
+        """A page of runs, newest first; raises ArgumentError `invalid_argument` for a bad limit or cursor."""
+        if not 1 <= limit <= Limits().list_limit:
+            raise ArgumentError(
+                "invalid_argument",
+                f"limit is between 1 and {Limits().list_limit}.",
+                value=limit,
+                fix="Give a smaller limit and go on with next_cursor.",
+            )
+        return self.store.list_runs(state=state, kind=kind, limit=limit, cursor=cursor)
+
+    def cancel(self, run_id: str) -> RunSnapshot:
+        """The run after a durable cancel request; raises RunError `run_not_active` for a run that has ended."""
+        run_id = self._existing(run_id)
+        before = self._views.read(run_id, lambda view, record: view.state)
+        if before not in ACTIVE_STATES:
+            raise RunError(
+                "run_not_active",
+                f"The run has ended: {before}.",
+                value=run_id,
+                fix="Call list_runs(state='running') to see what is active.",
+            )
+        request_cancel(run_directory(self.workspace, run_id))
+        return self._views.read(run_id, snapshot_of)
+
+    def wait_token(self, run_id: str) -> str:
+        """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
+        return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
+
+    def _start(self, request: RunRequest) -> RunSnapshot:
+        self._reap()
+        with self._starting:
+            record = new_record(request, self.workspace, self._models)
+        started = self.store.start_once(record)
+        if started.lock is not None:
+            self._workers.append(launch_worker(self.workspace, started.lock, self.settings))
+        return self._views.read(started.run_id, lambda view, record: snapshot_of(view, record, reused=started.reused))
+
+    def _unchanged_plan(self, arguments: StartDistillation) -> Plan:
+        require_nothing_but_plan(arguments)
+        saved = read_plan(self.workspace, str(arguments.plan_id))
+        file = self.workspace.plans / f"{saved.plan_id}.arguments"
+        planned = PlanDistillation.from_json(file.read_bytes())
+        now = self.plan(planned)
+        if now.plan_id == saved.plan_id:
+            return now
+        changed = changed_parts(planned, saved, now)
+        raise PlanError(
+            "plan_changed",
+            f"What was planned is no longer there as it was; changed: {', '.join(changed)}.",
+            value=saved.plan_id,
+            fix=f"Look at the new plan and call start_distillation(plan_id='{now.plan_id}').",
+        )
+
+    def _existing(self, run_id: str) -> str:
+        if run_id != LATEST:
+            return run_id
+        latest = self.store.latest_run()
+        if latest is None:
+            raise UnknownIdError(
+                "unknown_run",
+                "There is no run in this workspace yet.",
+                value=run_id,
+                fix="Call plan_distillation, then start_distillation.",
+            )
+        return latest
+
+    def _find_artifact(self, kind: ArtifactKind, key: str) -> str | None:
+        found = self.store.artifacts.find_by_key(kind, key)
+        return found.artifact_id if found else None
+
+    def _reap(self) -> None:
+        # A finished worker stays a zombie of this process until somebody asks for its exit status.
+        self._workers = [worker for worker in self._workers if worker.poll() is None]
+
+
+def plan_arguments(arguments: StartDistillation) -> PlanDistillation:
+    """The plan's arguments in those of a start; raises ArgumentError `invalid_argument` naming what is missing."""
+    missing = [name for name in ("student", "teacher", "prompts") if getattr(arguments, name) is None]
+    if missing:
+        raise ArgumentError(
+            "invalid_argument",
+            f"Missing: {', '.join(missing)}.",
+            fix="Give plan_id, or student + teacher + prompts, or student + cache_id.",
+        )
+    values = {name: getattr(arguments, name) for name in PlanDistillation.model_fields}
+    return PlanDistillation(**values)
+
+
+def require_cache_arguments(arguments: StartDistillation) -> None:
+    """Raise ArgumentError `invalid_argument` for a start from a cache without a student, or with what is of no use."""
+    if arguments.student is None:
+        raise ArgumentError("invalid_argument", "cache_id needs a student.", fix="Give the cache's student as well.")
+    if arguments.sft_prompts is not None:
+        raise ArgumentError(
+            "invalid_argument",
+            "sft_prompts have no use with cache_id: the cache's student has had its SFT.",
+            fix="Leave out sft_prompts.",
+        )
+
+
+def require_nothing_but_plan(arguments: StartDistillation) -> None:
+    """Raise ArgumentError `invalid_argument` for arguments beside plan_id that would change the plan."""
+    fields = type(arguments).model_fields
+    given = [
+        name
+        for name in arguments.model_fields_set - PLAN_ONLY
+        if getattr(arguments, name) != fields[name].get_default(call_default_factory=True)
+    ]
+    if given:
+        raise ArgumentError(
+            "invalid_argument",
+            f"A plan_id stands for all its arguments; given beside it: {', '.join(sorted(given))}.",
+            fix="Give plan_id alone (and benchmark), or leave plan_id out.",
+        )
+
+
+def require_unblocked(plan: Plan) -> None:
+    """Raise PlanError `plan_blocked` with what blocks a plan."""
+    if plan.blocking:
+        raise PlanError(
+            "plan_blocked",
+            " ".join(f"[{finding.code}] {finding.message}" for finding in plan.blocking),
+            value=plan.plan_id,
+            fix=" ".join(finding.fix for finding in plan.blocking),
+        )

@@ -1,0 +1,36 @@
+"""What the entry points decide once and the jobs layer is handed: folders and slots."""
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from platformdirs import user_runtime_path
+
+import opd_mcp
+
+
+def default_lease_folder() -> Path:
+    """The per-user, machine-wide folder of the device locks, shared by all workspaces."""
+    # Clients start servers with few variables, and without XDG_RUNTIME_DIR it warns about its (safe) fall-back.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return user_runtime_path("opd-mcp") / "leases"
+
+
+def default_examples_directory() -> Path:
+    """The folder `examples/`: beside the package in a checkout, inside it in a wheel."""
+    package = Path(opd_mcp.__file__).resolve().parent
+    beside = package.parent / "examples"
+    return beside if beside.is_dir() else package / "examples"
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """Where leases and examples are, how many CPU runs fit at a time, and what starts a worker."""
+
+    lease_folder: Path = field(default_factory=default_lease_folder)
+    cpu_slots: int = field(default_factory=lambda: os.cpu_count() or 1)
+    examples: Path = field(default_factory=default_examples_directory)
+    worker_command: tuple[str, ...] = (sys.executable, "-m", "opd_mcp.cli", "worker")

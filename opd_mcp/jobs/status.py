@@ -1,0 +1,139 @@
+"""What a run's view and record say to its reader: snapshot, status, ETA, and the one next call."""
+
+import time
+
+from opd_mcp.jobs.failures import lost_failure
+from opd_mcp.jobs.phases import cache_id_of
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord, RunSnapshot, RunState, RunStatus
+from opd_mcp.store.runs import LOG_FILE
+from opd_mcp.store.view import RunView, seconds_of
+
+MIN_CHECK_SECONDS = 5.0
+MAX_CHECK_SECONDS = 300.0
+UNKNOWN_CHECK_SECONDS = 15.0
+# How far the pace of finished phases may correct what was expected of the others.
+PACE_LIMITS = (0.05, 20.0)
+
+
+def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> RunSnapshot:
+    """The run as the tools that start or stop it answer."""
+    kind = record.request.kind
+    return RunSnapshot(
+        run_id=record.run_id,
+        kind=kind,
+        state=view.state,
+        phase=view.phase,
+        progress=view.progress,
+        reused=reused,
+        cache_id=cache_id_of(record.request.phases),
+        next_action=next_action(view, record),
+    )
+
+
+def status_of(view: RunView, record: RunRecord, queue_position: int | None) -> RunStatus:
+    """The run as `get_run_status` answers."""
+    active = view.state in ACTIVE_STATES
+    eta = remaining_seconds(view, record, time.time()) if view.state == "running" else None
+    error = lost_failure(view.directory / LOG_FILE) if view.state == "lost" else view.error
+    return RunStatus(
+        run_id=record.run_id,
+        kind=record.request.kind,
+        state=view.state,
+        phase=view.phase if active else None,
+        phases_done=view.phases_done,
+        phases_total=len(record.request.phases),
+        progress=view.progress if active else None,
+        queue_position=queue_position,
+        eta_s=None if eta is None else round(eta, 1),
+        elapsed_s=_elapsed(view, time.time()),
+        metrics=view.metrics,
+        alerts=view.alerts,
+        result=view.result,
+        error=error,
+        next_check_s=_next_check(eta) if active else None,
+        next_action=next_action(view, record),
+    )
+
+
+def remaining_seconds(view: RunView, record: RunRecord, now: float) -> float | None:
+    """Seconds to the end of all phases; None while the current phase's pace, or a later phase's cost, is unknown.
+
+    Later phases count as they were expected, corrected by how the finished ones went.
+    """
+    expected = record.expected_phase_seconds
+    pace = _pace(view, record)
+    current = _current_remaining(view, expected, pace, now)
+    later = [phase.name for phase in record.request.phases if phase.name not in {*view.phases_done, view.phase}]
+    if current is None or any(name not in expected for name in later):
+        return None
+    return current + pace * sum(expected[name] for name in later)
+
+
+def next_action(view: RunView, record: RunRecord) -> str:
+    """The one next call, ready to make."""
+    run_id = record.run_id
+    if view.state in ACTIVE_STATES:
+        return f"Call get_run_status(run_id='{run_id}', wait_seconds=25)"
+    if view.state != "succeeded":
+        again = "Start it again with the same arguments when you want it; finished phases are reused."
+        return view.error.fix if view.state == "failed" and view.error else again
+    return _after_success(record, benchmarked="benchmark" in view.artifacts)
+
+
+def _after_success(record: RunRecord, *, benchmarked: bool) -> str:
+    run_id, inputs = record.run_id, record.request.inputs
+    teacher = inputs.teacher.reference if inputs.teacher else "…"
+    match record.request.kind:
+        case "generate":
+            return f"Call start_sft(student='…', responses='{run_id}')"
+        case "sft":
+            return f"Call build_teacher_cache(teacher='{teacher}', student='{run_id}', prompts='…')"
+        case "cache":
+            student = inputs.student.reference if inputs.student else "…"
+            cache_id = cache_id_of(record.request.phases)
+            return f"Call start_distillation(student='{student}', cache_id='{cache_id}')"
+        case "distill" if not benchmarked:
+            return f"Call benchmark_student(model='{run_id}', prompts='…', teacher='{teacher}')"
+        case _:
+            return "Read result: `scores` holds the evidence, `paths` the absolute paths of what was made."
+
+
+def _current_remaining(view: RunView, expected: dict[str, float], pace: float, now: float) -> float | None:
+    if view.phase is None or view.phase in view.phases_done:
+        return 0.0
+    if view.progress is not None and view.progress.eta_s is not None:
+        since = now - seconds_of(view.updated_at) if view.updated_at else 0.0
+        return max(view.progress.eta_s - max(since, 0.0), 0.0)
+    if view.phase not in expected or view.phase_started_at is None:
+        return None
+    left = pace * expected[view.phase] - (now - seconds_of(view.phase_started_at))
+    return left if left > 0 else None
+
+
+def _pace(view: RunView, record: RunRecord) -> float:
+    known = [
+        (cost.seconds, record.expected_phase_seconds.get(cost.stage, 0.0)) for cost in view.costs if not cost.reused
+    ]
+    actual, planned = sum(pair[0] for pair in known), sum(pair[1] for pair in known)
+    if planned <= 0 or actual <= 0:
+        return 1.0
+    return min(max(actual / planned, PACE_LIMITS[0]), PACE_LIMITS[1])
+
+
+def _elapsed(view: RunView, now: float) -> float | None:
+    if view.started_at is None:
+        return None
+    end = view.finished_at or (view.updated_at if view.state == "lost" else None)
+    return round(max((seconds_of(end) if end else now) - seconds_of(view.started_at), 0.0), 1)
+
+
+def _next_check(eta: float | None) -> float:
+    if eta is None:
+        return UNKNOWN_CHECK_SECONDS
+    return round(min(max(eta, MIN_CHECK_SECONDS), MAX_CHECK_SECONDS), 1)
+
+
+def wait_token_of(view: RunView) -> str:
+    """A short text that changes with state, phase, phases done and alerts."""
+    state: RunState = view.state
+    return f"{state}/{view.phase or '-'}/{len(view.phases_done)}/{view.alert_count}"

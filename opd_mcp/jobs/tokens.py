@@ -1,0 +1,27 @@
+"""Prompt lengths in tokens, without transformers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd_mcp.identity.data import PromptRow
+
+SAMPLED_PROMPTS = 64
+
+
+def mean_prompt_tokens(model: Path, rows: Sequence[PromptRow]) -> float | None:
+    """Mean tokens of evenly sampled prompts, without the chat template's; None for a tokenizer that cannot be read."""
+    from tokenizers import Tokenizer
+
+    step = max(len(rows) // SAMPLED_PROMPTS, 1)
+    texts = [_whole_text(row) for row in rows[::step][:SAMPLED_PROMPTS]]
+    try:
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    except Exception:  # the Rust side raises bare Exception; a length for an estimate is no reason to fail
+        return None
+    return round(sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) / len(texts), 2)
+
+
+def _whole_text(row: PromptRow) -> str:
+    if row.prompt is not None:
+        return row.prompt
+    return "\n".join(str(message.get("content", "")) for message in row.messages or ())

@@ -1,0 +1,145 @@
+"""The worker: the one process that does a run's work, from its place in the queue to its final state.
+
+It holds the run's lock for its whole life, takes a device lease, and only then imports the engine.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.jobs.devices import gpus
+from opd_mcp.jobs.failures import failure_of
+from opd_mcp.jobs.fetching import prepared_record
+from opd_mcp.jobs.leases import Lease, LeaseFolder
+from opd_mcp.jobs.pipeline import Pipeline, Stages, run_cancelled
+from opd_mcp.jobs.reporting import JournalReporter
+from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.jobs.workload import expected_flops
+from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.recipes import RuntimeRecipe
+from opd_mcp.schemas.runs import RunRecord, RunState
+from opd_mcp.store.journal import JournalWriter, next_attempt
+from opd_mcp.store.runs import JOURNAL_FILE, LOG_FILE, RunLock, read_record, run_directory
+from opd_mcp.store.store import Store
+from opd_mcp.store.workspace import Workspace
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def engine_stages() -> Stages:
+    """The real stages; torch and transformers are imported here."""
+    from opd_mcp.engine import stages
+
+    return stages
+
+
+def main(
+    workspace_root: Path,
+    run_id: str,
+    lock_fd: int | None = None,
+    lease_folder: Path | None = None,
+    cpu_slots: int | None = None,
+    load_stages: Callable[[], Stages] = engine_stages,
+) -> int:
+    """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed.
+
+    Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
+    """
+    workspace = Workspace(workspace_root)
+    directory = run_directory(workspace, run_id)
+    lock = RunLock.acquire(directory) if lock_fd is None else RunLock.adopt(directory, lock_fd)
+    defaults = JobSettings()
+    leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
+    with lock, JournalWriter(directory / JOURNAL_FILE, next_attempt(directory / JOURNAL_FILE)) as journal:
+        return work(Store(workspace), directory, journal, leases, load_stages)
+
+
+def work(
+    store: Store, directory: Path, journal: JournalWriter, leases: LeaseFolder, load_stages: Callable[[], Stages]
+) -> int:
+    """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
+    reporter = JournalReporter(journal, directory)
+    journal.append("state", {"state": "queued"})
+    try:
+        record = read_record(directory)
+        lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
+        prepare_environment(record.request.recipe.runtime, lease)
+        journal.append("state", {"state": "running"})
+        result = run_phases(store, directory, record, journal, reporter, device_kind(lease), load_stages)
+        journal.append("result", result)
+        return _ended(journal, "succeeded")
+    except OpdError as error:
+        if error.code == "run_cancelled":
+            return _ended(journal, "cancelled")
+        return _failed(journal, directory, error)
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(journal, directory, error)
+
+
+def run_phases(
+    store: Store,
+    directory: Path,
+    record: RunRecord,
+    journal: JournalWriter,
+    reporter: JournalReporter,
+    device: str,
+    load_stages: Callable[[], Stages],
+) -> dict[str, Any]:
+    """The result of all phases; the stages are loaded when a phase has to be computed, not before."""
+    record = prepared_record(store.workspace, record, journal, reporter)
+    from opd_mcp.engine.context import Context
+
+    recipe = record.request.recipe
+    pipeline = Pipeline(
+        record=record,
+        directory=directory,
+        artifacts=store.artifacts,
+        journal=journal,
+        reporter=reporter,
+        load_stages=load_stages,
+        context=Context(recipe.runtime, recipe.prompting, reporter),
+        device=device,
+        flops=lambda name: expected_flops(name, recipe, record.request.inputs),
+    )
+    return pipeline.run()
+
+
+def device_lease(runtime: RuntimeRecipe, leases: LeaseFolder, owner: str, reporter: JournalReporter) -> Lease:
+    """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`."""
+    found = [] if runtime.device == "cpu" else gpus()
+    slots = [f"gpu-{gpu.uuid}" for gpu in found] or leases.cpu_slot_names()
+    count = 1 if found else min(runtime.threads, len(slots))
+    lease = leases.acquire(owner, slots, count, reporter.should_stop)
+    if lease is None:
+        raise run_cancelled()
+    return lease
+
+
+def device_kind(lease: Lease) -> str:
+    """`cuda` or `cpu`."""
+    return "cuda" if lease.slots[0].startswith("gpu-") else "cpu"
+
+
+def prepare_environment(runtime: RuntimeRecipe, lease: Lease) -> None:
+    """Threads and visible devices for torch, which reads them when it is imported."""
+    assert "torch" not in sys.modules, "torch was imported before the lease"
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(runtime.threads)))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    visible = lease.slots[0].removeprefix("gpu-") if device_kind(lease) == "cuda" else ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def _failed(journal: JournalWriter, directory: Path, error: Exception) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    journal.append("error", failure_of(error, directory / LOG_FILE).to_dict())
+    return _ended(journal, "failed")
+
+
+def _ended(journal: JournalWriter, state: RunState) -> int:
+    journal.append("state", {"state": state})
+    return int(state == "failed")

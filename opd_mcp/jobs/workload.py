@@ -1,0 +1,207 @@
+"""How much work a phase is: floating-point operations, forward passes in sequence, memory and disk.
+
+Lengths are upper bounds (every response uses all its new tokens), so the same settings give the same numbers in every
+run and measured throughput carries over from one run to the next.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.runs import PhaseName, RunInputs
+
+PROCESS_BYTES = 700 << 20
+# The engine keeps one tile of logits alive at a time, however many tokens a micro-batch has.
+LOGIT_TILE_BYTES = 256 << 20
+LOGIT_COPIES = 4
+ACTIVATIONS_PER_WIDTH = 34
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The few numbers of a model that its cost depends on."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    kv_width: int
+    vocab: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, facts: ModelFacts) -> "ModelSize":
+        """The size of an inspected model; settings that its config lacks are counted as small."""
+        hidden = facts.hidden_size or 1
+        heads = facts.setting("num_attention_heads") or 1
+        head_width = facts.setting("head_dim") or hidden // heads
+        kv_heads = facts.setting("num_key_value_heads") or heads
+        return cls(
+            facts.parameters, facts.layers or 1, hidden, kv_heads * head_width, facts.vocab_size, facts.weight_bytes
+        )
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Rows and mean tokens of the prompts that the phases read."""
+
+    prompts: int
+    prompt_tokens: float
+    sft_prompts: int = 0
+    eval_prompts: int = 0
+    models: int = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """One phase: operations, forward passes one after the other, and peak memory in bytes."""
+
+    flops: float
+    passes: float
+    memory: int
+
+
+def phase_work(
+    name: PhaseName, recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize, method: str
+) -> Work:
+    """The work of one phase; a fetch counts as none."""
+    works = {
+        "generate_responses": lambda: _answering(recipe, teacher, data),
+        "sft": lambda: _tuning(recipe, student, data),
+        "rollout": lambda: _rolling_out(recipe, student, data),
+        "score": lambda: _scoring(recipe, student, teacher, data),
+        "distill": lambda: _distilling(recipe, student, teacher, data, method),
+        "benchmark": lambda: _benchmarking(recipe, student, teacher, data),
+    }
+    return works[name]() if name in works else Work(0.0, 0.0, 0)
+
+
+def data_size(inputs: RunInputs) -> DataSize:
+    """Rows and lengths of a run's inputs; a length that nobody measured counts as one token."""
+    prompts, sft_prompts, evaluation = inputs.prompts, inputs.sft_prompts or inputs.prompts, inputs.eval_prompts
+    return DataSize(
+        prompts=(prompts.rows if prompts else None) or 0,
+        prompt_tokens=(prompts.mean_prompt_tokens if prompts else None) or 1.0,
+        sft_prompts=(sft_prompts.rows if sft_prompts else None) or 0,
+        eval_prompts=(evaluation.rows if evaluation else None) or 0,
+        models=1 + len(inputs.baselines) if inputs.model else 2,
+    )
+
+
+def expected_flops(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> float:
+    """The operations of a phase of a run whose models are here; 0.0 for a run without models."""
+    from_path = [inputs.student or inputs.model or inputs.teacher, inputs.teacher or inputs.student or inputs.model]
+    student, teacher = (inspect_model(Path(model.path)) if model and model.path else None for model in from_path)
+    if student is None or teacher is None:
+        return 0.0
+    sizes = ModelSize.of(student), ModelSize.of(teacher)
+    return phase_work(name, recipe, *sizes, data_size(inputs), recipe.distill.method).flops
+
+
+def phase_disk(name: PhaseName, recipe: Recipe, student: ModelSize, data: DataSize) -> int:
+    """Bytes that the phase's artifact takes, before compression."""
+    match name:
+        case "generate_responses":
+            rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
+            return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
+        case "sft" | "distill":
+            return student.weight_bytes + (16 << 20)
+        case "rollout" | "score":
+            rows = recipe.rollout.count or data.prompts
+            # Ids and the student's log-probs; then the teacher's, with its top k.
+            token = 8 if name == "rollout" else 12 + 8 * recipe.score.topk
+            return int(rows * (4 * data.prompt_tokens + token * recipe.rollout.sampling.max_new_tokens))
+        case _:
+            return 1 << 20
+
+
+def _answering(recipe: Recipe, teacher: ModelSize, data: DataSize) -> Work:
+    rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
+    new_tokens = recipe.responses.sampling.max_new_tokens
+    return _generation(recipe, teacher, rows, recipe.responses.batch_size, data, new_tokens)
+
+
+def _tuning(recipe: Recipe, student: ModelSize, data: DataSize) -> Work:
+    length = min(data.prompt_tokens + recipe.responses.sampling.max_new_tokens, recipe.sft.max_length)
+    return _training(recipe, student, recipe.sft, length)
+
+
+def _rolling_out(recipe: Recipe, student: ModelSize, data: DataSize) -> Work:
+    rows, new_tokens = recipe.rollout.count or data.prompts, recipe.rollout.sampling.max_new_tokens
+    return _generation(recipe, student, rows, recipe.rollout.batch_size, data, new_tokens)
+
+
+def _generation(recipe: Recipe, model: ModelSize, rows: int, batch: int, data: DataSize, new_tokens: int) -> Work:
+    batch = min(batch, max(rows, 1))
+    length = data.prompt_tokens + new_tokens
+    values = _value_bytes(recipe)
+    keys_and_values = 2 * batch * length * model.layers * model.kv_width * values
+    memory = model.parameters * values + keys_and_values + LOGIT_COPIES * 4 * batch * model.vocab
+    return Work(2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens, int(memory))
+
+
+def _forward_memory(recipe: Recipe, model: ModelSize, tokens: float, *, layers_kept: int) -> int:
+    activations = ACTIVATIONS_PER_WIDTH * model.hidden * layers_kept * _value_bytes(recipe)
+    logits = min(tokens * 4 * model.vocab, LOGIT_TILE_BYTES)
+    return int(tokens * activations + LOGIT_COPIES * logits)
+
+
+def _training(recipe: Recipe, model: ModelSize, section: Any, length: float) -> Work:
+    tokens = section.batch_size * length
+    micro = min(max(section.micro_batch_tokens, length), tokens)
+    # Weights, gradients and two Adam moments in float32.
+    memory = 16 * model.parameters + _forward_memory(recipe, model, micro, layers_kept=model.layers)
+    passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
+    return Work(6.0 * model.parameters * section.steps * tokens, passes, memory)
+
+
+def _scoring(recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize) -> Work:
+    rows = recipe.rollout.count or data.prompts
+    tokens = rows * (data.prompt_tokens + recipe.rollout.sampling.max_new_tokens)
+    micro = min(recipe.score.micro_batch_tokens, tokens)
+    models = (student.parameters + teacher.parameters) * _value_bytes(recipe)
+    memory = models + _forward_memory(recipe, teacher, micro, layers_kept=1)
+    passes = 2 * ceil(tokens / recipe.score.micro_batch_tokens)
+    return Work(2.0 * (teacher.parameters + student.parameters) * tokens, passes, memory)
+
+
+def _distilling(recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize, method: str) -> Work:
+    section = recipe.distill
+    length = data.prompt_tokens + recipe.rollout.sampling.max_new_tokens
+    training = _training(recipe, student, section, length)
+    if method == "lightning":
+        return training
+    rows = section.batch_size
+    rollouts = _generation(recipe, student, rows, rows, data, recipe.rollout.sampling.max_new_tokens)
+    micro = min(section.micro_batch_tokens, rows * length)
+    teacher_memory = teacher.parameters * _value_bytes(recipe) + _forward_memory(recipe, teacher, micro, layers_kept=1)
+    scoring_passes = ceil(rows * length / section.micro_batch_tokens)
+    return Work(
+        training.flops + section.steps * (rollouts.flops + 2.0 * teacher.parameters * rows * length),
+        training.passes + section.steps * (rollouts.passes + scoring_passes),
+        # The student trains beside the resident teacher and its own generation cache.
+        training.memory + teacher_memory + rollouts.memory,
+    )
+
+
+def _benchmarking(recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize) -> Work:
+    section = recipe.benchmark
+    available = data.eval_prompts or min(section.kl_prompts, data.prompts)
+    prompts = min(section.limit or available, available)
+    new_tokens = section.sampling.max_new_tokens
+    answers = _generation(
+        recipe, student, prompts * (1 + section.samples_per_prompt), section.batch_size, data, new_tokens
+    )
+    kl = _generation(recipe, student, min(section.kl_prompts, prompts), section.batch_size, data, new_tokens)
+    scored = 1 + (teacher.parameters + student.parameters) / student.parameters
+    return Work(
+        data.models * (answers.flops + kl.flops * scored),
+        data.models * (answers.passes + kl.passes),
+        answers.memory + teacher.parameters * _value_bytes(recipe),
+    )
+
+
+def _value_bytes(recipe: Recipe) -> int:
+    return 2 if recipe.runtime.dtype == "bfloat16" else 4

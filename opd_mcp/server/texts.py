@@ -1,0 +1,166 @@
+"""The short texts that a model reads; programs read the structured answer beside them."""
+
+import math
+from collections.abc import Iterable
+
+from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
+from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
+from opd_mcp.schemas.setup import SetupReport
+from opd_mcp.server.results import compact, result_lines
+
+UNCHANGED_BYTES = 240
+
+
+def setup_text(report: SetupReport) -> str:
+    """The machine, the workspace, the active runs and the example's paths."""
+    lines = [f"opd-mcp {report.version}, Python {report.python}"]
+    lines += [
+        f"{device.kind}: {device.name}, {size(device.free_memory_bytes)} of {size(device.total_memory_bytes)} memory "
+        f"free, {device.slots_busy}/{device.slots} slots busy"
+        for device in report.devices
+    ]
+    lines.append(f"workspace: {report.workspace} ({size(report.free_disk_bytes)} free)")
+    lines.append(f"allowed roots: {', '.join(report.allowed_roots)}")
+    lines += [_line(run.run_id, run.kind, run.state, run.phase) for run in report.active_runs] or ["no active runs"]
+    lines.append(f"presets: {', '.join(report.presets)}; wait_seconds ≤ {report.limits.wait_seconds}")
+    if report.example:
+        lines.append("example task:")
+        lines += [f"  {name}: {path}" for name, path in report.example.to_dict().items()]
+    return _text(lines, report.next_action)
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan's id, phases, costs and findings; the recipe itself is in the structured answer."""
+    lines = [f"plan_id: {plan.plan_id} ({plan.method}, preset {plan.recipe.preset})"]
+    phases = [phase.name + (f" (done: {phase.satisfied_by})" if phase.satisfied_by else "") for phase in plan.phases]
+    lines.append(f"phases: {' → '.join(phases)}")
+    basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
+    lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
+    lines += [_estimate_line(estimate) for estimate in plan.estimates]
+    lines += _finding_lines("BLOCKING", plan.blocking)
+    lines += _finding_lines("warning", plan.warnings)
+    return _text(lines, plan.next_action)
+
+
+def cancel_text(snapshot: RunSnapshot) -> str:
+    """That the request is recorded, and the run as it still is."""
+    return "cancel requested; the run stops at its next step\n" + snapshot_text(snapshot)
+
+
+def snapshot_text(snapshot: RunSnapshot) -> str:
+    """One line on the run, and what to do next."""
+    line = _line(f"run_id: {snapshot.run_id}", snapshot.kind, snapshot.state, snapshot.phase, snapshot.progress)
+    if snapshot.reused:
+        line += "; reused: this request already had a run"
+    lines = [line]
+    if snapshot.cache_id:
+        lines.append(f"cache_id: {snapshot.cache_id}")
+    return _text(lines, snapshot.next_action)
+
+
+def status_text(status: RunStatus) -> str:
+    """Everything a model needs to go on: state, progress, metrics, alerts, and the result or the error."""
+    head = _line(f"run_id: {status.run_id}", status.kind, status.state, status.phase, status.progress)
+    times = [
+        f"{len(status.phases_done)}/{status.phases_total} phases done",
+        f"elapsed {duration(status.elapsed_s)}" if status.elapsed_s is not None else "",
+        f"eta {duration(status.eta_s)}" if status.eta_s is not None else "",
+        f"queue position {status.queue_position}" if status.queue_position is not None else "",
+        f"next check in {duration(status.next_check_s)}" if status.next_check_s is not None else "",
+    ]
+    lines = [head, ", ".join(part for part in times if part)]
+    if status.result is None and (metrics := _metrics(status)):
+        lines.append(f"metrics: {', '.join(metrics)}")
+    lines += [f"ALERT {alert.code}: {alert.message}" for alert in status.alerts[-5:]]
+    if status.result is not None:
+        lines += result_lines(status.result)
+    if status.error is not None:
+        lines += _failure_lines(status.error)
+    return _text(lines, status.next_action)
+
+
+def unchanged_text(status: RunStatus) -> str:
+    """The answer to a repeated poll, in at most 240 bytes; it stands on its own."""
+    text = _line(status.run_id[:80], status.phase, status.progress)
+    if status.state not in ACTIVE_STATES:
+        return _bounded(f"{text}, {status.state}; unchanged since the last answer, in full again in a minute", [])
+    extras = [f"eta {duration(status.eta_s)}"] if status.eta_s is not None else []
+    extras += [f"next check in {duration(status.next_check_s)}"] if status.next_check_s is not None else []
+    return _bounded(f"{text}; still {status.state}, do not restart", extras + _metrics(status)[:1])
+
+
+def list_text(runs: RunList) -> str:
+    """One line a run."""
+    lines = [f"{len(runs.rows)} of {runs.total} runs"]
+    for row in runs.rows:
+        models = " ← ".join(part for part in (row.student, row.teacher) if part)
+        lines.append(
+            ", ".join(part for part in (_line(row.run_id, row.kind, row.state), row.created_at, models) if part)
+        )
+    if runs.next_cursor:
+        lines.append(f"next_cursor: {runs.next_cursor}")
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """A number of bytes, readable."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def duration(seconds: float) -> str:
+    """A number of seconds, readable."""
+    if not seconds < 86400 * 365:
+        return "over a year"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _text(lines: Iterable[str], next_action: str) -> str:
+    return "\n".join([*(line for line in lines if line), f"next: {next_action}"])
+
+
+def _line(*parts: str | Progress | None) -> str:
+    """The parts that are known, e.g. `run-7f3a, distill, running, 120/400 steps`."""
+    return ", ".join(
+        f"{part.done}/{part.total} {part.unit}" if isinstance(part, Progress) else part for part in parts if part
+    )
+
+
+def _metrics(status: RunStatus) -> list[str]:
+    return [
+        f"{name} {metric.last:.4g}" + (f" {metric.trend}" if metric.trend else "")
+        for name, metric in status.metrics.items()
+        if metric.last is not None and math.isfinite(metric.last)
+    ]
+
+
+def _estimate_line(estimate: MethodEstimate) -> str:
+    return (
+        f"{estimate.method}: {duration(estimate.seconds)}, {estimate.flops:.2g} FLOPs, "
+        f"{size(estimate.peak_memory_bytes)} memory, {size(estimate.disk_bytes)} disk"
+    )
+
+
+def _finding_lines(word: str, findings: Iterable[Finding]) -> list[str]:
+    return [f"{word} [{finding.code}] {finding.message} Fix: {finding.fix}" for finding in findings]
+
+
+def _failure_lines(error: Failure) -> list[str]:
+    lines = [f"error [{error.code}] {error.cause}", f"fix: {error.fix}"]
+    if error.override:
+        lines.append(f"suggested overrides: {compact(error.override)}")
+    return lines + [f"log: {line[:300]}" for line in error.log_tail[-15:]]
+
+
+def _bounded(text: str, extras: Iterable[str]) -> str:
+    """The text with as many extras as fit into 240 bytes."""
+    for extra in extras:
+        longer = f"{text}, {extra}"
+        if len(longer.encode()) <= UNCHANGED_BYTES:
+            text = longer
+    return text.encode()[:UNCHANGED_BYTES].decode(errors="ignore")

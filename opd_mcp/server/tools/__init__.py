@@ -1,0 +1,15 @@
+"""The MCP tools, one module a topic; each offers `specs(service)`.
+
+To add a tool: write its request in schemas/requests.py, its spec in the topic's module, its text in server/texts.py.
+"""
+
+from typing import Any
+
+from opd_mcp.jobs.service import JobService
+from opd_mcp.server.registration import ToolSpec
+from opd_mcp.server.tools import follow, plan, setup, start
+
+
+def all_specs(service: JobService) -> list[ToolSpec[Any]]:
+    """Every tool of the server, in the order in which an agent uses them."""
+    return [*setup.specs(service), *plan.specs(service), *start.specs(service), *follow.specs(service)]

@@ -1,0 +1,59 @@
+"""The tools that follow and stop runs: `get_run_status`, `list_runs`, `cancel_run`."""
+
+from typing import Any
+
+from anyio import to_thread
+from mcp.server.mcpserver import Context
+
+from opd_mcp.jobs.service import JobService
+from opd_mcp.schemas.requests import CancelRun, GetRunStatus, ListRuns
+from opd_mcp.schemas.runs import RunList, RunSnapshot, RunStatus
+from opd_mcp.server.registration import Reply, ToolSpec
+from opd_mcp.server.texts import cancel_text, list_text
+from opd_mcp.server.waiting import StatusCalls
+
+
+def specs(service: JobService) -> list[ToolSpec[Any]]:
+    """The tools of this topic."""
+    statuses = StatusCalls(service)
+
+    async def list_runs(request: ListRuns, context: Context) -> Reply:
+        runs = await to_thread.run_sync(service.list_runs, request.state, request.kind, request.limit, request.cursor)
+        return Reply(runs, list_text(runs))
+
+    async def cancel_run(request: CancelRun, context: Context) -> Reply:
+        snapshot = await to_thread.run_sync(service.cancel, request.run_id)
+        return Reply(snapshot, cancel_text(snapshot))
+
+    return [
+        ToolSpec(
+            name="get_run_status",
+            title="Follow a run",
+            description="State, phase, progress, ETA, metrics with trend, and the result or error. With "
+            "`wait_seconds` (25 at most) it blocks until a phase change, an alert or the end. A wait that expires "
+            "is normal: the run goes on, do not restart it, call again.",
+            request=GetRunStatus,
+            answer=RunStatus,
+            call=statuses.reply,
+            read_only=True,
+        ),
+        ToolSpec(
+            name="list_runs",
+            title="List runs",
+            description="Runs of this workspace, newest first, in pages.",
+            request=ListRuns,
+            answer=RunList,
+            call=list_runs,
+            read_only=True,
+        ),
+        ToolSpec(
+            name="cancel_run",
+            title="Cancel a run",
+            description="Asks an active run to stop at its next step. What its finished phases made is kept.",
+            request=CancelRun,
+            answer=RunSnapshot,
+            call=cancel_run,
+            read_only=False,
+            destructive=True,
+        ),
+    ]

@@ -1,0 +1,156 @@
+"""A stand-in for the engine: the same stages, in milliseconds and without torch.
+
+They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
+rate of 666 makes `sft` fail.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
+from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
+from opd_mcp.identity.models import inspect_model
+from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
+from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.identity import Lineage
+from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TrainingSummary
+
+STEP_SECONDS = 0.01
+
+
+def generate_responses(recipe, *, teacher, prompts, output, context):
+    rows = read_prompts(prompts)[: recipe.limit]
+    lines = [json.dumps({"id": row.id, "prompt": row.text(), "response": "#1"}) for row in rows]
+    (output / "responses.jsonl").write_text("\n".join(lines) + "\n")
+    claim = proven_claim(inspect_model(teacher).identity)
+    files = data_hashes(output, ["responses.jsonl"])
+    write_lineage(output, Lineage(kind="responses", stage="responses", recipe={}, sft_teacher=claim, files=files))
+    return cost("generate_responses", len(rows))
+
+
+def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokenizer=None):
+    if recipe.optimizer.learning_rate == 666:
+        raise ZeroDivisionError("the learning rate of the beast")
+    steps(context, recipe.steps)
+    lineage = read_lineage(responses) if responses.is_dir() else None
+    return trained(student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or sft_teacher)
+
+
+def rollout(recipe, *, student, prompts, output, context, tokenizer=None):
+    output.mkdir()
+    rows = read_prompts(prompts)
+    (output / "rollouts.json").write_text(json.dumps({"rows": len(rows), "prompts": prompts_hash(rows)}))
+    context.reporter.progress(len(rows), len(rows), "rollouts")
+    return cost("rollout", len(rows))
+
+
+def score(recipe, *, teacher, student, rollouts, output, context, sft_teacher, allow_teacher_mismatch):
+    drawn = json.loads((rollouts / "rollouts.json").read_text())
+    identity, behaviour = inspect_model(teacher).identity, inspect_model(student).identity
+    claim = claim_of(student) or sft_teacher
+    require_consistent(identity, claim, allowed=allow_teacher_mismatch)
+    manifest = CacheManifest(
+        teacher=identity,
+        behaviour=behaviour,
+        sft_teacher=claim,
+        prompts_sha256=drawn["prompts"],
+        sampling={"temperature": 1.0},
+        seed=0,
+        eos_token_ids=[1],
+        topk=recipe.topk,
+        dtype="float32",
+        vocab_size=24,
+        shards=[],
+        rollouts=RolloutStatistics(
+            rows=drawn["rows"],
+            response_tokens=10,
+            mean_response_tokens=1.0,
+            truncated_fraction=0.0,
+            eos_fraction=1.0,
+            empty_responses=0,
+            duplicate_rows=0,
+        ),
+        scores=ScoreStatistics(
+            mean_teacher_logprob=-1.0, mean_behaviour_logprob=-1.0, reverse_kl_k1=0.0, reverse_kl_k3=0.0
+        ),
+    )
+    (output / "manifest.json").write_text(manifest.to_json())
+    return cost("score", 10)
+
+
+def distill(recipe, *, student, output, context, cache=None, teacher=None, prompts=None, rollout=None, **claims):
+    if recipe.method == "lightning":
+        manifest = CacheManifest.from_json((cache / "manifest.json").read_bytes())
+        require_behaviour(manifest.behaviour, inspect_model(student).identity)
+    steps(context, recipe.steps)
+    return trained(student, output, sft_teacher=claim_of(student) or claims["sft_teacher"])
+
+
+def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=None, costs=()):
+    rows = read_prompts(prompts)
+    answered = sum(row.answer is not None for row in rows)
+    accuracy = Estimate95(value=0.5, low=0.4, high=0.6, samples=answered, basis="stand-in") if answered else None
+    report = BenchmarkReport(
+        recipe=recipe,
+        seed=0,
+        prompts_sha256=prompts_hash(rows),
+        prompts=len(rows),
+        prompts_with_answer=answered,
+        teacher=inspect_model(teacher).identity if teacher else None,
+        models=[
+            ModelScore(
+                name=name,
+                identity=inspect_model(path).identity,
+                greedy_accuracy=accuracy,
+                mean_response_tokens=1.0,
+                truncated_fraction=0.0,
+                eos_rate=1.0,
+                seconds=0.1,
+                tokens=10,
+            )
+            for name, path in models.items()
+        ],
+        hardware="stand-in",
+        recipe_hash=recipe_hash,
+        costs=list(costs),
+    )
+    (output / "report.json").write_text(report.to_json())
+    return report
+
+
+def steps(context, count):
+    for step in range(1, count + 1):
+        if context.reporter.should_stop():
+            raise RunError("run_cancelled", "The run was asked to stop.", fix="Start it again.")
+        time.sleep(STEP_SECONDS)
+        context.reporter.metric(step, {"loss": 1.0 / step})
+        context.reporter.progress(step, count, "steps")
+
+
+def trained(student: Path, output: Path, *, sft_teacher):
+    """A copy of the student whose weights differ in their last byte."""
+    for file in student.iterdir():
+        if file.name not in ("lineage.json", "artifact.json", "cost.json"):
+            shutil.copy(file, output / file.name)
+    weights = bytearray((output / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (output / "model.safetensors").write_bytes(weights)
+    summary = TrainingSummary(
+        steps=3, seconds=0.03, seconds_per_step=0.01, trained_tokens=30, parameters=1, device="stand-in"
+    )
+    (output / "training.json").write_text(summary.to_json())
+    identity = inspect_model(output).identity
+    write_lineage(output, Lineage(kind="model", stage="sft", recipe={}, model=identity, sft_teacher=sft_teacher))
+    return summary
+
+
+def claim_of(student: Path):
+    lineage = read_lineage(student)
+    return lineage.sft_teacher if lineage else None
+
+
+def cost(stage, tokens):
+    return StageCost(stage=stage, seconds=0.01, tokens=tokens, device="stand-in")

@@ -1,0 +1,27 @@
+"""The real worker with the stand-in stages; takes the same command line as `opd-mcp worker`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from opd_mcp.jobs.worker import main
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def load_stages():
+    import stand_in_stages
+
+    return stand_in_stages
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_id")
+    parser.add_argument("--workspace", type=Path)
+    parser.add_argument("--lock-fd", type=int)
+    parser.add_argument("--lease-folder", type=Path)
+    parser.add_argument("--cpu-slots", type=int)
+    given = parser.parse_args()
+    folders = {"lease_folder": given.lease_folder, "cpu_slots": given.cpu_slots}
+    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages))

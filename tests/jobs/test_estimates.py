@@ -1,0 +1,102 @@
+"""Costs: more work costs more, and what was measured here counts before what is assumed."""
+
+import pytest
+
+from opd_mcp.jobs.devices import Target
+from opd_mcp.jobs.estimates import (
+    COST_FILE,
+    ArtifactCosts,
+    Estimator,
+    PhaseCost,
+    measured_costs,
+    resource_findings,
+    work_name,
+)
+from opd_mcp.jobs.workload import DataSize, ModelSize, phase_work
+from opd_mcp.schemas.plans import MethodEstimate
+from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.runs import RunPhase
+
+SMALL = ModelSize(parameters=10**6, layers=2, hidden=64, kv_width=64, vocab=1000, weight_bytes=4 * 10**6)
+LARGE = ModelSize(parameters=10**7, layers=4, hidden=256, kv_width=256, vocab=1000, weight_bytes=4 * 10**7)
+DATA = DataSize(prompts=1000, prompt_tokens=10.0, sft_prompts=500, eval_prompts=100)
+CPU = Target("cpu", "1 CPU thread", 8 << 30)
+PHASES = [RunPhase(name=name, key=name) for name in ("rollout", "score", "distill", "benchmark")]
+
+
+def estimator(measured=(), **overrides):
+    recipe = resolve_recipe("demo", {key.replace("__", "."): value for key, value in overrides.items()})
+    return Estimator(recipe, SMALL, LARGE, DATA, CPU, measured)
+
+
+def measurement(name: str, flops: float, seconds: float, device: str = "cpu") -> PhaseCost:
+    return PhaseCost(work=name, device=device, expected_flops=flops, cost=StageCost(stage="x", seconds=seconds))
+
+
+@pytest.mark.parametrize("phase", ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"])
+def test_a_larger_model_is_more_work_and_memory(phase):
+    recipe = resolve_recipe("demo", {})
+    small = phase_work(phase, recipe, SMALL, SMALL, DATA, "lightning")
+    large = phase_work(phase, recipe, LARGE, LARGE, DATA, "lightning")
+    assert large.flops > small.flops > 0
+    assert large.memory > small.memory > 0
+
+
+def test_training_flops_are_six_a_parameter_and_token():
+    work = estimator(distill__steps=10, distill__batch_size=4, rollout__sampling__max_new_tokens=90)
+    assert work.work("distill", "lightning").flops == 6 * SMALL.parameters * 10 * 4 * 100
+
+
+def test_live_pays_for_generation_and_the_teacher_at_every_step():
+    lightning = estimator().work("distill", "lightning")
+    live = estimator().work("distill", "live")
+    assert live.flops > lightning.flops
+    assert live.passes > 5 * lightning.passes
+    assert live.memory > lightning.memory
+
+
+def test_what_was_measured_here_replaces_what_is_assumed():
+    work = estimator().work("distill", "lightning")
+    measured = [measurement("distill:lightning", work.flops / 2, 50.0), measurement("distill:live", work.flops, 1.0)]
+    phase = estimator(measured).method("lightning", PHASES).phases[2]
+    assert (phase.seconds, phase.basis.split(";")[0]) == (100.0, "measured in 1 earlier run(s) on cpu")
+    for useless in (
+        measurement("distill:lightning", work.flops, 1.0, device="cuda"),
+        measurement("distill:lightning", work.flops * 1000, 1.0),
+    ):
+        assert "assumed" in estimator([useless]).method("lightning", PHASES).phases[2].basis
+
+
+def test_measurements_come_from_the_artifacts_and_damaged_ones_are_passed_over(tmp_path):
+    for name, text in (("a", ArtifactCosts(phases=[measurement("sft", 1.0, 1.0)]).to_json()), ("b", "{")):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        (tmp_path / "model" / name / COST_FILE).write_text(text)
+    assert [cost.work for cost in measured_costs(tmp_path)] == ["sft"]
+
+
+def test_satisfied_phases_cost_nothing():
+    done = [phase.model_copy(update={"satisfied_by": "x"}) for phase in PHASES]
+    estimate = estimator().method("lightning", done)
+    assert (estimate.seconds, estimate.flops, estimate.disk_bytes, estimate.phases) == (0, 0, 0, [])
+
+
+def test_findings_compare_with_what_is_free():
+    estimate = MethodEstimate(
+        method="live",
+        flops=1,
+        seconds=1,
+        peak_memory_bytes=3 << 30,
+        disk_bytes=5 << 30,
+        memory_basis="",
+        disk_basis="",
+        phases=[],
+    )
+    assert resource_findings(estimate, CPU, 6 << 30) == []
+    tight = resource_findings(estimate, Target("cpu", "1 CPU thread", 1 << 30), 4 << 30)
+    assert [finding.code for finding in tight] == ["not_enough_memory", "not_enough_disk"]
+    assert "3.00 GiB" in tight[0].message
+
+
+def test_only_distillation_differs_by_method():
+    assert (work_name("sft", "live"), work_name("distill", "live")) == ("sft", "distill:live")

@@ -1,0 +1,37 @@
+"""Failures as agents read them."""
+
+import pytest
+
+from opd_mcp.jobs.failures import failure_of, log_tail, lost_failure
+from opd_mcp.schemas.errors import RunError
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names its own."""
+
+
+def test_a_known_error_keeps_its_code_value_and_way_out(tmp_path):
+    error = RunError("bad_number", "The loss is not finite.", value="step 3", fix="Lower the learning rate.")
+    failure = failure_of(error, tmp_path / "none.log")
+    assert (failure.code, failure.fix, failure.log_tail) == ("bad_number", "Lower the learning rate.", [])
+    assert "step 3" in failure.cause
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OutOfMemoryError("CUDA out of memory.\nTried to allocate")])
+def test_missing_memory_comes_with_an_override(tmp_path, error):
+    failure = failure_of(error, tmp_path / "none.log")
+    assert failure.code == "not_enough_memory"
+    assert failure.override["distill.micro_batch_tokens"] == 4096
+
+
+def test_the_log_tail_is_the_last_useful_lines(tmp_path):
+    log = tmp_path / "worker.log"
+    log.write_text("".join(f"line {i}\n\n-- phase\n" for i in range(5000)) + "x" * 1000 + "\n")
+    tail = log_tail(log)
+    assert len(tail) == 15
+    assert tail[-2] == "line 4999"
+    assert len(tail[-1]) == 300
+
+
+def test_a_lost_worker_says_how_to_go_on(tmp_path):
+    assert "Start it again" in lost_failure(tmp_path / "none.log").fix

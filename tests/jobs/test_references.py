@@ -1,0 +1,147 @@
+"""What callers may write where a model or data is needed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from opd_mcp.schemas.errors import ArgumentError, DataError, IntegrityError, PathError, UnknownIdError
+
+
+@pytest.fixture
+def references(service):
+    return service._references
+
+
+def test_a_model_by_path_has_identity_size_and_no_claim(references, world):
+    model = references.model(world.student)
+    assert model.input.path == world.student
+    assert model.input.identity.name == "student"
+    assert model.input.parameters == model.facts.parameters > 100_000
+    assert model.input.sft_teacher is None
+
+
+def test_an_sft_student_is_known_by_path_artifact_and_run(references, service, world, sft_student):
+    path = sft_student(world.teacher)
+    by_path = references.model(path).input
+    assert by_path.artifact_id == Path(path).name
+    assert by_path.sft_teacher.basis == "proven"
+    run_id = service.list_runs().rows[0].run_id
+    for reference in (by_path.artifact_id, run_id):
+        assert references.model(reference).input.model_copy(update={"reference": path}) == by_path
+
+
+def test_a_copied_artifact_keeps_its_proof_and_loses_it_when_changed(references, world, sft_student):
+    copy = world.copy_of(sft_student(world.teacher), "copied")
+    model = references.model(str(copy)).input
+    assert (model.artifact_id, model.sft_teacher.basis) == (None, "proven")
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(IntegrityError, match="lineage_mismatch"):
+        references.model(str(copy))
+
+
+def test_an_id_of_another_kind_is_refused_by_name(references, service, world, sft_student):
+    sft_student(world.teacher)
+    responses = service.store.artifacts.list(kind="responses")[0].artifact_id
+    with pytest.raises(ArgumentError, match=r"is a responses artifact, and model is needed.*model-sft-"):
+        references.model(responses)
+
+
+def test_a_run_that_has_not_made_it_says_what_to_wait_for(references, service, world, busy_machine):
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    with pytest.raises(UnknownIdError, match=r"has made no model yet.*get_run_status"):
+        references.model(run_id)
+    service.cancel(run_id)
+
+
+def test_a_hub_id_is_left_for_the_worker(references):
+    model = references.model("Qwen/Qwen3-0.6B").input
+    assert (model.hub_id, model.path, model.identity) == ("Qwen/Qwen3-0.6B", None, None)
+
+
+@pytest.mark.parametrize("reference", ["./student", "../student", "~/student", "models/demo/student", "student.jsonl"])
+def test_relative_paths_are_refused_with_the_roots(references, world, reference):
+    with pytest.raises(PathError, match=r"relative_path.*data"):
+        references.model(reference)
+
+
+def test_a_relative_path_that_looks_like_a_hub_id_is_seen_as_a_path(references, world):
+    world.copy_of(world.student, "group").rename(world.root / "data" / "moved")
+    (world.root / "data" / "group").mkdir()
+    (world.root / "data" / "moved").rename(world.root / "data" / "group" / "student")
+    with pytest.raises(PathError, match="relative_path"):
+        references.model("group/student")
+
+
+def test_an_unknown_name_lists_its_neighbours(references, world, sft_student):
+    artifact_id = Path(sft_student(world.teacher)).name
+    with pytest.raises(UnknownIdError, match=artifact_id):
+        references.model(artifact_id[:-1])
+
+
+def test_paths_outside_the_roots_are_refused_links_included(references, world):
+    outside = world.root / "secret.jsonl"
+    outside.write_text('{"prompt": "1+1"}\n')
+    os.symlink(outside, world.root / "data" / "link.jsonl")
+    for path in (outside, world.root / "data" / "link.jsonl", world.root / "data" / ".." / "secret.jsonl"):
+        with pytest.raises(PathError, match="outside_roots"):
+            references.prompts(str(path))
+
+
+def test_a_missing_file_names_its_neighbour(references, world):
+    world.prompts("prompts")
+    with pytest.raises(PathError, match=r"not_found.*prompts\.jsonl"):
+        references.prompts(str(world.root / "data" / "promts.jsonl"))
+
+
+def test_models_without_safe_weights_are_refused_unread(references, world):
+    copy = world.copy_of(world.student, "student")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(PathError, match=r"unsafe_weights.*pytorch_model\.bin"):
+        references.model(str(copy))
+    (copy / "pytorch_model.bin").unlink()
+    with pytest.raises(PathError, match=r"not_a_model.*safetensors"):
+        references.model(str(copy))
+
+
+def test_data_of_the_hub_is_to_be_downloaded_first(references):
+    with pytest.raises(PathError, match="not fetched"):
+        references.prompts("openai/gsm8k")
+
+
+def test_prompts_are_counted_and_hashed_by_content(references, world):
+    prompts = references.prompts(world.prompts(count=4)).input
+    assert (prompts.rows, prompts.rows_with_answer) == (4, 4)
+    copy = references.prompts(world.file("copy.jsonl", Path(prompts.path).read_text())).input
+    assert copy.sha256 == prompts.sha256
+
+
+def test_the_same_inline_prompts_are_the_same_artifact(references):
+    first = references.prompts(["1+1=?", "2+2=?"]).input
+    again = references.prompts(["1+1=?", "2+2=?"]).input
+    other = references.prompts(["1+1=?"]).input
+    assert first == again
+    assert first.artifact_id != other.artifact_id
+    assert references.prompts(first.artifact_id).rows == references.prompts(["1+1=?", "2+2=?"]).rows
+
+
+@pytest.mark.parametrize(("prompts", "code"), [([], "empty_data"), (["1+1=?", " "], "missing_field")])
+def test_inline_prompts_must_hold_something(references, prompts, code):
+    with pytest.raises(DataError, match=code):
+        references.prompts(prompts)
+
+
+def test_responses_are_declared_by_name_or_by_model(references, world):
+    file = world.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n')
+    assert references.responses(file, None).sft_teacher is None
+    by_name = references.responses(file, "Qwen3-8B").sft_teacher
+    assert (by_name.basis, by_name.name, by_name.identity) == ("asserted", "Qwen3-8B", None)
+    by_model = references.responses(file, world.teacher).sft_teacher
+    assert by_model.identity == references.model(world.teacher).input.identity
+
+
+def test_something_else_is_not_a_cache(references, world):
+    with pytest.raises(PathError, match="not_a_cache"):
+        references.cache(world.student)

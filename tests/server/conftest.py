@@ -1,0 +1,157 @@
+"""A scripted JobService, and real SDK clients connected to the real server over it, in both protocol eras."""
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+from mcp import Client
+
+from opd_mcp.schemas.errors import UnknownIdError
+from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, MethodEstimate, PhaseEstimate, Plan, PlannedPhase
+from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.runs import MetricTrend, Progress, RunInputs, RunList, RunRow, RunSnapshot, RunStatus
+from opd_mcp.schemas.setup import Device, ExamplePaths, SetupReport
+from opd_mcp.server.app import build_server
+
+
+class ScriptedService:
+    """Answers like a JobService; a test sets `run`, `token` and `fails` and reads `calls`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.token = "running/distill/0"
+        self.fails: Exception | None = None
+        self.threads: set[str] = set()
+        self.run = RunStatus(
+            run_id="lightning-arithmetic-7f3a",
+            kind="distill",
+            state="running",
+            phase="distill",
+            phases_done=["sft", "rollout", "score"],
+            phases_total=5,
+            progress=Progress(done=120, total=400, unit="steps", eta_s=35.2, rate=8.0),
+            eta_s=41.0,
+            elapsed_s=100.5,
+            metrics={"reverse_kl": MetricTrend(last=0.3125, trend="down"), "loss": MetricTrend(last=float("nan"))},
+            next_check_s=10.0,
+            next_action="Call get_run_status with wait_seconds=25.",
+        )
+
+    def _record(self, name: str, arguments: Any) -> None:
+        self.calls.append((name, arguments))
+        self.threads.add(threading.current_thread().name)
+        if self.fails is not None:
+            raise self.fails
+
+    def _snapshot(self, name: str, kind: Any, arguments: Any) -> RunSnapshot:
+        self._record(name, arguments)
+        return RunSnapshot(run_id=self.run.run_id, kind=kind, state="queued", next_action="Follow it.")
+
+    def setup(self) -> SetupReport:
+        self._record("setup", None)
+        paths = {name: f"/opt/examples/arithmetic/{name}" for name in ExamplePaths.model_fields}
+        return SetupReport(
+            version="0.1.0",
+            python="3.11.9",
+            devices=[
+                Device(kind="cpu", name="2 cores", total_memory_bytes=8 << 30, free_memory_bytes=4 << 30, slots=2)
+            ],
+            free_disk_bytes=100 << 30,
+            workspace="/home/user/.local/share/opd-mcp",
+            allowed_roots=["/home/user/.local/share/opd-mcp", "/data"],
+            example=ExamplePaths(**paths),
+            next_action="Plan the example.",
+        )
+
+    def plan(self, arguments: Any) -> Plan:
+        self._record("plan", arguments)
+        teacher = ModelIdentity(name="teacher", weights="a" * 64, tokenizer="b" * 64, special_tokens="c" * 64)
+        phase = PhaseEstimate(phase="distill", flops=1e12, seconds=float("nan"), basis="no earlier run")
+        estimates = [
+            MethodEstimate(
+                method=method,
+                flops=1e12,
+                seconds=60,
+                peak_memory_bytes=1 << 30,
+                disk_bytes=1 << 20,
+                memory_basis="weights, gradients, optimizer, activations",
+                disk_basis="bytes a token",
+                phases=[phase],
+            )
+            for method in ("lightning", "live")
+        ]
+        return Plan(
+            plan_id="plan-1",
+            method="lightning",
+            inputs=RunInputs(),
+            recipe=resolve_recipe("demo", {}),
+            phases=[PlannedPhase(name="sft", key="k1", satisfied_by="model-1"), PlannedPhase(name="distill", key="k2")],
+            consistency=ConsistencyVerdict(status="consistent", basis="by_construction", teacher=teacher),
+            estimates=estimates,
+            warnings=[Finding(code="few_prompts", message="Only 3 prompts.", fix="Give more.")],
+            next_action="start_distillation(plan_id='plan-1')",
+        )
+
+    def generate_teacher_responses(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("generate_teacher_responses", "generate", arguments)
+
+    def start_sft(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("start_sft", "sft", arguments)
+
+    def build_teacher_cache(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("build_teacher_cache", "cache", arguments).model_copy(update={"cache_id": "cache-1"})
+
+    def start_distillation(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("start_distillation", "distill", arguments)
+
+    def benchmark_student(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("benchmark_student", "benchmark", arguments)
+
+    def status(self, run_id: str) -> RunStatus:
+        self._record("status", run_id)
+        if run_id not in ("latest", self.run.run_id):
+            raise UnknownIdError(
+                "unknown_run", "There is no such run.", value=run_id, nearest=[self.run.run_id], fix="Call list_runs."
+            )
+        return self.run
+
+    def wait_token(self, run_id: str) -> str:
+        return self.token
+
+    def list_runs(self, state: Any = None, kind: Any = None, limit: int = 20, cursor: str | None = None) -> RunList:
+        self._record("list_runs", (state, kind, limit, cursor))
+        row = RunRow(
+            run_id=self.run.run_id, kind="distill", state="running", created_at="2026-08-01T10:00:00Z", student="s"
+        )
+        return RunList(rows=[row], total=1)
+
+    def cancel(self, run_id: str) -> RunSnapshot:
+        return self._snapshot("cancel", "distill", run_id)
+
+
+@pytest.fixture
+def service() -> ScriptedService:
+    return ScriptedService()
+
+
+Connect = Callable[[], AbstractAsyncContextManager[Client]]
+
+
+@pytest.fixture(params=["auto", "legacy"])
+def connect(request: pytest.FixtureRequest, service: ScriptedService) -> Connect:
+    """Opens a client of either protocol era, connected in memory to the real server over the scripted service."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Client]:
+        async with Client(build_server(service), mode=request.param) as client:
+            yield client
+
+    return opened
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

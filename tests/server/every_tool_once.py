@@ -1,0 +1,81 @@
+"""Calls every tool of an in-process server once, on real inputs, and prints what the process has loaded.
+
+Run by tests/test_layers.py in a fresh interpreter: `python every_tool_once.py FOLDER`. The only CPU slot is held
+while it runs, so that the workers of the runs it starts wait without loading torch until they are cancelled.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+from mcp import Client
+
+from opd_mcp.jobs.leases import LeaseFolder
+from opd_mcp.jobs.service import JobService
+from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.server.app import build_server
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.workspace import Workspace
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
+
+
+def calls(folder: Path, plan_id: str) -> list[tuple[str, dict[str, Any]]]:
+    """The calls after the plan."""
+    teacher, student = str(EXAMPLES / "teacher"), str(EXAMPLES / "student")
+    declared = {"declared_teacher": teacher}
+    common = {"preset": "demo"}
+    return [
+        ("inspect_setup", {}),
+        ("generate_teacher_responses", {"teacher": teacher, "prompts": ["1+1=?"], **common}),
+        ("start_sft", {"student": student, "responses": str(folder / "responses.jsonl"), **declared, **common}),
+        ("build_teacher_cache", {"teacher": teacher, "student": student, "prompts": ["1+1=?"], **declared, **common}),
+        ("start_distillation", {"plan_id": plan_id}),
+        ("benchmark_student", {"model": student, "prompts": str(EXAMPLES / "tune.jsonl"), **common}),
+        ("get_run_status", {"wait_seconds": 0.1}),
+        ("list_runs", {}),
+    ]
+
+
+async def session(folder: Path) -> dict[str, Any]:
+    """The tools called and the modules loaded at the end."""
+    leases = LeaseFolder(folder / "leases", cpu_slots=1)
+    leases.acquire("test", leases.cpu_slot_names(), 1, lambda: False)
+    workspace = Workspace(folder / "workspace")
+    roots = AllowedRoots([folder])
+    service = JobService(workspace, roots, JobSettings(lease_folder=leases.root, cpu_slots=1))
+    (folder / "responses.jsonl").write_text('{"prompt": "1+1=?", "response": "1+1=2;#2"}\n')
+    plan_arguments = {
+        "teacher": str(EXAMPLES / "teacher"),
+        "student": str(EXAMPLES / "student"),
+        "prompts": str(EXAMPLES / "opd.jsonl"),
+        "sft_prompts": str(EXAMPLES / "sft.jsonl"),
+        "eval_prompts": str(EXAMPLES / "tune.jsonl"),
+        "preset": "demo",
+    }
+    called = []
+
+    async with Client(build_server(service)) as client:
+
+        async def call(tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            result = await client.call_tool(tool, arguments)
+            assert not result.is_error, f"{tool}: {result.content[0].text}"
+            called.append(tool)
+            return result.structured_content
+
+        plan = await call("plan_distillation", plan_arguments)
+        for tool, arguments in calls(folder, plan["plan_id"]):
+            answer = await call(tool, arguments)
+        for row in answer["rows"]:
+            await call("cancel_run", {"run_id": row["run_id"]})
+        with anyio.fail_after(30):
+            for row in answer["rows"]:
+                while (await call("get_run_status", {"run_id": row["run_id"]}))["state"] == "queued":
+                    await anyio.sleep(0.1)
+    return {"called": sorted(set(called)), "modules": sorted(sys.modules)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(anyio.run(session, Path(sys.argv[1]).resolve())))

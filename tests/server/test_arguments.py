@@ -1,0 +1,30 @@
+"""Raw arguments become a typed request, or one ArgumentError."""
+
+import pytest
+
+from opd_mcp.schemas.errors import ArgumentError
+from opd_mcp.schemas.requests import BenchmarkStudent, PlanDistillation, StartDistillation
+from opd_mcp.server.arguments import request_from_arguments
+
+
+def test_a_reference_that_is_not_json_stays_a_reference():
+    request = request_from_arguments("t", PlanDistillation, {"student": "[x", "teacher": "{y", "prompts": "/p.jsonl"})
+    assert (request.student, request.teacher) == ("[x", "{y")
+
+
+def test_null_means_absent():
+    request = request_from_arguments("t", StartDistillation, {"plan_id": "p", "preset": None, "overrides": None})
+    assert request == StartDistillation(plan_id="p")
+
+
+def test_an_item_of_a_list_is_named():
+    with pytest.raises(ArgumentError, match=r"\[1\] is not valid") as caught:
+        request_from_arguments("t", BenchmarkStudent, {"model": "/m", "prompts": "/p", "baselines": ["/b", 3]})
+    assert caught.value.code == "invalid_argument"
+
+
+def test_an_argument_that_looks_like_an_internal_name_is_unknown_too():
+    for name in ("arguments", "context", "model_config", "self"):
+        with pytest.raises(ArgumentError) as caught:
+            request_from_arguments("t", StartDistillation, {name: 1})
+        assert caught.value.code == "unknown_argument"

@@ -1,0 +1,93 @@
+"""The arrows between the layers, proven by what is written (every import, lazy ones too) and by what gets loaded."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "opd_mcp"
+ALLOWED = {
+    "schemas": set(),
+    "identity": {"schemas"},
+    "engine": {"schemas", "identity"},
+    "store": {"schemas", "identity"},
+    "jobs": {"schemas", "identity", "store"},
+    "server": {"schemas", "store", "jobs"},
+}
+MACHINE_LEARNING = {"torch", "transformers", "datasets"}
+# Foreign packages that loading every module of a layer must not load.
+FORBIDDEN = {
+    "schemas": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"},
+    "identity": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"},
+    "engine": {"mcp", "typer"},
+    "store": {*MACHINE_LEARNING, "mcp", "pyarrow", "numpy"},
+    "jobs": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"},
+    "server": {*MACHINE_LEARNING, "pyarrow", "huggingface_hub", "numpy"},
+}
+LOAD = """
+import importlib, json, pkgutil, sys
+package = importlib.import_module("opd_mcp." + sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def written_imports(file: Path) -> set[str]:
+    """The layers that a source file imports anywhere, for type checking too."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{file}: relative import"
+    return {name.split(".")[1] for name in modules if name.startswith("opd_mcp.")} & set(ALLOWED)
+
+
+def loaded_modules(layer: str) -> set[str]:
+    """Everything a fresh interpreter holds after importing every module of a layer."""
+    command = [sys.executable, "-c", LOAD, layer]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_a_layer_names_only_the_layers_below_it(layer):
+    for file in (PACKAGE / layer).rglob("*.py"):
+        allowed = ALLOWED[layer] | {layer} | ({"engine"} if file == PACKAGE / "jobs" / "worker.py" else set())
+        assert written_imports(file) <= allowed, file
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_loading_a_layer_loads_nothing_that_it_must_not_have(layer):
+    loaded = loaded_modules(layer)
+    assert not loaded & FORBIDDEN[layer]
+    layers = {name.split(".")[1] for name in loaded if name.startswith("opd_mcp.")} & set(ALLOWED)
+    assert layers <= ALLOWED[layer] | {layer} | ({"identity"} if "store" in ALLOWED[layer] else set())
+
+
+def test_the_command_line_loads_next_to_nothing():
+    code = "import json, sys, opd_mcp.cli; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(json.loads(done.stdout))
+    assert not loaded & {*MACHINE_LEARNING, "mcp", "pydantic", "numpy"}
+    assert {name for name in loaded if name.startswith("opd_mcp")} == {"opd_mcp", "opd_mcp.cli"}
+
+
+SESSION = Path(__file__).resolve().parent / "server" / "every_tool_once.py"
+
+
+def test_a_server_whose_every_tool_was_called_has_no_torch(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SESSION), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert len(answer["called"]) == 10
+    assert not set(answer["modules"]) & MACHINE_LEARNING
+    assert not any(name.startswith("opd_mcp.engine") for name in answer["modules"])
