@@ -5,8 +5,9 @@ from pathlib import Path
 
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.jobs.devices import target_of
+from opd_mcp.jobs.judging import require_matching_tokenizers
+from opd_mcp.jobs.method_recipes import method_recipe
 from opd_mcp.jobs.phases import FindArtifact, PhaseChain, distillation_phases, with_satisfied
-from opd_mcp.jobs.planning import method_recipe, require_matching_tokenizers
 from opd_mcp.jobs.references import References, ResolvedCache, ResolvedModel
 from opd_mcp.jobs.tokens import mean_prompt_tokens
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError

@@ -48,10 +48,11 @@ class ArtifactCosts(Schema):
 
 @dataclass(frozen=True)
 class Speed:
-    """Assumed operations a second when generating and otherwise, and seconds of one layer's forward pass at least."""
+    """Assumed operations a second by kind of work, and the seconds that one layer's forward pass takes at least."""
 
     generation: float
-    dense: float
+    training: float
+    scoring: float
     layer_seconds: float
     label: str
 
@@ -59,11 +60,12 @@ class Speed:
 def assumed_speed(target: Target, recipe: Recipe) -> Speed:
     """What is assumed of a device on which nothing was measured yet."""
     if target.kind == "cpu":
-        threads = recipe.runtime.threads
-        return Speed(6e9 * threads, 2e10 * threads, 2.5e-4, f"20 GFLOP/s on {target.name}, 6 when generating")
+        each = recipe.runtime.threads * 1e9
+        label = f"{target.name} at 20 GFLOP/s a thread (generating 8, scoring 40)"
+        return Speed(8 * each, 20 * each, 40 * each, 2.5e-4, label)
     if recipe.runtime.dtype == "bfloat16":
-        return Speed(5e12, 2e14, 6e-5, f"200 TFLOP/s on {target.name}, 5 when generating")
-    return Speed(2e12, 2e13, 6e-5, f"20 TFLOP/s on {target.name}, 2 when generating")
+        return Speed(5e12, 2e14, 3e14, 6e-5, f"{target.name} at 200 TFLOP/s (generating 5, scoring 300)")
+    return Speed(2e12, 2e13, 3e13, 6e-5, f"{target.name} at 20 TFLOP/s (generating 2, scoring 30)")
 
 
 def measured_costs(artifacts: Path) -> list[PhaseCost]:
@@ -147,7 +149,7 @@ class Estimator:
     def _assumed_seconds(self, name: PhaseName, work: Work, method: Method) -> tuple[float, str]:
         speed = assumed_speed(self.target, self.recipe)
         generates = name in ("generate_responses", "rollout", "benchmark") or (name == "distill" and method == "live")
-        rate = speed.generation if generates else speed.dense
+        rate = speed.generation if generates else speed.scoring if name == "score" else speed.training
         layers = self.teacher.layers if name in ("generate_responses", "score") else self.student.layers
         seconds = max(work.flops / rate, work.passes * layers * speed.layer_seconds)
         return seconds, f"assumed: {speed.label}, and {speed.layer_seconds * 1e6:.0f} µs a layer and pass at least"

@@ -6,9 +6,10 @@ import threading
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelCache
 from opd_mcp.jobs.composing import Composer
+from opd_mcp.jobs.fingerprints import changed_parts
 from opd_mcp.jobs.launch import launch_worker
 from opd_mcp.jobs.leases import LeaseFolder
-from opd_mcp.jobs.planning import Planner, changed_parts
+from opd_mcp.jobs.planning import Planner
 from opd_mcp.jobs.records import new_record
 from opd_mcp.jobs.references import References
 from opd_mcp.jobs.settings import JobSettings
@@ -26,12 +27,22 @@ from opd_mcp.schemas.requests import (
     StartDistillation,
     StartSft,
 )
-from opd_mcp.schemas.runs import ACTIVE_STATES, RunKind, RunList, RunRequest, RunSnapshot, RunState, RunStatus
+from opd_mcp.schemas.runs import (
+    ACTIVE_STATES,
+    RunKind,
+    RunList,
+    RunRecord,
+    RunRequest,
+    RunSnapshot,
+    RunState,
+    RunStatus,
+)
 from opd_mcp.schemas.setup import Limits, SetupReport
 from opd_mcp.store.plans import read_plan, save_plan
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import request_cancel, run_directory
 from opd_mcp.store.store import Store
+from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
 LATEST = "latest"
@@ -118,8 +129,7 @@ class JobService:
         """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""
         self._reap()
         run_id = self._existing(run_id)
-        position = self.leases.queue_position(run_id)
-        return self._views.read(run_id, lambda view, record: status_of(view, record, position))
+        return self._views.read(run_id, self._status)
 
     def list_runs(
         self, state: RunState | None = None, kind: RunKind | None = None, limit: int = 20, cursor: str | None = None
@@ -151,6 +161,10 @@ class JobService:
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
         return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
+
+    def _status(self, view: RunView, record: RunRecord) -> RunStatus:
+        position = self.leases.queue_position(record.run_id) if view.state == "queued" else None
+        return status_of(view, record, position)
 
     def _start(self, request: RunRequest) -> RunSnapshot:
         self._reap()

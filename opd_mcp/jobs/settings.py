@@ -33,4 +33,4 @@ class JobSettings:
     lease_folder: Path = field(default_factory=default_lease_folder)
     cpu_slots: int = field(default_factory=lambda: os.cpu_count() or 1)
     examples: Path = field(default_factory=default_examples_directory)
-    worker_command: tuple[str, ...] = (sys.executable, "-m", "opd_mcp.cli", "worker")
+    worker_command: tuple[str, ...] = (sys.executable, "-P", "-m", "opd_mcp.cli", "worker")

@@ -13,6 +13,7 @@ MAX_CHECK_SECONDS = 300.0
 UNKNOWN_CHECK_SECONDS = 15.0
 # How far the pace of finished phases may correct what was expected of the others.
 PACE_LIMITS = (0.05, 20.0)
+COUNTS_IN_PARTS = ("benchmark",)
 
 
 def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> RunSnapshot:
@@ -101,13 +102,16 @@ def _after_success(record: RunRecord, *, benchmarked: bool) -> str:
 def _current_remaining(view: RunView, expected: dict[str, float], pace: float, now: float) -> float | None:
     if view.phase is None or view.phase in view.phases_done:
         return 0.0
-    if view.progress is not None and view.progress.eta_s is not None:
-        since = now - seconds_of(view.updated_at) if view.updated_at else 0.0
-        return max(view.progress.eta_s - max(since, 0.0), 0.0)
-    if view.phase not in expected or view.phase_started_at is None:
-        return None
-    left = pace * expected[view.phase] - (now - seconds_of(view.phase_started_at))
-    return left if left > 0 else None
+    by_progress = by_expectation = None
+    if view.progress is not None and view.progress.eta_s is not None and view.updated_at is not None:
+        by_progress = max(view.progress.eta_s - max(now - seconds_of(view.updated_at), 0.0), 0.0)
+    if view.phase in expected and view.phase_started_at is not None:
+        left = pace * expected[view.phase] - (now - seconds_of(view.phase_started_at))
+        by_expectation = left if left > 0 else None
+    # A benchmark counts anew for each model and measurement, so its progress is never that of the whole phase.
+    if view.phase in COUNTS_IN_PARTS or by_progress is None:
+        return by_expectation
+    return by_progress
 
 
 def _pace(view: RunView, record: RunRecord) -> float:

@@ -14,9 +14,10 @@ from opd_mcp.jobs.devices import gpus
 from opd_mcp.jobs.failures import failure_of
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
-from opd_mcp.jobs.pipeline import Pipeline, Stages, run_cancelled
+from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.workload import expected_flops
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.recipes import RuntimeRecipe
@@ -94,14 +95,14 @@ def run_phases(
     from opd_mcp.engine.context import Context
 
     recipe = record.request.recipe
+    context = Context(recipe.runtime, recipe.prompting, reporter)
     pipeline = Pipeline(
         record=record,
         directory=directory,
         artifacts=store.artifacts,
         journal=journal,
         reporter=reporter,
-        load_stages=load_stages,
-        context=Context(recipe.runtime, recipe.prompting, reporter),
+        calls=StageCalls(record, directory, context, load_stages),
         device=device,
         flops=lambda name: expected_flops(name, recipe, record.request.inputs),
     )

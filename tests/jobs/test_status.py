@@ -62,6 +62,18 @@ def test_a_reused_phase_says_nothing_about_the_pace(tmp_path, journal, record):
     assert remaining_seconds(view_of(tmp_path), record, time.time()) == pytest.approx(50.0)
 
 
+def test_a_phase_that_counts_in_parts_goes_by_what_is_expected(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    for phase in ("generate_responses", "sft", "rollout", "score", "distill"):
+        finished(journal, phase, 10.0)
+    journal.append("phase", {"phase": "benchmark", "event": "started"})
+    for done in (1, 500):
+        journal.append("progress", {"done": done, "total": 500, "unit": "greedy responses of distilled"})
+        time.sleep(0.01)
+    view = view_of(tmp_path)
+    assert remaining_seconds(view, record, seconds_of(view.phase_started_at) + 4.0) == pytest.approx(6.0)
+
+
 def test_what_is_not_known_is_absent(tmp_path, journal, record):
     journal.append("state", {"state": "running"})
     journal.append("phase", {"phase": "sft", "event": "started"})

@@ -1,0 +1,120 @@
+"""What stands in a plan's way, and what its reader should know: tokenizers, teacher consistency, evaluation."""
+
+from dataclasses import dataclass, field
+
+from opd_mcp.identity.consistency import consistency, require_consistent
+from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.jobs.references import ResolvedModel, ResolvedPrompts
+from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
+from opd_mcp.schemas.requests import PlanDistillation
+from opd_mcp.schemas.runs import RunInputs
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """The resolved inputs of a distillation with what only planning needs of them."""
+
+    student: ResolvedModel
+    teacher: ResolvedModel
+    prompts: ResolvedPrompts
+    sft_prompts: ResolvedPrompts | None
+    eval_prompts: ResolvedPrompts | None
+    schema: RunInputs
+
+
+@dataclass
+class Findings:
+    """What blocks a plan and what its reader should know."""
+
+    blocking: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+
+    def warn(self, code: str, message: str, fix: str) -> None:
+        """Add a warning."""
+        self.warnings.append(Finding(code=code, message=message, fix=fix))
+
+
+def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) -> None:
+    """Raise ConsistencyError `tokenizer_mismatch` for two models that are here and whose tokens differ."""
+    if teacher.facts is None or student.facts is None:
+        return
+    if teacher.facts.identity.tokenizer != student.facts.identity.tokenizer:
+        require_same_tokens(teacher.facts.path, student.facts.path)
+
+
+def judge_consistency(
+    arguments: PlanDistillation, inputs: PlanInputs, found: Findings
+) -> tuple[bool, ConsistencyVerdict]:
+    """Whether the student needs its SFT first, and the verdict on the teacher; adds what stands in the way."""
+    teacher, claim = inputs.teacher.input, inputs.student.input.sft_teacher
+    if arguments.method == "sft" or claim is None:
+        verdict = ConsistencyVerdict(
+            status="consistent",
+            basis="by_construction",
+            teacher=teacher.identity,
+            mismatch_allowed=arguments.allow_teacher_mismatch,
+        )
+        return True, verdict
+    if teacher.identity is None or inputs.student.input.identity is None:
+        found.warn(
+            "checked_after_fetch",
+            "A model is still to be fetched from the Hub; tokenizers and teacher consistency are checked after that.",
+            "Fetch the models first, and give their paths, to know before the start.",
+        )
+        if teacher.identity is None:
+            return False, ConsistencyVerdict(status="unknown", sft_teacher=claim)
+    if arguments.declared_teacher is not None and claim.basis == "proven":
+        found.warn(
+            "declared_teacher_unused",
+            f"The student's lineage proves its SFT teacher, {claim.label()}; declared_teacher is not used.",
+            "Leave out declared_teacher.",
+        )
+    verdict = consistency(teacher.identity, claim, allowed=arguments.allow_teacher_mismatch)
+    if verdict.status == "mismatch":
+        _add_mismatch(verdict, arguments.allow_teacher_mismatch, found)
+    elif claim.basis == "asserted":
+        found.warn(
+            "lineage_asserted",
+            f"That the student was fine-tuned on responses of {claim.label()} is asserted by you, not proven.",
+            "Give a student made by start_sft, or one without declared_teacher, to have it proven.",
+        )
+    return False, verdict
+
+
+def _add_mismatch(verdict: ConsistencyVerdict, allowed: bool, found: Findings) -> None:
+    assert verdict.teacher is not None
+    try:
+        require_consistent(verdict.teacher, verdict.sft_teacher, allowed=False)
+    except ConsistencyError as error:
+        if allowed:
+            found.warn(error.code, f"{error.message} You allowed it; the report records it.", error.fix)
+        else:
+            found.blocking.append(Finding(code=error.code, message=error.message, fix=error.fix))
+
+
+def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
+    """Warn of eval prompts that are missing, without answers, or among the training prompts."""
+    if inputs.eval_prompts is None:
+        found.warn(
+            "no_eval_prompts",
+            "Without eval_prompts no accuracy is measured; the report holds the reverse KL to the teacher on the "
+            "distillation prompts.",
+            "Give eval_prompts=… with answers that are in no training set.",
+        )
+        return
+    if inputs.eval_prompts.input.rows_with_answer == 0:
+        found.warn(
+            "no_answers",
+            "The eval prompts have no `answer`, so the report holds the reverse KL to the teacher only.",
+            "Add an `answer` to each eval prompt.",
+        )
+    training = {row.text() for used in (inputs.prompts, inputs.sft_prompts) if used for row in used.rows}
+    overlap = sum(row.text() in training for row in inputs.eval_prompts.rows)
+    if overlap:
+        found.warn(
+            "eval_overlap",
+            f"{overlap} of {len(inputs.eval_prompts.rows)} eval prompts are also training prompts; accuracy on "
+            "them proves nothing.",
+            "Give eval_prompts that are in no training set.",
+        )
