@@ -2,15 +2,17 @@
 
 OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
-│   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · unsafe_weights
+│   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
+│   │                              unsafe_weights · unsupported_head
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
-├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing
+├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
+│                                  topk_missing
 ├── PlanError                      plan_blocked · plan_changed
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed · artifact_exists
 ├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline · missing_package
-└── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · bad_number
+└── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost · bad_number
 """
 
 from collections.abc import Iterable

@@ -1,0 +1,57 @@
+"""From preset and overrides to a recipe."""
+
+import pytest
+
+from opd_mcp.schemas.errors import ArgumentError
+from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
+
+PRESETS = ("quick", "paper", "demo")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_and_survives_json(preset: str) -> None:
+    recipe = resolve_recipe(preset, {})
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_the_paper_preset_holds_the_published_settings() -> None:
+    recipe = resolve_recipe("paper", {})
+    assert (recipe.sft.steps, recipe.sft.batch_size, recipe.sft.optimizer.learning_rate) == (3000, 256, 8e-5)
+    assert (recipe.rollout.sampling.temperature, recipe.rollout.sampling.max_new_tokens) == (0.8, 4096)
+    assert (recipe.distill.steps, recipe.distill.batch_size, recipe.distill.advantage_clip) == (150, 256, 10.0)
+    assert recipe.distill.optimizer.betas == (0.9, 0.98)
+    assert recipe.distill.normalize == "sample"
+
+
+def test_dotted_overrides_reach_every_depth() -> None:
+    recipe = resolve_recipe("quick", {"distill.steps": 7, "sft.optimizer.learning_rate": 1e-3, "runtime.seed": 5})
+    assert (recipe.distill.steps, recipe.sft.optimizer.learning_rate, recipe.runtime.seed) == (7, 1e-3, 5)
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ArgumentError, match=r"unknown_override.*distill\.steps"):
+        resolve_recipe("quick", {"distil.steps": 7})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("distill.steps", -1), ("rollout.sampling.top_p", 2), ("runtime.seed", "x")]
+)
+def test_a_bad_value_names_its_key(key: str, value: object) -> None:
+    with pytest.raises(ArgumentError, match=f"invalid_argument.*{key}"):
+        resolve_recipe("quick", {key: value})
+
+
+def test_every_listed_key_can_be_overridden_with_its_own_value() -> None:
+    recipe = resolve_recipe("demo", {})
+    for key in recipe_keys():
+        value: object = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert resolve_recipe("demo", {key: value}) == recipe, key
+
+
+def test_equal_recipes_have_equal_hashes() -> None:
+    same = resolve_recipe("demo", {"distill.steps": 400})
+    assert same.content_hash() == resolve_recipe("demo", {}).content_hash()
+    assert same.content_hash() != resolve_recipe("demo", {"distill.steps": 401}).content_hash()
