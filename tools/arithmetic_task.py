@@ -20,10 +20,10 @@ CHAT_TEMPLATE = (
 OPERATIONS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
 
 
-def random_problem(generator: random.Random) -> str:
-    """A prompt with two to four operations."""
+def random_problem(generator: random.Random, steps: tuple[int, int]) -> str:
+    """A prompt with between `steps[0]` and `steps[1]` operations."""
     text = str(generator.randrange(10))
-    for _ in range(generator.randint(2, 4)):
+    for _ in range(generator.randint(*steps)):
         text += generator.choice("+-*") + str(generator.randrange(10))
     return text + "=?"
 

@@ -14,7 +14,8 @@ import torch
 from arithmetic_task import answer, build_tokenizer, example_directory, model_config, random_problem
 from transformers import Qwen3ForCausalLM
 
-SETS = {"sft": 350, "tune": 400, "eval": 500, "opd": 12800}
+SETS = {"sft": 350, "opd": 3200, "tune": 400, "eval": 500}
+STEPS = (2, 6)
 
 
 def write_prompt_sets() -> None:
@@ -23,10 +24,10 @@ def write_prompt_sets() -> None:
     for name, size in SETS.items():
         lines = []
         while len(lines) < size:
-            prompt = random_problem(generator)
+            prompt = random_problem(generator, STEPS)
             if prompt not in seen:
                 seen.add(prompt)
-                row = {"id": f"{name}-{len(lines):05d}", "prompt": prompt, "answer": answer(prompt)}
+                row = {"id": f"{name}-{len(lines):04d}", "prompt": prompt, "answer": answer(prompt)}
                 lines.append(json.dumps(row))
         (example_directory() / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

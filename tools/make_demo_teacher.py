@@ -3,7 +3,7 @@
     python tools/make_demo_teacher.py --output examples/arithmetic/teacher
     python tools/make_demo_teacher.py --output examples/arithmetic/teacher_other_style --separator ,
 
-The training problems are drawn afresh at each step; the SFT, tuning and evaluation prompts never occur among them.
+The training problems are drawn afresh at each step; the evaluation prompts of `examples/arithmetic` never occur in it.
 """
 
 import argparse
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--most-steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, nargs=2, default=(2, 6), help="operations of a training problem")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -78,7 +79,7 @@ def main() -> None:
     for step in range(arguments.most_steps):
         prompts: list[str] = []
         while len(prompts) < arguments.batch:
-            problem = random_problem(generator)
+            problem = random_problem(generator, tuple(arguments.steps))
             if problem not in held_out:
                 prompts.append(problem)
         sequences = build_sequences(

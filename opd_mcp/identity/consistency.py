@@ -81,7 +81,8 @@ def require_consistent(
         f"The student was fine-tuned on responses of {sft_teacher.label()} ({sft_teacher.basis}), "
         f"but the teacher of this distillation is {teacher.label()}.",
         value=teacher.label(),
-        fix=f"Distill from {sft_teacher.label()}, or give the student as it was before its SFT, with sft_prompts, and let {teacher.name} answer them, "
+        fix=f"Distill from {sft_teacher.label()}, "
+        f"or give the student as it was before its SFT, with sft_prompts for {teacher.name} to answer, "
         "or accept the loss with allow_teacher_mismatch=True; the report records it.",
     )
 

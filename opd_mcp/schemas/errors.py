@@ -10,9 +10,11 @@ OpdError
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing
 ├── PlanError                      plan_blocked · plan_changed
-├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed · artifact_exists
+├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
+│                                  artifact_exists
 ├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline · missing_package
-└── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost · bad_number
+└── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
+                                   bad_number
 """
 
 from collections.abc import Iterable
