@@ -55,7 +55,7 @@ def main() -> int:
     options = vars(parser.parse_args())
     quick, recipe, roots = options.pop("quick"), options.pop("recipe"), options.pop("allow_root")
 
-    arguments = recipe_arguments(recipe) if recipe else {"preset": "demo"}
+    arguments: dict[str, Any] = recipe_arguments(recipe) if recipe else {"preset": "demo"}
     arguments |= {name: value for name, value in options.items() if value is not None}
     if quick:
         arguments["overrides"] = arguments.get("overrides", {}) | QUICK

@@ -19,7 +19,7 @@ HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its files describe it; `parameters` counts a tied output layer once."""
+    """A model as its files describe it; `parameters` counts a tied output layer once, `tokens` are ids in use."""
 
     path: Path
     identity: ModelIdentity
@@ -88,7 +88,7 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
         weight_bytes=sum(tensor.bytes for tensor in tensors),
         config=config,
         vocab_size=vocab_size if type(vocab_size) is int else max(tokens, default=-1) + 1,
-        tokens=len(tokens),
+        tokens=max(tokens, default=-1) + 1,
         eos_token_ids=eos,
     )
 

@@ -32,7 +32,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
 
     Raises ArgumentError: `unknown_override` with the nearest keys, or `invalid_argument` for a bad value.
     """
-    values = preset_values(preset)
+    values = _merged(Recipe().model_dump(), preset_values(preset))
     valid = set(recipe_keys())
     for key, value in overrides.items():
         if key not in valid:
@@ -49,7 +49,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
             section = section.setdefault(parent, {})
         section[name] = value
     try:
-        return Recipe.model_validate({"preset": preset, **values})
+        return Recipe.model_validate({**values, "preset": preset})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -59,3 +59,11 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
             value=first.get("input"),
             fix=f"Give {key} a valid value.",
         ) from error
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

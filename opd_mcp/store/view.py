@@ -45,6 +45,7 @@ class RunView:
         self._reader = JournalReader(self.directory / JOURNAL_FILE)
         self._journal_state: RunState = "queued"
         self._points: dict[str, deque[float | None]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
+        self._measured_phase: PhaseName | None = None
         self._pace: deque[tuple[float, int]] = deque(maxlen=RATE_POINTS)
 
     def refresh(self) -> "RunView":
@@ -81,6 +82,9 @@ class RunView:
             case "progress":
                 self._fold_progress(record.time, data)
             case "metric":
+                if self._measured_phase != self.phase:  # another phase's loss is another quantity
+                    self._points.clear()
+                    self._measured_phase = self.phase
                 self.step = data.get("step", self.step)
                 for name, value in data["values"].items():
                     self._points[name].append(value)

@@ -9,8 +9,9 @@ import pytest
 from opd_mcp.engine import stages
 from opd_mcp.engine.context import Context
 from opd_mcp.identity.consistency import sft_teacher
-from opd_mcp.identity.data import PromptRow, ResponseRow
+from opd_mcp.identity.data import PROMPT_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import ResponsesRecipe, Sampling
 from opd_mcp.schemas.reports import BenchmarkReport, TrainingSummary
 
@@ -99,10 +100,13 @@ def test_responses_proven_to_be_another_teachers_are_refused_with_both_names(dis
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_a_hub_data_set_without_a_network_is_one_clear_error(distill):
-    text = refusal(distill(unlabeled_prompts_dataset="org/prompts"))
-    assert text.startswith("[offline]")
-    assert "'org/prompts'" in text
+def test_a_hub_data_set_without_a_network_is_one_clear_error(examples, monkeypatch, tmp_path):
+    from distill_inputs import data_path
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ResourceError, match=r"\[offline\].*'org/prompts'") as refused:
+        data_path("org/prompts", PROMPT_COLUMNS, tmp_path / "download.parquet")
+    assert "JSONL or Parquet" in refused.value.fix
 
 
 def test_the_command_takes_exactly_the_documented_flags(run_example):

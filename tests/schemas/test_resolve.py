@@ -55,3 +55,8 @@ def test_equal_recipes_have_equal_hashes() -> None:
     same = resolve_recipe("demo", {"distill.steps": 400})
     assert same.content_hash() == resolve_recipe("demo", {}).content_hash()
     assert same.content_hash() != resolve_recipe("demo", {"distill.steps": 401}).content_hash()
+
+
+def test_overriding_one_key_leaves_its_neighbours_alone() -> None:
+    plain, changed = resolve_recipe("quick", {}), resolve_recipe("quick", {"sft.optimizer.learning_rate": 1e-5})
+    assert changed.sft.optimizer == plain.sft.optimizer.model_copy(update={"learning_rate": 1e-5})

@@ -50,6 +50,18 @@ def test_a_run_from_start_to_end(run, writer):
     assert view.finished_at is not None
 
 
+def test_metrics_are_those_of_the_last_phase_that_measured_any(run, writer):
+    for phase, values in (
+        ("sft", {"loss": 2.0, "mean_logprob": -2.0}),
+        ("distill", {"loss": 0.1}),
+        ("benchmark", None),
+    ):
+        writer.append("phase", {"phase": phase, "event": "started"})
+        if values:
+            writer.append("metric", {"step": 1, "values": values}, durable=False)
+    assert {name: trend.last for name, trend in RunView(run).refresh().metrics.items()} == {"loss": 0.1}
+
+
 def test_a_failure_keeps_its_cause(run, writer):
     writer.append("error", {"code": "bad_number", "cause": "loss is NaN", "fix": "Lower the learning rate."})
     writer.append("state", {"state": "failed"})

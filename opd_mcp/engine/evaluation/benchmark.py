@@ -109,6 +109,7 @@ class _Drawer:
             batch_size=self.recipe.batch_size,
             seed=self.runtime.seed,
             scope=f"benchmark/{scope}",
+            valid_vocab=self.model.facts.tokens,
             on_batch=lambda done: self.context.reporter.progress(
                 done, len(prompts), f"{scope} responses of {self.name}"
             ),

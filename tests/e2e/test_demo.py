@@ -1,0 +1,44 @@
+"""The demo on a few steps: every arm, every tool it needs, the guard, and the file it writes."""
+
+import json
+
+from opd_mcp.demo import ARMS, run_demo
+
+FEW = {
+    "responses.limit": 16,
+    "sft.steps": 4,
+    "sft.batch_size": 8,
+    "rollout.count": 16,
+    "rollout.sampling.max_new_tokens": 16,
+    "distill.steps": 3,
+    "distill.batch_size": 4,
+    "benchmark.limit": 16,
+    "benchmark.samples_per_prompt": 0,
+    "benchmark.kl_prompts": 4,
+}
+
+
+def test_the_demo_runs_every_arm_and_its_guard_refuses(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runtime").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    file = tmp_path / "demo.json"
+    run_demo(7, file, tmp_path / "home", overrides=FEW)
+
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert set(written) == {"arms", "consistency_guard", "wall_seconds", "seed"}
+    assert list(written["arms"]) == list(ARMS)
+    assert written["seed"] == 7
+    trained = {name for name, arm in written["arms"].items() if arm["steps"]}
+    assert trained == set(ARMS) - {"base", "teacher"}
+    for name, arm in written["arms"].items():
+        low, high = arm["accuracy_ci"]
+        assert low <= arm["accuracy"] <= high
+        assert ("seconds_per_step" in arm) == (name in trained)
+        assert arm["seconds_total"] >= arm["seconds"]
+    assert written["arms"]["teacher"]["accuracy"] > 0.9
+    guard = written["consistency_guard"]
+    assert guard["refused"]
+    assert "teacher_other_style@" in guard["message"]
+    assert " teacher@" in guard["message"]
+    printed = capsys.readouterr().out
+    assert all(name[:6] in printed for name in ARMS)
