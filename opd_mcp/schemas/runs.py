@@ -87,6 +87,7 @@ class RunRecord(Schema):
     hardware: str
     expected_seconds: float | None = None
     expected_phase_seconds: dict[str, float] = Field(default_factory=dict, description="by phase; what the ETA uses")
+    trace_context: dict[str, str] = Field(default_factory=dict, description="W3C trace context of the tool call")
 
 
 class Progress(Schema):
