@@ -5,7 +5,8 @@ Run: `python tools/bench_server.py [--json FILE] [--rounds 9] [--runs 1000] [--c
 - `start_ratio`: spawn, connect, list tools over stdio; ours / a bare SDK server with one tool, measured in turns.
 - `stdio_p50_ms`, `http_p50_ms`: median of get_run_status calls by one warm client; `*_bare_p50_ms` the bare server's
   trivial tool, in turns with ours, to tell a slow machine from a slow server.
-- `poll50_p99_ms`, `poll50_errors`: warm HTTP clients that poll with one second of thinking in between.
+- `poll50_p99_ms`, `poll50_errors`: warm HTTP clients that poll with one second of thinking in between;
+  `poll50_bare_*` the same of the bare server, right after.
 - `longest_call_s`: the longest call of all, one that waits its full 25 s for an active run included.
 
 Prints one line a bar and exits with 1 when one is missed; the times are this machine's, the ratio travels.
@@ -124,7 +125,9 @@ async def call_medians(ours: Any, bare: Any, name: str, calls: int = 200) -> dic
     return {f"{name}_p50_ms": statistics.median(times["ours"]), f"{name}_bare_p50_ms": statistics.median(times["bare"])}
 
 
-async def polling(url: str, clients: int, seconds: float) -> dict[str, float]:
+async def polling(
+    url: str, clients: int, seconds: float, name: str, tool: str, arguments: dict[str, Any]
+) -> dict[str, float]:
     """Latency of many warm clients that think for a second between their polls."""
     times: list[float] = []
     errors = warm = 0
@@ -133,7 +136,7 @@ async def polling(url: str, clients: int, seconds: float) -> dict[str, float]:
     async def poll(number: int) -> None:
         nonlocal errors, warm
         async with Client(url) as client:
-            await client.call_tool("get_run_status", {"run_id": ACTIVE})
+            await client.call_tool(tool, arguments)
             warm += 1
             if warm == clients:
                 all_warm.set()
@@ -142,7 +145,7 @@ async def polling(url: str, clients: int, seconds: float) -> dict[str, float]:
             end = time.perf_counter() + seconds
             while time.perf_counter() < end:
                 start = time.perf_counter()
-                result = await client.call_tool("get_run_status", {"run_id": ACTIVE})
+                result = await client.call_tool(tool, arguments)
                 times.append(1000 * (time.perf_counter() - start))
                 errors += bool(result.is_error)
                 await anyio.sleep(1)
@@ -152,10 +155,10 @@ async def polling(url: str, clients: int, seconds: float) -> dict[str, float]:
             tasks.start_soon(poll, number)
     ordered = sorted(times)
     return {
-        "poll50_calls": len(times),
-        "poll50_errors": errors,
-        "poll50_p50_ms": statistics.median(ordered),
-        "poll50_p99_ms": ordered[int(len(ordered) * 0.99)],
+        f"{name}_calls": len(times),
+        f"{name}_errors": errors,
+        f"{name}_p50_ms": statistics.median(ordered),
+        f"{name}_p99_ms": ordered[int(len(ordered) * 0.99)],
     }
 
 
@@ -201,7 +204,9 @@ async def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, flo
     http = [*SERVE, "--transport", "http", "--port", "PORT"]
     async with served(http, environment) as url, served([sys.executable, str(script), "PORT"], {}) as other:
         figures |= await call_medians(url, other, "http")
-        figures |= await polling(url, arguments.clients, arguments.seconds)
+        load = arguments.clients, arguments.seconds
+        figures |= await polling(url, *load, "poll50", "get_run_status", {"run_id": ACTIVE})
+        figures |= await polling(other, *load, "poll50_bare", "add", {"a": 1, "b": 2})
         figures |= await longest_wait(url)
     return figures
 
