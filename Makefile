@@ -2,13 +2,24 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test check format bench-start clean
+.PHONY: demo test test-clients bench-server fuzz check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
 	$(BIN)/python -m pytest $(ARGS)
+
+# Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
+test-clients: .venv/fresh .clients/fresh
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
+	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
+
+bench-server: .venv/fresh
+	$(BIN)/python tools/bench_server.py $(ARGS)
+
+fuzz: .venv/fresh
+	$(BIN)/python tools/fuzz_tools.py $(ARGS)
 
 check: .venv/fresh
 	$(BIN)/ruff check .
@@ -24,5 +35,11 @@ format: .venv/fresh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+.clients/fresh: tests/clients/package.json
+	mkdir -p .clients
+	cp tests/clients/package.json .clients/package.json
+	npm install --prefix .clients --no-audit --no-fund --silent
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis

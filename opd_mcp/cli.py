@@ -1,7 +1,8 @@
-"""The command line: `opd-mcp serve | demo | status | list | cancel | worker`.
+"""The command line: `opd-mcp serve | demo | status | list | cancel | doctor | worker`.
 
-The only place that reads the environment (`OPD_HOME`: the workspace). Every import beyond typer is inside the command
-that needs it, so that a server starts without what only a worker uses, and the other way round.
+The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token). Every import beyond
+typer is inside the command that needs it, so that a server starts without what only a worker uses, and the other way
+round.
 """
 
 import os
@@ -39,17 +40,33 @@ def serve(
         typer.Option(help="A folder that clients may name paths below; repeatable.", exists=True, file_okay=False),
     ] = None,
     transport: Annotated[Transport, typer.Option(help="stdio for a client on this machine.")] = Transport.STDIO,
-    host: Annotated[str, typer.Option(help="For http: a local address.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="For http; one that others can reach needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="For http.", min=1, max=65535)] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="For http: a file with the bearer token; or OPD_TOKEN.", exists=True, dir_okay=False),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="For http: a name the server is reached by; repeatable.")
+    ] = None,
+    allow_delete: Annotated[bool, typer.Option(help="Offer delete_artifact.")] = False,
+    confirm_gpu_hours: Annotated[
+        float, typer.Option(help="Ask before plans that take a device for longer.", min=0)
+    ] = 8.0,
 ) -> None:
     """Serve the tools to an MCP client."""
     from opd_mcp.server.serve import serve_http, serve_stdio
+    from opd_mcp.server.settings import ServerSettings
 
-    roots = allow_root or []
+    roots, settings = allow_root or [], ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete)
     if transport is Transport.STDIO:
-        serve_stdio(lambda: open_service(roots))
+        serve_stdio(lambda: open_service(roots), settings)
     else:
-        serve_http(lambda: open_service(roots), host=host, port=port)
+        from opd_mcp.server.http import HttpAccess
+
+        token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
+        access = HttpAccess(host, port, token or None, tuple(allowed_host or ()))
+        serve_http(lambda: open_service(roots), settings, access)
 
 
 @app.command()
@@ -92,6 +109,25 @@ def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
 
     found = open_service().cancel(run_id)
     typer.echo(found.to_json() if as_json else cancel_text(found))
+
+
+@app.command()
+def doctor(
+    repair: Annotated[bool, typer.Option(help="Rebuild the index from the run directories.")] = False,
+) -> None:
+    """Check the set-up and say how to fix what is wrong."""
+    from opd_mcp.jobs.doctor import checks
+
+    service = open_service()
+    if repair:
+        for problem in service.store.rebuild():
+            typer.echo(str(problem), err=True)
+    found = list(checks(service))
+    for check in found:
+        typer.echo(f"{'ok ' if check.well else 'BAD'} {check.name}: {check.found}")
+        if not check.well:
+            typer.echo(f"    fix: {check.fix}")
+    raise typer.Exit(int(not all(check.well for check in found)))
 
 
 @app.command(hidden=True)

@@ -142,7 +142,10 @@ class _Session:
             student = self._results["sft_other_style"]["artifacts"]["sft"]
             mismatched = _without(task, "sft_prompts") | {"student": student, "overrides": SHORT_STEPS}
             guards.append(await self._guard(mismatched))
-            await self._run("lightning_other_style", mismatched | {"allow_teacher_mismatch": True})
+            allowed = mismatched | {"allow_teacher_mismatch": True}
+            # This client has no user to ask, so it names the plan that a user would agree to.
+            plan = await self._call("plan_distillation", **self._with_preset(_without(allowed, "benchmark")))
+            await self._run("lightning_other_style", allowed | {"confirm": plan["plan_id"]})
 
         async with anyio.create_task_group() as tasks:
             for arm in (lightning, other_style, live, topk):

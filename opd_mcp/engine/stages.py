@@ -24,6 +24,7 @@ from opd_mcp.engine.evaluation.benchmark import Scored, score_model
 from opd_mcp.engine.evaluation.intervals import paired_difference
 from opd_mcp.engine.evaluation.report import report_markdown
 from opd_mcp.engine.generation.rollouts import draw_rollouts
+from opd_mcp.engine.generation.samples import sample  # noqa: F401 - a stage too
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, save_model
 from opd_mcp.engine.provenance import full_identity, record_lineage
 from opd_mcp.engine.runtime import hardware_name, open_runtime

@@ -12,11 +12,12 @@ from opd_mcp.jobs.references import References, ResolvedCache, ResolvedModel
 from opd_mcp.jobs.tokens import mean_prompt_tokens
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import Plan
-from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.recipes import Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
     GenerateTeacherResponses,
+    SampleModel,
     StartDistillation,
     StartSft,
 )
@@ -126,6 +127,17 @@ class Composer:
             prompts=self._prompts(arguments.prompts, model),
         )
         return self._request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark())
+
+    def sample(self, arguments: SampleModel) -> RunRequest:
+        """A model answers a few prompts."""
+        recipe = checked_recipe("quick", {"runtime.seed": arguments.seed})
+        sampling = Sampling(
+            temperature=arguments.temperature, top_p=arguments.top_p, max_new_tokens=arguments.max_new_tokens
+        )
+        recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
+        model = self.references.model(arguments.model)
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments.prompts, model))
+        return self._request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample())
 
     def _request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, chain: PhaseChain) -> RunRequest:
         phases = with_satisfied(chain.phases, recipe.distill.method, self.find_artifact)

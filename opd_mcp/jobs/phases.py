@@ -131,6 +131,14 @@ class PhaseChain:
         self._add("benchmark", parts, self.recipe.benchmark)
         return self
 
+    def sample(self) -> "PhaseChain":
+        """A model answers a few prompts, to be looked at."""
+        inputs = self.inputs
+        self._add(
+            "sample", {"model": model_token(inputs.model), "prompts": data_token(inputs.prompts)}, self.recipe.sample
+        )
+        return self
+
     def _claims(self) -> dict[str, Any]:
         # A proven claim follows from the student itself; only what the caller asserts is an input of its own.
         claim = _asserted(self.inputs.student)

@@ -14,7 +14,7 @@ from opd_mcp.identity.files import write_atomic
 from opd_mcp.jobs.estimates import COST_FILE, ArtifactCosts, PhaseCost, work_name
 from opd_mcp.jobs.phases import Product, product
 from opd_mcp.jobs.reporting import JournalReporter
-from opd_mcp.jobs.results import report_figures, rounded
+from opd_mcp.jobs.results import report_figures, rounded, sampled
 from opd_mcp.jobs.stage_calls import StageCalls
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
@@ -88,9 +88,12 @@ class Pipeline:
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
         if made is None:
-            output = self.directory / ROLLOUTS
+            output = self.directory / (ROLLOUTS if phase.name == "rollout" else phase.name)
             cost = self.calls.compute(phase.name, output)
-            self.calls.paths[ROLLOUTS] = output
+            if phase.name == "sample":
+                self.result |= sampled(output)
+            else:
+                self.calls.paths[ROLLOUTS] = output
             self.pending.append(self._phase_cost(phase.name, cost))
         else:
             with self._building(made) as building:

@@ -10,6 +10,7 @@ from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.jobs.devices import Target, target_of
 from opd_mcp.jobs.estimates import Estimator, measured_costs
 from opd_mcp.jobs.phases import request_hash
+from opd_mcp.jobs.tracing import current_trace
 from opd_mcp.jobs.workload import ModelSize, data_size
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.runs import ModelInput, RunRecord, RunRequest
@@ -34,6 +35,7 @@ def new_record(request: RunRequest, workspace: Workspace, models: ModelCache) ->
         hardware=f"{target.name}, {platform.machine()}, {platform.system()}",
         expected_seconds=estimate.seconds if estimate else None,
         expected_phase_seconds={phase.phase: phase.seconds for phase in estimate.phases} if estimate else {},
+        trace_context=current_trace(),
     )
 
 

@@ -1,8 +1,12 @@
-"""The figures of a report as a run's result shows them."""
+"""The figures of a report, and the texts of a sample, as a run's result shows them."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
+
+SAMPLES_FILE = "samples.json"
 
 
 def report_figures(report: BenchmarkReport) -> dict[str, Any]:
@@ -36,6 +40,22 @@ def score_figures(score: ModelScore) -> dict[str, Any]:
     if score.pass_at_k:
         figures["pass_at_k"] = score.pass_at_k
     return figures
+
+
+def sampled(output: Path) -> dict[str, Any]:
+    """The result of a sample: each response cut to size, and the path of the file that has them whole."""
+    file = output / SAMPLES_FILE
+    samples = [
+        {**sample, "prompt": shortened(sample["prompt"], 160), "response": shortened(sample["response"], 700)}
+        for sample in json.loads(file.read_bytes())
+    ]
+    return {"samples": samples, "artifacts": {}, "paths": {"samples": str(file)}}
+
+
+def shortened(text: str, characters: int) -> str:
+    """The text, or its beginning and how many characters follow."""
+    left = len(text) - characters
+    return text if left <= 0 else f"{text[:characters]}… ({left} more characters)"
 
 
 def rounded(value: Any, digits: int = 6) -> Any:

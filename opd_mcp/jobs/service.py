@@ -2,13 +2,20 @@
 
 import subprocess
 import threading
+from collections.abc import Sequence
 
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelCache
 from opd_mcp.jobs.composing import Composer
+from opd_mcp.jobs.consent import Question, cache_question, deletion_question, plan_question
+from opd_mcp.jobs.dashboard import dashboard_feed
 from opd_mcp.jobs.fingerprints import changed_parts
+from opd_mcp.jobs.holdings import artifact_list, delete_artifact
 from opd_mcp.jobs.launch import launch_worker
 from opd_mcp.jobs.leases import LeaseFolder
+from opd_mcp.jobs.logs import log_page
+from opd_mcp.jobs.metrics import metrics_report
+from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.jobs.planning import Planner
 from opd_mcp.jobs.records import new_record
 from opd_mcp.jobs.references import References
@@ -16,6 +23,8 @@ from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.setup import setup_report
 from opd_mcp.jobs.status import snapshot_of, status_of, wait_token_of
 from opd_mcp.jobs.views import Views
+from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact, LogPage, MetricsReport
+from opd_mcp.schemas.dashboard import DashboardFeed
 from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.plans import Plan
@@ -23,7 +32,11 @@ from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
     GenerateTeacherResponses,
+    GetRunLogs,
+    GetRunMetrics,
+    ListArtifacts,
     PlanDistillation,
+    SampleModel,
     StartDistillation,
     StartSft,
 )
@@ -40,13 +53,13 @@ from opd_mcp.schemas.runs import (
 from opd_mcp.schemas.setup import Limits, SetupReport
 from opd_mcp.store.plans import read_plan, save_plan
 from opd_mcp.store.roots import AllowedRoots
-from opd_mcp.store.runs import request_cancel, run_directory
+from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
 from opd_mcp.store.store import Store
 from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
 LATEST = "latest"
-PLAN_ONLY = {"plan_id", "benchmark"}
+PLAN_ONLY = {"plan_id", "benchmark", "confirm"}
 
 
 class JobService:
@@ -125,11 +138,42 @@ class JobService:
             request = self._composer.benchmark(arguments)
         return self._start(request)
 
+    def sample_model(self, arguments: SampleModel) -> RunSnapshot:
+        """The run in which a model answers a few prompts; its result holds the texts."""
+        with self._starting:
+            request = self._composer.sample(arguments)
+        return self._start(request)
+
+    def start_question(self, arguments: StartDistillation, gpu_hours: float) -> Question | None:
+        """What the user must agree to before this start: a plan above so many hours, or a teacher mismatch."""
+        if arguments.plan_id is not None:
+            return plan_question(read_plan(self.workspace, arguments.plan_id), gpu_hours)
+        if arguments.cache_id is not None:
+            return cache_question(arguments.cache_id, arguments.allow_teacher_mismatch)
+        return plan_question(self.plan(plan_arguments(arguments)), gpu_hours)
+
+    def cache_question(self, arguments: BuildTeacherCache) -> Question | None:
+        """What the user must agree to before this cache is built; raises what `build_teacher_cache` raises."""
+        if not arguments.allow_teacher_mismatch:
+            return None
+        with self._starting:
+            request = self._composer.cache(arguments)
+        return cache_question(str(cache_id_of(request.phases)), True)
+
+    def deletion_question(self, artifact_id: str) -> Question:
+        """What the user must agree to before an artifact is deleted; raises UnknownIdError `unknown_artifact`."""
+        record = self.store.artifacts.get(artifact_id).record
+        return deletion_question(artifact_id, record.kind, f"{record.bytes / 2**20:.1f} MiB")
+
     def status(self, run_id: str = LATEST) -> RunStatus:
         """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""
         self._reap()
         run_id = self._existing(run_id)
         return self._views.read(run_id, self._status)
+
+    def snapshot(self, run_id: str) -> RunSnapshot:
+        """The run in the form in which its start was answered, with its result or error once it has ended."""
+        return self._views.read(self._existing(run_id), snapshot_of)
 
     def list_runs(
         self, state: RunState | None = None, kind: RunKind | None = None, limit: int = 20, cursor: str | None = None
@@ -143,6 +187,31 @@ class JobService:
                 fix="Give a smaller limit and go on with next_cursor.",
             )
         return self.store.list_runs(state=state, kind=kind, limit=limit, cursor=cursor)
+
+    def run_metrics(self, arguments: GetRunMetrics) -> MetricsReport:
+        """Series, trend, diagnosis and differences of up to four runs, from their journals."""
+        ids = dict.fromkeys(self._existing(run_id) for run_id in arguments.run_ids)
+        runs = [(self.store.record(run_id), self.store.view(run_id)) for run_id in ids]
+        return metrics_report(runs, arguments.keys, arguments.max_points)
+
+    def run_logs(self, arguments: GetRunLogs) -> LogPage:
+        """A page of a run's log, from its end."""
+        run_id = self._existing(arguments.run_id)
+        log = run_directory(self.workspace, run_id) / LOG_FILE
+        return log_page(run_id, log, tail=arguments.tail, contains=arguments.contains, cursor=arguments.cursor)
+
+    def dashboard(self, run_ids: Sequence[str] = ()) -> DashboardFeed:
+        """What the dashboard shows of up to four runs, the newest one by default."""
+        return dashboard_feed(self.store, [self._existing(run_id) for run_id in run_ids])
+
+    def list_artifacts(self, arguments: ListArtifacts) -> ArtifactList:
+        """A page of artifacts, newest first."""
+        return artifact_list(self.store, arguments.kind, arguments.limit, arguments.cursor)
+
+    def delete_artifact(self, artifact_id: str) -> DeletedArtifact:
+        """The space freed; raises UnknownIdError `unknown_artifact`, IntegrityError `artifact_needed`."""
+        with self._starting:
+            return delete_artifact(self.store, artifact_id)
 
     def cancel(self, run_id: str) -> RunSnapshot:
         """The run after a durable cancel request; raises RunError `run_not_active` for a run that has ended."""

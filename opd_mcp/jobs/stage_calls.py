@@ -25,6 +25,7 @@ class Stages(Protocol):
     score: Callable[..., StageCost]
     distill: Callable[..., TrainingSummary]
     benchmark: Callable[..., BenchmarkReport]
+    sample: Callable[..., StageCost]
 
 
 @dataclass
@@ -81,7 +82,11 @@ class StageCalls:
             case "distill":
                 return training_cost(name, self._distill(common))
             case _:
-                return self._benchmark(common)
+                return self._sample(common) if name == "sample" else self._benchmark(common)
+
+    def _sample(self, common: Mapping[str, Any]) -> StageCost:
+        recipe, paths = self.record.request.recipe.sample, self.paths
+        return self.stages.sample(recipe, model=paths["model"], prompts=paths["prompts"], **common)
 
     def _sft(self, common: Mapping[str, Any]) -> TrainingSummary:
         paths, responses = self.paths, self.record.request.inputs.responses

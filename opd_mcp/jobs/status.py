@@ -4,7 +4,7 @@ import time
 
 from opd_mcp.jobs.failures import lost_failure
 from opd_mcp.jobs.phases import cache_id_of
-from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord, RunSnapshot, RunState, RunStatus
+from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, RunRecord, RunSnapshot, RunState, RunStatus
 from opd_mcp.store.runs import LOG_FILE
 from opd_mcp.store.view import RunView, seconds_of
 
@@ -27,19 +27,27 @@ def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> Ru
         progress=view.progress,
         reused=reused,
         cache_id=cache_id_of(record.request.phases),
+        result=view.result,
+        error=failure(view),
         next_action=next_action(view, record),
     )
+
+
+def failure(view: RunView) -> Failure | None:
+    """Why the run did not succeed, in its own words or, for a lost one, in ours."""
+    return lost_failure(view.directory / LOG_FILE) if view.state == "lost" else view.error
 
 
 def status_of(view: RunView, record: RunRecord, queue_position: int | None) -> RunStatus:
     """The run as `get_run_status` answers."""
     active = view.state in ACTIVE_STATES
     eta = remaining_seconds(view, record, time.time()) if view.state == "running" else None
-    error = lost_failure(view.directory / LOG_FILE) if view.state == "lost" else view.error
     return RunStatus(
         run_id=record.run_id,
         kind=record.request.kind,
         state=view.state,
+        created_at=record.created_at,
+        updated_at=view.updated_at or record.created_at,
         phase=view.phase if active else None,
         phases_done=view.phases_done,
         phases_total=len(record.request.phases),
@@ -50,7 +58,7 @@ def status_of(view: RunView, record: RunRecord, queue_position: int | None) -> R
         metrics=view.metrics,
         alerts=view.alerts,
         result=view.result,
-        error=error,
+        error=failure(view),
         next_check_s=_next_check(eta) if active else None,
         next_action=next_action(view, record),
     )
@@ -95,6 +103,8 @@ def _after_success(record: RunRecord, *, benchmarked: bool) -> str:
             return f"Call start_distillation(student='{student}', cache_id='{cache_id}')"
         case "distill" if not benchmarked:
             return f"Call benchmark_student(model='{run_id}', prompts='…', teacher='{teacher}')"
+        case "sample":
+            return "Read result: `samples` holds the texts."
         case _:
             return "Read result: `scores` holds the evidence, `paths` the absolute paths of what was made."
 

@@ -18,6 +18,7 @@ from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
+from opd_mcp.jobs.tracing import run_span
 from opd_mcp.jobs.workload import expected_flops
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.recipes import RuntimeRecipe
@@ -69,7 +70,8 @@ def work(
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
         prepare_environment(record.request.recipe.runtime, lease)
         journal.append("state", {"state": "running"})
-        result = run_phases(store, directory, record, journal, reporter, device_kind(lease), load_stages)
+        with run_span(record):
+            result = run_phases(store, directory, record, journal, reporter, device_kind(lease), load_stages)
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:

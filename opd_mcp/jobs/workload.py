@@ -74,6 +74,7 @@ def phase_work(
         "score": lambda: _scoring(recipe, student, teacher, data),
         "distill": lambda: _distilling(recipe, student, teacher, data, method),
         "benchmark": lambda: _benchmarking(recipe, student, teacher, data),
+        "sample": lambda: _generation(recipe, student, data.prompts, 8, data, recipe.sample.sampling.max_new_tokens),
     }
     return works[name]() if name in works else Work(0.0, 0.0, 0)
 

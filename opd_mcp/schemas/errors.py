@@ -5,13 +5,14 @@ OpdError
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
 │   │                              unsafe_weights · unsupported_head
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
-│   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long
+│   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
+│   │                              confirm_needed
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing
-├── PlanError                      plan_blocked · plan_changed
+├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
-│                                  artifact_exists
+│                                  artifact_exists · artifact_needed
 ├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline · missing_package
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    bad_number

@@ -115,6 +115,12 @@ class BenchmarkRecipe(Schema):
     batch_size: PositiveInt = 256
 
 
+class SampleRecipe(Schema):
+    """A few responses to look at."""
+
+    sampling: Sampling = Sampling(max_new_tokens=256)
+
+
 class Recipe(Schema):
     """The resolved recipe of a run, written beside its results."""
 
@@ -127,3 +133,4 @@ class Recipe(Schema):
     score: ScoreRecipe = ScoreRecipe()
     distill: DistillRecipe = DistillRecipe()
     benchmark: BenchmarkRecipe = BenchmarkRecipe()
+    sample: SampleRecipe = SampleRecipe()

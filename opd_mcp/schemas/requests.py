@@ -5,7 +5,8 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints
 
 from opd_mcp.schemas.base import Schema
-from opd_mcp.schemas.recipes import Estimator, Method, Preset
+from opd_mcp.schemas.identity import ArtifactKind
+from opd_mcp.schemas.recipes import Estimator, Method, Preset, Seed
 from opd_mcp.schemas.runs import RunKind, RunState
 
 Reference = Annotated[
@@ -19,7 +20,7 @@ Prompts = Annotated[
 ]
 Overrides = Annotated[
     dict[str, Any],
-    Field(description="dotted recipe keys, e.g. {'distill.steps': 100, 'runtime.seed': 1}", max_length=100),
+    Field(description="dotted recipe keys, e.g. {'distill.steps': 100}", max_length=100),
 ]
 RunId = Annotated[
     str,
@@ -32,6 +33,9 @@ DeclaredTeacher = Annotated[
     Reference, Field(description="teacher whose responses the student was fine-tuned on, where no lineage says so")
 ]
 AllowMismatch = Annotated[bool, Field(description="train although the SFT teacher differs; recorded in the report")]
+
+
+Confirm = Annotated[str, Field(max_length=200, description="the id that [confirm_needed] names")]
 
 
 class InspectSetup(Schema):
@@ -84,6 +88,7 @@ class BuildTeacherCache(Schema):
     allow_teacher_mismatch: AllowMismatch = False
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    confirm: Confirm | None = None
 
 
 class StartDistillation(Schema):
@@ -105,6 +110,7 @@ class StartDistillation(Schema):
     allow_teacher_mismatch: AllowMismatch = False
     benchmark: Annotated[bool, Field(description="end with a report")] = True
     overrides: Overrides = Field(default_factory=dict)
+    confirm: Confirm | None = None
 
 
 class BenchmarkStudent(Schema):
@@ -117,6 +123,20 @@ class BenchmarkStudent(Schema):
     samples_per_prompt: Annotated[int, Field(ge=0, le=64, description="0: greedy accuracy only")] | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+
+
+class SampleModel(Schema):
+    """Arguments of `sample_model`."""
+
+    model: Reference
+    prompts: Annotated[
+        list[Annotated[str, StringConstraints(max_length=20_000)]],
+        Field(min_length=1, max_length=8, description="up to 8 texts"),
+    ]
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False, description="0 is greedy")] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
+    seed: Seed = 0
 
 
 class GetRunStatus(Schema):
@@ -147,3 +167,50 @@ class CancelRun(Schema):
     """Arguments of `cancel_run`."""
 
     run_id: RunId
+
+
+class GetRunMetrics(Schema):
+    """Arguments of `get_run_metrics`."""
+
+    run_ids: Annotated[list[RunId], Field(min_length=1, max_length=4, description="up to 4 run ids, or 'latest'")] = (
+        Field(default_factory=lambda: ["latest"])
+    )
+    keys: Annotated[
+        list[Annotated[str, StringConstraints(max_length=100)]],
+        Field(max_length=20, description="e.g. 'distill.reverse_kl_k1' or 'reverse_kl_k1'; default: all"),
+    ] = Field(default_factory=list)
+    max_points: Annotated[int, Field(ge=2, le=200, description="points a series")] = 40
+
+
+class GetRunLogs(Schema):
+    """Arguments of `get_run_logs`."""
+
+    run_id: RunId = "latest"
+    tail: Annotated[int, Field(ge=1, le=200, description="lines")] = 50
+    contains: Annotated[str, Field(max_length=200, description="only lines with this text")] | None = None
+    cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before: older lines")] | None = (
+        None
+    )
+
+
+class ListArtifacts(Schema):
+    """Arguments of `list_artifacts`."""
+
+    kind: ArtifactKind | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before")] | None = None
+
+
+class DeleteArtifact(Schema):
+    """Arguments of `delete_artifact`."""
+
+    artifact_id: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+    confirm: Confirm | None = None
+
+
+class OpenDashboard(Schema):
+    """Arguments of `open_dashboard` and `dashboard_feed`."""
+
+    run_ids: Annotated[list[RunId], Field(max_length=4, description="up to 4; default: the newest")] = Field(
+        default_factory=list
+    )

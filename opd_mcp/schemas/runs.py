@@ -8,9 +8,9 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Recipe
 
-RunKind = Literal["generate", "sft", "cache", "distill", "benchmark"]
+RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample"]
 RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
-PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
+PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample"]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -51,7 +51,7 @@ class RunInputs(Schema):
     eval_prompts: DataInput | None = None
     responses: DataInput | None = None
     cache: DataInput | None = None
-    model: ModelInput | None = Field(None, description="the model that a benchmark measures")
+    model: ModelInput | None = Field(None, description="the model that a benchmark measures or that answers samples")
     baselines: list[ModelInput] = Field(default_factory=list)
     declared_teacher: str | None = None
     allow_teacher_mismatch: bool = False
@@ -87,6 +87,7 @@ class RunRecord(Schema):
     hardware: str
     expected_seconds: float | None = None
     expected_phase_seconds: dict[str, float] = Field(default_factory=dict, description="by phase; what the ETA uses")
+    trace_context: dict[str, str] = Field(default_factory=dict, description="W3C trace context of the tool call")
 
 
 class Progress(Schema):
@@ -125,7 +126,7 @@ class Alert(Schema):
 
 
 class RunSnapshot(Schema):
-    """The immediate answer of every tool that starts or stops a run."""
+    """The answer of every tool that starts or stops a run; a task's final result has the same form."""
 
     run_id: str
     kind: RunKind
@@ -134,6 +135,8 @@ class RunSnapshot(Schema):
     progress: Progress | None = None
     reused: bool = False
     cache_id: str | None = Field(None, description="id that the teacher cache of this run has or will have")
+    result: dict[str, Any] | None = Field(None, description="of an ended run")
+    error: Failure | None = None
     next_action: str
 
 
@@ -143,6 +146,8 @@ class RunStatus(Schema):
     run_id: str
     kind: RunKind
     state: RunState
+    created_at: str
+    updated_at: str
     phase: PhaseName | None = None
     phases_done: list[str] = Field(default_factory=list)
     phases_total: int

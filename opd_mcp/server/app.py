@@ -4,23 +4,43 @@ import logging
 import sys
 
 from mcp.server import MCPServer
+from mcp.server.caching import CacheHint
 
 import opd_mcp
 from opd_mcp.jobs.service import JobService
 from opd_mcp.server.instructions import INSTRUCTIONS
+from opd_mcp.server.prompts import add_prompts
 from opd_mcp.server.registration import tool_from_spec
-from opd_mcp.server.tools import all_specs
+from opd_mcp.server.resources import RunWatcher, add_resources
+from opd_mcp.server.run_tasks import RunTasks
+from opd_mcp.server.settings import ServerSettings
+from opd_mcp.server.tasks import TasksExtension
+from opd_mcp.server.tools import DEFAULTS, all_specs
+from opd_mcp.server.tools.dashboard import dashboard_app
+
+STATIC = CacheHint(ttl_ms=3_600_000, scope="public")
+"""For what never changes while a server runs."""
 
 
-def build_server(service: JobService) -> MCPServer:
+def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MCPServer:
     """The server with all tools; it holds no state of a run, so any number of them may share a workspace."""
     # Before MCPServer: its own rich handler takes seconds to print a first traceback.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    return MCPServer(
+    specs = all_specs(service, settings)
+    starting = frozenset(spec.name for spec in specs if spec.starts_run)
+    watcher = RunWatcher(service)
+    server: MCPServer = MCPServer(
         "opd-mcp",
         title="Lightning OPD distillation",
         version=opd_mcp.__version__,
         instructions=INSTRUCTIONS,
-        tools=[tool_from_spec(spec) for spec in all_specs(service)],
+        tools=[tool_from_spec(spec) for spec in specs],
+        extensions=[TasksExtension(RunTasks(service, starting)), dashboard_app()],
         log_level="WARNING",
+        lifespan=watcher.lifespan,
+        subscriptions=watcher.bus,
+        cache_hints={"tools/list": STATIC, "prompts/list": STATIC, "resources/templates/list": STATIC},
     )
+    add_resources(server, service)
+    add_prompts(server)
+    return server

@@ -9,6 +9,7 @@ _NULL = {"type": "null"}
 _OBJECT = {"type": "object"}
 _INPUT_NOISE = frozenset({"title", "minLength", "maxLength", "maxProperties"})
 _OUTPUT_NOISE = _INPUT_NOISE | {"default"}
+_BRIEF_NOISE = _OUTPUT_NOISE | {"enum", "description"}
 
 
 def input_schema(model: type[Schema]) -> dict[str, Any]:
@@ -21,16 +22,19 @@ def input_schema(model: type[Schema]) -> dict[str, Any]:
     return short
 
 
-def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset()) -> dict[str, Any]:
+def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, brief: bool = False) -> dict[str, Any]:
     """The output schema of a tool as its results are really sent: without nulls, absent when unknown.
 
     Nested models are written in place; those named in `opaque` are published as a plain object. Numbers are never
-    required, since a NaN is left out of a result.
+    required, since a NaN is left out of a result. `brief` leaves out descriptions and the values of enumerations, for
+    answers whose meaning another tool's schema explains.
     """
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
     required = [name for name in schema.get("required", ()) if schema["properties"][name].get("type") != "number"]
-    short: dict[str, Any] = _without_noise(_in_place(schema, definitions, opaque), _OUTPUT_NOISE)
+    short: dict[str, Any] = _without_noise(
+        _in_place(schema, definitions, opaque), _BRIEF_NOISE if brief else _OUTPUT_NOISE
+    )
     for noise in ("description", "additionalProperties"):
         short.pop(noise, None)
     return {**short, "required": required} if required else short

@@ -6,14 +6,18 @@ answers without nulls and turns every failure into one readable ToolError.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
+from mcp.server.elicitation import ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.server.mcpserver.resolve import Elicit, Resolve, build_resolver_plans, find_resolved_parameters
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase, FuncMetadata
+from mcp.shared.exceptions import MCPError
 from mcp_types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import ConfigDict
 
@@ -21,6 +25,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.server.answers import structured
 from opd_mcp.server.arguments import request_from_arguments
+from opd_mcp.server.consent import Ask, Consent, asked, require_agreed
 from opd_mcp.server.json_schema import input_schema, output_schema
 
 logger = logging.getLogger(__name__)
@@ -37,7 +42,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class ToolSpec(Generic[RequestT]):
-    """A tool: its texts, its request and answer models, and the call that turns one into the other."""
+    """A tool: its texts, its request and answer models, and the call that turns one into the other.
+
+    `explained` publishes the answer's descriptions and enumerations; elsewhere they would only repeat.
+    """
 
     name: str
     title: str
@@ -49,7 +57,11 @@ class ToolSpec(Generic[RequestT]):
     destructive: bool = False
     idempotent: bool = True
     open_world: bool = False
+    starts_run: bool = False
+    explained: bool = False
+    ask: Ask | None = None
     opaque: frozenset[str] = frozenset()
+    meta: dict[str, Any] | None = None
 
 
 class _RawArguments(ArgModelBase):
@@ -61,34 +73,61 @@ class _RawArguments(ArgModelBase):
         return {"arguments": dict(self.model_extra or {})}
 
 
+@contextmanager
+def readable_errors(tool: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a ToolError that a model can act on."""
+    try:
+        yield
+    except OpdError as error:
+        raise ToolError(str(error)) from error
+    except (ToolError, MCPError):
+        raise
+    except Exception as error:
+        logger.exception("Tool %s failed", tool)
+        raise ToolError(
+            f"[internal_error] {type(error).__name__} inside {tool}. "
+            "Fix: see the server's log; runs that were started are not affected (list_runs)."
+        ) from None
+
+
 def tool_from_spec(spec: ToolSpec[Any]) -> Tool:
-    """The SDK's tool for a spec."""
+    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no."""
+
+    def parse(arguments: dict[str, Any]) -> Any:
+        return request_from_arguments(spec.name, spec.request, arguments)
 
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
-        try:
-            request = request_from_arguments(spec.name, spec.request, arguments)
-            reply = await spec.call(request, context)
+        with readable_errors(spec.name):
+            reply = await spec.call(parse(arguments), context)
             return CallToolResult(
                 content=[TextContent(type="text", text=reply.text)], structured_content=structured(reply.answer)
             )
-        except OpdError as error:
-            raise ToolError(str(error)) from error
-        except ToolError:
-            raise
-        except Exception as error:
-            logger.exception("Tool %s failed", spec.name)
-            raise ToolError(
-                f"[internal_error] {type(error).__name__} inside {spec.name}. "
-                "Fix: see the server's log; runs that were started are not affected (list_runs)."
-            ) from None
 
+    async def ask(arguments: dict[str, Any], context: Context) -> Consent | Elicit[Consent]:
+        with readable_errors(spec.name):
+            assert spec.ask is not None
+            return await asked(spec.ask, parse(arguments), context)
+
+    async def call_if_agreed(
+        arguments: dict[str, Any], context: Context, consent: Annotated[ElicitationResult[Consent], Resolve(ask)]
+    ) -> CallToolResult:
+        with readable_errors(spec.name):
+            require_agreed(consent)
+        return await call(arguments, context)
+
+    questions = find_resolved_parameters(call_if_agreed) if spec.ask else {}
     return Tool(
-        fn=call,
+        fn=call_if_agreed if spec.ask else call,
+        resolved_params=questions,
+        resolver_plans=build_resolver_plans(questions, {"arguments"}),
+        meta=spec.meta,
         name=spec.name,
         title=spec.title,
         description=spec.description,
         parameters=input_schema(spec.request),
-        fn_metadata=FuncMetadata(arg_model=_RawArguments, output_schema=output_schema(spec.answer, spec.opaque)),
+        fn_metadata=FuncMetadata(
+            arg_model=_RawArguments, output_schema=output_schema(spec.answer, spec.opaque, brief=not spec.explained)
+        ),
         is_async=True,
         context_kwarg="context",
         annotations=ToolAnnotations(

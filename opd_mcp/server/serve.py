@@ -1,39 +1,38 @@
-"""Serving over stdio or local HTTP."""
+"""Serving over stdio or HTTP."""
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from opd_mcp.schemas.errors import ArgumentError
+from opd_mcp.server.settings import ServerSettings
 from opd_mcp.server.stdout_guard import stdout_to_stderr
 
 if TYPE_CHECKING:
     from opd_mcp.jobs.service import JobService
+    from opd_mcp.server.http import HttpAccess
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
-
-def serve_stdio(open_service: Callable[[], "JobService"]) -> None:
+def serve_stdio(open_service: Callable[[], "JobService"], settings: ServerSettings) -> None:
     """Serves this process's stdin and stdout until the client closes them; runs go on without it."""
     with stdout_to_stderr():
         from opd_mcp.server.app import build_server
 
-        server = build_server(open_service())
+        server = build_server(open_service(), settings)
     server.run("stdio")
 
 
-def serve_http(open_service: Callable[[], "JobService"], *, host: str, port: int) -> None:
-    """Serves `http://HOST:PORT/mcp` until the process is stopped.
+def serve_http(open_service: Callable[[], "JobService"], settings: ServerSettings, access: "HttpAccess") -> None:
+    """Serves `http://HOST:PORT/mcp`, `/dashboard` and `/health` until the process is stopped.
 
-    Raises ArgumentError `invalid_argument` for a host that other machines can reach: there is no sign-in.
+    Raises ArgumentError `invalid_argument` for a host that others can reach without a token and allowed hosts.
     """
-    if host not in LOCAL_HOSTS:
-        raise ArgumentError(
-            "invalid_argument",
-            "The HTTP transport has no sign-in and serves this machine only.",
-            value=host,
-            nearest=LOCAL_HOSTS,
-            fix="Leave out --host, and reach the server from elsewhere through an SSH tunnel.",
-        )
-    from opd_mcp.server.app import build_server
+    access = access.checked()
+    import uvicorn
 
-    build_server(open_service()).run("streamable-http", host=host, port=port)
+    from opd_mcp.server.app import build_server
+    from opd_mcp.server.http import http_app
+
+    service = open_service()
+    app = http_app(build_server(service, settings), service, access)
+    print(f"opd-mcp serves http://{access.host}:{access.port}/mcp and /dashboard", file=sys.stderr, flush=True)
+    uvicorn.run(app, host=access.host, port=access.port, log_level="warning", timeout_graceful_shutdown=2)

@@ -9,6 +9,7 @@ from opd_mcp.schemas.setup import SetupReport
 from opd_mcp.server.results import compact, result_lines
 
 UNCHANGED_BYTES = 240
+LIST_CHARACTERS = 6_000
 
 
 def setup_text(report: SetupReport) -> str:
@@ -90,13 +91,17 @@ def unchanged_text(status: RunStatus) -> str:
 
 
 def list_text(runs: RunList) -> str:
-    """One line a run."""
+    """One line a run, as many as fit; models by the last part of their names."""
     lines = [f"{len(runs.rows)} of {runs.total} runs"]
-    for row in runs.rows:
-        models = " ← ".join(part for part in (row.student, row.teacher) if part)
-        lines.append(
-            ", ".join(part for part in (_line(row.run_id, row.kind, row.state), row.created_at, models) if part)
-        )
+    room = LIST_CHARACTERS
+    for number, row in enumerate(runs.rows):
+        models = " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part)
+        line = _line(row.run_id, row.kind, row.state, row.created_at, models)
+        room -= len(line) + 1
+        if room < 0:
+            lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")
+            break
+        lines.append(line)
     if runs.next_cursor:
         lines.append(f"next_cursor: {runs.next_cursor}")
     return "\n".join(lines)

@@ -71,6 +71,11 @@ class Store:
         """The id of the newest run; None when there is none."""
         return next((row.run_id for row in self.index.runs() if self._exists(row.run_id)), None)
 
+    def active_runs(self) -> list[str]:
+        """The ids of the runs that are queued or running."""
+        open_rows = [row for row in self.index.runs() if row.final_state is None and self._exists(row.run_id)]
+        return [row.run_id for row in open_rows if self.view(row.run_id).state in ACTIVE_STATES]
+
     def list_runs(
         self,
         *,

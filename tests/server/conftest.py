@@ -8,6 +8,17 @@ from typing import Any
 import pytest
 from mcp import Client
 
+from opd_mcp.jobs.consent import Question
+from opd_mcp.schemas.answers import (
+    ArtifactList,
+    ArtifactRow,
+    DeletedArtifact,
+    LogPage,
+    MetricSeries,
+    MetricsReport,
+    RunMetrics,
+)
+from opd_mcp.schemas.dashboard import Curve, DashboardFeed, DashboardRun, ShownPhase
 from opd_mcp.schemas.errors import UnknownIdError
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, MethodEstimate, PhaseEstimate, Plan, PlannedPhase
@@ -24,11 +35,14 @@ class ScriptedService:
         self.calls: list[tuple[str, Any]] = []
         self.token = "running/distill/0"
         self.fails: Exception | None = None
+        self.question: Question | None = None
         self.threads: set[str] = set()
         self.run = RunStatus(
             run_id="lightning-arithmetic-7f3a",
             kind="distill",
             state="running",
+            created_at="2026-08-01T10:00:00.000Z",
+            updated_at="2026-08-01T10:01:40.000Z",
             phase="distill",
             phases_done=["sft", "rollout", "score"],
             phases_total=5,
@@ -118,6 +132,10 @@ class ScriptedService:
             )
         return self.run
 
+    def snapshot(self, run_id: str) -> RunSnapshot:
+        shared = {name: getattr(self.run, name) for name in RunSnapshot.model_fields if name in RunStatus.model_fields}
+        return RunSnapshot(**shared)
+
     def wait_token(self, run_id: str) -> str:
         return self.token
 
@@ -127,6 +145,58 @@ class ScriptedService:
             run_id=self.run.run_id, kind="distill", state="running", created_at="2026-08-01T10:00:00Z", student="s"
         )
         return RunList(rows=[row], total=1)
+
+    def sample_model(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("sample_model", "sample", arguments)
+
+    def run_metrics(self, arguments: Any) -> MetricsReport:
+        self._record("run_metrics", arguments)
+        series = MetricSeries(
+            key="distill.loss", steps=[1, 3], values=[1.0, 0.25], points=3, last=float("nan"), low=0.25
+        )
+        run = RunMetrics(
+            run_id=self.run.run_id, kind="distill", state="running", series=[series], diagnosis="It falls."
+        )
+        return MetricsReport(runs=[run], differences={"distill.steps": [3, 4]})
+
+    def run_logs(self, arguments: Any) -> LogPage:
+        self._record("run_logs", arguments)
+        return LogPage(run_id=self.run.run_id, lines=["-- sft", "done"], next_cursor="12")
+
+    def list_artifacts(self, arguments: Any) -> ArtifactList:
+        self._record("list_artifacts", arguments)
+        row = ArtifactRow(
+            artifact_id="model-1", kind="model", path="/w/artifacts/model/model-1", bytes=1 << 20, created_at="2026"
+        )
+        return ArtifactList(rows=[row], total=1)
+
+    def delete_artifact(self, artifact_id: str) -> DeletedArtifact:
+        self._record("delete_artifact", artifact_id)
+        return DeletedArtifact(artifact_id=artifact_id, freed_bytes=1 << 20, next_action="See the rest.")
+
+    def dashboard(self, run_ids: Any = ()) -> DashboardFeed:
+        self._record("dashboard", run_ids)
+        run = DashboardRun(
+            run_id=self.run.run_id,
+            kind="distill",
+            state="running",
+            created_at="2026-08-01T10:00:00Z",
+            models="student ← teacher",
+            phases=[ShownPhase(name="sft", state="done"), ShownPhase(name="distill", state="running")],
+            progress=self.run.progress,
+            curves=[Curve(key="distill.loss", steps=[1, 2, 3], values=[1.0, 0.5, 0.25])],
+            scores={"distilled": {"greedy_accuracy": [0.8, 0.7, 0.9]}},
+        )
+        return DashboardFeed(runs=[run], listed=self.list_runs().rows)
+
+    def start_question(self, arguments: Any, gpu_hours: float) -> Question | None:
+        return self.question
+
+    def cache_question(self, arguments: Any) -> Question | None:
+        return self.question
+
+    def deletion_question(self, artifact_id: str) -> Question:
+        return Question(artifact_id, f"Delete {artifact_id}?")
 
     def cancel(self, run_id: str) -> RunSnapshot:
         return self._snapshot("cancel", "distill", run_id)

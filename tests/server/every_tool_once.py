@@ -34,7 +34,13 @@ def calls(folder: Path, plan_id: str) -> list[tuple[str, dict[str, Any]]]:
         ("build_teacher_cache", {"teacher": teacher, "student": student, "prompts": ["1+1=?"], **declared, **common}),
         ("start_distillation", {"plan_id": plan_id}),
         ("benchmark_student", {"model": student, "prompts": str(EXAMPLES / "tune.jsonl"), **common}),
+        ("sample_model", {"model": student, "prompts": ["1+1=?"]}),
         ("get_run_status", {"wait_seconds": 0.1}),
+        ("get_run_metrics", {}),
+        ("get_run_logs", {}),
+        ("list_artifacts", {}),
+        ("open_dashboard", {}),
+        ("dashboard_feed", {}),
         ("list_runs", {}),
     ]
 
@@ -65,6 +71,7 @@ async def session(folder: Path) -> dict[str, Any]:
             called.append(tool)
             return result.structured_content
 
+        listed = [tool.name for tool in (await client.list_tools()).tools]
         plan = await call("plan_distillation", plan_arguments)
         for tool, arguments in calls(folder, plan["plan_id"]):
             answer = await call(tool, arguments)
@@ -74,7 +81,7 @@ async def session(folder: Path) -> dict[str, Any]:
             for row in answer["rows"]:
                 while (await call("get_run_status", {"run_id": row["run_id"]}))["state"] == "queued":
                     await anyio.sleep(0.1)
-    return {"called": sorted(set(called)), "modules": sorted(sys.modules)}
+    return {"called": sorted(set(called)), "listed": sorted(listed), "modules": sorted(sys.modules)}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ async def test_a_client_connects_and_lists_the_tools(environment, mode):
     async with Client(server, mode=mode) as client:
         tools = (await client.list_tools()).tools
         unknown = await client.call_tool("get_run_status", {"run": "x"})
-    assert len(tools) == 10
+    assert "start_distillation" in {tool.name for tool in tools}
     assert "[unknown_argument]" in unknown.content[0].text
 
 
@@ -63,6 +63,42 @@ def test_prints_at_import_time_stay_off_the_wire(environment, tmp_path):
     assert json.loads(lines[0])["result"]["serverInfo"]["name"] == "opd-mcp"
     assert "noise from an import" in process.stderr
     assert "noise from a C library" in process.stderr
+
+
+NOISY_TOOL = """
+import os, sys
+from opd_mcp.jobs.service import JobService
+quiet = JobService.setup
+def noisy(self):
+    print("noise from a tool", flush=True)
+    os.write(1, b"noise on fd 1\\n")
+    os.system("echo noise from a child")
+    return quiet(self)
+JobService.setup = noisy
+from opd_mcp.cli import main
+sys.argv = ["opd-mcp", "serve"]
+main()
+"""
+
+
+def test_whatever_a_tool_prints_stays_off_the_wire(environment):
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "inspect_setup", "arguments": {}}}
+    ready = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", NOISY_TOOL],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    for message in (INITIALIZE, ready, call):
+        process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+    messages = [json.loads(process.stdout.readline()) for _ in range(2)]
+    rest, noise = process.communicate(timeout=30)
+    messages += [json.loads(line) for line in rest.splitlines()]
+    assert {message["id"] for message in messages if "id" in message} == {1, 2}
+    assert all(message["jsonrpc"] == "2.0" for message in messages)
+    for said in ("noise from a tool", "noise on fd 1", "noise from a child"):
+        assert said in noise
 
 
 def test_the_guard_gives_stdout_back():

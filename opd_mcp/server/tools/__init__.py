@@ -7,9 +7,20 @@ from typing import Any
 
 from opd_mcp.jobs.service import JobService
 from opd_mcp.server.registration import ToolSpec
-from opd_mcp.server.tools import follow, plan, setup, start
+from opd_mcp.server.settings import ServerSettings
+from opd_mcp.server.tools import artifacts, dashboard, follow, look, plan, setup, start
+
+DEFAULTS = ServerSettings()
 
 
-def all_specs(service: JobService) -> list[ToolSpec[Any]]:
+def all_specs(service: JobService, settings: ServerSettings = DEFAULTS) -> list[ToolSpec[Any]]:
     """Every tool of the server, in the order in which an agent uses them."""
-    return [*setup.specs(service), *plan.specs(service), *start.specs(service), *follow.specs(service)]
+    return [
+        *setup.specs(service),
+        *plan.specs(service),
+        *start.specs(service, settings),
+        *follow.specs(service),
+        *look.specs(service),
+        *artifacts.specs(service, settings),
+        *dashboard.specs(service),
+    ]

@@ -36,6 +36,7 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             answer=RunStatus,
             call=statuses.reply,
             read_only=True,
+            explained=True,
         ),
         ToolSpec(
             name="list_runs",
@@ -55,5 +56,6 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             call=cancel_run,
             read_only=False,
             destructive=True,
+            opaque=frozenset({"Failure", "Progress"}),
         ),
     ]

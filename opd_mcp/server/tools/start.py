@@ -6,24 +6,35 @@ from typing import Any, TypeVar
 from anyio import to_thread
 from mcp.server.mcpserver import Context
 
+from opd_mcp.jobs.consent import Question
 from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
     GenerateTeacherResponses,
+    SampleModel,
     StartDistillation,
     StartSft,
 )
 from opd_mcp.schemas.runs import RunSnapshot
+from opd_mcp.server.consent import Ask
 from opd_mcp.server.registration import Reply, ToolSpec
+from opd_mcp.server.settings import ServerSettings
 from opd_mcp.server.texts import snapshot_text
 
 RequestT = TypeVar("RequestT", bound=Schema)
 
 
-def specs(service: JobService) -> list[ToolSpec[Any]]:
+def specs(service: JobService, settings: ServerSettings) -> list[ToolSpec[Any]]:
     """The tools of this topic."""
+
+    async def ask_start(request: StartDistillation) -> Question | None:
+        return await to_thread.run_sync(service.start_question, request, settings.gpu_hours)
+
+    async def ask_cache(request: BuildTeacherCache) -> Question | None:
+        return await to_thread.run_sync(service.cache_question, request)
+
     return [
         _start_spec(
             "generate_teacher_responses",
@@ -47,6 +58,7 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             "lightning distillation needs of the teacher. Answers with `cache_id`.",
             BuildTeacherCache,
             service.build_teacher_cache,
+            ask_cache,
         ),
         _start_spec(
             "start_distillation",
@@ -55,6 +67,7 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             "stages (responses, SFT, cache) become phases of the run. Ends with a report when `benchmark`.",
             StartDistillation,
             service.start_distillation,
+            ask_start,
         ),
         _start_spec(
             "benchmark_student",
@@ -64,22 +77,36 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             BenchmarkStudent,
             service.benchmark_student,
         ),
+        _start_spec(
+            "sample_model",
+            "Sample a model",
+            "A model answers up to 8 prompts; the run's result holds the texts.",
+            SampleModel,
+            service.sample_model,
+        ),
     ]
 
 
 def _start_spec(
-    name: str, title: str, description: str, request: type[RequestT], start: Callable[[RequestT], RunSnapshot]
+    name: str,
+    title: str,
+    description: str,
+    request: type[RequestT],
+    start: Callable[[RequestT], RunSnapshot],
+    ask: Ask | None = None,
 ) -> ToolSpec[RequestT]:
     return ToolSpec(
         name=name,
         title=title,
-        description=f"{description} Returns at once; the same request while its run is active returns that run "
-        "(`reused`). Follow it with get_run_status.",
+        description=f"{description} Returns at once with a run_id for get_run_status.",
         request=request,
         answer=RunSnapshot,
         call=_call(start),
         read_only=False,
         open_world=True,
+        starts_run=True,
+        ask=ask,
+        opaque=frozenset({"Failure", "Progress"}),
     )
 
 

@@ -1,0 +1,67 @@
+"""A run's log, page by page from its end, in bounded pieces."""
+
+from pathlib import Path
+
+from opd_mcp.schemas.answers import LogPage
+from opd_mcp.schemas.errors import ArgumentError
+
+BLOCK_BYTES = 64 << 10
+SCANNED_BYTES = 4 << 20
+LINE_CHARACTERS = 300
+PAGE_CHARACTERS = 7_000
+
+
+def log_page(run_id: str, log: Path, *, tail: int, contains: str | None = None, cursor: str | None = None) -> LogPage:
+    """The last lines before the cursor, or of the log; only those with a text when one is given.
+
+    One call looks through four megabytes at most and answers with 7000 characters at most; `next_cursor` goes on.
+    Raises ArgumentError `invalid_argument` for a cursor that no page gave.
+    """
+    if not log.is_file():
+        return LogPage(run_id=run_id, lines=[])
+    end = log.stat().st_size if cursor is None else cursor_offset(cursor, log.stat().st_size)
+    found: list[str] = []
+    characters, scanned, position, rest = 0, 0, end, b""
+    with log.open("rb") as file:
+        while position > 0 and scanned < SCANNED_BYTES:
+            size = min(BLOCK_BYTES, position)
+            file.seek(position - size)
+            block = file.read(size) + rest
+            position, scanned = position - size, scanned + size
+            # What stands before the first line break may begin in the block before.
+            head, lines = (b"", block) if position == 0 else split_head(block)
+            offset = position + len(block)
+            for line in reversed(lines.splitlines(keepends=True)):
+                offset -= len(line)
+                text = line.decode("utf-8", errors="replace").rstrip()[:LINE_CHARACTERS]
+                if not text or (contains is not None and contains not in text):
+                    continue
+                if len(found) == tail or (found and characters + len(text) > PAGE_CHARACTERS):
+                    return page(run_id, found, offset + len(line))
+                found.append(text)
+                characters += len(text)
+            rest = head
+    return page(run_id, found, position + len(rest))
+
+
+def split_head(block: bytes) -> tuple[bytes, bytes]:
+    """What stands up to the first line break, and the rest; a block without one is taken as it is."""
+    head, newline, lines = block.partition(b"\n")
+    return (head + newline, lines) if newline and lines else (b"", block)
+
+
+def page(run_id: str, newest_first: list[str], offset: int) -> LogPage:
+    """The page, oldest line first; `offset` is where the older lines end."""
+    return LogPage(run_id=run_id, lines=newest_first[::-1], next_cursor=str(offset) if offset > 0 else None)
+
+
+def cursor_offset(cursor: str, size: int) -> int:
+    """The place in the log that a cursor stands for."""
+    if cursor.isascii() and cursor.isdigit() and int(cursor[:20]) <= size:
+        return int(cursor)
+    raise ArgumentError(
+        "invalid_argument",
+        "This is not a cursor that get_run_logs gave.",
+        value=cursor,
+        fix="Give next_cursor of the page before, or leave out cursor for the end of the log.",
+    )

@@ -1,0 +1,80 @@
+"""What the tools that look at runs and artifacts answer: metrics, logs, artifacts."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.identity import ArtifactKind
+from opd_mcp.schemas.runs import RunKind, RunState
+
+
+class MetricSeries(Schema):
+    """One metric of one phase, thinned out to `max_points`: each value is the mean up to its step.
+
+    Points that are not finite are left out of the series and named by the diagnosis.
+    """
+
+    key: str = Field(description="phase.metric")
+    steps: list[int]
+    values: list[float]
+    points: int = Field(description="recorded, before thinning out")
+    last: float | None = None
+    low: float | None = None
+    high: float | None = None
+    trend: Literal["up", "down", "flat"] | None = None
+
+
+class RunMetrics(Schema):
+    """One run's series and what they say."""
+
+    run_id: str
+    kind: RunKind
+    state: RunState
+    series: list[MetricSeries]
+    diagnosis: str
+
+
+class MetricsReport(Schema):
+    """The answer of `get_run_metrics`."""
+
+    runs: list[RunMetrics]
+    differences: dict[str, list[Any]] = Field(
+        default_factory=dict, description="recipe keys and inputs that differ, a value a run, in the order of `runs`"
+    )
+    dropped: list[str] = Field(default_factory=list, description="what was left out for length")
+
+
+class LogPage(Schema):
+    """The answer of `get_run_logs`: lines in the order of writing."""
+
+    run_id: str
+    lines: list[str]
+    next_cursor: str | None = Field(None, description="older lines")
+
+
+class ArtifactRow(Schema):
+    """An artifact in a list."""
+
+    artifact_id: str
+    kind: ArtifactKind
+    path: str
+    bytes: int
+    created_at: str
+    run_id: str | None = None
+
+
+class ArtifactList(Schema):
+    """A page of artifacts, newest first."""
+
+    rows: list[ArtifactRow]
+    total: int
+    next_cursor: str | None = None
+
+
+class DeletedArtifact(Schema):
+    """The answer of `delete_artifact`."""
+
+    artifact_id: str
+    freed_bytes: int
+    next_action: str

@@ -1,0 +1,11 @@
+"""What whoever starts the server decides about it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """`gpu_hours`: plans that take the device for longer are asked about; `allow_delete`: offer delete_artifact."""
+
+    gpu_hours: float = 8.0
+    allow_delete: bool = False

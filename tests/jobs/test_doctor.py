@@ -1,0 +1,34 @@
+"""What the doctor finds, and that it can be repaired."""
+
+from opd_mcp.jobs.doctor import checks
+
+
+def found(service):
+    return {check.name: check for check in checks(service)}
+
+
+def test_a_good_set_up_is_well(service):
+    bad = [check for check in checks(service) if not check.well]
+    assert not bad
+
+
+def test_a_run_that_is_not_indexed_is_found_and_repaired(world, service, busy_machine):
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    with service.store.index.writing() as database:
+        database.execute("DELETE FROM runs")
+    check = found(service)["index"]
+    assert not check.well
+    assert "--repair" in check.fix
+    service.store.rebuild()
+    assert found(service)["index"].well
+    service.cancel(run_id)
+
+
+def test_a_damaged_index_says_what_to_do(service):
+    list(service.store.index.runs())
+    for file in service.workspace.root.glob("opd.sqlite*"):
+        file.unlink()
+    service.workspace.index.write_bytes(b"no database at all" * 100)
+    check = found(service)["index"]
+    assert not check.well
+    assert "delete" in check.fix
