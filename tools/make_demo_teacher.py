@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.generation.generator import generate
-from opd_mcp.engine.losses.rows import cross_entropy_rows
+from opd_mcp.engine.losses.rows import CrossEntropy
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.step import accumulate_gradients
 from opd_mcp.schemas.recipes import Sampling
@@ -93,7 +93,7 @@ def main() -> None:
             model,
             sequences,
             np.arange(len(sequences)),
-            lambda logits, targets, columns: cross_entropy_rows(logits, targets),
+            CrossEntropy(),
             normalize="token",
             micro_batch_tokens=1 << 20,
             runtime=runtime,

@@ -31,7 +31,7 @@ from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.engine.teachers.local import score_sequences
 from opd_mcp.engine.training.batches import live_batches, stored_batches
 from opd_mcp.engine.training.loop import LoopSettings, require_going, train
-from opd_mcp.engine.training.objectives import distill_metrics, distill_objective, sft_metrics, sft_objective
+from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_metrics, distill_objective, sft_metrics
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
 from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
 from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
@@ -133,7 +133,7 @@ def sft(
         model.model,
         LoopSettings(recipe.steps, recipe.optimizer, "token", recipe.micro_batch_tokens),
         stored_batches(sequences, steps=recipe.steps, batch_size=recipe.batch_size, seed=runtime.seed, scope="sft"),
-        sft_objective,
+        SFT_OBJECTIVE,
         sft_metrics,
         runtime,
         context,

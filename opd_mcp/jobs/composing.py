@@ -206,11 +206,11 @@ def checked_recipe(preset: str, overrides: dict[str, object]) -> Recipe:
 
 def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
     """Raise ArgumentError for a cache that holds fewer of the teacher's top tokens than the estimator trains on."""
-    needed = recipe.distill.topk if recipe.distill.estimator == "topk_reverse_kl" else 0
+    needed = recipe.distill.topk if recipe.distill.estimator != "sampled" else 0
     if cache.manifest.topk < needed:
         raise ArgumentError(
             "invalid_argument",
-            f"Estimator topk_reverse_kl trains on the teacher's top {needed} tokens; the cache holds "
+            f"Estimator {recipe.distill.estimator} trains on the teacher's top {needed} tokens; the cache holds "
             f"{cache.manifest.topk}.",
             value=cache.input.reference,
             fix=f"Build the cache with topk={needed}, or use estimator='sampled'.",

@@ -31,6 +31,6 @@ def method_recipe(recipe: Recipe, method: Method) -> Recipe:
         return recipe
     distill = recipe.distill.model_copy(update={"method": method})
     update: dict[str, object] = {"distill": distill}
-    if method == "lightning" and distill.estimator == "topk_reverse_kl" and recipe.score.topk < distill.topk:
+    if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:
         update["score"] = recipe.score.model_copy(update={"topk": distill.topk})
     return recipe.model_copy(update=update)

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from opd_mcp.schemas.base import Schema
 
 Method = Literal["lightning", "live", "sft"]
-Estimator = Literal["sampled", "topk_reverse_kl"]
+Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl"]
 Normalize = Literal["sample", "token"]
 Preset = Literal["quick", "paper", "demo"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -90,7 +90,7 @@ class DistillRecipe(Schema):
 
     method: Literal["lightning", "live"] = "lightning"
     estimator: Estimator = "sampled"
-    topk: PositiveInt = Field(8, description="k of topk_reverse_kl")
+    topk: PositiveInt = Field(8, description="k of the top-k estimators")
     normalize: Normalize = "sample"
     advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
     steps: PositiveInt = 150

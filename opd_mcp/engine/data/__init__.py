@@ -1,4 +1,4 @@
-"""Data as tensors: prompts to token ids, sequences in flat arrays, padded batches.
+"""Data as tensors: prompts to token ids, sequences in flat arrays, packed batches.
 
 May import schemas, identity, numpy, torch and transformers' tokenizers.
 """

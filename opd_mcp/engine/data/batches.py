@@ -1,4 +1,4 @@
-"""Padded batches whose response rows are selected before the head."""
+"""Micro-batches: rows laid end to end, with the places that predict their response tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,64 +13,49 @@ from opd_mcp.engine.data.sequences import Sequences
 
 @dataclass(frozen=True)
 class Batch:
-    """B right-padded sequences of length L with R response tokens.
+    """B sequences laid end to end, T tokens, R of them response tokens.
 
-    `input_ids` [B, L]; `rows` [R] flat positions that predict the response tokens `targets` [R]; `sequence` [R] the
-    batch row of each; `response_lengths` [B]; `columns` per-token values [R] or [R, k]; `indices` rows of the data set.
+    `input_ids` [T]; `lengths` of the B sequences; `rows` [R] places that predict the response tokens `targets` [R];
+    `sequence` [R] the sequence of each; `columns` per-token values [R] or [R, k]; `places` [R] the tokens' places among
+    all response tokens of the data set; `indices` [B] its rows.
     """
 
     input_ids: Tensor
+    lengths: list[int]
     rows: Tensor
     targets: Tensor
     sequence: Tensor
-    response_lengths: Tensor
     columns: dict[str, Tensor]
+    places: NDArray[np.int64]
     indices: NDArray[np.int64]
 
 
-def build_batch(sequences: Sequences, indices: NDArray[np.int64], device: torch.device, *, pad_id: int = 0) -> Batch:
-    """The chosen rows as one padded batch on `device`; the last token of a row is never an input that predicts."""
-    lengths = sequences.lengths()[indices]
-    width = int(lengths.max(initial=1))
-    input_ids = np.full((len(indices), width), pad_id, dtype=np.int64)
-    rows: list[NDArray[np.int64]] = []
-    for place, row in enumerate(indices):
-        prompt, response = sequences.prompt(row), sequences.response(row)
-        assert len(prompt) > 0, "a response is predicted from at least one prompt token"
-        input_ids[place, : len(prompt)] = prompt
-        input_ids[place, len(prompt) : lengths[place]] = response
-        first = place * width + len(prompt) - 1
-        rows.append(np.arange(first, first + len(response)))
-    counts = sequences.response_lengths()[indices]
-    flat = np.concatenate(
-        [np.arange(sequences.response_offsets[row], sequences.response_offsets[row + 1]) for row in indices]
-    )
+def build_batch(sequences: Sequences, indices: NDArray[np.int64], device: torch.device) -> Batch:
+    """The chosen rows on `device`; the last token of a row is never an input that predicts."""
+    lengths, counts = sequences.lengths()[indices], sequences.response_lengths()[indices]
+    prompts = lengths - counts
+    assert (prompts > 0).all(), "a response is predicted from at least one prompt token"
+    places = ranges(sequences.response_offsets[indices], counts)
+    starts = np.cumsum(lengths) - lengths
+    input_ids = np.empty(int(lengths.sum()), dtype=np.int64)
+    input_ids[ranges(starts, prompts)] = sequences.prompt_ids[ranges(sequences.prompt_offsets[indices], prompts)]
+    input_ids[ranges(starts + prompts, counts)] = sequences.response_ids[places]
     return Batch(
         torch.from_numpy(input_ids).to(device),
-        torch.from_numpy(np.concatenate(rows)).to(device),
-        torch.from_numpy(sequences.response_ids[flat].astype(np.int64)).to(device),
+        lengths.tolist(),
+        torch.from_numpy(ranges(starts + prompts - 1, counts)).to(device),
+        torch.from_numpy(sequences.response_ids[places].astype(np.int64)).to(device),
         torch.from_numpy(np.repeat(np.arange(len(indices)), counts)).to(device),
-        torch.from_numpy(counts).to(device),
-        {
-            name: torch.from_numpy(np.ascontiguousarray(values[flat])).to(device)
-            for name, values in sequences.columns.items()
-        },
+        {name: torch.from_numpy(np.ascontiguousarray(v[places])).to(device) for name, v in sequences.columns.items()},
+        places,
         indices,
     )
 
 
-def micro_batch_indices(
-    lengths: NDArray[np.int64], indices: NDArray[np.int64], token_budget: int
-) -> list[NDArray[np.int64]]:
-    """`indices` in groups of similar length whose padded size stays within `token_budget` (a long row goes alone)."""
-    ordered = indices[np.argsort(-lengths[indices], kind="stable")]
-    groups: list[NDArray[np.int64]] = []
-    start = 0
-    while start < len(ordered):
-        rows = max(1, token_budget // max(1, int(lengths[ordered[start]])))
-        groups.append(ordered[start : start + rows])
-        start += rows
-    return groups
+def ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """start, start + 1, … of every pair, laid end to end."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
 def shuffled_batches(rows: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:

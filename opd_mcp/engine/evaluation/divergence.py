@@ -5,10 +5,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd_mcp.engine.data.batches import build_batch, micro_batch_indices
+from opd_mcp.engine.data.batches import build_batch
+from opd_mcp.engine.data.packing import grouped_rows
 from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.loading import LoadedModel
-from opd_mcp.engine.models.rows import head_logits, hidden_rows
+from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.engine.runtime import Runtime
 
 TILE_BYTES = 256 * 2**20
@@ -30,10 +32,11 @@ def reverse_kl_sums(
     """Σ_t KL(π_θ‖π_T) of each sequence [N], in nats."""
     sums = np.zeros(len(sequences), dtype=np.float64)
     tile = max(1, TILE_BYTES // (8 * 4 * max(student.vocab_size, teacher.vocab_size)))
-    for group in micro_batch_indices(sequences.lengths(), np.arange(len(sequences)), MICRO_BATCH_TOKENS):
+    packed, everything = packs(student.model) and packs(teacher.model), np.arange(len(sequences))
+    for group in grouped_rows(sequences.lengths(), everything, MICRO_BATCH_TOKENS, packed=packed):
         batch = build_batch(sequences, group, runtime.device)
-        student_hidden = hidden_rows(student.model, batch.input_ids, batch.rows)
-        teacher_hidden = hidden_rows(teacher.model, batch.input_ids, batch.rows)
+        student_hidden = hidden_rows(student.model, batch.input_ids, batch.lengths, batch.rows)
+        teacher_hidden = hidden_rows(teacher.model, batch.input_ids, batch.lengths, batch.rows)
         totals = torch.zeros(len(group), dtype=torch.float64, device=runtime.device)
         for start in range(0, len(batch.rows), tile):
             rows = slice(start, start + tile)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.files import write_atomic
@@ -58,13 +59,13 @@ def load_model(path: Path, runtime: Runtime, *, for_training: bool = False) -> L
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float32 if for_training else runtime.dtype,
-        attn_implementation="sdpa",
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
     ).to(runtime.device)
     model.train(for_training)
     _require_plain_head(model, path)
+    use_packed_attention(model)
     return LoadedModel(model, facts, path)
 
 

@@ -1,33 +1,21 @@
-"""Logits of chosen rows only: prompts and padding cost no head FLOPs."""
+"""The head of a model as the tiles need it."""
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-
-def hidden_rows(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> Tensor:
-    """Last hidden states at the flat positions `rows` [R] of right-padded `input_ids` [B, L]; returns [R, H].
-
-    Causal attention keeps right padding out of every earlier position, so no mask is needed.
-    """
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[rows]
+from opd_mcp.engine.losses.tiles import Head
 
 
-def head_logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """fp32 (or fp64) logits [R, V] of hidden states [R, H].
-
-    bf16-rounded logits would put errors of the size of a typical advantage into the log-probs, so the product is
-    accumulated and returned in at least fp32 whatever the weights are.
-    """
-    head = model.get_output_embeddings()
-    with torch.autocast(rows.device.type, enabled=False):
-        if rows.device.type == "cuda" and head.weight.dtype is torch.bfloat16 and not torch.is_grad_enabled():
-            logits = torch.mm(rows.to(torch.bfloat16), head.weight.T, out_dtype=torch.float32)
-        else:
-            wide = torch.promote_types(head.weight.dtype, torch.float32)
-            logits = torch.nn.functional.linear(rows.to(wide), head.weight.to(wide))
-        if getattr(head, "bias", None) is not None:
-            logits = logits + head.bias
+def model_head(model: PreTrainedModel, operands: torch.dtype | None = None) -> Head:
+    """The model's head; `operands` is the matrix dtype on CUDA (the weight's own by default)."""
+    linear = model.get_output_embeddings()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    narrow = operands or (linear.weight.dtype if linear.weight.dtype is torch.bfloat16 else None)
+    return Head(linear.weight, getattr(linear, "bias", None), cap, narrow)
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """fp32 (or fp64) logits [R, V] of hidden states [R, H], not differentiable."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return model_head(model).logits(hidden)

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opd_mcp.engine.data.batches import build_batch, micro_batch_indices
+from opd_mcp.engine.data.batches import build_batch
+from opd_mcp.engine.data.packing import grouped_rows
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.losses.rows import target_logprobs
+from opd_mcp.engine.losses.head import row_scores
+from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.loading import LoadedModel
-from opd_mcp.engine.models.rows import head_logits, hidden_rows
+from opd_mcp.engine.models.rows import model_head
 from opd_mcp.engine.runtime import Runtime
-
-ROW_TILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,15 @@ def score_sequences(
     logprobs = np.zeros(total, dtype=np.float32)
     topk_ids = np.zeros((total, topk), dtype=np.int32) if topk else None
     topk_logprobs = np.zeros((total, topk), dtype=np.float32) if topk else None
-    tile = max(1, ROW_TILE_BYTES // (4 * teacher.vocab_size))
-    everything = np.arange(len(sequences))
-    for group in micro_batch_indices(sequences.lengths(), everything, micro_batch_tokens):
+    head, everything = model_head(teacher.model), np.arange(len(sequences))
+    for group in grouped_rows(sequences.lengths(), everything, micro_batch_tokens, packed=packs(teacher.model)):
         batch = build_batch(sequences, group, runtime.device)
         if len(batch.rows) == 0:
             continue
-        places = np.concatenate(
-            [np.arange(sequences.response_offsets[row], sequences.response_offsets[row + 1]) for row in group]
-        )
-        hidden = hidden_rows(teacher.model, batch.input_ids, batch.rows)
-        for start in range(0, len(hidden), tile):
-            logits = head_logits(teacher.model, hidden[start : start + tile])
-            here = places[start : start + tile]
-            logprobs[here] = target_logprobs(logits, batch.targets[start : start + tile]).cpu().numpy()
-            if topk_ids is not None and topk_logprobs is not None:
-                normaliser = logits.logsumexp(dim=-1, keepdim=True)
-                best = logits[:, :valid_vocab].topk(topk, dim=-1)
-                topk_ids[here] = best.indices.int().cpu().numpy()
-                topk_logprobs[here] = (best.values - normaliser).cpu().numpy()
+        hidden = hidden_rows(teacher.model, batch.input_ids, batch.lengths, batch.rows)
+        scores = row_scores(head, hidden, batch.targets, topk=topk, valid_vocab=valid_vocab)
+        logprobs[batch.places] = scores.logprobs.cpu().numpy()
+        if topk_ids is not None and topk_logprobs is not None:
+            topk_ids[batch.places] = scores.topk_ids.int().cpu().numpy()
+            topk_logprobs[batch.places] = scores.topk_logprobs.cpu().numpy()
     return TeacherScores(logprobs, topk_ids, topk_logprobs)

@@ -53,7 +53,7 @@ def live_batches(
         scores = score_sequences(
             teacher,
             sequences,
-            topk=recipe.topk if recipe.estimator == "topk_reverse_kl" else 0,
+            topk=recipe.topk if recipe.estimator != "sampled" else 0,
             micro_batch_tokens=recipe.micro_batch_tokens,
             runtime=runtime,
             valid_vocab=valid_vocab,

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.losses.rows import RowObjective
 from opd_mcp.engine.runtime import Runtime, hardware_name
 from opd_mcp.engine.training.optimizer import build_optimizer, learning_rate_at
-from opd_mcp.engine.training.step import Objective, StepResult, accumulate_gradients
+from opd_mcp.engine.training.step import StepResult, accumulate_gradients
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import Normalize, OptimizerRecipe
 from opd_mcp.schemas.reports import TrainingSummary
@@ -45,7 +46,7 @@ def train(
     model: PreTrainedModel,
     settings: LoopSettings,
     batches: Iterator[StepData],
-    objective: Objective,
+    objective: RowObjective,
     measure: Callable[[StepResult], Metrics],
     runtime: Runtime,
     context: Context,

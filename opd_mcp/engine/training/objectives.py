@@ -1,22 +1,18 @@
 """From a distillation recipe to the objective of a row and the metrics of a step."""
 
-from torch import Tensor
-
 from opd_mcp.engine.losses.rows import (
-    RowLosses,
+    CrossEntropy,
+    RowObjective,
+    Sampled,
+    TopkForwardKl,
+    TopkReverseKl,
     clipped_advantage,
-    cross_entropy_rows,
-    sampled_rows,
-    topk_reverse_kl_rows,
 )
 from opd_mcp.engine.training.loop import Metrics
-from opd_mcp.engine.training.step import Objective, StepResult
+from opd_mcp.engine.training.step import StepResult
 from opd_mcp.schemas.recipes import DistillRecipe
 
-
-def sft_objective(logits: Tensor, targets: Tensor, columns: dict[str, Tensor]) -> RowLosses:
-    """Cross entropy on response tokens."""
-    return cross_entropy_rows(logits, targets)
+SFT_OBJECTIVE = CrossEntropy()
 
 
 def sft_metrics(result: StepResult) -> Metrics:
@@ -24,18 +20,11 @@ def sft_metrics(result: StepResult) -> Metrics:
     return {"mean_logprob": float(result.logprobs.mean())} if result.tokens else {}
 
 
-def distill_objective(recipe: DistillRecipe) -> Objective:
-    """The estimator of the recipe as a function of a row's logits, targets and stored teacher values."""
+def distill_objective(recipe: DistillRecipe) -> RowObjective:
+    """The estimator of the recipe as a loss of one row of logits with its gradient."""
     if recipe.estimator == "sampled":
-        return lambda logits, targets, columns: sampled_rows(
-            logits, targets, columns["teacher_logprobs"], advantage_clip=recipe.advantage_clip
-        )
-    return lambda logits, targets, columns: topk_reverse_kl_rows(
-        logits,
-        targets,
-        columns["topk_ids"][:, : recipe.topk].long(),
-        columns["topk_logprobs"][:, : recipe.topk],
-    )
+        return Sampled(recipe.advantage_clip)
+    return (TopkReverseKl if recipe.estimator == "topk_reverse_kl" else TopkForwardKl)(recipe.topk)
 
 
 def distill_metrics(result: StepResult, recipe: DistillRecipe) -> Metrics:
@@ -60,9 +49,3 @@ def distill_metrics(result: StepResult, recipe: DistillRecipe) -> Metrics:
         "drift_mean": float(ratio.mean()),
         "effective_sample_share": float(ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)),
     }
-
-
-def required_columns(recipe: DistillRecipe) -> set[str]:
-    """Per-token columns that the estimator reads."""
-    base = {"teacher_logprobs", "behaviour_logprobs"}
-    return base | {"topk_ids", "topk_logprobs"} if recipe.estimator == "topk_reverse_kl" else base

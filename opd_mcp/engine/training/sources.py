@@ -54,7 +54,7 @@ def open_cache(
     manifest = read_manifest(cache)
     require_behaviour(manifest.behaviour, full_identity(student))
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=allowed)
-    if recipe.estimator == "topk_reverse_kl" and manifest.topk < recipe.topk:
+    if recipe.estimator != "sampled" and manifest.topk < recipe.topk:
         raise ConsistencyError(
             "topk_missing",
             f"The estimator needs the teacher's top {recipe.topk}, the cache holds its top {manifest.topk}.",

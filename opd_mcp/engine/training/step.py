@@ -1,100 +1,147 @@
 """One optimizer step over micro-batches; the result does not depend on how the step is cut."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from opd_mcp.engine.data.batches import Batch, build_batch, micro_batch_indices
+from opd_mcp.engine.data.batches import Batch, build_batch
+from opd_mcp.engine.data.packing import grouped_rows
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.losses.rows import RowLosses
+from opd_mcp.engine.losses.head import one_pass_losses, row_scores
+from opd_mcp.engine.losses.rows import RowObjective
 from opd_mcp.engine.losses.weights import token_weights
-from opd_mcp.engine.models.rows import head_logits, hidden_rows
+from opd_mcp.engine.models.attention import hidden_rows, packs
+from opd_mcp.engine.models.rows import model_head
 from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.training.gradients import main_gradient
+from opd_mcp.engine.training.stopwatch import Stopwatch
 from opd_mcp.schemas.recipes import Normalize
 
-# logits of one tile of rows; more rows than fit are recomputed in the backward instead of being kept
-TILE_BYTES = 256 * 2**20
 
-Objective = Callable[[Tensor, Tensor, dict[str, Tensor]], RowLosses]
+@dataclass(frozen=True)
+class StepTokens:
+    """Per-token values of a whole step: log π_θ [R], the sequence of each token [R], and the stored columns."""
+
+    logprobs: Tensor
+    sequence: Tensor
+    columns: dict[str, Tensor]
+
+
+# the factors [R] by which a sequence- or batch-scoped objective weighs the tokens of a step
+Reweigh = Callable[[StepTokens], Tensor]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed before the optimizer moved: the loss, and per-token values in data order of the step."""
+    """What a step computed before the optimizer moved: the loss, and per-token values in data order of the step.
+
+    `tokens` are response tokens, `lengths` those of all sequences, prompts included.
+    """
 
     loss: float
     logprobs: Tensor
     columns: dict[str, Tensor]
     tokens: int
+    lengths: tuple[int, ...] = ()
 
 
 def accumulate_gradients(
     model: PreTrainedModel,
     sequences: Sequences,
     indices: NDArray[np.int64],
-    objective: Objective,
+    objective: RowObjective,
     *,
     normalize: Normalize,
     micro_batch_tokens: int,
     runtime: Runtime,
+    reweigh: Reweigh | None = None,
+    clock: Stopwatch | None = None,
 ) -> StepResult:
-    """Add the gradient of the weighted loss over the rows `indices` to the parameters' `.grad`.
+    """Add the gradient of the weighted loss over the rows `indices` to the parameters' gradients.
 
-    Normalisers are taken over the whole step first, so micro-batches only decide memory.
+    Normalisers are taken over the whole step first, so micro-batches only decide memory. With `reweigh` a first pass
+    over all log-probs gives each token a factor, held constant: that is how sequence- and batch-scoped weights work.
     """
-    lengths = sequences.response_lengths()
-    weights = token_weights(torch.from_numpy(lengths[indices]), normalize)
+    clock = clock or Stopwatch(runtime.device)
+    weights = token_weights(torch.from_numpy(sequences.response_lengths()[indices]), normalize)
     weight_of_row = torch.zeros(len(sequences), dtype=torch.float64)
     weight_of_row[torch.from_numpy(indices)] = weights
-    total = torch.zeros((), dtype=torch.float64)
+    factors = None if reweigh is None else _first_pass(model, sequences, indices, reweigh, micro_batch_tokens, runtime)
+    head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
+    main_grad = main_gradient(head.weight)
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     logprobs: list[Tensor] = []
     columns: dict[str, list[Tensor]] = {}
-    for group in micro_batch_indices(sequences.lengths(), indices, micro_batch_tokens):
-        if lengths[group].sum() == 0:
-            continue
-        batch = build_batch(sequences, group, runtime.device)
-        losses = batch_losses(model, batch, objective, runtime)
-        token_weight = weight_of_row[torch.from_numpy(group)].to(runtime.device)[batch.sequence]
-        loss = (losses.loss * token_weight.to(losses.loss.dtype)).sum()
-        torch.autograd.backward(loss)
-        total += loss.detach().double().cpu()
+    lengths: list[int] = []
+    first = 0
+    for batch in _batches(model, sequences, indices, micro_batch_tokens, runtime, clock):
+        with clock.part("forward"):
+            token_weight = weight_of_row[torch.from_numpy(batch.indices)].to(runtime.device)[batch.sequence]
+            if factors is not None:
+                token_weight = token_weight * factors[first : first + len(batch.rows)]
+                first += len(batch.rows)
+            with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
+                hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)
+            losses = one_pass_losses(
+                head, hidden, batch.targets, token_weight, batch.columns, objective, main_grad=main_grad
+            )
+        with clock.part("backward"):
+            torch.autograd.backward(losses.total)
+        total += losses.total.detach()
         logprobs.append(losses.logprobs)
+        lengths += batch.lengths
         for name, values in batch.columns.items():
             columns.setdefault(name, []).append(values)
     if not logprobs:
         return StepResult(0.0, torch.empty(0), {}, 0)
     joined = torch.cat(logprobs)
-    return StepResult(float(total), joined, {name: torch.cat(parts) for name, parts in columns.items()}, len(joined))
+    stored = {name: torch.cat(parts) for name, parts in columns.items()}
+    return StepResult(float(total), joined, stored, len(joined), tuple(lengths))
 
 
-def batch_losses(model: PreTrainedModel, batch: Batch, objective: Objective, runtime: Runtime) -> RowLosses:
-    """The objective on every response token [R] of a batch, with at most TILE_BYTES of logits alive at once."""
-    with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
-        hidden = hidden_rows(model, batch.input_ids, batch.rows)
-    vocab = model.get_output_embeddings().weight.shape[0]
-    tile = max(1, TILE_BYTES // (4 * vocab))
-    if len(hidden) <= tile:
-        return objective(head_logits(model, hidden), batch.targets, batch.columns)
-    parts = [
-        _recomputed_tile(model, hidden, batch, objective, slice(start, start + tile))
-        for start in range(0, len(hidden), tile)
-    ]
-    return RowLosses(torch.cat([part.loss for part in parts]), torch.cat([part.logprobs for part in parts]))
+def _batches(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    indices: NDArray[np.int64],
+    micro_batch_tokens: int,
+    runtime: Runtime,
+    clock: Stopwatch,
+) -> Iterator[Batch]:
+    counts = sequences.response_lengths()
+    with clock.part("data"):
+        groups = grouped_rows(sequences.lengths(), indices, micro_batch_tokens, packed=packs(model))
+    for group in groups:
+        if counts[group].sum() == 0:
+            continue
+        with clock.part("data"):
+            batch = build_batch(sequences, group, runtime.device)
+        yield batch
 
 
-def _recomputed_tile(
-    model: PreTrainedModel, hidden: Tensor, batch: Batch, objective: Objective, rows: slice
-) -> RowLosses:
-    columns = {name: values[rows] for name, values in batch.columns.items()}
-
-    def tile_losses(tile_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        losses = objective(head_logits(model, tile_hidden), batch.targets[rows], columns)
-        return losses.loss, losses.logprobs
-
-    return RowLosses(*checkpoint(tile_losses, hidden[rows], use_reentrant=False))
+@torch.no_grad()
+def _first_pass(
+    model: PreTrainedModel,
+    sequences: Sequences,
+    indices: NDArray[np.int64],
+    reweigh: Reweigh,
+    micro_batch_tokens: int,
+    runtime: Runtime,
+) -> Tensor:
+    """The factors [R] in the order of the step's micro-batches."""
+    head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
+    logprobs, rows, columns = [], [], []
+    for batch in _batches(model, sequences, indices, micro_batch_tokens, runtime, Stopwatch(runtime.device)):
+        with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
+            hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)
+        logprobs.append(row_scores(head, hidden, batch.targets).logprobs)
+        rows.append(torch.from_numpy(batch.indices).to(runtime.device)[batch.sequence])
+        columns.append(batch.columns)
+    if not logprobs:
+        return torch.empty(0)
+    stored = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+    return reweigh(StepTokens(torch.cat(logprobs), torch.cat(rows), stored)).detach()

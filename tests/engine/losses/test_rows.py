@@ -1,4 +1,4 @@
-"""The objectives against plain autograd and against full enumeration, in float64."""
+"""The objectives in closed form and against full enumeration, in float64; test_head.py has every gradient."""
 
 import itertools
 
@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mcp.engine.losses.rows import cross_entropy_rows, sampled_rows, topk_reverse_kl_rows
+from opd_mcp.engine.losses.head import HeadLosses, one_pass_losses
+from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
+from opd_mcp.engine.losses.tiles import Head
 
 R, V, K = 7, 11, 3
 
@@ -20,6 +22,15 @@ def random_rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return logits, targets, teacher
 
 
+def losses_of(
+    objective: RowObjective, logits: torch.Tensor, targets: torch.Tensor, **columns: torch.Tensor
+) -> HeadLosses:
+    """The objective on given logits: a head whose weight is the identity."""
+    identity = Head(torch.eye(logits.shape[1], dtype=logits.dtype))
+    weights = torch.ones(len(logits), dtype=torch.float64)
+    return one_pass_losses(identity, logits, targets, weights, columns, objective)
+
+
 def gradient(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss.sum(), logits)[0]
 
@@ -27,7 +38,7 @@ def gradient(loss: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 def test_sampled_gradient_is_the_stop_gradient_policy_gradient() -> None:
     logits, targets, teacher = random_rows()
     teacher_logprobs = teacher.gather(1, targets[:, None])[:, 0]
-    ours = gradient(sampled_rows(logits, targets, teacher_logprobs, advantage_clip=0.5).loss, logits)
+    ours = gradient(losses_of(Sampled(0.5), logits, targets, teacher_logprobs=teacher_logprobs).total, logits)
 
     logprobs = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
     advantage = (teacher_logprobs - logprobs).clamp(-0.5, 0.5).detach()
@@ -40,17 +51,17 @@ def test_sampled_gradient_in_closed_form() -> None:
     """dL/dlogits = −A (onehot − softmax): nothing flows through the advantage."""
     logits, targets, teacher = random_rows(1)
     teacher_logprobs = teacher.gather(1, targets[:, None])[:, 0]
-    losses = sampled_rows(logits, targets, teacher_logprobs, advantage_clip=10.0)
+    losses = losses_of(Sampled(10.0), logits, targets, teacher_logprobs=teacher_logprobs)
     advantage = teacher_logprobs - losses.logprobs
     onehot = torch.nn.functional.one_hot(targets, V).double()
     expected = -advantage[:, None] * (onehot - logits.softmax(-1)).detach()
-    assert (gradient(losses.loss, logits) - expected).abs().max() <= 1e-12
+    assert (gradient(losses.total, logits) - expected).abs().max() <= 1e-12
 
 
 def test_topk_reverse_kl_gradient_equals_autograd_of_the_bucketed_divergence() -> None:
     logits, targets, teacher = random_rows(2)
     top = teacher.topk(K, dim=-1)
-    ours = topk_reverse_kl_rows(logits, targets, top.indices, top.values).loss
+    ours = losses_of(TopkReverseKl(K), logits, targets, topk_ids=top.indices, topk_logprobs=top.values)
 
     student = torch.log_softmax(logits, dim=-1).exp()
     inside = student.gather(1, top.indices)
@@ -58,38 +69,48 @@ def test_topk_reverse_kl_gradient_equals_autograd_of_the_bucketed_divergence() -
     bucketed_student = torch.cat([inside, outside[:, None]], dim=1)
     bucketed_teacher = torch.cat([top.values.exp(), 1 - top.values.exp().sum(-1, keepdim=True)], dim=1)
     plain = (bucketed_student * (bucketed_student / bucketed_teacher).log()).sum(-1)
-    assert (ours - plain).abs().max() <= 1e-12
-    assert (gradient(ours, logits) - gradient(plain, logits)).abs().max() <= 1e-12
+    assert (ours.losses - plain).abs().max() <= 1e-12
+    assert (gradient(ours.total, logits) - gradient(plain, logits)).abs().max() <= 1e-12
 
 
-@given(seed=st.integers(0, 10_000), sharpness=st.floats(0.1, 20.0))
-def test_topk_reverse_kl_with_its_tail_bucket_is_never_negative(seed: int, sharpness: float) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    sharpness=st.floats(0.1, 20.0),
+    objective=st.sampled_from([TopkReverseKl(K), TopkForwardKl(K)]),
+)
+def test_a_divergence_with_its_tail_bucket_is_never_negative(
+    seed: int, sharpness: float, objective: RowObjective
+) -> None:
     logits, targets, teacher = random_rows(seed)
     top = torch.log_softmax(sharpness * teacher, dim=-1).topk(K, dim=-1)
     # a tail below the least mass counts as that mass, which can undercut zero by as much
-    assert (topk_reverse_kl_rows(sharpness * logits, targets, top.indices, top.values).loss >= -2e-6).all()
+    losses = losses_of(objective, sharpness * logits, targets, topk_ids=top.indices, topk_logprobs=top.values)
+    assert (losses.losses >= -2e-6).all()
 
 
-def test_topk_reverse_kl_is_zero_when_the_student_is_the_teacher() -> None:
+@pytest.mark.parametrize("objective", [TopkReverseKl(K), TopkForwardKl(K)])
+def test_a_divergence_is_zero_when_the_student_is_the_teacher(objective: RowObjective) -> None:
     _, targets, teacher = random_rows(3)
     top = teacher.topk(K, dim=-1)
-    losses = topk_reverse_kl_rows(teacher.clone().requires_grad_(), targets, top.indices, top.values)
-    assert losses.loss.abs().max() <= 1e-12
+    student = teacher.clone().requires_grad_()
+    losses = losses_of(objective, student, targets, topk_ids=top.indices, topk_logprobs=top.values)
+    assert losses.losses.abs().max() <= 1e-12
+    assert gradient(losses.total, student).abs().max() <= 1e-12
 
 
 def test_cross_entropy_equals_torch() -> None:
     logits, targets, _ = random_rows(4)
     plain = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    ours = cross_entropy_rows(logits, targets)
-    assert (ours.loss - plain).abs().max() <= 1e-12
-    assert (gradient(ours.loss, logits) - gradient(plain, logits)).abs().max() <= 1e-12
+    ours = losses_of(CrossEntropy(), logits, targets)
+    assert (ours.losses - plain).abs().max() <= 1e-12
+    assert (gradient(ours.total, logits) - gradient(plain, logits)).abs().max() <= 1e-12
 
 
 def test_topk_without_a_tail_is_refused() -> None:
     logits, targets, teacher = random_rows(5)
     top = teacher.topk(V, dim=-1)
     with pytest.raises(AssertionError, match="tail"):
-        topk_reverse_kl_rows(logits, targets, top.indices, top.values)
+        losses_of(TopkReverseKl(V), logits, targets, topk_ids=top.indices, topk_logprobs=top.values)
 
 
 def test_expected_policy_gradient_is_the_gradient_of_the_reverse_kl() -> None:
@@ -109,12 +130,19 @@ def test_expected_policy_gradient_is_the_gradient_of_the_reverse_kl() -> None:
     rows = torch.tensor([prefixes.index(response[:position]) for response in responses for position in range(length)])
     targets = torch.tensor(responses).flatten()
     teacher_logprobs = teacher[rows].gather(1, targets[:, None])[:, 0]
-    losses = sampled_rows((features @ weight)[rows], targets, teacher_logprobs, advantage_clip=1e9)
-    probability = losses.logprobs.reshape(-1, length).sum(dim=1).exp()
-    assert probability.sum().item() == pytest.approx(1.0, abs=1e-12)
-    policy_gradient = gradient(losses.loss * probability.repeat_interleave(length), weight)
-
     student = torch.log_softmax(features @ weight, dim=-1)
+    probability = student[rows].gather(1, targets[:, None]).reshape(-1, length).sum(dim=1).exp().detach()
+    assert probability.sum().item() == pytest.approx(1.0, abs=1e-12)
+    losses = one_pass_losses(
+        Head(weight.T),
+        features[rows],
+        targets,
+        probability.repeat_interleave(length),
+        {"teacher_logprobs": teacher_logprobs},
+        Sampled(1e9),
+    )
+    policy_gradient = gradient(losses.total, weight)
+
     divergence = (student.exp() * (student - teacher)).sum(-1)
     reached = torch.tensor(
         [

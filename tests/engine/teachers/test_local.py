@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.losses import tiles
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.teachers import local
 from opd_mcp.engine.teachers.local import score_sequences
 from opd_mcp.identity.models import ModelFacts, inspect_model
 
@@ -51,7 +51,7 @@ def expected_logprobs(teacher: LoadedModel, sequences: Sequences) -> torch.Tenso
 def test_scores_and_top_k_equal_transformers(
     teacher: LoadedModel, sequences: Sequences, runtime: Runtime, tile_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "ROW_TILE_BYTES", 4 * VOCAB * tile_rows)
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * tile_rows)
     scores = score_sequences(teacher, sequences, topk=K, micro_batch_tokens=20, runtime=runtime)
     expected = expected_logprobs(teacher, sequences)
     targets = torch.from_numpy(sequences.response_ids.astype(np.int64))
