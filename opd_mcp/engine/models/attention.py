@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from opd_mcp.engine.models.embedding import embedded
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch without it: SDPA a document there too
@@ -24,7 +26,7 @@ except ImportError:  # torch without it: SDPA a document there too
 
 PACKED = "opd_packed"
 # score entries of padding that cost as much as one more SDPA call (forward and backward) of a small model
-SPARE_SCORES = 4096
+SPARE_SCORES = 16384
 
 
 @dataclass(frozen=True)
@@ -218,22 +220,30 @@ def packs(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == PACKED)
 
 
-def hidden_rows(model: PreTrainedModel, input_ids: Tensor, lengths: list[int], rows: Tensor) -> Tensor:
+def hidden_rows(
+    model: PreTrainedModel, input_ids: Tensor, lengths: list[int], rows: Tensor, *, main_grad: Tensor | None = None
+) -> Tensor:
     """Last hidden states [R, H] at the places `rows` [R] of documents that lie end to end in `input_ids` [T].
 
     A model that does not pack gets them as right-padded rows: causal attention keeps the padding out of every earlier
-    position, so no mask is needed.
+    position, so no mask is needed. `main_grad` collects the gradient of a packing model's embeddings where it can.
     """
-    hidden = (packed_hidden if packs(model) else padded_hidden)(model, input_ids, Documents(lengths, input_ids.device))
-    return hidden.index_select(0, rows)
+    documents = Documents(lengths, input_ids.device)
+    if packs(model):
+        return packed_hidden(model, input_ids, documents, main_grad=main_grad).index_select(0, rows)
+    return padded_hidden(model, input_ids, documents).index_select(0, rows)
 
 
-def packed_hidden(model: PreTrainedModel, input_ids: Tensor, documents: Documents) -> Tensor:
+def packed_hidden(
+    model: PreTrainedModel, input_ids: Tensor, documents: Documents, *, main_grad: Tensor | None = None
+) -> Tensor:
     """Last hidden states [T, H] of packed `input_ids` [T]; the model uses the attention named PACKED."""
     # a mask that is already four-dimensional is passed through, so no dense one is made
     unused = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    embeddings = embedded(model, input_ids, main_grad)
     output = model.get_decoder()(
-        input_ids=input_ids[None],
+        input_ids=input_ids[None] if embeddings is None else None,
+        inputs_embeds=None if embeddings is None else embeddings[None],
         position_ids=documents.positions,
         attention_mask=unused,
         use_cache=False,

@@ -73,7 +73,7 @@ def accumulate_gradients(
     weight_of_row[torch.from_numpy(indices)] = weights
     factors = None if reweigh is None else _first_pass(model, sequences, indices, reweigh, micro_batch_tokens, runtime)
     head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
-    main_grad = main_gradient(head.weight)
+    head_grad, embedding_grad = main_gradient(head.weight), main_gradient(model.get_input_embeddings().weight)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     logprobs: list[Tensor] = []
     columns: dict[str, list[Tensor]] = {}
@@ -86,9 +86,9 @@ def accumulate_gradients(
                 token_weight = token_weight * factors[first : first + len(batch.rows)]
                 first += len(batch.rows)
             with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
-                hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)
+                hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows, main_grad=embedding_grad)
             losses = one_pass_losses(
-                head, hidden, batch.targets, token_weight, batch.columns, objective, main_grad=main_grad
+                head, hidden, batch.targets, token_weight, batch.columns, objective, main_grad=head_grad
             )
         with clock.part("backward"):
             torch.autograd.backward(losses.total)

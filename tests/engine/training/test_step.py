@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.losses import tiles
+from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective
-from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.engine.training.step import StepTokens, accumulate_gradients
 from opd_mcp.schemas.recipes import DistillRecipe
 
 VOCAB = 13
@@ -51,11 +52,18 @@ def gradients_of(
     return result.loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.fixture(params=["packed", "padded"])
+def model(request: pytest.FixtureRequest, tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    model = tiny_model(VOCAB, seed=0)
+    if request.param == "packed":
+        assert use_packed_attention(model)
+    return model
+
+
 @pytest.mark.parametrize("normalize", ["sample", "token"])
 def test_micro_batches_do_not_change_the_gradient(
-    tiny_model: Callable[..., PreTrainedModel], sequences: Sequences, runtime: Runtime, normalize: str
+    model: PreTrainedModel, sequences: Sequences, runtime: Runtime, normalize: str
 ) -> None:
-    model = tiny_model(VOCAB, seed=0)
     whole, one_batch = gradients_of(model, sequences, runtime, micro_batch_tokens=10_000, normalize=normalize)
     cut, many_batches = gradients_of(model, sequences, runtime, micro_batch_tokens=1, normalize=normalize)
     assert cut == pytest.approx(whole, rel=1e-6)
@@ -64,12 +72,11 @@ def test_micro_batches_do_not_change_the_gradient(
 
 
 def test_tiles_give_the_gradient_of_the_whole(
-    tiny_model: Callable[..., PreTrainedModel],
+    model: PreTrainedModel,
     sequences: Sequences,
     runtime: Runtime,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = tiny_model(VOCAB, seed=0)
     whole, kept = gradients_of(model, sequences, runtime, micro_batch_tokens=10_000)
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 8 * VOCAB * 3)
     tiled, cut = gradients_of(model, sequences, runtime, micro_batch_tokens=10_000)
@@ -79,10 +86,9 @@ def test_tiles_give_the_gradient_of_the_whole(
 
 
 def test_gradient_equals_plain_autograd_row_by_row(
-    tiny_model: Callable[..., PreTrainedModel], sequences: Sequences, runtime: Runtime
+    model: PreTrainedModel, sequences: Sequences, runtime: Runtime
 ) -> None:
     """SFT on response tokens only, each row alone and unpadded through transformers' own forward."""
-    model = tiny_model(VOCAB, seed=0)
     model.zero_grad()
     accumulate_gradients(
         model,
@@ -108,9 +114,8 @@ def test_gradient_equals_plain_autograd_row_by_row(
 
 
 def test_step_reports_log_probs_with_their_columns_in_one_order(
-    tiny_model: Callable[..., PreTrainedModel], sequences: Sequences, runtime: Runtime
+    model: PreTrainedModel, sequences: Sequences, runtime: Runtime
 ) -> None:
-    model = tiny_model(VOCAB, seed=0)
     places = sequences.with_columns(teacher_logprobs=np.arange(len(sequences.response_ids), dtype=np.float32))
     objective = distill_objective(DistillRecipe())
     results = [
@@ -128,3 +133,54 @@ def test_step_reports_log_probs_with_their_columns_in_one_order(
     by_place = [dict(zip(r.columns["teacher_logprobs"].tolist(), r.logprobs.tolist(), strict=True)) for r in results]
     assert by_place[0].keys() == by_place[1].keys()
     assert all(by_place[0][k] == pytest.approx(by_place[1][k], abs=1e-6) for k in by_place[0])
+
+
+def test_sequence_scoped_weights_take_a_first_pass_and_stay_constant(
+    model: PreTrainedModel, sequences: Sequences, runtime: Runtime
+) -> None:
+    """Each sequence's tokens weighed by its own mean probability, held constant, against two plain steps."""
+    tokens = len(sequences.response_ids)
+
+    def mean_probability(step: StepTokens) -> torch.Tensor:
+        count = torch.zeros(len(sequences), dtype=step.logprobs.dtype).index_add_(
+            0, step.sequence, torch.ones_like(step.logprobs)
+        )
+        total = torch.zeros_like(count).index_add_(0, step.sequence, step.logprobs.exp())
+        return (total / count.clamp_min(1))[step.sequence]
+
+    for budget in (1, 10_000):
+        model.zero_grad()
+        accumulate_gradients(
+            model,
+            sequences,
+            np.arange(len(sequences)),
+            SFT_OBJECTIVE,
+            normalize="token",
+            micro_batch_tokens=budget,
+            runtime=runtime,
+            reweigh=mean_probability,
+        )
+        ours = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        for row in range(len(sequences)):
+            prompt, response = sequences.prompt(row), sequences.response(row)
+            if len(response):
+                ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+                logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+                losses = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="none")
+                ((-losses).exp().mean().detach() * losses.sum() / tokens).backward()
+        for a, p in zip(ours, model.parameters(), strict=True):
+            assert (a - p.grad).abs().max() <= 1e-6 * p.grad.abs().max().clamp_min(1e-12)
+
+
+def test_tied_embeddings_get_both_gradients(
+    tiny_model: Callable[..., PreTrainedModel], sequences: Sequences, runtime: Runtime
+) -> None:
+    """The embedding's share goes around autograd on a packing model, and through it on a padded one."""
+    tied = tiny_model(VOCAB, seed=0, tie_word_embeddings=True)
+    padded, gradients = gradients_of(tied, sequences, runtime, micro_batch_tokens=20)
+    assert use_packed_attention(tied)
+    packed, direct = gradients_of(tied, sequences, runtime, micro_batch_tokens=20)
+    assert packed == pytest.approx(padded, rel=1e-6)
+    for a, b in zip(gradients, direct, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max().clamp_min(1e-12)

@@ -1,0 +1,69 @@
+"""What `bench_engine.py` measures on: random tiny models and sequences with realistic lengths, seeded."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.models.attention import use_packed_attention
+from opd_mcp.engine.runtime import Runtime
+
+RUNTIME = Runtime(torch.device("cpu"), torch.float32, seed=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model shape and the data of one step: lognormal lengths, 200 … 4096 divided by `shrink`."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    rows: int
+    shrink: int
+    budget: int
+
+
+CASES = {
+    "vocab_152k": Case(151_936, 256, 4, rows=24, shrink=8, budget=1024),
+    "vocab_4k": Case(4096, 256, 4, rows=64, shrink=8, budget=1024),
+    "deep": Case(32_768, 512, 16, rows=16, shrink=8, budget=1024),
+    "packing": Case(4096, 256, 4, rows=32, shrink=4, budget=4096),
+}
+
+
+def build_model(case: Case) -> PreTrainedModel:
+    """A random Qwen3 of the case's shape that packs its rows; tied embeddings, as small Qwen3 models have."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=case.vocab,
+        hidden_size=case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.hidden // 64,
+        num_key_value_heads=max(1, case.hidden // 128),
+        head_dim=64,
+        intermediate_size=3 * case.hidden,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config).train()
+    assert use_packed_attention(model)
+    return model
+
+
+def build_data(case: Case, *, quick: bool) -> Sequences:
+    """Rows with a quarter of their tokens as prompt, in random order, with stored teacher log-probs."""
+    rng = np.random.default_rng(0)
+    rows = max(8, case.rows // 2) if quick else case.rows
+    lengths = (rng.lognormal(6.5, 0.8, size=rows).clip(200, 4096) / case.shrink).astype(int)
+    prompts = [rng.integers(case.vocab, size=max(1, length // 4)).tolist() for length in lengths]
+    responses = [
+        rng.integers(case.vocab, size=length - len(prompt)).tolist()
+        for length, prompt in zip(lengths, prompts, strict=True)
+    ]
+    tokens = sum(map(len, responses))
+    uniform = -np.log(case.vocab)
+    return build_sequences(
+        prompts, responses, columns={"teacher_logprobs": (uniform + rng.normal(size=tokens)).astype(np.float32)}
+    )

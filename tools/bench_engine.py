@@ -1,0 +1,208 @@
+"""Our engine against what people use today, in one interleaved run: medians of paired ratios, variant / ours.
+
+Run: `python tools/bench_engine.py [--quick] [--case NAME …] [--json FILE]` (`make bench`; peers: `pip install
+'.[bench]'`). Each round runs every variant of a case once, in an order that rotates; a ratio is taken within a round.
+Peak memory is the growth of the resident set in a fresh process that runs one step. `--check` exits with 1 for a ratio
+below its bar. The method and the bars are explained in docs/performance.md.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_cases import CASES, build_data, build_model
+
+sys.path.insert(0, os.environ.get("OPD_BENCH_PEERS", "."))
+BARS = {
+    ("vocab_152k", "naive_packed"): 1.6,
+    ("vocab_152k", "naive_padded"): 1.9,
+    ("vocab_152k", "trl_iwopd_stored_teacher"): 2.0,
+    ("vocab_152k", "three_pass_recompute"): 3.5,
+    ("vocab_152k", "torch_linear_cross_entropy"): 1.1,
+    ("vocab_4k", "naive_padded"): 1.8,
+    ("vocab_4k", "naive_packed"): 1.0,
+    ("packing", "random_padding"): 2.0,
+    ("packing", "dense_mask"): 1.5,
+    ("generation", "hf_generate"): 1.3,
+}
+PEAK_BARS = {("vocab_152k", "naive_padded"): 4.0}
+MOST_SCORING_GROWTH = 1.05
+Run = Callable[[], None]
+
+
+def training_runs(case: str, *, quick: bool) -> dict[str, Run]:
+    """One step of every variant that is installed, by name, on one model and one set of rows."""
+    from bench_peers import BODY, TRAINING
+
+    model, data = build_model(CASES[case]), build_data(CASES[case], quick=quick)
+
+    def run_of(step: Callable[..., None]) -> Run:
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            step(model, data, CASES[case])
+
+        return run
+
+    steps = BODY if case == "packing" else TRAINING
+    installed = {name: step for name, step in steps.items() if not name.startswith("trl_") or _has_trl()}
+    return {name: run_of(step) for name, step in installed.items()}
+
+
+def _has_trl() -> bool:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        print("TRL is not installed: its variants are left out (pip install '.[bench]')", file=sys.stderr)
+        return False
+    return True
+
+
+def generation_runs(*, quick: bool) -> dict[str, Run]:
+    """256 prompts, up to 128 new tokens with stop tokens drawn now and then, as ours and as HF `generate` does it."""
+    from bench_generation import generation_variants
+
+    return generation_variants(quick=quick)
+
+
+def runs_of(case: str, *, quick: bool) -> dict[str, Run]:
+    """The variants of a case."""
+    return generation_runs(quick=quick) if case == "generation" else training_runs(case, quick=quick)
+
+
+def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of every variant in every round (one thread: what others run on the machine counts less)."""
+    names, seconds = list(runs), {name: [] for name in runs}
+    runs["ours"]()
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            started = time.process_time()
+            runs[name]()
+            seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def time_ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Median over the rounds of variant / ours."""
+    return {
+        name: statistics.median(a / b for a, b in zip(values, seconds["ours"], strict=True))
+        for name, values in seconds.items()
+        if name != "ours"
+    }
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def print_peak(case: str, variant: str, *, quick: bool, scratch: Path | None) -> None:
+    """Print by how many bytes one step makes this process grow."""
+    if case == "scoring_memory":
+        from bench_scoring import scoring_run
+
+        assert scratch is not None
+        run = scoring_run(scratch, variant)
+    else:
+        run = runs_of(case, quick=quick)[variant]
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts here
+    before = resident_bytes("VmRSS")
+    run()
+    print(resident_bytes("VmHWM") - before)
+
+
+def peak_bytes(case: str, variant: str, *, quick: bool, scratch: Path | None = None) -> int:
+    """The growth that a fresh process measures."""
+    command = [sys.executable, __file__, "--peak", case, variant]
+    command += ["--quick"] * quick + (["--scratch", str(scratch)] if scratch else [])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def case_rows(case: str, rounds: int, only: list[str] | None, *, quick: bool) -> list[dict[str, object]]:
+    """The case's rows of the report."""
+    if case == "scoring_memory":
+        from bench_scoring import write_rollouts
+
+        with tempfile.TemporaryDirectory() as scratch:
+            write_rollouts(Path(scratch), rows=256 if quick else 1024)
+            peaks = [peak_bytes(case, name, quick=quick, scratch=Path(scratch)) for name in ("ours", "ours_10x_rows")]
+        return [{"case": case, "variant": "ours_10x_rows", "time_ratio": None, "peak_ratio": peaks[1] / peaks[0]}]
+    runs = runs_of(case, quick=quick)
+    if only is not None:
+        runs = {name: run for name, run in runs.items() if name in ("ours", *only)}
+    ratios = time_ratios(interleaved(runs, rounds))
+    names = [] if case == "generation" else runs
+    peaks = {name: peak_bytes(case, name, quick=quick) for name in names}
+    return [
+        {
+            "case": case,
+            "variant": name,
+            "time_ratio": ratio,
+            "peak_ratio": peaks[name] / peaks["ours"] if peaks else None,
+        }
+        for name, ratio in ratios.items()
+    ]
+
+
+def misses(rows: list[dict]) -> list[str]:
+    """What is below its bar."""
+    found = []
+    for row in rows:
+        key = (row["case"], row["variant"])
+        bar = 1.0 if row["case"] == "deep" else BARS.get(key)
+        if bar is not None and row["time_ratio"] < bar:
+            found.append(f"{key}: {row['time_ratio']:.2f} is below {bar}")
+        if key in PEAK_BARS and row["peak_ratio"] < PEAK_BARS[key]:
+            found.append(f"{key}: peak {row['peak_ratio']:.2f} is below {PEAK_BARS[key]}")
+        if row["case"] == "scoring_memory" and row["peak_ratio"] > MOST_SCORING_GROWTH:
+            found.append(f"{key}: peak {row['peak_ratio']:.3f} is above {MOST_SCORING_GROWTH}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*CASES, "scoring_memory", "generation"]
+    parser.add_argument("--case", nargs="*", choices=names, default=names)
+    parser.add_argument("--quick", action="store_true", help="half the rows and two rounds")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--variant", nargs="*", help="only these, beside ours")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true", help="exit with 1 for a ratio below its bar")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.peak:
+        print_peak(*arguments.peak, quick=arguments.quick, scratch=arguments.scratch)
+        return
+    rows: list[dict] = []
+    for case in arguments.case:
+        rounds = arguments.rounds or (2 if arguments.quick else 5)
+        for row in case_rows(case, rounds, arguments.variant, quick=arguments.quick):
+            rows.append(row)
+            both = (row["time_ratio"], row["peak_ratio"])
+            shown = ["      -" if ratio is None else f"{ratio:7.2f}" for ratio in both]
+            print(f"{row['case']:15} {row['variant']:28} time {shown[0]}  peak {shown[1]}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    missed = misses(rows)
+    for line in missed:
+        print(f"below its bar: {line}")
+    sys.exit(bool(missed) and arguments.check)
+
+
+if __name__ == "__main__":
+    main()
