@@ -51,7 +51,16 @@ def _packs(data: Sequences, case: Case) -> list[Batch]:
 
 
 def naive_packed(model: PreTrainedModel, data: Sequences, case: Case) -> None:
-    """Our packs and response rows; full logits, log_softmax and autograd."""
+    """Our packs; the logits of every packed position as a model's forward gives them, log_softmax and autograd."""
+    for batch in _packs(data, case):
+        hidden = packed_hidden(model, batch.input_ids, Documents(batch.lengths, RUNTIME.device))
+        logprobs = torch.log_softmax(model.lm_head(hidden).float(), dim=-1)
+        chosen = logprobs[batch.rows, batch.targets]
+        _policy_loss(chosen, batch.columns["teacher_logprobs"], len(data.response_ids)).backward()
+
+
+def naive_packed_rows(model: PreTrainedModel, data: Sequences, case: Case) -> None:
+    """Our packs and response rows only; full logits, log_softmax and autograd: what the one-pass head alone gains."""
     for batch in _packs(data, case):
         logits = model.lm_head(hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)).float()
         logprobs = torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0]
@@ -183,6 +192,7 @@ def three_pass_recompute(model: PreTrainedModel, data: Sequences, case: Case) ->
 TRAINING: dict[str, Step] = {
     "ours": ours,
     "naive_packed": naive_packed,
+    "naive_packed_rows": naive_packed_rows,
     "naive_padded": naive_padded,
     "torch_linear_cross_entropy": torch_linear_cross_entropy,
     "trl_iwopd_stored_teacher": trl_iwopd_stored_teacher,

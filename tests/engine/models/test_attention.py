@@ -93,8 +93,8 @@ def test_no_dense_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(query, *args, **kwargs)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
-    packed_hidden(model, torch.arange(80) % 97, Documents([70, 10], model.device))
-    assert {shape[2] for shape in seen} == {70, 10}, "one call a document, none over all 80 tokens"
+    packed_hidden(model, torch.arange(250) % 97, Documents([200, 50], model.device))
+    assert {shape[2] for shape in seen} == {200, 50}, "one call a document, none over all 250 tokens"
 
 
 def test_padding_and_generation_run_as_before_on_a_model_that_packs() -> None:
