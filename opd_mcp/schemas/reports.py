@@ -45,6 +45,20 @@ class TrainingSummary(Schema):
     final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
     seconds_generation: float | None = None
     seconds_scoring: float | None = None
+    throughput: "Throughput | None" = None
+
+
+class Throughput(Schema):
+    """How fast a training stage was, and where its time went."""
+
+    tokens_per_second: float = Field(description="response tokens a second of the loop")
+    model_flops: float = Field(description="of all steps: 6 a parameter and token, plus attention; no recomputation")
+    flops_per_second: float
+    utilisation: float = Field(description="flops_per_second over matmul_peak")
+    matmul_peak: float = Field(description="operations a second of a large matmul in this run's dtype, same process")
+    peak_memory_bytes: int
+    micro_batch_tokens: int = Field(description="the budget at the end: halved whenever memory ran out")
+    seconds: dict[str, float] = Field(description="data, forward (with head), backward, optimizer, logging")
 
 
 class ModelScore(Schema):

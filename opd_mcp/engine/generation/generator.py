@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.batches import length_sorted_batches
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED
+from opd_mcp.engine.generation.kv_cache import roomy_cache
 from opd_mcp.engine.generation.sampling import draw_tokens
 from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.engine.runtime import generator_for
@@ -82,7 +83,7 @@ def _generate_batch(
     input_ids, mask = left_padded(prompts, device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     eos = torch.tensor(eos_token_ids, device=device)
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model.config)
     decoder = model.get_decoder()
 
     rows, limit = len(prompts), sampling.max_new_tokens

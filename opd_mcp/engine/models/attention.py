@@ -137,6 +137,8 @@ def packed_attention(
     Raises NotImplementedError for what changes scores in ways that neither call knows (soft caps, attention sinks).
     """
     if documents is None:
+        if query.shape[2] == 1 and attention_mask is not None and query.shape[1] != key.shape[1] and not dropout:
+            return _one_token(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(
             module,
             query,
@@ -155,6 +157,14 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
         return _variable_length(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
     return _by_document(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
+
+
+def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention [B, 1, h, d] of one new token; query heads that share a key head are its queries: nothing is copied."""
+    batch, heads, _, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+    return output.reshape(batch, 1, heads, width)
 
 
 def _by_document(
