@@ -154,6 +154,10 @@ def packed_attention(
     if unknown or dropout:
         raise NotImplementedError(f"packed attention with {unknown or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):
+        # norms with fp32 weights have widened queries and keys, not values
+        narrow = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
         return _variable_length(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
     return _by_document(query[0], key[0], value[0], documents, scale, sliding_window)[None], None

@@ -1,0 +1,270 @@
+"""The engine on one CUDA device, checked and measured: correctness first, then speed, memory and the demo.
+
+Run from a bare checkout: `python tools/check_gpu.py [--json FILE]`. Needs torch, transformers, numpy and pydantic only.
+`--device cpu` runs the same code on tiny shapes, to check this script where there is no GPU; its speeds mean nothing.
+Exits with 1 if a correctness check or (on CUDA) a bar is missed: training ≥ 45 % and scoring ≥ 50 % of the bf16 matmul
+peak of the same run at the 4B shape, step ≥ 1.25 × two-pass with equal packing.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_demo import distilled_accuracies
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from opd_mcp.engine.data.batches import build_batch
+from opd_mcp.engine.data.packing import packed_groups
+from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.losses.head import one_pass_losses, row_scores
+from opd_mcp.engine.losses.rows import CrossEntropy, Sampled, TopkForwardKl, TopkReverseKl
+from opd_mcp.engine.losses.tiles import Head
+from opd_mcp.engine.models.attention import Documents, hidden_rows, packed_attention, use_packed_attention
+from opd_mcp.engine.models.rows import model_head
+from opd_mcp.engine.runtime import Runtime, hardware_name
+from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.engine.training.throughput import matmul_peak, training_flops
+
+Shape = tuple[int, int, int, int]
+SHAPES: dict[str, Shape] = {  # Qwen3's published shapes: hidden, layers, heads, intermediate
+    "0.6B": (1024, 28, 16, 3072),
+    "1.7B": (2048, 28, 16, 6144),
+    "4B": (2560, 36, 32, 9728),
+}
+VOCAB, RESPONSE, PROMPT = 151_936, 4096, 128
+TRAINING_BAR, SCORING_BAR, TWO_PASS_BAR = 0.45, 0.50, 1.25
+failures: list[str] = []
+
+
+def check(name: str, value: float, most: float) -> dict[str, float]:
+    """Record a deviation and whether it is small enough."""
+    if not value <= most:
+        failures.append(f"{name}: {value:.3g} is above {most:.3g}")
+    print(f"{name:60} {value:.3g} (at most {most:.3g})", flush=True)
+    return {"value": value, "most": most}
+
+
+def head_checks(device: torch.device) -> dict[str, object]:
+    """Every objective in fp32 and with bf16 operands against plain autograd in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    rows, vocab, width, k = 300, 5000, 256, 8
+    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    weight = 0.1 * torch.randn(vocab, width, generator=generator, dtype=torch.float64)
+    hidden, weight = hidden.bfloat16().double(), weight.bfloat16().double()
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    teacher = torch.log_softmax(hidden @ weight.T + torch.randn(rows, vocab, generator=generator), dim=-1)
+    top = teacher.topk(k, dim=-1)
+    columns = {
+        "teacher_logprobs": teacher.gather(1, targets[:, None])[:, 0],
+        "topk_ids": top.indices,
+        "topk_logprobs": top.values,
+    }
+    found: dict[str, object] = {}
+    for objective in (CrossEntropy(), Sampled(10.0), TopkReverseKl(k), TopkForwardKl(k)):
+        exact = _gradients(Head(weight.clone().requires_grad_()), hidden, targets, columns, objective)
+        for label, operands, most in (("fp32", None, 1e-5), ("bf16", torch.bfloat16, 2e-2)):
+            head = Head(weight.float().to(device).requires_grad_(), operands=operands)
+            moved = {name: values.to(device) for name, values in columns.items()}
+            ours = _gradients(head, hidden.float().to(device), targets.to(device), moved, objective)
+            for part, a, b in zip(("log-probs", "grad hidden", "grad weight"), ours, exact, strict=True):
+                name = f"head {type(objective).__name__} {label} {part}"
+                found[name] = check(name, ((a.double().cpu() - b).abs().max() / b.abs().max()).item(), most)
+    return found
+
+
+def _gradients(head: Head, hidden: Tensor, targets: Tensor, columns: dict, objective: object) -> list[Tensor]:
+    leaf = hidden.clone().requires_grad_()
+    weights = torch.ones(len(leaf), dtype=torch.float64, device=leaf.device)
+    losses = one_pass_losses(head, leaf, targets, weights, columns, objective, tile_bytes=64 * 5000 * 4)
+    return [losses.logprobs, *torch.autograd.grad(losses.total, (leaf, head.weight))]
+
+
+def attention_checks(device: torch.device) -> dict[str, object]:
+    """bf16 packed attention (variable-length on CUDA) with grouped heads and a window against fp32 by document."""
+    found: dict[str, object] = {}
+    lengths = [700, 300, 64, 1]
+    documents = Documents(lengths, device)
+    generator = torch.Generator().manual_seed(0)
+    for label, heads, shared, window in (("plain", 8, 8, None), ("GQA", 8, 2, None), ("GQA, window 128", 8, 2, 128)):
+        query = torch.randn(1, heads, sum(lengths), 64, generator=generator).to(device)
+        key, value = (torch.randn(1, shared, sum(lengths), 64, generator=generator).to(device) for _ in range(2))
+
+        def run(dtype: torch.dtype, inputs: tuple[Tensor, ...], window: int | None) -> list[Tensor]:
+            leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
+            output, _ = packed_attention(torch.nn.Module(), *leaves, None, documents=documents, sliding_window=window)
+            return [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
+
+        name = f"varlen attention, {label}"
+        inputs = (query, key, value)
+        pairs = zip(run(torch.bfloat16, inputs, window), run(torch.float32, inputs, window), strict=True)
+        found[name] = check(name, max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs), 3e-2)
+    return found
+
+
+def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, vocab: int) -> PreTrainedModel:
+    """A random Qwen3 of the shape, made on the device."""
+    hidden, layers, heads, intermediate = shape
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8 if heads >= 8 else 1,
+        head_dim=128 if heads >= 8 else 32,
+        intermediate_size=intermediate,
+        tie_word_embeddings=True,
+        max_position_embeddings=40960,
+    )
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config).to(dtype)
+    assert use_packed_attention(model), "a Qwen3 model packs"
+    return model
+
+
+def long_rows(count: int, response: int, vocab: int) -> Sequences:
+    """`count` responses of `response` tokens, with stored teacher log-probs."""
+    rng = np.random.default_rng(0)
+    return build_sequences(
+        [rng.integers(vocab, size=PROMPT).tolist() for _ in range(count)],
+        [rng.integers(vocab, size=response).tolist() for _ in range(count)],
+        columns={"teacher_logprobs": np.full(count * response, -11.0, np.float32)},
+    )
+
+
+def timed(runs: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each, interleaved, after one warm-up of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def naive_step(model: PreTrainedModel, data: Sequences, runtime: Runtime, budget: int, *, first_pass: bool) -> None:
+    """The same packs and rows with full logits and autograd; `first_pass` adds the old log-probs' forward pass."""
+    for group in packed_groups(data.lengths(), np.arange(len(data)), budget):
+        batch = build_batch(data, group, runtime.device)
+
+        def logprobs(batch: object = batch) -> Tensor:
+            with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
+                hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)
+                logits = model.lm_head(hidden)
+            return torch.log_softmax(logits.float(), dim=-1).gather(1, batch.targets[:, None])[:, 0]
+
+        if first_pass:
+            with torch.no_grad():
+                logprobs()
+        current = logprobs()
+        advantage = (batch.columns["teacher_logprobs"] - current).clamp(-10, 10).detach()
+        (-(advantage * current).sum() / len(data.response_ids)).backward()
+
+
+def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool) -> dict[str, float]:
+    """Training and scoring of one shape, against naive and two-pass with equal packing; peak memory of our step."""
+    vocab, response, rows = (512, 64, 4) if tiny else (VOCAB, RESPONSE, 4)
+    data, budget = long_rows(rows, response, vocab), 2 * (response + PROMPT)
+    model = random_model(shape, runtime.device, torch.float32, vocab).train()
+
+    def ours() -> None:
+        accumulate_gradients(
+            model, data, np.arange(rows), Sampled(10.0), normalize="token", micro_batch_tokens=budget, runtime=runtime
+        )
+
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model.zero_grad(set_to_none=True)
+    ours()
+    memory = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else 0
+    seconds = timed(
+        {
+            "ours": ours,
+            "naive": lambda: naive_step(model, data, runtime, budget, first_pass=False),
+            "two_pass": lambda: naive_step(model, data, runtime, budget, first_pass=True),
+        },
+        runtime.device,
+        rounds=3,
+    )
+    flops = training_flops(model, data.lengths().tolist(), len(data.response_ids))
+    model.zero_grad(set_to_none=True)
+    scorer = model.to(runtime.dtype).eval()
+
+    @torch.no_grad()
+    def score() -> None:
+        for group in packed_groups(data.lengths(), np.arange(rows), budget):
+            batch = build_batch(data, group, runtime.device)
+            hidden = hidden_rows(scorer, batch.input_ids, batch.lengths, batch.rows)
+            row_scores(model_head(scorer), hidden, batch.targets)
+
+    scoring = timed({"score": score}, runtime.device, rounds=3)["score"]
+    result = {
+        "training_tokens_per_second": rows * response / seconds["ours"],
+        "training_utilisation": flops / seconds["ours"] / peak,
+        "scoring_tokens_per_second": rows * response / scoring,
+        "scoring_utilisation": flops / 3 / scoring / peak,
+        "naive_over_ours": seconds["naive"] / seconds["ours"],
+        "two_pass_over_ours": seconds["two_pass"] / seconds["ours"],
+        "peak_bytes": float(memory),
+    }
+    print(name, json.dumps({key: round(value, 3) for key, value in result.items()}), flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--skip-demo", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    device, cuda = torch.device(arguments.device), arguments.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        sys.exit("There is no CUDA device here; --device cpu checks the script itself.")
+    torch.set_num_threads(1 if not cuda else torch.get_num_threads())
+    runtime = Runtime(device, torch.bfloat16, seed=0)
+    report: dict[str, object] = {"device": hardware_name(device), "torch": torch.__version__}
+    report["head"], report["attention"] = head_checks(device), attention_checks(device)
+    peak = matmul_peak(device, torch.bfloat16)
+    report["bf16_matmul_peak"] = peak
+    print(f"bf16 matmul peak {peak / 1e12:.3g} TFLOP/s", flush=True)
+    shapes = SHAPES if cuda else {"tiny": (64, 2, 2, 128)}
+    speeds = {name: speed(name, shape, runtime, peak, tiny=not cuda) for name, shape in shapes.items()}
+    report["speed"] = speeds
+    if cuda:
+        for name, bar in (
+            ("training_utilisation", TRAINING_BAR),
+            ("scoring_utilisation", SCORING_BAR),
+            ("two_pass_over_ours", TWO_PASS_BAR),
+        ):
+            if speeds["4B"][name] < bar:
+                failures.append(f"4B {name}: {speeds['4B'][name]:.2f} is below {bar}")
+    if not arguments.skip_demo:
+        report["demo"] = distilled_accuracies(
+            dataclasses.replace(runtime, dtype=torch.float32), share=1.0 if cuda else 0.02
+        )
+    assert not {"mcp", "datasets", "pyarrow"} & set(sys.modules), "this check must run on a bare checkout"
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for line in failures:
+        print(f"missed: {line}")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
