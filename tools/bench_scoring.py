@@ -30,7 +30,7 @@ def scoring_run(scratch: Path, variant: str) -> Callable[[], None]:
 
     def score(name: str, output: str) -> None:
         stages.score(
-            ScoreRecipe(topk=8, micro_batch_tokens=4096),
+            ScoreRecipe(topk=8),
             teacher=EXAMPLE / "teacher",
             student=EXAMPLE / "student",
             rollouts=scratch / name,
