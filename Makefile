@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-clients bench-server fuzz check format clean
+.PHONY: demo test test-clients bench bench-server fuzz check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
@@ -25,6 +25,10 @@ check: .venv/fresh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/fresh
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'trl==1.16.0' 'accelerate>=1.15'
+	$(BIN)/python tools/bench_engine.py $(ARGS)
 
 format: .venv/fresh
 	$(BIN)/ruff check --fix .
