@@ -24,6 +24,8 @@ from opd_mcp.schemas.errors import RunError
 
 FINAL_STATES = ("succeeded", "failed", "cancelled", "lost")
 SHORT_STEPS = {"distill.steps": 200}
+# two passes over the cache, as the sampled arm takes in twice the steps
+TOPK_STEPS = SHORT_STEPS | {"distill.batch_size": 128}
 ARMS = (
     "base",
     "sft",
@@ -134,7 +136,7 @@ class _Session:
 
         async def topk() -> None:
             await cache_done.wait()
-            await self._run("lightning_topk", task | {"estimator": "topk_reverse_kl", "overrides": SHORT_STEPS})
+            await self._run("lightning_topk", task | {"estimator": "topk_reverse_kl", "overrides": TOPK_STEPS})
 
         async def other_style() -> None:
             other = task | {"teacher": example["teacher_other_style"], "method": "sft"}

@@ -6,6 +6,7 @@ all that the one-pass head (head.py) needs. A_t = clip(log π_T − log π_θ, �
 arXiv 2604.13010, §3); the top-k divergences add one tail bucket, without which the truncated sum is no divergence.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -69,18 +70,24 @@ class Sampled:
 
 @dataclass(frozen=True)
 class TopkReverseKl:
-    """KL(π_θ‖π_T) over the teacher's k tokens and one bucket for the rest; reads `topk_ids`, `topk_logprobs`."""
+    """KL(π_θ‖π_T) over the teacher's k tokens and one bucket for the rest; reads `topk_ids`, `topk_logprobs`.
+
+    Each bucket's log-ratio is clipped to [−τ, τ] under a stop-gradient: the gradient is the expectation of `Sampled`'s
+    over the buckets, and without the clip that of the divergence itself.
+    """
 
     k: int
+    advantage_clip: float = math.inf
 
     def ids(self, targets: Tensor, columns: Columns) -> Tensor:
         """The teacher's k likeliest tokens."""
         return columns["topk_ids"][:, : self.k].long()
 
     def terms(self, own: Tensor, rest: Tensor, columns: Columns) -> RowTerms:
-        """p_j (log-ratio of j's bucket − the divergence) for every j."""
+        """p_j (log-ratio of j's bucket − their mean under π_θ) for every j."""
         teacher, teacher_rest = teacher_buckets(columns["topk_logprobs"][:, : self.k], own.dtype)
-        ratio, ratio_rest = own - teacher, rest - teacher_rest
+        ratio = -clipped_advantage(own, teacher, self.advantage_clip)
+        ratio_rest = -clipped_advantage(rest, teacher_rest, self.advantage_clip)
         loss = (own.exp() * ratio).sum(dim=-1) + rest.exp() * ratio_rest
         return RowTerms(loss, ratio_rest - loss, own.exp() * (ratio - loss[:, None]))
 
@@ -110,7 +117,7 @@ def teacher_buckets(topk_logprobs: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def clipped_advantage(logprobs: Tensor, teacher_logprobs: Tensor, advantage_clip: float) -> Tensor:
-    """A_t = clip(log π_T − log π_θ, −τ, τ) [R]."""
+    """A_t = clip(log π_T − log π_θ, −τ, τ), elementwise."""
     return (teacher_logprobs.to(logprobs.dtype) - logprobs).clamp(-advantage_clip, advantage_clip)
 
 

@@ -24,7 +24,9 @@ def distill_objective(recipe: DistillRecipe) -> RowObjective:
     """The estimator of the recipe as a loss of one row of logits with its gradient."""
     if recipe.estimator == "sampled":
         return Sampled(recipe.advantage_clip)
-    return (TopkReverseKl if recipe.estimator == "topk_reverse_kl" else TopkForwardKl)(recipe.topk)
+    if recipe.estimator == "topk_reverse_kl":
+        return TopkReverseKl(recipe.topk, recipe.advantage_clip)
+    return TopkForwardKl(recipe.topk)
 
 
 def distill_metrics(result: StepResult, recipe: DistillRecipe) -> Metrics:

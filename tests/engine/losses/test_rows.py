@@ -73,6 +73,30 @@ def test_topk_reverse_kl_gradient_equals_autograd_of_the_bucketed_divergence() -
     assert (gradient(ours.total, logits) - gradient(plain, logits)).abs().max() <= 1e-12
 
 
+def test_clipped_topk_gradient_is_the_expectation_of_the_sampled_one() -> None:
+    """Over every token of the vocabulary, drawn from π_θ, when the teacher's tail is spread as the student's is."""
+    logits, _, teacher = random_rows(7)
+    top = teacher.topk(K, dim=-1)
+    ours = losses_of(
+        TopkReverseKl(K, advantage_clip=0.5),
+        logits,
+        torch.zeros(R, dtype=torch.long),
+        topk_ids=top.indices,
+        topk_logprobs=top.values,
+    )
+    student = torch.log_softmax(logits, dim=-1).detach()
+    student_tail = student.scatter(1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    teacher_tail = (1 - top.values.exp().sum(-1, keepdim=True)).log()
+    bucketed = (student + teacher_tail - student_tail).scatter(1, top.indices, top.values)
+    expected = torch.zeros_like(student)
+    for token in range(V):
+        targets = torch.full((R,), token)
+        sampled = losses_of(Sampled(0.5), logits, targets, teacher_logprobs=bucketed[:, token])
+        expected += student[:, [token]].exp() * gradient(sampled.total, logits)
+    assert (bucketed - student).abs().max() > 0.5, "some log-ratios are clipped in this example"
+    assert (gradient(ours.total, logits) - expected).abs().max() <= 1e-12
+
+
 @given(
     seed=st.integers(0, 10_000),
     sharpness=st.floats(0.1, 20.0),
