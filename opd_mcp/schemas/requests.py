@@ -83,9 +83,7 @@ class BuildTeacherCache(Schema):
     teacher: Reference
     student: Reference
     prompts: Prompts
-    teacher_url: (
-        Annotated[str, Field(max_length=500, description="vLLM, SGLang or serve-teacher serving `teacher`")] | None
-    ) = None
+    teacher_url: Annotated[str, Field(max_length=500, description="server of `teacher`")] | None = None
     topk: Annotated[int, Field(ge=0, le=256, description="teacher's top-k log-probs to store")] | None = None
     dtype: CacheDtype | None = None
     on_truncated: OnTruncated | None = None
@@ -99,7 +97,7 @@ class BuildTeacherCache(Schema):
 class InspectCache(Schema):
     """Arguments of `inspect_cache`."""
 
-    cache: Annotated[Reference, Field(description="cache id, run id or absolute path")]
+    cache: Annotated[Reference, Field(description="cache id or path")]
 
 
 class StartDistillation(Schema):

@@ -23,7 +23,7 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
         ToolSpec(
             name="inspect_cache",
             title="Inspect a teacher cache",
-            description="Manifest, statistics and two decoded rows with the teacher's and student's log-probs.",
+            description="Manifest, statistics, two decoded rows with log-probs.",
             request=InspectCache,
             answer=CacheInspection,
             call=inspect_cache,
