@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-clients bench bench-server fuzz check format clean
+.PHONY: demo test test-clients bench bench-server fuzz prove-cache check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
@@ -44,6 +44,11 @@ format: .venv/fresh
 	cp tests/clients/package.json .clients/package.json
 	npm install --prefix .clients --no-audit --no-fund --silent
 	touch $@
+
+prove-cache: .venv/fresh
+	$(BIN)/python tools/bench_cache.py
+	$(BIN)/python tools/kill_cache_build.py --points 20
+	$(BIN)/python tools/compare_http_teacher.py
 
 clean:
 	rm -rf .venv .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,8 +1,8 @@
-"""The command line: `opd-mcp serve | demo | status | list | cancel | doctor | worker`.
+"""The command line: `opd-mcp serve | demo | status | list | cancel | doctor | cache … | serve-teacher | worker`.
 
-The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token). Every import beyond
-typer is inside the command that needs it, so that a server starts without what only a worker uses, and the other way
-round.
+The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
+teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
+what only a worker uses, and the other way round.
 """
 
 import os
@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distill a student with Lightning OPD, driven by an MCP client.",
 )
+# the bearer token of a remote teacher, and of serve-teacher's own callers
+TEACHER_KEY = "OPD_TEACHER_KEY"
 AsJson = Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")]
 
 
@@ -130,6 +132,94 @@ def doctor(
     raise typer.Exit(int(not all(check.well for check in found)))
 
 
+cache_app = typer.Typer(no_args_is_help=True, help="Look at, prove, convert and merge teacher caches.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("inspect")
+def cache_inspect(
+    cache: Annotated[Path, typer.Argument(help="A teacher cache's directory.", exists=True, file_okay=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Show the manifest, the statistics and two decoded rows."""
+    from opd_mcp.jobs.cache_view import inspect_cache
+    from opd_mcp.server.cache_texts import inspection_text
+
+    found = inspect_cache(cache)
+    typer.echo(found.to_json() if as_json else inspection_text(found))
+
+
+@cache_app.command("verify")
+def cache_verify(
+    cache: Annotated[Path, typer.Argument(help="A teacher cache's directory.", exists=True, file_okay=False)],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="The teacher's directory, to score a sample again.", exists=True, file_okay=False),
+    ] = None,
+    sample: Annotated[int, typer.Option(help="Rows to score again.", min=1)] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Check hashes, counts and values, and score a sample again; exit status 1 when something is wrong."""
+    from opd_mcp.engine.cache.verify import verified
+
+    rescore = None
+    if teacher is not None:
+        from opd_mcp.engine.teachers.teacher import rescorer
+
+        rescore = rescorer(teacher)
+    found = verified(cache, rescore, sample=sample)
+    typer.echo(found.to_json() if as_json else found.text())
+    raise typer.Exit(bool(found.problems))
+
+
+@cache_app.command("convert")
+def cache_convert(
+    source: Annotated[Path, typer.Argument(help="The paper authors' Parquet file.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Argument(help="A new directory.")],
+    student: Annotated[
+        Path, typer.Option(help="The SFT student, whose tokenizer holds.", exists=True, file_okay=False)
+    ],
+    teacher_name: Annotated[str, typer.Option(help="The teacher's name; asserted, since the file does not say.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a teacher cache of the paper authors' Parquet, and name what it lacks."""
+    from opd_mcp.engine.cache.convert import converted
+    from opd_mcp.server.cache_texts import manifest_lines
+
+    found = converted(source, output, student=student, teacher_name=teacher_name)
+    typer.echo(found.to_json() if as_json else "\n".join(manifest_lines(found)))
+
+
+@cache_app.command("merge")
+def cache_merge(
+    output: Annotated[Path, typer.Argument(help="A new directory.")],
+    caches: Annotated[list[Path], typer.Argument(help="Two or more caches of one teacher and one student.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put caches of the same teacher and student together."""
+    from opd_mcp.engine.cache.merge import merged
+
+    manifest = merged(output, caches)
+    typer.echo(manifest.to_json() if as_json else f"{manifest.rows} rows, {manifest.tokens} tokens: {output}")
+
+
+@app.command("serve-teacher")
+def serve_teacher(
+    model: Annotated[Path, typer.Argument(help="A model's directory.", exists=True, file_okay=False)],
+    host: Annotated[
+        str, typer.Option(help="Another address than this machine's own needs OPD_TEACHER_KEY.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8001,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are answered with 429.", min=1)] = 256,
+    max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence.", min=2)] = 32768,
+) -> None:
+    """Serve a model's log-probs: token ids in, log-probs and top-k out; the key is in OPD_TEACHER_KEY."""
+    from opd_mcp.engine.teachers.serve import Limits, serve
+
+    serve(model, host, port, os.environ.get(TEACHER_KEY), threads, Limits(queue=queue, length=max_length))
+
+
 @app.command(hidden=True)
 def worker(
     run_id: str,
@@ -141,7 +231,8 @@ def worker(
     """Do a queued run's work (started by the server; not for use by hand)."""
     from opd_mcp.jobs.worker import main as work
 
-    raise typer.Exit(work(workspace or workspace_root(), run_id, lock_fd, lease_folder, cpu_slots))
+    root, key = workspace or workspace_root(), os.environ.get(TEACHER_KEY)
+    raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key))
 
 
 def workspace_root() -> Path:

@@ -24,8 +24,12 @@ from opd_mcp.schemas.errors import RunError
 
 FINAL_STATES = ("succeeded", "failed", "cancelled", "lost")
 SHORT_STEPS = {"distill.steps": 200}
-# two passes over the cache, as the sampled arm takes in twice the steps
-TOPK_STEPS = SHORT_STEPS | {"distill.batch_size": 128}
+# twice the batch: two passes over the cache, as the sampled arm takes in twice the steps
+TOPK_STEPS = SHORT_STEPS | {
+    "distill.batch_size": 128,
+    "distill.optimizer.learning_rate": 1.5e-3,
+    "distill.optimizer.schedule": "constant",
+}
 ARMS = (
     "base",
     "sft",

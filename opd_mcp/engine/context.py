@@ -53,3 +53,5 @@ class Context:
     runtime: RuntimeRecipe = field(default_factory=RuntimeRecipe)
     prompting: PromptingRecipe = field(default_factory=PromptingRecipe)
     reporter: Reporter = field(default_factory=SilentReporter)
+    teacher_key: str | None = field(default=None, repr=False)
+    """The bearer token of a remote teacher; from the environment, by way of the command line, into no file."""

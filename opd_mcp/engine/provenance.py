@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from opd_mcp.engine.context import Context
-from opd_mcp.identity.lineage import data_hashes, write_lineage
+from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.identity.models import full_weights_hash, inspect_model
 from opd_mcp.schemas.base import Schema
-from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity, Parent
+from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity, Parent, TeacherClaim
 
 RECORDED_PACKAGES = ("opd-mcp", "torch", "transformers", "numpy")
 
@@ -17,6 +17,12 @@ RECORDED_PACKAGES = ("opd-mcp", "torch", "transformers", "numpy")
 def full_identity(path: Path) -> ModelIdentity:
     """A model's identity with the hash over every byte of its weights."""
     return inspect_model(path).identity.model_copy(update={"weights_full": full_weights_hash(path)})
+
+
+def claim_of(student: Path, given: TeacherClaim | None) -> TeacherClaim | None:
+    """Whose responses the student was fine-tuned on: its lineage's claim, else the given one."""
+    lineage = verified_lineage(student)
+    return (lineage.sft_teacher if lineage else None) or given
 
 
 def record_lineage(

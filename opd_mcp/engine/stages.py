@@ -2,20 +2,18 @@
 
 prompts ─► generate_responses ─► sft ─► rollout ─► score ─► [teacher cache] ─► distill ─► benchmark ─► report
 
-Every stage fills `output`, an empty or new directory, and writes its lineage.json last. The caller decides where a
-finished directory lives. A stage stops with RunError `run_cancelled` when its reporter asks for it.
+Every stage fills `output`, an empty or new directory, and writes its lineage.json last; `rollout` and `score` also go
+on in a directory that an earlier, interrupted call left. The caller decides where a finished directory lives. A stage
+stops with RunError `run_cancelled` when its reporter asks for it.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from opd_mcp.engine.cache.manifest import MANIFEST_FILE, write_manifest
-from opd_mcp.engine.cache.rollouts import RolloutRecord, read_record, write_record
-from opd_mcp.engine.cache.shards import read_shard, write_shard
-from opd_mcp.engine.cache.statistics import RolloutTally, ScoreTally, compacted
+from opd_mcp.engine.builds.rollouts import rollout
+from opd_mcp.engine.builds.scores import check_teacher, score
+from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.prompts import encode_prompts
 from opd_mcp.engine.data.responses import response_sequences
@@ -24,32 +22,32 @@ from opd_mcp.engine.evaluation.benchmark import Scored, score_model
 from opd_mcp.engine.evaluation.intervals import paired_difference
 from opd_mcp.engine.evaluation.report import report_markdown
 from opd_mcp.engine.generation.rollouts import draw_rollouts
-from opd_mcp.engine.generation.samples import sample  # noqa: F401 - a stage too
+from opd_mcp.engine.generation.samples import sample
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, save_model
-from opd_mcp.engine.provenance import full_identity, record_lineage
+from opd_mcp.engine.progress import counter, stage_cost
+from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage
 from opd_mcp.engine.runtime import hardware_name, open_runtime
-from opd_mcp.engine.teachers.local import score_sequences
 from opd_mcp.engine.training.batches import live_batches, stored_batches
-from opd_mcp.engine.training.loop import LoopSettings, require_going, train
+from opd_mcp.engine.training.loop import LoopSettings, train
 from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_metrics, distill_objective, sft_metrics
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
-from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
+from opd_mcp.identity.consistency import proven_claim
 from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.identity import Parent, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
     DistillRecipe,
     ResponsesRecipe,
     RolloutRecipe,
-    ScoreRecipe,
     SftRecipe,
 )
 from opd_mcp.schemas.reports import BenchmarkReport, Comparison, StageCost, TrainingSummary
+
+__all__ = ["benchmark", "check_teacher", "distill", "generate_responses", "rollout", "sample", "score", "sft"]
 
 RESPONSES_FILE = "responses.parquet"
 
@@ -73,7 +71,7 @@ def generate_responses(
         seed=runtime.seed,
         scope="responses",
         valid_vocab=model.facts.tokens,
-        on_batch=_counter(context, len(encoded), "responses"),
+        on_batch=counter(context, len(encoded), "responses"),
     )
     output.mkdir(parents=True, exist_ok=True)
     texts = adopted.tokenizer.batch_decode(
@@ -101,7 +99,7 @@ def generate_responses(
         files=[RESPONSES_FILE],
         sft_teacher=proven_claim(identity),
     )
-    return _cost("generate_responses", started, len(drawn.response_ids), model.device)
+    return stage_cost("generate_responses", started, len(drawn.response_ids), model.device)
 
 
 def sft(
@@ -155,137 +153,6 @@ def sft(
     return summary
 
 
-def rollout(
-    recipe: RolloutRecipe,
-    *,
-    student: Path,
-    prompts: Path,
-    output: Path,
-    context: Context,
-    tokenizer: Path | None = None,
-) -> StageCost:
-    """The student's own rollouts in shards; `tokenizer` is the teacher's directory: its template and EOS hold."""
-    started = time.perf_counter()
-    runtime = open_runtime(context.runtime)
-    adopted = adopt_tokenizer(tokenizer or student, context.prompting)
-    rows = read_prompts(prompts)
-    encoded = encode_prompts(rows, adopted.tokenizer, context)
-    count = recipe.count or len(encoded)
-    model = load_model(student, runtime)
-    output.mkdir(parents=True, exist_ok=True)
-    shards, tally = [], RolloutTally()
-    for number, first in enumerate(range(0, count, recipe.shard_rows)):
-        require_going(context)
-        chosen = [encoded[row % len(encoded)] for row in range(first, min(first + recipe.shard_rows, count))]
-        drawn = draw_rollouts(
-            model,
-            chosen,
-            recipe.sampling,
-            eos_token_ids=adopted.eos_token_ids,
-            batch_size=recipe.batch_size,
-            seed=runtime.seed,
-            scope=f"rollout/{number}",
-            valid_vocab=model.facts.tokens,
-            on_batch=_counter(context, count, "rollouts", before=first),
-        )
-        tally.add(drawn)
-        shards.append(write_shard(output / f"rollouts-{number:05d}.parquet", drawn))
-    statistics = tally.statistics()
-    adopted.save(output / "tokenizer")
-    write_record(
-        output,
-        RolloutRecord(
-            behaviour=full_identity(student),
-            prompts_sha256=prompts_hash(rows),
-            sampling=recipe.sampling,
-            seed=runtime.seed,
-            eos_token_ids=list(adopted.eos_token_ids),
-            shards=shards,
-            statistics=statistics,
-        ),
-    )
-    return _cost("rollout", started, statistics.response_tokens, model.device)
-
-
-def score(
-    recipe: ScoreRecipe,
-    *,
-    teacher: Path,
-    student: Path,
-    rollouts: Path,
-    output: Path,
-    context: Context,
-    sft_teacher: TeacherClaim | None = None,
-    allow_teacher_mismatch: bool = False,
-) -> StageCost:
-    """The teacher cache: rollouts with the teacher's log-probs of every token, shard by shard, and the manifest.
-
-    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch`, `lineage_missing` or `behaviour_mismatch`.
-    """
-    started = time.perf_counter()
-    runtime = open_runtime(context.runtime)
-    record = read_record(rollouts)
-    require_same_tokens(teacher, student)
-    teacher_identity, claim = full_identity(teacher), _claim_of(student, sft_teacher)
-    require_behaviour(record.behaviour, full_identity(student))
-    require_consistent(teacher_identity, claim, allowed=allow_teacher_mismatch)
-    model = load_model(teacher, runtime)
-    output.mkdir(parents=True, exist_ok=True)
-    shards, tally, done = [], ScoreTally(), 0
-    for number, shard in enumerate(record.shards):
-        require_going(context)
-        sequences = read_shard(rollouts / shard.file, sha256=shard.sha256)
-        scores = score_sequences(
-            model,
-            sequences,
-            topk=recipe.topk,
-            micro_batch_tokens=recipe.micro_batch_tokens,
-            runtime=runtime,
-            valid_vocab=model.facts.tokens,
-        )
-        scored, clamped = compacted(sequences.with_columns(**scores.columns()), recipe.dtype)
-        tally.add(scored, clamped)
-        shards.append(write_shard(output / f"shard-{number:05d}.parquet", scored))
-        done += len(sequences)
-        context.reporter.progress(done, record.statistics.rows, "scored rollouts")
-    adopt_tokenizer(rollouts / "tokenizer", context.prompting).save(output / "tokenizer")
-    write_manifest(
-        output,
-        CacheManifest(
-            teacher=teacher_identity,
-            behaviour=record.behaviour,
-            sft_teacher=claim,
-            teacher_mismatch_allowed=allow_teacher_mismatch,
-            prompts_sha256=record.prompts_sha256,
-            sampling=record.sampling,
-            seed=record.seed,
-            eos_token_ids=record.eos_token_ids,
-            topk=recipe.topk,
-            dtype=recipe.dtype,
-            vocab_size=model.vocab_size,
-            shards=shards,
-            rollouts=record.statistics,
-            scores=tally.statistics(),
-        ),
-    )
-    record_lineage(
-        output,
-        kind="cache",
-        stage="score",
-        section=recipe,
-        context=context,
-        parents=[
-            Parent(role="teacher", identity=teacher_identity),
-            Parent(role="student", identity=record.behaviour),
-            Parent(role="prompts", sha256=record.prompts_sha256),
-        ],
-        files=[MANIFEST_FILE],
-        sft_teacher=claim,
-        teacher_mismatch_allowed=allow_teacher_mismatch,
-    )
-    return _cost("score", started, record.statistics.response_tokens, model.device)
-
-
 def distill(
     recipe: DistillRecipe,
     *,
@@ -305,7 +172,7 @@ def distill(
     ConsistencyError for a cache of another teacher or behaviour policy, IntegrityError for a damaged one.
     """
     runtime = open_runtime(context.runtime)
-    claim = _claim_of(student, sft_teacher)
+    claim = claim_of(student, sft_teacher)
     source: CacheSource | LiveSource
     if recipe.method == "lightning":
         assert cache is not None, "lightning distills from a teacher cache"
@@ -437,25 +304,5 @@ def _comparisons(candidate: str, scored: Mapping[str, Scored]) -> list[Compariso
     ]
 
 
-def _claim_of(student: Path, given: TeacherClaim | None) -> TeacherClaim | None:
-    lineage = verified_lineage(student)
-    return (lineage.sft_teacher if lineage else None) or given
-
-
 def _responses_hash(rows: Sequence[ResponseRow]) -> str:
     return content_hash([[row.prompt.text(), row.response, row.response_ids] for row in rows])
-
-
-def _counter(context: Context, total: int, unit: str, before: int = 0) -> Callable[[int], None]:
-    def on_batch(done: int) -> None:
-        context.reporter.progress(before + done, total, unit)
-        require_going(context)
-
-    return on_batch
-
-
-def _cost(stage: str, started: float, tokens: int, device: torch.device) -> StageCost:
-    seconds = time.perf_counter() - started
-    return StageCost(
-        stage=stage, seconds=seconds, tokens=tokens, tokens_per_second=tokens / seconds, device=hardware_name(device)
-    )

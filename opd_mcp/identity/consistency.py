@@ -44,13 +44,13 @@ def consistency(teacher: ModelIdentity, sft_teacher: TeacherClaim | None, *, all
     """Whether the teacher is the SFT teacher, and how that is known; `allowed` is the user's word, only recorded."""
     if sft_teacher is None:
         return ConsistencyVerdict(status="unknown", teacher=teacher, mismatch_allowed=allowed)
-    if sft_teacher.identity is not None:
+    if sft_teacher.identity is not None and "named" not in (teacher.remote, sft_teacher.identity.remote):
         same = sft_teacher.identity.same_weights(teacher)
     else:
         same = _short_name(sft_teacher.name) == _short_name(teacher.name)
     return ConsistencyVerdict(
         status="consistent" if same else "mismatch",
-        basis=sft_teacher.basis,
+        basis="asserted" if teacher.remote else sft_teacher.basis,
         teacher=teacher,
         sft_teacher=sft_teacher,
         mismatch_allowed=allowed,

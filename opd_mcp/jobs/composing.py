@@ -53,9 +53,13 @@ class Composer:
         Raises ConsistencyError `teacher_mismatch`, `lineage_missing` or `tokenizer_mismatch`.
         """
         recipe = checked_recipe(arguments.preset, arguments.overrides)
-        if arguments.topk is not None:
-            recipe = recipe.model_copy(update={"score": recipe.score.model_copy(update={"topk": arguments.topk})})
-        teacher = self.references.model(arguments.teacher)
+        given = {name: getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
+        update = {name: value for name, value in given.items() if value is not None}
+        recipe = recipe.model_copy(update={"score": recipe.score.model_copy(update=update)})
+        if arguments.teacher_url is None:
+            teacher = self.references.model(arguments.teacher)
+        else:
+            teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
         student = self._sft_student(arguments.student, arguments.declared_teacher)
         require_matching_tokenizers(teacher, student)
         if teacher.input.identity is not None:
@@ -64,8 +68,9 @@ class Composer:
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments.prompts, teacher),
+            prompts=self._prompts(arguments.prompts, teacher if teacher.facts else student),
             declared_teacher=arguments.declared_teacher,
+            sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=arguments.allow_teacher_mismatch,
         )
         return self._request("cache", recipe, inputs, PhaseChain(recipe, inputs).cache_of_rollouts())
@@ -171,11 +176,13 @@ class Composer:
         """The cache's teacher: as given, or where the run that made the cache had it, if it is still the same."""
         if reference is not None:
             teacher = self.references.model(reference)
-            if teacher.input.identity and not teacher.input.identity.same_weights(cache.manifest.teacher):
+            named = cache.manifest.teacher.remote == "named"  # its weights were never seen
+            identity = teacher.input.identity
+            if identity and not named and not identity.same_weights(cache.manifest.teacher):
                 raise ConsistencyError(
                     "teacher_mismatch",
                     f"The teacher cache holds log-probs of {cache.manifest.teacher.label()}, "
-                    f"but teacher is {teacher.input.identity.label()}.",
+                    f"but teacher is {identity.label()}.",
                     value=reference,
                     fix="Leave out teacher, or build a cache with this teacher.",
                 )

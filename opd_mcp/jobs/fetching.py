@@ -114,8 +114,8 @@ def _require_same_data(inputs: RunInputs) -> None:
 
 
 def _present_model(workspace: Workspace, model: ModelInput | None) -> ModelInput | None:
-    if model is None:
-        return None
+    if model is None or (model.url is not None and model.path is None):
+        return model  # a server's model is proven by asking it
     path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id))
     facts = inspect_model(path)
     if model.identity is not None and not model.identity.same_weights(facts.identity):
@@ -132,9 +132,9 @@ def _present_model(workspace: Workspace, model: ModelInput | None) -> ModelInput
 
 def _require_belonging(record: RunRecord, inputs: RunInputs) -> None:
     student, teacher = inputs.student, inputs.teacher
-    if student is None or teacher is None:
+    if student is None or teacher is None or teacher.path is None:
         return
-    require_same_tokens(Path(str(teacher.path)), Path(str(student.path)))
+    require_same_tokens(Path(teacher.path), Path(str(student.path)))
     phases = {phase.name for phase in record.request.phases}
     if "sft" not in phases and teacher.identity is not None:
         require_consistent(teacher.identity, student.sft_teacher, allowed=inputs.allow_teacher_mismatch)

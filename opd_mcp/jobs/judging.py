@@ -3,12 +3,18 @@
 from dataclasses import dataclass, field
 
 from opd_mcp.identity.consistency import consistency, require_consistent
+from opd_mcp.identity.overlap import eval_overlap
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.jobs.references import ResolvedModel, ResolvedPrompts
+from opd_mcp.jobs.tokens import over_long_prompts
+from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs
+
+# above this share a distillation learns much from answers without an end
+TRUNCATED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -109,12 +115,47 @@ def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
             "The eval prompts have no `answer`, so the report holds the reverse KL to the teacher only.",
             "Add an `answer` to each eval prompt.",
         )
-    training = {row.text() for used in (inputs.prompts, inputs.sft_prompts) if used for row in used.rows}
-    overlap = sum(row.text() in training for row in inputs.eval_prompts.rows)
-    if overlap:
+    training = [row.text() for used in (inputs.prompts, inputs.sft_prompts) if used for row in used.rows]
+    found_in = eval_overlap([row.text() for row in inputs.eval_prompts.rows], training)
+    if overlap := found_in["eval_overlap_normalised"]:
         found.warn(
             "eval_overlap",
-            f"{overlap} of {len(inputs.eval_prompts.rows)} eval prompts are also training prompts; accuracy on "
-            "them proves nothing.",
+            f"{overlap} of {len(inputs.eval_prompts.rows)} eval prompts are also training prompts "
+            f"({found_in['eval_overlap_exact']} to the letter, the others but for case, spaces or punctuation); "
+            "accuracy on them proves nothing.",
             "Give eval_prompts that are in no training set.",
         )
+
+
+def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -> None:
+    """Warn of prompts that stand twice in the set, or that are too long to be used."""
+    rows = inputs.prompts.rows
+    texts = [row.text() for row in rows]
+    if duplicates := len(texts) - len(set(texts)):
+        found.warn(
+            "duplicate_prompts",
+            f"{duplicates} of {len(rows)} prompts stand in the set more than once; all are used.",
+            "Remove the copies if they are not meant.",
+        )
+    facts = inputs.teacher.facts or inputs.student.facts
+    if facts and (over_long := over_long_prompts(facts.path, rows, max_prompt_tokens)):
+        found.warn(
+            "over_long_prompts",
+            f"{over_long} of {len(rows)} prompts are over {max_prompt_tokens} tokens and will be left out.",
+            "Raise 'prompting.max_prompt_tokens' to use them.",
+        )
+
+
+def judge_rollouts(manifest: CacheManifest, found: Findings) -> None:
+    """Warn when many rollouts of an existing cache have no end, or rows were left out of it."""
+    statistics, hygiene = manifest.rollouts, manifest.hygiene
+    if statistics.truncated_fraction > TRUNCATED_SHARE:
+        found.warn(
+            "rollouts_truncated",
+            f"{statistics.truncated_fraction:.0%} of the rollouts have no end (on_truncated: {hygiene.on_truncated}, "
+            f"{hygiene.truncated_dropped} dropped, {hygiene.truncated_capped} capped).",
+            "Raise 'rollout.sampling.max_new_tokens', or set 'score.on_truncated' to 'drop' or 'cap'.",
+        )
+    if hygiene.quarantined:
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in hygiene.quarantined.items())
+        found.warn("rows_left_out", f"Rows were left out of the cache: {reasons}.", "Nothing has to be done.")

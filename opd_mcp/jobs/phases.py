@@ -48,6 +48,8 @@ def model_token(model: ModelInput | None) -> Any:
     """What stands for a model in a key: its artifact id, else its identity without the name, else its Hub id."""
     if model is None:
         return None
+    if model.url is not None:
+        return {"remote": model.reference, "files": _identity_token(model.identity)}
     if model.artifact_id is not None:
         return model.artifact_id
     return _identity_token(model.identity) or {"hub": model.hub_id}

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from opd_mcp.store.journal import JournalWriter
 REPORT_FILE = "report.json"
 TRAINING_FILE = "training.json"
 ROLLOUTS = "rollouts"
+RESUMABLE: frozenset[PhaseName] = frozenset({"rollout", "score"})
+KEY_DIGITS = 32
 ROLE_OF_PHASE: dict[str, str] = {
     "generate_responses": "responses",
     "sft": "sft",
@@ -48,20 +50,23 @@ class Pipeline:
     flops: Callable[[PhaseName], float]
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
+    held: ExitStack = field(default_factory=ExitStack)
 
     def run(self) -> dict[str, Any]:
         """The run's result, after all phases that are not `fetch`; raises what the stages raise."""
         phases = [phase for phase in self.record.request.phases if phase.name != "fetch"]
-        try:
+        with ExitStack() as self.held:
             for position, phase in enumerate(phases):
                 if self.reporter.should_stop():
                     raise run_cancelled()
                 # Rollouts are only an intermediate of the cache that comes next.
                 holder = phases[position + 1] if phase.name == "rollout" else phase
+                if self._reused(phase, holder):
+                    continue
+                building = self._building(phase)
+                # Another run may have made it while this one waited for the directory.
                 if not self._reused(phase, holder):
-                    self._computed(phase)
-        finally:
-            shutil.rmtree(self.directory / ROLLOUTS, ignore_errors=True)
+                    self._computed(phase, building)
         self.result["costs"] = [cost.to_dict() for cost in self.calls.costs]
         return rounded(self.result)
 
@@ -83,39 +88,46 @@ class Pipeline:
         self.journal.append("phase", event)
         return True
 
-    def _computed(self, phase: RunPhase) -> None:
+    def _computed(self, phase: RunPhase, building: Path) -> None:
         self.journal.append("phase", {"phase": phase.name, "event": "started"})
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
+        cost = self.calls.compute(phase.name, building)
+        self.pending.append(self._phase_cost(phase.name, cost))
         if made is None:
-            output = self.directory / (ROLLOUTS if phase.name == "rollout" else phase.name)
-            cost = self.calls.compute(phase.name, output)
             if phase.name == "sample":
-                self.result |= sampled(output)
+                self.result |= sampled(building)
             else:
-                self.calls.paths[ROLLOUTS] = output
-            self.pending.append(self._phase_cost(phase.name, cost))
+                self.calls.paths[ROLLOUTS] = building
         else:
-            with self._building(made) as building:
-                cost = self.calls.compute(phase.name, building)
-                self.pending.append(self._phase_cost(phase.name, cost))
-                write_atomic(building / COST_FILE, ArtifactCosts(phases=self.pending).to_json(indent=2) + "\n")
-                artifact = self.artifacts.publish(
-                    made.kind, building, artifact_id=made.artifact_id, key=phase.key, run_id=self.record.run_id
-                )
+            write_atomic(building / COST_FILE, ArtifactCosts(phases=self.pending).to_json(indent=2) + "\n")
+            artifact = self.artifacts.publish(
+                made.kind, building, artifact_id=made.artifact_id, key=phase.key, run_id=self.record.run_id
+            )
             self.pending = []
             self._take(phase.name, artifact.artifact_id, artifact.path)
             event["artifact_id"] = artifact.artifact_id
+            if phase.name == "score":
+                shutil.rmtree(self.calls.paths.pop(ROLLOUTS), ignore_errors=True)
         self.calls.costs.append(cost)
         self.journal.append("phase", {**event, "cost": cost.to_dict()})
 
-    @contextmanager
-    def _building(self, made: Product) -> Iterator[Path]:
+    def _building(self, phase: RunPhase) -> Path:
+        """Where the phase builds; rollouts and scores in directories that the next run with the same key goes on in."""
+        if phase.name in RESUMABLE:
+            name = f"{phase.name}-{phase.key[:KEY_DIGITS]}"
+            held = self.artifacts.resumable_directory("cache", name, self.reporter.should_stop)
+            building = self.held.enter_context(held)
+            if building is None:
+                raise run_cancelled()
+            return building
+        made = self._product(phase)
+        if made is None:
+            shutil.rmtree(self.directory / phase.name, ignore_errors=True)
+            return self.directory / phase.name
         building = self.artifacts.new_building_directory(made.kind)
-        try:
-            yield building
-        finally:
-            shutil.rmtree(building, ignore_errors=True)  # gone already when it was published
+        self.held.callback(shutil.rmtree, building, ignore_errors=True)  # gone already when it was published
+        return building
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)

@@ -51,7 +51,7 @@ def model_label(model: ModelInput | None) -> str:
     """A model's short name: its artifact, else the last part of its Hub id or path."""
     if model is None:
         return "run"
-    return model.artifact_id or (model.hub_id or str(model.path)).rstrip("/").rsplit("/", 1)[-1]
+    return model.artifact_id or (model.hub_id or model.path or model.reference).rstrip("/").rsplit("/", 1)[-1]
 
 
 def expected_cost(

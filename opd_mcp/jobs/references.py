@@ -8,8 +8,10 @@ from pathlib import Path
 
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher
 from opd_mcp.identity.data import PromptRow, prompts_hash, read_prompts, read_responses_header
-from opd_mcp.identity.files import file_sha256, read_json_object
+from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.models import ModelCache, ModelFacts
+from opd_mcp.identity.remote import checked_url
+from opd_mcp.jobs.cache_view import MANIFEST_FILE, read_manifest
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
@@ -22,7 +24,6 @@ from opd_mcp.store.workspace import Workspace
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".safetensors", ".toml", ".txt")
-MANIFEST_FILE = "manifest.json"
 PROMPTS_FILE = "prompts.jsonl"
 
 KIND_OF_PHASE: dict[str, ArtifactKind] = {
@@ -102,6 +103,35 @@ class References:
         )
         return ResolvedModel(resolved, facts)
 
+    def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
+        """A teacher that a server at `url` scores for; its files are used where the reference means some that are here.
+
+        Raises ArgumentError `invalid_argument` for an unusable URL, and as `model` for a path.
+        """
+        checked_url(url)
+        if not self._is_here(reference):
+            return ResolvedModel(ModelInput(reference=reference, url=url))
+        local = self.model(reference)
+        return ResolvedModel(local.input.model_copy(update={"url": url}), local.facts)
+
+    def path_of_claim(self, student: ModelInput, teacher: ModelInput) -> str | None:
+        """Where the student's SFT teacher is, if that is known: the teacher itself, or what made the student."""
+        claim = student.sft_teacher
+        if claim is None or claim.identity is None:
+            return None
+        made_by = self.inputs_of_artifact(student.artifact_id) if student.artifact_id else None
+        responses = made_by.responses.artifact_id if made_by and made_by.responses else None
+        answered = self.inputs_of_artifact(responses) if responses else None
+        candidates = [teacher, *(inputs.teacher for inputs in (made_by, answered) if inputs and inputs.teacher)]
+        if claim.name.startswith("/"):
+            candidates.append(ModelInput(reference=claim.name, path=claim.name))
+        for model in candidates:
+            if model.path and Path(model.path).is_dir():
+                identity = self.models.inspect_model(Path(model.path)).identity
+                if identity.same_weights(claim.identity):
+                    return model.path
+        return None
+
     def prompts(self, value: str | Sequence[str]) -> ResolvedPrompts:
         """Prompts by reference, or an inline list, which becomes an artifact; raises DataError and PathError."""
         if not isinstance(value, str):
@@ -139,21 +169,13 @@ class References:
         """A teacher cache by artifact id, run id or path; raises PathError `not_a_cache` for anything else."""
         self._refuse_hub_data(reference)
         place = self._place(reference, "cache")
-        file = place.path / MANIFEST_FILE
-        if not file.is_file():
-            raise PathError(
-                "not_a_cache",
-                f"This is not a teacher cache: it has no {MANIFEST_FILE}.",
-                value=reference,
-                fix="Give the cache_id that build_teacher_cache answered.",
-            )
-        manifest = CacheManifest.model_validate(read_json_object(file))
+        manifest = read_manifest(place.path, reference)
         resolved = DataInput(
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
-            sha256=file_sha256(file),
-            rows=manifest.rollouts.rows,
+            sha256=file_sha256(place.path / MANIFEST_FILE),
+            rows=manifest.rows,
             sft_teacher=manifest.sft_teacher,
         )
         return ResolvedCache(resolved, manifest)
@@ -162,10 +184,7 @@ class References:
         """What `declared_teacher` asserts: a model, when the text resolves to one here, else a mere name."""
         if declared is None:
             return None
-        known = (
-            declared.startswith("/") or self.store.artifacts.find(declared) or self._run_products(declared) is not None
-        )
-        if not known:
+        if not self._is_here(declared):
             return asserted_claim(declared)
         facts = self.model(declared).facts
         return asserted_claim(facts.identity if facts else declared)
@@ -175,6 +194,14 @@ class References:
         artifact = self.store.artifacts.find(artifact_id)
         run_id = artifact.record.run_id if artifact else None
         return self.store.record(run_id).request.inputs if run_id and self._is_run(run_id) else None
+
+    def _is_here(self, reference: str) -> bool:
+        """Whether a text means a path, an artifact or a run rather than a mere name."""
+        return bool(
+            reference.startswith("/")
+            or self.store.artifacts.find(reference)
+            or self._run_products(reference) is not None
+        )
 
     def _is_run(self, run_id: str) -> bool:
         return is_id(run_id) and (self.workspace.run(run_id) / RECORD_FILE).is_file()

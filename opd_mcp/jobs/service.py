@@ -3,9 +3,11 @@
 import subprocess
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelCache
+from opd_mcp.jobs.cache_view import inspect_cache
 from opd_mcp.jobs.composing import Composer
 from opd_mcp.jobs.consent import Question, cache_question, deletion_question, plan_question
 from opd_mcp.jobs.dashboard import dashboard_feed
@@ -24,6 +26,7 @@ from opd_mcp.jobs.setup import setup_report
 from opd_mcp.jobs.status import snapshot_of, status_of, wait_token_of
 from opd_mcp.jobs.views import Views
 from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact, LogPage, MetricsReport
+from opd_mcp.schemas.cache import CacheInspection
 from opd_mcp.schemas.dashboard import DashboardFeed
 from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
 from opd_mcp.schemas.identity import ArtifactKind
@@ -164,6 +167,10 @@ class JobService:
         """What the user must agree to before an artifact is deleted; raises UnknownIdError `unknown_artifact`."""
         record = self.store.artifacts.get(artifact_id).record
         return deletion_question(artifact_id, record.kind, f"{record.bytes / 2**20:.1f} MiB")
+
+    def inspect_cache(self, reference: str) -> CacheInspection:
+        """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""
+        return inspect_cache(Path(str(self._references.cache(reference).input.path)))
 
     def status(self, run_id: str = LATEST) -> RunStatus:
         """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""

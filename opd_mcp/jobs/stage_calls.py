@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from opd_mcp.identity.data import PromptRow, read_prompts
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.identity import TeacherClaim
+from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
 from opd_mcp.schemas.runs import ModelInput, PhaseName, RunRecord
 
@@ -22,6 +22,7 @@ class Stages(Protocol):
     generate_responses: Callable[..., StageCost]
     sft: Callable[..., TrainingSummary]
     rollout: Callable[..., StageCost]
+    check_teacher: Callable[..., None]
     score: Callable[..., StageCost]
     distill: Callable[..., TrainingSummary]
     benchmark: Callable[..., BenchmarkReport]
@@ -63,21 +64,19 @@ class StageCalls:
             case "sft":
                 return training_cost(name, self._sft(common))
             case "rollout":
+                if self._remote() is not None:  # who it is, is asked before the work, not after it
+                    self.stages.check_teacher(recipe.score, context=self.context, **self._scorer(), **self._claims())
                 return self.stages.rollout(
                     recipe.rollout,
                     student=paths["student"],
                     prompts=paths["prompts"],
-                    tokenizer=paths["teacher"],
+                    tokenizer=paths.get("teacher"),
                     **common,
+                    **({"eval_prompts": paths["eval_prompts"]} if "eval_prompts" in paths else {}),
                 )
             case "score":
                 return self.stages.score(
-                    recipe.score,
-                    teacher=paths["teacher"],
-                    student=paths["student"],
-                    rollouts=paths["rollouts"],
-                    **self._claims(),
-                    **common,
+                    recipe.score, rollouts=paths["rollouts"], **self._scorer(), **self._claims(), **common
                 )
             case "distill":
                 return training_cost(name, self._distill(common))
@@ -87,6 +86,25 @@ class StageCalls:
     def _sample(self, common: Mapping[str, Any]) -> StageCost:
         recipe, paths = self.record.request.recipe.sample, self.paths
         return self.stages.sample(recipe, model=paths["model"], prompts=paths["prompts"], **common)
+
+    def _scorer(self) -> dict[str, Any]:
+        """Student and teacher, and where they apply the server and the SFT teacher's own directory."""
+        scorer: dict[str, Any] = {"student": self.paths["student"], "teacher": self.paths.get("teacher")}
+        if (remote := self._remote()) is not None:
+            scorer["remote"] = remote
+        if (path := self._sft_teacher_path()) is not None:
+            scorer["sft_teacher_path"] = path
+        return scorer
+
+    def _remote(self) -> RemoteTeacher | None:
+        teacher = self.record.request.inputs.teacher
+        return RemoteTeacher(name=teacher.reference, url=teacher.url) if teacher and teacher.url else None
+
+    def _sft_teacher_path(self) -> Path | None:
+        if "base" in self.paths:  # fine-tuned in this run, on this teacher's responses
+            return self.paths.get("teacher")
+        known = self.record.request.inputs.sft_teacher_path
+        return Path(known) if known else None
 
     def _sft(self, common: Mapping[str, Any]) -> TrainingSummary:
         paths, responses = self.paths, self.record.request.inputs.responses

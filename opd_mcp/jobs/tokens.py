@@ -21,6 +21,21 @@ def mean_prompt_tokens(model: Path, rows: Sequence[PromptRow]) -> float | None:
     return round(sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) / len(texts), 2)
 
 
+def over_long_prompts(model: Path, rows: Sequence[PromptRow], limit: int) -> int:
+    """Prompts of more than `limit` tokens, the chat template's not counted; 0 for a tokenizer that cannot be read."""
+    from tokenizers import Tokenizer
+
+    # A token is at least one byte, so a short text needs no tokenizer.
+    texts = [text for row in rows if len((text := _whole_text(row)).encode(errors="replace")) > limit]
+    if not texts:
+        return 0
+    try:
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    except Exception:  # as above
+        return 0
+    return sum(len(encoding.ids) > limit for encoding in tokenizer.encode_batch(texts))
+
+
 def _whole_text(row: PromptRow) -> str:
     if row.prompt is not None:
         return row.prompt

@@ -45,8 +45,9 @@ def main(
     lease_folder: Path | None = None,
     cpu_slots: int | None = None,
     load_stages: Callable[[], Stages] = engine_stages,
+    teacher_key: str | None = None,
 ) -> int:
-    """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed.
+    """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
 
     Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
     """
@@ -56,11 +57,16 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, JournalWriter(directory / JOURNAL_FILE, next_attempt(directory / JOURNAL_FILE)) as journal:
-        return work(Store(workspace), directory, journal, leases, load_stages)
+        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
 
 
 def work(
-    store: Store, directory: Path, journal: JournalWriter, leases: LeaseFolder, load_stages: Callable[[], Stages]
+    store: Store,
+    directory: Path,
+    journal: JournalWriter,
+    leases: LeaseFolder,
+    load_stages: Callable[[], Stages],
+    teacher_key: str | None = None,
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
@@ -71,7 +77,8 @@ def work(
         prepare_environment(record.request.recipe.runtime, lease)
         journal.append("state", {"state": "running"})
         with run_span(record):
-            result = run_phases(store, directory, record, journal, reporter, device_kind(lease), load_stages)
+            kind = device_kind(lease)
+            result = run_phases(store, directory, record, journal, reporter, kind, load_stages, teacher_key)
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
@@ -91,13 +98,14 @@ def run_phases(
     reporter: JournalReporter,
     device: str,
     load_stages: Callable[[], Stages],
+    teacher_key: str | None = None,
 ) -> dict[str, Any]:
     """The result of all phases; the stages are loaded when a phase has to be computed, not before."""
     record = prepared_record(store.workspace, record, journal, reporter)
     from opd_mcp.engine.context import Context
 
     recipe = record.request.recipe
-    context = Context(recipe.runtime, recipe.prompting, reporter)
+    context = Context(recipe.runtime, recipe.prompting, reporter, teacher_key)
     pipeline = Pipeline(
         record=record,
         directory=directory,

@@ -15,6 +15,7 @@ class Shard(Schema):
     file: str
     rows: int
     tokens: int = Field(description="response tokens")
+    prompt_tokens: int
     sha256: str
 
 
@@ -34,10 +35,53 @@ class ScoreStatistics(Schema):
     """Teacher against behaviour policy, per token of the rollouts, in nats."""
 
     mean_teacher_logprob: float
-    mean_behaviour_logprob: float
-    reverse_kl_k1: float = Field(description="mean(behaviour − teacher log-prob) on the behaviour's own tokens")
-    reverse_kl_k3: float
+    mean_behaviour_logprob: float | None = None
+    reverse_kl_k1: float | None = Field(
+        None, description="mean(behaviour − teacher log-prob) on the behaviour's tokens"
+    )
+    reverse_kl_k3: float | None = None
     clamped_values: int = 0
+
+
+class BuildLayout(Schema):
+    """How rows were dealt out: shard n holds rows n·shard_rows …, drawn with random streams of its own."""
+
+    rows: int
+    shard_rows: int
+    batch_size: int
+    seed: int
+
+
+class Hygiene(Schema):
+    """What is odd in the data, counted; nothing is left out of a cache without a count here."""
+
+    prompts: int = 0
+    over_long_prompts: int = Field(0, description="left out: empty, or over prompting.max_prompt_tokens")
+    duplicate_prompts: int = 0
+    eval_overlap_exact: int | None = Field(None, description="prompts also in the evaluation set; absent: none given")
+    eval_overlap_normalised: int | None = Field(None, description="the same without case, spaces and punctuation")
+    on_truncated: Literal["keep", "drop", "cap"] = "keep"
+    truncated_dropped: int = 0
+    truncated_capped: int = 0
+    quarantined: dict[str, int] = Field(default_factory=dict, description="rows left out, by reason")
+
+
+class EngineGap(Schema):
+    """|log-prob of the generating engine − that of the scorer| for the same model, on a sample of rollouts."""
+
+    tokens: int
+    mean: float
+    largest: float
+
+
+class TeacherDelta(Schema):
+    """Δ = log π of the SFT teacher − log π of this teacher, on a sample of rollouts; 0 when consistent."""
+
+    sft_teacher: str
+    rows: int
+    tokens: int
+    mean_abs: float
+    over_one_nat: float = Field(description="fraction of tokens with |Δ| > 1")
 
 
 class CacheManifest(Schema):
@@ -56,5 +100,48 @@ class CacheManifest(Schema):
     dtype: Literal["float32", "float16"]
     vocab_size: int
     shards: list[Shard]
-    rollouts: RolloutStatistics
+    content_sha256: str = Field("", description="over ids, log-probs and reasons of all rows, however they are stored")
+    layout: BuildLayout | None = None
+    rollouts: RolloutStatistics = Field(description="as drawn, before any row was left out")
     scores: ScoreStatistics
+    hygiene: Hygiene = Hygiene()
+    engine_gap: EngineGap | None = None
+    teacher_delta: TeacherDelta | None = Field(None, description="absent where the SFT teacher was not at hand")
+    lacks: list[str] = Field(default_factory=list, description="what a converted cache does not have")
+
+    @property
+    def has_behaviour(self) -> bool:
+        """Whether the behaviour policy's log-probs are stored; a converted cache has none."""
+        return "behaviour_logprobs" not in self.lacks
+
+    @property
+    def rows(self) -> int:
+        """Rows in the shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens in the shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+
+class SampleRow(Schema):
+    """A row to look at: texts cut, and (token, teacher's log-prob, student's log-prob) of its first and last tokens."""
+
+    prompt: str
+    response: str
+    finish_reason: str
+    response_tokens: int
+    tokens: list[tuple[str, float, float] | tuple[str, float]]
+
+
+class CacheInspection(Schema):
+    """The answer of `inspect_cache`."""
+
+    path: str
+    bytes: int
+    rows: int
+    tokens: int
+    manifest: CacheManifest = Field(description="without the list of shards")
+    shards: int
+    sample: list[SampleRow]

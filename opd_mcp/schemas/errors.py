@@ -9,13 +9,14 @@ OpdError
 │   │                              confirm_needed
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
-│                                  topk_missing
+│                                  topk_missing · caches_differ · teacher_untrue
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed
-├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline · missing_package
+├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline ·
+│                                  missing_package · teacher_unreachable · teacher_refused
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
-                                   bad_number
+                                   bad_number · bad_rows
 """
 
 from collections.abc import Iterable

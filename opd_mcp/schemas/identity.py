@@ -23,6 +23,10 @@ class ModelIdentity(Schema):
     chat_template: str | None = None
     special_tokens: str = Field(description="EOS ids and the special tokens' names")
     weights_full: str | None = None
+    remote: Literal["served", "named"] | None = Field(
+        None, description="a teacher on a server: `served` gives its hashes itself, `named` has only a declared name"
+    )
+    probe: list[float] | None = Field(None, description="a remote teacher's log-probs of the probe sequence")
 
     def same_weights(self, other: "ModelIdentity") -> bool:
         """Whether both are the same network with the same parameters."""
@@ -31,6 +35,13 @@ class ModelIdentity(Schema):
     def label(self) -> str:
         """Readable and unambiguous: the name and the first twelve digits of the weights' hash."""
         return f"{self.name}@{self.weights[:12]}"
+
+
+class RemoteTeacher(Schema):
+    """A teacher behind a URL. Its key is in the environment of whoever asks, and in no record."""
+
+    name: str = Field(description="the model's name on the server, and its declared identity")
+    url: str
 
 
 class TeacherClaim(Schema):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.cache import EngineGap, TeacherDelta
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
@@ -56,6 +57,8 @@ class ConsistencyVerdict(Schema):
     teacher: ModelIdentity | None = None
     sft_teacher: TeacherClaim | None = None
     mismatch_allowed: bool = False
+    teacher_delta: TeacherDelta | None = Field(None, description="as measured when the cache was built")
+    engine_gap: EngineGap | None = None
 
 
 class Plan(Schema):

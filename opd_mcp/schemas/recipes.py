@@ -9,6 +9,8 @@ from opd_mcp.schemas.base import Schema
 Method = Literal["lightning", "live", "sft"]
 Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl"]
 Normalize = Literal["sample", "token"]
+CacheDtype = Literal["float32", "float16"]
+OnTruncated = Literal["keep", "drop", "cap"]
 Preset = Literal["quick", "paper", "demo"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -81,8 +83,13 @@ class ScoreRecipe(Schema):
     """Stage 2a: the teacher's log-probs of every sampled token, and optionally of its own top k."""
 
     topk: Annotated[int, Field(ge=0, le=256)] = 0
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: CacheDtype = "float32"
+    on_truncated: OnTruncated = Field("keep", description="rollouts without an end: as they are, left out, or cut")
+    cap_tokens: PositiveInt | None = Field(
+        None, description="tokens that 'cap' leaves of a truncated rollout; default: half of it"
+    )
     micro_batch_tokens: PositiveInt = 16384
+    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(8, description="requests at a time to a remote teacher")
 
 
 class DistillRecipe(Schema):

@@ -6,7 +6,7 @@ from pydantic import Field, StringConstraints
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.recipes import Estimator, Method, Preset, Seed
+from opd_mcp.schemas.recipes import CacheDtype, Estimator, Method, OnTruncated, Preset, Seed
 from opd_mcp.schemas.runs import RunKind, RunState
 
 Reference = Annotated[
@@ -83,12 +83,21 @@ class BuildTeacherCache(Schema):
     teacher: Reference
     student: Reference
     prompts: Prompts
+    teacher_url: Annotated[str, Field(max_length=500, description="server of `teacher`")] | None = None
     topk: Annotated[int, Field(ge=0, le=256, description="teacher's top-k log-probs to store")] | None = None
+    dtype: CacheDtype | None = None
+    on_truncated: OnTruncated | None = None
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
     confirm: Confirm | None = None
+
+
+class InspectCache(Schema):
+    """Arguments of `inspect_cache`."""
+
+    cache: Annotated[Reference, Field(description="cache id or path")]
 
 
 class StartDistillation(Schema):

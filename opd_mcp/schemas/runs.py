@@ -21,6 +21,7 @@ class ModelInput(Schema):
     reference: str = Field(description="what the caller gave")
     path: str | None = Field(None, description="absolute; absent for a Hub id that the worker still fetches")
     hub_id: str | None = None
+    url: str | None = Field(None, description="a teacher's server; its key is in the environment only")
     identity: ModelIdentity | None = None
     artifact_id: str | None = None
     sft_teacher: TeacherClaim | None = None
@@ -54,6 +55,7 @@ class RunInputs(Schema):
     model: ModelInput | None = Field(None, description="the model that a benchmark measures or that answers samples")
     baselines: list[ModelInput] = Field(default_factory=list)
     declared_teacher: str | None = None
+    sft_teacher_path: str | None = Field(None, description="where the SFT teacher is at hand, to measure Δ")
     allow_teacher_mismatch: bool = False
 
 

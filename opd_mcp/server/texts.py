@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.setup import SetupReport
+from opd_mcp.server.cache_texts import measured_lines
 from opd_mcp.server.results import compact, result_lines
 
 UNCHANGED_BYTES = 240
@@ -37,6 +38,7 @@ def plan_text(plan: Plan) -> str:
     lines.append(f"phases: {' → '.join(phases)}")
     basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
     lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
+    lines += measured_lines(plan.consistency.teacher_delta, plan.consistency.engine_gap)
     lines += [_estimate_line(estimate) for estimate in plan.estimates]
     lines += _finding_lines("BLOCKING", plan.blocking)
     lines += _finding_lines("warning", plan.warnings)

@@ -1,7 +1,12 @@
 """Artifacts: finished results in directories that never change, found by id or by the key of what made them."""
 
+import fcntl
+import os
 import secrets
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +25,7 @@ from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"
+LOCK_POLL_SECONDS = 0.2
 
 
 class ArtifactRecord(Schema):
@@ -64,6 +70,33 @@ class ArtifactStore:
         directory = self.workspace.artifacts_of(kind) / (BUILDING_PREFIX + secrets.token_hex(6))
         directory.mkdir(mode=0o700)
         return directory
+
+    @contextmanager
+    def resumable_directory(
+        self, kind: ArtifactKind, name: str, should_stop: Callable[[], bool]
+    ) -> Iterator[Path | None]:
+        """A building directory that outlives its process, held by one process at a time; None when asked to stop.
+
+        It is found again under its name, so the name holds everything that decides its content. Waits while another
+        process builds it.
+        """
+        directory = self.workspace.artifacts_of(kind) / (BUILDING_PREFIX + name)
+        lock = directory.with_name(f"{directory.name}.lock")
+        descriptor = None
+        while descriptor is None and not should_stop():
+            descriptor = _locked(lock)
+            if descriptor is None:
+                time.sleep(LOCK_POLL_SECONDS)
+        if descriptor is None:
+            yield None
+            return
+        try:
+            directory.mkdir(exist_ok=True, mode=0o700)
+            yield directory
+        finally:
+            if not directory.exists():  # published or given up: nobody will go on with it
+                lock.unlink(missing_ok=True)
+            os.close(descriptor)
 
     def publish(
         self, kind: ArtifactKind, building: Path, artifact_id: str, key: str, run_id: str | None = None
@@ -136,6 +169,19 @@ class ArtifactStore:
             else:
                 self.index.remove_artifact(row.artifact_id)
         return found
+
+
+def _locked(lock: Path) -> int | None:
+    """A descriptor that holds the lock, or None when another process does; the kernel frees it with the process."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass  # held, or removed by its last holder in between
+    os.close(descriptor)
+    return None
 
 
 def read_artifact(path: Path) -> Artifact:

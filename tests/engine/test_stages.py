@@ -223,7 +223,7 @@ def test_a_student_without_lineage_needs_a_declared_teacher(made: Made, tmp_path
 
 
 def test_a_tampered_shard_stops_training_before_it_starts(made: Made, tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(made.cache, tmp_path / "cache"))
+    cache = Path(shutil.copytree(made.cache, tmp_path / "cache", ignore=shutil.ignore_patterns("flat.bin")))
     shard = cache / "shard-00001.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,11 +1,13 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail.
+rate of 666 makes `sft` fail, a file `die-once` beside the building directory kills the worker in `score`.
 """
 
 import json
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from opd_mcp.identity.consistency import proven_claim, require_behaviour, requir
 from opd_mcp.identity.data import prompts_hash, read_prompts
 from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
+from opd_mcp.schemas.cache import CacheManifest, EngineGap, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TrainingSummary
@@ -39,16 +41,27 @@ def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokeni
     return trained(student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or sft_teacher)
 
 
-def rollout(recipe, *, student, prompts, output, context, tokenizer=None):
-    output.mkdir()
+def rollout(recipe, *, student, prompts, output, context, tokenizer=None, eval_prompts=None):
+    output.mkdir(exist_ok=True)
     rows = read_prompts(prompts)
+    if (output / "rollouts.json").exists():
+        (output / "taken_up").touch()
     (output / "rollouts.json").write_text(json.dumps({"rows": len(rows), "prompts": prompts_hash(rows)}))
     context.reporter.progress(len(rows), len(rows), "rollouts")
     return cost("rollout", len(rows))
 
 
-def score(recipe, *, teacher, student, rollouts, output, context, sft_teacher, allow_teacher_mismatch):
+def score(
+    recipe, *, teacher, student, rollouts, output, context, sft_teacher, allow_teacher_mismatch, sft_teacher_path=None
+):
     drawn = json.loads((rollouts / "rollouts.json").read_text())
+    fatal = output.parent / "die-once"
+    if fatal.exists():
+        fatal.unlink()
+        (output / "shard-00000.parquet").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (rollouts / "taken_up").exists():
+        (output / "taken_up").touch()
     identity, behaviour = inspect_model(teacher).identity, inspect_model(student).identity
     claim = claim_of(student) or sft_teacher
     require_consistent(identity, claim, allowed=allow_teacher_mismatch)
@@ -68,7 +81,7 @@ def score(recipe, *, teacher, student, rollouts, output, context, sft_teacher, a
             rows=drawn["rows"],
             response_tokens=10,
             mean_response_tokens=1.0,
-            truncated_fraction=0.0,
+            truncated_fraction=0.5,
             eos_fraction=1.0,
             empty_responses=0,
             duplicate_rows=0,
@@ -76,6 +89,7 @@ def score(recipe, *, teacher, student, rollouts, output, context, sft_teacher, a
         scores=ScoreStatistics(
             mean_teacher_logprob=-1.0, mean_behaviour_logprob=-1.0, reverse_kl_k1=0.0, reverse_kl_k3=0.0
         ),
+        engine_gap=EngineGap(tokens=10, mean=0.0001, largest=0.001),
     )
     (output / "manifest.json").write_text(manifest.to_json())
     return cost("score", 10)

@@ -220,3 +220,25 @@ def test_a_plan_that_no_longer_matches_names_what_changed(service, world, change
         service.start_distillation(StartDistillation(plan_id=plan.plan_id))
     assert caught.value.code in {"plan_changed", "not_found"}
     assert service.list_runs().total == 0
+
+
+def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
+    prompts = world.root / "data" / "odd.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("1+1=?", "1+1=?", "2+2=?", "1" * 300)))
+    evaluation = world.root / "data" / "odd-eval.jsonl"
+    evaluation.write_text('{"prompt": "1+1=?", "answer": "2"}\n{"prompt": " 2 + 2 = ? ", "answer": "4"}\n')
+    overrides = {"prompting.max_prompt_tokens": 100}
+    arguments = world.plan_arguments(prompts=str(prompts), eval_prompts=str(evaluation), overrides=overrides)
+    found = {warning.code: warning.message for warning in service.plan(arguments).warnings}
+    assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]
+    assert "1 of 4 prompts are over 100 tokens" in found["over_long_prompts"]
+    assert "2 of 2 eval prompts are also training prompts (1 to the letter" in found["eval_overlap"]
+
+
+def test_the_plan_shows_what_an_existing_cache_measured(service, world, finished):
+    arguments = world.plan_arguments()
+    assert service.plan(arguments).consistency.engine_gap is None
+    run = service.start_distillation(StartDistillation(**arguments.model_dump()))
+    assert finished(service, run.run_id).state == "succeeded"
+    assert service.plan(arguments).consistency.engine_gap.largest == 0.001
+    assert "rollouts_truncated" in [warning.code for warning in service.plan(arguments).warnings]

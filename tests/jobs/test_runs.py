@@ -232,3 +232,19 @@ def test_the_wait_token_changes_with_the_phase(world, service, until, finished):
     assert during == service.wait_token(run.run_id)
     finished(service, run.run_id)
     assert service.wait_token("latest") != during
+
+
+def test_what_a_killed_worker_built_is_taken_up_by_the_next_run(world, service, sft_student, finished):
+    arguments = world.cache_arguments(sft_student(world.teacher))
+    caches = service.workspace.artifacts_of("cache")
+    (caches / "die-once").touch()
+    first = service.build_teacher_cache(arguments)
+    assert finished(service, first.run_id).state == "lost"
+    assert len([path for path in caches.glob(".building-*") if path.is_dir()]) == 2, "rollouts and scores stay"
+    second = service.build_teacher_cache(arguments)
+    status = finished(service, second.run_id)
+    assert (status.state, second.run_id == first.run_id) == ("succeeded", False)
+    made = caches / status.result["artifacts"]["cache"]
+    assert (made / "taken_up").exists(), "the second run found the first one's rollouts"
+    assert (made / "shard-00000.parquet").exists(), "and its scores"
+    assert not list(caches.glob(".building-*"))

@@ -18,14 +18,18 @@ from opd_mcp.schemas.answers import (
     MetricsReport,
     RunMetrics,
 )
+from opd_mcp.schemas.cache import CacheInspection, CacheManifest, RolloutStatistics, SampleRow, ScoreStatistics
 from opd_mcp.schemas.dashboard import Curve, DashboardFeed, DashboardRun, ShownPhase
 from opd_mcp.schemas.errors import UnknownIdError
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, MethodEstimate, PhaseEstimate, Plan, PlannedPhase
+from opd_mcp.schemas.recipes import Sampling
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import MetricTrend, Progress, RunInputs, RunList, RunRow, RunSnapshot, RunStatus
 from opd_mcp.schemas.setup import Device, ExamplePaths, SetupReport
 from opd_mcp.server.app import build_server
+
+IDENTITY = ModelIdentity(name="teacher", weights="a" * 64, tokenizer="b" * 64, special_tokens="c" * 64)
 
 
 class ScriptedService:
@@ -82,7 +86,7 @@ class ScriptedService:
 
     def plan(self, arguments: Any) -> Plan:
         self._record("plan", arguments)
-        teacher = ModelIdentity(name="teacher", weights="a" * 64, tokenizer="b" * 64, special_tokens="c" * 64)
+        teacher = IDENTITY
         phase = PhaseEstimate(phase="distill", flops=1e12, seconds=float("nan"), basis="no earlier run")
         estimates = [
             MethodEstimate(
@@ -123,6 +127,34 @@ class ScriptedService:
 
     def benchmark_student(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("benchmark_student", "benchmark", arguments)
+
+    def inspect_cache(self, reference: str) -> CacheInspection:
+        self._record("inspect_cache", reference)
+        manifest = CacheManifest(
+            teacher=IDENTITY,
+            behaviour=IDENTITY,
+            prompts_sha256="0" * 64,
+            sampling=Sampling(),
+            seed=0,
+            eos_token_ids=[1],
+            topk=0,
+            dtype="float32",
+            vocab_size=24,
+            shards=[],
+            rollouts=RolloutStatistics(
+                rows=1,
+                response_tokens=2,
+                mean_response_tokens=2.0,
+                truncated_fraction=0.0,
+                eos_fraction=1.0,
+                empty_responses=0,
+                duplicate_rows=0,
+            ),
+            scores=ScoreStatistics(mean_teacher_logprob=-1.0),
+        )
+        tokens = [("2", -0.5, -0.25), (" ", -0.1)]
+        row = SampleRow(prompt="1+1=?", response="2 ", finish_reason="eos", response_tokens=2, tokens=tokens)
+        return CacheInspection(path="/c", bytes=9, rows=1, tokens=2, manifest=manifest, shards=1, sample=[row])
 
     def status(self, run_id: str) -> RunStatus:
         self._record("status", run_id)

@@ -5,13 +5,17 @@ while it runs, so that the workers of the runs it starts wait without loading to
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import anyio
+import pyarrow as pa
+import pyarrow.parquet as pq
 from mcp import Client
 
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.jobs.leases import LeaseFolder
 from opd_mcp.jobs.service import JobService
 from opd_mcp.jobs.settings import JobSettings
@@ -32,6 +36,7 @@ def calls(folder: Path, plan_id: str) -> list[tuple[str, dict[str, Any]]]:
         ("generate_teacher_responses", {"teacher": teacher, "prompts": ["1+1=?"], **common}),
         ("start_sft", {"student": student, "responses": str(folder / "responses.jsonl"), **declared, **common}),
         ("build_teacher_cache", {"teacher": teacher, "student": student, "prompts": ["1+1=?"], **declared, **common}),
+        ("inspect_cache", {"cache": str(small_cache(folder))}),
         ("start_distillation", {"plan_id": plan_id}),
         ("benchmark_student", {"model": student, "prompts": str(EXAMPLES / "tune.jsonl"), **common}),
         ("sample_model", {"model": student, "prompts": ["1+1=?"]}),
@@ -43,6 +48,40 @@ def calls(folder: Path, plan_id: str) -> list[tuple[str, dict[str, Any]]]:
         ("dashboard_feed", {}),
         ("list_runs", {}),
     ]
+
+
+def small_cache(folder: Path) -> Path:
+    """A teacher cache of one row, written without the engine."""
+    cache = folder / "cache"
+    shutil.copytree(EXAMPLES / "teacher", cache / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors"))
+    row = {"prompt_ids": [5, 6], "response_ids": [7, 8], "finish_reason": "length"}
+    logprobs = {"teacher_logprobs": [-0.5, -1.5], "behaviour_logprobs": [-0.25, -2.0]}
+    pq.write_table(pa.Table.from_pylist([row | logprobs]), cache / "shard-00000.parquet")
+    identity = inspect_model(EXAMPLES / "teacher").identity.to_dict()
+    manifest = {
+        "teacher": identity,
+        "behaviour": identity,
+        "prompts_sha256": "0" * 64,
+        "sampling": {},
+        "seed": 0,
+        "eos_token_ids": [1],
+        "topk": 0,
+        "dtype": "float32",
+        "vocab_size": 24,
+        "shards": [{"file": "shard-00000.parquet", "rows": 1, "tokens": 2, "prompt_tokens": 2, "sha256": "0" * 64}],
+        "rollouts": {
+            "rows": 1,
+            "response_tokens": 2,
+            "mean_response_tokens": 2.0,
+            "truncated_fraction": 1.0,
+            "eos_fraction": 0.0,
+            "empty_responses": 0,
+            "duplicate_rows": 0,
+        },
+        "scores": {"mean_teacher_logprob": -1.0},
+    }
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    return cache
 
 
 async def session(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "start_distillation": ("start_distillation", {"plan_id": "plan-1"}),
     "benchmark_student": ("benchmark_student", {"model": "run-1", "prompts": "/data/eval.jsonl"}),
     "sample_model": ("sample_model", {"model": "run-1", "prompts": ["1+1=?"]}),
+    "inspect_cache": ("inspect_cache", {"cache": "cache-1"}),
     "get_run_status": ("status", {}),
     "list_runs": ("list_runs", {"state": "running", "limit": 5}),
     "cancel_run": ("cancel", {"run_id": "lightning-arithmetic-7f3a"}),
@@ -26,7 +27,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "open_dashboard": ("dashboard", {}),
     "dashboard_feed": ("dashboard", {"run_ids": ["lightning-arithmetic-7f3a"]}),
 }
-READ_ONLY = {"inspect_setup", "plan_distillation", "get_run_status", "list_runs"} | {
+READ_ONLY = {"inspect_setup", "plan_distillation", "inspect_cache", "get_run_status", "list_runs"} | {
     "get_run_metrics",
     "get_run_logs",
     "list_artifacts",

@@ -84,3 +84,16 @@ def test_links_in_a_building_directory_are_not_published(artifacts, tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         artifacts.publish("cache", building, "cache-1", "key")
     assert artifacts.find("cache-1") is None
+
+
+def test_a_resumable_directory_keeps_its_content_and_has_one_holder_at_a_time(artifacts, workspace):
+    patience = iter([False, True])
+    with artifacts.resumable_directory("cache", "score-abc", lambda: False) as first:
+        (first / "shard").touch()
+        with artifacts.resumable_directory("cache", "score-abc", lambda: next(patience)) as second:
+            assert second is None, "it waited, and was asked to stop"
+    with artifacts.resumable_directory("cache", "score-abc", lambda: False) as again:
+        assert again == first
+        assert (again / "shard").exists()
+        artifacts.publish("cache", again, "cache-1", "key")
+    assert [path.name for path in workspace.artifacts_of("cache").iterdir()] == ["cache-1"]

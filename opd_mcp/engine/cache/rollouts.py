@@ -6,7 +6,7 @@ from opd_mcp.engine.cache.shards import read_shards
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.base import Schema
-from opd_mcp.schemas.cache import RolloutStatistics, Shard
+from opd_mcp.schemas.cache import BuildLayout, EngineGap, Hygiene, RolloutStatistics, Shard
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.recipes import Sampling
 
@@ -22,7 +22,10 @@ class RolloutRecord(Schema):
     seed: int
     eos_token_ids: list[int]
     shards: list[Shard]
+    layout: BuildLayout
     statistics: RolloutStatistics
+    hygiene: Hygiene
+    engine_gap: EngineGap | None = None
 
 
 def write_record(directory: Path, record: RolloutRecord) -> None:

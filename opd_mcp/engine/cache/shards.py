@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_mcp.engine.data.sequences import Sequences, concatenate
+from opd_mcp.identity.files import fsync_directory
 from opd_mcp.schemas.cache import Shard
 from opd_mcp.schemas.errors import IntegrityError
 
+# ids too are split into byte planes: the high planes of token ids are nearly constant (docs/cache.md has the numbers)
+ZSTD_LEVEL = 1
 TOKEN_COLUMNS = ("teacher_logprobs", "behaviour_logprobs", "topk_ids", "topk_logprobs")
 
 
@@ -39,22 +42,25 @@ def write_shard(path: Path, sequences: Sequences, *, texts: Mapping[str, Sequenc
         columns[name] = pa.array(values, pa.string())
     columns["row_crc"] = pa.array(row_crcs(sequences), pa.uint32())
     table = pa.table(columns)
-    floats = [name for name in TOKEN_COLUMNS if name in sequences.columns and sequences.columns[name].dtype.kind == "f"]
+    split = ["prompt_ids", "response_ids", *(name for name in TOKEN_COLUMNS if name in sequences.columns)]
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(
         table,
         partial,
         compression="zstd",
+        compression_level=ZSTD_LEVEL,
         use_dictionary=["finish_reason"],
-        column_encoding={_leaf(table.schema.field(name)): "BYTE_STREAM_SPLIT" for name in floats},
+        column_encoding={_leaf(table.schema.field(name)): "BYTE_STREAM_SPLIT" for name in split},
     )
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.rename(path)
+    fsync_directory(path.parent)
     return Shard(
         file=path.name,
         rows=len(sequences),
         tokens=len(sequences.response_ids),
+        prompt_tokens=len(sequences.prompt_ids),
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
 
@@ -67,10 +73,11 @@ def read_shard(path: Path, *, sha256: str | None = None) -> Sequences:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    content = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise damaged(path, "its sha256 is not the manifest's")
     try:
-        table = pq.read_table(path).combine_chunks()
+        table = pq.read_table(pa.BufferReader(content)).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, f"it is not readable Parquet ({error})") from error
     prompt_offsets, prompt_ids = _flat(table, "prompt_ids")
@@ -85,11 +92,15 @@ def read_shard(path: Path, *, sha256: str | None = None) -> Sequences:
         table.column("finish_reason").to_pylist(),
         table.column("prompt_id").to_pylist(),
     )
-    wrong = np.flatnonzero(row_crcs(sequences) != table.column("row_crc").to_numpy())
-    if len(wrong):
+    if len(wrong := np.flatnonzero(row_crcs(sequences) != table.column("row_crc").to_numpy())):
         raise damaged(path, f"row {wrong[0]} does not match its CRC")
-    widened = {name: values.astype(np.float32) for name, values in columns.items() if values.dtype == np.float16}
-    return sequences.with_columns(**widened)
+    return widened(sequences)
+
+
+def widened(sequences: Sequences) -> Sequences:
+    """The rows with float16 columns as float32: what is read is always float32."""
+    small = {name: values for name, values in sequences.columns.items() if values.dtype == np.float16}
+    return sequences.with_columns(**{name: values.astype(np.float32) for name, values in small.items()})
 
 
 def read_shards(directory: Path, shards: Sequence[Shard]) -> Sequences:
@@ -115,6 +126,28 @@ def row_crcs(sequences: Sequences) -> NDArray[np.uint32]:
             crc = zlib.crc32(np.ascontiguousarray(sequences.column(name, row)).tobytes(), crc)
         crcs[row] = crc
     return crcs
+
+
+class ContentHash:
+    """sha256 over the rows added, in order: what they say, whatever shards and encodings hold them."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, sequences: Sequences) -> None:
+        """Take in these rows."""
+        names = sorted(name for name in sequences.columns if name in TOKEN_COLUMNS)
+        for row in range(len(sequences)):
+            texts = f"{sequences.prompt_row_ids[row]}\0{sequences.finish_reasons[row]}".encode()
+            values = [sequences.prompt(row), sequences.response(row), *(sequences.column(name, row) for name in names)]
+            parts = [texts, *(np.ascontiguousarray(part).tobytes() for part in values)]
+            self._digest.update(str([len(part) for part in parts]).encode())
+            for part in parts:
+                self._digest.update(part)
+
+    def hexdigest(self) -> str:
+        """The hash in hex."""
+        return self._digest.hexdigest()
 
 
 def damaged(path: Path, why: str) -> IntegrityError:

@@ -28,6 +28,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.response_offsets) - 1
 
+    @classmethod
+    def empty(cls) -> "Sequences":
+        """No rows."""
+        return build_sequences([], [])
+
     def prompt(self, row: int) -> NDArray[np.int32]:
         """Token ids of one prompt."""
         return self.prompt_ids[self.prompt_offsets[row] : self.prompt_offsets[row + 1]]
@@ -60,6 +65,20 @@ class Sequences:
             self.prompt_row_ids,
         )
 
+    def take(self, rows: NDArray[np.int64]) -> "Sequences":
+        """The chosen rows in their order, copied together: what a batch reads of a memory-mapped cache."""
+        prompt_ids, prompt_offsets = gathered(self.prompt_ids, self.prompt_offsets, rows)
+        response_ids, response_offsets = gathered(self.response_ids, self.response_offsets, rows)
+        return Sequences(
+            prompt_ids.astype(np.int32, copy=False),
+            prompt_offsets,
+            response_ids.astype(np.int32, copy=False),
+            response_offsets,
+            {name: gathered(values, self.response_offsets, rows)[0] for name, values in self.columns.items()},
+            [self.finish_reasons[row] for row in rows.tolist()] if self.finish_reasons else (),
+            [self.prompt_row_ids[row] for row in rows.tolist()] if self.prompt_row_ids else (),
+        )
+
     def slice(self, start: int, stop: int) -> "Sequences":
         """Rows start … stop − 1."""
         p, r = self.prompt_offsets[start : stop + 1], self.response_offsets[start : stop + 1]
@@ -72,6 +91,16 @@ class Sequences:
             self.finish_reasons[start:stop],
             self.prompt_row_ids[start:stop],
         )
+
+
+def gathered(
+    values: NDArray[np.generic], offsets: NDArray[np.int64], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+    """The values of the chosen rows, copied one after the other, and their offsets."""
+    starts, stops = offsets[rows], offsets[rows + 1]
+    parts = [values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+    new_offsets = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
+    return np.concatenate([values[:0], *parts]), new_offsets
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

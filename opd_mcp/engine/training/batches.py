@@ -20,7 +20,8 @@ def stored_batches(sequences: Sequences, *, steps: int, batch_size: int, seed: i
     """Shuffled epochs over stored rows."""
     generator = generator_for(seed, scope, "order")
     for indices in shuffled_batches(len(sequences), min(batch_size, len(sequences)), steps, generator):
-        yield StepData(sequences, indices)
+        # copied together: a cache is a memory-mapped file, and a step reads its own rows only
+        yield StepData(sequences.take(indices), np.arange(len(indices)))
 
 
 def live_batches(

@@ -41,13 +41,15 @@ def distill_metrics(result: StepResult, recipe: DistillRecipe) -> Metrics:
     teacher = result.columns["teacher_logprobs"].double()
     difference = teacher - student
     advantage = clipped_advantage(student, teacher, recipe.advantage_clip)
-    ratio = (student - result.columns["behaviour_logprobs"].double()).clamp(-20, 20).exp()
-    return {
+    metrics = {
         "reverse_kl_k1": float(-difference.mean()),
         "reverse_kl_k3": float((difference.clamp(max=20).exp() - difference - 1).mean()),
         "advantage_mean": float(advantage.mean()),
         "advantage_abs": float(advantage.abs().mean()),
         "advantage_clipped": float((difference.abs() > recipe.advantage_clip).double().mean()),
-        "drift_mean": float(ratio.mean()),
-        "effective_sample_share": float(ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)),
     }
+    if "behaviour_logprobs" in result.columns:  # a converted cache has none
+        ratio = (student - result.columns["behaviour_logprobs"].double()).clamp(-20, 20).exp()
+        share = ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)
+        metrics |= {"drift_mean": float(ratio.mean()), "effective_sample_share": float(share)}
+    return metrics

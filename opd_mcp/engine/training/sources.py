@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_mcp.engine.cache.manifest import read_cache, read_manifest
+from opd_mcp.engine.cache.flat import open_flat
+from opd_mcp.engine.cache.manifest import read_manifest
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.prompts import EncodedPrompt, encode_prompts
 from opd_mcp.engine.data.sequences import Sequences
@@ -11,6 +12,7 @@ from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
 from opd_mcp.engine.provenance import full_identity
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
@@ -49,8 +51,9 @@ def open_cache(
     """The cache's rows, proven to belong to this student and its SFT teacher.
 
     Raises ConsistencyError `behaviour_mismatch`, `teacher_mismatch`, `lineage_missing`, or `topk_missing` for a cache
-    with fewer teacher tokens than the estimator needs; IntegrityError `damaged_file`.
+    with fewer teacher tokens than the estimator needs; IntegrityError `damaged_file` or `lineage_mismatch`.
     """
+    verified_lineage(cache)
     manifest = read_manifest(cache)
     require_behaviour(manifest.behaviour, full_identity(student))
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=allowed)
@@ -61,7 +64,7 @@ def open_cache(
             value=manifest.topk,
             fix=f"Build the cache with topk={recipe.topk}, or use estimator='sampled'.",
         )
-    manifest, sequences = read_cache(cache)
+    sequences = open_flat(cache)
     parents = [
         Parent(role="teacher", identity=manifest.teacher),
         Parent(role="cache", sha256=manifest.content_hash()),

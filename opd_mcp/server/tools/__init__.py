@@ -8,7 +8,7 @@ from typing import Any
 from opd_mcp.jobs.service import JobService
 from opd_mcp.server.registration import ToolSpec
 from opd_mcp.server.settings import ServerSettings
-from opd_mcp.server.tools import artifacts, dashboard, follow, look, plan, setup, start
+from opd_mcp.server.tools import artifacts, cache, dashboard, follow, look, plan, setup, start
 
 DEFAULTS = ServerSettings()
 
@@ -19,6 +19,7 @@ def all_specs(service: JobService, settings: ServerSettings = DEFAULTS) -> list[
         *setup.specs(service),
         *plan.specs(service),
         *start.specs(service, settings),
+        *cache.specs(service),
         *follow.specs(service),
         *look.specs(service),
         *artifacts.specs(service, settings),

@@ -1,0 +1,29 @@
+"""How far a stage is and what it took, told the same way by all of them."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from opd_mcp.engine.context import Context
+from opd_mcp.engine.runtime import hardware_name
+from opd_mcp.engine.training.loop import require_going
+from opd_mcp.schemas.reports import StageCost
+
+
+def counter(context: Context, total: int, unit: str, before: int = 0) -> Callable[[int], None]:
+    """A listener for a batch's end: reports `before` + done of `total`; raises RunError `run_cancelled` when asked."""
+
+    def on_batch(done: int) -> None:
+        context.reporter.progress(before + done, total, unit)
+        require_going(context)
+
+    return on_batch
+
+
+def stage_cost(stage: str, started: float, tokens: int, device: torch.device, *, earlier: float = 0.0) -> StageCost:
+    """The cost of a stage that ends now; `earlier` are the seconds of interrupted calls whose work was kept."""
+    seconds = time.perf_counter() - started + earlier
+    return StageCost(
+        stage=stage, seconds=seconds, tokens=tokens, tokens_per_second=tokens / seconds, device=hardware_name(device)
+    )

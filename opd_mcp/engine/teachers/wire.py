@@ -1,0 +1,110 @@
+"""What goes over the wire: the requests and answers of vLLM's /v1/completions and SGLang's /generate.
+
+vLLM: `prompt_logprobs=k` answers with one entry a prompt position, null for the first: {token id: {logprob, rank, …}}
+with the k best tokens and the position's own (vllm/logprobs.py `Logprob`, `PromptLogprobs`; vllm/entrypoints/openai/
+protocol `CompletionRequest`). SGLang: `return_logprob` answers with `meta_info.input_token_logprobs`, a list of
+[logprob, token id, text] from `logprob_start_len` on, and `input_top_logprobs`, lists of the same
+(sglang/srt/managers/tokenizer_manager.py `detokenize_logprob_tokens`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal
+
+Dialect = Literal["vllm", "sglang", "opd-mcp"]
+PATHS: dict[str, str] = {"vllm": "/v1/completions", "sglang": "/generate", "opd-mcp": "/v1/completions"}
+
+
+class WireError(ValueError):
+    """An answer that is not what was asked for; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One sequence from `start` on: the tokens' log-probs, and the k best ids and log-probs of each position."""
+
+    logprobs: list[float]
+    topk_ids: list[list[int]]
+    topk_logprobs: list[list[float]]
+
+
+def request_body(
+    dialect: Dialect, model: str, ids: Sequence[int], start: int, topk: int, temperature: float = 1.0
+) -> dict[str, Any]:
+    """The JSON that asks for the log-probs of `ids[start:]`; sampling settings are explicit, defaults are servers'."""
+    if dialect == "sglang":
+        return {
+            "input_ids": list(ids),
+            "sampling_params": {"temperature": temperature, "top_p": 1.0, "max_new_tokens": 1},
+            "return_logprob": True,
+            "logprob_start_len": start - 1,
+            "top_logprobs_num": topk,
+        }
+    body = {
+        "model": model,
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "temperature": temperature,
+        "top_p": 1.0,
+        "prompt_logprobs": topk,
+    }
+    return body | {"opd_start": start} if dialect == "opd-mcp" else body
+
+
+def read_answer(dialect: Dialect, answer: Any, ids: Sequence[int], start: int, topk: int) -> TokenScores:
+    """The scores of `ids[start:]` in an answer; raises WireError for anything that is not exactly that."""
+    try:
+        read = _read_sglang if dialect == "sglang" else _read_vllm
+        scores = read(answer, ids, start, topk)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise WireError("answer has not the expected fields") from error
+    if any(not -inf < value < inf for value in scores.logprobs):
+        raise WireError("log-prob is not finite")
+    return scores
+
+
+def _read_vllm(answer: Any, ids: Sequence[int], start: int, topk: int) -> TokenScores:
+    positions = answer["choices"][0]["prompt_logprobs"]
+    if not isinstance(positions, list) or len(positions) != len(ids):
+        raise WireError("answer has another length than the sequence")
+    logprobs: list[float] = []
+    topk_ids: list[list[int]] = []
+    topk_logprobs: list[list[float]] = []
+    for token, entries in zip(ids[start:], positions[start:], strict=True):
+        own = (entries or {}).get(str(token))
+        if own is None:
+            raise WireError("answer scores other tokens than those sent")
+        logprobs.append(float(own["logprob"]))
+        if topk:
+            pairs = [(int(i), float(e["logprob"]), e.get("rank") or 0) for i, e in entries.items()]
+            _take_best(sorted(pairs, key=lambda pair: (-pair[1], pair[2])), topk, topk_ids, topk_logprobs)
+    return TokenScores(logprobs, topk_ids, topk_logprobs)
+
+
+def _read_sglang(answer: Any, ids: Sequence[int], start: int, topk: int) -> TokenScores:
+    meta, count = answer["meta_info"], len(ids) - start
+    entries = meta["input_token_logprobs"]
+    if len(entries) < count:
+        raise WireError("answer has another length than the sequence")
+    entries = entries[len(entries) - count :]
+    if [entry[1] for entry in entries] != list(ids[start:]):
+        raise WireError("answer scores other tokens than those sent")
+    topk_ids: list[list[int]] = []
+    topk_logprobs: list[list[float]] = []
+    if topk:
+        tops = meta["input_top_logprobs"]
+        for best in tops[len(tops) - count :]:
+            _take_best([(int(e[1]), float(e[0]), 0) for e in best], topk, topk_ids, topk_logprobs)
+        if len(topk_ids) != count:
+            raise WireError("answer has another length than the sequence")
+    return TokenScores([float(entry[0]) for entry in entries], topk_ids, topk_logprobs)
+
+
+def _take_best(
+    pairs: list[tuple[int, float, int]], topk: int, topk_ids: list[list[int]], topk_logprobs: list[list[float]]
+) -> None:
+    if len(pairs) < topk:
+        raise WireError("answer has fewer top tokens than asked for")
+    topk_ids.append([pair[0] for pair in pairs[:topk]])
+    topk_logprobs.append([pair[1] for pair in pairs[:topk]])

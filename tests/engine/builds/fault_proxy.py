@@ -1,0 +1,90 @@
+"""A proxy between a client and a real teacher server that spoils chosen answers."""
+
+import json
+import threading
+import time
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+STALL_SECONDS = 1.5
+
+
+class FaultProxy(ThreadingHTTPServer):
+    """Forwards to `upstream`; request number n on POST suffers `faults(n)`: a fault's name, or None."""
+
+    daemon_threads = True
+
+    def __init__(self, upstream: int, faults) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream, self.faults = upstream, faults
+        self.posts, self.lock = 0, threading.Lock()
+        self.headers_seen: list[dict[str, str]] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fault(self) -> str | None:
+        with self.lock:
+            self.posts += 1
+            return self.faults(self.posts)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._forward(None)
+
+    def do_POST(self) -> None:
+        self._forward(self.server.fault())
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+    def _forward(self, fault: str | None) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault == "refused":
+            self.close_connection = True
+            self.connection.close()
+            return
+        if fault in ("500", "429"):
+            self._answer(int(fault), b'{"error": "busy"}')
+            return
+        if fault == "stalled":
+            time.sleep(STALL_SECONDS)
+        upstream = HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        upstream.request(self.command, self.path, body, headers)
+        response = upstream.getresponse()
+        content = response.read()
+        upstream.close()
+        if fault == "truncated":
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            self.connection.close()
+            return
+        if fault == "half_json":
+            content = content[: len(content) // 2]
+        if fault in ("short", "nan", "other_ids") and response.status == 200:
+            answer = json.loads(content)
+            positions = answer["choices"][0]["prompt_logprobs"]
+            if fault == "short":
+                positions.pop()
+            elif fault == "nan":
+                next(iter(positions[-1].values()))["logprob"] = float("nan")
+            else:
+                positions[-1] = {"3": {"logprob": -1.0}, "2": {"logprob": -2.0}}
+            content = json.dumps(answer).encode()
+        self._answer(response.status, content)
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)

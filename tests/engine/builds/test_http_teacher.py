@@ -1,0 +1,259 @@
+"""A teacher over HTTP: equal to the local one, patient with faults, sure of whom it talks to, silent about its key."""
+
+import importlib.util
+import json
+import threading
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opd_mcp.engine.builds import scores as builds
+from opd_mcp.engine.cache.manifest import read_cache, read_manifest
+from opd_mcp.engine.cache.shards import read_shard
+from opd_mcp.engine.cache.verify import verified
+from opd_mcp.engine.context import SilentReporter
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.teachers.connection import Patience
+from opd_mcp.engine.teachers.http import open_remote, probe_ids
+from opd_mcp.engine.teachers.serve import Job, Limits, TeacherServer
+from opd_mcp.engine.teachers.teacher import open_local
+from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, IntegrityError, OpdError
+from opd_mcp.schemas.identity import RemoteTeacher
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
+KEY = "a-secret-that-no-file-may-hold"
+TRANSPORT_FAULTS = ["refused", "500", "429", "stalled", "truncated", "half_json"]
+QUICK = Patience(timeout_s=0.8, attempts=4, first_pause_s=0.01, longest_pause_s=0.05)
+
+
+def load_proxy():
+    spec = importlib.util.spec_from_file_location("fault_proxy", Path(__file__).with_name("fault_proxy.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.FaultProxy
+
+
+def running(model: str, limits: Limits | None = None) -> TeacherServer:
+    torch.set_num_threads(1)
+    runtime = Runtime(torch.device("cpu"), torch.float32, seed=0)
+    server = TeacherServer(("127.0.0.1", 0), open_local(EXAMPLE / model, runtime, 4096), KEY, limits or Limits())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[TeacherServer]:
+    server = running("teacher")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def proxy(server: TeacherServer):
+    """`proxy(faults)`: a proxy before the server; `faults` maps the number of a POST to a fault."""
+    proxies = []
+
+    def started(faults=lambda number: None):
+        proxies.append(load_proxy()(server.server_port, faults))
+        return proxies[-1]
+
+    yield started
+    for one in proxies:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.fixture
+def over_http(build, drawn, monkeypatch):
+    """`over_http(url, name)`: a cache whose teacher is at the URL, asked with little patience."""
+    real = builds.open_remote
+    monkeypatch.setattr(builds, "open_remote", lambda remote, **given: real(remote, **given, patience=QUICK))
+
+    def built(url: str, name: str = "cache", **changes: object) -> Path:
+        remote = RemoteTeacher(name=changes.pop("teacher_name", "teacher"), url=url)
+        reporter = changes.pop("reporter", SilentReporter())
+        context = build.context(teacher_key=changes.pop("key", KEY), reporter=reporter)
+        return build.cache(drawn, name, teacher=None, remote=remote, context=context, **changes)
+
+    return built
+
+
+def remote_of(port: int, **changes: object):
+    given = {"tokenizer": EXAMPLE / "student", "key": KEY, "patience": QUICK} | changes
+    return open_remote(RemoteTeacher(name="teacher", url=f"http://127.0.0.1:{port}"), **given)
+
+
+def test_http_equals_local_to_a_ten_thousandth_of_a_nat(server, over_http, finished):
+    cache = over_http(f"http://127.0.0.1:{server.server_port}")
+    (ours, theirs), (mine, local) = read_cache(cache), read_cache(finished)
+    assert np.array_equal(theirs.response_ids, local.response_ids)
+    for name in ("teacher_logprobs", "topk_logprobs"):
+        assert np.abs(theirs.columns[name] - local.columns[name]).max() <= 1e-4
+    assert (theirs.columns["topk_ids"] == local.columns["topk_ids"]).mean() > 0.999
+    assert ours.teacher.remote == "served"
+    assert ours.teacher.same_weights(mine.teacher)
+    assert len(ours.teacher.probe) == 15
+    assert verified(cache).problems == []
+
+
+@pytest.mark.parametrize("fault", [*TRANSPORT_FAULTS, "short", "nan", "other_ids"])
+def test_a_fault_now_and_then_changes_nothing(fault, proxy, over_http, finished):
+    spoiled = 7 if fault != "stalled" else 30
+    served = proxy(lambda number: fault if number > 2 and number % spoiled == 0 else None)
+    theirs, local = read_cache(over_http(served.url))[1], read_cache(finished)[1]
+    assert np.array_equal(theirs.response_ids, local.response_ids)
+    assert np.abs(theirs.columns["teacher_logprobs"] - local.columns["teacher_logprobs"]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
+def test_a_fault_that_stays_is_one_error_and_the_next_build_goes_on(fault, proxy, over_http, build):
+    served = proxy(lambda number: fault if number > 12 else None)
+    with pytest.raises(OpdError, match="teacher_unreachable") as caught:
+        over_http(served.url)
+    assert KEY not in str(caught.value)
+    cache = build.root / "cache"
+    assert not (cache / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in cache.glob("*.parquet")}
+    assert len(kept) == 1
+    served.faults = lambda number: None
+    over_http(served.url)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert verified(cache).problems == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("short", "another length"), ("nan", "not finite"), ("other_ids", "other tokens than those sent")],
+)
+def test_answers_that_stay_wrong_fail_by_their_commonest_reason(fault, reason, proxy, over_http, build):
+    served = proxy(lambda number: fault if number > 2 else None)
+    with pytest.raises(OpdError, match=f"bad_rows.*{reason}"):
+        over_http(served.url)
+    assert not (build.root / "cache" / "manifest.json").exists()
+    served.faults = lambda number: None
+    assert read_manifest(over_http(served.url)).hygiene.quarantined == {}
+
+
+def test_the_key_is_in_no_file_and_no_message(server, over_http, build):
+    over_http(f"http://127.0.0.1:{server.server_port}")
+    assert not [path for path in build.root.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    with pytest.raises(OpdError, match=r"teacher_refused.*OPD_TEACHER_KEY") as caught:
+        over_http(f"http://127.0.0.1:{server.server_port}", "refused", key="another-secret")
+    assert "another-secret" not in repr(caught.value)
+    with pytest.raises(ArgumentError, match="invalid_argument") as caught:
+        over_http("http://user:secret-in-url@127.0.0.1:1/", "refused")
+    assert "secret-in-url" not in str(caught.value)
+
+
+def test_a_server_of_another_model_is_found_out(server, over_http, build):
+    with pytest.raises(ConsistencyError, match="teacher_untrue"):
+        over_http(f"http://127.0.0.1:{server.server_port}", teacher_name="somebody-else")
+    with pytest.raises(ConsistencyError, match="teacher_untrue"):
+        remote_of(server.server_port, files=EXAMPLE / "teacher_other_style")
+
+
+def test_a_teacher_swapped_behind_the_url_is_refused_at_resume(proxy, server, over_http, stopping, build):
+    served = proxy()
+    with pytest.raises(OpdError, match="run_cancelled"):
+        over_http(served.url, reporter=stopping(after=2))
+    other = running("teacher_other_style")
+    try:
+        other.teacher.identity.__dict__["name"] = "teacher"
+        served.upstream = other.server_port
+        with pytest.raises(IntegrityError, match=r"input_changed.*another teacher"):
+            over_http(served.url, allow_teacher_mismatch=True)
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+def test_a_server_that_applies_a_temperature_is_refused(server, monkeypatch):
+    real = TeacherServer.jobs
+
+    def heated(self, body):
+        self.heat = body.get("temperature", 1.0)
+        return real(self, body)
+
+    answers = type(server.scorer)._score
+
+    def scaled(self, batch):
+        answers(self, batch)
+        for job in batch:
+            for entry in job.future.result():
+                for one in entry.values():
+                    one["logprob"] = one["logprob"] / server.heat
+
+    monkeypatch.setattr(TeacherServer, "jobs", heated)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(server.scorer), "_score", scaled)
+        with pytest.raises(ConsistencyError, match=r"teacher_untrue.*temperature"):
+            remote_of(server.server_port)
+    remote_of(server.server_port).close()
+
+
+def test_concurrent_requests_are_scored_together_and_a_full_queue_says_so(server, drawn):
+    teacher = remote_of(server.server_port, concurrency=16)
+    before, rows = server.scorer.batches, read_shard(drawn / "rollouts-00000.parquet")
+    scored = teacher.score(rows, 2)
+    assert not scored.refused
+    assert server.scorer.batches - before < len(rows)
+    teacher.close()
+    full = running("teacher", Limits(queue=1))
+    try:
+        jobs = [Job([1, 2, 3], 1, 0) for _ in range(50)]
+        assert not full.scorer.submit(jobs)
+        status, body = post(full.server_port, {"prompt": [[1, 2, 3]] * 50})
+        assert (status, body["error"]["message"]) == (429, "the queue is full")
+    finally:
+        full.shutdown()
+        full.server_close()
+
+
+def post(port: int, body: object, key: str = KEY) -> tuple[int, dict]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Authorization": f"Bearer {key}"})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"prompt": "text"}, "token ids"),
+        ({"prompt": [1, 2, 99999]}, "token ids are between"),
+        ({"prompt": [1]}, "between 2 and"),
+        ({"prompt": [1, 2], "prompt_logprobs": 5000}, "prompt_logprobs"),
+        ({"prompt": [1, 2], "stream": True}, "stream"),
+        ({"prompt": [1, 2], "opd_start": 2}, "opd_start"),
+        ([], "JSON object"),
+    ],
+)
+def test_the_server_says_what_is_wrong_with_a_request(server, body, why):
+    status, answer = post(server.server_port, body)
+    assert status == 400
+    assert why in answer["error"]["message"]
+
+
+def test_health_needs_no_key_and_everything_else_does(server):
+    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())) == (200, {"status": "ok"})
+    assert post(server.server_port, {"prompt": [1, 2]}, key="wrong")[0] == 401
+
+
+def test_a_plain_vllm_client_gets_vllm_s_answer(server):
+    ids = probe_ids(server.teacher.model.facts.tokens)
+    status, answer = post(
+        server.server_port, {"model": "teacher", "prompt": ids, "max_tokens": 1, "prompt_logprobs": 2}
+    )
+    positions = answer["choices"][0]["prompt_logprobs"]
+    assert status == 200
+    assert positions[0] is None
+    assert [str(token) in entries for token, entries in zip(ids[1:], positions[1:], strict=True)] == [True] * 15
+    assert all(2 <= len(entries) <= 3 for entries in positions[1:])
