@@ -8,7 +8,7 @@ demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh

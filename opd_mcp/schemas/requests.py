@@ -32,7 +32,7 @@ EvalPrompts = Annotated[Prompts, Field(description="held-out prompts with answer
 DeclaredTeacher = Annotated[
     Reference, Field(description="teacher whose responses the student was fine-tuned on, where no lineage says so")
 ]
-AllowMismatch = Annotated[bool, Field(description="train although the SFT teacher differs; recorded in the report")]
+AllowMismatch = Annotated[bool, Field(description="train although the SFT teacher differs")]
 
 
 Confirm = Annotated[str, Field(max_length=200, description="the id that [confirm_needed] names")]
@@ -158,7 +158,7 @@ class GetRunStatus(Schema):
             ge=0,
             allow_inf_nan=False,
             json_schema_extra={"maximum": 25},
-            description="block until a phase change, an alert or the end, at most so long",
+            description="block until a phase change, an alert or the end",
         ),
     ] = 0
 
@@ -197,7 +197,7 @@ class GetRunLogs(Schema):
     run_id: RunId = "latest"
     tail: Annotated[int, Field(ge=1, le=200, description="lines")] = 50
     contains: Annotated[str, Field(max_length=200, description="only lines with this text")] | None = None
-    cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before: older lines")] | None = (
+    cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before")] | None = (
         None
     )
 

@@ -16,6 +16,8 @@ from opd_mcp.server.registration import Reply
 from opd_mcp.server.texts import status_text, unchanged_text
 
 MAX_WAIT_SECONDS = 25
+# The way there and back counts too: no call may take longer than MAX_WAIT_SECONDS.
+LONGEST_BLOCK_SECONDS = 24.5
 POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 2.0
 # A phase that is over this soon is not worth a call of its own.
@@ -89,7 +91,7 @@ class StatusCalls:
         """The status as soon as it differs enough from `before`, or when the time is over."""
         run_id, token = status.run_id, ""
         start = anyio.current_time()
-        end, next_progress = start + seconds, start
+        end, next_progress = start + min(seconds, LONGEST_BLOCK_SECONDS), start
         while (now := anyio.current_time()) < end:
             if token != (token := await to_thread.run_sync(self._service.wait_token, run_id)):
                 status = await to_thread.run_sync(self._service.status, run_id)

@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+import os
+import signal
 from pathlib import Path
 
 import anyio
+import psutil
 import pytest
 
 pytestmark = pytest.mark.anyio
@@ -71,3 +74,23 @@ async def test_a_run_outlives_its_server_and_another_one_cancels_it(world, conne
     assert refused.is_error
     assert "[run_not_active]" in refused.content[0].text
     assert Path(world.workspace / "runs" / run["run_id"] / "journal.jsonl").is_file()
+
+
+async def test_a_run_survives_the_killing_of_its_servers_process_group(world, connect, answer):
+    long_run = world.plan_arguments(overrides=world.plan_arguments()["overrides"] | {"sft.steps": 100_000})
+    with pytest.RaisesGroup(pytest.RaisesExc(Exception), allow_unwrapped=True, flatten_subgroups=True):
+        async with connect() as client:
+            run = await answer(client, "start_distillation", **long_run)
+            servers = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
+            groups = {os.getpgid(server.pid) for server in servers}
+            assert groups
+            assert os.getpgid(0) not in groups
+            for group in groups:
+                os.killpg(group, signal.SIGKILL)
+            await client.call_tool("inspect_setup", {})
+    async with connect() as client:
+        status = await answer(client, "get_run_status", run_id=run["run_id"])
+        assert status["state"] in {"queued", "running"}
+        await answer(client, "cancel_run", run_id=run["run_id"])
+        status, _ = await followed(client, answer, run["run_id"])
+        assert status["state"] == "cancelled"
