@@ -197,9 +197,7 @@ class GetRunLogs(Schema):
     run_id: RunId = "latest"
     tail: Annotated[int, Field(ge=1, le=200, description="lines")] = 50
     contains: Annotated[str, Field(max_length=200, description="only lines with this text")] | None = None
-    cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before")] | None = (
-        None
-    )
+    cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before")] | None = None
 
 
 class ListArtifacts(Schema):

@@ -1,10 +1,10 @@
 """An agent's workflow over real processes: plan, start, follow, result; and runs that outlive their server."""
 
 import json
-import subprocess
-import sys
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import anyio
