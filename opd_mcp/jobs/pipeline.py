@@ -126,8 +126,11 @@ class Pipeline:
             shutil.rmtree(self.directory / phase.name, ignore_errors=True)
             return self.directory / phase.name
         building = self.artifacts.new_building_directory(made.kind)
-        self.held.callback(shutil.rmtree, building, ignore_errors=True)  # gone already when it was published
-        return building
+        self.held.callback(shutil.rmtree, building, ignore_errors=True)
+        # A model is named by its directory in its own lineage, so it is built under the name that it keeps.
+        named = building / made.artifact_id
+        named.mkdir(mode=0o700)
+        return named
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)

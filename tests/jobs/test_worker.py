@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 
+from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.jobs.service import JobService
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.schemas.cache import CacheManifest
@@ -51,6 +52,9 @@ def test_the_engine_distills_through_all_phases_and_live_reuses_what_it_can(worl
     assert report.teacher_basis == "proven"
     assert {cost.stage for cost in report.costs} >= {"sft", "rollout", "score", "distill"}
     assert status.result["training"]["distill"]["steps"] == 3
+    model = real_service.store.artifacts.get(status.result["artifacts"]["model"])
+    assert read_lineage(model.path).model.name == model.artifact_id
+    assert not list(model.path.parent.glob(".building-*"))
 
     live = real_service.start_distillation(world.start_arguments(method="live", overrides=SHORT, **common))
     status = finished(real_service, live.run_id)
