@@ -15,6 +15,8 @@ def eval_overlap(texts: list[str], evaluation: Iterable[str]) -> dict[str, int]:
 
 
 def normalised(text: str) -> str:
-    """Letters, digits and symbols of a text, without case, white space and punctuation."""
+    """Letters, digits, symbols and arithmetic signs of a text, without case, white space and other punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in folded if not c.isspace() and unicodedata.category(c)[0] not in "PZC")
+    # - and * are punctuation to Unicode, but between digits they are what tells two sums apart
+    kept = (c for c in folded if not c.isspace() and (c in "-*/%" or unicodedata.category(c)[0] not in "PZC"))
+    return "".join(kept)
