@@ -71,13 +71,26 @@ def work(
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
+    with reporter.ending_on_sigterm():
+        return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
+
+
+def _worked(
+    store: Store,
+    directory: Path,
+    journal: JournalWriter,
+    reporter: JournalReporter,
+    leases: LeaseFolder,
+    load_stages: Callable[[], Stages],
+    teacher_key: str | None,
+) -> int:
     journal.append("state", {"state": "queued"})
     try:
         record = read_record(directory)
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
         prepare_environment(record.request.recipe.runtime, lease)
         journal.append("state", {"state": "running"})
-        with run_span(record), reporter.ending_on_sigterm():
+        with run_span(record):
             kind = device_kind(lease)
             result = run_phases(store, directory, record, journal, reporter, kind, load_stages, teacher_key)
         journal.append("result", result)
