@@ -1,8 +1,9 @@
 """The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | cache …` and what a run needs.
 
 The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
-teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
-what only a worker uses, and the other way round.
+teacher server's key; and all variables that are named like secrets, so that their values are written nowhere). Every
+import beyond typer is inside the command that needs it, so that a server starts without what only a worker uses, and
+the other way round.
 """
 
 import os
@@ -57,16 +58,19 @@ def serve(
     ] = 8.0,
 ) -> None:
     """Serve the tools to an MCP client."""
+    from opd_mcp.schemas.redaction import Redactor
     from opd_mcp.server.serve import serve_http, serve_stdio
     from opd_mcp.server.settings import ServerSettings
 
-    roots, settings = allow_root or [], ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete)
+    roots = allow_root or []
+    token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
+    redactor = Redactor.of_environment(os.environ, token)
+    settings = ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete, redactor=redactor)
     if transport is Transport.STDIO:
         serve_stdio(lambda: open_service(roots), settings)
     else:
         from opd_mcp.server.http import HttpAccess
 
-        token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
         access = HttpAccess(host, port, token or None, tuple(allowed_host or ()))
         serve_http(lambda: open_service(roots), settings, access)
 
@@ -239,9 +243,14 @@ def worker(
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
     from opd_mcp.jobs.worker import main as work
+    from opd_mcp.schemas.redaction import Redactor
 
-    root, key = workspace or workspace_root(), os.environ.get(TEACHER_KEY)
-    raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key))
+    root, key, redactor = (
+        workspace or workspace_root(),
+        os.environ.get(TEACHER_KEY),
+        Redactor.of_environment(os.environ),
+    )
+    raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key, redactor=redactor))
 
 
 def workspace_root() -> Path:

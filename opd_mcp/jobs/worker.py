@@ -23,6 +23,7 @@ from opd_mcp.jobs.tracing import run_span
 from opd_mcp.jobs.workload import expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
+from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor, redacted_output
 from opd_mcp.schemas.runs import RunRecord, RunState
 from opd_mcp.store.attempts import begin_attempt, taken_up
 from opd_mcp.store.journal import JournalWriter
@@ -48,8 +49,11 @@ def main(
     cpu_slots: int | None = None,
     load_stages: Callable[[], Stages] = engine_stages,
     teacher_key: str | None = None,
+    redactor: Redactor = NO_SECRETS_KNOWN,
 ) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
+
+    What `redactor` knows to be secret is written nowhere.
 
     Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
     """
@@ -62,7 +66,7 @@ def main(
         lock = RunLock.adopt(directory, lock_fd)
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
-    with lock, taken_up(lock) as journal:
+    with redacted_output(redactor), lock, taken_up(lock, redactor) as journal:
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import ArgumentError, nearest
+from opd_mcp.schemas.redaction import Redactor
 from opd_mcp.server.json_schema import input_schema
 
 RequestT = TypeVar("RequestT", bound=Schema)
@@ -49,6 +50,18 @@ def request_from_arguments(tool: str, model: type[RequestT], arguments: Mapping[
         if not name:
             raise ArgumentError("invalid_argument", f"{first['msg']}.", fix="See the tool's parameters.") from None
         raise _invalid(model, name, _reason(error, name), given.get(name)) from None
+
+
+def require_no_secret(request: Schema, redactor: Redactor) -> None:
+    """Raise ArgumentError `secret_in_arguments` for a request that would bring a secret into plans and run records."""
+    for name, value in request.to_dict().items():
+        if redactor.holds_secret(value):
+            raise ArgumentError(
+                "secret_in_arguments",
+                f"Argument {name!r} holds what looks like a secret, and arguments are kept in plans and run records.",
+                fix="Leave it out: keys belong into the server's environment (HF_TOKEN, OPD_TEACHER_KEY), and prompts "
+                "that really are about such texts into a file.",
+            )
 
 
 def _invalid(model: type[Schema], name: str, reason: str, value: Any) -> ArgumentError:

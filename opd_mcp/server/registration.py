@@ -23,8 +23,9 @@ from pydantic import ConfigDict
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
 from opd_mcp.server.answers import structured
-from opd_mcp.server.arguments import request_from_arguments
+from opd_mcp.server.arguments import request_from_arguments, require_no_secret
 from opd_mcp.server.consent import Ask, Consent, asked, require_agreed
 from opd_mcp.server.json_schema import input_schema, output_schema
 
@@ -74,12 +75,12 @@ class _RawArguments(ArgModelBase):
 
 
 @contextmanager
-def readable_errors(tool: str) -> Iterator[None]:
-    """Turn whatever is raised inside into a ToolError that a model can act on."""
+def readable_errors(tool: str, redactor: Redactor = NO_SECRETS_KNOWN) -> Iterator[None]:
+    """Turn whatever is raised inside into a ToolError that a model can act on, without secrets."""
     try:
         yield
     except OpdError as error:
-        raise ToolError(str(error)) from error
+        raise ToolError(redactor.text(str(error))) from error
     except (ToolError, MCPError):
         raise
     except Exception as error:
@@ -90,28 +91,34 @@ def readable_errors(tool: str) -> Iterator[None]:
         ) from None
 
 
-def tool_from_spec(spec: ToolSpec[Any]) -> Tool:
-    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no."""
+def tool_from_spec(spec: ToolSpec[Any], redactor: Redactor = NO_SECRETS_KNOWN) -> Tool:
+    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no.
+
+    No answer holds a secret that `redactor` finds, and no request brings one into the records.
+    """
 
     def parse(arguments: dict[str, Any]) -> Any:
-        return request_from_arguments(spec.name, spec.request, arguments)
+        request = request_from_arguments(spec.name, spec.request, arguments)
+        require_no_secret(request, redactor)
+        return request
 
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
-        with readable_errors(spec.name):
+        with readable_errors(spec.name, redactor):
             reply = await spec.call(parse(arguments), context)
             return CallToolResult(
-                content=[TextContent(type="text", text=reply.text)], structured_content=structured(reply.answer)
+                content=[TextContent(type="text", text=redactor.text(reply.text))],
+                structured_content=redactor.value(structured(reply.answer)),
             )
 
     async def ask(arguments: dict[str, Any], context: Context) -> Consent | Elicit[Consent]:
-        with readable_errors(spec.name):
+        with readable_errors(spec.name, redactor):
             assert spec.ask is not None
             return await asked(spec.ask, parse(arguments), context)
 
     async def call_if_agreed(
         arguments: dict[str, Any], context: Context, consent: Annotated[ElicitationResult[Consent], Resolve(ask)]
     ) -> CallToolResult:
-        with readable_errors(spec.name):
+        with readable_errors(spec.name, redactor):
             require_agreed(consent)
         return await call(arguments, context)
 

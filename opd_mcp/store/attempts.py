@@ -1,5 +1,6 @@
 """Attempts: taking a run's lock begins one, and what is known of the process that makes it lies beside the journal."""
 
+from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
 from opd_mcp.store.journal import JournalWriter, next_attempt
 from opd_mcp.store.runs import JOURNAL_FILE, RunLock
 
@@ -15,7 +16,7 @@ def begin_attempt(lock: RunLock) -> int:
         return writer.attempt
 
 
-def taken_up(lock: RunLock) -> JournalWriter:
-    """The journal of the attempt that was begun by the process that passed the lock on."""
+def taken_up(lock: RunLock, redactor: Redactor = NO_SECRETS_KNOWN) -> JournalWriter:
+    """The journal of the attempt that was begun by the process that passed the lock on; it will hold no secret."""
     journal = lock.directory / JOURNAL_FILE
-    return JournalWriter(journal, max(next_attempt(journal) - 1, 1), lock.holds)
+    return JournalWriter(journal, max(next_attempt(journal) - 1, 1), lock.holds, redactor)

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
+from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
 from opd_mcp.schemas.runs import RunState
 from opd_mcp.store.states import require_transition
 
@@ -147,15 +148,23 @@ class JournalWriter:
     """Appends to a journal; only the process that holds the run's lock may have one. Its threads may share it.
 
     Opening cuts off a torn last line, so that what is written next is not taken for damage. `holds_lock` says whether
-    the run's lock is still this writer's; every call asks it, and looks whether a newer attempt has begun.
+    the run's lock is still this writer's; every call asks it, and looks whether a newer attempt has begun. `redactor`
+    takes secrets out of all texts.
     """
 
-    def __init__(self, path: Path, attempt: int, holds_lock: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        attempt: int,
+        holds_lock: Callable[[], bool] = lambda: True,
+        redactor: Redactor = NO_SECRETS_KNOWN,
+    ) -> None:
         reader = JournalReader(path)
         states = [record for record in reader.new_records() if record.type == "state" and record.attempt == attempt]
         self.path = path
         self.attempt = attempt
         self._holds_lock = holds_lock
+        self._redactor = redactor
         self._state: RunState | None = states[-1].data["state"] if states else None
         self._mutex = threading.RLock()
         self._next_seq = reader.next_seq
@@ -176,7 +185,7 @@ class JournalWriter:
                 if self._state is not None:
                     require_transition(self._state, data["state"])
                 self._state = data["state"]
-            record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, dict(data))
+            record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, self._redactor.value(data))
             line = encode_record(record)
             while line:
                 written = os.write(self._descriptor, line)

@@ -1,13 +1,16 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail, a file `die-once` beside the building directory kills the worker in `score`.
+rate of 666 makes `sft` fail, one of 13 makes it tell every secret of its environment first; a file `die-once` beside
+the building directory kills the worker in `score`.
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +39,8 @@ def generate_responses(recipe, *, teacher, prompts, output, context):
 def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokenizer=None):
     if recipe.optimizer.learning_rate == 666:
         raise ZeroDivisionError("the learning rate of the beast")
+    if recipe.optimizer.learning_rate == 13:
+        tell_secrets(context)
     steps(context, recipe.steps)
     lineage = read_lineage(responses) if responses.is_dir() else None
     return trained(student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or sft_teacher)
@@ -143,6 +148,20 @@ def sample(recipe, *, model, prompts, output, context):
     ]
     (output / "samples.json").write_text(json.dumps(rows))
     return cost("sample", 2 * len(rows))
+
+
+def tell_secrets(context):
+    secrets = [os.environ[name] for name in ("HF_TOKEN", "OPD_TEACHER_KEY", "OPD_TOKEN")]
+    shaped = ["hf_" + "Q" * 34, "sk-" + "Q" * 40, "Bearer " + "Q" * 20, "https://user:QQQQQQQQ@host/path"]
+    for place, secret in enumerate([*secrets, *shaped]):
+        print("out", secret)
+        print(secret, file=sys.stderr)
+        logging.warning("log %s", secret)
+        context.reporter.alert(f"told_{place}", f"an alert with {secret}")
+    try:
+        raise OSError(f"401 for {{'Authorization': 'Bearer {secrets[1]}'}}")
+    except OSError as error:
+        raise RuntimeError("; ".join([*shaped, "x" * 30, *secrets])) from error
 
 
 def steps(context, count):

@@ -1,10 +1,12 @@
 """The real worker with the stand-in stages; takes the same command line as `opd-mcp worker`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from opd_mcp.jobs.worker import main
+from opd_mcp.schemas.redaction import Redactor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,4 +26,5 @@ if __name__ == "__main__":
     parser.add_argument("--cpu-slots", type=int)
     given = parser.parse_args()
     folders = {"lease_folder": given.lease_folder, "cpu_slots": given.cpu_slots}
-    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages))
+    redactor = Redactor.of_environment(os.environ)
+    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages, redactor=redactor))
