@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from pydantic import ValidationError
-
-from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.files import file_sha256, read_schema, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
 
 LINEAGE_FILE = "lineage.json"
 PROOF_NEEDED: frozenset[ArtifactKind] = frozenset({"model", "responses", "cache"})
+# As deep as an allowed root is searched for links that lead out.
+MAX_DEPTH = 3
 RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.json to use it without proof."
 
 
@@ -23,14 +23,7 @@ def write_lineage(directory: Path, lineage: Lineage) -> None:
 def read_lineage(directory: Path) -> Lineage | None:
     """A directory's lineage as written, unproven; None without one. Raises IntegrityError `damaged_file`."""
     file = directory / LINEAGE_FILE
-    if not file.is_file():
-        return None
-    try:
-        return Lineage.from_json(file.read_bytes())
-    except ValidationError as error:
-        raise IntegrityError(
-            "damaged_file", "lineage.json is not a lineage this version can read.", value=file, fix=RESTORE
-        ) from error
+    return read_schema(file, Lineage, fix=RESTORE) if file.is_file() else None
 
 
 def verified_lineage(
@@ -61,7 +54,7 @@ def data_hashes(directory: Path, names: list[str]) -> dict[str, str]:
 
 def _require_file(directory: Path, name: str, sha256: str) -> None:
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts:
+    if parts.is_absolute() or ".." in parts.parts or not 1 <= len(parts.parts) <= MAX_DEPTH:
         raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file outside of its directory ({name})")
     file = directory / parts
     if not file.is_file():

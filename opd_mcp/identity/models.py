@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import ModelIdentity
 
+MAX_SETTING = 1 << 31
 HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 
@@ -31,9 +32,9 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
 
     def setting(self, name: str) -> int | None:
-        """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
+        """A count of the (text) config, e.g. `hidden_size`; None when it is absent or no count of anything."""
         value = _text_config(self.config).get(name)
-        return value if type(value) is int else None
+        return value if type(value) is int and 0 <= value < MAX_SETTING else None
 
     @property
     def hidden_size(self) -> int | None:
@@ -80,17 +81,18 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
         chat_template=None if template is None else text_hash(template),
         special_tokens=tokenizers.special_tokens_hash(eos, tokenizers.special_token_names(path)),
     )
-    vocab_size = _text_config(config).get("vocab_size")
-    return ModelFacts(
+    facts = ModelFacts(
         path=path,
         identity=identity,
         parameters=sum(tensor.elements for tensor in tensors),
         weight_bytes=sum(tensor.bytes for tensor in tensors),
         config=config,
-        vocab_size=vocab_size if type(vocab_size) is int else max(tokens, default=-1) + 1,
+        vocab_size=max(tokens, default=-1) + 1,
         tokens=max(tokens, default=-1) + 1,
         eos_token_ids=eos,
     )
+    vocab_size = facts.setting("vocab_size")
+    return facts if vocab_size is None else replace(facts, vocab_size=vocab_size)
 
 
 def weights_hash(path: Path) -> str:
@@ -132,7 +134,7 @@ def _model_config(path: Path) -> dict[str, Any]:
             if adapter
             else "Give a directory with config.json, tokenizer.json and safetensors weights.",
         )
-    return read_json_object(path / "config.json")
+    return read_json_object(path / "config.json", limit=tokenizers.MAX_CONFIG_BYTES)
 
 
 def _hashed_tensors(path: Path, tensor_digest: Callable[[Tensor], str]) -> tuple[list[Tensor], str]:

@@ -9,6 +9,10 @@ from typing import Any
 from opd_mcp.schemas.errors import DataError, IntegrityError, PathError, ResourceError, nearest
 
 MAX_LINE_BYTES = 1 << 20
+MAX_ROWS = 10_000_000
+MAX_DATA_BYTES = 16 << 30
+MAX_GROUP_BYTES = 4 << 30
+PARQUET_BATCH = 64
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 # What our own artifact directories call their data, so that a file beside it causes no doubt.
@@ -67,10 +71,14 @@ def malformed_line(path: Path, line: int, why: str, *, fix: str) -> DataError:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     fix = "Write one JSON object a line, in UTF-8."
+    if path.stat().st_size > MAX_DATA_BYTES:
+        raise malformed_line(path, 1, f"the file has more than {MAX_DATA_BYTES} bytes", fix="Split the file.")
     with path.open("rb") as file:
         line = 0
         while data := file.readline(MAX_LINE_BYTES + 1):
             line += 1
+            if line > MAX_ROWS:
+                raise malformed_line(path, line, f"there are more than {MAX_ROWS} lines", fix="Split the file.")
             if len(data) > MAX_LINE_BYTES:
                 raise malformed_line(path, line, f"longer than {MAX_LINE_BYTES} bytes", fix="Split or drop this row.")
             if line == 1:
@@ -90,7 +98,12 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
     with _open_parquet(path) as file:
         wanted = [name for name in file.schema_arrow.names if name in columns]
         line = 0
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=wanted, use_threads=False):
+            # What a dictionary or a compression hides shows only now, and a few rows of it fit the memory.
+            if batch.num_rows and batch.nbytes > MAX_LINE_BYTES * batch.num_rows:
+                raise malformed_line(
+                    path, line + 1, f"rows longer than {MAX_LINE_BYTES} bytes follow", fix="Split or drop them."
+                )
             for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
                 line += 1
                 yield line, {name: value for name, value in row.items() if value is not None}
@@ -107,14 +120,24 @@ def _open_parquet(path: Path) -> Iterator[Any]:
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _require_bounded(file.metadata)
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    # The footer may claim anything: lengths that no memory has, text that is not UTF-8, pages that are not there.
+    except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
         raise IntegrityError(
             "damaged_file",
             f"{path.name} is not a readable Parquet file ({_short(error)}).",
             value=path,
             fix="Write or copy the file again.",
         ) from error
+
+
+def _require_bounded(metadata: Any) -> None:
+    if metadata.num_rows > MAX_ROWS:
+        raise OverflowError(f"{metadata.num_rows} rows are more than {MAX_ROWS}")
+    for group in range(metadata.num_row_groups):
+        if metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
+            raise OverflowError(f"row group {group} takes more than {MAX_GROUP_BYTES} bytes")
 
 
 def _only_data_file(directory: Path) -> Path:

@@ -15,6 +15,8 @@ from opd_mcp.schemas.errors import IntegrityError, PathError
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+META = "__metadata__"
+MAX_DIMENSIONS = 16
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 64
 # Tensors up to this size are hashed whole: norms, biases and everything in small models.
@@ -148,9 +150,14 @@ def _file_tensors(path: Path) -> Iterator[Tensor]:
         raise _damaged(path, "the header is not JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield _tensor(path, name, entry, data_begin=8 + length, size=size)
+    end = 8 + length
+    tensors = [_tensor(path, name, entry, data_begin=end, size=size) for name, entry in header.items() if name != META]
+    # Without overlaps, hashing every tensor reads the file once, however many there are.
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin < end:
+            raise _damaged(path, f"tensor {tensor.name!r} overlaps with another")
+        end = tensor.end
+    yield from tensors
 
 
 def _tensor(path: Path, name: str, entry: Any, *, data_begin: int, size: int) -> Tensor:
@@ -167,7 +174,9 @@ def _tensor(path: Path, name: str, entry: Any, *, data_begin: int, size: int) ->
 
 
 def _counts(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return None
+    if all(type(item) is int and 0 <= item < 1 << 63 for item in value):
         return tuple(value)
     return None
 

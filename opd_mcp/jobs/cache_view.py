@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from opd_mcp.identity.files import read_schema
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, SampleRow
 from opd_mcp.schemas.errors import IntegrityError, PathError
 
 MANIFEST_FILE = "manifest.json"
+RESTORE = "Run `opd-mcp cache verify`, then restore the file from a copy or build the cache again."
 SAMPLE_ROWS = 2
 TEXT_CHARACTERS = 300
 FIRST_TOKENS, LAST_TOKENS = 16, 4
@@ -25,10 +25,7 @@ def read_manifest(path: Path, reference: object = None) -> CacheManifest:
             value=reference or path,
             fix="Give the cache_id that build_teacher_cache answered.",
         )
-    try:
-        return CacheManifest.from_json(file.read_bytes())
-    except ValidationError as error:
-        raise _damaged(file) from error
+    return read_schema(file, CacheManifest, fix=RESTORE)
 
 
 def inspect_cache(path: Path) -> CacheInspection:
@@ -46,7 +43,6 @@ def inspect_cache(path: Path) -> CacheInspection:
 
 
 def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
@@ -56,11 +52,11 @@ def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
     try:
         file = pq.ParquetFile(path / shard.file)
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-        rows = next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=columns)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        rows = next(iter(file.iter_batches(batch_size=SAMPLE_ROWS, columns=columns))).to_pylist()
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer" / "tokenizer.json"))
+        return [_row(row, tokenizer) for row in rows]
+    except Exception as error:  # rows of another kind; and the Rust side raises bare Exception
         raise _damaged(path / shard.file) from error
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer" / "tokenizer.json"))
-    return [_row(row, tokenizer) for row in rows]
 
 
 def _row(row: dict[str, Any], tokenizer: Any) -> SampleRow:
@@ -94,5 +90,5 @@ def _damaged(file: Path) -> IntegrityError:
         "damaged_file",
         f"{file.name} cannot be read.",
         value=file,
-        fix="Run `opd-mcp cache verify`, then restore the file from a copy or build the cache again.",
+        fix=RESTORE,
     )

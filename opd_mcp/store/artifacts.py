@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.files import read_schema, write_atomic
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
@@ -193,16 +191,8 @@ def _locked(lock: Path) -> int | None:
 
 def read_artifact(path: Path) -> Artifact:
     """The artifact in a directory; raises IntegrityError `damaged_file`."""
-    file = path / ARTIFACT_FILE
-    try:
-        return Artifact(ArtifactRecord.from_json(file.read_bytes()), path)
-    except ValidationError as error:
-        raise IntegrityError(
-            "damaged_file",
-            "artifact.json is not a record this version can read.",
-            value=file,
-            fix="Remove this artifact's directory; a run that needs it makes it anew.",
-        ) from error
+    fix = "Remove this artifact's directory; a run that needs it makes it anew."
+    return Artifact(read_schema(path / ARTIFACT_FILE, ArtifactRecord, fix=fix), path)
 
 
 def artifact_row(record: ArtifactRecord) -> IndexedArtifact:

@@ -9,10 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pydantic import ValidationError
-
-from opd_mcp.identity.files import fsync_directory, write_atomic
-from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
+from opd_mcp.identity.files import fsync_directory, read_schema, write_atomic
+from opd_mcp.schemas.errors import RunError, UnknownIdError, nearest
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.ids import is_id
 from opd_mcp.store.workspace import Workspace
@@ -40,16 +38,8 @@ def create_run(workspace: Workspace, record: RunRecord) -> Path:
 
 def read_record(directory: Path) -> RunRecord:
     """A run's record; raises IntegrityError `damaged_file`."""
-    file = directory / RECORD_FILE
-    try:
-        return RunRecord.from_json(file.read_bytes())
-    except (ValidationError, OSError) as error:
-        raise IntegrityError(
-            "damaged_file",
-            "run.json is missing or not a record this version can read.",
-            value=file,
-            fix="Start the run again; its artifacts are still found and reused.",
-        ) from error
+    fix = "Start the run again; its artifacts are still found and reused."
+    return read_schema(directory / RECORD_FILE, RunRecord, fix=fix)
 
 
 def run_directory(workspace: Workspace, run_id: str) -> Path:

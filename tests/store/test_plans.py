@@ -2,11 +2,12 @@
 
 import pytest
 
-from opd_mcp.schemas.errors import UnknownIdError
+from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs
-from opd_mcp.store.plans import read_plan, save_plan
+from opd_mcp.store.plans import read_plan, read_plan_arguments, save_plan
 
 
 @pytest.fixture
@@ -23,15 +24,27 @@ def plan():
     )
 
 
+ARGUMENTS = PlanDistillation(student="/data/student", teacher="/data/teacher", prompts=["1+1=?"])
+
+
 def test_a_plan_is_read_as_it_was_saved(workspace, plan):
-    save_plan(workspace, plan)
-    save_plan(workspace, plan)
+    save_plan(workspace, plan, ARGUMENTS)
+    save_plan(workspace, plan, ARGUMENTS)
     assert read_plan(workspace, plan.plan_id) == plan
+    assert read_plan_arguments(workspace, plan) == ARGUMENTS
+
+
+@pytest.mark.parametrize("suffix", [".json", ".arguments"])
+def test_a_damaged_plan_is_an_error_with_a_way_out(workspace, plan, suffix):
+    save_plan(workspace, plan, ARGUMENTS)
+    (workspace.plans / f"{plan.plan_id}{suffix}").write_text("{")
+    with pytest.raises(IntegrityError, match="plan_distillation again"):
+        read_plan_arguments(workspace, read_plan(workspace, plan.plan_id))
 
 
 @pytest.mark.parametrize("plan_id", ["plan-0a1b2d", "../plan-0a1b2c"])
 def test_an_unknown_plan_names_the_nearest(workspace, plan, plan_id):
-    save_plan(workspace, plan)
+    save_plan(workspace, plan, ARGUMENTS)
     with pytest.raises(UnknownIdError) as caught:
         read_plan(workspace, plan_id)
     assert (caught.value.code, caught.value.nearest) == ("unknown_plan", [plan.plan_id])

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from opd_mcp.engine.cache.shards import damaged, read_shards
+from opd_mcp.engine.cache.shards import read_shards
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.files import read_schema, write_atomic
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import PathError
 
@@ -31,10 +29,7 @@ def read_manifest(directory: Path) -> CacheManifest:
             value=directory,
             fix="Give a cache id, or a directory that build_teacher_cache made.",
         )
-    try:
-        return CacheManifest.from_json(path.read_bytes())
-    except ValidationError as error:
-        raise damaged(path, f"it is not a manifest ({error.error_count()} errors)") from error
+    return read_schema(path, CacheManifest, fix="Restore the file from a copy, or build this artifact again.")
 
 
 def read_cache(directory: Path) -> tuple[CacheManifest, Sequences]:
