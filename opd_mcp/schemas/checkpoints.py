@@ -39,8 +39,11 @@ class CheckpointRecord(Schema):
         return self.model_copy(update={"self_sha256": self._own_hash()})
 
     def is_intact(self) -> bool:
-        """Whether the record is the one that was sealed."""
-        return self.self_sha256 == self._own_hash()
+        """Whether the record is the one that was sealed; one with a number that is not finite never was."""
+        try:
+            return self.self_sha256 == self._own_hash()
+        except ValueError:
+            return False
 
     def _own_hash(self) -> str:
         return content_hash({**self.to_dict(), "self_sha256": ""})

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
 from opd_mcp.schemas.runs import RunState
+from opd_mcp.store.journal_data import fits, is_count, is_time
 from opd_mcp.store.states import require_transition
 
 RecordType = Literal["state", "phase", "progress", "metric", "alert", "result", "error"]
-RECORD_TYPES = frozenset(get_args(RecordType))
 _CRC_TAIL = len(b',"crc":"00000000"}')
 
 
@@ -68,8 +68,8 @@ def decode_record(line: bytes) -> JournalRecord | None:
         record = JournalRecord(**value)
     except (ValueError, TypeError, RecursionError):
         return None
-    numbers = type(record.seq) is int and type(record.attempt) is int
-    return record if numbers and record.type in RECORD_TYPES and isinstance(record.data, dict) else None
+    numbers = is_count(record.seq) and is_count(record.attempt)
+    return record if numbers and is_time(record.time) and fits(str(record.type), record.data) else None
 
 
 class JournalReader:
