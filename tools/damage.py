@@ -1,12 +1,16 @@
 """Damage for files: flips, cuts, repeats, and JSON values of other types, sizes and depths; all from one generator."""
 
 import copy
+import io
 import json
 import random
 import struct
 import zlib
 from contextlib import suppress
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from opd_mcp.schemas.base import content_hash
 
@@ -118,6 +122,49 @@ def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
     header = _text(damaged_value(rng, json.loads(content[8 : 8 + length]))).encode("utf-8", "surrogatepass")
     stated = rng.choice((len(header), len(header), len(header), 0, 2**63, len(content)))
     return struct.pack("<Q", stated) + header + content[8 + length :]
+
+
+def damaged_table(rng: random.Random, content: bytes) -> bytes:
+    """A Parquet file, damaged in its bytes, or whole with columns that are missing or hold values of other types."""
+    if rng.random() < 0.3:
+        return damaged_bytes(rng, content)
+    table = pq.read_table(pa.BufferReader(content))
+    columns = {name: table.column(name) for name in table.column_names}
+    for name in rng.sample(table.column_names, rng.randint(1, 2)):
+        columns[name] = _odd_column(rng, len(table))
+        if rng.random() < 0.2:
+            del columns[name]
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out, compression="zstd", row_group_size=rng.choice((1, 7, 1000)))
+    return out.getvalue()
+
+
+def _odd_column(rng: random.Random, rows: int) -> pa.Array:
+    broken = pa.Array.from_buffers(
+        pa.string(),
+        rows,
+        [None, pa.py_buffer(struct.pack(f"<{rows + 1}i", *range(rows + 1))), pa.py_buffer(b"\xff" * rows)],
+    )
+    same = pa.array(["x" * (2 << 20)])
+    return rng.choice(
+        (
+            broken,
+            pa.nulls(rows),
+            pa.array([rng.choice((None, -1, 2**62, 3)) for _ in range(rows)], pa.int64()),
+            pa.array([rng.choice((float("nan"), float("inf"), 1e308, 0.5)) for _ in range(rows)]),
+            pa.array([[1, None, -5]] * rows, pa.list_(pa.int64())),
+            pa.array([[2**63] * 3] * rows, pa.list_(pa.uint64())),
+            pa.array([[0.5, None]] * rows, pa.large_list(pa.float32())),
+            pa.array([["a"]] * rows, pa.list_(pa.string())),
+            pa.array([[]] * rows, pa.list_(pa.int32())),
+            pa.array([{"role": 1, "content": [None]}] * rows),
+            pa.array([[{"role": "user", "content": None}]] * rows),
+            pa.array([b"\x80\x04."] * rows, pa.binary()),
+            pa.array([2**62] * rows, pa.timestamp("us")),
+            pa.array([True] * rows),
+            pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), same),
+        )
+    )
 
 
 def _places(root: list[Any]) -> list[tuple[Any, Any]]:

@@ -32,13 +32,14 @@ from damage import (
     damaged_lines,
     damaged_safetensors,
     damaged_seal,
+    damaged_table,
 )
 
 from opd_mcp.engine.cache.manifest import read_cache
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.identity.data import read_prompts, read_responses, read_responses_header
-from opd_mcp.identity.files import read_schema
+from opd_mcp.identity.files import file_sha256, read_schema
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.jobs.cache_view import inspect_cache
@@ -102,7 +103,7 @@ def data_targets(root: Path) -> list[Target]:
     return [
         Target("prompts.jsonl", prompts, damaged_lines, lambda: read_prompts(prompts)),
         Target("responses.jsonl", responses, damaged_lines, lambda: read_responses(responses)),
-        Target("parquet", parquet, damaged_bytes, header_and_rows),
+        Target("parquet", parquet, damaged_table, header_and_rows),
     ]
 
 
@@ -153,9 +154,19 @@ def cache_targets(root: Path) -> list[Target]:
         inspect_cache(cache)
         read_cache(cache)
 
+    def look_at_vouched() -> None:
+        now = shard.model_copy(update={"sha256": file_sha256(cache / shard.file)})
+        sound = file.read_bytes()
+        file.write_text(manifest.model_copy(update={"shards": [now]}).to_json(), encoding="utf-8")
+        try:
+            look()
+        finally:
+            file.write_bytes(sound)
+
     return [
         Target("manifest.json", file, damaged_json, look),
         Target("shard", cache / shard.file, damaged_bytes, look),
+        Target("shard, vouched for", cache / shard.file, damaged_table, look_at_vouched),
     ]
 
 

@@ -64,8 +64,10 @@ def decode_record(line: bytes) -> JournalRecord | None:
     if line[-_CRC_TAIL:] != b',"crc":"%08x"}' % zlib.crc32(body):
         return None
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())
         record = JournalRecord(**value)
+        if b"\\ud" in body:  # half a surrogate pair can be read, but neither written nor shown again
+            json.dumps(record.data, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return None
     numbers = is_count(record.seq) and is_count(record.attempt)

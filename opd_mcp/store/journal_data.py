@@ -62,14 +62,13 @@ def _number(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    # Half a surrogate pair could be read, but neither written nor shown again.
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str)
 
 
 def _is(schema: type[BaseModel], value: Any) -> bool:
     try:
         return value is None or bool(schema.model_validate(value))
-    except (ValidationError, UnicodeError):
+    except ValidationError:
         return False
 
 
