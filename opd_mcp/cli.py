@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 # the bearer token of a remote teacher, and of serve-teacher's own callers
 TEACHER_KEY = "OPD_TEACHER_KEY"
+# What a server and its runs write is for its user alone, whatever the shell says.
+PRIVATE = 0o077
 AsJson = Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")]
 
 
@@ -52,6 +54,10 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="For http: a name the server is reached by; repeatable.")
     ] = None,
+    allow_teacher_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A host beside this machine that a teacher_url may name; repeatable."),
+    ] = None,
     allow_delete: Annotated[bool, typer.Option(help="Offer delete_artifact.")] = False,
     confirm_gpu_hours: Annotated[
         float, typer.Option(help="Ask before plans that take a device for longer.", min=0)
@@ -62,17 +68,17 @@ def serve(
     from opd_mcp.server.serve import serve_http, serve_stdio
     from opd_mcp.server.settings import ServerSettings
 
-    roots = allow_root or []
+    roots, hosts = allow_root or [], allow_teacher_host or []
     token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
     redactor = Redactor.of_environment(os.environ, token)
     settings = ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete, redactor=redactor)
     if transport is Transport.STDIO:
-        serve_stdio(lambda: open_service(roots), settings)
+        serve_stdio(lambda: open_service(roots, hosts), settings)
     else:
         from opd_mcp.server.http import HttpAccess
 
         access = HttpAccess(host, port, token or None, tuple(allowed_host or ()))
-        serve_http(lambda: open_service(roots), settings, access)
+        serve_http(lambda: open_service(roots, hosts), settings, access)
 
 
 @app.command()
@@ -245,6 +251,7 @@ def worker(
     from opd_mcp.jobs.worker import main as work
     from opd_mcp.schemas.redaction import Redactor
 
+    os.umask(PRIVATE)
     root, key, redactor = (
         workspace or workspace_root(),
         os.environ.get(TEACHER_KEY),
@@ -261,13 +268,17 @@ def workspace_root() -> Path:
     return Path(home).expanduser().absolute() if home else default_workspace_root()
 
 
-def open_service(allow_roots: Sequence[Path] = ()) -> "JobService":
+def open_service(allow_roots: Sequence[Path] = (), teacher_hosts: Sequence[str] = ()) -> "JobService":
     """The service over the workspace; it may read what is below it, the examples and the given folders."""
+    os.umask(PRIVATE)
     from opd_mcp.jobs.service import JobService
+    from opd_mcp.jobs.settings import JobSettings
     from opd_mcp.store.roots import AllowedRoots
     from opd_mcp.store.workspace import Workspace
 
-    return JobService(Workspace(workspace_root()), AllowedRoots(allow_roots))
+    return JobService(
+        Workspace(workspace_root()), AllowedRoots(allow_roots), JobSettings(teacher_hosts=tuple(teacher_hosts))
+    )
 
 
 def main() -> None:

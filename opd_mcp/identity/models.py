@@ -134,7 +134,28 @@ def _model_config(path: Path) -> dict[str, Any]:
             if adapter
             else "Give a directory with config.json, tokenizer.json and safetensors weights.",
         )
-    return read_json_object(path / "config.json", limit=tokenizers.MAX_CONFIG_BYTES)
+    config = read_json_object(path / "config.json", limit=tokenizers.MAX_CONFIG_BYTES)
+    _require_plain(path, config)
+    return config
+
+
+def _require_plain(path: Path, config: dict[str, Any]) -> None:
+    """Refuse what makes the loader take other files than those that are looked at here, or code from elsewhere."""
+    text = _text_config(config)
+    why = None
+    if any(part.get("transformers_weights") is not None for part in (config, text)):
+        why = "config.json names its own file of weights (transformers_weights)"
+    elif any("/" in str(value) for name, value in text.items() if name.endswith("attn_implementation")):
+        why = "config.json takes its attention code from elsewhere (attn_implementation)"
+    elif (path / "adapter_config.json").exists():
+        why = "with adapter_config.json beside it, another model would be loaded"
+    if why is not None:
+        raise PathError(
+            "unsafe_weights",
+            f"This directory is not loaded: {why}.",
+            value=path,
+            fix="Remove that; save a whole model with model.save_pretrained(DIR).",
+        )
 
 
 def _hashed_tensors(path: Path, tensor_digest: Callable[[Tensor], str]) -> tuple[list[Tensor], str]:

@@ -1,6 +1,8 @@
 """Teachers behind a URL: what an address may be, and who a server is that has only a name."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from opd_mcp.schemas.errors import ArgumentError
@@ -37,3 +39,28 @@ def checked_url(url: str) -> Address:
             fix="Give the server's address; put its key into the environment variable OPD_TEACHER_KEY.",
         )
     return Address(parts.scheme, parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"))
+
+
+def require_allowed_host(url: str, allowed: Iterable[str]) -> None:
+    """Raise ArgumentError `host_not_allowed` unless a URL's host is this machine or one of the allowed names.
+
+    The prompts and the student's rollouts are sent to it, and so is the teacher's key.
+    """
+    host = checked_url(url).hostname
+    if _is_loopback(host) or host in {name.casefold().strip("[]") for name in allowed}:
+        return
+    raise ArgumentError(
+        "host_not_allowed",
+        "teacher_url names a host that this server must not send prompts to.",
+        value=host,
+        nearest=sorted(allowed)[:3],
+        fix=f"Ask whoever runs the server to start it with `--allow-teacher-host {host}`, or use a teacher on this "
+        "machine.",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

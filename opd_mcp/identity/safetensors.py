@@ -53,17 +53,18 @@ class Tensor:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model: the index's, or `model.safetensors`, or all there are.
+    """The safetensors files of a model: `model.safetensors`, or the index's, or all there are.
 
     Raises PathError `unsafe_weights` when there are only pickled weights, `not_a_model` when there are none;
     IntegrityError `damaged_file` when the index names a file that is missing or elsewhere.
     """
-    index = directory / INDEX_FILE
-    if index.is_file():
-        return _indexed_files(index)
+    # The order in which the weights are looked for when the model is loaded.
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
+    index = directory / INDEX_FILE
+    if index.is_file():
+        return _indexed_files(index)
     found = sorted(p for p in directory.glob("*.safetensors") if p.is_file() and not p.name.startswith("."))
     if found:
         return found

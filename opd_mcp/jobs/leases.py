@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opd_mcp.store.files import make_private
+
 POLL_SECONDS = 0.1
 
 
@@ -43,7 +45,8 @@ class LeaseFolder:
     def acquire(self, owner: str, slots: Sequence[str], count: int, should_stop: Callable[[], bool]) -> Lease | None:
         """A lease of `count` of the slots once it is the owner's turn; None when `should_stop` said so first.
 
-        The queue is named after the kind of the slots (`cpu`, `gpu`), so CPU runs never wait behind GPU runs.
+        The queue is named after the kind of the slots (`cpu`, `gpu`), so CPU runs never wait behind GPU runs. Raises
+        PathError `unsafe_folder` where others could hold or free the locks.
         """
         queue = _queue_name(slots)
         ticket = self._draw_ticket(queue, owner)
@@ -109,7 +112,8 @@ class LeaseFolder:
     @contextmanager
     def _queue_guard(self, queue: str) -> Iterator[Path]:
         folder = self.root / f"queue-{queue}"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.root)
+        folder.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(folder / ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

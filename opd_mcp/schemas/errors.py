@@ -3,10 +3,11 @@
 OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
-│   │                              unsafe_weights · unsupported_head
-│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
+│   │                              unsafe_weights · unsupported_head · special_file · unsafe_folder
+│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
+│   │                              unusable_template
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
-│   │                              confirm_needed · secret_in_arguments
+│   │                              confirm_needed · secret_in_arguments · host_not_allowed · slow_pattern
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue

@@ -1,6 +1,7 @@
 """The allowed roots: the only directories whose files are read for a caller, symbolic links followed first."""
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class AllowedRoots:
         """The real path of an absolute reference below a root.
 
         Raises PathError: `relative_path`, `outside_roots` (also for a link that leads out), `not_found` with the
-        nearest names.
+        nearest names, `special_file` for pipes, sockets and devices, which could be waited for in vain.
         """
         text = str(reference)
         path = Path(text)
@@ -39,15 +40,16 @@ class AllowedRoots:
             raise self._outside(text, "The path is outside of the allowed roots")
         if not os.path.exists(real):
             raise self._not_found(text, self._siblings(real), "There is no such file or directory.")
+        _require_plain(real)
         if real.is_dir():
-            self._require_inner_links(real)
+            self._require_inner(real)
         return real
 
     def contains(self, real: Path) -> bool:
         """Whether a path without links is a root or below one."""
         return any(real == root or root in real.parents for root in self.roots)
 
-    def _require_inner_links(self, directory: Path) -> None:
+    def _require_inner(self, directory: Path) -> None:
         for folder, folders, names in os.walk(directory):
             if len(Path(folder).relative_to(directory).parts) >= LINK_DEPTH - 1:
                 folders.clear()
@@ -55,6 +57,7 @@ class AllowedRoots:
                 entry = Path(folder) / name
                 if entry.is_symlink() and not self.contains(Path(os.path.realpath(entry))):
                     raise self._outside(str(entry), "A link in this directory leads out of the allowed roots")
+                _require_plain(entry)
 
     def _siblings(self, real: Path) -> list[str]:
         parent = real.parent
@@ -77,3 +80,17 @@ class AllowedRoots:
 
     def _names(self) -> str:
         return ", ".join(map(str, self.roots))
+
+
+def _require_plain(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # a link to nothing is nothing
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise PathError(
+            "special_file",
+            "This is a pipe, a socket or a device, neither file nor directory.",
+            value=str(path),
+            fix="Remove it, or give another path.",
+        )

@@ -170,6 +170,7 @@ def test_a_damaged_safetensors_file_is_named(make_model, content):
 @pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "missing.safetensors", "weights.bin"])
 def test_a_weight_index_names_only_files_beside_it(make_model, shard):
     model = make_model("teacher")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(IntegrityError, match=shard):
         inspect_model(model)

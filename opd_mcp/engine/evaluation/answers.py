@@ -2,7 +2,11 @@
 
 import re
 
+from opd_mcp.engine.time_limit import time_limit
 from opd_mcp.schemas.errors import ArgumentError
+
+# A sound pattern takes microseconds.
+PATTERN_SECONDS = 5.0
 
 
 def compiled_pattern(pattern: str | None) -> re.Pattern[str] | None:
@@ -22,11 +26,27 @@ def compiled_pattern(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def extracted_answer(response: str, pattern: re.Pattern[str] | None) -> str | None:
-    """The last match's group (or whole match), stripped; the whole response without a pattern; None without a match."""
+    """The last match's group (or whole match), stripped; the whole response without a pattern; None without a match.
+
+    Raises ArgumentError `slow_pattern` for a pattern that takes seconds on one response.
+    """
     if pattern is None:
         return response.strip()
-    matches = list(pattern.finditer(response))
-    return matches[-1].group(pattern.groups).strip() if matches else None
+    last = None
+    with time_limit(PATTERN_SECONDS, lambda: slow_pattern(pattern)):
+        for match in pattern.finditer(response):
+            last = match
+    return (last.group(pattern.groups) or "").strip() if last else None
+
+
+def slow_pattern(pattern: re.Pattern[str]) -> ArgumentError:
+    """The error for a pattern that backtracks without end."""
+    return ArgumentError(
+        "slow_pattern",
+        f"The answer pattern took more than {PATTERN_SECONDS} s on one response.",
+        value=pattern.pattern,
+        fix="Set 'benchmark.answer_pattern' to one without a repetition inside of a repetition.",
+    )
 
 
 def is_correct(response: str, answer: str, pattern: re.Pattern[str] | None) -> bool:

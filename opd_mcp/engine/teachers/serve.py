@@ -29,6 +29,7 @@ from opd_mcp.schemas.recipes import RuntimeRecipe
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 8 << 20
+MAX_LENGTH_DIGITS = 10
 GATHER_SECONDS = 0.004
 IDLE_SECONDS = 60.0
 
@@ -227,13 +228,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        counted = length.isascii() and length.isdigit()
+        if not counted or len(length) > MAX_LENGTH_DIGITS or int(length) > MAX_BODY_BYTES:
             self.close_connection = True
-            self._answer(413 if length.isdigit() else 411, _error(f"a body has at most {MAX_BODY_BYTES} bytes"))
+            self._answer(413 if counted else 411, _error(f"a body has at most {MAX_BODY_BYTES} bytes"))
+            return
+        if not self._allowed():
+            self.close_connection = True  # its body stays unread
             return
         content = self.rfile.read(int(length))
-        if not self._allowed():
-            return
         if self.path != "/v1/completions":
             self._answer(*_no_such_path())
             return
