@@ -25,3 +25,16 @@ def test_a_pattern_without_a_group_gives_its_whole_match() -> None:
 def test_a_bad_pattern_is_one_clear_error(pattern: str) -> None:
     with pytest.raises(ArgumentError, match="answer_pattern"):
         compiled_pattern(pattern)
+
+
+def test_a_pattern_that_backtracks_without_end_is_stopped(monkeypatch) -> None:
+    monkeypatch.setattr("opd_mcp.engine.evaluation.answers.PATTERN_SECONDS", 0.2)
+    for pattern in (r"(?:a+)+$", r"(?:a|aa)+$", r"(?:.*a){30}b"):
+        with pytest.raises(ArgumentError, match="answer_pattern") as caught:
+            is_correct("a" * 5000 + "c", "1", compiled_pattern(pattern))
+        assert caught.value.code == "slow_pattern"
+    assert extracted_answer("is it 12", compiled_pattern(r"\d+")) == "12"
+
+
+def test_a_group_that_took_no_part_is_an_empty_answer() -> None:
+    assert extracted_answer("b", compiled_pattern("(a)?b")) == ""
