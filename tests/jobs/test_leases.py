@@ -1,5 +1,7 @@
 """Leases between real processes: order of arrival, and freedom when a holder dies."""
 
+import os
+import stat
 import subprocess
 import sys
 import threading
@@ -7,6 +9,7 @@ import threading
 import pytest
 
 from opd_mcp.jobs.leases import LeaseFolder
+from opd_mcp.schemas.errors import PathError
 
 HOLDER = """
 import sys, time
@@ -114,3 +117,30 @@ def test_gpu_runs_and_cpu_runs_do_not_wait_for_each_other(leases, busy_machine):
     lease.release()
     lease.release()
     assert leases.busy(["gpu-GPU-1"]) == []
+
+
+@pytest.mark.parametrize("fault", ["a link", "for everybody", "another user's"])
+def test_a_lease_folder_that_others_control_is_refused(tmp_path, fault):
+    folder = LeaseFolder(tmp_path / "leases", 1)
+    if fault == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        folder.root.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.root.mkdir()
+        if fault == "for everybody":
+            folder.root.chmod(0o1777)
+        elif os.geteuid() == 0:
+            os.chown(folder.root, 12345, 12345)
+        else:
+            pytest.skip("only root can give a folder away")
+    with pytest.raises(PathError, match="XDG_RUNTIME_DIR"):
+        folder.acquire("me", folder.cpu_slot_names(), 1, lambda: False)
+    assert not list((tmp_path / "leases").iterdir())
+
+
+def test_a_lease_folder_that_others_could_enter_is_closed(tmp_path):
+    folder = LeaseFolder(tmp_path / "leases", 1)
+    folder.root.mkdir()
+    folder.root.chmod(0o777)
+    folder.acquire("me", folder.cpu_slot_names(), 1, lambda: False).release()
+    assert stat.S_IMODE(folder.root.stat().st_mode) == 0o700

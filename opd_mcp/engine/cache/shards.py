@@ -121,7 +121,9 @@ def widened(sequences: Sequences) -> Sequences:
 
 
 def read_shards(directory: Path, shards: Sequence[Shard]) -> Sequences:
-    """All rows of the shards in order, each checked against its sha256 and its rows' CRCs."""
+    """All rows of the shards in order, each checked against its sha256 and its rows' CRCs; there must be one."""
+    if not shards:
+        raise damaged(directory / "manifest.json", "it names no shard")
     return concatenate([read_shard(directory / shard.file, sha256=shard.sha256) for shard in shards])
 
 
