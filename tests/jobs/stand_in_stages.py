@@ -1,7 +1,8 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail, one of 28 fills the disk, a file `die-once` beside the building directory kills the worker in `score`.
+rate of 666 makes `sft` fail, one of 28 fills the disk; a file `die-once` beside the building directory kills the worker
+in `score`.
 """
 
 import json
