@@ -23,6 +23,7 @@ Moment = Literal["before", "torn", "after"]
 
 STARTED = re.compile(rb'"data":\{"phase":"(\w+)","event":"started"')
 MODIFYING = ("INSERT", "UPDATE", "DELETE", "COMMIT")
+ANY = "any"
 FULL = "No space left on device"
 
 
@@ -69,7 +70,7 @@ class Failpoints:
         """
         if self.full and needs_space:
             raise no_space()
-        if not self._due(kind) or (self.plan.action != "kill" and not needs_space):
+        if (self.plan and self.plan.action != "kill" and not needs_space) or not self._due(kind):
             return call()
         if self.plan.moment == "after" and self.plan.action == "kill":
             call()
@@ -82,7 +83,7 @@ class Failpoints:
         raise no_space()
 
     def _due(self, kind: str) -> bool:
-        if self.plan is None or kind != self.plan.kind or self.plan.within not in {None, self.phase}:
+        if self.plan is None or self.plan.kind not in {kind, ANY} or self.plan.within not in {None, self.phase}:
             return False
         self.hits += 1
         return self.hits == self.plan.hit

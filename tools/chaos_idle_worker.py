@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from opd_mcp.store.journal import JournalWriter, next_attempt
+from opd_mcp.store.attempts import taken_up
+from opd_mcp.store.runs import RunLock
 
 
 def main() -> int:
@@ -20,10 +21,9 @@ def main() -> int:
     parser.add_argument("--lock-fd", type=int)
     given, _ = parser.parse_known_args()
     directory = given.workspace / "runs" / given.run_id
-    end, file = time.monotonic() + given.seconds, directory / "journal.jsonl"
-    with JournalWriter(file, next_attempt(file)) as journal:
-        for state in ("queued", "running"):
-            journal.append("state", {"state": state})
+    end = time.monotonic() + given.seconds
+    with RunLock.adopt(directory, given.lock_fd) as lock, taken_up(lock) as journal:
+        journal.append("state", {"state": "running"})
         journal.append("phase", {"phase": "sft", "event": "started"})
         for step in range(1, 4):
             journal.append("metric", {"step": step, "values": {"loss": 1.0 / step}}, durable=False)

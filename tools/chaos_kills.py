@@ -5,9 +5,9 @@ import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,58 +44,93 @@ class Chain:
         return self.kills.total()
 
 
-def kill_plans(work: Work, rng: random.Random, rounds: int) -> list[Plan]:
-    """`rounds` kills at every failpoint of every phase that has it, and as many at moments that nobody chose."""
-
-    def plan(kind: str, phase: str | None = None, hits: int = 1) -> Iterable[Plan]:
-        for _ in range(rounds):
-            yield Plan(kind, rng.randint(1, hits), rng.choice(MOMENTS), within=phase)
-
-    plans: list[Plan] = [*plan("lease_handover")]
-    for phase in PHASES[work]:
-        plans += plan(f"phase_{phase}")
-        if phase in ("rollout", "score"):
-            plans += [*plan("shard_write", phase), *plan("shard_rename", phase)]
-        if phase in ("sft", "distill"):
-            plans += [*plan("checkpoint_write", phase, 6), *plan("checkpoint_rename", phase, 2)]
-            plans += [*plan("journal_append", phase, 20), *plan(RANDOM)]
-        if phase in ("sft", "score", "distill"):
-            plans += plan("artifact_publish", phase)
-        if phase in ("generate_responses", "benchmark"):
-            plans += plan("index_update", phase, 3)
-    return plans
+PHASES_WITH: dict[str, tuple[str, ...]] = {
+    "shard_write": ("rollout", "score"),
+    "shard_rename": ("rollout", "score"),
+    "checkpoint_write": ("sft", "distill"),
+    "checkpoint_rename": ("sft", "distill"),
+    "journal_append": ("sft", "distill"),
+    "index_update": ("generate_responses", "benchmark"),
+    "artifact_publish": ("sft", "score", "distill"),
+    "lease_handover": ("generate_responses", "distill"),
+    RANDOM: ("sft", "distill"),
+    **{f"phase_{name}": (name,) for name in PHASES["lightning"]},
+}
+"""Where each kind of failpoint is found; for a lease or a random moment, when in a chain it comes."""
+HITS = {"checkpoint_write": 6, "checkpoint_rename": 2, "journal_append": 16, "index_update": 2}
+ANYWHERE = ("lease_handover", RANDOM)
 
 
-def run_chain(chain: Chain, root: Path, rng: random.Random, expected: dict[str, Any]) -> Chain:
-    """Kill and resume the chain's run until it succeeds; what is not as it must be goes to `wrong`."""
-    place = failing_place(root / chain.name)
+def kill_chains(seed: int, chains: dict[Work, int], kinds: Sequence[str], per_kind: int) -> list[Chain]:
+    """Chains of kills, `per_kind` of each of the kinds dealt out evenly to the chains whose phases have it."""
+    rng = random.Random(f"{seed}/kills")
+    made = [Chain(f"{work}-{number}", work, []) for work, count in chains.items() for number in range(count)]
+    order = PHASES["lightning"]
+    dealt: dict[str, list[tuple[int, Plan]]] = {chain.name: [] for chain in made}
+    for kind in kinds:
+        slots = [(chain, phase) for chain in made for phase in PHASES[chain.work] if phase in PHASES_WITH[kind]]
+        rng.shuffle(slots)
+        for number in range(per_kind if slots else 0):
+            chain, phase = slots[number % len(slots)]
+            within = None if kind in ANYWHERE or kind.startswith("phase_") else phase
+            plan = Plan(kind, rng.randint(1, HITS.get(kind, 1)), rng.choice(MOMENTS), within=within)
+            dealt[chain.name].append((order.index(phase), plan))
+    for chain in made:
+        rng.shuffle(dealt[chain.name])
+        chain.plans = [plan for _, plan in sorted(dealt[chain.name], key=lambda pair: pair[0])]
+        # What a phase begins with comes before what it does, and what ends it last.
+        chain.plans.sort(key=lambda plan: place_in_phase(plan, dealt[chain.name]))
+    return sorted(made, key=lambda chain: -len(chain.plans))
+
+
+def place_in_phase(plan: Plan, dealt: list[tuple[int, Plan]]) -> tuple[int, int]:
+    """Where a plan stands in its chain: by its phase, then from the phase's start to its publication."""
+    phase = next(number for number, other in dealt if other is plan)
+    late = {"artifact_publish": 2, "index_update": 3}
+    return phase, 0 if plan.kind.startswith("phase_") else late.get(plan.kind, 1)
+
+
+def run_chain(chain: Chain, root: Path, seed: int, expected: dict[str, Any]) -> Chain:
+    """Stop and resume the chain's run until it succeeds; what is not as it must be goes to `wrong`."""
+    place, rng = failing_place(root / chain.name), random.Random(f"{seed}/{chain.name}")
     service = place.service()
-    waiting, run_id, attempts = deque(chain.plans), None, 0
+    waiting, run_id, attempts = deque(chain.plans), "", 0
     while True:
         plan = waiting.popleft() if waiting else None
         place.plan_file.unlink(missing_ok=True)
         if plan is not None and plan.kind != RANDOM:
             plan.save(place.plan_file)
         before = len(hits(place))
-        if run_id is None:
-            run_id = service.start_distillation(arguments(chain.work)).run_id
-        else:
+        if attempts:
             service.resume(run_id)
+        else:
+            run_id = service.start_distillation(arguments(chain.work)).run_id
         attempts += 1
         shot = plan is not None and plan.kind == RANDOM and killed_from_outside(place, attempts, rng)
         status = ended(service, run_id)
+        shot = shot or len(hits(place)) > before
+        if plan is not None and shot:
+            chain.kills[plan.kind] += 1
+        chain.wrong += [f"{chain.name}: {alert.message}" for alert in status.alerts if alert.code in DAMAGE_ALERTS]
         if status.state == "succeeded":
             chain.unreached = [*([plan] if plan and not shot else []), *waiting]
             break
-        if status.state != "lost" or not (shot or len(hits(place)) > before):
-            chain.wrong.append(f"{chain.name}: {status.state} at {plan}: {status.error}")
+        if plan is None or not shot or unlike_plan(plan, status):
+            chain.wrong.append(f"{chain.name}: {status.state} at {plan}: {status.error if shot else 'by itself'}")
             return chain
-        assert plan is not None
-        chain.kills[plan.kind] += 1
-        chain.wrong += [f"{chain.name}: {alert.message}" for alert in status.alerts if alert.code in DAMAGE_ALERTS]
     unlike = differences(expected, evidence(place, status))
-    chain.wrong += [f"{chain.name} ({run_id}) differs after {chain.killed} kills in: {name}" for name in unlike]
+    chain.wrong += [f"{chain.name} ({run_id}) differs after {chain.killed} stops in: {name}" for name in unlike]
     return chain
+
+
+def unlike_plan(plan: Plan, status: RunStatus) -> bool:
+    """Whether a run ended in another way than the plan would have it."""
+    if plan.action == "kill":
+        return status.state != "lost"
+    # Where not even the journal has room, nothing can be said; the run is then found lost.
+    silent = status.state == "lost" and (plan.action == "full" or plan.kind == "journal_append")
+    named = status.state == "failed" and status.error is not None and status.error.code == "not_enough_disk"
+    return not (silent or named)
 
 
 DAMAGE_ALERTS = ("damaged_journal", "checkpoint_damaged", "damaged_file")
@@ -136,27 +171,25 @@ def references(root: Path, works: Iterable[Work]) -> dict[Work, tuple[Place, Run
     return found
 
 
-def killed_workers(
+def run_chains(
     root: Path,
     seed: int,
-    chains: dict[Work, int],
-    rounds: int,
+    chains: list[Chain],
     undisturbed: dict[Work, tuple[Place, RunStatus]],
     tell: Callable[[str], None],
 ) -> list[Chain]:
-    """All chains, two at a time, with those that take up what the first ones did not reach."""
+    """The chains, two at a time, and one more for what a kind of work did not reach."""
     expected = {work: evidence(*found) for work, found in undisturbed.items()}
-    planned = []
-    for work, count in chains.items():
-        for number in range(count):
-            rng = random.Random(f"{seed}/{work}/{number}")
-            planned.append((Chain(f"{work}-{number}", work, kill_plans(work, rng, rounds)), rng))
 
-    def run(pair: tuple[Chain, random.Random]) -> Chain:
-        chain, rng = pair
-        done = run_chain(chain, root, rng, expected[chain.work])
-        tell(f"{done.name}: {done.killed} kills, {len(done.unreached)} not reached, {len(done.wrong)} wrong")
+    def run(chain: Chain) -> Chain:
+        done = run_chain(chain, root, seed, expected[chain.work])
+        tell(f"{done.name}: stopped {done.killed} times, {len(done.unreached)} not reached, {len(done.wrong)} wrong")
         return done
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, planned))
+        done = list(pool.map(run, chains))
+        left: dict[Work, list[Plan]] = {}
+        for chain in done:
+            left.setdefault(chain.work, []).extend(replace(plan, hit=1) for plan in chain.unreached)
+        more = [Chain(f"{work}-more", work, plans) for work, plans in left.items() if plans]
+        return [*done, *pool.map(run, more)]
