@@ -205,7 +205,7 @@ def seen(home: Path) -> dict[str, Any]:
     with store.index.reading() as database:
         assert database.execute("PRAGMA quick_check").fetchone()[0] == "ok", "the index is damaged"
     runs = {name: store.record(name).to_dict() for name in run_ids(store.workspace)}
-    journals = {name: read_journal(home / "runs" / name / "journal.jsonl")[:3] for name in runs}
+    journals = {name: read_journal(home / "runs" / name / "journal.jsonl")[:1] for name in runs}
     artifacts = {path.name: read_artifact(path).record.to_dict() for path in artifact_directories(store.workspace)}
     listed = {row.run_id: row.kind for row in store.list_runs().rows}
     return {"runs": runs, "journals": journals, "artifacts": artifacts, "lists": listed}

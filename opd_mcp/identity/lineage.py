@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from pydantic import ValidationError
-
-from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.files import file_sha256, sealed_text, unsealed, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
@@ -17,7 +15,7 @@ RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.
 
 def write_lineage(directory: Path, lineage: Lineage) -> None:
     """Write a directory's lineage.json."""
-    write_atomic(directory / LINEAGE_FILE, lineage.to_json(indent=2) + "\n")
+    write_atomic(directory / LINEAGE_FILE, sealed_text(lineage))
 
 
 def read_lineage(directory: Path) -> Lineage | None:
@@ -26,8 +24,8 @@ def read_lineage(directory: Path) -> Lineage | None:
     if not file.is_file():
         return None
     try:
-        return Lineage.from_json(file.read_bytes())
-    except ValidationError as error:
+        return unsealed(Lineage, file.read_bytes())
+    except ValueError as error:
         raise IntegrityError(
             "damaged_file", "lineage.json is not a lineage this version can read.", value=file, fix=RESTORE
         ) from error

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field
 
-from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.files import file_sha256, sealed_text, unsealed, write_atomic
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.store.files import publish_directory, tree_bytes
+from opd_mcp.store.files import publish_directory, tree_bytes, tree_sha256
 from opd_mcp.store.ids import is_id
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
@@ -26,10 +26,12 @@ from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"
 LOCK_POLL_SECONDS = 0.2
+# Its readers check it, and make it again.
+DERIVED_FILES = frozenset({"flat.bin"})
 
 
 class ArtifactRecord(Schema):
-    """`artifact.json`; `bytes` are those of all other files."""
+    """`artifact.json`; `bytes` and `files` are those of all other files."""
 
     schema_version: Literal[1] = 1
     artifact_id: str
@@ -38,6 +40,7 @@ class ArtifactRecord(Schema):
     run_id: str | None = None
     created_at: str
     bytes: int
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of each other file")
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,9 @@ class ArtifactStore:
             run_id=run_id,
             created_at=utc_now(),
             bytes=tree_bytes(building),
+            files=tree_sha256(building),
         )
-        write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
+        write_atomic(building / ARTIFACT_FILE, sealed_text(record))
         require_right()
         try:
             publish_directory(building, final)
@@ -195,14 +199,27 @@ def read_artifact(path: Path) -> Artifact:
     """The artifact in a directory; raises IntegrityError `damaged_file`."""
     file = path / ARTIFACT_FILE
     try:
-        return Artifact(ArtifactRecord.from_json(file.read_bytes()), path)
-    except ValidationError as error:
+        return Artifact(unsealed(ArtifactRecord, file.read_bytes()), path)
+    except ValueError as error:
         raise IntegrityError(
             "damaged_file",
             "artifact.json is not a record this version can read.",
             value=file,
             fix="Remove this artifact's directory; a run that needs it makes it anew.",
         ) from error
+
+
+def require_intact(artifact: Artifact) -> None:
+    """Raise IntegrityError `damaged_file` naming the first file of an artifact that is not what was published."""
+    for name, sha256 in artifact.record.files.items():
+        file = artifact.path / name
+        if name not in DERIVED_FILES and not (file.is_file() and file_sha256(file) == sha256):
+            raise IntegrityError(
+                "damaged_file",
+                f"{name} of {artifact.artifact_id} is missing or not what was written.",
+                value=file,
+                fix="Restore the file from a copy; or move this directory away, and resume_run makes it anew.",
+            )
 
 
 def artifact_row(record: ArtifactRecord) -> IndexedArtifact:
