@@ -1,35 +1,16 @@
-"""Files that are either complete or absent: atomic writes, and hashes of what was written."""
+"""Files that are either complete or absent: atomic writes, and the hash of what was written."""
 
 import hashlib
 import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.errors import IntegrityError
-
-SEAL = "self_sha256"
-Record = TypeVar("Record", bound=Schema)
 
 CHUNK_BYTES = 1 << 20
 MAX_JSON_BYTES = 256 << 20
-
-
-def sealed_text(record: Schema) -> str:
-    """A record as JSON text with the hash of its content, so that no flipped byte goes unseen."""
-    fields = json.loads(record.to_json())
-    return json.dumps({**fields, SEAL: content_hash(fields)}, indent=2, ensure_ascii=False) + "\n"
-
-
-def unsealed(kind: type[Record], text: bytes) -> Record:
-    """The record of a text that `sealed_text` made, or of one from before there were seals; ValueError for others."""
-    fields = json.loads(text)
-    seal = fields.pop(SEAL, None) if isinstance(fields, dict) else None
-    if seal is not None and seal != content_hash(fields):
-        raise ValueError("its content does not match its own sha256")
-    return kind.from_json(json.dumps(fields))
 
 
 def fsync_directory(directory: Path) -> None:

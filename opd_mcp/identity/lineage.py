@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from opd_mcp.identity.files import file_sha256, sealed_text, unsealed, write_atomic
+from pydantic import ValidationError
+
+from opd_mcp.identity.files import file_sha256, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
 
@@ -15,7 +18,7 @@ RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.
 
 def write_lineage(directory: Path, lineage: Lineage) -> None:
     """Write a directory's lineage.json."""
-    write_atomic(directory / LINEAGE_FILE, sealed_text(lineage))
+    write_atomic(directory / LINEAGE_FILE, lineage.sealed().to_json(indent=2) + "\n")
 
 
 def read_lineage(directory: Path) -> Lineage | None:
@@ -24,10 +27,10 @@ def read_lineage(directory: Path) -> Lineage | None:
     if not file.is_file():
         return None
     try:
-        return unsealed(Lineage, file.read_bytes())
-    except ValueError as error:
+        return Lineage.from_json(file.read_bytes())
+    except ValidationError as error:
         raise IntegrityError(
-            "damaged_file", "lineage.json is not a lineage this version can read.", value=file, fix=RESTORE
+            "damaged_file", f"lineage.json cannot be used ({first_problem(error)}).", value=file, fix=RESTORE
         ) from error
 
 

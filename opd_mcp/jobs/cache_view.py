@@ -5,7 +5,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, SampleRow
 from opd_mcp.schemas.errors import IntegrityError, PathError
 
@@ -17,10 +16,7 @@ COLUMNS = ("prompt_ids", "response_ids", "finish_reason", "teacher_logprobs", "b
 
 
 def read_manifest(path: Path, reference: object = None) -> CacheManifest:
-    """The manifest in a cache's directory, as its lineage proves it.
-
-    Raises PathError `not_a_cache`, IntegrityError `damaged_file` or `lineage_mismatch`.
-    """
+    """The manifest in a cache's directory; raises PathError `not_a_cache`, IntegrityError `damaged_file`."""
     file = path / MANIFEST_FILE
     if not file.is_file():
         raise PathError(
@@ -29,7 +25,6 @@ def read_manifest(path: Path, reference: object = None) -> CacheManifest:
             value=reference or path,
             fix="Give the cache_id that build_teacher_cache answered.",
         )
-    verified_lineage(path)
     try:
         return CacheManifest.from_json(file.read_bytes())
     except ValidationError as error:
@@ -44,7 +39,7 @@ def inspect_cache(path: Path) -> CacheInspection:
         bytes=sum((path / shard.file).stat().st_size for shard in manifest.shards if (path / shard.file).is_file()),
         rows=manifest.rows,
         tokens=manifest.tokens,
-        manifest=manifest.model_copy(update={"shards": []}),
+        manifest=manifest.model_copy(update={"shards": [], "self_sha256": ""}),
         shards=len(manifest.shards),
         sample=_sample(path, manifest),
     )

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from opd_mcp.identity.files import file_sha256, sealed_text, unsealed, write_atomic
-from opd_mcp.schemas.base import Schema
+from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.store.files import publish_directory, tree_bytes, tree_sha256
@@ -30,10 +29,10 @@ LOCK_POLL_SECONDS = 0.2
 DERIVED_FILES = frozenset({"flat.bin"})
 
 
-class ArtifactRecord(Schema):
+class ArtifactRecord(Record):
     """`artifact.json`; `bytes` and `files` are those of all other files."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed, with the hashes of the files
     artifact_id: str
     kind: ArtifactKind
     key: str
@@ -126,8 +125,8 @@ class ArtifactStore:
             created_at=utc_now(),
             bytes=tree_bytes(building),
             files=tree_sha256(building),
-        )
-        write_atomic(building / ARTIFACT_FILE, sealed_text(record))
+        ).sealed()
+        write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
         require_right()
         try:
             publish_directory(building, final)
@@ -199,11 +198,11 @@ def read_artifact(path: Path) -> Artifact:
     """The artifact in a directory; raises IntegrityError `damaged_file`."""
     file = path / ARTIFACT_FILE
     try:
-        return Artifact(unsealed(ArtifactRecord, file.read_bytes()), path)
-    except ValueError as error:
+        return Artifact(ArtifactRecord.from_json(file.read_bytes()), path)
+    except ValidationError as error:
         raise IntegrityError(
             "damaged_file",
-            "artifact.json is not a record this version can read.",
+            f"artifact.json cannot be used ({first_problem(error)}).",
             value=file,
             fix="Remove this artifact's directory; a run that needs it makes it anew.",
         ) from error

@@ -172,24 +172,18 @@ class JournalWriter:
         """
         with self._mutex:
             self.require_right()
-            if type == "state" and self._state is not None:
-                require_transition(self._state, data["state"])
+            if type == "state":
+                if self._state is not None:
+                    require_transition(self._state, data["state"])
+                self._state = data["state"]
             record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, dict(data))
             line = encode_record(record)
-            try:
-                rest = line
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
-                if durable:
-                    os.fsync(self._descriptor)
-            except OSError:
-                # A full disk may take half a line; what is written next must not follow it.
-                os.ftruncate(self._descriptor, self._size)
-                raise
-            self._size += len(line)
+            while line:
+                written = os.write(self._descriptor, line)
+                line, self._size = line[written:], self._size + written
             self._next_seq += 1
-            if type == "state":
-                self._state = data["state"]
+            if durable:
+                os.fsync(self._descriptor)
             return record
 
     def sync(self) -> int:

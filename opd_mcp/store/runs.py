@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from opd_mcp.identity.files import fsync_directory, sealed_text, unsealed, write_atomic
+from pydantic import ValidationError
+
+from opd_mcp.identity.files import fsync_directory, write_atomic
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.ids import is_id
@@ -30,14 +32,10 @@ def create_run(workspace: Workspace, record: RunRecord) -> Path:
     """Make a run's directory with its record, durably; FileExistsError when the id is taken."""
     directory = workspace.run(record.run_id)
     directory.mkdir(mode=0o700)
-    try:
-        (directory / CHECKPOINTS).mkdir(mode=0o700)
-        (directory / LOCK_FILE).touch(mode=0o600)
-        write_atomic(directory / RECORD_FILE, sealed_text(record))
-        fsync_directory(workspace.runs)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)  # nobody was told of this run
-        raise
+    (directory / CHECKPOINTS).mkdir(mode=0o700)
+    (directory / LOCK_FILE).touch(mode=0o600)
+    write_atomic(directory / RECORD_FILE, record.sealed().to_json(indent=2) + "\n")
+    fsync_directory(workspace.runs)
     return directory
 
 
@@ -45,11 +43,12 @@ def read_record(directory: Path) -> RunRecord:
     """A run's record; raises IntegrityError `damaged_file`."""
     file = directory / RECORD_FILE
     try:
-        return unsealed(RunRecord, file.read_bytes())
-    except (ValueError, OSError) as error:
+        return RunRecord.from_json(file.read_bytes())
+    except (ValidationError, OSError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error.strerror
         raise IntegrityError(
             "damaged_file",
-            "run.json is missing or not a record this version can read.",
+            f"run.json cannot be used ({why}).",
             value=file,
             fix="Start the run again; its artifacts are still found and reused.",
         ) from error
