@@ -38,7 +38,7 @@ class Size:
     kills_per_kind: int
     kills: int
     servers: int
-    enospc_phases: tuple[str, ...]
+    enospc_phases: tuple[tuple[str, ...], ...]
     enospc: int
     damage: int
     contention_seconds: float
@@ -49,7 +49,7 @@ FULL = Size(
     kills_per_kind=8,
     kills=100,
     servers=55,
-    enospc_phases=("generate_responses", "sft", "rollout", "score", "distill", "benchmark"),
+    enospc_phases=(("generate_responses", "sft", "rollout"), ("score", "distill", "benchmark")),
     enospc=50,
     damage=240,
     contention_seconds=60.0,
@@ -59,9 +59,9 @@ QUICK = Size(
     kills_per_kind=0,
     kills=5,
     servers=5,
-    enospc_phases=("sft",),
+    enospc_phases=(),
     enospc=50,
-    damage=60,
+    damage=40,
     contention_seconds=5.0,
 )
 QUICK_KINDS = ("phase_sft", "checkpoint_write", "checkpoint_rename", "shard_write", "phase_distill")
@@ -114,8 +114,9 @@ class Chaos:
     def enospc(self) -> None:
         """Full disks."""
         points, corrupt = full_stores(self.root / "stores", self.tell)
-        chain = full_disk_chain(self.seed, self.size.enospc_phases)
-        done = run_chains(self.root / "full", self.seed, [chain], self.undisturbed({"lightning"}), self.tell)
+        chains = [full_disk_chain(self.seed, phases) for phases in self.size.enospc_phases]
+        undisturbed = self.undisturbed({"lightning"}) if chains else {}
+        done = run_chains(self.root / "full", self.seed, chains, undisturbed, self.tell)
         self._problems_of(done)
         self.problems += corrupt
         in_worker = sum(chain.killed for chain in done)

@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from chaos_workload import Place
 
 from opd_mcp.jobs import worker
 from opd_mcp.jobs.metrics import recorded_points
+from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import IntegrityError
-from opd_mcp.schemas.requests import ListArtifacts
+from opd_mcp.schemas.requests import ListArtifacts, StartDistillation
 from opd_mcp.store.artifacts import artifact_directories
-from opd_mcp.store.plans import read_plan
 from opd_mcp.store.workspace import Workspace
 
 LOOKED_AT = ("artifact.json", "lineage.json", "manifest.json", "training.json", "report.json", "cost.json")
@@ -47,9 +48,15 @@ def looks(place: Place, run_id: str) -> dict[str, Any]:
         "list": answer(lambda: [row.to_dict() for row in service.list_runs().rows]),
         "artifacts": answer(lambda: [row.to_dict() for row in service.list_artifacts(ListArtifacts()).rows]),
         "cache": answer(lambda: [service.inspect_cache(name).to_dict() for name in caches]),
-        "plan": answer(lambda: [read_plan(service.workspace, name).to_dict() for name in plans]),
+        "plan": answer(lambda: [consent(service, name) for name in plans]),
         "reuse": answer(lambda: reused(place, run_id)),
     }
+
+
+def consent(service: JobService, plan_id: str) -> Any:
+    """What a user is asked before a plan is started."""
+    question = service.start_question(StartDistillation(plan_id=plan_id), gpu_hours=0.0)
+    return question and asdict(question)
 
 
 def status_of(status: dict[str, Any]) -> dict[str, Any]:

@@ -29,13 +29,13 @@ ENOSPC_KINDS: dict[str, tuple[str, ...]] = {
 
 def full_disk_chain(seed: int, phases: tuple[str, ...]) -> Chain:
     """A distillation whose disk is full at each of these phases' kinds of writes, resumed after each."""
-    rng = random.Random(f"{seed}/enospc")
+    rng = random.Random(f"{seed}/enospc/{phases[0]}")
     plans = [
         Plan(kind, rng.randint(1, 2), rng.choice(("before", "torn")), rng.choice(("full", "full_once")), within=phase)
         for phase in phases
         for kind in ENOSPC_KINDS[phase]
     ]
-    return Chain("full-disk", "lightning", plans)
+    return Chain(f"full-disk-{phases[0]}", "lightning", plans)
 
 
 def full_stores(root: Path, tell: Callable[[str], None]) -> tuple[int, list[str]]:
