@@ -117,6 +117,7 @@ class ArtifactStore:
         if not is_id(artifact_id):
             raise ValueError(f"not an id: {artifact_id!r}")
         final = self.workspace.artifacts_of(kind) / artifact_id
+        (building / ARTIFACT_FILE).unlink(missing_ok=True)  # of an earlier attempt that died just before its rename
         record = ArtifactRecord(
             artifact_id=artifact_id,
             kind=kind,

@@ -86,6 +86,14 @@ def test_a_changed_or_missing_file_of_an_artifact_is_named(artifacts, damage):
         require_intact(artifacts.get("cache-1"))
 
 
+def test_a_building_directory_that_was_nearly_published_is_published_as_if_new(artifacts):
+    building = build(artifacts)
+    (building / "artifact.json").write_text("of a worker that died before the rename")
+    artifact = artifacts.publish("cache", building, "cache-1", "key")
+    assert artifact.record.bytes == 4
+    require_intact(artifacts.get("cache-1"))
+
+
 def test_links_in_a_building_directory_are_not_published(artifacts, tmp_path):
     building = build(artifacts)
     (building / "link").symlink_to(tmp_path)
