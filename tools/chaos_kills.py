@@ -184,6 +184,8 @@ def run_chains(
     def run(chain: Chain) -> Chain:
         done = run_chain(chain, root, seed, expected[chain.work])
         tell(f"{done.name}: stopped {done.killed} times, {len(done.unreached)} not reached, {len(done.wrong)} wrong")
+        for problem in done.wrong:
+            tell(f"  {problem[:1000]}")
         return done
 
     with ThreadPoolExecutor(2) as pool:

@@ -64,9 +64,8 @@ async def killed_servers(root: Path, seed: int, count: int, tell: Callable[[str]
         for row in (await _answer(client, "list_runs", limit=100))["rows"]:
             if row["state"] in ACTIVE_STATES:
                 await _answer(client, "cancel_run", run_id=row["run_id"])
-    tell(
-        f"servers: {found.kills.total()} kills during calls, {found.after_the_calls} after them, {len(found.acknowledged)} runs acknowledged"
-    )
+    counts = f"{found.kills.total()} kills during calls, {found.after_the_calls} after them"
+    tell(f"servers: {counts}, {len(found.acknowledged)} runs acknowledged")
     return found
 
 
