@@ -27,7 +27,7 @@ from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.engine.progress import stage_cost
-from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage
+from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import Runtime, open_runtime
 from opd_mcp.engine.teachers.http import open_remote, same_probe
 from opd_mcp.engine.teachers.teacher import Teacher, open_local
@@ -303,7 +303,7 @@ def _finish(
             Parent(role="student", identity=record.behaviour),
             Parent(role="prompts", sha256=record.prompts_sha256),
         ],
-        files=[MANIFEST_FILE],
+        files=[MANIFEST_FILE, *tokenizer_files(output)],
         sft_teacher=claim,
         teacher_mismatch_allowed=allowed,
     )
