@@ -215,7 +215,8 @@ def serve_teacher(
     max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence.", min=2)] = 32768,
 ) -> None:
     """Serve a model's log-probs: token ids in, log-probs and top-k out; the key is in OPD_TEACHER_KEY."""
-    from opd_mcp.engine.teachers.serve import Limits, serve
+    from opd_mcp.engine.teachers.scorer import Limits
+    from opd_mcp.engine.teachers.serve import serve
 
     serve(model, host, port, os.environ.get(TEACHER_KEY), threads, Limits(queue=queue, length=max_length))
 
