@@ -239,13 +239,13 @@ def teacher_delta(
     if path is None or len(sample.response_ids) == 0:
         return None
     identity = inspect_model(path).identity
-    ours = sample.columns["teacher_logprobs"].astype(np.float64)
     if identity.same_weights(scorer.identity) and scorer.identity.remote is None:
-        theirs = ours  # the same network in the same process: its log-probs are these
-    else:
-        local = open_local(path, runtime, recipe.micro_batch_tokens)
-        theirs = local.score(sample, 0).scores.logprobs.astype(np.float64)
-    difference = np.abs(theirs - ours)
+        return TeacherDelta(
+            sft_teacher=identity.label(), basis="by_construction", rows=0, tokens=0, mean_abs=0, over_one_nat=0
+        )
+    local = open_local(path, runtime, recipe.micro_batch_tokens)
+    theirs = local.score(sample, 0).scores.logprobs.astype(np.float64)
+    difference = np.abs(theirs - sample.columns["teacher_logprobs"].astype(np.float64))
     return TeacherDelta(
         sft_teacher=identity.label(),
         rows=len(sample),
