@@ -156,6 +156,9 @@ def cache_verify(
         Path | None,
         typer.Option(help="The teacher's directory, to score a sample again.", exists=True, file_okay=False),
     ] = None,
+    teacher_url: Annotated[
+        str | None, typer.Option(help="Or the server that scores for it; its key is in OPD_TEACHER_KEY.")
+    ] = None,
     sample: Annotated[int, typer.Option(help="Rows to score again.", min=1)] = 16,
     as_json: AsJson = False,
 ) -> None:
@@ -167,6 +170,13 @@ def cache_verify(
         from opd_mcp.engine.teachers.teacher import rescorer
 
         rescore = rescorer(teacher)
+    elif teacher_url is not None:
+        from opd_mcp.engine.teachers.http import remote_rescorer
+        from opd_mcp.jobs.cache_view import read_manifest
+        from opd_mcp.schemas.identity import RemoteTeacher
+
+        served = RemoteTeacher(name=read_manifest(cache).teacher.name, url=teacher_url)
+        rescore = remote_rescorer(served, cache / "tokenizer", os.environ.get(TEACHER_KEY))
     found = verified(cache, rescore, sample=sample)
     typer.echo(found.to_json() if as_json else found.text())
     raise typer.Exit(bool(found.problems))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from opd_mcp.engine.data.sequences import Sequences
@@ -34,7 +35,7 @@ from opd_mcp.identity.tokenizers import (
     token_map,
     token_map_hash,
 )
-from opd_mcp.schemas.errors import ConsistencyError, ResourceError
+from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
 from opd_mcp.schemas.identity import ModelIdentity, RemoteTeacher
 
 PROBE_TOKENS = 16
@@ -157,6 +158,33 @@ def open_remote(
         server.close()
         raise
     return replace(teacher, identity=identity.model_copy(update={"probe": probe}))
+
+
+def remote_rescorer(
+    remote: RemoteTeacher, tokenizer: Path, key: str | None
+) -> Callable[[Sequences, int], NDArray[np.float32]]:
+    """What `cache verify` asks for: from rows and k to the log-probs that a server gives them.
+
+    It raises as `open_remote`, and RunError `bad_rows` for a row that the server cannot score.
+    """
+
+    def rescored(rows: Sequences, topk: int) -> NDArray[np.float32]:
+        teacher = open_remote(remote, tokenizer=tokenizer, key=key)
+        try:
+            result = teacher.score(rows, 0)
+        finally:
+            teacher.close()
+        if result.refused:
+            row, reason = next(iter(result.refused.items()))
+            raise RunError(
+                "bad_rows",
+                f"The server cannot score a row of this cache: {reason}.",
+                value=rows.prompt_row_ids[row],
+                fix="See that the server serves the cache's teacher, with room for its longest row.",
+            )
+        return result.scores.logprobs
+
+    return rescored
 
 
 def probe_ids(tokens: int) -> list[int]:
