@@ -73,7 +73,7 @@ def with_measures(
             "teacher_delta": delta,
             "engine_gap": gap,
             "measured_in": cache.artifact_id if cache else None,
-            "not_measured": "; ".join(absent) or None,
+            "not_measured": ", ".join(absent) or None,
         }
     )
 
@@ -92,12 +92,12 @@ def _proven_same(verdict: ConsistencyVerdict) -> bool:
 
 def _absence(name: str, method: Method, cache: MeasuredCache | None, *, at_hand: bool) -> str:
     if method == "live":
-        return f"{name}: a live run builds no cache to measure it on"
+        return f"{name} (a live run builds no cache to measure it on)"
     if not at_hand:
-        return f"{name}: the SFT teacher's files are not at hand"
+        return f"{name} (the SFT teacher's files are not at hand)"
     if cache is not None and cache.own:
-        return f"{name}: it was not measured when {cache.artifact_id} was built"
-    return f"{name}: measured when the cache is built"
+        return f"{name} (left out when {cache.artifact_id} was built)"
+    return f"{name} (measured when the cache is built)"
 
 
 def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdentity) -> CacheManifest | None:

@@ -53,7 +53,7 @@ def _plan_measures(plan: Plan) -> list[str]:
     if verdict.measured_in and plan.rollouts:
         lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
     if verdict.not_measured:
-        lines.append(f"not measured: {verdict.not_measured}")
+        lines.append(f"not known: {verdict.not_measured}")
     return lines
 
 

@@ -121,7 +121,8 @@ async def test_a_cache_is_built_over_http_then_distilled_and_benchmarked(
     everything = [path for path in world.workspace.rglob("*") if path.is_file()]
     assert {"worker.log", "journal.jsonl", "run.json", "manifest.json", "opd.sqlite"} <= {p.name for p in everything}
     assert not [path for path in everything if KEY.encode() in path.read_bytes()]
-    command = [sys.executable, "-m", "opd_mcp.cli", "cache", "verify", str(cache), "--teacher", teacher]
-    proven = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-m", "opd_mcp.cli", "cache", "verify", started["cache_id"], "--teacher", teacher]
+    environment = world.environment()
+    proven = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert proven.returncode == 0, proven.stdout + proven.stderr
     assert "nothing is wrong" in proven.stdout

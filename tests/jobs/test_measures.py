@@ -27,7 +27,7 @@ def test_the_same_proven_weights_make_delta_zero_by_construction(service, world,
         assert (verdict.teacher_delta.basis, verdict.teacher_delta.mean_abs) == ("by_construction", 0)
         assert verdict.teacher_delta.tokens == 0, "nothing was measured"
         assert verdict.engine_gap is None
-        assert verdict.not_measured == "engine_gap: measured when the cache is built"
+        assert verdict.not_measured == "engine_gap (measured when the cache is built)"
         assert verdict.measured_in is None
 
 
@@ -35,11 +35,11 @@ def test_what_is_only_asserted_is_not_zero_but_measured_when_the_teacher_s_files
     here = service.plan(world.plan_arguments(declared_teacher=world.teacher))
     assert here.consistency.teacher_delta is None
     assert here.consistency.not_measured == (
-        "teacher_delta: measured when the cache is built; engine_gap: measured when the cache is built"
+        "teacher_delta (measured when the cache is built), engine_gap (measured when the cache is built)"
     )
     name_only = service.plan(world.plan_arguments(declared_teacher="teacher")).consistency
-    assert name_only.not_measured.startswith("teacher_delta: the SFT teacher's files are not at hand; engine_gap:")
-    assert "not measured: teacher_delta: measured when the cache is built; engine_gap" in plan_text(here)
+    assert name_only.not_measured.startswith("teacher_delta (the SFT teacher's files are not at hand), engine_gap")
+    assert "not known: teacher_delta (measured when the cache is built), engine_gap" in plan_text(here)
 
 
 def test_the_plan_s_own_cache_says_what_its_building_measured(service, world, finished):

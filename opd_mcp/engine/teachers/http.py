@@ -310,7 +310,7 @@ def _untrue(remote: RemoteTeacher, why: str) -> ConsistencyError:
 
 
 def _refused(server: Server, refusal: Refusal) -> ResourceError:
-    hint = "Set OPD_TEACHER_KEY where the MCP server is started." if refusal.status in (401, 403) else ""
+    hint = "Set OPD_TEACHER_KEY to the server's key where opd-mcp is started." if refusal.status in (401, 403) else ""
     return ResourceError(
         "teacher_refused",
         f"The teacher's server refused the request ({refusal}).",
