@@ -121,6 +121,7 @@ def test_a_fault_that_stays_is_one_error_and_the_next_build_goes_on(fault, proxy
     assert KEY not in str(caught.value)
     cache = build.root / "cache"
     assert not (cache / "manifest.json").exists()
+    assert not list(cache.glob(".*")), "nothing half-written"
     kept = {path: path.stat().st_mtime_ns for path in cache.glob("*.parquet")}
     assert len(kept) == 1
     served.faults = lambda number: None
