@@ -15,7 +15,7 @@ from opd_mcp.jobs.estimates import COST_FILE, ArtifactCosts, PhaseCost, work_nam
 from opd_mcp.jobs.phases import Product, product
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.results import report_figures, rounded, sampled
-from opd_mcp.jobs.stage_calls import StageCalls
+from opd_mcp.jobs.stage_calls import StageCalls, checkpoints_of
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
@@ -76,7 +76,7 @@ class Pipeline:
         if found is None:
             return False
         self.pending = []  # of rollouts whose cache another run has finished meanwhile
-        self.journal.append("phase", {"phase": phase.name, "event": "started"})
+        self.reporter.begin(phase.name)
         event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
         cost = recorded_cost(found.path, phase.name)
         if cost is not None:
@@ -89,7 +89,7 @@ class Pipeline:
         return True
 
     def _computed(self, phase: RunPhase, building: Path) -> None:
-        self.journal.append("phase", {"phase": phase.name, "event": "started"})
+        self.reporter.begin(phase.name)
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
         cost = self.calls.compute(phase.name, building)
@@ -111,6 +111,7 @@ class Pipeline:
                 shutil.rmtree(self.calls.paths.pop(ROLLOUTS), ignore_errors=True)
         self.calls.costs.append(cost)
         self.journal.append("phase", {**event, "cost": cost.to_dict()})
+        shutil.rmtree(checkpoints_of(self.directory, phase.name), ignore_errors=True)
 
     def _building(self, phase: RunPhase) -> Path:
         """Where the phase builds; rollouts and scores in directories that the next run with the same key goes on in."""
@@ -155,7 +156,7 @@ class Pipeline:
 
 def run_cancelled() -> RunError:
     """The error of a run that was asked to stop."""
-    return RunError("run_cancelled", "The run was asked to stop.", fix="Start it again; finished phases are reused.")
+    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on.")
 
 
 def recorded_cost(artifact: Path, name: PhaseName) -> StageCost | None:

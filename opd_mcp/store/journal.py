@@ -3,6 +3,7 @@
 Types and their data:
   state     {"state": RunState}
   phase     {"phase": name, "event": "started" | "finished" | "reused", "cost"?: StageCost, "artifact_id"?: id}
+            {"phase": name, "event": "resumed", "step": int}: metrics of later steps, written before, count no more
   progress  {"done": int, "total": int, "unit": text}
   metric    {"step": int, "values": {name: number}}
   alert     {"code": text, "message": text}
@@ -163,6 +164,11 @@ class JournalWriter:
         if durable:
             os.fsync(self._descriptor)
         return record
+
+    def sync(self) -> int:
+        """The number of the last record, once all up to it are on the disk."""
+        os.fsync(self._descriptor)
+        return self._next_seq - 1
 
     def close(self) -> None:
         """Close the file; the writer cannot be used any more."""

@@ -44,7 +44,7 @@ class RunView:
     def __post_init__(self) -> None:
         self._reader = JournalReader(self.directory / JOURNAL_FILE)
         self._journal_state: RunState = "queued"
-        self._points: dict[str, deque[float | None]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
+        self._points: dict[str, deque[tuple[int, float | None]]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
         self._measured_phase: PhaseName | None = None
         self._pace: deque[tuple[float, int]] = deque(maxlen=RATE_POINTS)
 
@@ -63,9 +63,10 @@ class RunView:
     @property
     def metrics(self) -> dict[str, MetricTrend]:
         """The latest value of each metric and where it goes; no value stands for one that is not finite."""
+        values = {name: [value for _, value in points] for name, points in self._points.items() if points}
         return {
-            name: MetricTrend(last=points[-1], trend=trend_of([p for p in points if p is not None]))
-            for name, points in self._points.items()
+            name: MetricTrend(last=found[-1], trend=trend_of([value for value in found if value is not None]))
+            for name, found in values.items()
         }
 
     def _fold(self, record: JournalRecord) -> None:
@@ -85,9 +86,10 @@ class RunView:
                 if self._measured_phase != self.phase:  # another phase's loss is another quantity
                     self._points.clear()
                     self._measured_phase = self.phase
-                self.step = data.get("step", self.step)
+                self._rewind(data["step"] - 1)
+                self.step = data["step"]
                 for name, value in data["values"].items():
-                    self._points[name].append(value)
+                    self._points[name].append((self.step, value))
             case "alert":
                 self._alert(record.time, data["code"], data["message"])
             case "result":
@@ -110,12 +112,24 @@ class RunView:
             self.progress = None
             self._pace.clear()
             return
+        if data["event"] == "resumed":
+            self._rewind(data["step"])
+            return
         if name not in self.phases_done:
             self.phases_done.append(name)
         if "cost" in data:
             self.costs.append(StageCost.model_validate(data["cost"]))
         if "artifact_id" in data:
             self.artifacts[name] = data["artifact_id"]
+
+    def _rewind(self, step: int) -> None:
+        """Forget what an earlier attempt told of later steps."""
+        if self.step is None or self.step <= step:
+            return
+        self.step = step
+        for points in self._points.values():
+            while points and points[-1][0] > step:
+                points.pop()
 
     def _fold_progress(self, time: str, data: dict[str, Any]) -> None:
         done, total, unit = data["done"], data["total"], data["unit"]

@@ -248,3 +248,11 @@ def test_what_a_killed_worker_built_is_taken_up_by_the_next_run(world, service, 
     assert (made / "taken_up").exists(), "the second run found the first one's rollouts"
     assert (made / "shard-00000.parquet").exists(), "and its scores"
     assert not list(caches.glob(".building-*"))
+
+
+def test_sigterm_ends_a_queued_run_that_can_go_on(world, service, busy_machine, until, finished):
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    until(service, run_id, lambda status: status.queue_position == 1)
+    worker_of(run_id).terminate()
+    status = finished(service, run_id)
+    assert (status.state, status.error.code) == ("failed", "worker_terminated")
