@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from opd_mcp.identity.consistency import delta_by_construction, proven_claim
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.jobs.cache_view import read_manifest
 from opd_mcp.jobs.judging import Findings, judge_rollouts
-from opd_mcp.schemas.cache import CacheManifest, TeacherDelta
+from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
 from opd_mcp.schemas.plans import ConsistencyVerdict
@@ -27,7 +28,8 @@ class MeasuredCache:
 def measured_cache(artifacts: ArtifactStore, inputs: RunInputs, phases: Sequence[RunPhase]) -> MeasuredCache | None:
     """The cache of these phases where it exists, else the newest one of the same student and teacher, by weights.
 
-    A student that is still to be fine-tuned has none. A cache that cannot be read is passed over.
+    A student that is still to be fine-tuned has none, and a cache of another plan that cannot be read is passed over.
+    Raises IntegrityError `damaged_file` for the plan's own.
     """
     own = next((phase.satisfied_by for phase in phases if phase.name == "score" and phase.satisfied_by), None)
     if own is not None:
@@ -58,10 +60,9 @@ def with_measures(
     delta = cache.manifest.teacher_delta if cache else None
     gap = cache.manifest.engine_gap if cache else None
     fine_tuned_here = any(phase.name == "sft" for phase in phases)
-    if delta is None and verdict.teacher is not None and (fine_tuned_here or _proven_same(verdict)):
-        delta = TeacherDelta(
-            sft_teacher=verdict.teacher.label(), basis="by_construction", rows=0, tokens=0, mean_abs=0, over_one_nat=0
-        )
+    if delta is None and verdict.teacher is not None:
+        claim = proven_claim(verdict.teacher) if fine_tuned_here else verdict.sft_teacher
+        delta = delta_by_construction(verdict.teacher, claim)
     absent = []
     if delta is None:
         at_hand = fine_tuned_here or inputs.sft_teacher_path is not None
@@ -75,18 +76,6 @@ def with_measures(
             "measured_in": cache.artifact_id if cache else None,
             "not_measured": ", ".join(absent) or None,
         }
-    )
-
-
-def _proven_same(verdict: ConsistencyVerdict) -> bool:
-    teacher, claim = verdict.teacher, verdict.sft_teacher
-    return bool(
-        teacher is not None
-        and teacher.remote is None
-        and claim is not None
-        and claim.basis == "proven"
-        and claim.identity is not None
-        and claim.identity.same_weights(teacher)
     )
 
 

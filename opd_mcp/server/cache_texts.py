@@ -28,8 +28,7 @@ def manifest_lines(manifest: CacheManifest) -> list[str]:
     lines = [
         f"teacher {manifest.teacher.label()}, student {manifest.behaviour.label()}"
         + (f", SFT teacher {claim.label()} ({claim.basis})" if claim else ""),
-        f"{manifest.dtype}, top {manifest.topk}, seed {manifest.seed}, temperature {manifest.sampling.temperature}, "
-        f"content {manifest.content_sha256[:12]}",
+        f"{manifest.dtype}, top {manifest.topk}, {_drawn_how(manifest)}content {manifest.content_sha256[:12]}",
         f"drawn: {rollouts_text(rollouts)}",
         f"prompts: {prompts_text(hygiene)}",
         f"truncated rollouts: {hygiene.on_truncated}; dropped {hygiene.truncated_dropped}, capped "
@@ -48,6 +47,12 @@ def manifest_lines(manifest: CacheManifest) -> list[str]:
     if manifest.lacks:
         lines.append("lacks: " + ", ".join(manifest.lacks))
     return lines
+
+
+def _drawn_how(manifest: CacheManifest) -> str:
+    if "seed" in manifest.lacks:
+        return ""  # a converted cache's fields hold defaults, nobody's settings
+    return f"seed {manifest.seed}, temperature {manifest.sampling.temperature}, "
 
 
 def rollouts_text(rollouts: RolloutStatistics) -> str:

@@ -7,6 +7,7 @@ answered with 429. Text is not accepted and nothing is generated: tokens in, log
 
 import hmac
 import json
+import socket
 from contextlib import suppress
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,7 +99,7 @@ class TeacherServer(ThreadingHTTPServer):
 def serve(model: Path, host: str, port: int, key: str | None, threads: int, limits: Limits) -> None:
     """Serve the model until interrupted; the address is printed once the server answers.
 
-    Raises ArgumentError `invalid_argument` for an address that others reach, without a key.
+    Raises ArgumentError `invalid_argument` for an address that others reach, without a key, or that is not free.
     """
     if key is None and host not in LOOPBACK:
         raise ArgumentError(
@@ -107,11 +108,24 @@ def serve(model: Path, host: str, port: int, key: str | None, threads: int, limi
             value=host,
             fix="Set OPD_TEACHER_KEY to a long random text, here and where the student's machine asks.",
         )
+    _require_free(host, port)
     runtime = open_runtime(RuntimeRecipe(threads=threads))
     with TeacherServer((host, port), open_local(model, runtime, limits.batch_tokens), key, limits) as server:
         print(f"serving {server.teacher.identity.label()} at http://{host}:{server.server_port}", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()  # before a model is loaded for minutes
+    except OSError as error:
+        raise ArgumentError(
+            "invalid_argument",
+            f"This address cannot be listened on: {error.strerror}.",
+            value=f"{host}:{port}",
+            fix="Give another --port or --host, or end what listens there.",
+        ) from error
 
 
 class _Handler(BaseHTTPRequestHandler):

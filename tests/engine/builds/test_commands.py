@@ -116,3 +116,11 @@ def test_a_teacher_that_others_reach_needs_a_key(monkeypatch):
     done = run("serve-teacher", EXAMPLE / "teacher", "--host", "0.0.0.0")
     assert isinstance(done.exception, ArgumentError)
     assert "OPD_TEACHER_KEY" in str(done.exception)
+
+
+def test_an_address_that_is_not_free_is_one_error_before_the_model_is_loaded(serving, monkeypatch):
+    port = serving("teacher").rsplit(":", 1)[1]
+    monkeypatch.setattr("opd_mcp.engine.teachers.serve.open_local", None)
+    done = run("serve-teacher", EXAMPLE / "teacher", "--port", port)
+    assert isinstance(done.exception, ArgumentError)
+    assert "Address already in use" in str(done.exception)

@@ -25,6 +25,7 @@ from opd_mcp.engine.teachers.teacher import rescorer
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, IntegrityError
+from opd_mcp.server.cache_texts import manifest_lines
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
 
@@ -214,6 +215,9 @@ def test_the_authors_file_becomes_a_cache_that_says_what_it_lacks(build, tmp_pat
     manifest = converted(tmp_path / "authors.parquet", tmp_path / "cache", **given)
     assert manifest.lacks[0] == "EOS"
     assert "behaviour_logprobs" in manifest.lacks
+    shown = "\n".join(manifest_lines(manifest))
+    assert "lacks: EOS, behaviour_logprobs, sampling, seed" in shown
+    assert "temperature" not in shown
     reasons = ("lists of different length", "not a log-prob", "loss mask with holes")
     assert manifest.hygiene.quarantined == dict.fromkeys(reasons, 1)
     stored = read_cache(tmp_path / "cache")[1]
