@@ -15,6 +15,7 @@ from opd_mcp.engine.provenance import full_identity
 from opd_mcp.engine.teachers.connection import Patience, Refusal, Server
 from opd_mcp.engine.teachers.local import TeacherScores
 from opd_mcp.engine.teachers.teacher import RowScores
+from opd_mcp.engine.teachers.texts import require_same_texts
 from opd_mcp.engine.teachers.wire import (
     PATHS,
     TOKENS_PATH,
@@ -142,6 +143,8 @@ def open_remote(
         dialect: Dialect = {"sglang": "sglang", "opd-mcp": "opd-mcp"}.get(str(entry.get("owned_by")), "vllm")  # type: ignore[assignment]
         tokens = token_map(tokenizer)
         identity = _identity(server, remote, entry, tokens, tokenizer, files)
+        if dialect != "opd-mcp":
+            require_same_texts(server, dialect, str(entry["id"]), tokenizer, probe_ids(max(tokens) + 1))
         length = entry.get("max_model_len")
         teacher = HttpTeacher(
             server=server,

@@ -6,6 +6,7 @@ sglang/srt/entrypoints/openai/protocol.py `ModelCard`.
 """
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from opd_mcp.engine.cache.manifest import read_cache
 from opd_mcp.engine.cache.verify import verified
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.teachers.http import open_remote
 from opd_mcp.engine.teachers.teacher import LocalTeacher, open_local
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import RemoteTeacher
@@ -34,6 +37,7 @@ class ForeignServer(ThreadingHTTPServer):
     def __init__(self, dialect: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.dialect, self.lock = dialect, threading.Lock()
+        self.tells_texts, self.tokenizer = True, Tokenizer.from_file(str(EXAMPLE / "teacher" / "tokenizer.json"))
         self.teacher: LocalTeacher = open_local(
             EXAMPLE / "teacher", Runtime(torch.device("cpu"), torch.float32, 0), 4096
         )
@@ -49,6 +53,12 @@ class ForeignServer(ThreadingHTTPServer):
                 for pair in zip(scores.topk_ids.tolist(), scores.topk_logprobs.tolist(), strict=True)
             ]
         return list(zip(ids[1:], scores.logprobs.tolist(), best, strict=True))
+
+    def texts(self, body: dict) -> dict:
+        if self.dialect == "vllm":
+            return {"prompt": self.tokenizer.decode(body["tokens"], skip_special_tokens=False)}
+        skip = body["skip_special_tokens"]
+        return {"text": [self.tokenizer.decode(ids, skip_special_tokens=skip) for ids in body["tokens"]]}
 
     def vllm(self, body: dict) -> dict:
         positions = []
@@ -81,7 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         path = "/generate" if self.server.dialect == "sglang" else "/v1/completions"
-        if self.path != path:
+        if self.path == "/detokenize" and self.server.tells_texts:
+            self._answer(200, self.server.texts(body))
+        elif self.path != path:
             self._answer(404, {"error": "not found"})
         elif body.get("prompt_logprobs", 0) > MOST_TOP:
             self._answer(400, {"error": {"message": f"Requested prompt logprobs of more than {MOST_TOP}"}})
@@ -126,6 +138,37 @@ def test_a_cache_from_a_foreign_server_equals_the_local_one_and_knows_it_by_name
     assert (manifest.teacher.remote, manifest.teacher.name) == ("named", "teacher")
     assert len(manifest.teacher.probe) == 15
     assert verified(cache).problems == []
+
+
+def with_ids_turned(source: Path, target: Path) -> Path:
+    """A copy of a student in which the ids of all tokens but the special ones are dealt out anew."""
+    shutil.copytree(source, target)
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    vocabulary, special = tokenizer["model"]["vocab"], {token["content"] for token in tokenizer["added_tokens"]}
+    plain = [token for token in vocabulary if token not in special]
+    moved = {token: vocabulary[other] for token, other in zip(plain, [*plain[3:], *plain[:3]], strict=True)}
+    tokenizer["model"]["vocab"] = vocabulary | moved
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return target
+
+
+def opened(server: ForeignServer, tokenizer: Path):
+    remote = RemoteTeacher(name="teacher", url=f"http://127.0.0.1:{server.server_port}")
+    return open_remote(remote, tokenizer=tokenizer)
+
+
+def test_another_tokenizer_of_the_same_size_is_found_out_by_the_texts_of_the_probe_s_ids(foreign, tmp_path):
+    student = with_ids_turned(EXAMPLE / "student", tmp_path / "student")
+    with pytest.raises(
+        ConsistencyError, match=r"tokenizer_mismatch.*of 16 ids have another text.*teacher has '.', student"
+    ):
+        opened(foreign, student)
+    opened(foreign, EXAMPLE / "student").close()
+
+
+def test_a_server_that_tells_no_texts_is_taken_at_its_name(foreign, tmp_path):
+    foreign.tells_texts = False
+    opened(foreign, with_ids_turned(EXAMPLE / "student", tmp_path / "student")).close()
 
 
 def test_more_top_tokens_than_vllm_allows_is_found_out_before_any_row(build, drawn):
