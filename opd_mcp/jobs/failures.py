@@ -11,6 +11,13 @@ from opd_mcp.schemas.runs import Failure
 LOG_LINES = 15
 LOG_BYTES = 16 << 10
 LINE_CHARACTERS = 300
+# Failures that the same run may get over; any other one comes back unless something is changed first.
+RESUME_HELPS = frozenset(
+    {
+        *("worker_lost", "worker_terminated", "internal_error", "launch_failed"),
+        *("not_enough_disk", "offline", "teacher_unreachable", "device_unavailable"),
+    }
+)
 _NOISE = re.compile(r"^\s*$|^-- |^\s*[\^~]+\s*$")
 
 
@@ -44,7 +51,7 @@ def failure_of(error: Exception, log: Path, memory: MemoryFigures | None = None)
     return Failure(
         code="internal_error",
         cause=f"{type(error).__name__}: {_first_line(error)}",
-        fix="Read log_tail; start again to go on from the last finished phase, and report this if it comes back.",
+        fix="Read log_tail; resume_run goes on from the last checkpoint. Report this if it comes back.",
         log_tail=log_tail(log),
     )
 
@@ -54,7 +61,7 @@ def lost_failure(log: Path) -> Failure:
     return Failure(
         code="worker_lost",
         cause="The worker process ended without finishing: it was killed, ran out of memory, or the machine went down.",
-        fix="Start it again with the same arguments; finished phases are reused.",
+        fix="Call resume_run to go on from the last checkpoint.",
         log_tail=log_tail(log),
     )
 

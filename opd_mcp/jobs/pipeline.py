@@ -102,7 +102,12 @@ class Pipeline:
         else:
             write_atomic(building / COST_FILE, ArtifactCosts(phases=self.pending).to_json(indent=2) + "\n")
             artifact = self.artifacts.publish(
-                made.kind, building, artifact_id=made.artifact_id, key=phase.key, run_id=self.record.run_id
+                made.kind,
+                building,
+                artifact_id=made.artifact_id,
+                key=phase.key,
+                run_id=self.record.run_id,
+                require_right=self.journal.require_right,
             )
             self.pending = []
             self._take(phase.name, artifact.artifact_id, artifact.path)

@@ -24,8 +24,9 @@ from opd_mcp.jobs.workload import expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.runs import RunRecord, RunState
-from opd_mcp.store.journal import JournalWriter, next_attempt
-from opd_mcp.store.runs import JOURNAL_FILE, LOG_FILE, RunLock, read_record, run_directory
+from opd_mcp.store.attempts import begin_attempt, taken_up
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
@@ -54,10 +55,14 @@ def main(
     """
     workspace = Workspace(workspace_root)
     directory = run_directory(workspace, run_id)
-    lock = RunLock.acquire(directory) if lock_fd is None else RunLock.adopt(directory, lock_fd)
+    if lock_fd is None:
+        lock = RunLock.acquire(directory)
+        begin_attempt(lock)
+    else:
+        lock = RunLock.adopt(directory, lock_fd)
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
-    with lock, JournalWriter(directory / JOURNAL_FILE, next_attempt(directory / JOURNAL_FILE)) as journal:
+    with lock, taken_up(lock) as journal:
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
 
 
@@ -84,7 +89,6 @@ def _worked(
     load_stages: Callable[[], Stages],
     teacher_key: str | None,
 ) -> int:
-    journal.append("state", {"state": "queued"})
     try:
         record = read_record(directory)
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
@@ -98,6 +102,9 @@ def _worked(
     except OpdError as error:
         if error.code == "run_cancelled" and reporter.terminated:
             return _failed(journal, directory, worker_terminated())
+        if error.code == "attempt_superseded":
+            print(error, file=sys.stderr)  # nothing of this run is this process's any more
+            return 1
         if error.code == "run_cancelled":
             return _ended(journal, "cancelled")
         return _failed(journal, directory, error)

@@ -12,6 +12,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import fsync_directory, write_atomic
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.ids import is_id
@@ -33,7 +34,7 @@ def create_run(workspace: Workspace, record: RunRecord) -> Path:
     directory.mkdir(mode=0o700)
     (directory / CHECKPOINTS).mkdir(mode=0o700)
     (directory / LOCK_FILE).touch(mode=0o600)
-    write_atomic(directory / RECORD_FILE, record.to_json(indent=2) + "\n")
+    write_atomic(directory / RECORD_FILE, record.sealed().to_json(indent=2) + "\n")
     fsync_directory(workspace.runs)
     return directory
 
@@ -44,9 +45,10 @@ def read_record(directory: Path) -> RunRecord:
     try:
         return RunRecord.from_json(file.read_bytes())
     except (ValidationError, OSError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error.strerror
         raise IntegrityError(
             "damaged_file",
-            "run.json is missing or not a record this version can read.",
+            f"run.json cannot be used ({why}).",
             value=file,
             fix="Start the run again; its artifacts are still found and reused.",
         ) from error
@@ -73,6 +75,11 @@ def run_ids(workspace: Workspace) -> list[str]:
 def request_cancel(directory: Path) -> None:
     """Ask a run to stop at its next step; asking twice is asking once."""
     write_atomic(directory / CANCEL_FILE, "")
+
+
+def withdraw_cancel(directory: Path) -> None:
+    """Take back what was asked of the attempt before."""
+    (directory / CANCEL_FILE).unlink(missing_ok=True)
 
 
 def cancel_requested(directory: Path) -> bool:
@@ -110,7 +117,11 @@ class RunLock:
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(directory, descriptor)
+                lock = cls(directory, descriptor)
+                if lock.holds():
+                    return lock
+                os.close(descriptor)  # the file was replaced in between
+                return cls.acquire(directory)
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise RunError(
@@ -128,17 +139,24 @@ class RunLock:
         Raises RunError `run_locked` when the descriptor is not this run's lock, or does not hold it.
         """
         os.set_inheritable(descriptor, False)
-        same = os.path.samestat(os.fstat(descriptor), os.stat(directory / LOCK_FILE))
+        lock = cls(directory, descriptor)
         with suppress(BlockingIOError):
-            if same:
+            if lock.holds():
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(directory, descriptor)
+                return lock
         raise RunError(
             "run_locked",
             "The descriptor that was handed over is not this run's lock.",
             value=directory.name,
             fix="Start the run again.",
         )
+
+    def holds(self) -> bool:
+        """Whether the descriptor is still that of the run's lock file; a replaced file is another lock."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.directory / LOCK_FILE))
+        except OSError:  # the file is gone, or the descriptor is closed
+            return False
 
     def release(self) -> None:
         """Close the descriptor; the lock is free once no other process has it."""

@@ -12,8 +12,8 @@ from opd_mcp.server.registration import Reply, ToolSpec
 from opd_mcp.server.texts import plan_text
 
 _OPAQUE = frozenset(
-    {"Recipe", "RunInputs", "ModelIdentity", "TeacherClaim", "ConsistencyVerdict", "PhaseEstimate"}
-    | {"PromptHygiene", "RolloutStatistics"}
+    {"Recipe", "RunInputs", "ModelIdentity", "TeacherClaim", "ConsistencyVerdict", "PlannedPhase", "PhaseEstimate"}
+    | {"Finding", "PromptHygiene", "RolloutStatistics"}
 )
 
 
