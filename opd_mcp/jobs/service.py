@@ -1,6 +1,5 @@
 """The jobs layer's face: every method is synchronous, answers in under two seconds and raises only OpdError."""
 
-import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelCache
 from opd_mcp.jobs.cache_view import inspect_cache
+from opd_mcp.jobs.children import Children
 from opd_mcp.jobs.composing import Composer
 from opd_mcp.jobs.consent import Question, cache_question, deletion_question, plan_question
 from opd_mcp.jobs.dashboard import dashboard_feed
@@ -80,7 +80,7 @@ class JobService:
         self._composer = Composer(self._references, self._find_artifact)
         self._views = Views(workspace)
         self._starting = threading.Lock()
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._children = Children()
 
     def setup(self) -> SetupReport:
         """The machine, the workspace, the limits and the embedded example."""
@@ -174,7 +174,7 @@ class JobService:
 
     def status(self, run_id: str = LATEST) -> RunStatus:
         """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""
-        self._reap()
+        self._children.reap()
         run_id = self._existing(run_id)
         return self._views.read(run_id, self._status)
 
@@ -239,7 +239,7 @@ class JobService:
 
         Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
         """
-        self._reap()
+        self._children.reap()
         return self._launched(self.store.resume(self._existing(run_id)))
 
     def wait_token(self, run_id: str) -> str:
@@ -247,18 +247,21 @@ class JobService:
         return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
 
     def _status(self, view: RunView, record: RunRecord) -> RunStatus:
+        if view.state == "lost":
+            self._children.settle(view.directory)
         position = self.leases.queue_position(record.run_id) if view.state == "queued" else None
         return status_of(view, record, position)
 
     def _start(self, request: RunRequest) -> RunSnapshot:
-        self._reap()
+        self._children.reap()
         with self._starting:
             record = new_record(request, self.workspace, self._models)
         return self._launched(self.store.start_once(record))
 
     def _launched(self, started: StartedRun) -> RunSnapshot:
         if started.lock is not None:
-            self._workers.append(launch_worker(self.workspace, started.lock, self.settings))
+            worker = launch_worker(self.workspace, started.lock, self.settings)
+            self._children.add(started.lock.directory, started.attempt, worker)
         return self._views.read(started.run_id, lambda view, record: snapshot_of(view, record, reused=started.reused))
 
     def _unchanged_plan(self, arguments: StartDistillation) -> Plan:
@@ -293,10 +296,6 @@ class JobService:
     def _find_artifact(self, kind: ArtifactKind, key: str) -> str | None:
         found = self.store.artifacts.find_by_key(kind, key)
         return found.artifact_id if found else None
-
-    def _reap(self) -> None:
-        # A finished worker stays a zombie of this process until somebody asks for its exit status.
-        self._workers = [worker for worker in self._workers if worker.poll() is None]
 
 
 def plan_arguments(arguments: StartDistillation) -> PlanDistillation:

@@ -5,7 +5,6 @@ import time
 from opd_mcp.jobs.failures import RESUME_HELPS, lost_failure
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, RunRecord, RunSnapshot, RunState, RunStatus
-from opd_mcp.store.runs import LOG_FILE
 from opd_mcp.store.view import RunView, seconds_of
 
 MIN_CHECK_SECONDS = 5.0
@@ -35,7 +34,7 @@ def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> Ru
 
 def failure(view: RunView) -> Failure | None:
     """Why the run did not succeed, in its own words or, for a lost one, in ours."""
-    return lost_failure(view.directory / LOG_FILE) if view.state == "lost" else view.error
+    return lost_failure(view.directory, view.attempt) if view.state == "lost" else view.error
 
 
 def status_of(view: RunView, record: RunRecord, queue_position: int | None) -> RunStatus:

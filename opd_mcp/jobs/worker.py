@@ -15,6 +15,7 @@ from opd_mcp.jobs.devices import gpus
 from opd_mcp.jobs.failures import MemoryFigures, failure_of
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
+from opd_mcp.jobs.liveness import note_start
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
@@ -63,6 +64,7 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
+        note_start(directory, journal.attempt)
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
 
 
