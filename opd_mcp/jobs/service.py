@@ -11,11 +11,13 @@ from opd_mcp.jobs.children import Children
 from opd_mcp.jobs.composing import Composer
 from opd_mcp.jobs.consent import Question, cache_question, deletion_question, plan_question
 from opd_mcp.jobs.dashboard import dashboard_feed
+from opd_mcp.jobs.devices import Target, target_of
 from opd_mcp.jobs.fingerprints import changed_parts
 from opd_mcp.jobs.holdings import artifact_list, delete_artifact
 from opd_mcp.jobs.launch import launch_worker
 from opd_mcp.jobs.leases import LeaseFolder
 from opd_mcp.jobs.logs import log_page
+from opd_mcp.jobs.memory import require_memory, with_claims
 from opd_mcp.jobs.metrics import metrics_report
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.jobs.planning import Planner
@@ -31,6 +33,7 @@ from opd_mcp.schemas.dashboard import DashboardFeed
 from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.plans import Plan
+from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -76,7 +79,7 @@ class JobService:
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
         self._models = ModelCache()
         self._references = References(self.store, self.roots, self._models)
-        self._planner = Planner(self._references, self._find_artifact)
+        self._planner = Planner(self._references, self._find_artifact, self._target)
         self._composer = Composer(self._references, self._find_artifact)
         self._views = Views(workspace)
         self._starting = threading.Lock()
@@ -246,16 +249,22 @@ class JobService:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
         return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
 
+    def _target(self, runtime: RuntimeRecipe) -> Target:
+        return with_claims(target_of(runtime, self.leases.busy), self.store, self.settings.cpu_slots)
+
     def _status(self, view: RunView, record: RunRecord) -> RunStatus:
         if view.state == "lost":
             self._children.settle(view.directory)
-        position = self.leases.queue_position(record.run_id) if view.state == "queued" else None
-        return status_of(view, record, position)
+        place = self.leases.place(record.run_id) if view.state == "queued" else None
+        return status_of(view, record, place)
 
     def _start(self, request: RunRequest) -> RunSnapshot:
         self._children.reap()
         with self._starting:
-            record = new_record(request, self.workspace, self._models)
+            target = self._target(request.recipe.runtime)
+            record = new_record(request, self.workspace, self._models, target)
+        if not self.store.is_active(record.request_hash):
+            require_memory(record, target)
         return self._launched(self.store.start_once(record))
 
     def _launched(self, started: StartedRun) -> RunSnapshot:

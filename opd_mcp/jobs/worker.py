@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.jobs.devices import gpus
+from opd_mcp.jobs.devices import gpu_slot, gpus
 from opd_mcp.jobs.failures import MemoryFigures, failure_of
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
@@ -146,8 +146,8 @@ def run_phases(
 
 def device_lease(runtime: RuntimeRecipe, leases: LeaseFolder, owner: str, reporter: JournalReporter) -> Lease:
     """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`."""
-    found = [] if runtime.device == "cpu" else gpus()
-    slots = [f"gpu-{gpu.uuid}" for gpu in found] or leases.cpu_slot_names()
+    found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
+    slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
     count = 1 if found else min(runtime.threads, len(slots))
     lease = leases.acquire(owner, slots, count, reporter.should_stop)
     if lease is None:
