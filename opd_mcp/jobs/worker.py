@@ -21,6 +21,7 @@ from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
+from opd_mcp.jobs.watchdog import WatchSettings, watching
 from opd_mcp.jobs.workload import expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
@@ -32,6 +33,8 @@ from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+WATCH = WatchSettings()
 
 
 def engine_stages() -> Stages:
@@ -49,6 +52,7 @@ def main(
     cpu_slots: int | None = None,
     load_stages: Callable[[], Stages] = engine_stages,
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
 ) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
 
@@ -65,7 +69,7 @@ def main(
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
         note_start(directory, journal.attempt)
-        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
+        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
 
 def work(
@@ -75,10 +79,11 @@ def work(
     leases: LeaseFolder,
     load_stages: Callable[[], Stages],
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
-    with reporter.ending_on_sigterm():
+    with reporter.ending_on_sigterm(), watching(reporter.pulse, reporter.alert, watch):
         return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
 
 
