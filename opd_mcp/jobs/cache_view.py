@@ -39,7 +39,7 @@ def inspect_cache(path: Path) -> CacheInspection:
         bytes=sum((path / shard.file).stat().st_size for shard in manifest.shards if (path / shard.file).is_file()),
         rows=manifest.rows,
         tokens=manifest.tokens,
-        manifest=manifest.model_copy(update={"shards": []}),
+        manifest=manifest.model_copy(update={"shards": [], "self_sha256": ""}),
         shards=len(manifest.shards),
         sample=_sample(path, manifest),
     )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Sampling
 
@@ -84,10 +84,10 @@ class TeacherDelta(Schema):
     over_one_nat: float = Field(description="fraction of tokens with |Δ| > 1")
 
 
-class CacheManifest(Schema):
+class CacheManifest(Record):
     """`manifest.json` of a teacher cache."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed
     teacher: ModelIdentity
     behaviour: ModelIdentity
     sft_teacher: TeacherClaim | None = Field(None, description="the behaviour policy's SFT teacher")

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.store.files import publish_directory, tree_bytes
@@ -28,10 +27,10 @@ BUILDING_PREFIX = ".building-"
 LOCK_POLL_SECONDS = 0.2
 
 
-class ArtifactRecord(Schema):
+class ArtifactRecord(Record):
     """`artifact.json`; `bytes` are those of all other files."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed
     artifact_id: str
     kind: ArtifactKind
     key: str
@@ -122,7 +121,7 @@ class ArtifactStore:
             run_id=run_id,
             created_at=utc_now(),
             bytes=tree_bytes(building),
-        )
+        ).sealed()
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
         require_right()
         try:
@@ -199,7 +198,7 @@ def read_artifact(path: Path) -> Artifact:
     except ValidationError as error:
         raise IntegrityError(
             "damaged_file",
-            "artifact.json is not a record this version can read.",
+            f"artifact.json cannot be used ({first_problem(error)}).",
             value=file,
             fix="Remove this artifact's directory; a run that needs it makes it anew.",
         ) from error

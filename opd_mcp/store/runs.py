@@ -12,6 +12,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import fsync_directory, write_atomic
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.ids import is_id
@@ -33,7 +34,7 @@ def create_run(workspace: Workspace, record: RunRecord) -> Path:
     directory.mkdir(mode=0o700)
     (directory / CHECKPOINTS).mkdir(mode=0o700)
     (directory / LOCK_FILE).touch(mode=0o600)
-    write_atomic(directory / RECORD_FILE, record.to_json(indent=2) + "\n")
+    write_atomic(directory / RECORD_FILE, record.sealed().to_json(indent=2) + "\n")
     fsync_directory(workspace.runs)
     return directory
 
@@ -44,9 +45,10 @@ def read_record(directory: Path) -> RunRecord:
     try:
         return RunRecord.from_json(file.read_bytes())
     except (ValidationError, OSError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error.strerror
         raise IntegrityError(
             "damaged_file",
-            "run.json is missing or not a record this version can read.",
+            f"run.json cannot be used ({why}).",
             value=file,
             fix="Start the run again; its artifacts are still found and reused.",
         ) from error
