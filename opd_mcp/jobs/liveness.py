@@ -9,13 +9,13 @@ import re
 import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import psutil
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema
 from opd_mcp.store.journal import utc_now
 
 WORKER_FILE = "worker.json"
@@ -25,10 +25,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-class WorkerProcess(Schema):
+class WorkerProcess(Record):
     """`worker.json`: the process that makes an attempt; pid and start time together name one process of a boot."""
 
-    schema_version: Literal[1] = 1
     attempt: int
     pid: int
     started: float
@@ -37,10 +36,9 @@ class WorkerProcess(Schema):
     oom_kills: int | None = None
 
 
-class WorkerExit(Schema):
+class WorkerExit(Record):
     """`exit-<attempt>.json`: how the process ended, as its parent was told."""
 
-    schema_version: Literal[1] = 1
     attempt: int
     exit_code: int | None = None
     signal: int | None = None
@@ -69,7 +67,7 @@ def note_start(directory: Path, attempt: int) -> None:
         oom_counter=str(counter) if counter else None,
         oom_kills=oom_kills(counter),
     )
-    write_atomic(directory / WORKER_FILE, me.to_json(indent=2) + "\n")
+    write_atomic(directory / WORKER_FILE, me.sealed().to_json(indent=2) + "\n")
 
 
 def note_exit(directory: Path, attempt: int, returncode: int) -> None:
@@ -85,7 +83,7 @@ def note_exit(directory: Path, attempt: int, returncode: int) -> None:
         time=utc_now(),
     )
     with suppress(OSError):  # a full disk costs the cause, and must not cost the answer
-        write_atomic(directory / f"exit-{attempt}.json", ended.to_json(indent=2) + "\n")
+        write_atomic(directory / f"exit-{attempt}.json", ended.sealed().to_json(indent=2) + "\n")
 
 
 def loss_of(directory: Path, attempt: int) -> Loss:

@@ -77,7 +77,7 @@ def test_the_out_of_memory_killer_is_named_when_the_kernel_counted_it(service, r
     counter, worker = tmp_path / "memory.events", noted(directory)
     counter.write_text("oom 0\noom_kill 4\n")
     counted = worker.model_copy(update={"oom_counter": str(counter), "oom_kills": 3})
-    (directory / "worker.json").write_text(counted.to_json())
+    (directory / "worker.json").write_text(counted.sealed().to_json())
     end(directory)
     status = service.status(run_id)
     assert "out-of-memory killer ended the worker process (SIGKILL)" in status.error.cause
@@ -88,7 +88,7 @@ def test_the_out_of_memory_killer_is_named_when_the_kernel_counted_it(service, r
 def test_a_restart_of_the_machine_is_recognised(service, running):
     run_id, directory = running
     worker = noted(directory)
-    (directory / "worker.json").write_text(worker.model_copy(update={"boot": "another"}).to_json())
+    (directory / "worker.json").write_text(worker.model_copy(update={"boot": "another"}).sealed().to_json())
     end(directory)
     assert service.status(run_id).error.cause == "The machine was restarted while the run was going."
 
