@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from opd_mcp.jobs.watchdog import Pulse
 from opd_mcp.schemas.runs import PhaseName
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import cancel_requested
@@ -17,6 +18,7 @@ from opd_mcp.store.runs import cancel_requested
 PROGRESS_SECONDS = 0.5
 CANCEL_SECONDS = 0.1
 ALERTS_PER_CODE = 5
+STEPS = "steps"
 
 
 class JournalReporter:
@@ -32,6 +34,8 @@ class JournalReporter:
         self._cancelled = False
         self.current: PhaseName | None = None
         """The phase of the run that goes on now."""
+        self.pulse = Pulse(clock)
+        """The ends of training steps, for the watchdog."""
         self.terminated = False
         """Whether this process was told to end (SIGTERM)."""
         self._alerts: Counter[str] = Counter()
@@ -39,6 +43,7 @@ class JournalReporter:
     def begin(self, phase: PhaseName) -> None:
         """A phase of the run begins."""
         self.current = phase
+        self.pulse.reset()
         self._journal.append("phase", {"phase": phase, "event": "started"})
 
     def resumed(self, step: int) -> None:
@@ -47,6 +52,7 @@ class JournalReporter:
 
     def position(self) -> int:
         """The number of the last record, once all up to it are on the disk."""
+        self.pulse.pause()  # a checkpoint
         return self._journal.sync()
 
     def phase(self, name: str) -> None:
@@ -55,6 +61,8 @@ class JournalReporter:
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """A progress line when half a second has passed, at the end, and for each new unit."""
+        if done >= total and unit == STEPS:
+            self.pulse.pause()  # the last step: what follows is the saving of the model
         now = self._clock()
         if now < self._next_progress and done < total and unit == self._unit:
             return
@@ -63,6 +71,7 @@ class JournalReporter:
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
         """A metric line; durable with the next checkpoint, since what is lost with it is computed again."""
+        self.pulse.beat()
         self._journal.append("metric", {"step": step, "values": dict(values)}, durable=False)
 
     def alert(self, code: str, message: str) -> None:

@@ -11,15 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.jobs.devices import free_disk, gpus
+from opd_mcp.jobs.devices import free_disk, gpu_slot, gpus
 from opd_mcp.jobs.failures import DiskFigures, MemoryFigures, failure_of, is_disk_full
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
+from opd_mcp.jobs.liveness import note_start
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
+from opd_mcp.jobs.watchdog import WatchSettings, watching
 from opd_mcp.jobs.workload import expected_disk, expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
@@ -31,6 +33,8 @@ from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+WATCH = WatchSettings()
 
 
 def engine_stages() -> Stages:
@@ -48,6 +52,7 @@ def main(
     cpu_slots: int | None = None,
     load_stages: Callable[[], Stages] = engine_stages,
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
 ) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
 
@@ -63,7 +68,8 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
-        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
+        note_start(directory, journal.attempt)
+        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
 
 def work(
@@ -73,10 +79,11 @@ def work(
     leases: LeaseFolder,
     load_stages: Callable[[], Stages],
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
-    with reporter.ending_on_sigterm():
+    with reporter.ending_on_sigterm(), watching(reporter.pulse, reporter.alert, watch):
         return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
 
 
@@ -145,8 +152,8 @@ def run_phases(
 
 def device_lease(runtime: RuntimeRecipe, leases: LeaseFolder, owner: str, reporter: JournalReporter) -> Lease:
     """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`."""
-    found = [] if runtime.device == "cpu" else gpus()
-    slots = [f"gpu-{gpu.uuid}" for gpu in found] or leases.cpu_slot_names()
+    found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
+    slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
     count = 1 if found else min(runtime.threads, len(slots))
     lease = leases.acquire(owner, slots, count, reporter.should_stop)
     if lease is None:

@@ -84,6 +84,8 @@ def status_text(status: RunStatus) -> str:
         f"next check in {duration(status.next_check_s)}" if status.next_check_s is not None else "",
     ]
     lines = [head, ", ".join(part for part in times if part)]
+    if status.waits_for is not None:
+        lines.append(status.waits_for)
     if status.result is None and (metrics := _metrics(status)):
         lines.append(f"metrics: {', '.join(metrics)}")
     lines += [f"ALERT {alert.code}: {alert.message}" for alert in status.alerts[-5:]]

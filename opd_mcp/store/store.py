@@ -108,6 +108,11 @@ class Store:
             raise
         return StartedRun(run_id, lock, attempt)
 
+    def is_active(self, request_hash: str) -> bool:
+        """Whether a run of this request is queued or running."""
+        with self.index.reading() as database:
+            return self._active_run(database, request_hash) is not None
+
     def view(self, run_id: str) -> RunView:
         """The present state of a run; raises UnknownIdError `unknown_run`."""
         return RunView(run_directory(self.workspace, run_id)).refresh()
