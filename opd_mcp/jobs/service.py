@@ -18,6 +18,7 @@ from opd_mcp.jobs.logs import log_page
 from opd_mcp.jobs.metrics import metrics_report
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.jobs.planning import Planner
+from opd_mcp.jobs.quotas import admission
 from opd_mcp.jobs.records import new_record
 from opd_mcp.jobs.references import References
 from opd_mcp.jobs.settings import JobSettings
@@ -238,7 +239,7 @@ class JobService:
         Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
         """
         self._reap()
-        return self._launched(self.store.resume(self._existing(run_id)))
+        return self._launched(self.store.resume(self._existing(run_id), lambda record: admission(self.store, record)()))
 
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
@@ -252,7 +253,7 @@ class JobService:
         self._reap()
         with self._starting:
             record = new_record(request, self.workspace, self._models)
-        return self._launched(self.store.start_once(record))
+        return self._launched(self.store.start_once(record, admission(self.store, record)))
 
     def _launched(self, started: StartedRun) -> RunSnapshot:
         if started.lock is not None:
