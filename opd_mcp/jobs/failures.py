@@ -19,6 +19,7 @@ RESUME_HELPS = frozenset(
     {
         *("worker_lost", "worker_terminated", "internal_error", "launch_failed"),
         *("not_enough_disk", "offline", "teacher_unreachable", "device_unavailable"),
+        *("quota_exceeded", "unknown_setting", "invalid_setting"),
     }
 )
 DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "database or disk is full")

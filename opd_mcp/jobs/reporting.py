@@ -38,6 +38,8 @@ class JournalReporter:
         """The ends of training steps, for the watchdog."""
         self.terminated = False
         """Whether this process was told to end (SIGTERM)."""
+        self.deadline: float | None = None
+        """When the run has had its device for as long as it may, by the clock."""
         self._alerts: Counter[str] = Counter()
 
     def begin(self, phase: PhaseName) -> None:
@@ -80,9 +82,18 @@ class JournalReporter:
         if self._alerts[code] <= ALERTS_PER_CODE:
             self._journal.append("alert", {"code": code, "message": message})
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and self._clock() >= self.deadline
+
+    def limit(self, seconds: float | None) -> None:
+        """Let the run end its phase after so many seconds from now; None: never."""
+        self.deadline = None if seconds is None else self._clock() + seconds
+
     def should_stop(self) -> bool:
         """Whether the user asked to stop, or this process shall end; the file is looked at ten times a second."""
-        if self.terminated:
+        if self.terminated or self.out_of_time:
             return True
         now = self._clock()
         if not self._cancelled and now >= self._next_cancel_check:

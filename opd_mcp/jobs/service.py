@@ -20,6 +20,7 @@ from opd_mcp.jobs.memory import require_memory, with_claims
 from opd_mcp.jobs.metrics import metrics_report
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.jobs.planning import Planner
+from opd_mcp.jobs.quotas import admission
 from opd_mcp.jobs.records import new_record
 from opd_mcp.jobs.references import References
 from opd_mcp.jobs.settings import JobSettings
@@ -245,7 +246,7 @@ class JobService:
         Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
         """
         self._children.reap()
-        return self._launched(self.store.resume(self._existing(run_id)))
+        return self._launched(self.store.resume(self._existing(run_id), lambda record: admission(self.store, record)()))
 
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
@@ -267,7 +268,7 @@ class JobService:
             record = new_record(request, self.workspace, self._models, target)
         if not self.store.is_active(record.request_hash):
             require_memory(record, target)
-        return self._launched(self.store.start_once(record))
+        return self._launched(self.store.start_once(record, admission(self.store, record)))
 
     def _launched(self, started: StartedRun) -> RunSnapshot:
         if started.lock is not None:

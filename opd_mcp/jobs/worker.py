@@ -17,6 +17,7 @@ from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
 from opd_mcp.jobs.liveness import note_start
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
+from opd_mcp.jobs.quotas import out_of_hours, seconds_left
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
@@ -28,7 +29,8 @@ from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
 from opd_mcp.store.attempts import begin_attempt, taken_up
 from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory, use_reserve
+from opd_mcp.store.runs import LOG_FILE, RunLock, cancel_requested, read_record, run_directory, use_reserve
+from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
@@ -98,23 +100,23 @@ def _worked(
 ) -> int:
     try:
         record = read_record(directory)
+        quotas = read_settings(store.workspace).quotas
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
         prepare_environment(record.request.recipe.runtime, lease)
         journal.append("state", {"state": "running"})
+        reporter.limit(seconds_left(quotas, directory))
         with run_span(record):
             kind = device_kind(lease)
             result = run_phases(store, directory, record, journal, reporter, kind, load_stages, teacher_key)
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
-        if error.code == "run_cancelled" and reporter.terminated:
-            return _failed(journal, reporter, directory, worker_terminated())
         if error.code == "attempt_superseded":
             print(error, file=sys.stderr)  # nothing of this run is this process's any more
             return 1
-        if error.code == "run_cancelled":
-            return _ended(journal, "cancelled")
-        return _failed(journal, reporter, directory, error)
+        stopped = error.code == "run_cancelled"
+        cause = stop_cause(store, directory, reporter) if stopped else error
+        return _ended(journal, "cancelled") if cause is None else _failed(journal, reporter, directory, cause)
     except Exception as error:
         traceback.print_exc()
         return _failed(journal, reporter, directory, error)
@@ -173,6 +175,15 @@ def prepare_environment(runtime: RuntimeRecipe, lease: Lease) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     visible = lease.slots[0].removeprefix("gpu-") if device_kind(lease) == "cuda" else ""
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def stop_cause(store: Store, directory: Path, reporter: JournalReporter) -> OpdError | None:
+    """Why a run stopped that no user asked to stop; None when a user did."""
+    if reporter.terminated:
+        return worker_terminated()
+    if reporter.out_of_time and not cancel_requested(directory):
+        return out_of_hours(store.workspace, directory)
+    return None
 
 
 def worker_terminated() -> RunError:
