@@ -1,8 +1,8 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail, one of 555 makes it stand still until it is cancelled, a file `die-once` beside the
-building directory kills the worker in `score`.
+rate of 666 makes `sft` fail, one of 28 fills the disk, one of 555 makes it stand still until it is cancelled; a file
+`die-once` beside the building directory kills the worker in `score`.
 """
 
 import json
@@ -37,6 +37,8 @@ def generate_responses(recipe, *, teacher, prompts, output, context):
 def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokenizer=None):
     if recipe.optimizer.learning_rate == 666:
         raise ZeroDivisionError("the learning rate of the beast")
+    if recipe.optimizer.learning_rate == 28:
+        raise OSError(28, "No space left on device", str(output))
     steps(context, recipe.steps)
     if recipe.optimizer.learning_rate == 555:
         stand_still(context)
