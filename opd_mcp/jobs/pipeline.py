@@ -20,7 +20,7 @@ from opd_mcp.jobs.stage_calls import StageCalls, checkpoints_of
 from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
-from opd_mcp.store.artifacts import ArtifactStore
+from opd_mcp.store.artifacts import ArtifactStore, require_intact
 from opd_mcp.store.journal import JournalWriter
 
 REPORT_FILE = "report.json"
@@ -77,6 +77,7 @@ class Pipeline:
         found = self.artifacts.find_made(made.kind, made.artifact_id, holder.key) if made else None
         if found is None:
             return False
+        require_intact(found)
         self.pending = []  # of rollouts whose cache another run has finished meanwhile
         self.reporter.begin(phase.name)
         event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}

@@ -10,14 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.files import file_sha256, write_atomic
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.store.files import publish_directory, tree_bytes
+from opd_mcp.store.files import publish_directory, tree_bytes, tree_sha256
 from opd_mcp.store.ids import is_id
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
@@ -26,18 +26,21 @@ from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"
 LOCK_POLL_SECONDS = 0.2
+# Its readers check it, and make it again.
+DERIVED_FILES = frozenset({"flat.bin"})
 
 
 class ArtifactRecord(Record):
-    """`artifact.json`; `bytes` are those of all other files."""
+    """`artifact.json`; `bytes` and `files` are those of all other files."""
 
-    upgrades = (unchanged,)  # 2: sealed
+    upgrades = (unchanged,)  # 2: sealed, with the hashes of the files
     artifact_id: str
     kind: ArtifactKind
     key: str
     run_id: str | None = None
     created_at: str
     bytes: int
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of each other file")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class ArtifactStore:
         if not is_id(artifact_id):
             raise ValueError(f"not an id: {artifact_id!r}")
         final = self.workspace.artifacts_of(kind) / artifact_id
+        (building / ARTIFACT_FILE).unlink(missing_ok=True)  # of an earlier attempt that died just before its rename
         record = ArtifactRecord(
             artifact_id=artifact_id,
             kind=kind,
@@ -122,6 +126,7 @@ class ArtifactStore:
             run_id=run_id,
             created_at=utc_now(),
             bytes=tree_bytes(building),
+            files=tree_sha256(building),
         ).sealed()
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
         require_right()
@@ -229,6 +234,19 @@ def read_artifact(path: Path) -> Artifact:
             value=file,
             fix="Remove this artifact's directory; a run that needs it makes it anew.",
         ) from error
+
+
+def require_intact(artifact: Artifact) -> None:
+    """Raise IntegrityError `damaged_file` naming the first file of an artifact that is not what was published."""
+    for name, sha256 in artifact.record.files.items():
+        file = artifact.path / name
+        if name not in DERIVED_FILES and not (file.is_file() and file_sha256(file) == sha256):
+            raise IntegrityError(
+                "damaged_file",
+                f"{name} of {artifact.artifact_id} is missing or not what was written.",
+                value=file,
+                fix="Restore the file from a copy; or move this directory away, and resume_run makes it anew.",
+            )
 
 
 def artifact_row(record: ArtifactRecord) -> IndexedArtifact:

@@ -1,4 +1,4 @@
-"""What the store needs of `identity.files`, and how large a directory is."""
+"""What the store needs of `identity.files`, and what is in a directory: how many bytes, which hashes."""
 
 import os
 import shutil
@@ -13,6 +13,7 @@ __all__ = [
     "fsync_tree",
     "publish_directory",
     "tree_bytes",
+    "tree_sha256",
     "write_atomic",
 ]
 
@@ -25,3 +26,9 @@ def free_bytes(path: Path) -> int:
 def tree_bytes(directory: Path) -> int:
     """Bytes of all files below a directory."""
     return sum((Path(folder) / name).lstat().st_size for folder, _, names in os.walk(directory) for name in names)
+
+
+def tree_sha256(directory: Path) -> dict[str, str]:
+    """By path below the directory, sha256 of each file."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): file_sha256(path) for path in files}

@@ -58,6 +58,14 @@ def test_the_same_request_again_is_a_new_run_that_reuses_every_phase(world, serv
     assert all(cost["reused"] for cost in second.result["costs"])
 
 
+def test_a_damaged_result_is_not_reused(world, service, finished):
+    first = finished(service, service.start_distillation(world.start_arguments()).run_id)
+    (Path(first.result["paths"]["report"]) / "report.json").write_text("{}")
+    second = finished(service, service.start_distillation(world.start_arguments()).run_id)
+    assert (second.state, second.error.code) == ("failed", "damaged_file")
+    assert "report.json" in second.error.cause
+
+
 def test_the_steps_one_by_one_make_what_one_run_made(world, service, finished):
     short = {"sft.steps": 3, "distill.steps": 3}
     whole = finished(service, service.start_distillation(world.start_arguments()).run_id)
