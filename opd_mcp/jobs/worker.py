@@ -70,7 +70,6 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
-        note_start(directory, journal.attempt)
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
 
@@ -99,6 +98,7 @@ def _worked(
     teacher_key: str | None,
 ) -> int:
     try:
+        note_start(directory, journal.attempt)
         record = read_record(directory)
         quotas = read_settings(store.workspace).quotas
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
