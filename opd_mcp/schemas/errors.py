@@ -40,7 +40,7 @@ class OpdError(Exception):
         self.message = redacted(message)
         self.fix = fix
         self.value = None if value is None else redacted(str(value)[:4096])[:500]
-        self.nearest = list(nearest)
+        self.nearest = [redacted(name) for name in nearest]
         super().__init__(str(self))
 
     def __str__(self) -> str:
