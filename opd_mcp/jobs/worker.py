@@ -55,9 +55,11 @@ def main(
     load_stages: Callable[[], Stages] = engine_stages,
     teacher_key: str | None = None,
     watch: WatchSettings = WATCH,
+    secrets: tuple[str, ...] = (),
 ) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
 
+    `secrets` are kept out of the journal.
     Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
     """
     workspace = Workspace(workspace_root)
@@ -70,6 +72,7 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
+        journal.secrets = secrets
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
 
