@@ -4,18 +4,13 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import IntegrityError
 
 CHUNK_BYTES = 1 << 20
-MAX_JSON_BYTES = 64 << 20
-MAX_RECORD_BYTES = 64 << 20
-
-SchemaT = TypeVar("SchemaT", bound=Schema)
+MAX_JSON_BYTES = 256 << 20
 
 
 def fsync_directory(directory: Path) -> None:
@@ -79,22 +74,13 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def bounded_bytes(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file; raises ValueError for a longer file, or another kind, which is never waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > limit:
-            raise ValueError(f"{status.st_size} bytes are more than {limit}")
-        return file.read(limit)
-
-
-def read_json_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises IntegrityError `damaged_file` for anything else."""
+    size = path.stat().st_size
     try:
-        value = json.loads(bounded_bytes(path, limit))
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"{size} bytes are more than {MAX_JSON_BYTES}")
+        value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:
@@ -105,13 +91,3 @@ def read_json_object(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, An
             fix="Restore the file, e.g. by copying or downloading the directory again.",
         ) from error
     return value
-
-
-def read_schema(path: Path, schema: type[SchemaT], *, fix: str) -> SchemaT:
-    """The record that `schema.to_json` wrote into a file; raises IntegrityError `damaged_file` for anything else."""
-    try:
-        return schema.from_json(bounded_bytes(path, MAX_RECORD_BYTES))
-    except (ValueError, RecursionError, OSError) as error:  # pydantic's ValidationError is a ValueError
-        raise IntegrityError(
-            "damaged_file", f"{path.name} is missing or not a record this version can read.", value=path, fix=fix
-        ) from error

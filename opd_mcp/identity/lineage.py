@@ -3,27 +3,35 @@
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from opd_mcp.identity.files import file_sha256, read_schema, write_atomic
+from pydantic import ValidationError
+
+from opd_mcp.identity.files import file_sha256, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
 
 LINEAGE_FILE = "lineage.json"
 PROOF_NEEDED: frozenset[ArtifactKind] = frozenset({"model", "responses", "cache"})
-# As deep as an allowed root is searched for links that lead out.
-MAX_DEPTH = 3
 RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.json to use it without proof."
 
 
 def write_lineage(directory: Path, lineage: Lineage) -> None:
     """Write a directory's lineage.json."""
-    write_atomic(directory / LINEAGE_FILE, lineage.to_json(indent=2) + "\n")
+    write_atomic(directory / LINEAGE_FILE, lineage.sealed().to_json(indent=2) + "\n")
 
 
 def read_lineage(directory: Path) -> Lineage | None:
     """A directory's lineage as written, unproven; None without one. Raises IntegrityError `damaged_file`."""
     file = directory / LINEAGE_FILE
-    return read_schema(file, Lineage, fix=RESTORE) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return Lineage.from_json(file.read_bytes())
+    except ValidationError as error:
+        raise IntegrityError(
+            "damaged_file", f"lineage.json cannot be used ({first_problem(error)}).", value=file, fix=RESTORE
+        ) from error
 
 
 def verified_lineage(
@@ -54,7 +62,7 @@ def data_hashes(directory: Path, names: list[str]) -> dict[str, str]:
 
 def _require_file(directory: Path, name: str, sha256: str) -> None:
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or not 1 <= len(parts.parts) <= MAX_DEPTH:
+    if parts.is_absolute() or ".." in parts.parts:
         raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file outside of its directory ({name})")
     file = directory / parts
     if not file.is_file():

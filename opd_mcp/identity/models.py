@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import ModelIdentity
 
-MAX_SETTING = 1 << 31
 HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 
@@ -32,9 +31,9 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
 
     def setting(self, name: str) -> int | None:
-        """A count of the (text) config, e.g. `hidden_size`; None when it is absent or no count of anything."""
+        """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
         value = _text_config(self.config).get(name)
-        return value if type(value) is int and 0 <= value < MAX_SETTING else None
+        return value if type(value) is int else None
 
     @property
     def hidden_size(self) -> int | None:
@@ -81,18 +80,17 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
         chat_template=None if template is None else text_hash(template),
         special_tokens=tokenizers.special_tokens_hash(eos, tokenizers.special_token_names(path)),
     )
-    facts = ModelFacts(
+    vocab_size = _text_config(config).get("vocab_size")
+    return ModelFacts(
         path=path,
         identity=identity,
         parameters=sum(tensor.elements for tensor in tensors),
         weight_bytes=sum(tensor.bytes for tensor in tensors),
         config=config,
-        vocab_size=max(tokens, default=-1) + 1,
+        vocab_size=vocab_size if type(vocab_size) is int else max(tokens, default=-1) + 1,
         tokens=max(tokens, default=-1) + 1,
         eos_token_ids=eos,
     )
-    vocab_size = facts.setting("vocab_size")
-    return facts if vocab_size is None else replace(facts, vocab_size=vocab_size)
 
 
 def weights_hash(path: Path) -> str:
@@ -124,8 +122,9 @@ def text_hash(text: str) -> str:
 def _model_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise PathError("not_found", "There is no such directory.", value=path, fix="Give a model's directory.")
-    if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
+    # Beside whole weights too: loading would follow it to a base model that may be anywhere.
+    adapter = (path / "adapter_config.json").exists()
+    if adapter or not (path / "config.json").is_file():
         raise PathError(
             "not_a_model",
             "This is a LoRA adapter, not a whole model." if adapter else "This directory has no config.json.",
@@ -134,28 +133,16 @@ def _model_config(path: Path) -> dict[str, Any]:
             if adapter
             else "Give a directory with config.json, tokenizer.json and safetensors weights.",
         )
-    config = read_json_object(path / "config.json", limit=tokenizers.MAX_CONFIG_BYTES)
-    _require_plain(path, config)
+    config = read_json_object(path / "config.json")
+    for name, value in config.items():
+        if name.endswith("_implementation") and "/" in str(value):  # code that loading would fetch from the Hub
+            raise PathError(
+                "unsafe_config",
+                f"config.json names code to fetch for {name}.",
+                value=str(value),
+                fix=f"Remove {name} from config.json.",
+            )
     return config
-
-
-def _require_plain(path: Path, config: dict[str, Any]) -> None:
-    """Refuse what makes the loader take other files than those that are looked at here, or code from elsewhere."""
-    text = _text_config(config)
-    why = None
-    if any(part.get("transformers_weights") is not None for part in (config, text)):
-        why = "config.json names its own file of weights (transformers_weights)"
-    elif any("/" in str(value) for name, value in text.items() if name.endswith("attn_implementation")):
-        why = "config.json takes its attention code from elsewhere (attn_implementation)"
-    elif (path / "adapter_config.json").exists():
-        why = "with adapter_config.json beside it, another model would be loaded"
-    if why is not None:
-        raise PathError(
-            "unsafe_weights",
-            f"This directory is not loaded: {why}.",
-            value=path,
-            fix="Remove that; save a whole model with model.save_pretrained(DIR).",
-        )
 
 
 def _hashed_tensors(path: Path, tensor_digest: Callable[[Tensor], str]) -> tuple[list[Tensor], str]:

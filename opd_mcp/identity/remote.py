@@ -25,13 +25,7 @@ def checked_url(url: str) -> Address:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or "@" in parts.netloc
-        or parts.query
-        or parts.fragment
-    ):
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ArgumentError(
             "invalid_argument",
             "teacher_url is http(s)://host[:port][/path], without a user, key or query.",
@@ -42,24 +36,23 @@ def checked_url(url: str) -> Address:
 
 
 def require_allowed_host(url: str, allowed: Iterable[str]) -> None:
-    """Raise ArgumentError `host_not_allowed` unless a URL's host is this machine or one of the allowed names.
+    """Raise ArgumentError `teacher_host_not_allowed` unless the URL's host is this machine or one of `allowed`.
 
-    The prompts and the student's rollouts are sent to it, and so is the teacher's key.
+    Whoever chooses the address chooses where token ids and the teacher's key go, so that is not the caller alone.
     """
-    host = checked_url(url).hostname
-    if _is_loopback(host) or host in {name.casefold().strip("[]") for name in allowed}:
+    host = checked_url(url).hostname.casefold().rstrip(".")
+    if is_loopback(host) or host in {name.casefold().rstrip(".") for name in allowed}:
         return
     raise ArgumentError(
-        "host_not_allowed",
-        "teacher_url names a host that this server must not send prompts to.",
+        "teacher_host_not_allowed",
+        "teacher_url names a host that this server was not told to talk to.",
         value=host,
-        nearest=sorted(allowed)[:3],
-        fix=f"Ask whoever runs the server to start it with `--allow-teacher-host {host}`, or use a teacher on this "
-        "machine.",
+        fix=f"Use a teacher on this machine, or have the server's owner start it with --allow-teacher-host {host}.",
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host name is this machine's own by its spelling, without asking a name server."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.identity.files import bounded_bytes, read_json_object
+from opd_mcp.identity.files import read_json_object
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, PathError
 
 TOKENIZER_FILE = "tokenizer.json"
-# Ids beyond any vocabulary; the map of ids stays as large as the file.
-MAX_TOKEN_ID = 1 << 24
-MAX_CONFIG_BYTES = 4 << 20
-MAX_TEMPLATE_BYTES = 1 << 18
+# The largest known templates, with tools and thinking, are about 20 kB.
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ def token_map(path: Path) -> dict[int, str]:
     try:
         tokens = _vocabulary_map(vocabulary)
         for added in content.get("added_tokens") or []:
-            tokens[_token_id(added["id"])] = str(added["content"])
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+            tokens[int(added["id"])] = str(added["content"])
+    except (TypeError, ValueError, KeyError, IndexError) as error:
         raise IntegrityError(
             "damaged_file",
             f"{TOKENIZER_FILE} holds no vocabulary that can be read.",
@@ -82,38 +80,32 @@ def map_difference(teacher: dict[int, str], student: dict[int, str]) -> TokenDif
 def require_same_tokens(teacher: Path, student: Path) -> None:
     """Raise ConsistencyError `tokenizer_mismatch`, naming the first differing id, unless both maps agree."""
     difference = first_difference(teacher, student)
-    if difference is None:
-        return
-    raise ConsistencyError(
+    if difference is not None:
+        raise mismatch_error(difference, f"{teacher} and {student}")
+
+
+def mismatch_error(difference: TokenDifference, value: object) -> ConsistencyError:
+    """The error `tokenizer_mismatch` that names the first differing id and both its tokens."""
+    return ConsistencyError(
         "tokenizer_mismatch",
         f"Teacher and student tokenizers differ, first at id {difference.id}: "
         f"teacher has {_quoted(difference.teacher)}, student has {_quoted(difference.student)}.",
-        value=f"{teacher} and {student}",
+        value=value,
         fix="Choose a student with the teacher's tokenizer, e.g. a smaller model of the same family.",
     )
 
 
 def chat_template(path: Path) -> str | None:
-    """The chat template of a model directory: `chat_template.jinja`, else the one in `tokenizer_config.json`.
-
-    Raises IntegrityError `damaged_file` for one that is longer than any real template.
-    """
+    """The chat template of a model directory: `chat_template.jinja`, else the one in `tokenizer_config.json`."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        try:
-            return bounded_bytes(file, MAX_TEMPLATE_BYTES).decode("utf-8", errors="surrogateescape")
-        except ValueError as error:
-            raise _no_template(file, str(error)) from error
-    file = path / "tokenizer_config.json"
-    template = optional_json(file).get("chat_template")
+        with file.open("rb") as opened:
+            return _bounded(file, opened.read(MAX_TEMPLATE_BYTES + 1).decode("utf-8", "surrogateescape"))
+    template = optional_json(path / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        texts = [item.get("template") for item in template if isinstance(item, dict) and item.get("name") == "default"]
-        template = texts[-1] if texts else None
-    if not isinstance(template, str):
-        return None
-    if len(template) > MAX_TEMPLATE_BYTES:
-        raise _no_template(file, f"{len(template)} characters are more than {MAX_TEMPLATE_BYTES}")
-    return template
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return _bounded(path / "tokenizer_config.json", template) if isinstance(template, str) else None
 
 
 def special_token_names(path: Path) -> dict[str, str]:
@@ -139,7 +131,7 @@ def eos_token_ids(path: Path, tokens: dict[int, str]) -> tuple[int, ...]:
         for source in sources:
             value = source.get("eos_token_id")
             ids = value if isinstance(value, list) else [value]
-            valid = {item for item in ids if type(item) is int and 0 <= item < MAX_TOKEN_ID}
+            valid = {item for item in ids if type(item) is int and item >= 0}
             if valid:
                 return tuple(sorted(valid))
     eos = special_token_names(path).get("eos_token")
@@ -152,31 +144,27 @@ def special_tokens_hash(eos_ids: tuple[int, ...], names: dict[str, str]) -> str:
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a config's file, empty when there is no such file."""
-    return read_json_object(path, limit=MAX_CONFIG_BYTES) if path.is_file() else {}
-
-
-def _no_template(file: Path, why: str) -> IntegrityError:
-    return IntegrityError(
-        "damaged_file",
-        f"{file.name} holds no chat template that can be used ({why}).",
-        value=file,
-        fix="Give the model its own chat template again.",
-    )
+    """The JSON object in a file, empty when there is no such file."""
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _vocabulary_map(vocabulary: Any) -> dict[int, str]:
     if isinstance(vocabulary, dict):
-        return {_token_id(token_id): token for token, token_id in vocabulary.items()}
+        return {int(token_id): token for token, token_id in vocabulary.items()}
     if isinstance(vocabulary, list):  # Unigram: [token, score] by id
         return {token_id: str(entry[0]) for token_id, entry in enumerate(vocabulary)}
     raise TypeError("no vocabulary")
 
 
-def _token_id(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < MAX_TOKEN_ID:
-        raise ValueError(f"not a token id: {value!r}"[:100])
-    return value
+def _bounded(file: Path, template: str) -> str:
+    if len(template) <= MAX_TEMPLATE_BYTES:
+        return template
+    raise IntegrityError(
+        "damaged_file",
+        f"{file.name} holds a chat template of more than {MAX_TEMPLATE_BYTES} characters.",
+        value=file,
+        fix="Use a model with a chat template of a sensible size.",
+    )
 
 
 def _quoted(token: str | None) -> str:

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.identity.files import read_schema
+from pydantic import ValidationError
+
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, SampleRow
 from opd_mcp.schemas.errors import IntegrityError, PathError
 
 MANIFEST_FILE = "manifest.json"
-RESTORE = "Run `opd-mcp cache verify`, then restore the file from a copy or build the cache again."
 SAMPLE_ROWS = 2
-TEXT_CHARACTERS = 300
+# bytes: a model's tokens are counted by them, and a Chinese character is one token as well as three bytes
+TEXT_BYTES, TOKEN_BYTES = 300, 32
 FIRST_TOKENS, LAST_TOKENS = 16, 4
 COLUMNS = ("prompt_ids", "response_ids", "finish_reason", "teacher_logprobs", "behaviour_logprobs")
 
@@ -25,7 +26,10 @@ def read_manifest(path: Path, reference: object = None) -> CacheManifest:
             value=reference or path,
             fix="Give the cache_id that build_teacher_cache answered.",
         )
-    return read_schema(file, CacheManifest, fix=RESTORE)
+    try:
+        return CacheManifest.from_json(file.read_bytes())
+    except ValidationError as error:
+        raise _damaged(file) from error
 
 
 def inspect_cache(path: Path) -> CacheInspection:
@@ -36,13 +40,14 @@ def inspect_cache(path: Path) -> CacheInspection:
         bytes=sum((path / shard.file).stat().st_size for shard in manifest.shards if (path / shard.file).is_file()),
         rows=manifest.rows,
         tokens=manifest.tokens,
-        manifest=manifest.model_copy(update={"shards": []}),
+        manifest=manifest.model_copy(update={"shards": [], "self_sha256": ""}),
         shards=len(manifest.shards),
         sample=_sample(path, manifest),
     )
 
 
 def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
@@ -52,10 +57,16 @@ def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
     try:
         file = pq.ParquetFile(path / shard.file)
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-        rows = next(iter(file.iter_batches(batch_size=SAMPLE_ROWS, columns=columns))).to_pylist()
+        rows = next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=columns)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path / shard.file) from error
+    try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer" / "tokenizer.json"))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise _damaged(path / "tokenizer" / "tokenizer.json") from error
+    try:
         return [_row(row, tokenizer) for row in rows]
-    except Exception as error:  # rows of another kind; and the Rust side raises bare Exception
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         raise _damaged(path / shard.file) from error
 
 
@@ -77,12 +88,14 @@ def _row(row: dict[str, Any], tokenizer: Any) -> SampleRow:
 def _token(
     tokenizer: Any, ids: list[int], place: int, teacher: list[float], student: list[float] | None
 ) -> tuple[str, float, float] | tuple[str, float]:
-    text, logprob = tokenizer.decode([ids[place]], skip_special_tokens=False), round(float(teacher[place]), 4)
+    text = _cut(tokenizer.decode([ids[place]], skip_special_tokens=False), TOKEN_BYTES)
+    logprob = round(float(teacher[place]), 4)
     return (text, logprob) if student is None else (text, logprob, round(float(student[place]), 4))
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= TEXT_CHARACTERS else f"{text[: TEXT_CHARACTERS - 1]}…"
+def _cut(text: str, limit: int = TEXT_BYTES) -> str:
+    content = text.encode(errors="replace")
+    return text if len(content) <= limit else f"{content[: limit - 3].decode(errors='ignore')}…"
 
 
 def _damaged(file: Path) -> IntegrityError:
@@ -90,5 +103,5 @@ def _damaged(file: Path) -> IntegrityError:
         "damaged_file",
         f"{file.name} cannot be read.",
         value=file,
-        fix=RESTORE,
+        fix="Run `opd-mcp cache verify`, then restore the file from a copy or build the cache again.",
     )

@@ -22,8 +22,8 @@ from opd_mcp.store.runs import RECORD_FILE, run_ids
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
-# As the Hub has them; without `--` and `..` two ids never share a directory, and none leads out of it.
-_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+# The Hub's own rules: `--` and `..` are in no name, so that two ids never share a directory and none leaves its place.
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}")
 FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".safetensors", ".toml", ".txt")
 PROMPTS_FILE = "prompts.jsonl"
@@ -109,7 +109,8 @@ class References:
     def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
         """A teacher that a server at `url` scores for; its files are used where the reference means some that are here.
 
-        Raises ArgumentError `invalid_argument` for an unusable URL, `host_not_allowed`, and as `model` for a path.
+        Raises ArgumentError `invalid_argument` for an unusable URL, `teacher_host_not_allowed`, and as
+        `model` for a path.
         """
         require_allowed_host(url, self.teacher_hosts)
         if not self._is_here(reference):

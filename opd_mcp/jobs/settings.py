@@ -28,7 +28,7 @@ def default_examples_directory() -> Path:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """Where leases and examples are, how many CPU runs fit at a time, what starts a worker, and where teachers may be.
+    """Where leases and examples are, how many CPU runs fit at a time, and what starts a worker.
 
     `teacher_hosts` are hosts beside this machine that a `teacher_url` may name.
     """

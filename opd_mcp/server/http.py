@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import opd_mcp
 from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import ArgumentError, OpdError
-from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
 from opd_mcp.server.answers import structured
 from opd_mcp.server.page import dashboard_html
 
@@ -123,10 +122,8 @@ def cookie(request: Request) -> str:
     return jar[COOKIE].value if COOKIE in jar else ""
 
 
-def http_app(
-    server: MCPServer[Any], service: JobService, access: HttpAccess, redactor: Redactor = NO_SECRETS_KNOWN
-) -> ASGIApp:
-    """The application with all routes, behind the gate; no answer holds a secret that `redactor` finds."""
+def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess) -> ASGIApp:
+    """The application with all routes, behind the gate."""
 
     @server.custom_route("/health", methods=["GET"])
     async def health(request: Request) -> Response:
@@ -142,8 +139,8 @@ def http_app(
         try:
             found = await to_thread.run_sync(service.dashboard, chosen)
         except OpdError as error:
-            return JSONResponse({"error": redactor.text(str(error))}, status_code=404)
-        return JSONResponse(redactor.value(structured(found)), headers={"Cache-Control": "no-store"})
+            return JSONResponse({"error": str(error)}, status_code=404)
+        return JSONResponse(structured(found), headers={"Cache-Control": "no-store"})
 
     app = server.streamable_http_app(host=access.host, transport_security=access.security())
     return Gate(app, access)

@@ -21,11 +21,11 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import ConfigDict
 
+from opd_mcp.jobs.failures import disk_full, is_disk_full
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
-from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
 from opd_mcp.server.answers import structured
-from opd_mcp.server.arguments import request_from_arguments, require_no_secret
+from opd_mcp.server.arguments import request_from_arguments
 from opd_mcp.server.consent import Ask, Consent, asked, require_agreed
 from opd_mcp.server.json_schema import input_schema, output_schema
 
@@ -75,15 +75,17 @@ class _RawArguments(ArgModelBase):
 
 
 @contextmanager
-def readable_errors(tool: str, redactor: Redactor = NO_SECRETS_KNOWN) -> Iterator[None]:
-    """Turn whatever is raised inside into a ToolError that a model can act on, without secrets."""
+def readable_errors(tool: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a ToolError that a model can act on."""
     try:
         yield
     except OpdError as error:
-        raise ToolError(redactor.text(str(error))) from error
+        raise ToolError(str(error)) from error
     except (ToolError, MCPError):
         raise
     except Exception as error:
+        if is_disk_full(error):
+            raise ToolError(str(disk_full(error))) from error
         logger.exception("Tool %s failed", tool)
         raise ToolError(
             f"[internal_error] {type(error).__name__} inside {tool}. "
@@ -91,34 +93,28 @@ def readable_errors(tool: str, redactor: Redactor = NO_SECRETS_KNOWN) -> Iterato
         ) from None
 
 
-def tool_from_spec(spec: ToolSpec[Any], redactor: Redactor = NO_SECRETS_KNOWN) -> Tool:
-    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no.
-
-    No answer holds a secret that `redactor` finds, and no request brings one into the records.
-    """
+def tool_from_spec(spec: ToolSpec[Any]) -> Tool:
+    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no."""
 
     def parse(arguments: dict[str, Any]) -> Any:
-        request = request_from_arguments(spec.name, spec.request, arguments)
-        require_no_secret(request, redactor)
-        return request
+        return request_from_arguments(spec.name, spec.request, arguments)
 
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
-        with readable_errors(spec.name, redactor):
+        with readable_errors(spec.name):
             reply = await spec.call(parse(arguments), context)
             return CallToolResult(
-                content=[TextContent(type="text", text=redactor.text(reply.text))],
-                structured_content=redactor.value(structured(reply.answer)),
+                content=[TextContent(type="text", text=reply.text)], structured_content=structured(reply.answer)
             )
 
     async def ask(arguments: dict[str, Any], context: Context) -> Consent | Elicit[Consent]:
-        with readable_errors(spec.name, redactor):
+        with readable_errors(spec.name):
             assert spec.ask is not None
             return await asked(spec.ask, parse(arguments), context)
 
     async def call_if_agreed(
         arguments: dict[str, Any], context: Context, consent: Annotated[ElicitationResult[Consent], Resolve(ask)]
     ) -> CallToolResult:
-        with readable_errors(spec.name, redactor):
+        with readable_errors(spec.name):
             require_agreed(consent)
         return await call(arguments, context)
 

@@ -11,7 +11,6 @@ from mcp_types import CallToolResult, TextContent
 
 from opd_mcp.jobs.service import LATEST, JobService
 from opd_mcp.schemas.errors import RunError, UnknownIdError
-from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.server.answers import structured
 from opd_mcp.server.tasks import Task, TaskStatus, TaskSupport, UnknownTask
@@ -22,15 +21,11 @@ MAX_POLL_MS = 10_000
 
 
 class RunTasks:
-    """The backend of the tasks extension over a JobService; `tools` are those that start a run.
+    """The backend of the tasks extension over a JobService; `tools` are those that start a run."""
 
-    No task holds a secret that `redactor` finds.
-    """
-
-    def __init__(self, service: JobService, tools: frozenset[str], redactor: Redactor = NO_SECRETS_KNOWN) -> None:
+    def __init__(self, service: JobService, tools: frozenset[str]) -> None:
         self._service = service
         self._tools = tools
-        self._redactor = redactor
 
     def support(self, tool: str) -> TaskSupport:
         """Starting a run may become a task; nothing must."""
@@ -71,7 +66,7 @@ class RunTasks:
             status=task_status,
             created_at=status.created_at,
             updated_at=status.updated_at,
-            message=self._redactor.text(unchanged_text(status)) if active else f"{status.run_id}: {status.state}",
+            message=unchanged_text(status) if active else f"{status.run_id}: {status.state}",
             poll_ms=poll_milliseconds(status) if active else None,
             result=self._result(status) if task_status == "completed" else None,
         )
@@ -79,8 +74,8 @@ class RunTasks:
     def _result(self, status: RunStatus) -> CallToolResult:
         snapshot = self._service.snapshot(status.run_id)
         return CallToolResult(
-            content=[TextContent(type="text", text=self._redactor.text(status_text(status)))],
-            structured_content=self._redactor.value(structured(snapshot)),
+            content=[TextContent(type="text", text=status_text(status))],
+            structured_content=structured(snapshot),
             is_error=status.state != "succeeded",
         )
 

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from opd_mcp.schemas.redaction import RedactedStream
 from opd_mcp.server.settings import ServerSettings
 from opd_mcp.server.stdout_guard import stdout_to_stderr
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
 def serve_stdio(open_service: Callable[[], "JobService"], settings: ServerSettings) -> None:
     """Serves this process's stdin and stdout until the client closes them; runs go on without it."""
-    sys.stderr = RedactedStream(sys.stderr, settings.redactor)
     with stdout_to_stderr():
         from opd_mcp.server.app import build_server
 
@@ -29,13 +27,12 @@ def serve_http(open_service: Callable[[], "JobService"], settings: ServerSetting
     Raises ArgumentError `invalid_argument` for a host that others can reach without a token and allowed hosts.
     """
     access = access.checked()
-    sys.stderr = RedactedStream(sys.stderr, settings.redactor)
     import uvicorn
 
     from opd_mcp.server.app import build_server
     from opd_mcp.server.http import http_app
 
     service = open_service()
-    app = http_app(build_server(service, settings), service, access, settings.redactor)
+    app = http_app(build_server(service, settings), service, access)
     print(f"opd-mcp serves http://{access.host}:{access.port}/mcp and /dashboard", file=sys.stderr, flush=True)
     uvicorn.run(app, host=access.host, port=access.port, log_level="warning", timeout_graceful_shutdown=2)

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
-from opd_mcp.schemas.redaction import NO_SECRETS_KNOWN, Redactor
+from opd_mcp.schemas.redaction import redacted_values
 from opd_mcp.schemas.runs import RunState
-from opd_mcp.store.journal_data import fits, is_count, is_time
 from opd_mcp.store.states import require_transition
 
 RecordType = Literal["state", "phase", "progress", "metric", "alert", "result", "error"]
+RECORD_TYPES = frozenset(get_args(RecordType))
 _CRC_TAIL = len(b',"crc":"00000000"}')
 
 
@@ -64,14 +64,12 @@ def decode_record(line: bytes) -> JournalRecord | None:
     if line[-_CRC_TAIL:] != b',"crc":"%08x"}' % zlib.crc32(body):
         return None
     try:
-        value = json.loads(body.decode())
+        value = json.loads(body)
         record = JournalRecord(**value)
-        if b"\\ud" in body:  # half a surrogate pair can be read, but neither written nor shown again
-            json.dumps(record.data, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return None
-    numbers = is_count(record.seq) and is_count(record.attempt)
-    return record if numbers and is_time(record.time) and fits(str(record.type), record.data) else None
+    numbers = type(record.seq) is int and type(record.attempt) is int
+    return record if numbers and record.type in RECORD_TYPES and isinstance(record.data, dict) else None
 
 
 class JournalReader:
@@ -150,25 +148,19 @@ class JournalWriter:
     """Appends to a journal; only the process that holds the run's lock may have one. Its threads may share it.
 
     Opening cuts off a torn last line, so that what is written next is not taken for damage. `holds_lock` says whether
-    the run's lock is still this writer's; every call asks it, and looks whether a newer attempt has begun. `redactor`
-    takes secrets out of all texts.
+    the run's lock is still this writer's; every call asks it, and looks whether a newer attempt has begun.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        attempt: int,
-        holds_lock: Callable[[], bool] = lambda: True,
-        redactor: Redactor = NO_SECRETS_KNOWN,
-    ) -> None:
+    def __init__(self, path: Path, attempt: int, holds_lock: Callable[[], bool] = lambda: True) -> None:
         reader = JournalReader(path)
         states = [record for record in reader.new_records() if record.type == "state" and record.attempt == attempt]
         self.path = path
         self.attempt = attempt
         self._holds_lock = holds_lock
-        self._redactor = redactor
         self._state: RunState | None = states[-1].data["state"] if states else None
         self._mutex = threading.RLock()
+        self.secrets: tuple[str, ...] = ()
+        """What no record may hold, beside whatever looks like a secret."""
         self._next_seq = reader.next_seq
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         if os.fstat(self._descriptor).st_size > reader.offset:
@@ -183,19 +175,31 @@ class JournalWriter:
         """
         with self._mutex:
             self.require_right()
+            if type == "state" and self._state is not None:
+                require_transition(self._state, data["state"])
+            record = JournalRecord(
+                self._next_seq, self.attempt, utc_now(), type, redacted_values(dict(data), self.secrets)
+            )
+            self._write(encode_record(record), durable=durable)
+            self._next_seq += 1
             if type == "state":
-                if self._state is not None:
-                    require_transition(self._state, data["state"])
                 self._state = data["state"]
-            record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, self._redactor.value(data))
-            line = encode_record(record)
+            return record
+
+    def _write(self, line: bytes, *, durable: bool) -> None:
+        """Write a whole line or, on a full or failing disk, none of it."""
+        before = self._size
+        try:
             while line:
                 written = os.write(self._descriptor, line)
                 line, self._size = line[written:], self._size + written
-            self._next_seq += 1
             if durable:
                 os.fsync(self._descriptor)
-            return record
+        except OSError:
+            if os.fstat(self._descriptor).st_size == self._size:  # else a newer attempt has written behind it
+                os.ftruncate(self._descriptor, before)
+                self._size = before
+            raise
 
     def sync(self) -> int:
         """The number of the last record, once all up to it are on the disk; raises RunError `attempt_superseded`."""

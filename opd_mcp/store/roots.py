@@ -20,8 +20,8 @@ class AllowedRoots:
     def resolve(self, reference: str | Path) -> Path:
         """The real path of an absolute reference below a root.
 
-        Raises PathError: `relative_path`, `outside_roots` (also for a link that leads out), `not_found` with the
-        nearest names, `special_file` for pipes, sockets and devices, which could be waited for in vain.
+        Raises PathError: `relative_path`, `outside_roots` (also for a link that leads out), `special_file` for what is
+        neither a file nor a directory (opening a pipe would wait for ever), `not_found` with the nearest names.
         """
         text = str(reference)
         path = Path(text)
@@ -40,16 +40,17 @@ class AllowedRoots:
             raise self._outside(text, "The path is outside of the allowed roots")
         if not os.path.exists(real):
             raise self._not_found(text, self._siblings(real), "There is no such file or directory.")
-        _require_plain(real)
         if real.is_dir():
-            self._require_inner(real)
+            self._require_inner_links(real)
+        else:
+            _require_plain(real)
         return real
 
     def contains(self, real: Path) -> bool:
         """Whether a path without links is a root or below one."""
         return any(real == root or root in real.parents for root in self.roots)
 
-    def _require_inner(self, directory: Path) -> None:
+    def _require_inner_links(self, directory: Path) -> None:
         for folder, folders, names in os.walk(directory):
             if len(Path(folder).relative_to(directory).parts) >= LINK_DEPTH - 1:
                 folders.clear()
@@ -84,13 +85,15 @@ class AllowedRoots:
 
 def _require_plain(path: Path) -> None:
     try:
-        mode = path.stat().st_mode
-    except OSError:  # a link to nothing is nothing
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:  # a link to nothing, or gone by now
         return
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    except OSError:  # a loop of links
+        mode = 0
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise PathError(
             "special_file",
-            "This is a pipe, a socket or a device, neither file nor directory.",
-            value=str(path),
-            fix="Remove it, or give another path.",
+            "This is a pipe, socket, device or broken link, not a file.",
+            value=path,
+            fix="Give a plain file or directory.",
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.store.files import make_private
+from opd_mcp.store.private import require_private
 
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 
@@ -19,18 +19,16 @@ def default_workspace_root() -> Path:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The directories below `root`, made on construction, readable by their owner only.
-
-    Raises PathError `unsafe_folder` where they cannot be that.
-    """
+    """The directories below `root`, made on construction, readable by their owner only."""
 
     root: Path
 
     def __post_init__(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         object.__setattr__(self, "root", self.root.resolve())
-        make_private(self.root)
+        require_private(self.root)
         for directory in (self.runs, self.artifacts, *map(self.artifacts_of, ARTIFACT_KINDS), self.plans, self.hub):
-            make_private(directory)
+            directory.mkdir(exist_ok=True, mode=0o700)
 
     @property
     def runs(self) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from opd_mcp.identity.consistency import consistency, proven_claim
 from opd_mcp.identity.models import ModelCache, full_weights_hash, identity_hash, inspect_model, weights_hash
 from opd_mcp.schemas.errors import IntegrityError, PathError
 
@@ -98,6 +99,22 @@ def test_a_hub_snapshot_is_named_by_its_hub_id(make_model):
     assert inspect_model(make_model("models--Qwen--Qwen3-0.6B/snapshots/0a1b")).identity.name == "Qwen/Qwen3-0.6B"
 
 
+def test_a_hub_repository_with_its_links_and_a_local_copy_are_one_identity(make_model, tmp_path):
+    local = make_model("my-teacher")
+    hub = tmp_path / "hub" / "models--Qwen--Qwen3-0.6B"
+    snapshot = hub / "snapshots" / "0a1b2c"
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for number, file in enumerate(sorted(local.iterdir())):
+        shutil.copy(file, hub / "blobs" / f"blob{number}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"blob{number}"))
+    ours, theirs = inspect_model(local).identity, inspect_model(snapshot).identity
+    assert (ours.name, theirs.name) == ("my-teacher", "Qwen/Qwen3-0.6B")
+    assert identity_hash(ours) == identity_hash(theirs)
+    assert consistency(ours, proven_claim(theirs), allowed=False).status == "consistent"
+    assert full_weights_hash(local) == full_weights_hash(snapshot)
+
+
 def test_the_cache_forgets_a_model_whose_files_change(make_model):
     model, cache = make_model("teacher", seed=1), ModelCache()
     first = cache.inspect_model(model)
@@ -170,7 +187,6 @@ def test_a_damaged_safetensors_file_is_named(make_model, content):
 @pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "missing.safetensors", "weights.bin"])
 def test_a_weight_index_names_only_files_beside_it(make_model, shard):
     model = make_model("teacher")
-    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(IntegrityError, match=shard):
         inspect_model(model)

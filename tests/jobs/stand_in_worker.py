@@ -1,12 +1,11 @@
 """The real worker with the stand-in stages; takes the same command line as `opd-mcp worker`."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from opd_mcp.jobs.watchdog import WatchSettings
 from opd_mcp.jobs.worker import main
-from opd_mcp.schemas.redaction import Redactor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,7 +23,8 @@ if __name__ == "__main__":
     parser.add_argument("--lock-fd", type=int)
     parser.add_argument("--lease-folder", type=Path)
     parser.add_argument("--cpu-slots", type=int)
+    parser.add_argument("--stall-seconds", type=float, default=60.0)
     given = parser.parse_args()
     folders = {"lease_folder": given.lease_folder, "cpu_slots": given.cpu_slots}
-    redactor = Redactor.of_environment(os.environ)
-    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages, redactor=redactor))
+    watch = WatchSettings(floor=given.stall_seconds, poll=0.02)
+    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages, watch=watch))

@@ -1,101 +1,112 @@
-"""No secret that a run meets, in its environment, an error or an argument, is written or shown anywhere."""
+"""Secrets in the environment and in what a teacher's server says end up in no file of the workspace."""
 
-import os
-from pathlib import Path
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from mcp import Client
 
-from opd_mcp.schemas.redaction import REDACTED, Redactor
-from opd_mcp.server.app import build_server
-from opd_mcp.server.settings import ServerSettings
+from opd_mcp.jobs.service import JobService
+from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.schemas.errors import ArgumentError
+from opd_mcp.schemas.requests import GetRunLogs
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.workspace import Workspace
 
 PLANTED = {
-    "HF_TOKEN": "planted-hub-token-0123456789",
-    "OPD_TEACHER_KEY": "planted-teacher-key-0123456789",
-    "OPD_TOKEN": 'planted "http" token/0123456789',
+    "OPD_TEACHER_KEY": "a teacher key in plain words",
+    "HF_TOKEN": "a token in plain words",
+    "OPD_TOKEN": "another token in plain words",
 }
-TELLING = {"sft.optimizer.learning_rate": 13}
+SHAPED = ("hf_" + "a1B2" * 8, "sk-" + "A1b2" * 8, "letmein")
+# Before the engine is loaded, as a library would: into the log, and as an exception that ends the run.
+LEAKING_WORKER = """
+import os, sys
+from opd_mcp import cli
+from opd_mcp.jobs import worker
+def leak(*_):
+    said = " | ".join([*(os.environ[n] for n in {names!r}), {shaped!r}])
+    print(said)
+    print(said, file=sys.stderr)
+    raise ValueError(said)
+worker.prepared_record = leak
+sys.argv[0] = "opd-mcp"
+cli.main()
+"""
 
 
 @pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
-@pytest.fixture
-def planted(monkeypatch):
+def service(world, monkeypatch) -> JobService:
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
+    shaped = f"{SHAPED[0]} {SHAPED[1]} https://somebody:{SHAPED[2]}@example.org"
+    script = LEAKING_WORKER.format(names=list(PLANTED), shaped=shaped)
+    command = (sys.executable, "-c", script, "worker")
+    settings = JobSettings(world.settings.lease_folder, 2, world.settings.examples, command)
+    return JobService(Workspace(world.root / "home"), AllowedRoots([world.root / "data"]), settings)
 
 
-@pytest.fixture
-def server(planted, service):
-    return build_server(service, ServerSettings(redactor=Redactor.of_environment(os.environ)))
+def files_with(root, texts):
+    """Every file below `root` that holds one of the texts."""
+    found = []
+    for path in root.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            found += [(path.name, text) for text in texts if text.encode() in content]
+    return found
 
 
-def leaks(text: str) -> bool:
-    return "planted" in text or "Q" * 8 in text
-
-
-def files_that_leak(root: Path) -> list[Path]:
-    files = [path for path in root.rglob("*") if path.is_file()]
-    assert any(path.name == "worker.log" for path in files)
-    return [path for path in files if leaks(path.read_bytes().decode("utf-8", errors="replace"))]
-
-
-@pytest.mark.anyio
-async def test_a_run_that_tells_its_secrets_leaves_none_in_the_workspace_or_an_answer(world, server, service, finished):
-    run_id = service.start_distillation(world.start_arguments(overrides=TELLING)).run_id
-    status = finished(service, run_id)
+def test_an_exception_and_a_log_full_of_secrets_leave_none_behind(world, service, finished):
+    run = service.start_distillation(world.start_arguments())
+    status = finished(service, run.run_id)
     assert (status.state, status.error.code) == ("failed", "internal_error")
-    assert REDACTED in status.error.cause
-    assert any(REDACTED in line for line in status.error.log_tail)
-    assert len([alert for alert in status.alerts if alert.code.startswith("told") and REDACTED in alert.message]) == 7
-    log = (service.workspace.run(run_id) / "worker.log").read_text()
-    assert log.count(REDACTED) >= 3 * 7 + 3
-    assert "RuntimeError" in log
-    assert not files_that_leak(world.root / "home")
-    async with Client(server) as client:
-        for tool in ("get_run_status", "get_run_logs", "dashboard_feed", "list_runs", "get_run_metrics"):
-            answer = await client.call_tool(tool, {"run_ids": [run_id]} if tool == "get_run_metrics" else {})
-            assert not answer.is_error
-            assert not leaks(answer.model_dump_json())
-        for part in ("recipe", "log", "metrics"):
-            assert not leaks((await client.read_resource(f"opd://runs/{run_id}/{part}")).model_dump_json())
+    assert "[redacted]" in status.error.cause
+    log = "\n".join(service.run_logs(GetRunLogs(run_id=run.run_id)).lines)
+    assert log.count("[redacted]") > 5, "the log was written, and redacted"
+    assert files_with(service.workspace.root, [*PLANTED.values(), *SHAPED]) == []
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize("secret", [*PLANTED.values(), "hf_" + "Q" * 34, "https://user:QQQQQQQQ@host"])
-async def test_a_secret_in_an_argument_is_refused_before_anything_is_written(world, server, service, secret):
-    plan = {"student": world.student, "teacher": world.teacher, "prompts": world.prompts()}
-    faults = [
-        {"declared_teacher": secret},
-        {"prompts": [secret]},
-        {"student": f"/data/{secret}"},
-        {"overrides": {"prompting.chat_template_kwargs": {"key": [secret]}}},
-        {"overrides": {"benchmark.answer_pattern": secret}},
-    ]
-    async with Client(server) as client:
-        for fault in faults:
-            for tool in ("plan_distillation", "start_distillation"):
-                answer = await client.call_tool(tool, plan | fault)
-                assert answer.is_error
-                assert "[secret_in_arguments]" in answer.content[0].text
-                assert not leaks(answer.model_dump_json())
-        echoed = await client.call_tool("get_run_status", {"run_id": "latest", secret: 1})
-        assert "[unknown_argument]" in echoed.content[0].text
-        assert not leaks(echoed.model_dump_json())
-    assert not list(service.workspace.runs.iterdir())
-    assert not list(service.workspace.plans.iterdir())
+def test_every_file_of_a_run_is_its_owners_alone(world, service, finished):
+    finished(service, service.start_distillation(world.start_arguments()).run_id)
+    wide = [path for path in service.workspace.root.rglob("*") if path.lstat().st_mode & 0o077]
+    assert wide == []
 
 
-@pytest.mark.anyio
-async def test_what_a_data_file_holds_is_shown_without_its_secrets(world, server):
-    row = '{"prompt": "log in with planted-hub-token-0123456789 and sk-' + "Q" * 30 + '", "answer": "1"}\n'
-    plan = {"student": world.student, "teacher": world.teacher, "prompts": world.file("told.jsonl", row)}
-    async with Client(server) as client:
-        answer = await client.call_tool("plan_distillation", plan | {"preset": "demo"})
-    assert not answer.is_error
-    assert REDACTED in answer.structured_content["sample"][0]
-    assert not leaks(answer.model_dump_json())
+def test_a_teachers_server_elsewhere_is_not_asked_unless_the_owner_said_so(world, service):
+    arguments = {"student": world.student, "teacher": "t", "declared_teacher": "t"}
+    elsewhere = world.cache_arguments(**arguments, teacher_url="http://169.254.169.254/latest")
+    with pytest.raises(ArgumentError, match="teacher_host_not_allowed"):
+        service.build_teacher_cache(elsewhere)
+    assert service.list_runs().total == 0
+
+
+class _Echo(BaseHTTPRequestHandler):
+    """Refuses every request, and shows what it was asked with."""
+
+    def do_GET(self):
+        content = f"denied: {self.headers.get('Authorization')} {' '.join(SHAPED[:2])}".encode()
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format, *args):
+        pass
+
+
+def test_a_server_that_echoes_the_key_does_not_get_it_into_the_journal(world, monkeypatch, finished):
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    settings = JobSettings(world.settings.lease_folder, 2, world.settings.examples)
+    service = JobService(Workspace(world.root / "home"), AllowedRoots([world.root / "data"]), settings)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        arguments = {"student": world.student, "teacher": "t", "declared_teacher": "t"}
+        url = f"http://127.0.0.1:{server.server_port}"
+        short = {"rollout.count": 2, "rollout.sampling.max_new_tokens": 4}
+        run = service.build_teacher_cache(world.cache_arguments(**arguments, teacher_url=url, overrides=short))
+        status = finished(service, run.run_id)
+        server.shutdown()
+    assert status.error.code == "teacher_refused", status
+    assert "denied" in status.error.cause
+    assert files_with(service.workspace.root, [*PLANTED.values(), *SHAPED]) == []

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from opd_mcp.engine.cache.shards import read_shards
+from pydantic import ValidationError
+
+from opd_mcp.engine.cache.shards import damaged, read_shards
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.identity.files import read_schema, write_atomic
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import PathError
 
@@ -13,7 +16,7 @@ MANIFEST_FILE = "manifest.json"
 
 def write_manifest(directory: Path, manifest: CacheManifest) -> None:
     """Write the manifest; it stands only beside complete shards."""
-    write_atomic(directory / MANIFEST_FILE, manifest.to_json(indent=2))
+    write_atomic(directory / MANIFEST_FILE, manifest.sealed().to_json(indent=2))
 
 
 def read_manifest(directory: Path) -> CacheManifest:
@@ -29,7 +32,10 @@ def read_manifest(directory: Path) -> CacheManifest:
             value=directory,
             fix="Give a cache id, or a directory that build_teacher_cache made.",
         )
-    return read_schema(path, CacheManifest, fix="Restore the file from a copy, or build this artifact again.")
+    try:
+        return CacheManifest.from_json(path.read_bytes())
+    except ValidationError as error:
+        raise damaged(path, first_problem(error)) from error
 
 
 def read_cache(directory: Path) -> tuple[CacheManifest, Sequences]:

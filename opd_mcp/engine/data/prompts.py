@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.time_limit import time_limit
+from opd_mcp.engine.limits import TooSlow, processor_seconds
 from opd_mcp.identity.data import PromptRow
-from opd_mcp.schemas.errors import DataError
+from opd_mcp.schemas.errors import ArgumentError, DataError
 
-# A sound template takes microseconds and adds little to its prompt.
-TEMPLATE_SECONDS = 10.0
-MAX_PROMPT_CHARACTERS = 8 << 20
+# Far above what a template and a tokenizer take for a prompt.
+TEMPLATE_SECONDS = 20.0
+TEMPLATE_SECONDS_A_PROMPT = 0.05
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,19 @@ def encode_prompts(
 ) -> list[EncodedPrompt]:
     """Every prompt that fits `prompting.max_prompt_tokens`; the others are reported in an alert.
 
-    Raises DataError `empty_data` if none fits.
+    Raises DataError `empty_data` if none fits, ArgumentError `too_slow` for a chat template that does not end.
     """
     limit = context.prompting.max_prompt_tokens
-    encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, context)) for row in rows]
+    seconds = TEMPLATE_SECONDS + TEMPLATE_SECONDS_A_PROMPT * len(rows)
+    try:
+        with processor_seconds(seconds):
+            encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, context)) for row in rows]
+    except TooSlow:
+        raise ArgumentError(
+            "too_slow",
+            f"The chat template took more than {seconds:.0f} s for {len(rows)} prompts.",
+            fix="Look at the model's chat_template.jinja; use a model whose template ends.",
+        ) from None
     kept = [prompt for prompt in encoded if 0 < len(prompt.ids) <= limit]
     if len(kept) < len(encoded):
         context.reporter.alert(
@@ -50,32 +57,16 @@ def encode_prompts(
 
 
 def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[int]:
-    """Token ids of one prompt, with the chat template where the tokenizer has one.
-
-    Raises DataError `unusable_template` for a template that fails, does not end, or writes without end.
-    """
+    """Token ids of one prompt, with the chat template where the tokenizer has one."""
     messages = [{"role": "user", "content": row.prompt}] if row.messages is None else list(row.messages)
     if tokenizer.chat_template is None:
         return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
-    too_slow = partial(_unusable, row, f"it took more than {TEMPLATE_SECONDS} s")
-    try:
-        with time_limit(TEMPLATE_SECONDS, too_slow):
-            text = str(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False, **context.prompting.chat_template_kwargs
-                )
-            )
-    except (TemplateError, MemoryError, OverflowError) as error:
-        raise _unusable(row, f"{type(error).__name__}: {error}"[:200]) from error
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise _unusable(row, f"it wrote {len(text)} characters")
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _unusable(row: PromptRow, why: str) -> DataError:
-    return DataError(
-        "unusable_template",
-        f"The model's chat template cannot be used on a prompt: {why}.",
-        value=f"prompt {row.id}",
-        fix="Give the model its own chat template, or other prompts or 'prompting.chat_template_kwargs'.",
+    return list(
+        tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **context.prompting.chat_template_kwargs,
+        )
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_mcp.engine.evaluation.answers import compiled_pattern, extracted_answer, is_correct
+from opd_mcp.engine.evaluation.answers import compiled_pattern, correctness, extracted_answer, is_correct
 from opd_mcp.schemas.errors import ArgumentError
 
 
@@ -27,14 +27,8 @@ def test_a_bad_pattern_is_one_clear_error(pattern: str) -> None:
         compiled_pattern(pattern)
 
 
-def test_a_pattern_that_backtracks_without_end_is_stopped(monkeypatch) -> None:
+def test_a_pattern_that_backtracks_for_ever_is_stopped(monkeypatch):
     monkeypatch.setattr("opd_mcp.engine.evaluation.answers.PATTERN_SECONDS", 0.2)
-    for pattern in (r"(?:a+)+$", r"(?:a|aa)+$", r"(?:.*a){30}b"):
-        with pytest.raises(ArgumentError, match="answer_pattern") as caught:
-            is_correct("a" * 5000 + "c", "1", compiled_pattern(pattern))
-        assert caught.value.code == "slow_pattern"
-    assert extracted_answer("is it 12", compiled_pattern(r"\d+")) == "12"
-
-
-def test_a_group_that_took_no_part_is_an_empty_answer() -> None:
-    assert extracted_answer("b", compiled_pattern("(a)?b")) == ""
+    with pytest.raises(ArgumentError, match="too_slow"):
+        correctness(["1" * 60 + "x"], ["1"], compiled_pattern(r"(?:\d+)+$"))
+    assert correctness(["so #1"], ["1"], compiled_pattern(r"#(\d)")) == [True]
