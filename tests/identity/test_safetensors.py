@@ -1,5 +1,8 @@
 """Safetensors headers: the same tensors as the reference reader, and no surprise from damaged files."""
 
+import json
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
