@@ -270,6 +270,13 @@ def main() -> None:
     except OpdError as error:
         typer.echo(str(error), err=True)
         sys.exit(1)
+    except OSError as error:
+        from opd_mcp.jobs.failures import disk_full, is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        typer.echo(str(disk_full(error)), err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

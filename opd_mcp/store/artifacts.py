@@ -6,13 +6,14 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
@@ -148,6 +149,19 @@ class ArtifactStore:
         """The oldest artifact of a kind that was made by exactly this; None when there is none on the disk."""
         return next(iter(self.list(kind, key=key)), None)
 
+    def find_made(self, kind: ArtifactKind, artifact_id: str, key: str) -> Artifact | None:
+        """The artifact that was made by exactly this, also one whose maker died before it stood in the index.
+
+        Raises IntegrityError `damaged_file` when its record cannot be read.
+        """
+        found = self.find_by_key(kind, key)
+        if found is None and (self.workspace.artifacts_of(kind) / artifact_id / ARTIFACT_FILE).is_file():
+            found = read_artifact(self.workspace.artifacts_of(kind) / artifact_id)
+            if found.record.key != key:
+                return None
+            self.index.add_artifact(artifact_row(found.record))
+        return found
+
     def find(self, artifact_id: str) -> Artifact | None:
         """The artifact of an id; None when there is none."""
         if is_id(artifact_id):
@@ -171,15 +185,28 @@ class ArtifactStore:
         )
 
     def list(self, kind: ArtifactKind | None = None, *, key: str | None = None) -> list[Artifact]:
-        """Artifacts oldest first; rows whose directory is gone are forgotten on the way."""
+        """Artifacts oldest first; rows whose directory is gone are forgotten on the way.
+
+        One whose record is damaged is passed over, so that it does not hide the others; `damaged` names it.
+        """
         found = []
         for row in self.index.artifacts(kind=kind, key=key):
             path = self.workspace.artifacts_of(row.kind) / row.artifact_id
-            if (path / ARTIFACT_FILE).is_file():
-                found.append(read_artifact(path))
-            else:
+            if not (path / ARTIFACT_FILE).is_file():
                 self.index.remove_artifact(row.artifact_id)
+                continue
+            with suppress(IntegrityError):
+                found.append(read_artifact(path))
         return found
+
+    def damaged(self) -> Iterator[IntegrityError]:
+        """What is wrong with artifacts whose record or lineage cannot be read."""
+        for path in artifact_directories(self.workspace):
+            try:
+                read_artifact(path)
+                read_lineage(path)
+            except IntegrityError as problem:
+                yield problem
 
 
 def _locked(lock: Path) -> int | None:

@@ -1,12 +1,14 @@
 """What the store needs of `identity.files`, and what is in a directory: how many bytes, which hashes."""
 
 import os
+import shutil
 from pathlib import Path
 
 from opd_mcp.identity.files import file_sha256, fsync_directory, fsync_tree, publish_directory, write_atomic
 
 __all__ = [
     "file_sha256",
+    "free_bytes",
     "fsync_directory",
     "fsync_tree",
     "publish_directory",
@@ -14,6 +16,11 @@ __all__ = [
     "tree_sha256",
     "write_atomic",
 ]
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds the path's directory."""
+    return shutil.disk_usage(path.parent).free
 
 
 def tree_bytes(directory: Path) -> int:

@@ -1,7 +1,8 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail, a file `die-once` beside the building directory kills the worker in `score`.
+rate of 666 makes `sft` fail, one of 28 fills the disk; a file `die-once` beside the building directory kills the worker
+in `score`.
 """
 
 import json
@@ -36,6 +37,8 @@ def generate_responses(recipe, *, teacher, prompts, output, context):
 def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokenizer=None):
     if recipe.optimizer.learning_rate == 666:
         raise ZeroDivisionError("the learning rate of the beast")
+    if recipe.optimizer.learning_rate == 28:
+        raise OSError(28, "No space left on device", str(output))
     steps(context, recipe.steps)
     lineage = read_lineage(responses) if responses.is_dir() else None
     return trained(student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or sft_teacher)
