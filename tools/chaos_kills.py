@@ -108,7 +108,8 @@ def run_chain(chain: Chain, root: Path, seed: int, expected: dict[str, Any]) -> 
         attempts += 1
         shot = plan is not None and plan.kind == RANDOM and killed_from_outside(place, attempts, rng)
         status = ended(service, run_id)
-        shot = shot or len(hits(place)) > before
+        # A worker that had ended before its random moment was not killed, only its remains were.
+        shot = (shot and status.state == "lost") or len(hits(place)) > before
         if plan is not None and shot:
             chain.kills[plan.kind] += 1
         chain.wrong += [f"{chain.name}: {alert.message}" for alert in status.alerts if alert.code in DAMAGE_ALERTS]
