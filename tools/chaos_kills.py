@@ -128,10 +128,7 @@ def unlike_plan(plan: Plan, status: RunStatus) -> bool:
     """Whether a run ended in another way than the plan would have it."""
     if plan.action == "kill":
         return status.state != "lost"
-    # Where not even the journal has room, nothing can be said; the run is then found lost.
-    silent = status.state == "lost" and (plan.action == "full" or plan.kind == "journal_append")
-    named = status.state == "failed" and status.error is not None and status.error.code == "not_enough_disk"
-    return not (silent or named)
+    return status.state != "failed" or status.error is None or status.error.code != "not_enough_disk"
 
 
 DAMAGE_ALERTS = ("damaged_journal", "checkpoint_damaged", "damaged_file")
