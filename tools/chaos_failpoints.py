@@ -32,7 +32,7 @@ FULL = "No space left on device"
 class Plan:
     """What happens to one process: at the `hit`-th call of `kind` (in `within` a phase, when set), `action`.
 
-    `kill` sends SIGKILL, `full_once` fails this call with ENOSPC, `full` this one and all later ones until the run gives
+    `kill` sends SIGKILL, `full_once` fails this call with ENOSPC, `full` this and all later ones until the run gives
     up its reserve.
     """
 
