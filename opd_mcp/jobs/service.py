@@ -168,7 +168,11 @@ class JobService:
 
     def inspect_cache(self, reference: str) -> CacheInspection:
         """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""
-        return inspect_cache(Path(str(self._references.cache(reference).input.path)))
+        return inspect_cache(self.cache_directory(reference))
+
+    def cache_directory(self, reference: str) -> Path:
+        """Where a teacher cache is that an artifact id, a run id or a path means; raises as `inspect_cache`."""
+        return Path(str(self._references.cache(reference).input.path))
 
     def status(self, run_id: str = LATEST) -> RunStatus:
         """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""

@@ -18,7 +18,7 @@ from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import CacheManifest, EngineGap, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.identity import Lineage
+from opd_mcp.schemas.identity import Lineage, Parent
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TrainingSummary
 
 STEP_SECONDS = 0.01
@@ -86,7 +86,7 @@ def score(
             mean_response_tokens=1.0,
             truncated_fraction=0.5,
             eos_fraction=1.0,
-            empty_responses=0,
+            empty_responses=2,
             duplicate_rows=0,
         ),
         scores=ScoreStatistics(
@@ -95,6 +95,9 @@ def score(
         engine_gap=EngineGap(tokens=10, mean=0.0001, largest=0.001),
     )
     (output / "manifest.json").write_text(manifest.to_json())
+    parents = [Parent(role="teacher", identity=identity), Parent(role="student", identity=behaviour)]
+    files = data_hashes(output, ["manifest.json"])
+    write_lineage(output, Lineage(kind="cache", stage="score", recipe={}, parents=parents, files=files))
     return cost("score", 10)
 
 
