@@ -24,6 +24,7 @@ Moment = Literal["before", "torn", "after"]
 STARTED = re.compile(rb'"data":\{"phase":"(\w+)","event":"started"')
 MODIFYING = ("INSERT", "UPDATE", "DELETE", "COMMIT")
 ANY = "any"
+RESERVE = "reserve"
 FULL = "No space left on device"
 
 
@@ -31,7 +32,8 @@ FULL = "No space left on device"
 class Plan:
     """What happens to one process: at the `hit`-th call of `kind` (in `within` a phase, when set), `action`.
 
-    `kill` sends SIGKILL, `full_once` fails this call with ENOSPC, `full` this one and every later write as well.
+    `kill` sends SIGKILL, `full_once` fails this call with ENOSPC, `full` this and all later ones until the run gives
+    up its reserve.
     """
 
     kind: str
@@ -53,7 +55,7 @@ class Failpoints:
         self.log = log
         self.phase = "none"
         self.hits = 0
-        self.full = False
+        self.full = self.refused = False
         self.write, self.kill = os.write, os.kill
 
     def around(
@@ -68,18 +70,23 @@ class Failpoints:
 
         Raises OSError ENOSPC where the plan fills the disk, and for each call that needs space from then on if so.
         """
-        if self.full and needs_space:
+        if (self.full or self.refused) and needs_space:
+            self.refused = False
             raise no_space()
         if (self.plan and self.plan.action != "kill" and not needs_space) or not self._due(kind):
             return call()
+        taken = None
         if self.plan.moment == "after" and self.plan.action == "kill":
             call()
         elif self.plan.moment == "torn":
-            torn()
+            taken = torn()
         self.note(f"{kind} {self.plan.moment} {self.phase}")
         if self.plan.action == "kill":
             self.kill(os.getpid(), signal.SIGKILL)
         self.full = self.plan.action == "full"
+        if taken is not None:  # a kernel takes what fits and says how much; the next write is the one that fails
+            self.refused = True
+            return taken
         raise no_space()
 
     def _due(self, kind: str) -> bool:
@@ -105,6 +112,7 @@ def install(plan: Plan | None, log: Path) -> Failpoints:
     points = Failpoints(plan, log)
     _patch_writes(points)
     _patch_renames(points)
+    _patch_removals(points)
     _patch_locks(points)
     _patch_database(points)
     return points
@@ -185,6 +193,17 @@ def _patch_renames(points: Failpoints) -> None:
         return rename
 
     os.rename, os.replace = failing(os.rename), failing(os.replace)
+
+
+def _patch_removals(points: Failpoints) -> None:
+    unlink = os.unlink
+
+    def freeing_unlink(path: Any, **named: Any) -> None:
+        unlink(path, **named)
+        if os.path.basename(path) == RESERVE:  # what a run has set aside for its last words is room again
+            points.full = False
+
+    os.unlink = freeing_unlink
 
 
 def _patch_locks(points: Failpoints) -> None:
