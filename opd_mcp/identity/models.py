@@ -142,7 +142,7 @@ def _model_config(path: Path) -> dict[str, Any]:
         )
     config = read_json_object(path / "config.json")
     for name, value in [*config.items(), *_text_config(config).items()]:
-        if name == "transformers_weights" and value is not None:  # it may even name a pickle
+        if name == "transformers_weights" and value is not None:  # other weights than those that are hashed here
             raise PathError(
                 "unsafe_config",
                 "config.json names its own file of weights.",
