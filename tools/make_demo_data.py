@@ -3,18 +3,20 @@
     python tools/make_demo_data.py                       # prompt sets
     python tools/make_demo_data.py --student-seed 3      # and the student with this initialisation
 
-All sets are disjoint. `eval.jsonl` is for final results only; choices are made on `tune.jsonl`.
+All sets are disjoint. `eval.jsonl` is for final results only; choices are made on `tune.jsonl`, whose last 500 prompts
+were an evaluation set until its results had steered a choice.
 """
 
 import argparse
 import json
 import random
+from pathlib import Path
 
 import torch
 from arithmetic_task import answer, build_tokenizer, example_directory, model_config, random_problem
 from transformers import Qwen3ForCausalLM
 
-SETS = {"sft": 350, "opd": 3200, "tune": 400, "eval": 500}
+SETS = {"sft": 350, "opd": 3200, "tune": 900}
 STEPS = (2, 6)
 
 
@@ -32,13 +34,13 @@ def write_prompt_sets() -> None:
         (example_directory() / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_student(seed: int) -> None:
+def write_student(seed: int, output: Path) -> None:
+    """Untrained weights of this initialisation, with the tokenizer and the command that makes them."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = model_config(
         hidden_size=64, layers=2, intermediate_size=192, vocab_size=len(tokenizer), eos_id=tokenizer.eos_token_id
     )
-    output = example_directory() / "student"
     Qwen3ForCausalLM(config).save_pretrained(output)
     tokenizer.save_pretrained(output)
     made_by = {
@@ -55,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     write_prompt_sets()
     if arguments.student_seed is not None:
-        write_student(arguments.student_seed)
+        write_student(arguments.student_seed, example_directory() / "student")
 
 
 if __name__ == "__main__":
