@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.jobs.estimates import COST_FILE, ArtifactCosts, PhaseCost, work_name
+from opd_mcp.jobs.estimates import COST_FILE, PROCESS_START, ArtifactCosts, PhaseCost, work_name
 from opd_mcp.jobs.phases import Product, product
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.results import report_figures, rounded, sampled
@@ -38,7 +38,10 @@ ROLE_OF_PHASE: dict[str, str] = {
 
 @dataclass
 class Pipeline:
-    """One run's way through its phases; `flops` says how much work a phase is expected to be."""
+    """One run's way through its phases; `flops` says how much work a phase is expected to be.
+
+    `launch_seconds` is what the process took from its launch until it took its place in the queue.
+    """
 
     record: RunRecord
     directory: Path
@@ -48,6 +51,7 @@ class Pipeline:
     calls: StageCalls
     device: str
     flops: Callable[[PhaseName], float]
+    launch_seconds: float = 0.0
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
     held: ExitStack = field(default_factory=ExitStack)
@@ -92,7 +96,10 @@ class Pipeline:
         self.journal.append("phase", {"phase": phase.name, "event": "started"})
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
+        first = self.calls.loading_seconds is None
         cost = self.calls.compute(phase.name, building)
+        if first and self.calls.loading_seconds is not None:
+            self.pending.append(self._start_cost(self.calls.loading_seconds))
         self.pending.append(self._phase_cost(phase.name, cost))
         if made is None:
             if phase.name == "sample":
@@ -134,6 +141,10 @@ class Pipeline:
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)
+
+    def _start_cost(self, loading_seconds: float) -> PhaseCost:
+        cost = StageCost(stage=PROCESS_START, seconds=self.launch_seconds + loading_seconds)
+        return PhaseCost(work=PROCESS_START, device=self.device, expected_flops=0.0, cost=cost)
 
     def _phase_cost(self, name: PhaseName, cost: StageCost) -> PhaseCost:
         method = self.record.request.recipe.distill.method

@@ -5,10 +5,13 @@ It holds the run's lock for its whole life, takes a device lease, and only then 
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from opd_mcp.jobs.devices import gpus
 from opd_mcp.jobs.failures import failure_of
@@ -71,6 +74,7 @@ def work(
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
     journal.append("state", {"state": "queued"})
+    launch_seconds = time.time() - psutil.Process().create_time()
     try:
         record = read_record(directory)
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
@@ -78,7 +82,9 @@ def work(
         journal.append("state", {"state": "running"})
         with run_span(record):
             kind = device_kind(lease)
-            result = run_phases(store, directory, record, journal, reporter, kind, load_stages, teacher_key)
+            result = run_phases(
+                store, directory, record, journal, reporter, kind, load_stages, teacher_key, launch_seconds
+            )
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
@@ -99,6 +105,7 @@ def run_phases(
     device: str,
     load_stages: Callable[[], Stages],
     teacher_key: str | None = None,
+    launch_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """The result of all phases; the stages are loaded when a phase has to be computed, not before."""
     record = prepared_record(store.workspace, record, journal, reporter)
@@ -115,6 +122,7 @@ def run_phases(
         calls=StageCalls(record, directory, context, load_stages),
         device=device,
         flops=lambda name: expected_flops(name, recipe, record.request.inputs),
+        launch_seconds=launch_seconds,
     )
     return pipeline.run()
 
