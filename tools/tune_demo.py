@@ -143,27 +143,29 @@ def outcome_table(seeds: list[int], rows: Mapping[str, list[Outcome]], title: st
     return lines
 
 
-def chosen_initialisation(rows: Mapping[str, list[Outcome]]) -> str:
-    """The rule: every seed inside the wanted band, and the mean nearest to its middle."""
+def chosen_initialisation(rows: Mapping[str, list[Outcome]]) -> str | None:
+    """The rule: every seed inside the wanted band, and the mean nearest to its middle; None when none is inside."""
     low, high = WANTED_SFT
     inside = {name: row for name, row in rows.items() if all(low <= outcome.accuracy <= high for outcome in row)}
-    return min(
-        inside, key=lambda name: abs(float(np.mean([outcome.accuracy for outcome in rows[name]])) - (low + high) / 2)
-    )
+    middle = (low + high) / 2
+    means = {name: float(np.mean([outcome.accuracy for outcome in row])) for name, row in inside.items()}
+    return min(means, key=lambda name: abs(means[name] - middle), default=None)
 
 
-def compare_initialisations(pool: ProcessPoolExecutor, work: Path, numbers: list[int], seeds: list[int]) -> None:
+def compare_initialisations(
+    pool: ProcessPoolExecutor, work: Path, numbers: list[int], seeds: list[int], overrides: dict[str, Any]
+) -> None:
     """Print the SFT accuracy of each initialisation and the one that the rule names."""
     pending = {}
     for number in numbers:
         student = work / "students" / str(number)
         if not student.is_dir():
             write_student(number, student)
-        task = partial(arms_of_seed, student=student, work=work, arms=["sft"], overrides={})
+        task = partial(arms_of_seed, student=student, work=work, arms=["sft"], overrides=overrides)
         pending[str(number)] = [pool.submit(task, seed) for seed in seeds]
     rows = {name: [future.result()["sft"] for future in futures] for name, futures in pending.items()}
     print("\n".join(outcome_table(seeds, rows, "initialisation")))
-    print(f"\nThe rule names initialisation {chosen_initialisation(rows)}.")
+    print(f"\nThe rule names initialisation {chosen_initialisation(rows) or '–: none is always inside'}.")
 
 
 def compare_arms(
@@ -212,10 +214,11 @@ def main() -> None:
     arguments = parser.parse_args()
     print("`" + " ".join(["python", "tools/tune_demo.py", *sys.argv[1:]]) + "`\n", flush=True)
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        overrides = dict(arguments.overrides)
         if arguments.initialisations:
-            compare_initialisations(pool, arguments.work, arguments.initialisations, arguments.seeds)
+            compare_initialisations(pool, arguments.work, arguments.initialisations, arguments.seeds, overrides)
         else:
-            compare_arms(pool, arguments.work, arguments.arms, arguments.seeds, dict(arguments.overrides))
+            compare_arms(pool, arguments.work, arguments.arms, arguments.seeds, overrides)
 
 
 if __name__ == "__main__":
