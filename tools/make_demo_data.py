@@ -17,21 +17,34 @@ from arithmetic_task import answer, build_tokenizer, example_directory, model_co
 from transformers import Qwen3ForCausalLM
 
 SETS = {"sft": 350, "opd": 3200, "tune": 900}
+SETS_SEED = 20260413
+# drawn when student and settings stood, by a generator of its own
+FINAL_SET, FINAL_SIZE, FINAL_SEED = "eval", 600, 20261124
 STEPS = (2, 6)
 
 
-def write_prompt_sets() -> None:
-    generator = random.Random(20260413)
+def prompt_sets() -> dict[str, list[dict[str, str]]]:
+    """The rows of each set by its name; no prompt is in two of them."""
     seen: set[str] = set()
-    for name, size in SETS.items():
-        lines = []
-        while len(lines) < size:
-            prompt = random_problem(generator, STEPS)
-            if prompt not in seen:
-                seen.add(prompt)
-                row = {"id": f"{name}-{len(lines):04d}", "prompt": prompt, "answer": answer(prompt)}
-                lines.append(json.dumps(row))
-        (example_directory() / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    generator = random.Random(SETS_SEED)
+    sets = {name: _drawn(name, size, generator, seen) for name, size in SETS.items()}
+    return sets | {FINAL_SET: _drawn(FINAL_SET, FINAL_SIZE, random.Random(FINAL_SEED), seen)}
+
+
+def write_prompt_sets() -> None:
+    for name, rows in prompt_sets().items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (example_directory() / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _drawn(name: str, size: int, generator: random.Random, seen: set[str]) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = []
+    while len(rows) < size:
+        prompt = random_problem(generator, STEPS)
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append({"id": f"{name}-{len(rows):04d}", "prompt": prompt, "answer": answer(prompt)})
+    return rows
 
 
 def write_student(seed: int, output: Path) -> None:
