@@ -1,4 +1,4 @@
-"""The command line: `opd-mcp serve | demo | status | list | cancel | doctor | cache … | serve-teacher | worker`.
+"""The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | cache …` and what a run needs.
 
 The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
 teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
@@ -111,6 +111,15 @@ def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
 
     found = open_service().cancel(run_id)
     typer.echo(found.to_json() if as_json else cancel_text(found))
+
+
+@app.command()
+def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], as_json: AsJson = False) -> None:
+    """Take a failed, cancelled or lost run up again from its last checkpoint."""
+    from opd_mcp.server.texts import snapshot_text
+
+    found = open_service().resume(run_id)
+    typer.echo(found.to_json() if as_json else snapshot_text(found))
 
 
 @app.command()

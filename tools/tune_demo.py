@@ -37,6 +37,7 @@ from opd_mcp.schemas.reports import BenchmarkReport, TrainingSummary
 from opd_mcp.schemas.resolve import resolve_recipe
 
 WANTED_SFT = (0.25, 0.60)
+SHARED_SECTIONS = ("runtime", "prompting", "responses", "sft", "rollout", "score", "benchmark")
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {},
     "lightning_sampled": {},
@@ -72,7 +73,7 @@ class SeedFolder:
         weights = [
             hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest() for path in (student, _TEACHER)
         ]
-        sections = recipe.model_copy(update={"distill": Recipe().distill}).to_dict()
+        sections = {name: getattr(recipe, name).to_dict() for name in SHARED_SECTIONS}
         self.folder = work / f"seed-{recipe.runtime.seed}-{content_hash([weights, sections])[:12]}"
         self.student, self.recipe = student, recipe
         self.context = Context(recipe.runtime, recipe.prompting)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
-from opd_mcp.schemas.recipes import PromptingRecipe, RuntimeRecipe
+from opd_mcp.schemas.recipes import CheckpointRecipe, PromptingRecipe, RuntimeRecipe
 
 
 class Reporter(Protocol):
@@ -22,8 +23,14 @@ class Reporter(Protocol):
     def alert(self, code: str, message: str) -> None:
         """Something the user should know while the stage goes on."""
 
+    def resumed(self, step: int) -> None:
+        """Training goes on after this step of an earlier attempt; what was told of later steps counts no more."""
+
+    def position(self) -> int:
+        """Make all that was told so far durable, and say how far that is."""
+
     def should_stop(self) -> bool:
-        """Whether the user asked to stop; the stage then raises RunError `run_cancelled` at its next step."""
+        """Whether the stage shall stop; it then raises RunError `run_cancelled` at its next step."""
 
 
 class SilentReporter:
@@ -41,6 +48,13 @@ class SilentReporter:
     def alert(self, code: str, message: str) -> None:
         """Nothing is said."""
 
+    def resumed(self, step: int) -> None:
+        """Nothing is said."""
+
+    def position(self) -> int:
+        """Nothing was kept."""
+        return 0
+
     def should_stop(self) -> bool:
         """Never."""
         return False
@@ -55,3 +69,6 @@ class Context:
     reporter: Reporter = field(default_factory=SilentReporter)
     teacher_key: str | None = field(default=None, repr=False)
     """The bearer token of a remote teacher; from the environment, by way of the command line, into no file."""
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    checkpoints: Path | None = None
+    """Where a training stage keeps its checkpoints and finds those of an earlier attempt; None: nowhere."""

@@ -39,6 +39,32 @@ def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o600) -> None
     fsync_directory(path.parent)
 
 
+def fsync_tree(directory: Path) -> None:
+    """Make every file and name below a directory survive a power loss."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_directory(Path(folder))
+
+
+def publish_directory(building: Path, final: Path) -> None:
+    """Give a finished directory its final name, durably; FileExistsError when there is one of that name."""
+    if final.exists():
+        raise FileExistsError(final)
+    fsync_tree(building)
+    try:
+        os.rename(building, final)
+    except OSError as error:
+        if final.exists():  # another process was faster; both names are on one file system
+            raise FileExistsError(final) from error
+        raise
+    fsync_directory(final.parent)
+
+
 def file_sha256(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
     digest = hashlib.sha256()

@@ -12,7 +12,15 @@ from statistics import median
 from pydantic import ValidationError
 
 from opd_mcp.jobs.devices import Target
-from opd_mcp.jobs.workload import PROCESS_BYTES, DataSize, ModelSize, Work, phase_disk, phase_work
+from opd_mcp.jobs.workload import (
+    PROCESS_BYTES,
+    DataSize,
+    ModelSize,
+    Work,
+    checkpoint_disk,
+    phase_disk,
+    phase_work,
+)
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.plans import Finding, MethodEstimate, PhaseEstimate
 from opd_mcp.schemas.recipes import Method, Recipe
@@ -103,17 +111,20 @@ class Estimator:
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
         peak = (works[heaviest].memory if heaviest else 0) + PROCESS_BYTES
         recipe = self.recipe
+        products = sum(phase_disk(name, recipe, self.student, self.data) for name in works)
+        checkpoints = max((checkpoint_disk(name, self.student) for name in works), default=0)
         return MethodEstimate(
             method=method,
             flops=sum(estimate.flops for estimate in estimates),
             seconds=sum(estimate.seconds for estimate in estimates),
             peak_memory_bytes=peak,
-            disk_bytes=sum(phase_disk(name, recipe, self.student, self.data) for name in works),
+            disk_bytes=products + checkpoints,
             memory_basis=f"computed for phase {heaviest}: weights, optimizer, activations and logits of its largest "
             f"batch, plus {PROCESS_BYTES >> 20} MiB for the process"
             if heaviest
             else "nothing is left to compute",
-            disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed",
+            disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed, and "
+            f"{checkpoints / 2**20:.1f} MiB for a training phase's checkpoints, which go when it ends",
             phases=estimates,
         )
 

@@ -1,6 +1,7 @@
 """Why a run failed, for people and agents: cause, way out, a suggested override and the end of the log."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,31 @@ from opd_mcp.schemas.runs import Failure
 LOG_LINES = 15
 LOG_BYTES = 16 << 10
 LINE_CHARACTERS = 300
+# Failures that the same run may get over; any other one comes back unless something is changed first.
+RESUME_HELPS = frozenset(
+    {
+        *("worker_lost", "worker_terminated", "internal_error", "launch_failed"),
+        *("not_enough_disk", "offline", "teacher_unreachable", "device_unavailable"),
+    }
+)
 _NOISE = re.compile(r"^\s*$|^-- |^\s*[\^~]+\s*$")
 
 
-def failure_of(error: Exception, log: Path) -> Failure:
-    """The failure record of an exception that ended a run."""
+@dataclass(frozen=True)
+class MemoryFigures:
+    """A run's memory in bytes: the most it held, and what its plan expected."""
+
+    peak: int
+    expected: int | None
+
+    def text(self) -> str:
+        """Both, as the end of a sentence."""
+        expected = f"; the plan expected {_gib(self.expected)}" if self.expected else ""
+        return f"the peak was {_gib(self.peak)}{expected}"
+
+
+def failure_of(error: Exception, log: Path, memory: MemoryFigures | None = None) -> Failure:
+    """The failure record of an exception that ended a run; `memory` is told when there was too little of it."""
     if isinstance(error, OpdError):
         given = f" Got: {error.value!r}." if error.value is not None else ""
         return Failure(code=error.code, cause=f"{error.message}{given}", fix=error.fix, log_tail=log_tail(log))
@@ -22,7 +43,7 @@ def failure_of(error: Exception, log: Path) -> Failure:
         override: dict[str, Any] = {"distill.micro_batch_tokens": 4096, "sft.micro_batch_tokens": 4096}
         return Failure(
             code="not_enough_memory",
-            cause=f"The device ran out of memory ({_first_line(error)}).",
+            cause=f"The device ran out of memory{f': {memory.text()}' if memory else ''} ({_first_line(error)}).",
             fix="Start again with the suggested overrides; finished phases are reused.",
             override=override | {"score.micro_batch_tokens": 4096, "rollout.batch_size": 32},
             log_tail=log_tail(log),
@@ -30,7 +51,7 @@ def failure_of(error: Exception, log: Path) -> Failure:
     return Failure(
         code="internal_error",
         cause=f"{type(error).__name__}: {_first_line(error)}",
-        fix="Read log_tail; start again to go on from the last finished phase, and report this if it comes back.",
+        fix="Read log_tail; resume_run goes on from the last checkpoint. Report this if it comes back.",
         log_tail=log_tail(log),
     )
 
@@ -40,7 +61,7 @@ def lost_failure(log: Path) -> Failure:
     return Failure(
         code="worker_lost",
         cause="The worker process ended without finishing: it was killed, ran out of memory, or the machine went down.",
-        fix="Start it again with the same arguments; finished phases are reused.",
+        fix="Call resume_run to go on from the last checkpoint.",
         log_tail=log_tail(log),
     )
 
@@ -59,8 +80,13 @@ def log_tail(log: Path) -> list[str]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the machine or the GPU had no memory left; torch's class is known by name, without importing it."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Whether the machine or the GPU had no memory left; torch's errors are known by name, without importing it."""
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or named
+
+
+def _gib(value: int) -> str:
+    return f"{value / 2**30:.2f} GiB"
 
 
 def _first_line(error: Exception) -> str:

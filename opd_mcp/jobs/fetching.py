@@ -72,7 +72,7 @@ def prepared_record(
     _require_same_data(inputs)
     fetches = any(phase.name == "fetch" for phase in record.request.phases)
     if fetches:
-        journal.append("phase", {"phase": "fetch", "event": "started"})
+        reporter.begin("fetch")
     models = [inputs.student, inputs.teacher, inputs.model, *inputs.baselines]
     present: list[ModelInput | None] = []
     for number, model in enumerate(models):

@@ -58,16 +58,27 @@ def metrics_report(runs: Sequence[tuple[RunRecord, RunView]], keys: Sequence[str
 
 
 def recorded_points(directory: Path) -> dict[str, Points]:
-    """By `phase.metric`, the values by step; a later attempt's value of a step replaces an earlier one's."""
+    """By `phase.metric`, the values by step; what a later attempt went back behind counts no more."""
     found: dict[str, Points] = {}
-    phase = "run"
+    phase, last = "run", 0
     for record in JournalReader(directory / JOURNAL_FILE).new_records():
         if record.type == "phase" and record.data["event"] == "started":
-            phase = record.data["phase"]
+            phase, last = record.data["phase"], last if phase == record.data["phase"] else 0
+        elif record.type == "phase" and record.data["event"] == "resumed":
+            _forget_after(found, phase, record.data["step"])
         elif record.type == "metric":
+            step = int(record.data["step"])
+            if step <= last:
+                _forget_after(found, phase, step - 1)
+            last = step
             for name, value in record.data["values"].items():
-                found.setdefault(f"{phase}.{name}", {})[int(record.data["step"])] = value
-    return {name: dict(sorted(points.items())) for name, points in found.items()}
+                found.setdefault(f"{phase}.{name}", {})[step] = value
+    return {name: dict(sorted(points.items())) for name, points in found.items() if points}
+
+
+def _forget_after(found: dict[str, Points], phase: str, step: int) -> None:
+    for name in [name for name in found if name.startswith(f"{phase}.")]:
+        found[name] = {at: value for at, value in found[name].items() if at <= step}
 
 
 def is_named(name: str, key: str) -> bool:
@@ -118,15 +129,17 @@ def thinned(points: Sequence[tuple[int, float]], max_points: int) -> tuple[list[
 
 def diagnosis(view: RunView, points: dict[str, Points]) -> str:
     """One line: what went wrong, else where the objective goes."""
-    broken = next(
-        ((name, step) for name, values in points.items() for step, value in values.items() if value is None), None
-    )
+    broken = next(((name, values) for name, values in points.items() if None in values.values()), None)
     if broken:
-        return f"{broken[0]} stopped being finite at step {broken[1]}: lower the learning rate."
+        key, values = broken
+        bad = [step for step, value in values.items() if value is None]
+        if bad[-1] == next(reversed(values)):
+            return f"{key} stopped being finite at step {bad[0]}: lower the learning rate."
+        return f"{key} was not finite at step {bad[0]} ({len(bad)} of {len(values)} steps); such steps are skipped."
     if view.alerts:
         alert = view.alerts[-1]
         return f"Alert {alert.code}: {shortened(alert.message, 200)}"
-    name = next((name for name in objectives(points)), None)
+    name = next(objectives(points), None)
     if name is not None:
         return direction(name, points[name])
     return "No metrics yet." if view.state in ACTIVE_STATES else "This run recorded no training metrics."

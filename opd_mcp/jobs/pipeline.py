@@ -15,7 +15,7 @@ from opd_mcp.jobs.estimates import COST_FILE, PROCESS_START, ArtifactCosts, Phas
 from opd_mcp.jobs.phases import Product, product
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.results import report_figures, rounded, sampled
-from opd_mcp.jobs.stage_calls import StageCalls
+from opd_mcp.jobs.stage_calls import StageCalls, checkpoints_of
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
@@ -80,7 +80,7 @@ class Pipeline:
         if found is None:
             return False
         self.pending = []  # of rollouts whose cache another run has finished meanwhile
-        self.journal.append("phase", {"phase": phase.name, "event": "started"})
+        self.reporter.begin(phase.name)
         event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
         cost = recorded_cost(found.path, phase.name)
         if cost is not None:
@@ -93,7 +93,7 @@ class Pipeline:
         return True
 
     def _computed(self, phase: RunPhase, building: Path) -> None:
-        self.journal.append("phase", {"phase": phase.name, "event": "started"})
+        self.reporter.begin(phase.name)
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
         first = self.calls.loading_seconds is None
@@ -109,7 +109,12 @@ class Pipeline:
         else:
             write_atomic(building / COST_FILE, ArtifactCosts(phases=self.pending).to_json(indent=2) + "\n")
             artifact = self.artifacts.publish(
-                made.kind, building, artifact_id=made.artifact_id, key=phase.key, run_id=self.record.run_id
+                made.kind,
+                building,
+                artifact_id=made.artifact_id,
+                key=phase.key,
+                run_id=self.record.run_id,
+                require_right=self.journal.require_right,
             )
             self.pending = []
             self._take(phase.name, artifact.artifact_id, artifact.path)
@@ -118,6 +123,7 @@ class Pipeline:
                 shutil.rmtree(self.calls.paths.pop(ROLLOUTS), ignore_errors=True)
         self.calls.costs.append(cost)
         self.journal.append("phase", {**event, "cost": cost.to_dict()})
+        shutil.rmtree(checkpoints_of(self.directory, phase.name), ignore_errors=True)
 
     def _building(self, phase: RunPhase) -> Path:
         """Where the phase builds; rollouts and scores in directories that the next run with the same key goes on in."""
@@ -166,7 +172,7 @@ class Pipeline:
 
 def run_cancelled() -> RunError:
     """The error of a run that was asked to stop."""
-    return RunError("run_cancelled", "The run was asked to stop.", fix="Start it again; finished phases are reused.")
+    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on.")
 
 
 def recorded_cost(artifact: Path, name: PhaseName) -> StageCost | None:

@@ -34,6 +34,7 @@ def new_record(request: RunRequest, workspace: Workspace, models: ModelCache) ->
         versions=installed_versions(),
         hardware=f"{target.name}, {platform.machine()}, {platform.system()}",
         expected_seconds=estimate.seconds if estimate else None,
+        expected_memory_bytes=estimate.peak_memory_bytes if estimate else None,
         expected_phase_seconds={phase.phase: phase.seconds for phase in estimate.phases} if estimate else {},
         trace_context=current_trace(),
     )

@@ -1,10 +1,14 @@
 """What a stage reports, written into the run's journal."""
 
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import cancel_requested
@@ -25,7 +29,23 @@ class JournalReporter:
         self._next_progress = 0.0
         self._next_cancel_check = 0.0
         self._cancelled = False
+        self._phase = ""
+        self.terminated = False
+        """Whether this process was told to end (SIGTERM)."""
         self._alerts: Counter[str] = Counter()
+
+    def begin(self, phase: str) -> None:
+        """A phase of the run begins."""
+        self._phase = phase
+        self._journal.append("phase", {"phase": phase, "event": "started"})
+
+    def resumed(self, step: int) -> None:
+        """The phase goes on after a step of an earlier attempt; metrics of later steps are superseded."""
+        self._journal.append("phase", {"phase": self._phase, "event": "resumed", "step": step})
+
+    def position(self) -> int:
+        """The number of the last record, once all up to it are on the disk."""
+        return self._journal.sync()
 
     def phase(self, name: str) -> None:
         """A part of the stage begins: into the log only, since the journal's phases are the run's."""
@@ -40,7 +60,7 @@ class JournalReporter:
         self._journal.append("progress", {"done": done, "total": total, "unit": unit}, durable=False)
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
-        """A metric line; not fsynced, since a lost one is only a point of a curve."""
+        """A metric line; durable with the next checkpoint, since what is lost with it is computed again."""
         self._journal.append("metric", {"step": step, "values": dict(values)}, durable=False)
 
     def alert(self, code: str, message: str) -> None:
@@ -50,9 +70,26 @@ class JournalReporter:
             self._journal.append("alert", {"code": code, "message": message})
 
     def should_stop(self) -> bool:
-        """Whether the user asked to stop; the file is looked at ten times a second at most."""
+        """Whether the user asked to stop, or this process shall end; the file is looked at ten times a second."""
+        if self.terminated:
+            return True
         now = self._clock()
         if not self._cancelled and now >= self._next_cancel_check:
             self._next_cancel_check = now + CANCEL_SECONDS
             self._cancelled = cancel_requested(self._directory)
         return self._cancelled
+
+    @contextmanager
+    def ending_on_sigterm(self) -> Iterator[None]:
+        """Let SIGTERM end the stage at its next step, with a checkpoint; only a main thread gets signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._terminate)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.terminated = True

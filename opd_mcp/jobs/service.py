@@ -57,7 +57,7 @@ from opd_mcp.schemas.setup import Limits, SetupReport
 from opd_mcp.store.plans import read_plan, save_plan
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
-from opd_mcp.store.store import Store
+from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
@@ -234,6 +234,14 @@ class JobService:
         request_cancel(run_directory(self.workspace, run_id))
         return self._views.read(run_id, snapshot_of)
 
+    def resume(self, run_id: str) -> RunSnapshot:
+        """The failed, cancelled or lost run, queued again from its last checkpoint; `reused` while it is active.
+
+        Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
+        """
+        self._reap()
+        return self._launched(self.store.resume(self._existing(run_id)))
+
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
         return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
@@ -246,7 +254,9 @@ class JobService:
         self._reap()
         with self._starting:
             record = new_record(request, self.workspace, self._models)
-        started = self.store.start_once(record)
+        return self._launched(self.store.start_once(record))
+
+    def _launched(self, started: StartedRun) -> RunSnapshot:
         if started.lock is not None:
             self._workers.append(launch_worker(self.workspace, started.lock, self.settings))
         return self._views.read(started.run_id, lambda view, record: snapshot_of(view, record, reused=started.reused))

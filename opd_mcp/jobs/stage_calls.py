@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
 from opd_mcp.schemas.runs import ModelInput, PhaseName, RunRecord
+from opd_mcp.store.runs import CHECKPOINTS
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -60,7 +61,8 @@ class StageCalls:
 
     def compute(self, name: PhaseName, output: Path) -> StageCost:
         """Run the stage of a phase into an empty or new directory; raises what the stage raises."""
-        recipe, paths, common = self.record.request.recipe, self.paths, {"output": output, "context": self.context}
+        context = replace(self.context, checkpoints=checkpoints_of(self.directory, name))
+        recipe, paths, common = self.record.request.recipe, self.paths, {"output": output, "context": context}
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
@@ -71,7 +73,7 @@ class StageCalls:
                 return training_cost(name, self._sft(common))
             case "rollout":
                 if self._remote() is not None:  # who it is, is asked before the work, not after it
-                    self.stages.check_teacher(recipe.score, context=self.context, **self._scorer(), **self._claims())
+                    self.stages.check_teacher(recipe.score, context=context, **self._scorer(), **self._claims())
                 return self.stages.rollout(
                     recipe.rollout,
                     student=paths["student"],
@@ -184,6 +186,11 @@ class StageCalls:
         if "base" not in self.paths:  # after an SFT phase the lineage of the student itself says it
             claim = inputs.student.sft_teacher if inputs.student else None
         return {"sft_teacher": claim, "allow_teacher_mismatch": inputs.allow_teacher_mismatch}
+
+
+def checkpoints_of(run: Path, phase: str) -> Path:
+    """Where a phase of a run keeps its checkpoints."""
+    return run / CHECKPOINTS / phase
 
 
 def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:

@@ -4,6 +4,7 @@ It holds the run's lock for its whole life, takes a device lease, and only then 
 """
 
 import os
+import resource
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 
 from opd_mcp.jobs.devices import gpus
-from opd_mcp.jobs.failures import failure_of
+from opd_mcp.jobs.failures import MemoryFigures, failure_of
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
@@ -23,11 +24,12 @@ from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
 from opd_mcp.jobs.workload import expected_flops
-from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.runs import RunRecord, RunState
-from opd_mcp.store.journal import JournalWriter, next_attempt
-from opd_mcp.store.runs import JOURNAL_FILE, LOG_FILE, RunLock, read_record, run_directory
+from opd_mcp.store.attempts import begin_attempt, taken_up
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
@@ -56,10 +58,14 @@ def main(
     """
     workspace = Workspace(workspace_root)
     directory = run_directory(workspace, run_id)
-    lock = RunLock.acquire(directory) if lock_fd is None else RunLock.adopt(directory, lock_fd)
+    if lock_fd is None:
+        lock = RunLock.acquire(directory)
+        begin_attempt(lock)
+    else:
+        lock = RunLock.adopt(directory, lock_fd)
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
-    with lock, JournalWriter(directory / JOURNAL_FILE, next_attempt(directory / JOURNAL_FILE)) as journal:
+    with lock, taken_up(lock) as journal:
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
 
 
@@ -73,7 +79,19 @@ def work(
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
-    journal.append("state", {"state": "queued"})
+    with reporter.ending_on_sigterm():
+        return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
+
+
+def _worked(
+    store: Store,
+    directory: Path,
+    journal: JournalWriter,
+    reporter: JournalReporter,
+    leases: LeaseFolder,
+    load_stages: Callable[[], Stages],
+    teacher_key: str | None,
+) -> int:
     launch_seconds = time.time() - psutil.Process().create_time()
     try:
         record = read_record(directory)
@@ -88,6 +106,11 @@ def work(
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
+        if error.code == "run_cancelled" and reporter.terminated:
+            return _failed(journal, directory, worker_terminated())
+        if error.code == "attempt_superseded":
+            print(error, file=sys.stderr)  # nothing of this run is this process's any more
+            return 1
         if error.code == "run_cancelled":
             return _ended(journal, "cancelled")
         return _failed(journal, directory, error)
@@ -112,7 +135,7 @@ def run_phases(
     from opd_mcp.engine.context import Context
 
     recipe = record.request.recipe
-    context = Context(recipe.runtime, recipe.prompting, reporter, teacher_key)
+    context = Context(recipe.runtime, recipe.prompting, reporter, teacher_key, recipe.checkpoint)
     pipeline = Pipeline(
         record=record,
         directory=directory,
@@ -152,10 +175,32 @@ def prepare_environment(runtime: RuntimeRecipe, lease: Lease) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
+def worker_terminated() -> RunError:
+    """The error of a run whose process was told to end."""
+    return RunError(
+        "worker_terminated",
+        "The worker was told to end (SIGTERM): somebody stopped it, or the machine was shutting down.",
+        fix="Call resume_run to go on from the last checkpoint.",
+    )
+
+
+def memory_figures(directory: Path) -> MemoryFigures:
+    """The most memory that this process held, on the GPU where it used one, and what its plan expected."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
+    try:
+        expected = read_record(directory).expected_memory_bytes
+    except OpdError:
+        expected = None  # a run.json that cannot be read is what the failure itself tells of
+    return MemoryFigures(peak, expected)
+
+
 def _failed(journal: JournalWriter, directory: Path, error: Exception) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    journal.append("error", failure_of(error, directory / LOG_FILE).to_dict())
+    journal.append("error", failure_of(error, directory / LOG_FILE, memory_figures(directory)).to_dict())
     return _ended(journal, "failed")
 
 

@@ -118,6 +118,14 @@ def phase_disk(name: PhaseName, recipe: Recipe, student: ModelSize, data: DataSi
             return 1 << 20
 
 
+def checkpoint_disk(name: PhaseName, student: ModelSize) -> int:
+    """Bytes that a training phase's checkpoints take while it runs: the two that are kept, and the one being written.
+
+    Weights and two Adam moments in float32. They are removed when the phase has ended.
+    """
+    return 3 * 12 * student.parameters if name in ("sft", "distill") else 0
+
+
 def _answering(recipe: Recipe, teacher: ModelSize, data: DataSize) -> Work:
     rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
     new_tokens = recipe.responses.sampling.max_new_tokens

@@ -122,6 +122,13 @@ class BenchmarkRecipe(Schema):
     batch_size: PositiveInt = 256
 
 
+class CheckpointRecipe(Schema):
+    """When training is saved on the way; decides nothing of the result, so it is in no phase's key."""
+
+    steps: PositiveInt | None = Field(None, description="every so many steps; default: by time")
+    seconds: PositiveFloat = Field(60.0, description="by time: this often at most, and never over 4 % of training time")
+
+
 class SampleRecipe(Schema):
     """A few responses to look at."""
 
@@ -141,3 +148,4 @@ class Recipe(Schema):
     distill: DistillRecipe = DistillRecipe()
     benchmark: BenchmarkRecipe = BenchmarkRecipe()
     sample: SampleRecipe = SampleRecipe()
+    checkpoint: CheckpointRecipe = CheckpointRecipe()

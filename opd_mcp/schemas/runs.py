@@ -88,6 +88,7 @@ class RunRecord(Schema):
     versions: dict[str, str]
     hardware: str
     expected_seconds: float | None = None
+    expected_memory_bytes: int | None = Field(None, description="peak, as the plan estimated it")
     expected_phase_seconds: dict[str, float] = Field(default_factory=dict, description="by phase; what the ETA uses")
     trace_context: dict[str, str] = Field(default_factory=dict, description="W3C trace context of the tool call")
 

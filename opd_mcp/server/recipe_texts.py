@@ -10,7 +10,7 @@ from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
 
 KEYS_URI = "opd://recipe-keys"
 SECTIONS_OF_PHASE = {"generate_responses": "responses"}
-COMMON_SECTIONS = ("runtime", "prompting")
+COMMON_SECTIONS = ("runtime", "prompting", "checkpoint")
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 

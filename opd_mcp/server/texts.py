@@ -57,7 +57,7 @@ def snapshot_text(snapshot: RunSnapshot) -> str:
     """One line on the run, and what to do next."""
     line = _line(f"run_id: {snapshot.run_id}", snapshot.kind, snapshot.state, snapshot.phase, snapshot.progress)
     if snapshot.reused:
-        line += "; reused: this request already had a run"
+        line += "; reused: it was active already"
     lines = [line]
     if snapshot.cache_id:
         lines.append(f"cache_id: {snapshot.cache_id}")

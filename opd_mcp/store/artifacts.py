@@ -99,9 +99,15 @@ class ArtifactStore:
             os.close(descriptor)
 
     def publish(
-        self, kind: ArtifactKind, building: Path, artifact_id: str, key: str, run_id: str | None = None
+        self,
+        kind: ArtifactKind,
+        building: Path,
+        artifact_id: str,
+        key: str,
+        run_id: str | None = None,
+        require_right: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """Turn a finished building directory into an artifact, durably.
+        """Turn a finished building directory into an artifact, durably; `require_right` raises when it must not.
 
         When another process published the same id with the same key first, its directory is kept and this one is
         removed. Raises IntegrityError `artifact_exists` when that id belongs to something else.
@@ -118,6 +124,7 @@ class ArtifactStore:
             bytes=tree_bytes(building),
         )
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
+        require_right()
         try:
             publish_directory(building, final)
         except FileExistsError:

@@ -3,14 +3,14 @@
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.runs import RunKind, RunRecord, RunState
+from opd_mcp.schemas.runs import FINAL_STATES, RunKind, RunRecord, RunState
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 10.0
@@ -97,10 +97,12 @@ class Index:
         """Whether there is no index yet, so that one should be filled from the directories."""
         return not self.path.exists()
 
-    def set_final_state(self, run_id: str, state: RunState) -> None:
-        """Remember how a run ended."""
+    def set_final_state(self, run_id: str, look: Callable[[], RunState]) -> None:
+        """Remember how a run ended; `look` is asked inside of the transaction, so a run resumed by then is not shut."""
         with self.writing() as database:
-            database.execute("UPDATE runs SET final_state = ? WHERE run_id = ?", (state, run_id))
+            state = look()
+            if state in FINAL_STATES:
+                database.execute("UPDATE runs SET final_state = ? WHERE run_id = ?", (state, run_id))
 
     def runs(self, *, kind: RunKind | None = None) -> list[IndexedRun]:
         """Rows newest first."""

@@ -75,6 +75,11 @@ def request_cancel(directory: Path) -> None:
     write_atomic(directory / CANCEL_FILE, "")
 
 
+def withdraw_cancel(directory: Path) -> None:
+    """Take back what was asked of the attempt before."""
+    (directory / CANCEL_FILE).unlink(missing_ok=True)
+
+
 def cancel_requested(directory: Path) -> bool:
     """Whether somebody asked this run to stop."""
     return (directory / CANCEL_FILE).exists()
@@ -110,7 +115,11 @@ class RunLock:
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(directory, descriptor)
+                lock = cls(directory, descriptor)
+                if lock.holds():
+                    return lock
+                os.close(descriptor)  # the file was replaced in between
+                return cls.acquire(directory)
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise RunError(
@@ -128,17 +137,24 @@ class RunLock:
         Raises RunError `run_locked` when the descriptor is not this run's lock, or does not hold it.
         """
         os.set_inheritable(descriptor, False)
-        same = os.path.samestat(os.fstat(descriptor), os.stat(directory / LOCK_FILE))
+        lock = cls(directory, descriptor)
         with suppress(BlockingIOError):
-            if same:
+            if lock.holds():
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(directory, descriptor)
+                return lock
         raise RunError(
             "run_locked",
             "The descriptor that was handed over is not this run's lock.",
             value=directory.name,
             fix="Start the run again.",
         )
+
+    def holds(self) -> bool:
+        """Whether the descriptor is still that of the run's lock file; a replaced file is another lock."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.directory / LOCK_FILE))
+        except OSError:  # the file is gone, or the descriptor is closed
+            return False
 
     def release(self) -> None:
         """Close the descriptor; the lock is free once no other process has it."""

@@ -11,6 +11,7 @@ from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.runs import FINAL_STATES, Alert, Failure, MetricTrend, PhaseName, Progress, RunState
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.runs import JOURNAL_FILE, is_alive
+from opd_mcp.store.states import state_of
 
 TREND_POINTS = 20
 RATE_POINTS = 20
@@ -38,13 +39,14 @@ class RunView:
     finished_at: str | None = None
     updated_at: str | None = None
     attempt: int = 0
+    written: RunState = "queued"
+    """The state that the journal ends with."""
     step: int | None = None
     records: int = 0
 
     def __post_init__(self) -> None:
         self._reader = JournalReader(self.directory / JOURNAL_FILE)
-        self._journal_state: RunState = "queued"
-        self._points: dict[str, deque[float | None]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
+        self._points: dict[str, deque[tuple[int, float | None]]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
         self._measured_phase: PhaseName | None = None
         self._pace: deque[tuple[float, int]] = deque(maxlen=RATE_POINTS)
 
@@ -56,16 +58,16 @@ class RunView:
             self._fold(record)
         if self._reader.damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
             self._alert(self.updated_at or "", "damaged_journal", self._reader.damage.message)
-        ended = self._journal_state in FINAL_STATES
-        self.state = self._journal_state if ended or alive else "lost"
+        self.state = state_of(self.written, alive)
         return self
 
     @property
     def metrics(self) -> dict[str, MetricTrend]:
         """The latest value of each metric and where it goes; no value stands for one that is not finite."""
+        values = {name: [value for _, value in points] for name, points in self._points.items() if points}
         return {
-            name: MetricTrend(last=points[-1], trend=trend_of([p for p in points if p is not None]))
-            for name, points in self._points.items()
+            name: MetricTrend(last=found[-1], trend=trend_of([value for value in found if value is not None]))
+            for name, found in values.items()
         }
 
     def _fold(self, record: JournalRecord) -> None:
@@ -73,6 +75,7 @@ class RunView:
         self.updated_at = record.time
         if record.attempt > self.attempt:
             self.attempt, self.error, self.finished_at = record.attempt, None, None
+            self.phase = self.progress = None
         data = record.data
         match record.type:
             case "state":
@@ -85,9 +88,10 @@ class RunView:
                 if self._measured_phase != self.phase:  # another phase's loss is another quantity
                     self._points.clear()
                     self._measured_phase = self.phase
-                self.step = data.get("step", self.step)
+                self._rewind(data["step"] - 1)
+                self.step = data["step"]
                 for name, value in data["values"].items():
-                    self._points[name].append(value)
+                    self._points[name].append((self.step, value))
             case "alert":
                 self._alert(record.time, data["code"], data["message"])
             case "result":
@@ -96,7 +100,7 @@ class RunView:
                 self.error = Failure.model_validate(data)
 
     def _fold_state(self, time: str, state: RunState) -> None:
-        self._journal_state = state
+        self.written = state
         if state == "running" and self.started_at is None:
             self.started_at = time
         if state in FINAL_STATES:
@@ -110,12 +114,24 @@ class RunView:
             self.progress = None
             self._pace.clear()
             return
+        if data["event"] == "resumed":
+            self._rewind(data["step"])
+            return
         if name not in self.phases_done:
             self.phases_done.append(name)
         if "cost" in data:
             self.costs.append(StageCost.model_validate(data["cost"]))
         if "artifact_id" in data:
             self.artifacts[name] = data["artifact_id"]
+
+    def _rewind(self, step: int) -> None:
+        """Forget what an earlier attempt told of later steps."""
+        if self.step is None or self.step <= step:
+            return
+        self.step = step
+        for points in self._points.values():
+            while points and points[-1][0] > step:
+                points.pop()
 
     def _fold_progress(self, time: str, data: dict[str, Any]) -> None:
         done, total, unit = data["done"], data["total"], data["unit"]

@@ -285,6 +285,28 @@ def test_distillation_stops_when_asked_and_leaves_no_result(made: Made) -> None:
     assert not (made.root / "stopped").exists()
 
 
+@pytest.mark.parametrize("method", ["sft", "lightning", "live"])
+def test_a_training_that_goes_on_gives_the_model_it_would_have_given(made: Made, tmp_path: Path, method: str) -> None:
+    def train(output: Path, reporter: SilentReporter, checkpoints: Path | None) -> dict[str, torch.Tensor]:
+        context = Context(made.recipe.runtime, made.recipe.prompting, reporter, checkpoints=checkpoints)
+        if method == "sft":
+            student, responses = made.teacher.parent / "student", made.root / "responses"
+            stages.sft(made.recipe.sft, student=student, responses=responses, output=output, context=context)
+        else:
+            distill = made.recipe.distill.model_copy(update={"method": method})
+            live = {"teacher": made.teacher, "prompts": made.prompts, "rollout": made.recipe.rollout}
+            source = {"cache": made.cache} if method == "lightning" else live
+            stages.distill(distill, student=made.sft, output=output, context=context, **source)
+        return weights_of(output)
+
+    expected = train(tmp_path / "whole", SilentReporter(), None)
+    with pytest.raises(RunError, match="run_cancelled"):
+        train(tmp_path / "stopped", Stopping(after=2), tmp_path / "checkpoints")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    resumed = train(tmp_path / "resumed", SilentReporter(), tmp_path / "checkpoints")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
 def test_rollouts_stop_when_asked_and_leave_no_record(made: Made, tmp_path: Path) -> None:
     context = Context(made.recipe.runtime, made.recipe.prompting, Stopping(after=2))
     with pytest.raises(RunError, match="run_cancelled"):

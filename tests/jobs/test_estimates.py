@@ -114,3 +114,10 @@ def test_findings_compare_with_what_is_free():
 
 def test_only_distillation_differs_by_method():
     assert (work_name("sft", "live"), work_name("distill", "live")) == ("sft", "distill:live")
+
+
+def test_the_largest_checkpoints_are_part_of_the_disk_and_are_named():
+    estimate = estimator().method("lightning", PHASES)
+    without = estimator().method("lightning", [phase for phase in PHASES if phase.name != "distill"])
+    assert estimate.disk_bytes - without.disk_bytes == 36 * SMALL.parameters + SMALL.weight_bytes + (16 << 20)
+    assert "34.3 MiB for a training phase's checkpoints" in estimate.disk_basis

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_mcp.jobs.failures import failure_of, log_tail, lost_failure
+from opd_mcp.jobs.failures import MemoryFigures, failure_of, log_tail, lost_failure
 from opd_mcp.schemas.errors import RunError
 
 
@@ -17,10 +17,18 @@ def test_a_known_error_keeps_its_code_value_and_way_out(tmp_path):
     assert "step 3" in failure.cause
 
 
-@pytest.mark.parametrize("error", [MemoryError(), OutOfMemoryError("CUDA out of memory.\nTried to allocate")])
-def test_missing_memory_comes_with_an_override(tmp_path, error):
-    failure = failure_of(error, tmp_path / "none.log")
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+)
+def test_missing_memory_names_the_peak_the_estimate_and_an_override(tmp_path, error):
+    failure = failure_of(error, tmp_path / "none.log", MemoryFigures(peak=3 << 30, expected=2 << 30))
     assert failure.code == "not_enough_memory"
+    assert "the peak was 3.00 GiB; the plan expected 2.00 GiB" in failure.cause
     assert failure.override["distill.micro_batch_tokens"] == 4096
 
 
@@ -34,4 +42,4 @@ def test_the_log_tail_is_the_last_useful_lines(tmp_path):
 
 
 def test_a_lost_worker_says_how_to_go_on(tmp_path):
-    assert "Start it again" in lost_failure(tmp_path / "none.log").fix
+    assert "resume_run" in lost_failure(tmp_path / "none.log").fix

@@ -167,7 +167,7 @@ def test_a_killed_worker_is_lost_and_frees_its_slot_and_request(world, service, 
     worker_of(run.run_id).kill()
     status = finished(service, run.run_id)
     assert (status.state, status.error.code) == ("lost", "worker_lost")
-    assert "reused" in status.next_action
+    assert status.next_action == f"Call resume_run(run_id='{run.run_id}')"
     assert not leases.busy(leases.cpu_slot_names())
     assert [row.state for row in service.list_runs(state="lost").rows] == ["lost"]
     again = service.start_distillation(arguments)
@@ -187,7 +187,7 @@ def test_a_crash_in_a_stage_is_a_failed_run_with_the_end_of_its_log(world, servi
     assert "the learning rate of the beast" in status.error.cause
     assert any("ZeroDivisionError" in line for line in status.error.log_tail)
     assert len(status.error.log_tail) <= 15
-    assert status.next_action == status.error.fix
+    assert status.next_action == f"Call resume_run(run_id='{run.run_id}')"
     assert not list((world.root / "home" / "artifacts").glob("*/.building-*"))
 
 
@@ -249,3 +249,11 @@ def test_what_a_killed_worker_built_is_taken_up_by_the_next_run(world, service, 
     assert (made / "taken_up").exists(), "the second run found the first one's rollouts"
     assert (made / "shard-00000.parquet").exists(), "and its scores"
     assert not list(caches.glob(".building-*"))
+
+
+def test_sigterm_ends_a_queued_run_that_can_go_on(world, service, busy_machine, until, finished):
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    until(service, run_id, lambda status: status.queue_position == 1)
+    worker_of(run_id).terminate()
+    status = finished(service, run_id)
+    assert (status.state, status.error.code) == ("failed", "worker_terminated")

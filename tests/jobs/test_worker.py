@@ -11,8 +11,10 @@ from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.jobs.service import JobService
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.schemas.cache import CacheManifest
+from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.reports import BenchmarkReport
+from opd_mcp.store.journal import read_journal
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import RunLock
 from opd_mcp.store.workspace import Workspace
@@ -66,6 +68,22 @@ def test_the_engine_distills_through_all_phases_and_live_reuses_what_it_can(worl
     assert all("measured" in phase.basis for phase in phases)
     # Both runs loaded the engine once, and the artifact that came first holds what that took.
     assert (phases[0].phase, phases[0].basis.split(":")[0]) == ("process_start", "measured in 2 earlier run(s)")
+
+
+def test_sigterm_saves_a_checkpoint(world, real_service, finished, until):
+    overrides = SHORT | {"sft.steps": 2000, "checkpoint.steps": 1000}
+    run = real_service.start_distillation(world.start_arguments(overrides=overrides, method="sft"))
+    until(real_service, run.run_id, lambda status: status.phase == "sft" and status.progress and status.progress.done)
+    worker = next(p for p in psutil.process_iter(["cmdline"]) if run.run_id in (p.info["cmdline"] or []))
+    worker.terminate()
+    status = finished(real_service, run.run_id)
+    assert (status.state, status.error.code) == ("failed", "worker_terminated")
+    directory = real_service.workspace.run(run.run_id)
+    [checkpoint] = (directory / "checkpoints" / "sft").glob("step-*")
+    record = CheckpointRecord.from_json((checkpoint / "checkpoint.json").read_bytes())
+    journal = read_journal(directory / "journal.jsonl")
+    assert journal[record.journal_position - 1].type in ("metric", "progress")
+    assert [r for r in journal if r.type == "metric"][-1].data["step"] == record.state.step
 
 
 def test_without_eval_prompts_only_the_reverse_kl_is_measured(world, real_service, finished):

@@ -30,6 +30,7 @@ sys.stdin.readline()
 
 def finish(store, started, state="succeeded"):
     with JournalWriter(store.workspace.run(started.run_id) / JOURNAL_FILE, 1) as writer:
+        writer.append("state", {"state": "running"})
         writer.append("state", {"state": state})
     started.lock.release()
 

@@ -58,13 +58,19 @@ def ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.i
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
-def shuffled_batches(rows: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
-    """`steps` batches of row numbers: shuffled epochs laid end to end, so every row is used equally often."""
+def shuffled_batches(
+    rows: int, batch_size: int, steps: int, generator: torch.Generator, *, first: int = 0
+) -> Iterator[NDArray[np.int64]]:
+    """Batches `first` … `steps` − 1 of row numbers: shuffled epochs laid end to end, every row used equally often.
+
+    The batches before `first` are drawn and passed over, so that those after it are the same as without it.
+    """
     queue: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-    for _ in range(steps):
+    for step in range(steps):
         while len(queue) < batch_size:
             queue = np.concatenate([queue, torch.randperm(rows, generator=generator).numpy()])
-        yield queue[:batch_size]
+        if step >= first:
+            yield queue[:batch_size]
         queue = queue[batch_size:]
 
 

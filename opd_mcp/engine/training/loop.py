@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -14,10 +14,14 @@ from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.losses.rows import RowObjective
 from opd_mcp.engine.runtime import Runtime, hardware_name
+from opd_mcp.engine.training.checkpoints import Checkpoints
+from opd_mcp.engine.training.finite import FiniteGuard
 from opd_mcp.engine.training.optimizer import build_optimizer, learning_rate_at
 from opd_mcp.engine.training.step import StepResult, accumulate_gradients
 from opd_mcp.engine.training.stopwatch import Stopwatch
 from opd_mcp.engine.training.throughput import is_out_of_memory, matmul_peak, peak_memory, training_flops
+from opd_mcp.schemas.base import content_hash
+from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import Normalize, OptimizerRecipe
 from opd_mcp.schemas.reports import Throughput, TrainingSummary
@@ -35,6 +39,10 @@ class StepData:
     seconds_scoring: float = 0.0
 
 
+# the data of all steps from one on, so that a resumed loop gets what it would have got
+StepsFrom = Callable[[int], Iterator[StepData]]
+
+
 @dataclass(frozen=True)
 class LoopSettings:
     """What the loop needs of a stage's recipe."""
@@ -48,73 +56,102 @@ class LoopSettings:
 def train(
     model: PreTrainedModel,
     settings: LoopSettings,
-    batches: Iterator[StepData],
+    batches: StepsFrom,
     objective: RowObjective,
     measure: Callable[[StepResult], Metrics],
     runtime: Runtime,
     context: Context,
 ) -> TrainingSummary:
-    """Take `settings.steps` optimizer steps and return what they did.
+    """Take `settings.steps` optimizer steps, those of an earlier attempt's checkpoint included, and say what they did.
 
-    Raises RunError `run_cancelled` between steps when asked to stop, `bad_number` for a loss or gradient that is not
-    finite.
+    Raises RunError `run_cancelled` between steps when asked to stop, after a checkpoint; `bad_number` when loss or
+    gradient stay not finite.
     """
     optimizer = build_optimizer(model, settings.optimizer)
-    history: list[Metrics] = []
-    tokens, generation, scoring, flops = 0, 0.0, 0.0, 0.0
-    clock, parts, budget = Stopwatch(runtime.device), Counter[str](), settings.micro_batch_tokens
+    clock, guard = Stopwatch(runtime.device), FiniteGuard(context)
     peak = matmul_peak(runtime.device, runtime.dtype)
-    started = time.perf_counter()
-    for step in range(settings.steps):
-        require_going(context)
-        rate = learning_rate_at(step, settings.steps, settings.optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        step_started = time.perf_counter()
-        data = next(batches)
-        result, budget = _gradients(model, data, objective, settings, budget, runtime, clock, context)
-        with clock.part("optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clip)
-        metrics = {"loss": result.loss, **measure(result), "gradient_norm": float(norm), "learning_rate": rate}
-        _require_finite(step, metrics)
-        with clock.part("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - step_started
-        step_flops = training_flops(model, result.lengths, result.tokens)
-        metrics["tokens_per_second"] = result.tokens / seconds
-        metrics["utilisation"] = step_flops / seconds / peak
-        tokens += result.tokens
-        flops += step_flops
-        generation += data.seconds_generation
-        scoring += data.seconds_scoring
-        history.append(metrics)
-        with clock.part("logging"):
-            context.reporter.metric(step + 1, metrics)
-            context.reporter.progress(step + 1, settings.steps, "steps")
-        parts.update(clock.read())
-    seconds = time.perf_counter() - started
+    with Checkpoints(model, optimizer, _fingerprint(model, settings, objective), context) as checkpoints:
+        state = checkpoints.restored() or LoopState(micro_batch_tokens=settings.micro_batch_tokens)
+        steps = batches(state.step)
+        while state.step < settings.steps:
+            if context.reporter.should_stop():
+                checkpoints.save(state, wait=True)
+                raise run_cancelled()
+            started = time.perf_counter()
+            rate = learning_rate_at(state.step, settings.steps, settings.optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            data = next(steps)
+            result, budget = _gradients(
+                model, data, objective, settings, state.micro_batch_tokens, runtime, clock, context
+            )
+            with clock.part("optimizer"):
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clip)
+            metrics = {"loss": result.loss, **measure(result), "gradient_norm": float(norm), "learning_rate": rate}
+            try:
+                good = guard.is_good(state.step, metrics, data.sequences)
+            except RunError:
+                checkpoints.save(guard.last_good(state), wait=True)
+                raise
+            with clock.part("optimizer"):
+                if good:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - started
+            flops = training_flops(model, result.lengths, result.tokens)
+            metrics |= {"tokens_per_second": result.tokens / seconds, "utilisation": flops / seconds / peak}
+            with clock.part("logging"):
+                context.reporter.metric(state.step + 1, metrics)
+                context.reporter.progress(state.step + 1, settings.steps, "steps")
+            kept = max(1, settings.steps // 10)
+            state = LoopState(
+                step=state.step + 1,
+                micro_batch_tokens=budget,
+                tokens=state.tokens + result.tokens,
+                flops=state.flops + flops,
+                seconds=state.seconds + time.perf_counter() - started,
+                seconds_generation=state.seconds_generation + data.seconds_generation,
+                seconds_scoring=state.seconds_scoring + data.seconds_scoring,
+                parts=dict(Counter(state.parts) + Counter(clock.read())),
+                recent=[*state.recent, metrics][-kept:] if good else state.recent,
+            )
+            if good and state.step < settings.steps and checkpoints.is_due(state.step):
+                with clock.part("checkpoint"):
+                    checkpoints.save(state)
+    return _summary(model, settings, state, peak, runtime)
+
+
+def _summary(
+    model: PreTrainedModel, settings: LoopSettings, state: LoopState, peak: float, runtime: Runtime
+) -> TrainingSummary:
     return TrainingSummary(
         steps=settings.steps,
-        seconds=seconds,
-        seconds_per_step=seconds / settings.steps,
-        trained_tokens=tokens,
+        seconds=state.seconds,
+        seconds_per_step=state.seconds / settings.steps,
+        trained_tokens=state.tokens,
         parameters=model.num_parameters(),
         device=hardware_name(runtime.device),
-        final=_means(history[-max(1, settings.steps // 10) :]),
-        seconds_generation=generation or None,
-        seconds_scoring=scoring or None,
+        final=_means(state.recent),
+        seconds_generation=state.seconds_generation or None,
+        seconds_scoring=state.seconds_scoring or None,
         throughput=Throughput(
-            tokens_per_second=tokens / seconds,
-            model_flops=flops,
-            flops_per_second=flops / seconds,
-            utilisation=flops / seconds / peak,
+            tokens_per_second=state.tokens / state.seconds,
+            model_flops=state.flops,
+            flops_per_second=state.flops / state.seconds,
+            utilisation=state.flops / state.seconds / peak,
             matmul_peak=peak,
             peak_memory_bytes=peak_memory(runtime.device),
-            micro_batch_tokens=budget,
-            seconds=dict(parts),
+            micro_batch_tokens=state.micro_batch_tokens,
+            seconds=state.parts,
         ),
     )
+
+
+def _fingerprint(model: PreTrainedModel, settings: LoopSettings, objective: RowObjective) -> str:
+    """What a checkpoint must have been written for to be gone on from."""
+    shapes = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in model.named_parameters()]
+    recipe = {**asdict(settings), "optimizer": settings.optimizer.to_dict()}
+    return content_hash({"settings": recipe, "objective": repr(objective), "parameters": shapes})
 
 
 def _gradients(
@@ -162,19 +199,13 @@ def _gradients(
 def require_going(context: Context) -> None:
     """Raise RunError `run_cancelled` if the user asked to stop."""
     if context.reporter.should_stop():
-        raise RunError("run_cancelled", "The run was cancelled on request.", fix="Start it again when wanted.")
+        raise run_cancelled()
 
 
-def _require_finite(step: int, metrics: Metrics) -> None:
-    bad = {name: value for name, value in metrics.items() if not np.isfinite(value)}
-    if bad:
-        raise RunError(
-            "bad_number",
-            f"Step {step + 1} produced numbers that are not finite; the weights were not changed by it.",
-            value=bad,
-            fix="Lower the learning rate of this stage, or look at the data of this step.",
-        )
+def run_cancelled() -> RunError:
+    """The error of a stage that was asked to stop."""
+    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on from there.")
 
 
 def _means(history: list[Metrics]) -> Metrics:
-    return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[-1]}
+    return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[-1]} if history else {}

@@ -33,13 +33,13 @@ def trained(model: PreTrainedModel, runtime: Runtime, reporter: SilentReporter, 
     rows = [[rng.integers(2, VOCAB, size=size).tolist() for size in (3, 5, 2, 8)] for _ in range(2)]
     data = StepData(build_sequences(*rows), np.arange(4))
 
-    def same_rows() -> Iterator[StepData]:
+    def same_rows(first: int) -> Iterator[StepData]:
         while True:
             yield data
 
     settings = LoopSettings(STEPS, OptimizerRecipe(learning_rate=1e-3), "token", budget)
     context = Context(reporter=reporter)
-    return train(model, settings, same_rows(), SFT_OBJECTIVE, sft_metrics, runtime, context)
+    return train(model, settings, same_rows, SFT_OBJECTIVE, sft_metrics, runtime, context)
 
 
 def test_throughput_names_tokens_operations_peak_memory_and_time(

@@ -1,0 +1,223 @@
+"""Training checkpoints: what a killed run needs to end with the weights that it would have had, to the bit.
+
+A checkpoint is a directory `step-00000120` with weights, optimizer state and random states as safetensors and a sealed
+`checkpoint.json`. It is written by a thread of its own under a temporary name, fsynced and renamed; the last two stay.
+Random streams of batches and rollouts follow from the seed and the step; what torch draws besides is saved.
+"""
+
+import secrets
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opd_mcp.engine.context import Context
+from opd_mcp.identity.files import file_sha256, publish_directory, write_atomic
+from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
+
+RECORD_FILE = "checkpoint.json"
+MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE = "model.safetensors", "optimizer.safetensors", "random.safetensors"
+PREFIX, BUILDING_PREFIX, DAMAGED_PREFIX = "step-", ".building-", "damaged-"
+KEPT = 2
+# By time: at least so many times a checkpoint's own cost lies between two of them.
+COST_FACTOR = 25.0
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one training stage: restored when it begins, saved beside it while it goes on.
+
+    As a context manager it waits for the last save on the way out. `save` raises what an earlier save failed with.
+    """
+
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    fingerprint: str
+    context: Context
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    _pending: Future[float] | None = None
+    _last: float = field(default_factory=time.monotonic)
+    _cost: float = 0.0
+
+    def restored(self) -> LoopState | None:
+        """The state of the newest intact checkpoint, put into model and optimizer; None where there is none.
+
+        A damaged checkpoint is named in an alert and set aside, and the one before it is used.
+        """
+        directory = self.context.checkpoints
+        if directory is None or not directory.is_dir():
+            return None
+        for leftover in directory.glob(f"{BUILDING_PREFIX}*"):
+            shutil.rmtree(leftover)
+        for path in reversed(saved_checkpoints(directory)):
+            problem = self._problem(path)
+            if problem is None:
+                return self._restore(path)
+            path.rename(path.with_name(f"{DAMAGED_PREFIX}{path.name}-{secrets.token_hex(3)}"))
+            self.context.reporter.alert(
+                "checkpoint_damaged", f"Checkpoint {path.name} is not used: {problem}. The one before it is, if any."
+            )
+        return None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint should be written after this many steps."""
+        recipe = self.context.checkpoint
+        if self.context.checkpoints is None:
+            return False
+        if recipe.steps is not None:
+            return step % recipe.steps == 0
+        if self._pending is not None:
+            if not self._pending.done():
+                return False
+            self._settle()
+        return time.monotonic() - self._last >= max(recipe.seconds, COST_FACTOR * self._cost)
+
+    def save(self, state: LoopState, *, wait: bool = False) -> None:
+        """Copy everything now and write it beside the training; with `wait` it is on the disk when this returns."""
+        self._settle()
+        directory = self.context.checkpoints
+        if directory is None or (directory / name_of(state.step)).is_dir():
+            return
+        started = time.monotonic()
+        tensors = {MODEL_FILE: _weights(self.model), OPTIMIZER_FILE: _moments(self.optimizer), RANDOM_FILE: _random()}
+        copies = {file: {name: _copied(part) for name, part in parts.items()} for file, parts in tensors.items()}
+        record = CheckpointRecord(
+            fingerprint=self.fingerprint,
+            state=state,
+            journal_position=self.context.reporter.position(),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            device=self.model.device.type,
+            files={},
+        )
+        self._pending = self._thread.submit(_write, directory, record, copies, started)
+        self._last = time.monotonic()
+        if wait:
+            self._settle()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._cost = pending.result()
+
+    def _problem(self, path: Path) -> str | None:
+        try:
+            record = CheckpointRecord.from_json((path / RECORD_FILE).read_bytes())
+        except (OSError, ValidationError):
+            return f"{RECORD_FILE} cannot be read"
+        if not record.is_intact():
+            return f"{RECORD_FILE} is not what was written"
+        for name in (MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE):
+            if not (path / name).is_file() or file_sha256(path / name) != record.files.get(name):
+                return f"{name} is missing or not what was written"
+        return None if record.fingerprint == self.fingerprint else "it belongs to other settings or another model"
+
+    def _restore(self, path: Path) -> LoopState:
+        record = CheckpointRecord.from_json((path / RECORD_FILE).read_bytes())
+        weights = load_file(path / MODEL_FILE)
+        with torch.no_grad():
+            for name, tensor in _weights(self.model).items():
+                tensor.copy_(weights[name])
+        _restore_moments(self.optimizer, load_file(path / OPTIMIZER_FILE))
+        _restore_random(load_file(path / RANDOM_FILE))
+        now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": self.model.device.type}
+        other = [name for name, value in now.items() if getattr(record, name) != value]
+        if other:
+            self.context.reporter.alert(
+                "resumed_elsewhere",
+                f"The checkpoint was written with another {' and another '.join(other)}: what follows is sound, but "
+                "not to the bit what an uninterrupted run would have given.",
+            )
+        self.context.reporter.resumed(record.state.step)
+        return record.state
+
+
+def name_of(step: int) -> str:
+    """The directory's name of the checkpoint after so many steps."""
+    return f"{PREFIX}{step:08d}"
+
+
+def saved_checkpoints(directory: Path) -> list[Path]:
+    """The finished checkpoints of a training stage, oldest first."""
+    return sorted(path for path in directory.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def _write(directory: Path, record: CheckpointRecord, files: dict[str, dict[str, Tensor]], started: float) -> float:
+    """The seconds that the checkpoint took since `started`."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    building = directory / f"{BUILDING_PREFIX}{secrets.token_hex(6)}"
+    building.mkdir(mode=0o700)
+    try:
+        for name, tensors in files.items():
+            _save(building / name, tensors)
+        sealed = record.model_copy(update={"files": {name: file_sha256(building / name) for name in files}}).sealed()
+        write_atomic(building / RECORD_FILE, sealed.to_json())
+        publish_directory(building, directory / name_of(record.state.step))
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    for old in saved_checkpoints(directory)[:-KEPT]:
+        shutil.rmtree(old)
+    return time.monotonic() - started
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # it hides the number of an operating system's error in its text
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise OSError(28, "No space left on device", str(path)) from error
+        raise
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `number.name`; all of AdamW's is tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, entries in state.items() for name, value in entries.items()}
+
+
+def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _random() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+
+
+def _restore_random(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,186 @@
+"""A training that is interrupted and goes on ends as one that was not, to the bit."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from opd_mcp.engine.context import Context, SilentReporter
+from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.training.batches import stored_batches
+from opd_mcp.engine.training.checkpoints import KEPT, MODEL_FILE, OPTIMIZER_FILE, RECORD_FILE, saved_checkpoints
+from opd_mcp.engine.training.loop import LoopSettings, train
+from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, sft_metrics
+from opd_mcp.schemas.checkpoints import CheckpointRecord
+from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
+from opd_mcp.schemas.reports import TrainingSummary
+
+VOCAB, STEPS = 13, 8
+SETTINGS = LoopSettings(STEPS, OptimizerRecipe(learning_rate=1e-2, schedule="cosine", warmup_steps=2), "token", 30)
+
+
+class Recorder(SilentReporter):
+    """Keeps the metric series as a journal's reader would, and asks to stop before a step."""
+
+    def __init__(self, stop_before: int | None = None) -> None:
+        self.stop_before = stop_before
+        self.series: dict[int, tuple[float, float]] = {}
+        self.alerts: list[str] = []
+        self.messages: list[str] = []
+        self.resumed_at: int | None = None
+
+    def metric(self, step: int, values) -> None:
+        self.series[step] = (values["loss"], values["gradient_norm"])
+
+    def alert(self, code: str, message: str) -> None:
+        self.alerts.append(code)
+        self.messages.append(message)
+
+    def resumed(self, step: int) -> None:
+        self.resumed_at = step
+
+    def should_stop(self) -> bool:
+        return self.stop_before is not None and len(self.series) >= self.stop_before
+
+
+@pytest.fixture
+def rows() -> Sequences:
+    rng = np.random.default_rng(0)
+    prompts, responses = ([rng.integers(2, VOCAB, size=n).tolist() for n in rng.integers(2, 9, 20)] for _ in range(2))
+    return build_sequences(prompts, responses)
+
+
+@pytest.fixture
+def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: Sequences):
+    """`trained(reporter, folder)`: model and summary; dropout makes torch's own random state matter."""
+
+    def run(
+        reporter: SilentReporter, folder: Path | None, settings: LoopSettings = SETTINGS, every: int = 2
+    ) -> tuple[PreTrainedModel, TrainingSummary]:
+        model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=0.1).train()
+        torch.manual_seed(7)
+        context = Context(reporter=reporter, checkpoints=folder, checkpoint=CheckpointRecipe(steps=every))
+        steps = stored_batches(rows, steps=settings.steps, batch_size=6, seed=3, scope="test")
+        return model, train(model, settings, steps, SFT_OBJECTIVE, sft_metrics, runtime, context)
+
+    return run
+
+
+def weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_a_stop_before_any_step_changes_nothing(trained, tmp_path: Path, stop: int) -> None:
+    whole, again = Recorder(), Recorder()
+    expected, full = trained(whole, None)
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=stop), tmp_path)
+    resumed, summary = trained(again, tmp_path)
+    assert again.resumed_at == stop
+    assert same(resumed, expected)
+    assert again.series == {step: values for step, values in whole.series.items() if step > stop}
+    assert {k: v for k, v in summary.final.items() if k in ("loss", "gradient_norm", "learning_rate")} == {
+        k: v for k, v in full.final.items() if k in ("loss", "gradient_norm", "learning_rate")
+    }
+    assert summary.trained_tokens == full.trained_tokens
+    assert summary.throughput.model_flops == full.throughput.model_flops
+
+
+def test_what_a_kill_leaves_is_the_last_checkpoint(trained, tmp_path: Path) -> None:
+    class Killed(Recorder):
+        def metric(self, step: int, values) -> None:
+            if step == 6:
+                raise KeyboardInterrupt  # nothing is saved on the way out
+            super().metric(step, values)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(Killed(), tmp_path)
+    again = Recorder()
+    resumed, _ = trained(again, tmp_path)
+    assert again.resumed_at == 4
+    assert same(resumed, trained(Recorder(), None)[0])
+
+
+def test_the_last_two_are_kept(trained, tmp_path: Path) -> None:
+    trained(Recorder(), tmp_path, every=1)
+    assert [path.name for path in saved_checkpoints(tmp_path)] == ["step-00000006", "step-00000007"]
+    assert len(saved_checkpoints(tmp_path)) == KEPT
+    assert not list(tmp_path.glob(".building-*"))
+
+
+@pytest.mark.parametrize("file", [MODEL_FILE, OPTIMIZER_FILE, RECORD_FILE])
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(trained, tmp_path: Path, file: str, how: str) -> None:
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=5), tmp_path)
+    newest = saved_checkpoints(tmp_path)[-1]
+    content = bytearray((newest / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"flipped": bytes(content), "cut": bytes(content[: len(content) // 2]), "missing": b""}[how]
+    (newest / file).write_bytes(damaged)
+    if how == "missing":
+        (newest / file).unlink()
+    again = Recorder()
+    resumed, _ = trained(again, tmp_path)
+    assert again.resumed_at == 4
+    assert again.alerts == ["checkpoint_damaged"]
+    assert newest.name in again.messages[0]
+    assert file in again.messages[0]
+    assert same(resumed, trained(Recorder(), None)[0])
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(trained, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=3), tmp_path)
+    again = Recorder()
+    trained(again, tmp_path, replace(SETTINGS, micro_batch_tokens=60))
+    assert again.resumed_at is None
+    assert set(again.alerts) == {"checkpoint_damaged"}
+
+
+def test_another_thread_count_is_said(trained, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=3), tmp_path)
+    for path in saved_checkpoints(tmp_path):
+        record = CheckpointRecord.from_json((path / RECORD_FILE).read_bytes())
+        (path / RECORD_FILE).write_text(record.model_copy(update={"threads": 2}).sealed().to_json())
+    again = Recorder()
+    trained(again, tmp_path)
+    assert again.alerts == ["resumed_elsewhere"]
+    assert "threads" in again.messages[0]
+
+
+def test_without_a_place_nothing_is_saved_and_by_time_a_short_training_saves_nothing(trained, tmp_path: Path) -> None:
+    trained(Recorder(), None)
+    trained(Recorder(), tmp_path, every=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_fails_ends_the_training_and_leaves_the_checkpoint_before(
+    trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opd_mcp.engine.training import checkpoints
+
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=2), tmp_path)
+
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            trained(Recorder(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert same(trained(Recorder(), tmp_path)[0], trained(Recorder(), None)[0])

@@ -1,0 +1,127 @@
+"""What saving checkpoints costs a training: `python tools/bench_checkpoints.py [--json FILE]`.
+
+Trains one model of 33 million parameters on one core in turns of so many steps, with and without a checkpoint in the
+turn, and compares medians of paired turns. `share_at_default` is what one checkpoint costs over the default interval.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from opd_mcp.engine.context import Context
+from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.training.checkpoints import COST_FACTOR, Checkpoints
+from opd_mcp.engine.training.loop import StepData
+from opd_mcp.engine.training.objectives import SFT_OBJECTIVE
+from opd_mcp.engine.training.optimizer import build_optimizer
+from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.schemas.checkpoints import LoopState
+from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
+
+CONFIG = {
+    "vocab_size": 32768,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def main() -> None:
+    """Print the table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6, help="steps a turn")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**CONFIG)).train()
+    optimizer = build_optimizer(model, OptimizerRecipe(learning_rate=1e-5))
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0)
+    batches = rows()
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            step(model, optimizer, next(batches), runtime)
+
+    with tempfile.TemporaryDirectory() as folder:
+        context = Context(checkpoints=Path(folder), checkpoint=CheckpointRecipe(steps=1))
+        with Checkpoints(model, optimizer, "bench", context) as checkpoints:
+            steps(1)
+            plain, saving, pauses = [], [], []
+            for turn in range(options.turns):
+                plain.append(
+                    timed(lambda: [step(model, optimizer, next(batches), runtime) for _ in range(options.steps)])
+                )
+
+                def with_checkpoint(number: int = turn) -> None:
+                    pauses.append(timed(lambda: checkpoints.save(LoopState(step=number, micro_batch_tokens=1))))
+                    for _ in range(options.steps):
+                        step(model, optimizer, next(batches), runtime)
+
+                saving.append(timed(with_checkpoint))
+                checkpoints.save(
+                    LoopState(step=10_000 + turn, micro_batch_tokens=1), wait=True
+                )  # settle before the next
+    extra = statistics.median(with_ - without for with_, without in zip(saving, plain, strict=True))
+    interval = max(CheckpointRecipe().seconds, COST_FACTOR * statistics.median(pauses))
+    found = {
+        "parameters": model.num_parameters(),
+        "checkpoint_mib": round(12 * model.num_parameters() / 2**20),
+        "pause_s": round(statistics.median(pauses), 3),
+        "extra_s_a_checkpoint": round(extra, 3),
+        "default_interval_s": interval,
+        "share_at_default": round(extra / interval, 4),
+        "bar": 0.05,
+    }
+    for name, value in found.items():
+        print(f"{name:24} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(found) + "\n")
+
+
+def rows() -> Iterator[StepData]:
+    """The same kind of step for ever: eight rows of 64 tokens."""
+    rng = np.random.default_rng(0)
+    while True:
+        prompts, responses = (rng.integers(0, CONFIG["vocab_size"], (8, 32)).tolist() for _ in range(2))
+        yield StepData(build_sequences(prompts, responses), np.arange(8))
+
+
+def step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, data: StepData, runtime: Runtime) -> None:
+    """One optimizer step."""
+    accumulate_gradients(
+        model,
+        data.sequences,
+        data.indices,
+        SFT_OBJECTIVE,
+        normalize="token",
+        micro_batch_tokens=4096,
+        runtime=runtime,
+    )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def timed(work) -> float:  # type: ignore[no-untyped-def]
+    """Wall seconds."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
