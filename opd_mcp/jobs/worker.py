@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from opd_mcp.jobs.devices import gpus
-from opd_mcp.jobs.failures import MemoryFigures, failure_of
+from opd_mcp.jobs.devices import free_disk, gpus
+from opd_mcp.jobs.failures import DiskFigures, MemoryFigures, failure_of, is_disk_full
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
@@ -23,13 +23,13 @@ from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
-from opd_mcp.jobs.workload import expected_flops
+from opd_mcp.jobs.workload import expected_disk, expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
-from opd_mcp.schemas.runs import RunRecord, RunState
+from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
 from opd_mcp.store.attempts import begin_attempt, taken_up
 from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory
+from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory, use_reserve
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
@@ -107,16 +107,16 @@ def _worked(
         return _ended(journal, "succeeded")
     except OpdError as error:
         if error.code == "run_cancelled" and reporter.terminated:
-            return _failed(journal, directory, worker_terminated())
+            return _failed(journal, reporter, directory, worker_terminated())
         if error.code == "attempt_superseded":
             print(error, file=sys.stderr)  # nothing of this run is this process's any more
             return 1
         if error.code == "run_cancelled":
             return _ended(journal, "cancelled")
-        return _failed(journal, directory, error)
+        return _failed(journal, reporter, directory, error)
     except Exception as error:
         traceback.print_exc()
-        return _failed(journal, directory, error)
+        return _failed(journal, reporter, directory, error)
 
 
 def run_phases(
@@ -145,6 +145,7 @@ def run_phases(
         calls=StageCalls(record, directory, context, load_stages),
         device=device,
         flops=lambda name: expected_flops(name, recipe, record.request.inputs),
+        disk=lambda name: expected_disk(name, recipe, record.request.inputs),
         launch_seconds=launch_seconds,
     )
     return pipeline.run()
@@ -184,6 +185,15 @@ def worker_terminated() -> RunError:
     )
 
 
+def disk_figures(directory: Path, phase: PhaseName | None) -> DiskFigures:
+    """What the phase was expected to write, and what is free for it now."""
+    needed = 0
+    if phase is not None:
+        request = read_record(directory).request
+        needed = expected_disk(phase, request.recipe, request.inputs)
+    return DiskFigures(needed, free_disk(directory), directory)
+
+
 def memory_figures(directory: Path) -> MemoryFigures:
     """The most memory that this process held, on the GPU where it used one, and what its plan expected."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -197,10 +207,14 @@ def memory_figures(directory: Path) -> MemoryFigures:
     return MemoryFigures(peak, expected)
 
 
-def _failed(journal: JournalWriter, directory: Path, error: Exception) -> int:
+def _failed(journal: JournalWriter, reporter: JournalReporter, directory: Path, error: Exception) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    journal.append("error", failure_of(error, directory / LOG_FILE, memory_figures(directory)).to_dict())
+    if is_disk_full(error):
+        use_reserve(directory)
+    disk = disk_figures(directory, reporter.current)
+    failure = failure_of(error, directory / LOG_FILE, memory_figures(directory), disk)
+    journal.append("error", failure.to_dict())
     return _ended(journal, "failed")
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
@@ -9,7 +10,9 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, 
 from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
 from opd_mcp.store.attempts import begin_attempt
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
+from opd_mcp.store.journal import read_journal
 from opd_mcp.store.runs import (
+    JOURNAL_FILE,
     RECORD_FILE,
     RunLock,
     create_run,
@@ -44,7 +47,7 @@ class Store:
         self.workspace = workspace
         self.index = Index(workspace.index)
         self.artifacts = ArtifactStore(workspace, self.index)
-        if self.index.is_missing() and (run_ids(workspace) or artifact_directories(workspace)):
+        if self.index.must_be_rebuilt() and (run_ids(workspace) or artifact_directories(workspace)):
             self.rebuild()
 
     def start_once(self, record: RunRecord) -> StartedRun:
@@ -165,6 +168,16 @@ class Store:
                 except IntegrityError as problem:
                     problems.append(problem)
         return problems
+
+    def damaged(self) -> Iterator[IntegrityError]:
+        """What is wrong with runs and artifacts whose own files cannot be read."""
+        for directory in sorted(path for path in self.workspace.runs.iterdir() if path.is_dir()):
+            try:
+                read_record(directory)
+                read_journal(directory / JOURNAL_FILE)
+            except IntegrityError as problem:
+                yield problem
+        yield from self.artifacts.damaged()
 
     def _exists(self, run_id: str) -> bool:
         return (self.workspace.run(run_id) / RECORD_FILE).is_file()
