@@ -1,4 +1,4 @@
-"""The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | cache …` and what a run needs.
+"""The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | gc | cache …` and more.
 
 The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
 teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
@@ -139,6 +139,25 @@ def doctor(
         if not check.well:
             typer.echo(f"    fix: {check.fix}")
     raise typer.Exit(int(not all(check.well for check in found)))
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List only.")] = False,
+    older_than: Annotated[
+        float, typer.Option(help="Days since an unfinished build or an old index was last written to.", min=0)
+    ] = 14.0,
+    artifacts: Annotated[
+        bool, typer.Option("--artifacts", help="Also artifacts that no run, lineage or result needs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what nobody needs: abandoned builds, checkpoints of succeeded runs, temporary files."""
+    from opd_mcp.jobs.gc import collected
+    from opd_mcp.server.texts import garbage_text
+
+    found = collected(open_service().store, remove=not dry_run, older_than_days=older_than, artifacts=artifacts)
+    typer.echo(found.to_json() if as_json else garbage_text(found))
 
 
 CacheArgument = Annotated[str, typer.Argument(help="A cache id, a run id, or a teacher cache's directory.")]
