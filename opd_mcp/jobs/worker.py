@@ -14,26 +14,32 @@ from typing import Any
 
 import psutil
 
-from opd_mcp.jobs.devices import gpus
-from opd_mcp.jobs.failures import MemoryFigures, failure_of
+from opd_mcp.jobs.devices import free_disk, gpu_slot, gpus
+from opd_mcp.jobs.failures import DiskFigures, MemoryFigures, failure_of, is_disk_full
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
+from opd_mcp.jobs.liveness import note_start
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
+from opd_mcp.jobs.quotas import out_of_hours, seconds_left
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
-from opd_mcp.jobs.workload import expected_flops
+from opd_mcp.jobs.watchdog import WatchSettings, watching
+from opd_mcp.jobs.workload import expected_disk, expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
-from opd_mcp.schemas.runs import RunRecord, RunState
+from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
 from opd_mcp.store.attempts import begin_attempt, taken_up
 from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory
+from opd_mcp.store.runs import LOG_FILE, RunLock, cancel_requested, read_record, run_directory, use_reserve
+from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+WATCH = WatchSettings()
 
 
 def engine_stages() -> Stages:
@@ -51,6 +57,7 @@ def main(
     cpu_slots: int | None = None,
     load_stages: Callable[[], Stages] = engine_stages,
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
 ) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
 
@@ -66,7 +73,8 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
-        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
+        note_start(directory, journal.attempt)
+        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
 
 def work(
@@ -76,10 +84,11 @@ def work(
     leases: LeaseFolder,
     load_stages: Callable[[], Stages],
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
-    with reporter.ending_on_sigterm():
+    with reporter.ending_on_sigterm(), watching(reporter.pulse, reporter.alert, watch):
         return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
 
 
@@ -95,9 +104,11 @@ def _worked(
     launch_seconds = time.time() - psutil.Process().create_time()
     try:
         record = read_record(directory)
+        quotas = read_settings(store.workspace).quotas
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
         prepare_environment(record.request.recipe.runtime, lease)
         journal.append("state", {"state": "running"})
+        reporter.limit(seconds_left(quotas, directory))
         with run_span(record):
             kind = device_kind(lease)
             result = run_phases(
@@ -106,17 +117,15 @@ def _worked(
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
-        if error.code == "run_cancelled" and reporter.terminated:
-            return _failed(journal, directory, worker_terminated())
         if error.code == "attempt_superseded":
             print(error, file=sys.stderr)  # nothing of this run is this process's any more
             return 1
-        if error.code == "run_cancelled":
-            return _ended(journal, "cancelled")
-        return _failed(journal, directory, error)
+        stopped = error.code == "run_cancelled"
+        cause = stop_cause(store, directory, reporter) if stopped else error
+        return _ended(journal, "cancelled") if cause is None else _failed(journal, reporter, directory, cause)
     except Exception as error:
         traceback.print_exc()
-        return _failed(journal, directory, error)
+        return _failed(journal, reporter, directory, error)
 
 
 def run_phases(
@@ -145,6 +154,7 @@ def run_phases(
         calls=StageCalls(record, directory, context, load_stages),
         device=device,
         flops=lambda name: expected_flops(name, recipe, record.request.inputs),
+        disk=lambda name: expected_disk(name, recipe, record.request.inputs),
         launch_seconds=launch_seconds,
     )
     return pipeline.run()
@@ -152,8 +162,8 @@ def run_phases(
 
 def device_lease(runtime: RuntimeRecipe, leases: LeaseFolder, owner: str, reporter: JournalReporter) -> Lease:
     """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`."""
-    found = [] if runtime.device == "cpu" else gpus()
-    slots = [f"gpu-{gpu.uuid}" for gpu in found] or leases.cpu_slot_names()
+    found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
+    slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
     count = 1 if found else min(runtime.threads, len(slots))
     lease = leases.acquire(owner, slots, count, reporter.should_stop)
     if lease is None:
@@ -175,6 +185,15 @@ def prepare_environment(runtime: RuntimeRecipe, lease: Lease) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
+def stop_cause(store: Store, directory: Path, reporter: JournalReporter) -> OpdError | None:
+    """Why a run stopped that no user asked to stop; None when a user did."""
+    if reporter.terminated:
+        return worker_terminated()
+    if reporter.out_of_time and not cancel_requested(directory):
+        return out_of_hours(store.workspace, directory)
+    return None
+
+
 def worker_terminated() -> RunError:
     """The error of a run whose process was told to end."""
     return RunError(
@@ -182,6 +201,15 @@ def worker_terminated() -> RunError:
         "The worker was told to end (SIGTERM): somebody stopped it, or the machine was shutting down.",
         fix="Call resume_run to go on from the last checkpoint.",
     )
+
+
+def disk_figures(directory: Path, phase: PhaseName | None) -> DiskFigures:
+    """What the phase was expected to write, and what is free for it now."""
+    needed = 0
+    if phase is not None:
+        request = read_record(directory).request
+        needed = expected_disk(phase, request.recipe, request.inputs)
+    return DiskFigures(needed, free_disk(directory), directory)
 
 
 def memory_figures(directory: Path) -> MemoryFigures:
@@ -197,10 +225,14 @@ def memory_figures(directory: Path) -> MemoryFigures:
     return MemoryFigures(peak, expected)
 
 
-def _failed(journal: JournalWriter, directory: Path, error: Exception) -> int:
+def _failed(journal: JournalWriter, reporter: JournalReporter, directory: Path, error: Exception) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    journal.append("error", failure_of(error, directory / LOG_FILE, memory_figures(directory)).to_dict())
+    if is_disk_full(error):
+        use_reserve(directory)
+    disk = disk_figures(directory, reporter.current)
+    failure = failure_of(error, directory / LOG_FILE, memory_figures(directory), disk)
+    journal.append("error", failure.to_dict())
     return _ended(journal, "failed")
 
 

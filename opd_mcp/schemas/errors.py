@@ -6,14 +6,14 @@ OpdError
 │   │                              unsafe_weights · unsupported_head
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
-│   │                              confirm_needed
+│   │                              confirm_needed · unknown_setting · invalid_setting
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed
-├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline ·
+├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    worker_terminated · attempt_superseded · same_request_active · bad_number · bad_rows

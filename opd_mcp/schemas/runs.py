@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Recipe
 
@@ -77,10 +77,10 @@ class RunRequest(Schema):
     plan_id: str | None = None
 
 
-class RunRecord(Schema):
+class RunRecord(Record):
     """`run.json`: immutable."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed, with the memory that was expected
     run_id: str
     created_at: str
     request_hash: str
@@ -156,6 +156,7 @@ class RunStatus(Schema):
     phases_total: int
     progress: Progress | None = None
     queue_position: int | None = None
+    waits_for: str | None = None
     eta_s: float | None = Field(None, description="seconds to the end of the run, all phases")
     elapsed_s: float | None = None
     metrics: dict[str, MetricTrend] = Field(default_factory=dict)

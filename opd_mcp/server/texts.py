@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterable
 
 from opd_mcp.jobs.estimates import PROCESS_START
+from opd_mcp.schemas.garbage import GarbageReport
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.setup import SetupReport
-from opd_mcp.server.cache_texts import measured_lines
+from opd_mcp.server.cache_texts import measured_lines, prompts_text, rollouts_text
 from opd_mcp.server.recipe_texts import setting_lines
 from opd_mcp.server.results import compact, result_lines
 
@@ -27,10 +28,22 @@ def setup_text(report: SetupReport) -> str:
     lines.append(f"allowed roots: {', '.join(report.allowed_roots)}")
     lines += [_line(run.run_id, run.kind, run.state, run.phase) for run in report.active_runs] or ["no active runs"]
     lines.append(f"presets: {', '.join(report.presets)}; wait_seconds ≤ {report.limits.wait_seconds}")
+    lines += [f"quota: {name} = {value}" for name, value in report.quotas.to_dict().items()]
     if report.example:
         lines.append("example task:")
         lines += [f"  {name}: {path}" for name, path in report.example.to_dict().items()]
     return _text(lines, report.next_action)
+
+
+def garbage_text(report: GarbageReport) -> str:
+    """What was or would be removed, a line each, with the sum and what could not be judged."""
+    verb = "removed" if report.removed else "would remove"
+    lines = [f"{verb} {item.kind}: {item.path} ({size(item.bytes)})" for item in report.items]
+    lines.append(f"{verb} {len(report.items)} in all, {size(report.bytes)}")
+    if report.kept:
+        lines.append("builds and artifacts were kept, since what these would need is not known:")
+        lines += [f"  {reason}" for reason in report.kept]
+    return "\n".join(lines)
 
 
 def plan_text(plan: Plan) -> str:
@@ -40,12 +53,24 @@ def plan_text(plan: Plan) -> str:
     lines.append(f"phases: {' → '.join(phases)}")
     basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
     lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
-    lines += measured_lines(plan.consistency.teacher_delta, plan.consistency.engine_gap)
+    lines += _plan_measures(plan)
     lines += [_estimate_line(estimate) for estimate in plan.estimates]
     lines += setting_lines(plan)
     lines += _finding_lines("BLOCKING", plan.blocking)
     lines += _finding_lines("warning", plan.warnings)
     return _text(lines, plan.next_action)
+
+
+def _plan_measures(plan: Plan) -> list[str]:
+    """What is known of the data before anything runs, with the cache that it was measured in."""
+    verdict = plan.consistency
+    lines = [f"prompts: {prompts_text(plan.hygiene)}"]
+    lines += measured_lines(verdict.teacher_delta, verdict.engine_gap)
+    if verdict.measured_in and plan.rollouts:
+        lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
+    if verdict.not_measured:
+        lines.append(f"not known: {verdict.not_measured}")
+    return lines
 
 
 def cancel_text(snapshot: RunSnapshot) -> str:
@@ -74,6 +99,8 @@ def status_text(status: RunStatus) -> str:
         f"queue position {status.queue_position}" if status.queue_position is not None else "",
     ]
     lines = [head, ", ".join(part for part in times if part)]
+    if status.waits_for is not None:
+        lines.append(status.waits_for)
     if status.result is None and (metrics := _metrics(status)):
         lines.append(f"metrics: {', '.join(metrics)}")
     lines += [f"ALERT {alert.code}: {alert.message}" for alert in status.alerts[-5:]]

@@ -1,7 +1,7 @@
 """Attempts: taking a run's lock begins one, and what is known of the process that makes it lies beside the journal."""
 
 from opd_mcp.store.journal import JournalWriter, next_attempt
-from opd_mcp.store.runs import JOURNAL_FILE, RunLock
+from opd_mcp.store.runs import JOURNAL_FILE, RunLock, set_reserve
 
 
 def begin_attempt(lock: RunLock) -> int:
@@ -10,6 +10,7 @@ def begin_attempt(lock: RunLock) -> int:
     For whoever has just acquired the lock; a process that it is passed on to takes up the attempt.
     """
     journal = lock.directory / JOURNAL_FILE
+    set_reserve(lock.directory)
     with JournalWriter(journal, next_attempt(journal), lock.holds) as writer:
         writer.append("state", {"state": "queued"})
         return writer.attempt

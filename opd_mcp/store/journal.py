@@ -172,19 +172,29 @@ class JournalWriter:
         """
         with self._mutex:
             self.require_right()
-            if type == "state":
-                if self._state is not None:
-                    require_transition(self._state, data["state"])
-                self._state = data["state"]
+            if type == "state" and self._state is not None:
+                require_transition(self._state, data["state"])
             record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, dict(data))
-            line = encode_record(record)
+            self._write(encode_record(record), durable=durable)
+            self._next_seq += 1
+            if type == "state":
+                self._state = data["state"]
+            return record
+
+    def _write(self, line: bytes, *, durable: bool) -> None:
+        """Write a whole line or, on a full or failing disk, none of it."""
+        before = self._size
+        try:
             while line:
                 written = os.write(self._descriptor, line)
                 line, self._size = line[written:], self._size + written
-            self._next_seq += 1
             if durable:
                 os.fsync(self._descriptor)
-            return record
+        except OSError:
+            if os.fstat(self._descriptor).st_size == self._size:  # else a newer attempt has written behind it
+                os.ftruncate(self._descriptor, before)
+                self._size = before
+            raise
 
     def sync(self) -> int:
         """The number of the last record, once all up to it are on the disk; raises RunError `attempt_superseded`."""

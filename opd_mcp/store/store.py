@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
@@ -9,7 +10,9 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, 
 from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
 from opd_mcp.store.attempts import begin_attempt
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
+from opd_mcp.store.journal import read_journal
 from opd_mcp.store.runs import (
+    JOURNAL_FILE,
     RECORD_FILE,
     RunLock,
     create_run,
@@ -44,13 +47,14 @@ class Store:
         self.workspace = workspace
         self.index = Index(workspace.index)
         self.artifacts = ArtifactStore(workspace, self.index)
-        if self.index.is_missing() and (run_ids(workspace) or artifact_directories(workspace)):
+        if self.index.must_be_rebuilt() and (run_ids(workspace) or artifact_directories(workspace)):
             self.rebuild()
 
-    def start_once(self, record: RunRecord) -> StartedRun:
+    def start_once(self, record: RunRecord, admit: Callable[[], None] = lambda: None) -> StartedRun:
         """Create the run and take its lock, or find the active run of the same request.
 
         Identical starts from several processes at the same moment give one new run; the others are `reused`.
+        `admit` is asked in turn before a new run; what it raises refuses the start.
         """
         lock: RunLock | None = None
         try:
@@ -58,6 +62,7 @@ class Store:
                 active = self._active_run(database, record.request_hash)
                 if active is not None:
                     return StartedRun(active, None)
+                admit()
                 lock = RunLock.acquire(create_run(self.workspace, record))
                 begin_attempt(lock)
                 insert_run(database, indexed_run(record))
@@ -68,7 +73,7 @@ class Store:
             raise
         return StartedRun(record.run_id, lock)
 
-    def resume(self, run_id: str) -> StartedRun:
+    def resume(self, run_id: str, admit: Callable[[RunRecord], None] = lambda record: None) -> StartedRun:
         """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
 
         Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
@@ -97,6 +102,7 @@ class Store:
                         value=run_id,
                         fix=f"Follow that one with get_run_status(run_id='{other}').",
                     )
+                admit(record)
                 withdraw_cancel(view.directory)
                 attempt = begin_attempt(lock)
                 insert_run(database, indexed_run(record))
@@ -104,6 +110,11 @@ class Store:
             lock.release()
             raise
         return StartedRun(run_id, lock, attempt)
+
+    def is_active(self, request_hash: str) -> bool:
+        """Whether a run of this request is queued or running."""
+        with self.index.reading() as database:
+            return self._active_run(database, request_hash) is not None
 
     def view(self, run_id: str) -> RunView:
         """The present state of a run; raises UnknownIdError `unknown_run`."""
@@ -165,6 +176,16 @@ class Store:
                 except IntegrityError as problem:
                     problems.append(problem)
         return problems
+
+    def damaged(self) -> Iterator[IntegrityError]:
+        """What is wrong with runs and artifacts whose own files cannot be read."""
+        for directory in sorted(path for path in self.workspace.runs.iterdir() if path.is_dir()):
+            try:
+                read_record(directory)
+                read_journal(directory / JOURNAL_FILE)
+            except IntegrityError as problem:
+                yield problem
+        yield from self.artifacts.damaged()
 
     def _exists(self, run_id: str) -> bool:
         return (self.workspace.run(run_id) / RECORD_FILE).is_file()

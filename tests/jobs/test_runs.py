@@ -1,5 +1,6 @@
 """Runs as real processes: they own themselves, queue, stop when asked, and leave no lie behind when they die."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opd_mcp.schemas.errors import RunError, UnknownIdError
+from opd_mcp.jobs.pipeline import require_disk
+from opd_mcp.schemas.errors import ResourceError, RunError, UnknownIdError
 from opd_mcp.schemas.requests import BuildTeacherCache, GenerateTeacherResponses, StartSft
 from opd_mcp.store.journal import read_journal
 
@@ -55,6 +57,14 @@ def test_the_same_request_again_is_a_new_run_that_reuses_every_phase(world, serv
     assert second.state == "succeeded", second
     assert second.result["artifacts"] == first.result["artifacts"]
     assert all(cost["reused"] for cost in second.result["costs"])
+
+
+def test_a_damaged_result_is_not_reused(world, service, finished):
+    first = finished(service, service.start_distillation(world.start_arguments()).run_id)
+    (Path(first.result["paths"]["report"]) / "report.json").write_text("{}")
+    second = finished(service, service.start_distillation(world.start_arguments()).run_id)
+    assert (second.state, second.error.code) == ("failed", "damaged_file")
+    assert "report.json" in second.error.cause
 
 
 def test_the_steps_one_by_one_make_what_one_run_made(world, service, finished):
@@ -111,6 +121,7 @@ def test_a_queued_run_knows_its_place_and_can_be_cancelled(world, service, busy_
     second = service.start_distillation(world.start_arguments(overrides={"runtime.seed": 1}))
     status = until(service, second.run_id, lambda status: status.queue_position == 2)
     assert (status.state, status.phase, status.eta_s) == ("queued", None, None)
+    assert status.waits_for == f"waits for a CPU slot: 2 of 2 held by somebody-else; behind {first.run_id}"
     assert service.cancel(first.run_id).state in {"queued", "cancelled"}
     assert finished(service, first.run_id).state == "cancelled"
     until(service, second.run_id, lambda status: status.queue_position == 1)
@@ -257,3 +268,21 @@ def test_sigterm_ends_a_queued_run_that_can_go_on(world, service, busy_machine, 
     worker_of(run_id).terminate()
     status = finished(service, run_id)
     assert (status.state, status.error.code) == ("failed", "worker_terminated")
+
+
+def test_a_full_disk_ends_a_run_with_the_amounts_and_a_way_on(world, service, finished):
+    overrides = {"sft.optimizer.learning_rate": 28}
+    run_id = service.start_distillation(world.start_arguments(overrides=overrides)).run_id
+    status = finished(service, run_id)
+    assert (status.state, status.error.code) == ("failed", "not_enough_disk")
+    assert re.search(r"this phase needs about \d\.\d\d GiB in all, \d+\.\d\d GiB are free", status.error.cause)
+    assert status.next_action == f"Call resume_run(run_id='{run_id}')"
+    assert service.resume(run_id).state == "queued"
+    assert finished(service, run_id).error.code == "not_enough_disk"
+    assert service.store.view(run_id).attempt == 2
+
+
+def test_a_phase_larger_than_the_disk_is_not_begun(tmp_path):
+    with pytest.raises(ResourceError, match=r"not_enough_disk.*sft writes up to 1048576\.00 GiB"):
+        require_disk(tmp_path, 1 << 50, "sft")
+    require_disk(tmp_path, 1, "sft")
