@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opd_mcp.store.private import require_private
+
 POLL_SECONDS = 0.1
 NAMED = 4
 
@@ -143,11 +145,16 @@ class LeaseFolder:
                     path.unlink(missing_ok=True)
             return live
 
+    def _make_root(self) -> None:
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_private(self.root)
+
     @contextmanager
     def _queue_guard(self, queue: str) -> Iterator[Path]:
         folder = self.root / f"queue-{queue}"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._make_root()
+        folder.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(folder / ".guard", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield folder
@@ -185,7 +192,7 @@ def _tickets(folder: Path) -> list[Path]:
 
 def _try_lock(path: Path) -> int | None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor

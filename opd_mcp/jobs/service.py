@@ -78,7 +78,7 @@ class JobService:
         self.store = Store(workspace)
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
         self._models = ModelCache()
-        self._references = References(self.store, self.roots, self._models)
+        self._references = References(self.store, self.roots, self._models, self.settings.teacher_hosts)
         self._planner = Planner(self._references, self._find_artifact, self._target)
         self._composer = Composer(self._references, self._find_artifact)
         self._views = Views(workspace)

@@ -58,9 +58,11 @@ def main(
     load_stages: Callable[[], Stages] = engine_stages,
     teacher_key: str | None = None,
     watch: WatchSettings = WATCH,
+    secrets: tuple[str, ...] = (),
 ) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
 
+    `secrets` are kept out of the journal.
     Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
     """
     workspace = Workspace(workspace_root)
@@ -73,7 +75,7 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
-        note_start(directory, journal.attempt)
+        journal.secrets = secrets
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
 
@@ -103,6 +105,7 @@ def _worked(
 ) -> int:
     launch_seconds = time.time() - psutil.Process().create_time()
     try:
+        note_start(directory, journal.attempt)
         record = read_record(directory)
         quotas = read_settings(store.workspace).quotas
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)

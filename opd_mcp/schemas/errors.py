@@ -3,10 +3,13 @@
 OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
-│   │                              unsafe_weights · unsupported_head
-│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
+│   │                              unsafe_weights · unsupported_head · special_file · unsafe_folder ·
+│   │                              unsafe_config
+│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
+│   │                              too_large
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
-│   │                              confirm_needed · unknown_setting · invalid_setting
+│   │                              confirm_needed · unknown_setting · invalid_setting ·
+│   │                              teacher_host_not_allowed · too_slow
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue
@@ -22,6 +25,8 @@ OpdError
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from opd_mcp.schemas.redaction import redacted
+
 
 class OpdError(Exception):
     """A failure that says what happened, which value caused it and what to do next.
@@ -32,10 +37,11 @@ class OpdError(Exception):
 
     def __init__(self, code: str, message: str, *, fix: str, value: object = None, nearest: Iterable[str] = ()) -> None:
         self.code = code
-        self.message = message
+        # Messages quote exceptions and values that others wrote; no border behind this one sees more of them.
+        self.message = redacted(message)
         self.fix = fix
-        self.value = None if value is None else str(value)[:500]
-        self.nearest = list(nearest)
+        self.value = None if value is None else redacted(str(value)[:4096])[:500]
+        self.nearest = [redacted(name) for name in nearest]
         super().__init__(str(self))
 
     def __str__(self) -> str:
