@@ -55,7 +55,7 @@ class Failpoints:
         self.log = log
         self.phase = "none"
         self.hits = 0
-        self.full = False
+        self.full = self.refused = False
         self.write, self.kill = os.write, os.kill
 
     def around(
@@ -70,18 +70,23 @@ class Failpoints:
 
         Raises OSError ENOSPC where the plan fills the disk, and for each call that needs space from then on if so.
         """
-        if self.full and needs_space:
+        if (self.full or self.refused) and needs_space:
+            self.refused = False
             raise no_space()
         if (self.plan and self.plan.action != "kill" and not needs_space) or not self._due(kind):
             return call()
+        taken = None
         if self.plan.moment == "after" and self.plan.action == "kill":
             call()
         elif self.plan.moment == "torn":
-            torn()
+            taken = torn()
         self.note(f"{kind} {self.plan.moment} {self.phase}")
         if self.plan.action == "kill":
             self.kill(os.getpid(), signal.SIGKILL)
         self.full = self.plan.action == "full"
+        if taken is not None:  # a kernel takes what fits and says how much; the next write is the one that fails
+            self.refused = True
+            return taken
         raise no_space()
 
     def _due(self, kind: str) -> bool:

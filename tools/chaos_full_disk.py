@@ -64,7 +64,7 @@ def try_all(root: Path, points: Failpoints) -> dict[str, Any]:
                     home = Path(shutil.copytree(prepared, root / "tried"))
                     points.plan, points.hits, points.full = Plan(ANY, hit, moment, action), 0, False  # type: ignore[arg-type]
                     failed = raised(operation, home)
-                    points.plan, points.full = None, False
+                    points.plan, points.full, points.refused = None, False, False
                     where = f"{name}, write {hit}, {action}, {moment}"
                     corrupt += [f"{where}: {problem}" for problem in problems(operation, home, before, failed)]
                     tried[name] = tried.get(name, 0) + 1
