@@ -28,8 +28,9 @@ from opd_mcp.engine.progress import counter, stage_cost
 from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.engine.training.batches import live_batches, stored_batches
+from opd_mcp.engine.training.clipping import ClipWatch
 from opd_mcp.engine.training.loop import LoopSettings, train
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_metrics, distill_objective, sft_metrics
+from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective, sft_metrics
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
 from opd_mcp.identity.consistency import proven_claim
 from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
@@ -210,7 +211,7 @@ def distill(
         LoopSettings(recipe.steps, recipe.optimizer, recipe.normalize, recipe.micro_batch_tokens),
         steps,
         distill_objective(recipe),
-        lambda result: distill_metrics(result, recipe),
+        ClipWatch(recipe, context),
         runtime,
         context,
     )

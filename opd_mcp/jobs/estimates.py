@@ -33,6 +33,8 @@ MEASUREMENTS_READ = 60
 MEASUREMENTS_USED = 5
 # Runs of models within this factor of the planned work's size tell something about it.
 COMPARABLE_FACTOR = 30.0
+PROCESS_START = "process_start"
+ASSUMED_START_SECONDS = 8.0
 
 
 class PhaseCost(Schema):
@@ -105,6 +107,8 @@ class Estimator:
         pending = [phase for phase in phases if phase.satisfied_by is None]
         works = {phase.name: self.work(phase.name, method) for phase in pending}
         estimates = [self._phase(name, work, method) for name, work in works.items()]
+        if estimates:
+            estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
         peak = (works[heaviest].memory if heaviest else 0) + PROCESS_BYTES
         recipe = self.recipe
@@ -128,6 +132,18 @@ class Estimator:
     def work(self, name: PhaseName, method: Method) -> Work:
         """The work of one phase."""
         return phase_work(name, self.recipe, self.student, self.teacher, self.data, method)
+
+    def _start(self) -> PhaseEstimate:
+        known = [cost.cost.seconds for cost in self.measured if cost.work == PROCESS_START]
+        known = known[:MEASUREMENTS_USED]
+        return PhaseEstimate(
+            phase=PROCESS_START,
+            flops=0.0,
+            seconds=round(median(known), 3) if known else ASSUMED_START_SECONDS,
+            basis=f"measured in {len(known)} earlier run(s): from the worker's launch until its engine was imported"
+            if known
+            else f"assumed: {ASSUMED_START_SECONDS:g} s to start Python and import torch and transformers",
+        )
 
     def _phase(self, name: PhaseName, work: Work, method: Method) -> PhaseEstimate:
         if name == "fetch":

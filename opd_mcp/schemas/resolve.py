@@ -41,7 +41,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
                 "There is no such recipe key.",
                 value=key,
                 nearest=nearest(key, valid) or sorted(k for k in valid if k.split(".")[0] == key.split(".")[0]),
-                fix="Use a dotted key as the plan's resolved recipe shows it, e.g. 'distill.steps'.",
+                fix="Use a dotted key such as 'distill.steps'; the resource opd://recipe-keys lists all of them.",
             )
         section = values
         *parents, name = key.split(".")

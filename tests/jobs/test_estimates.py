@@ -4,7 +4,9 @@ import pytest
 
 from opd_mcp.jobs.devices import Target
 from opd_mcp.jobs.estimates import (
+    ASSUMED_START_SECONDS,
     COST_FILE,
+    PROCESS_START,
     ArtifactCosts,
     Estimator,
     PhaseCost,
@@ -59,13 +61,25 @@ def test_live_pays_for_generation_and_the_teacher_at_every_step():
 def test_what_was_measured_here_replaces_what_is_assumed():
     work = estimator().work("distill", "lightning")
     measured = [measurement("distill:lightning", work.flops / 2, 50.0), measurement("distill:live", work.flops, 1.0)]
-    phase = estimator(measured).method("lightning", PHASES).phases[2]
+    phase = estimator(measured).method("lightning", PHASES).phases[3]
     assert (phase.seconds, phase.basis.split(";")[0]) == (100.0, "measured in 1 earlier run(s) on cpu")
     for useless in (
         measurement("distill:lightning", work.flops, 1.0, device="cuda"),
         measurement("distill:lightning", work.flops * 1000, 1.0),
     ):
-        assert "assumed" in estimator([useless]).method("lightning", PHASES).phases[2].basis
+        assert "assumed" in estimator([useless]).method("lightning", PHASES).phases[3].basis
+
+
+def test_the_start_of_the_process_is_an_item_of_its_own():
+    """Assumed until earlier runs have measured it; it is part of the sum."""
+    assumed = estimator().method("lightning", PHASES)
+    assert (assumed.phases[0].phase, assumed.phases[0].seconds) == (PROCESS_START, ASSUMED_START_SECONDS)
+    assert assumed.phases[0].basis.startswith("assumed: 8 s")
+    known = [measurement(PROCESS_START, 0.0, seconds) for seconds in (3.0, 90.0, 4.0)]
+    measured = estimator(known).method("lightning", PHASES)
+    assert measured.phases[0].seconds == 4.0
+    assert measured.phases[0].basis.startswith("measured in 3 earlier run(s)")
+    assert measured.seconds == pytest.approx(assumed.seconds - ASSUMED_START_SECONDS + 4.0)
 
 
 def test_measurements_come_from_the_artifacts_and_damaged_ones_are_passed_over(tmp_path):
