@@ -61,10 +61,13 @@ def serve(
     ] = 8.0,
 ) -> None:
     """Serve the tools to an MCP client."""
+    from opd_mcp.schemas.redaction import environment_secrets
     from opd_mcp.server.serve import serve_http, serve_stdio
     from opd_mcp.server.settings import ServerSettings
 
-    settings = ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete)
+    token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
+    secrets = environment_secrets(os.environ | {"OPD_TOKEN": token or ""})
+    settings = ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete, secrets=secrets)
 
     def opened() -> "JobService":
         return open_service(allow_root or [], tuple(allow_teacher_host or ()))
@@ -74,7 +77,6 @@ def serve(
     else:
         from opd_mcp.server.http import HttpAccess
 
-        token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
         access = HttpAccess(host, port, token or None, tuple(allowed_host or ()))
         serve_http(opened, settings, access)
 

@@ -1,16 +1,17 @@
-"""Every reader of files that others may have written, given mutated files: it reads, or raises an OpdError.
+"""Files that nobody would write: each is read as what it says or refused with one OpdError, in bounded time and memory.
 
-Run: `python tools/fuzz_readers.py [--rounds 400] [--seed 0]`. Each round mutates one good file (bits flipped, cut off,
-doubled, pieces repeated, numbers made huge, brackets nested, bytes that are no UTF-8) and reads it. What is found is
-printed as JSON: cases and OpdErrors by reader, and every other exception with the seed of its case. Exit status 1 when
-there is one.
+Run: `python tools/fuzz_readers.py [--files 20000] [--seed 0] [--json FILE]`. Sound files of every kind that the project
+reads are damaged (`damage.py`); lines of a journal and sealed records get a new check sum, so that the reader behind it
+is reached. Exits with 1 and prints the cases that raise anything but an OpdError or take over ten seconds of processor
+time; the address space is limited, so that a length which a file only claims is found out too.
 """
 
 import argparse
 import json
 import random
-import re
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -21,214 +22,292 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.identity.data import read_prompts, read_responses_header
-from opd_mcp.identity.lineage import LINEAGE_FILE, read_lineage
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from damage import (
+    damaged_bytes,
+    damaged_journal,
+    damaged_json,
+    damaged_lines,
+    damaged_safetensors,
+    damaged_seal,
+    damaged_table,
+)
+from pydantic import ValidationError
+
+from opd_mcp.engine.cache.manifest import read_cache
+from opd_mcp.engine.cache.shards import write_shard
+from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.identity.data import read_prompts, read_responses, read_responses_header
+from opd_mcp.identity.files import file_sha256
+from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.jobs.cache_view import read_manifest
-from opd_mcp.jobs.service import JobService
-from opd_mcp.jobs.settings import JobSettings
-from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics, Shard
-from opd_mcp.schemas.errors import OpdError
+from opd_mcp.jobs.cache_view import inspect_cache
+from opd_mcp.jobs.metrics import recorded_points
+from opd_mcp.jobs.status import snapshot_of, status_of
+from opd_mcp.jobs.tokens import mean_prompt_tokens
+from opd_mcp.jobs.workload import DataSize, ModelSize, phase_work
+from opd_mcp.schemas.base import first_problem
+from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
+from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
+from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import Lineage
-from opd_mcp.schemas.recipes import Sampling
-from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
-from opd_mcp.store.journal import JournalRecord, encode_record, read_journal, utc_now
-from opd_mcp.store.plans import read_plan
-from opd_mcp.store.roots import AllowedRoots
-from opd_mcp.store.runs import read_record
+from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
+from opd_mcp.schemas.recipes import Recipe, Sampling
+from opd_mcp.schemas.requests import PlanDistillation
+from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
+from opd_mcp.store.artifacts import ArtifactRecord, read_artifact
+from opd_mcp.store.journal import JournalWriter, next_attempt
+from opd_mcp.store.plans import read_arguments, read_plan, save_plan
+from opd_mcp.store.runs import create_run, read_record
 from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
-NESTED = b"[" * 50_000
-HUGE = (b"9" * 30, b"-1", b"1e999", b"18446744073709551616", b"NaN", b"0.5", b"null", b'"x"', b"{}")
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "arithmetic"
+SECONDS_A_FILE = 10
+MEMORY_BYTES = 6 << 30
+Damage = Callable[[random.Random, bytes], bytes]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A good file, and what reads it."""
+    """A sound file, how it is damaged, and what reads it."""
 
     name: str
     file: Path
-    read: Callable[[], object]
+    damage: Damage
+    read: Callable[[], Any]
 
 
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """The content with one to three faults."""
-    for _ in range(rng.randint(1, 3)):
-        content = rng.choice(MUTATIONS)(content, rng)
-    return content
+class TooSlow(BaseException):
+    """A reader took longer than any file may take."""
 
 
-def _flipped(content: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(rng.randint(1, 8) if content else 0):
-        changed[_place(content, rng)] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def _place(content: bytes, rng: random.Random) -> int:
-    # Headers and footers say what the rest is, so they are hit more often than their size would have it.
-    near = min(len(content), 256)
-    return rng.choice([rng.randrange(len(content)), rng.randrange(near), len(content) - 1 - rng.randrange(near)])
-
-
-def _cut(content: bytes, rng: random.Random) -> bytes:
-    return content[: rng.randint(0, len(content))]
-
-
-def _doubled(content: bytes, rng: random.Random) -> bytes:
-    begin = rng.randint(0, len(content))
-    piece = content[begin : begin + rng.randint(0, 4096)]
-    return content[:begin] + piece * rng.randint(2, 20) + content[begin:]
-
-
-def _other_number(content: bytes, rng: random.Random) -> bytes:
-    numbers = list(re.finditer(rb"-?\d+(\.\d+)?", content[:200_000]))
-    if not numbers:
-        return content
-    chosen = rng.choice(numbers)
-    return content[: chosen.start()] + rng.choice(HUGE) + content[chosen.end() :]
-
-
-def _other_value(content: bytes, rng: random.Random) -> bytes:
-    values = list(re.finditer(rb'"[^"\\]{0,80}"', content[:200_000]))
-    if not values:
-        return content
-    chosen = rng.choice(values)
-    other = rng.choice([b"null", b"[]", b"7", b'""', b'"\\ud800"', b'"../../x"', b"true"])
-    return content[: chosen.start()] + other + content[chosen.end() :]
-
-
-def _nested(content: bytes, rng: random.Random) -> bytes:
-    begin = rng.randint(0, len(content))
-    return content[:begin] + NESTED + content[begin:]
-
-
-def _no_text(content: bytes, rng: random.Random) -> bytes:
-    begin = rng.randint(0, len(content))
-    return content[:begin] + rng.randbytes(rng.randint(1, 64)) + content[begin:]
-
-
-MUTATIONS = (_flipped, _cut, _doubled, _other_number, _other_value, _nested, _no_text)
-
-
-def targets(folder: Path) -> list[Target]:
-    """One good file of each kind below `folder`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    model = Path(shutil.copytree(EXAMPLE / "student", folder / "model"))
-    (model / LINEAGE_FILE).write_text(
-        Lineage(kind="model", stage="sft", recipe={}, model=inspect_model(model).identity).to_json()
-    )
-    rows = [{"id": str(i), "prompt": f"{i}+1=?", "answer": str(i + 1), "response": "1"} for i in range(40)]
-    jsonl, parquet = folder / "rows.jsonl", folder / "rows.parquet"
-    jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(pa.Table.from_pylist(rows), parquet)
-    workspace = Workspace(folder / "home")
-    # Its worker ends at once, which leaves a real plan and a real run.json.
-    settings = JobSettings(lease_folder=folder / "leases", cpu_slots=1, worker_command=("true",))
-    service = JobService(workspace, AllowedRoots([folder]), settings)
-    prompts = {"student": str(model), "teacher": str(EXAMPLE / "teacher"), "prompts": ["1+1=?"] * 4, "preset": "demo"}
-    plan = service.plan(PlanDistillation.model_validate(prompts))
-    run_id = service.start_distillation(StartDistillation(plan_id=plan.plan_id)).run_id
-    run, plan_file = workspace.run(run_id), workspace.plans / f"{plan.plan_id}.json"
-    data: list[tuple[Any, dict[str, Any]]] = [
-        ("state", {"state": "queued"}),
-        ("state", {"state": "running"}),
-        ("phase", {"phase": "sft", "event": "started"}),
-        ("metric", {"step": 1, "values": {"loss": 1.5}}),
-        ("progress", {"done": 1, "total": 3, "unit": "steps"}),
-        ("alert", {"code": "slow", "message": "It is slow."}),
-        ("error", {"code": "bad_number", "cause": "c", "fix": "f", "log_tail": []}),
-        ("state", {"state": "failed"}),
+def data_targets(root: Path) -> list[Target]:
+    """Prompts and responses in both formats."""
+    lines = (EXAMPLES / "opd.jsonl").read_text(encoding="utf-8").splitlines()[:20]
+    lines.append(json.dumps({"messages": [{"role": "user", "content": "1+1=?"}], "answer": 2, "id": 7}))
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = [
+        {"id": str(i), "prompt": f"{i}+1=?", "response": "é" * i, "response_ids": list(range(i))} for i in range(40)
     ]
-    journal = run / "journal.jsonl"
-    journal.write_bytes(
-        b"".join(encode_record(JournalRecord(i, 1, utc_now(), *pair)) for i, pair in enumerate(data, 1))
-    )
-    cache = folder / "cache"
-    cache.mkdir()
-    identity = inspect_model(model).identity
-    manifest = CacheManifest(
-        teacher=identity,
-        behaviour=identity,
-        prompts_sha256="0" * 64,
-        sampling=Sampling(),
-        seed=0,
-        eos_token_ids=[1],
-        topk=0,
-        dtype="float32",
-        vocab_size=24,
-        shards=[Shard(file="shard-00000.parquet", rows=1, tokens=2, prompt_tokens=2, sha256="0" * 64)],
-        rollouts=RolloutStatistics(
-            rows=1,
-            response_tokens=2,
-            mean_response_tokens=2.0,
-            truncated_fraction=0.0,
-            eos_fraction=1.0,
-            empty_responses=0,
-            duplicate_rows=0,
-        ),
-        scores=ScoreStatistics(mean_teacher_logprob=-1.0),
-    )
-    (cache / "manifest.json").write_text(manifest.to_json())
-    found = [Target(f"model/{name}", model / name, lambda: inspect_model(model)) for name in MODEL_FILES]
+    responses = root / "responses.jsonl"
+    responses.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    parquet = root / "table.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), parquet, compression="zstd", row_group_size=16)
+
+    def header_and_rows() -> None:
+        read_responses_header(parquet)
+        read_responses(parquet)
+
     return [
-        *found,
-        Target("lineage", model / LINEAGE_FILE, lambda: read_lineage(model)),
-        Target("prompts.jsonl", jsonl, lambda: read_prompts(jsonl)),
-        Target("responses.jsonl", jsonl, lambda: read_responses_header(jsonl)),
-        Target("prompts.parquet", parquet, lambda: read_prompts(parquet)),
-        Target("responses.parquet", parquet, lambda: read_responses_header(parquet)),
-        Target("journal", journal, lambda: read_journal(journal)),
-        Target("journal view", journal, lambda: RunView(run).refresh()),
-        Target("run.json", run / "run.json", lambda: read_record(run)),
-        Target("plan", plan_file, lambda: read_plan(workspace, plan.plan_id)),
-        Target("manifest", cache / "manifest.json", lambda: read_manifest(cache)),
+        Target("prompts.jsonl", prompts, damaged_lines, lambda: read_prompts(prompts)),
+        Target("responses.jsonl", responses, damaged_lines, lambda: read_responses(responses)),
+        Target("parquet", parquet, damaged_table, header_and_rows),
     ]
 
 
-MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+def model_targets(root: Path) -> list[Target]:
+    """The files of a model directory, and its lineage."""
+    model = Path(shutil.copytree(EXAMPLES / "student", root / "model"))
+    write_lineage(model, Lineage(kind="model", stage="sft", recipe={"a": 1}, model=inspect_model(model).identity))
+    prompts = read_prompts(EXAMPLES / "tune.jsonl")[:5]
+    teacher = ModelSize.of(inspect_model(EXAMPLES / "teacher"))
+
+    def look() -> None:
+        size = ModelSize.of(inspect_model(model))
+        for phase in ("sft", "rollout", "score", "distill", "benchmark"):
+            phase_work(phase, Recipe(), size, teacher, DataSize(10, 5.0, 10, 10), "live")
+        mean_prompt_tokens(model, prompts)
+        verified_lineage(model, full=True)
+
+    damages: dict[str, Damage] = dict.fromkeys(
+        ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        damaged_json,
+    )
+    damages |= {
+        "lineage.json": damaged_seal,
+        "chat_template.jinja": damaged_bytes,
+        "model.safetensors": damaged_safetensors,
+    }
+    return [Target(name, model / name, damage, look) for name, damage in damages.items()]
 
 
-def fuzz(rounds: int, seed: int) -> dict[str, Any]:
-    """`rounds` mutated files for each reader."""
-    errors: Counter[str] = Counter()
-    crashes: dict[str, str] = {}
-    cases, slowest = 0, 0.0
-    with tempfile.TemporaryDirectory() as name:
-        for target in targets(Path(name)):
-            good = target.file.read_bytes()
-            for number in range(rounds):
-                case = f"{target.name} {seed} {number}"
-                target.file.write_bytes(mutated(good, random.Random(case)))
-                started = time.process_time()
-                try:
-                    target.read()
-                except OpdError as error:
-                    errors[f"{target.name}: {error.code}"] += 1
-                except Exception as error:
-                    place = traceback.extract_tb(error.__traceback__)[-1]
-                    told = f"{type(error).__name__} at {place.name}:{place.lineno}: {str(error)[:100]}"
-                    crashes.setdefault(f"{target.name}: {told}", case)
-                slowest = max(slowest, time.process_time() - started)
-                cases += 1
-            target.file.write_bytes(good)
-    return {"cases": cases, "slowest_s": round(slowest, 3), "errors": dict(errors), "crashes": crashes}
+def cache_targets(root: Path) -> list[Target]:
+    """The manifest and a shard of a teacher cache."""
+    cache = root / "cache"
+    shutil.copytree(EXAMPLES / "student", cache / "tokenizer")
+    rows = build_sequences(
+        [[3, 4, 5]] * 8, [[5, 6, 1]] * 8, finish_reasons=["eos"] * 8, prompt_row_ids=[str(i) for i in range(8)]
+    )
+    scores = np.full(24, -1.0, dtype=np.float32)
+    shard = write_shard(
+        cache / "shard-00000.parquet", rows.with_columns(teacher_logprobs=scores, behaviour_logprobs=scores)
+    )
+    identity = inspect_model(EXAMPLES / "student").identity
+    drawn = {"rows": 8, "response_tokens": 24, "mean_response_tokens": 3.0, "truncated_fraction": 0.0}
+    manifest = CacheManifest(
+        teacher=identity, behaviour=identity, prompts_sha256="0" * 64, sampling=Sampling(), seed=0, eos_token_ids=[1],
+        topk=0, dtype="float32", vocab_size=24, shards=[shard], scores=ScoreStatistics(mean_teacher_logprob=-1.0),
+        rollouts=RolloutStatistics(**drawn, eos_fraction=1.0, empty_responses=0, duplicate_rows=0),
+    )  # fmt: skip
+    file = cache / "manifest.json"
+    file.write_text(manifest.to_json(indent=2), encoding="utf-8")
+
+    def look() -> None:
+        inspect_cache(cache)
+        read_cache(cache)
+
+    def look_at_vouched() -> None:
+        now = shard.model_copy(update={"sha256": file_sha256(cache / shard.file)})
+        sound = file.read_bytes()
+        file.write_text(manifest.model_copy(update={"shards": [now]}).to_json(), encoding="utf-8")
+        try:
+            look()
+        finally:
+            file.write_bytes(sound)
+
+    return [
+        Target("manifest.json", file, damaged_seal, look),
+        Target("shard", cache / shard.file, damaged_bytes, look),
+        Target("shard, vouched for", cache / shard.file, damaged_table, look_at_vouched),
+    ]
 
 
-def main() -> int:
-    """Fuzz, print, and say by the exit status whether something else than an OpdError was raised."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=400)
+def workspace_targets(root: Path) -> list[Target]:
+    """A run's record and journal, a plan with its arguments, an artifact's record, and a checkpoint's."""
+    workspace = Workspace(root / "home")
+    request = RunRequest(
+        kind="sft", recipe=Recipe(), inputs=RunInputs(), phases=[RunPhase(name="sft", key="k" * 64)], plan_id="plan-1"
+    )
+    record = RunRecord(
+        run_id="sft-x-000000", created_at="2026-01-01T00:00:00.000Z", request_hash="h", request=request, versions={},
+        hardware="cpu",
+    )  # fmt: skip
+    run = create_run(workspace, record)
+    journal = run / "journal.jsonl"
+    with JournalWriter(journal, 1) as writer:
+        writer.append("state", {"state": "queued"})
+        writer.append("state", {"state": "running"})
+        writer.append("phase", {"phase": "sft", "event": "started"})
+        for step in range(1, 6):
+            writer.append("metric", {"step": step, "values": {"loss": 1.0 / step}})
+            writer.append("progress", {"done": step, "total": 5, "unit": "steps"})
+        writer.append("alert", {"code": "odd", "message": "something"})
+        cost = {"stage": "sft", "seconds": 1.0, "device": "cpu"}
+        writer.append("phase", {"phase": "sft", "event": "finished", "cost": cost, "artifact_id": "model-1"})
+        writer.append("phase", {"phase": "distill", "event": "resumed", "step": 2})
+        writer.append("result", {"artifacts": {"sft": "model-1"}})
+        writer.append("error", {"code": "x", "cause": "y", "fix": "z", "log_tail": ["a"]})
+        writer.append("state", {"state": "failed"})
+
+    def look() -> None:
+        view = RunView(run).refresh()
+        status_of(view, record, None).to_json()
+        snapshot_of(view, record).to_json()
+        recorded_points(run)
+        JournalWriter(journal, next_attempt(journal)).close()
+
+    plan = Plan(
+        plan_id="plan-1", method="lightning", inputs=RunInputs(), recipe=Recipe(), phases=[],
+        consistency=ConsistencyVerdict(status="unknown"), estimates=[], next_action="start",
+    )  # fmt: skip
+    save_plan(workspace, plan, PlanDistillation(student="/s", teacher="/t", prompts=["1+1=?"]))
+    plan_file, arguments_file = (workspace.plans / f"plan-1{suffix}" for suffix in (".json", ".arguments"))
+    artifact = workspace.artifacts_of("model") / "model-1"
+    artifact.mkdir()
+    made = ArtifactRecord(artifact_id="model-1", kind="model", key="k", created_at=record.created_at, bytes=1)
+    (artifact / "artifact.json").write_text(made.to_json(), encoding="utf-8")
+    checkpoint = root / "checkpoint.json"
+    sealed = CheckpointRecord(
+        fingerprint="f", state=LoopState(step=3, micro_batch_tokens=10, parts={"a": 1.0}), journal_position=3,
+        threads=1, torch="2.11", device="cpu", files={"model.safetensors": "0" * 64},
+    ).sealed()  # fmt: skip
+    checkpoint.write_text(sealed.to_json(), encoding="utf-8")
+    return [
+        Target("run.json", run / "run.json", damaged_seal, lambda: read_record(run)),
+        Target("journal.jsonl", journal, damaged_journal, look),
+        Target("plan", plan_file, damaged_json, lambda: read_plan(workspace, "plan-1")),
+        Target("plan's arguments", arguments_file, damaged_json, lambda: read_arguments(workspace, plan)),
+        Target("artifact.json", artifact / "artifact.json", damaged_seal, lambda: read_artifact(artifact)),
+        Target(
+            "checkpoint.json", checkpoint, damaged_seal,
+            lambda: checkpoint_record(checkpoint),
+        ),
+    ]  # fmt: skip
+
+
+def checkpoint_record(file: Path) -> CheckpointRecord:
+    """The record as a resuming training reads it."""
+    try:
+        return CheckpointRecord.from_json(file.read_bytes())
+    except ValidationError as error:
+        raise IntegrityError("damaged_file", first_problem(error), fix="Use the checkpoint before.") from error
+
+
+def outcome(target: Target) -> str:
+    """`read`, an OpdError's code, or `PROBLEM` with what was raised."""
+    signal.setitimer(signal.ITIMER_PROF, SECONDS_A_FILE)
+    try:
+        target.read()
+        return "read"
+    except OpdError as error:
+        return error.code
+    except BaseException:
+        return f"PROBLEM {traceback.format_exc()[-1500:]}"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def too_slow(*_: object) -> None:
+    raise TooSlow(f"over {SECONDS_A_FILE} s")
+
+
+def fuzzed(files: int, seed: int, folder: Path) -> dict[str, Any]:
+    """The counts of all outcomes, and the problems; each damaged file lies at its place while it is read."""
+    targets = [*data_targets(folder), *model_targets(folder), *cache_targets(folder), *workspace_targets(folder)]
+    sound = {target.name: target.file.read_bytes() for target in targets}
+    for target in targets:
+        assert outcome(target) == "read", (target.name, outcome(target))
+    target_of_journal = next(target for target in targets if target.name == "journal.jsonl")
+    target_of_journal.file.write_bytes(sound["journal.jsonl"])
+    counts: dict[str, Counter[str]] = {target.name: Counter() for target in targets}
+    problems: list[dict[str, Any]] = []
+    for number in range(files):
+        target = targets[number % len(targets)]
+        target.file.write_bytes(target.damage(random.Random(f"{seed}/{number}"), sound[target.name]))
+        found = outcome(target)
+        counts[target.name][found.split(" ", 1)[0]] += 1
+        if found.startswith("PROBLEM"):
+            problems.append({"file": target.name, "number": number, "what": found})
+        target.file.write_bytes(sound[target.name])
+    return {"counts": {name: dict(sorted(count.items())) for name, count in counts.items()}, "found": problems}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    found = fuzz(arguments.rounds, arguments.seed)
-    print(json.dumps(found, indent=2))
-    return int(bool(found["crashes"]))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGPROF, too_slow)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = fuzzed(given.files, given.seed, Path(folder))
+    found = report.pop("found")
+    for problem in found[:20]:
+        print(f"{problem['file']} (number {problem['number']}): {problem['what']}", file=sys.stderr)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 if sys.platform == "darwin" else 1 << 10)
+    report |= {"files": given.files, "seed": given.seed, "problems": len(found), "peak_mib": peak}
+    report["seconds"] = round(time.monotonic() - started, 1)
+    if given.json:
+        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+    sys.exit(int(bool(found)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

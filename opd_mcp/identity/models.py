@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from opd_mcp.identity import tokenizers
 from opd_mcp.identity.files import read_json_object
@@ -14,6 +14,8 @@ from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import ModelIdentity
 
+# Beyond any size of a model, so that no estimate overflows.
+MAX_SETTING = 1 << 31
 HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 
@@ -33,7 +35,7 @@ class ModelFacts:
     def setting(self, name: str) -> int | None:
         """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
         value = _text_config(self.config).get(name)
-        return value if type(value) is int else None
+        return value if is_size(value) else None
 
     @property
     def hidden_size(self) -> int | None:
@@ -87,10 +89,15 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
         parameters=sum(tensor.elements for tensor in tensors),
         weight_bytes=sum(tensor.bytes for tensor in tensors),
         config=config,
-        vocab_size=vocab_size if type(vocab_size) is int else max(tokens, default=-1) + 1,
+        vocab_size=vocab_size if is_size(vocab_size) else max(tokens, default=-1) + 1,
         tokens=max(tokens, default=-1) + 1,
         eos_token_ids=eos,
     )
+
+
+def is_size(value: Any) -> TypeGuard[int]:
+    """Whether a config's value can be the size of anything."""
+    return type(value) is int and 0 <= value < MAX_SETTING
 
 
 def weights_hash(path: Path) -> str:
@@ -134,7 +141,14 @@ def _model_config(path: Path) -> dict[str, Any]:
             else "Give a directory with config.json, tokenizer.json and safetensors weights.",
         )
     config = read_json_object(path / "config.json")
-    for name, value in config.items():
+    for name, value in [*config.items(), *_text_config(config).items()]:
+        if name == "transformers_weights" and value is not None:  # it may even name a pickle
+            raise PathError(
+                "unsafe_config",
+                "config.json names its own file of weights.",
+                value=str(value),
+                fix="Remove transformers_weights from config.json, and name the file model.safetensors.",
+            )
         if name.endswith("_implementation") and "/" in str(value):  # code that loading would fetch from the Hub
             raise PathError(
                 "unsafe_config",

@@ -25,7 +25,8 @@ def checked_url(url: str) -> Address:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+    spare = "@" in parts.netloc or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or not parts.hostname or spare:
         raise ArgumentError(
             "invalid_argument",
             "teacher_url is http(s)://host[:port][/path], without a user, key or query.",

@@ -142,7 +142,8 @@ def _open_parquet(path: Path) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    # Decoding meets text that is not UTF-8, and dates and lengths that Python or this machine do not have.
+    except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
         raise IntegrityError(
             "damaged_file",
             f"{path.name} is not a readable Parquet file ({_short(error)}).",

@@ -15,6 +15,8 @@ from opd_mcp.schemas.errors import IntegrityError, PathError
 
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+META = "__metadata__"
+MAX_DIMENSIONS = 16
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 64
 # Tensors up to this size are hashed whole: norms, biases and everything in small models.
@@ -51,17 +53,18 @@ class Tensor:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model: the index's, or `model.safetensors`, or all there are.
+    """The safetensors files of a model: `model.safetensors`, or the index's, or all there are.
 
     Raises PathError `unsafe_weights` when there are only pickled weights, `not_a_model` when there are none;
     IntegrityError `damaged_file` when the index names a file that is missing or elsewhere.
     """
-    index = directory / INDEX_FILE
-    if index.is_file():
-        return _indexed_files(index)
+    # The order in which the weights are looked for when the model is loaded: what is hashed is what is loaded.
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
+    index = directory / INDEX_FILE
+    if index.is_file():
+        return _indexed_files(index)
     found = sorted(p for p in directory.glob("*.safetensors") if p.is_file() and not p.name.startswith("."))
     if found:
         return found
@@ -148,9 +151,14 @@ def _file_tensors(path: Path) -> Iterator[Tensor]:
         raise _damaged(path, "the header is not JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield _tensor(path, name, entry, data_begin=8 + length, size=size)
+    end = 8 + length
+    tensors = [_tensor(path, name, entry, data_begin=end, size=size) for name, entry in header.items() if name != META]
+    # Without overlaps, hashing every tensor reads the file once, however many there are.
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin < end:
+            raise _damaged(path, f"tensor {tensor.name!r} overlaps with another")
+        end = tensor.end
+    yield from tensors
 
 
 def _tensor(path: Path, name: str, entry: Any, *, data_begin: int, size: int) -> Tensor:
@@ -167,7 +175,9 @@ def _tensor(path: Path, name: str, entry: Any, *, data_begin: int, size: int) ->
 
 
 def _counts(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return None
+    if all(type(item) is int and 0 <= item < 1 << 63 for item in value):
         return tuple(value)
     return None
 

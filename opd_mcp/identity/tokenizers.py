@@ -12,6 +12,8 @@ from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, PathError
 TOKENIZER_FILE = "tokenizer.json"
 # The largest known templates, with tools and thinking, are about 20 kB.
 MAX_TEMPLATE_BYTES = 1 << 20
+# Beyond any vocabulary.
+MAX_TOKEN_ID = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def token_map(path: Path) -> dict[int, str]:
     try:
         tokens = _vocabulary_map(vocabulary)
         for added in content.get("added_tokens") or []:
-            tokens[int(added["id"])] = str(added["content"])
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+            tokens[_token_id(added["id"])] = str(added["content"])
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise IntegrityError(
             "damaged_file",
             f"{TOKENIZER_FILE} holds no vocabulary that can be read.",
@@ -131,7 +133,7 @@ def eos_token_ids(path: Path, tokens: dict[int, str]) -> tuple[int, ...]:
         for source in sources:
             value = source.get("eos_token_id")
             ids = value if isinstance(value, list) else [value]
-            valid = {item for item in ids if type(item) is int and item >= 0}
+            valid = {item for item in ids if type(item) is int and 0 <= item < MAX_TOKEN_ID}
             if valid:
                 return tuple(sorted(valid))
     eos = special_token_names(path).get("eos_token")
@@ -150,7 +152,7 @@ def optional_json(path: Path) -> dict[str, Any]:
 
 def _vocabulary_map(vocabulary: Any) -> dict[int, str]:
     if isinstance(vocabulary, dict):
-        return {int(token_id): token for token, token_id in vocabulary.items()}
+        return {_token_id(token_id): token for token, token_id in vocabulary.items()}
     if isinstance(vocabulary, list):  # Unigram: [token, score] by id
         return {token_id: str(entry[0]) for token_id, entry in enumerate(vocabulary)}
     raise TypeError("no vocabulary")
@@ -165,6 +167,12 @@ def _bounded(file: Path, template: str) -> str:
         value=file,
         fix="Use a model with a chat template of a sensible size.",
     )
+
+
+def _token_id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < MAX_TOKEN_ID:
+        raise ValueError("not a token id")
+    return value
 
 
 def _quoted(token: str | None) -> str:

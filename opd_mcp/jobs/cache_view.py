@@ -58,7 +58,8 @@ def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
         file = pq.ParquetFile(path / shard.file)
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
         rows = next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=columns)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    # Rows that are not there, and values that Python has no type for.
+    except (pa.ArrowException, OSError, StopIteration, ValueError, OverflowError) as error:
         raise _damaged(path / shard.file) from error
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer" / "tokenizer.json"))

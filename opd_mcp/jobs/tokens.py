@@ -15,10 +15,10 @@ def mean_prompt_tokens(model: Path, rows: Sequence[PromptRow]) -> float | None:
     step = max(len(rows) // SAMPLED_PROMPTS, 1)
     texts = [_whole_text(row) for row in rows[::step][:SAMPLED_PROMPTS]]
     try:
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        encodings = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts)
     except Exception:  # the Rust side raises bare Exception; a length for an estimate is no reason to fail
         return None
-    return round(sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) / len(texts), 2)
+    return round(sum(len(encoding.ids) for encoding in encodings) / len(texts), 2)
 
 
 def over_long_prompts(model: Path, rows: Sequence[PromptRow], limit: int) -> int:
@@ -30,10 +30,10 @@ def over_long_prompts(model: Path, rows: Sequence[PromptRow], limit: int) -> int
     if not texts:
         return 0
     try:
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        encodings = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts)
     except Exception:  # as above
         return 0
-    return sum(len(encoding.ids) > limit for encoding in tokenizer.encode_batch(texts))
+    return sum(len(encoding.ids) > limit for encoding in encodings)
 
 
 def _whole_text(row: PromptRow) -> str:

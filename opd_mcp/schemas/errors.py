@@ -8,7 +8,7 @@ OpdError
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
 │   │                              too_large
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
-│   │                              confirm_needed · unknown_setting · invalid_setting ·
+│   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·

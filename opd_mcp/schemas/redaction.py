@@ -1,8 +1,10 @@
 """Secrets taken out of what is written or answered: known values, and what looks like a token, key or password."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
+from urllib.parse import quote
 
 HIDDEN = "[redacted]"
 SECRET_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
@@ -17,9 +19,18 @@ _SHAPES = (
 
 
 def environment_secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The values of variables that are named like secrets, longest first."""
+    """The values of variables that are named like secrets, in their JSON and URL spellings too, longest first."""
     found = {value.strip() for name, value in environment.items() if SECRET_NAMES.search(name)}
-    return tuple(sorted((value for value in found if len(value) >= MIN_SECRET_CHARACTERS), key=len, reverse=True))
+    # A path is where a secret lies, not the secret.
+    long = [value for value in found if len(value) >= MIN_SECRET_CHARACTERS and not value.startswith("/")]
+    spelt = {form for value in long for form in (value, json.dumps(value)[1:-1], quote(value, safe=""))}
+    return tuple(sorted(spelt, key=len, reverse=True))
+
+
+def holds_secret(value: Any, secrets: Iterable[str] = ()) -> bool:
+    """Whether any text in a JSON-ready value, names included, would be redacted."""
+    text = json.dumps(value, ensure_ascii=False)
+    return redacted(text, secrets) != text
 
 
 def redacted(text: str, secrets: Iterable[str] = ()) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
@@ -18,9 +18,31 @@ Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
     Field(description="reference to JSONL/Parquet prompts, or up to 200 inline"),
 ]
+MAX_VALUES, MAX_DEPTH, MAX_CHARACTERS = 1000, 8, 2000
+
+
+def bounded(value: Any) -> Any:
+    """The JSON-ready value; raises ValueError for one that is too large, too deep, or holds too long a text."""
+    values, count, level = [value], 0, 0
+    while values:
+        count, level = count + len(values), level + 1
+        if count > MAX_VALUES or level > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_VALUES} values, or nested deeper than {MAX_DEPTH}")
+        texts = [part for part in values if isinstance(part, str)]
+        texts += [str(key) for part in values if isinstance(part, dict) for key in part]
+        if any(len(text) > MAX_CHARACTERS for text in texts):
+            raise ValueError(f"a text of more than {MAX_CHARACTERS} characters")
+        if any(isinstance(part, int) and abs(part) >= 1 << 63 for part in values):
+            raise ValueError("a number of more than 64 bits")
+        nested = [part.values() if isinstance(part, dict) else part for part in values if isinstance(part, dict | list)]
+        values = [inner for part in nested for inner in part]
+    return value
+
+
 Overrides = Annotated[
     dict[str, Any],
     Field(description="dotted recipe keys, e.g. {'distill.steps': 100}", max_length=100),
+    AfterValidator(bounded),
 ]
 RunId = Annotated[
     str,

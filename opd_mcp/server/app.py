@@ -34,13 +34,13 @@ def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MC
         title="Lightning OPD distillation",
         version=opd_mcp.__version__,
         instructions=INSTRUCTIONS,
-        tools=[tool_from_spec(spec) for spec in specs],
-        extensions=[TasksExtension(RunTasks(service, starting)), dashboard_app()],
+        tools=[tool_from_spec(spec, settings.secrets) for spec in specs],
+        extensions=[TasksExtension(RunTasks(service, starting, settings.secrets)), dashboard_app()],
         log_level="WARNING",
         lifespan=watcher.lifespan,
         subscriptions=watcher.bus,
         cache_hints={"tools/list": STATIC, "prompts/list": STATIC, "resources/templates/list": STATIC},
     )
-    add_resources(server, service)
+    add_resources(server, service, settings.secrets)
     add_prompts(server)
     return server

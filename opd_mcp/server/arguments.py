@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import ArgumentError, nearest
+from opd_mcp.schemas.redaction import holds_secret
 from opd_mcp.server.json_schema import input_schema
 
 RequestT = TypeVar("RequestT", bound=Schema)
@@ -59,6 +60,18 @@ def request_from_arguments(tool: str, model: type[RequestT], arguments: Mapping[
         if not name:
             raise ArgumentError("invalid_argument", f"{first['msg']}.", fix="See the tool's parameters.") from None
         raise _invalid(model, name, _reason(error, name), given.get(name)) from None
+
+
+def require_no_secret(request: Schema, secrets: Iterable[str]) -> None:
+    """Raise ArgumentError `secret_in_arguments` for a request that would bring a secret into plans and run records."""
+    for name, value in request.to_dict().items():
+        if holds_secret(value, secrets):
+            raise ArgumentError(
+                "secret_in_arguments",
+                f"Argument {name!r} holds what looks like a secret, and arguments are kept in plans and run records.",
+                fix="Leave it out: keys belong into the server's environment (HF_TOKEN, OPD_TEACHER_KEY), and prompts "
+                "that really are about such texts into a file.",
+            )
 
 
 def _invalid(model: type[Schema], name: str, reason: str, value: Any) -> ArgumentError:

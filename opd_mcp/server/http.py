@@ -6,6 +6,7 @@ cookie that is good for the dashboard only, and only for reading.
 """
 
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.cookies import SimpleCookie
 from typing import Any
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import opd_mcp
 from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import ArgumentError, OpdError
+from opd_mcp.schemas.redaction import redacted, redacted_values
 from opd_mcp.server.answers import structured
 from opd_mcp.server.page import dashboard_html
 
@@ -122,8 +124,8 @@ def cookie(request: Request) -> str:
     return jar[COOKIE].value if COOKIE in jar else ""
 
 
-def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess) -> ASGIApp:
-    """The application with all routes, behind the gate."""
+def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess, secrets: Sequence[str] = ()) -> ASGIApp:
+    """The application with all routes, behind the gate; no answer holds one of the secrets."""
 
     @server.custom_route("/health", methods=["GET"])
     async def health(request: Request) -> Response:
@@ -139,8 +141,8 @@ def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess) ->
         try:
             found = await to_thread.run_sync(service.dashboard, chosen)
         except OpdError as error:
-            return JSONResponse({"error": str(error)}, status_code=404)
-        return JSONResponse(structured(found), headers={"Cache-Control": "no-store"})
+            return JSONResponse({"error": redacted(str(error), secrets)}, status_code=404)
+        return JSONResponse(redacted_values(structured(found), secrets), headers={"Cache-Control": "no-store"})
 
     app = server.streamable_http_app(host=access.host, transport_security=access.security())
     return Gate(app, access)

@@ -6,7 +6,7 @@ answers without nulls and turns every failure into one readable ToolError.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
@@ -24,8 +24,9 @@ from pydantic import ConfigDict
 from opd_mcp.jobs.failures import disk_full, is_disk_full
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.redaction import redacted, redacted_values
 from opd_mcp.server.answers import structured
-from opd_mcp.server.arguments import request_from_arguments
+from opd_mcp.server.arguments import request_from_arguments, require_no_secret
 from opd_mcp.server.consent import Ask, Consent, asked, require_agreed
 from opd_mcp.server.json_schema import input_schema, output_schema
 
@@ -75,12 +76,12 @@ class _RawArguments(ArgModelBase):
 
 
 @contextmanager
-def readable_errors(tool: str) -> Iterator[None]:
-    """Turn whatever is raised inside into a ToolError that a model can act on."""
+def readable_errors(tool: str, secrets: Sequence[str] = ()) -> Iterator[None]:
+    """Turn whatever is raised inside into a ToolError that a model can act on, without secrets."""
     try:
         yield
     except OpdError as error:
-        raise ToolError(str(error)) from error
+        raise ToolError(redacted(str(error), secrets)) from error
     except (ToolError, MCPError):
         raise
     except Exception as error:
@@ -93,28 +94,34 @@ def readable_errors(tool: str) -> Iterator[None]:
         ) from None
 
 
-def tool_from_spec(spec: ToolSpec[Any]) -> Tool:
-    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no."""
+def tool_from_spec(spec: ToolSpec[Any], secrets: Sequence[str] = ()) -> Tool:
+    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no.
+
+    No answer holds one of the secrets, or what looks like one, and no request brings any into the records.
+    """
 
     def parse(arguments: dict[str, Any]) -> Any:
-        return request_from_arguments(spec.name, spec.request, arguments)
+        request = request_from_arguments(spec.name, spec.request, arguments)
+        require_no_secret(request, secrets)
+        return request
 
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
-        with readable_errors(spec.name):
+        with readable_errors(spec.name, secrets):
             reply = await spec.call(parse(arguments), context)
             return CallToolResult(
-                content=[TextContent(type="text", text=reply.text)], structured_content=structured(reply.answer)
+                content=[TextContent(type="text", text=redacted(reply.text, secrets))],
+                structured_content=redacted_values(structured(reply.answer), secrets),
             )
 
     async def ask(arguments: dict[str, Any], context: Context) -> Consent | Elicit[Consent]:
-        with readable_errors(spec.name):
+        with readable_errors(spec.name, secrets):
             assert spec.ask is not None
             return await asked(spec.ask, parse(arguments), context)
 
     async def call_if_agreed(
         arguments: dict[str, Any], context: Context, consent: Annotated[ElicitationResult[Consent], Resolve(ask)]
     ) -> CallToolResult:
-        with readable_errors(spec.name):
+        with readable_errors(spec.name, secrets):
             require_agreed(consent)
         return await call(arguments, context)
 

@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from mcp_types import Completion, CompletionArgument, PromptReference, ResourceT
 from opd_mcp.jobs import reading
 from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import OpdError, UnknownIdError
+from opd_mcp.schemas.redaction import redacted
 from opd_mcp.server.recipe_texts import KEYS_URI, recipe_keys_text
 from opd_mcp.store.store import Store
 
@@ -29,8 +30,8 @@ WATCH_SECONDS = 2.0
 MAX_COMPLETIONS = 100
 
 
-def add_resources(server: MCPServer[Any], service: JobService) -> None:
-    """Register the templates, each read in a thread, the completions of their ids, and the recipe's keys."""
+def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence[str] = ()) -> None:
+    """Register the templates, read in threads and shown without secrets, their ids' completions, and the recipe's keys."""
 
     @server.resource(
         KEYS_URI, mime_type=MARKDOWN, title="Recipe keys", description="Every key that overrides may name."
@@ -42,23 +43,23 @@ def add_resources(server: MCPServer[Any], service: JobService) -> None:
         "opd://runs/{run_id}/recipe", mime_type=JSON, title="Recipe", description="The run's resolved recipe."
     )
     async def run_recipe(run_id: str) -> str:
-        return await _read(service, reading.recipe_json, run_id)
+        return await _read(service, secrets, reading.recipe_json, run_id)
 
     @server.resource(
         "opd://runs/{run_id}/metrics", mime_type=JSON, title="Metrics", description="Series, trend and diagnosis."
     )
     async def run_metrics(run_id: str) -> str:
-        return await _read(service, reading.metrics_json, run_id)
+        return await _read(service, secrets, reading.metrics_json, run_id)
 
     @server.resource("opd://runs/{run_id}/log", mime_type=TEXT, title="Log", description="The log's last 200 lines.")
     async def run_log(run_id: str) -> str:
-        return await _read(service, reading.log_tail, run_id)
+        return await _read(service, secrets, reading.log_tail, run_id)
 
     @server.resource(
         "opd://runs/{run_id}/report", mime_type=MARKDOWN, title="Report", description="The evidence of a finished run."
     )
     async def run_report(run_id: str) -> str:
-        return await _read(service, reading.report_markdown, run_id)
+        return await _read(service, secrets, reading.report_markdown, run_id)
 
     @server.resource(
         "opd://artifacts/{artifact_id}/lineage",
@@ -67,7 +68,7 @@ def add_resources(server: MCPServer[Any], service: JobService) -> None:
         description="Where an artifact comes from.",
     )
     async def artifact_lineage(artifact_id: str) -> str:
-        return await _read(service, reading.lineage_json, artifact_id)
+        return await _read(service, secrets, reading.lineage_json, artifact_id)
 
     @server.completion()
     async def complete(
@@ -80,14 +81,14 @@ def add_resources(server: MCPServer[Any], service: JobService) -> None:
         return Completion(values=found[:MAX_COMPLETIONS], total=len(found), has_more=len(found) > MAX_COMPLETIONS)
 
 
-async def _read(service: JobService, read: Callable[[Store, str], str], reference: str) -> str:
+async def _read(service: JobService, secrets: Sequence[str], read: Callable[[Store, str], str], reference: str) -> str:
     """What is read from the store, its errors as those of a resource."""
     try:
-        return await to_thread.run_sync(read, service.store, reference)
+        return redacted(await to_thread.run_sync(read, service.store, reference), secrets)
     except UnknownIdError as error:
-        raise ResourceNotFoundError(str(error)) from error
+        raise ResourceNotFoundError(redacted(str(error), secrets)) from error
     except OpdError as error:
-        raise ResourceError(str(error)) from error
+        raise ResourceError(redacted(str(error), secrets)) from error
 
 
 class RunWatcher:

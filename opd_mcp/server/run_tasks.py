@@ -3,7 +3,7 @@
 `failed` is for errors of the protocol only: a run that failed or was lost is `completed` with `isError`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyio import to_thread
@@ -11,6 +11,7 @@ from mcp_types import CallToolResult, TextContent
 
 from opd_mcp.jobs.service import LATEST, JobService
 from opd_mcp.schemas.errors import RunError, UnknownIdError
+from opd_mcp.schemas.redaction import redacted, redacted_values
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.server.answers import structured
 from opd_mcp.server.tasks import Task, TaskStatus, TaskSupport, UnknownTask
@@ -21,11 +22,15 @@ MAX_POLL_MS = 10_000
 
 
 class RunTasks:
-    """The backend of the tasks extension over a JobService; `tools` are those that start a run."""
+    """The backend of the tasks extension over a JobService; `tools` are those that start a run.
 
-    def __init__(self, service: JobService, tools: frozenset[str]) -> None:
+    No task holds one of the secrets.
+    """
+
+    def __init__(self, service: JobService, tools: frozenset[str], secrets: Sequence[str] = ()) -> None:
         self._service = service
         self._tools = tools
+        self._secrets = secrets
 
     def support(self, tool: str) -> TaskSupport:
         """Starting a run may become a task; nothing must."""
@@ -66,7 +71,7 @@ class RunTasks:
             status=task_status,
             created_at=status.created_at,
             updated_at=status.updated_at,
-            message=unchanged_text(status) if active else f"{status.run_id}: {status.state}",
+            message=redacted(unchanged_text(status), self._secrets) if active else f"{status.run_id}: {status.state}",
             poll_ms=poll_milliseconds(status) if active else None,
             result=self._result(status) if task_status == "completed" else None,
         )
@@ -74,8 +79,8 @@ class RunTasks:
     def _result(self, status: RunStatus) -> CallToolResult:
         snapshot = self._service.snapshot(status.run_id)
         return CallToolResult(
-            content=[TextContent(type="text", text=status_text(status))],
-            structured_content=structured(snapshot),
+            content=[TextContent(type="text", text=redacted(status_text(status), self._secrets))],
+            structured_content=redacted_values(structured(snapshot), self._secrets),
             is_error=status.state != "succeeded",
         )
 

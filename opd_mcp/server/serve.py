@@ -33,6 +33,6 @@ def serve_http(open_service: Callable[[], "JobService"], settings: ServerSetting
     from opd_mcp.server.http import http_app
 
     service = open_service()
-    app = http_app(build_server(service, settings), service, access)
+    app = http_app(build_server(service, settings), service, access, settings.secrets)
     print(f"opd-mcp serves http://{access.host}:{access.port}/mcp and /dashboard", file=sys.stderr, flush=True)
     uvicorn.run(app, host=access.host, port=access.port, log_level="warning", timeout_graceful_shutdown=2)

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.redaction import redacted_values
 from opd_mcp.schemas.runs import RunState
+from opd_mcp.store.journal_data import fits, is_count, is_time
 from opd_mcp.store.states import require_transition
 
 RecordType = Literal["state", "phase", "progress", "metric", "alert", "result", "error"]
-RECORD_TYPES = frozenset(get_args(RecordType))
 _CRC_TAIL = len(b',"crc":"00000000"}')
 
 
@@ -64,12 +64,14 @@ def decode_record(line: bytes) -> JournalRecord | None:
     if line[-_CRC_TAIL:] != b',"crc":"%08x"}' % zlib.crc32(body):
         return None
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())
         record = JournalRecord(**value)
+        if b"\\ud" in body:  # half a surrogate pair can be read, but neither written nor shown again
+            json.dumps(record.data, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return None
-    numbers = type(record.seq) is int and type(record.attempt) is int
-    return record if numbers and record.type in RECORD_TYPES and isinstance(record.data, dict) else None
+    numbers = is_count(record.seq) and is_count(record.attempt)
+    return record if numbers and is_time(record.time) and fits(str(record.type), record.data) else None
 
 
 class JournalReader:

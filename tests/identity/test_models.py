@@ -187,6 +187,7 @@ def test_a_damaged_safetensors_file_is_named(make_model, content):
 @pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "missing.safetensors", "weights.bin"])
 def test_a_weight_index_names_only_files_beside_it(make_model, shard):
     model = make_model("teacher")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
     with pytest.raises(IntegrityError, match=shard):
         inspect_model(model)
@@ -196,3 +197,12 @@ def test_a_model_under_a_link_is_the_model(make_model, tmp_path: Path):
     model = make_model("teacher")
     (tmp_path / "link").symlink_to(model)
     assert inspect_model(tmp_path / "link").identity == inspect_model(model).identity
+
+
+def test_what_is_hashed_is_what_is_loaded_where_there_is_an_index_too(make_model):
+    model, other = make_model("teacher", seed=1), make_model("other", seed=2)
+    alone = inspect_model(model).identity
+    shutil.copy(other / "model.safetensors", model / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert inspect_model(model).identity.same_weights(alone)

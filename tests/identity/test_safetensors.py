@@ -1,5 +1,8 @@
 """Safetensors headers: the same tensors as the reference reader, and no surprise from damaged files."""
 
+import json
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -76,3 +79,11 @@ def outcome(directory):
     except IntegrityError as error:
         return error.code
     return "digests" if digests is not None else "nothing"
+
+
+def test_tensors_that_overlap_are_damage(tmp_path):
+    entry = {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}
+    header = json.dumps({f"t{index}": entry for index in range(3)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(IntegrityError, match="overlaps"):
+        read_tensors(tmp_path)

@@ -31,8 +31,12 @@ def test_ordinary_words_stay():
 
 def test_the_environments_secrets_are_known_by_their_names():
     secrets = environment_secrets({"OPD_TEACHER_KEY": "plain words", "HOME": "/home/somebody", "A_TOKEN": "1"})
-    assert secrets == ("plain words",)
+    assert secrets == ("plain%20words", "plain words")
     assert redacted_values({"a": ["x plain words y"], "b": 1}, secrets) == {"a": ["x [redacted] y"], "b": 1}
+
+
+def test_a_path_is_where_a_secret_lies_and_not_the_secret():
+    assert environment_secrets({"SSH_KEY": "/home/somebody/.ssh/id"}) == ()
 
 
 def test_an_error_never_shows_one():

@@ -168,8 +168,32 @@ def test_a_state_that_cannot_follow_is_a_mistake_of_the_program(tmp_path):
 
 def test_numbers_that_are_not_finite_become_absent(tmp_path):
     with JournalWriter(tmp_path / "j", 1) as writer:
-        writer.append("metric", {"step": 1, "values": {"loss": math.nan, "norm": math.inf, "kl": [0.5, -math.inf]}})
-    assert read_journal(tmp_path / "j")[0].data["values"] == {"loss": None, "norm": None, "kl": [0.5, None]}
+        writer.append("metric", {"step": 1, "values": {"loss": math.nan, "norm": math.inf}})
+        writer.append("result", {"kl": [0.5, -math.inf]})
+    metric, result = read_journal(tmp_path / "j")
+    assert metric.data["values"] == {"loss": None, "norm": None}
+    assert result.data == {"kl": [0.5, None]}
+
+
+@pytest.mark.parametrize(
+    ("type", "data"),
+    [
+        ("state", {"state": "asleep"}),
+        ("phase", {"phase": "sft"}),
+        ("phase", {"phase": "sft", "event": "resumed"}),
+        ("phase", {"phase": "sft", "event": "finished", "cost": 3}),
+        ("progress", {"done": "1", "total": 2, "unit": "steps"}),
+        ("metric", {"step": 1, "values": {"loss": [1]}}),
+        ("metric", {"step": 10**400, "values": {}}),
+        ("alert", {"code": "x"}),
+        ("error", {"code": "x"}),
+    ],
+)
+def test_a_line_whose_data_is_not_what_its_type_says_is_damage(tmp_path, type, data):
+    line = encode_record(JournalRecord(1, 1, "2026-01-01T00:00:00.000Z", type, data))
+    (tmp_path / "j").write_bytes(line + encode_record(JournalRecord(2, 1, "2026-01-01T00:00:00.000Z", "result", {})))
+    with pytest.raises(IntegrityError, match="line 1"):
+        read_journal(tmp_path / "j")
 
 
 def test_everything_acknowledged_survives_a_kill(tmp_path, python):

@@ -77,24 +77,41 @@ def read_shard(path: Path, *, sha256: str | None = None) -> Sequences:
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise damaged(path, "its sha256 is not the manifest's")
     try:
-        table = pq.read_table(pa.BufferReader(content)).combine_chunks()
+        sequences, crcs = _decoded(pq.read_table(pa.BufferReader(content)).combine_chunks())
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, f"it is not readable Parquet ({error})") from error
+    # Columns that are missing, of other types or of other lengths.
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise damaged(path, f"its columns are not those of a shard ({error})") from error
+    if len(wrong := np.flatnonzero(row_crcs(sequences) != crcs)):
+        raise damaged(path, f"row {wrong[0]} does not match its CRC")
+    return widened(sequences)
+
+
+def _decoded(table: Any) -> tuple[Sequences, NDArray[np.uint32]]:
     prompt_offsets, prompt_ids = _flat(table, "prompt_ids")
     response_offsets, response_ids = _flat(table, "response_ids")
     columns = {name: _flat(table, name)[1] for name in TOKEN_COLUMNS if name in table.column_names}
+    if any(values.dtype != np.int32 for values in (prompt_ids, response_ids)):
+        raise TypeError("ids are not 32-bit integers")
+    if any(len(values) != len(response_ids) or values.dtype.kind not in "if" for values in columns.values()):
+        raise ValueError("a column has another length or type than the responses")
+    texts = {name: table.column(name).to_pylist() for name in ("finish_reason", "prompt_id")}
+    if not all(isinstance(text, str) for values in texts.values() for text in values):
+        raise TypeError("a text is missing")
     sequences = Sequences(
         prompt_ids,
         prompt_offsets,
         response_ids,
         response_offsets,
         columns,
-        table.column("finish_reason").to_pylist(),
-        table.column("prompt_id").to_pylist(),
+        texts["finish_reason"],
+        texts["prompt_id"],
     )
-    if len(wrong := np.flatnonzero(row_crcs(sequences) != table.column("row_crc").to_numpy())):
-        raise damaged(path, f"row {wrong[0]} does not match its CRC")
-    return widened(sequences)
+    crcs = table.column("row_crc").to_numpy()
+    if crcs.dtype != np.uint32:
+        raise TypeError("row_crc is not a check sum")
+    return sequences, crcs
 
 
 def widened(sequences: Sequences) -> Sequences:
@@ -104,7 +121,9 @@ def widened(sequences: Sequences) -> Sequences:
 
 
 def read_shards(directory: Path, shards: Sequence[Shard]) -> Sequences:
-    """All rows of the shards in order, each checked against its sha256 and its rows' CRCs."""
+    """All rows of the shards in order, each checked against its sha256 and its rows' CRCs; there must be one."""
+    if not shards:
+        raise damaged(directory / "manifest.json", "it names no shard")
     return concatenate([read_shard(directory / shard.file, sha256=shard.sha256) for shard in shards])
 
 

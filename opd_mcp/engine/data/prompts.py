@@ -13,6 +13,7 @@ from opd_mcp.schemas.errors import ArgumentError, DataError
 # Far above what a template and a tokenizer take for a prompt.
 TEMPLATE_SECONDS = 20.0
 TEMPLATE_SECONDS_A_PROMPT = 0.05
+MAX_PROMPT_CHARACTERS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,23 @@ def encode_prompts(
 
 
 def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[int]:
-    """Token ids of one prompt, with the chat template where the tokenizer has one."""
+    """Token ids of one prompt, with the chat template where the tokenizer has one.
+
+    Raises DataError `too_large` for a template that writes without end.
+    """
     messages = [{"role": "user", "content": row.prompt}] if row.messages is None else list(row.messages)
     if tokenizer.chat_template is None:
         return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
-    return list(
+    text = str(
         tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **context.prompting.chat_template_kwargs,
+            messages, add_generation_prompt=True, tokenize=False, **context.prompting.chat_template_kwargs
         )
     )
+    if len(text) > MAX_PROMPT_CHARACTERS:  # the tokenizer's native code would go on beyond any limit of time
+        raise DataError(
+            "too_large",
+            f"The chat template makes {len(text)} characters of a prompt, over {MAX_PROMPT_CHARACTERS}.",
+            value=row.id,
+            fix="Look at the model's chat_template.jinja, or give another model.",
+        )
+    return list(tokenizer.encode(text, add_special_tokens=False))

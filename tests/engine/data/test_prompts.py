@@ -10,7 +10,7 @@ from opd_mcp.engine.data.prompts import encode_prompts
 from opd_mcp.engine.models.loading import load_tokenizer
 from opd_mcp.identity.data import PromptRow
 from opd_mcp.identity.tokenizers import chat_template
-from opd_mcp.schemas.errors import ArgumentError, IntegrityError
+from opd_mcp.schemas.errors import ArgumentError, DataError, IntegrityError
 from opd_mcp.schemas.recipes import PromptingRecipe, RuntimeRecipe
 
 STUDENT = Path(__file__).resolve().parents[3] / "examples" / "arithmetic" / "student"
@@ -38,3 +38,15 @@ def test_a_template_of_megabytes_is_refused(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("x" * (2 << 20))
     with pytest.raises(IntegrityError, match="chat template"):
         chat_template(tmp_path)
+
+
+def test_a_template_that_writes_without_end_is_refused_before_it_is_tokenized():
+    with pytest.raises(DataError, match="90000000 characters"):
+        encoded("{% for a in range(90000) %}{{ 'x' * 1000 }}{% endfor %}")
+
+
+def test_a_template_gives_the_ids_that_the_tokenizer_gives_itself():
+    tokenizer = load_tokenizer(STUDENT)
+    turns = [{"role": "user", "content": "1+1=?"}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert encoded(tokenizer.chat_template)[0].ids == list(expected)
