@@ -22,7 +22,7 @@ from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.checkpoints import COST_FACTOR, Checkpoints
 from opd_mcp.engine.training.loop import StepData
 from opd_mcp.engine.training.objectives import SFT_OBJECTIVE
-from opd_mcp.engine.training.optimizer import build_optimizer
+from opd_mcp.engine.training.optim import build_optimizer
 from opd_mcp.engine.training.step import accumulate_gradients
 from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**CONFIG)).train()
-    optimizer = build_optimizer(model, OptimizerRecipe(learning_rate=1e-5))
+    optimizer = build_optimizer(model, OptimizerRecipe(learning_rate=1e-5), seed=0)
     runtime = Runtime(torch.device("cpu"), torch.float32, 0)
     batches = rows()
 

@@ -6,7 +6,7 @@ OpdError
 │   │                              unsafe_weights · unsupported_head
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
-│   │                              confirm_needed
+│   │                              confirm_needed · lossy_precision
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue

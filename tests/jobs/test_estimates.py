@@ -12,14 +12,15 @@ from opd_mcp.jobs.estimates import (
     resource_findings,
     work_name,
 )
-from opd_mcp.jobs.workload import DataSize, ModelSize, phase_work
+from opd_mcp.jobs.workload import DataSize, phase_work
+from opd_mcp.schemas.memory import ModelShape
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import RunPhase
 
-SMALL = ModelSize(parameters=10**6, layers=2, hidden=64, kv_width=64, vocab=1000, weight_bytes=4 * 10**6)
-LARGE = ModelSize(parameters=10**7, layers=4, hidden=256, kv_width=256, vocab=1000, weight_bytes=4 * 10**7)
+SMALL = ModelShape(10**6, layers=2, hidden=64, query_width=64, kv_width=64, intermediate=128, vocab=1000)
+LARGE = ModelShape(10**7, layers=4, hidden=256, query_width=256, kv_width=256, intermediate=512, vocab=1000)
 DATA = DataSize(prompts=1000, prompt_tokens=10.0, sft_prompts=500, eval_prompts=100)
 CPU = Target("cpu", "1 CPU thread", 8 << 30)
 PHASES = [RunPhase(name=name, key=name) for name in ("rollout", "score", "distill", "benchmark")]
