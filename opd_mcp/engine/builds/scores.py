@@ -28,7 +28,7 @@ from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.engine.progress import padding_warnings, stage_cost
 from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage
-from opd_mcp.engine.runtime import Runtime, open_runtime
+from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.teachers.http import open_remote, same_probe
 from opd_mcp.engine.teachers.teacher import LocalTeacher, Teacher, open_local
 from opd_mcp.engine.training.loop import require_going
@@ -67,6 +67,7 @@ def score(
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
+    return_large_blocks()
     record = read_record(rollouts)
     behaviour = full_identity(student)
     require_behaviour(record.behaviour, behaviour)
