@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-clients bench bench-server fuzz prove-cache check format clean
+.PHONY: demo test test-clients bench bench-server chaos fuzz prove-cache check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
@@ -17,6 +17,9 @@ test-clients: .venv/fresh .clients/fresh
 
 bench-server: .venv/fresh
 	$(BIN)/python tools/bench_server.py $(ARGS)
+
+chaos: .venv/fresh
+	$(BIN)/python tools/chaos.py $(ARGS)
 
 fuzz: .venv/fresh
 	$(BIN)/python tools/fuzz_tools.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: `opd-mcp serve | demo | status | list | cancel | doctor | cache … | serve-teacher | worker`.
+"""The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | cache …` and what a run needs.
 
 The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
 teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
@@ -114,6 +114,15 @@ def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
 
 
 @app.command()
+def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], as_json: AsJson = False) -> None:
+    """Take a failed, cancelled or lost run up again from its last checkpoint."""
+    from opd_mcp.server.texts import snapshot_text
+
+    found = open_service().resume(run_id)
+    typer.echo(found.to_json() if as_json else snapshot_text(found))
+
+
+@app.command()
 def doctor(
     repair: Annotated[bool, typer.Option(help="Rebuild the index from the run directories.")] = False,
 ) -> None:
@@ -132,29 +141,30 @@ def doctor(
     raise typer.Exit(int(not all(check.well for check in found)))
 
 
+CacheArgument = Annotated[str, typer.Argument(help="A cache id, a run id, or a teacher cache's directory.")]
 cache_app = typer.Typer(no_args_is_help=True, help="Look at, prove, convert and merge teacher caches.")
 app.add_typer(cache_app, name="cache")
 
 
 @cache_app.command("inspect")
-def cache_inspect(
-    cache: Annotated[Path, typer.Argument(help="A teacher cache's directory.", exists=True, file_okay=False)],
-    as_json: AsJson = False,
-) -> None:
+def cache_inspect(cache: CacheArgument, as_json: AsJson = False) -> None:
     """Show the manifest, the statistics and two decoded rows."""
     from opd_mcp.jobs.cache_view import inspect_cache
     from opd_mcp.server.cache_texts import inspection_text
 
-    found = inspect_cache(cache)
+    found = inspect_cache(cache_directory(cache))
     typer.echo(found.to_json() if as_json else inspection_text(found))
 
 
 @cache_app.command("verify")
 def cache_verify(
-    cache: Annotated[Path, typer.Argument(help="A teacher cache's directory.", exists=True, file_okay=False)],
+    cache: CacheArgument,
     teacher: Annotated[
         Path | None,
         typer.Option(help="The teacher's directory, to score a sample again.", exists=True, file_okay=False),
+    ] = None,
+    teacher_url: Annotated[
+        str | None, typer.Option(help="Or the server that scores for it; its key is in OPD_TEACHER_KEY.")
     ] = None,
     sample: Annotated[int, typer.Option(help="Rows to score again.", min=1)] = 16,
     as_json: AsJson = False,
@@ -162,12 +172,19 @@ def cache_verify(
     """Check hashes, counts and values, and score a sample again; exit status 1 when something is wrong."""
     from opd_mcp.engine.cache.verify import verified
 
-    rescore = None
+    directory, rescore = cache_directory(cache), None
     if teacher is not None:
         from opd_mcp.engine.teachers.teacher import rescorer
 
         rescore = rescorer(teacher)
-    found = verified(cache, rescore, sample=sample)
+    elif teacher_url is not None:
+        from opd_mcp.engine.teachers.http import remote_rescorer
+        from opd_mcp.jobs.cache_view import read_manifest
+        from opd_mcp.schemas.identity import RemoteTeacher
+
+        served = RemoteTeacher(name=read_manifest(directory).teacher.name, url=teacher_url)
+        rescore = remote_rescorer(served, directory / "tokenizer", os.environ.get(TEACHER_KEY))
+    found = verified(directory, rescore, sample=sample)
     typer.echo(found.to_json() if as_json else found.text())
     raise typer.Exit(bool(found.problems))
 
@@ -193,13 +210,13 @@ def cache_convert(
 @cache_app.command("merge")
 def cache_merge(
     output: Annotated[Path, typer.Argument(help="A new directory.")],
-    caches: Annotated[list[Path], typer.Argument(help="Two or more caches of one teacher and one student.")],
+    caches: Annotated[list[str], typer.Argument(help="Two or more caches of one teacher and one student.")],
     as_json: AsJson = False,
 ) -> None:
     """Put caches of the same teacher and student together."""
     from opd_mcp.engine.cache.merge import merged
 
-    manifest = merged(output, caches)
+    manifest = merged(output, [cache_directory(cache) for cache in caches])
     typer.echo(manifest.to_json() if as_json else f"{manifest.rows} rows, {manifest.tokens} tokens: {output}")
 
 
@@ -210,12 +227,13 @@ def serve_teacher(
         str, typer.Option(help="Another address than this machine's own needs OPD_TEACHER_KEY.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8001,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of the model.", min=1)] = 1,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are answered with 429.", min=1)] = 256,
     max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence.", min=2)] = 32768,
 ) -> None:
     """Serve a model's log-probs: token ids in, log-probs and top-k out; the key is in OPD_TEACHER_KEY."""
-    from opd_mcp.engine.teachers.serve import Limits, serve
+    from opd_mcp.engine.teachers.scorer import Limits
+    from opd_mcp.engine.teachers.serve import serve
 
     serve(model, host, port, os.environ.get(TEACHER_KEY), threads, Limits(queue=queue, length=max_length))
 
@@ -243,6 +261,12 @@ def workspace_root() -> Path:
     return Path(home).expanduser().absolute() if home else default_workspace_root()
 
 
+def cache_directory(reference: str) -> Path:
+    """Where the teacher cache is that a directory, a cache id or a run id means; raises UnknownIdError."""
+    path = Path(reference)
+    return path if path.is_dir() else open_service().cache_directory(reference)
+
+
 def open_service(allow_roots: Sequence[Path] = ()) -> "JobService":
     """The service over the workspace; it may read what is below it, the examples and the given folders."""
     from opd_mcp.jobs.service import JobService
@@ -260,6 +284,13 @@ def main() -> None:
         app()
     except OpdError as error:
         typer.echo(str(error), err=True)
+        sys.exit(1)
+    except OSError as error:
+        from opd_mcp.jobs.failures import disk_full, is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        typer.echo(str(disk_full(error)), err=True)
         sys.exit(1)
 
 

@@ -21,8 +21,13 @@ def full_identity(path: Path) -> ModelIdentity:
 
 def claim_of(student: Path, given: TeacherClaim | None) -> TeacherClaim | None:
     """Whose responses the student was fine-tuned on: its lineage's claim, else the given one."""
-    lineage = verified_lineage(student)
+    lineage = verified_lineage(student, full=True)
     return (lineage.sft_teacher if lineage else None) or given
+
+
+def tokenizer_files(artifact: Path) -> list[str]:
+    """The names of an artifact's tokenizer files, as `Lineage.files` has them."""
+    return [f"tokenizer/{path.name}" for path in sorted((artifact / "tokenizer").iterdir())]
 
 
 def record_lineage(

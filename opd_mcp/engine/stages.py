@@ -25,7 +25,7 @@ from opd_mcp.engine.generation.rollouts import draw_rollouts
 from opd_mcp.engine.generation.samples import sample
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, save_model
 from opd_mcp.engine.progress import counter, padding_warnings, stage_cost
-from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage
+from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.engine.training.batches import live_batches, stored_batches
 from opd_mcp.engine.training.loop import LoopSettings, train
@@ -51,6 +51,8 @@ from opd_mcp.schemas.reports import BenchmarkReport, Comparison, StageCost, Trai
 __all__ = ["benchmark", "check_teacher", "distill", "generate_responses", "rollout", "sample", "score", "sft"]
 
 RESPONSES_FILE = "responses.parquet"
+# What a model computes beside its weights and tokenizer, which have hashes of their own.
+MODEL_FILES = ("config.json", "generation_config.json")
 
 
 def generate_responses(
@@ -97,7 +99,7 @@ def generate_responses(
         section=recipe,
         context=context,
         parents=[Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))],
-        files=[RESPONSES_FILE],
+        files=[RESPONSES_FILE, *tokenizer_files(output)],
         sft_teacher=proven_claim(identity),
     )
     return stage_cost("generate_responses", started, len(drawn.response_ids), model.device)
@@ -150,6 +152,7 @@ def sft(
             Parent(role="student", identity=full_identity(student)),
             Parent(role="responses", sha256=_responses_hash(rows)),
         ],
+        files=MODEL_FILES,
         sft_teacher=claim,
     )
     return summary
@@ -223,6 +226,7 @@ def distill(
         section=recipe,
         context=context,
         parents=[Parent(role="student", identity=full_identity(student)), *source.parents],
+        files=MODEL_FILES,
         sft_teacher=claim,
         distilled_from=source.teacher,
         teacher_mismatch_allowed=allow_teacher_mismatch,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.schemas.cache import TeacherDelta
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.plans import ConsistencyVerdict
@@ -85,6 +86,16 @@ def require_consistent(
         f"or give the student as it was before its SFT, with sft_prompts for {teacher.name} to answer, "
         "or accept the loss with allow_teacher_mismatch=True; the report records it.",
     )
+
+
+def delta_by_construction(teacher: ModelIdentity, sft_teacher: TeacherClaim | None) -> TeacherDelta | None:
+    """Δ = 0 without a sample, where the SFT teacher is proven to be this teacher, which runs here; None elsewhere."""
+    if sft_teacher is None or sft_teacher.basis != "proven" or sft_teacher.identity is None or teacher.remote:
+        return None
+    if not sft_teacher.identity.same_weights(teacher):
+        return None
+    label = sft_teacher.identity.label()
+    return TeacherDelta(sft_teacher=label, basis="by_construction", rows=0, tokens=0, mean_abs=0, over_one_nat=0)
 
 
 def require_behaviour(cache_behaviour: ModelIdentity, student: ModelIdentity) -> None:

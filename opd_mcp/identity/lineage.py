@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from opd_mcp.identity.files import file_sha256, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
 
@@ -17,7 +18,7 @@ RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.
 
 def write_lineage(directory: Path, lineage: Lineage) -> None:
     """Write a directory's lineage.json."""
-    write_atomic(directory / LINEAGE_FILE, lineage.to_json(indent=2) + "\n")
+    write_atomic(directory / LINEAGE_FILE, lineage.sealed().to_json(indent=2) + "\n")
 
 
 def read_lineage(directory: Path) -> Lineage | None:
@@ -29,7 +30,7 @@ def read_lineage(directory: Path) -> Lineage | None:
         return Lineage.from_json(file.read_bytes())
     except ValidationError as error:
         raise IntegrityError(
-            "damaged_file", "lineage.json is not a lineage this version can read.", value=file, fix=RESTORE
+            "damaged_file", f"lineage.json cannot be used ({first_problem(error)}).", value=file, fix=RESTORE
         ) from error
 
 

@@ -16,7 +16,18 @@ def eval_overlap(texts: list[str], evaluation: Iterable[str]) -> dict[str, int]:
 
 def normalised(text: str) -> str:
     """Letters, digits, symbols and arithmetic signs of a text, without case, white space and other punctuation."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    # - and * are punctuation to Unicode, but between digits they are what tells two sums apart
-    kept = (c for c in folded if not c.isspace() and (c in "-*/%" or unicodedata.category(c)[0] not in "PZC"))
-    return "".join(kept)
+    return unicodedata.normalize("NFKC", text).casefold().translate(_KEPT)
+
+
+class _Kept(dict[int, int | None]):
+    """Whether a character stays, decided once a character: a plan compares whole data sets."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        # - and * are punctuation to Unicode, but between digits they are what tells two sums apart
+        kept = not character.isspace() and (character in "-*/%" or unicodedata.category(character)[0] not in "PZC")
+        self[code] = code if kept else None
+        return self[code]
+
+
+_KEPT = _Kept()

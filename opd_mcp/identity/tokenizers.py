@@ -78,13 +78,17 @@ def map_difference(teacher: dict[int, str], student: dict[int, str]) -> TokenDif
 def require_same_tokens(teacher: Path, student: Path) -> None:
     """Raise ConsistencyError `tokenizer_mismatch`, naming the first differing id, unless both maps agree."""
     difference = first_difference(teacher, student)
-    if difference is None:
-        return
-    raise ConsistencyError(
+    if difference is not None:
+        raise mismatch_error(difference, f"{teacher} and {student}")
+
+
+def mismatch_error(difference: TokenDifference, value: object) -> ConsistencyError:
+    """The error `tokenizer_mismatch` that names the first differing id and both its tokens."""
+    return ConsistencyError(
         "tokenizer_mismatch",
         f"Teacher and student tokenizers differ, first at id {difference.id}: "
         f"teacher has {_quoted(difference.teacher)}, student has {_quoted(difference.student)}.",
-        value=f"{teacher} and {student}",
+        value=value,
         fix="Choose a student with the teacher's tokenizer, e.g. a smaller model of the same family.",
     )
 

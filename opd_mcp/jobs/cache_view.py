@@ -10,7 +10,8 @@ from opd_mcp.schemas.errors import IntegrityError, PathError
 
 MANIFEST_FILE = "manifest.json"
 SAMPLE_ROWS = 2
-TEXT_CHARACTERS = 300
+# bytes: a model's tokens are counted by them, and a Chinese character is one token as well as three bytes
+TEXT_BYTES, TOKEN_BYTES = 300, 32
 FIRST_TOKENS, LAST_TOKENS = 16, 4
 COLUMNS = ("prompt_ids", "response_ids", "finish_reason", "teacher_logprobs", "behaviour_logprobs")
 
@@ -39,7 +40,7 @@ def inspect_cache(path: Path) -> CacheInspection:
         bytes=sum((path / shard.file).stat().st_size for shard in manifest.shards if (path / shard.file).is_file()),
         rows=manifest.rows,
         tokens=manifest.tokens,
-        manifest=manifest.model_copy(update={"shards": []}),
+        manifest=manifest.model_copy(update={"shards": [], "self_sha256": ""}),
         shards=len(manifest.shards),
         sample=_sample(path, manifest),
     )
@@ -81,12 +82,14 @@ def _row(row: dict[str, Any], tokenizer: Any) -> SampleRow:
 def _token(
     tokenizer: Any, ids: list[int], place: int, teacher: list[float], student: list[float] | None
 ) -> tuple[str, float, float] | tuple[str, float]:
-    text, logprob = tokenizer.decode([ids[place]], skip_special_tokens=False), round(float(teacher[place]), 4)
+    text = _cut(tokenizer.decode([ids[place]], skip_special_tokens=False), TOKEN_BYTES)
+    logprob = round(float(teacher[place]), 4)
     return (text, logprob) if student is None else (text, logprob, round(float(student[place]), 4))
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= TEXT_CHARACTERS else f"{text[: TEXT_CHARACTERS - 1]}…"
+def _cut(text: str, limit: int = TEXT_BYTES) -> str:
+    content = text.encode(errors="replace")
+    return text if len(content) <= limit else f"{content[: limit - 3].decode(errors='ignore')}…"
 
 
 def _damaged(file: Path) -> IntegrityError:

@@ -41,6 +41,9 @@ def checks(service: JobService) -> Iterator[Check]:
     fix = "Free disk space, or move the workspace with OPD_HOME."
     yield Check("disk", free >= MIN_FREE_BYTES, f"{free / 2**30:.1f} GiB free", fix)
     yield _index(service)
+    damaged = [f"{problem.value}: {problem.message}" for problem in service.store.damaged()]
+    found = "; ".join(damaged[:5]) or "none"
+    yield Check("damaged files", not damaged, found, "Remove what is damaged; a run that needs it makes it anew.")
     leases = service.settings.lease_folder
     leases.mkdir(parents=True, exist_ok=True, mode=0o700)
     yield Check(

@@ -1,16 +1,25 @@
 """Why a run failed, for people and agents: cause, way out, a suggested override and the end of the log."""
 
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.errors import OpdError, ResourceError
 from opd_mcp.schemas.runs import Failure
 
 LOG_LINES = 15
 LOG_BYTES = 16 << 10
 LINE_CHARACTERS = 300
+# Failures that the same run may get over; any other one comes back unless something is changed first.
+RESUME_HELPS = frozenset(
+    {
+        *("worker_lost", "worker_terminated", "internal_error", "launch_failed"),
+        *("not_enough_disk", "offline", "teacher_unreachable", "device_unavailable"),
+    }
+)
+DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 _NOISE = re.compile(r"^\s*$|^-- |^\s*[\^~]+\s*$")
 
 
@@ -27,8 +36,30 @@ class MemoryFigures:
         return f"the peak was {_gib(self.peak)}{expected}"
 
 
-def failure_of(error: Exception, log: Path, memory: MemoryFigures | None = None) -> Failure:
-    """The failure record of an exception that ended a run; `memory` is told when there was too little of it."""
+@dataclass(frozen=True)
+class DiskFigures:
+    """Bytes: what the phase is expected to write in all, and what is free now."""
+
+    needed: int
+    free: int
+    path: Path
+
+    def text(self) -> str:
+        """Both, as the end of a sentence."""
+        return f"this phase needs about {_gib(self.needed)} in all, {_gib(self.free)} are free at {self.path}"
+
+
+def failure_of(
+    error: Exception, log: Path, memory: MemoryFigures | None = None, disk: DiskFigures | None = None
+) -> Failure:
+    """The failure record of an exception that ended a run; `memory` or `disk` are told when there was too little."""
+    if is_disk_full(error):
+        return Failure(
+            code="not_enough_disk",
+            cause=f"The disk is full{f': {disk.text()}' if disk else ''} ({_first_line(error)}).",
+            fix="Free disk space (opd-mcp gc shows what nobody needs), then call resume_run to go on.",
+            log_tail=log_tail(log),
+        )
     if isinstance(error, OpdError):
         given = f" Got: {error.value!r}." if error.value is not None else ""
         return Failure(code=error.code, cause=f"{error.message}{given}", fix=error.fix, log_tail=log_tail(log))
@@ -44,7 +75,7 @@ def failure_of(error: Exception, log: Path, memory: MemoryFigures | None = None)
     return Failure(
         code="internal_error",
         cause=f"{type(error).__name__}: {_first_line(error)}",
-        fix="Read log_tail; start again to go on from the last finished phase, and report this if it comes back.",
+        fix="Read log_tail; resume_run goes on from the last checkpoint. Report this if it comes back.",
         log_tail=log_tail(log),
     )
 
@@ -54,7 +85,7 @@ def lost_failure(log: Path) -> Failure:
     return Failure(
         code="worker_lost",
         cause="The worker process ended without finishing: it was killed, ran out of memory, or the machine went down.",
-        fix="Start it again with the same arguments; finished phases are reused.",
+        fix="Call resume_run to go on from the last checkpoint.",
         log_tail=log_tail(log),
     )
 
@@ -76,6 +107,24 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether the machine or the GPU had no memory left; torch's errors are known by name, without importing it."""
     named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or named
+
+
+def disk_full(error: BaseException) -> ResourceError:
+    """The error for whoever called while the disk was full: nothing was begun."""
+    return ResourceError(
+        "not_enough_disk",
+        f"The disk is full: nothing was begun ({str(error)[:LINE_CHARACTERS]}).",
+        fix="Free disk space (opd-mcp gc shows what nobody needs), then call again.",
+    )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room or of quota; libraries that hide the number keep it in their text."""
+    if error is None:
+        return False
+    numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    told = any(text in str(error) for text in DISK_FULL_TEXTS)
+    return numbered or told or is_disk_full(error.__cause__)
 
 
 def _gib(value: int) -> str:

@@ -7,7 +7,7 @@ from opd_mcp.identity.overlap import eval_overlap
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.jobs.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.jobs.tokens import over_long_prompts
-from opd_mcp.schemas.cache import CacheManifest
+from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
 from opd_mcp.schemas.requests import PlanDistillation
@@ -127,35 +127,54 @@ def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
         )
 
 
-def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -> None:
-    """Warn of prompts that stand twice in the set, or that are too long to be used."""
+def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -> PromptHygiene:
+    """What is odd in the prompts, by the same counts as a cache's manifest, the chat template's tokens left out.
+
+    Warns of copies and of what is too long.
+    """
     rows = inputs.prompts.rows
     texts = [row.text() for row in rows]
-    if duplicates := len(texts) - len(set(texts)):
+    facts = inputs.teacher.facts or inputs.student.facts
+    evaluation = inputs.eval_prompts
+    hygiene = PromptHygiene(
+        prompts=len(rows),
+        over_long_prompts=over_long_prompts(facts.path, rows, max_prompt_tokens) if facts else 0,
+        duplicate_prompts=len(texts) - len(set(texts)),
+        **(eval_overlap(texts, [row.text() for row in evaluation.rows]) if evaluation else {}),
+    )
+    if hygiene.duplicate_prompts:
         found.warn(
             "duplicate_prompts",
-            f"{duplicates} of {len(rows)} prompts stand in the set more than once; all are used.",
+            f"{hygiene.duplicate_prompts} of {len(rows)} prompts stand in the set more than once; all are used.",
             "Remove the copies if they are not meant.",
         )
-    facts = inputs.teacher.facts or inputs.student.facts
-    if facts and (over_long := over_long_prompts(facts.path, rows, max_prompt_tokens)):
+    if hygiene.over_long_prompts:
         found.warn(
             "over_long_prompts",
-            f"{over_long} of {len(rows)} prompts are over {max_prompt_tokens} tokens and will be left out.",
+            f"{hygiene.over_long_prompts} of {len(rows)} prompts are over {max_prompt_tokens} tokens and will be left "
+            "out.",
             "Raise 'prompting.max_prompt_tokens' to use them.",
         )
+    return hygiene
 
 
-def judge_rollouts(manifest: CacheManifest, found: Findings) -> None:
-    """Warn when many rollouts of an existing cache have no end, or rows were left out of it."""
+def judge_rollouts(manifest: CacheManifest, cache_id: str, found: Findings) -> None:
+    """Warn when many rollouts of an existing cache have no end or no content, or rows were left out of it."""
     statistics, hygiene = manifest.rollouts, manifest.hygiene
     if statistics.truncated_fraction > TRUNCATED_SHARE:
         found.warn(
             "rollouts_truncated",
-            f"{statistics.truncated_fraction:.0%} of the rollouts have no end (on_truncated: {hygiene.on_truncated}, "
-            f"{hygiene.truncated_dropped} dropped, {hygiene.truncated_capped} capped).",
+            f"{statistics.truncated_fraction:.0%} of the rollouts in {cache_id} have no end (on_truncated: "
+            f"{hygiene.on_truncated}, {hygiene.truncated_dropped} dropped, {hygiene.truncated_capped} capped).",
             "Raise 'rollout.sampling.max_new_tokens', or set 'score.on_truncated' to 'drop' or 'cap'.",
+        )
+    if statistics.empty_responses:
+        found.warn(
+            "rollouts_empty",
+            f"{statistics.empty_responses} of {statistics.rows} rollouts in {cache_id} hold no token but the end; they "
+            "teach when to stop, nothing else.",
+            f"Look at some with inspect_cache(cache='{cache_id}'); a student that often ends at once needs more SFT.",
         )
     if hygiene.quarantined:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in hygiene.quarantined.items())
-        found.warn("rows_left_out", f"Rows were left out of the cache: {reasons}.", "Nothing has to be done.")
+        found.warn("rows_left_out", f"Rows were left out of {cache_id}: {reasons}.", "Nothing has to be done.")

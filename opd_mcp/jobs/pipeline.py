@@ -11,15 +11,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import write_atomic
+from opd_mcp.jobs.devices import free_disk
 from opd_mcp.jobs.estimates import COST_FILE, ArtifactCosts, PhaseCost, work_name
 from opd_mcp.jobs.phases import Product, product
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.results import report_figures, rounded, sampled
 from opd_mcp.jobs.stage_calls import StageCalls, checkpoints_of
-from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
-from opd_mcp.store.artifacts import ArtifactStore
+from opd_mcp.store.artifacts import ArtifactStore, require_intact
 from opd_mcp.store.journal import JournalWriter
 
 REPORT_FILE = "report.json"
@@ -38,7 +39,7 @@ ROLE_OF_PHASE: dict[str, str] = {
 
 @dataclass
 class Pipeline:
-    """One run's way through its phases; `flops` says how much work a phase is expected to be."""
+    """One run's way through its phases; `flops` and `disk` say what a phase is expected to compute and to write."""
 
     record: RunRecord
     directory: Path
@@ -48,6 +49,7 @@ class Pipeline:
     calls: StageCalls
     device: str
     flops: Callable[[PhaseName], float]
+    disk: Callable[[PhaseName], int]
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
     held: ExitStack = field(default_factory=ExitStack)
@@ -72,9 +74,10 @@ class Pipeline:
 
     def _reused(self, phase: RunPhase, holder: RunPhase) -> bool:
         made = self._product(holder)
-        found = self.artifacts.find_by_key(made.kind, holder.key) if made else None
+        found = self.artifacts.find_made(made.kind, made.artifact_id, holder.key) if made else None
         if found is None:
             return False
+        require_intact(found)
         self.pending = []  # of rollouts whose cache another run has finished meanwhile
         self.reporter.begin(phase.name)
         event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
@@ -92,6 +95,7 @@ class Pipeline:
         self.reporter.begin(phase.name)
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
+        require_disk(self.directory, self.disk(phase.name), phase.name)
         cost = self.calls.compute(phase.name, building)
         self.pending.append(self._phase_cost(phase.name, cost))
         if made is None:
@@ -102,7 +106,12 @@ class Pipeline:
         else:
             write_atomic(building / COST_FILE, ArtifactCosts(phases=self.pending).to_json(indent=2) + "\n")
             artifact = self.artifacts.publish(
-                made.kind, building, artifact_id=made.artifact_id, key=phase.key, run_id=self.record.run_id
+                made.kind,
+                building,
+                artifact_id=made.artifact_id,
+                key=phase.key,
+                run_id=self.record.run_id,
+                require_right=self.journal.require_right,
             )
             self.pending = []
             self._take(phase.name, artifact.artifact_id, artifact.path)
@@ -152,6 +161,18 @@ class Pipeline:
             self.result.setdefault("training", {})[name] = json.loads((path / TRAINING_FILE).read_bytes())
         if name == "benchmark":
             self.result.update(report_figures(BenchmarkReport.from_json((path / REPORT_FILE).read_bytes())))
+
+
+def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:
+    """Raise ResourceError `not_enough_disk` where a phase is expected to write more than the disk has free."""
+    free = free_disk(directory)
+    if needed > free:
+        raise ResourceError(
+            "not_enough_disk",
+            f"Phase {phase} writes up to {needed / 2**30:.2f} GiB; the disk has {free / 2**30:.2f} GiB free.",
+            value=directory,
+            fix="Free disk space (opd-mcp gc shows what nobody needs), then call resume_run to go on.",
+        )
 
 
 def run_cancelled() -> RunError:

@@ -1,6 +1,5 @@
 """Plans: inputs resolved, phases keyed, consistency judged, costs estimated; nothing is started."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_mcp.jobs.devices import Target, free_disk, target_of
@@ -12,16 +11,16 @@ from opd_mcp.jobs.judging import (
     judge_consistency,
     judge_evaluation,
     judge_prompts,
-    judge_rollouts,
     require_matching_tokenizers,
 )
+from opd_mcp.jobs.measures import measured_cache, with_measures
 from opd_mcp.jobs.method_recipes import distillation_recipe, method_recipe
 from opd_mcp.jobs.phases import FindArtifact, distillation_phases, with_satisfied
 from opd_mcp.jobs.references import References, ResolvedModel
 from opd_mcp.jobs.tokens import mean_prompt_tokens
 from opd_mcp.jobs.workload import data_size, model_shape
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.plans import ConsistencyVerdict, MethodEstimate, Plan, PlannedPhase
+from opd_mcp.schemas.plans import MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase
@@ -50,9 +49,10 @@ class Planner:
         sft, verdict = judge_consistency(arguments, inputs, found)
         schema = self._schema(arguments, inputs, sft, found)
         judge_evaluation(inputs, found)
-        judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
+        hygiene = judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
         phases = self._phases(recipe, schema, arguments.method, sft)
-        verdict = self._measured(phases, verdict, found)
+        cache = measured_cache(self.references.store.artifacts, schema, phases)
+        verdict = with_measures(verdict, cache, schema, phases, arguments.method, found)
         estimates = self._estimates(recipe, schema, inputs, arguments.method, sft, target)
         if estimates:
             mine = next(estimate for estimate in estimates if estimate.method == arguments.method)
@@ -67,21 +67,14 @@ class Planner:
             consistency=verdict,
             estimates=estimates,
             sample=[_shortened(row.text()) for row in inputs.prompts.rows[:SAMPLE_ROWS]],
+            hygiene=hygiene,
+            rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
             warnings=found.warnings,
             next_action=f"Call start_distillation(plan_id='{plan_id}')"
             if not found.blocking
             else f"Resolve {found.blocking[0].code} ({found.blocking[0].fix}) and call plan_distillation again.",
         )
-
-    def _measured(self, phases: Sequence[RunPhase], verdict: ConsistencyVerdict, found: Findings) -> ConsistencyVerdict:
-        """The verdict with what an existing cache of these phases measured; warns of its truncated rollouts."""
-        made = next((phase.satisfied_by for phase in phases if phase.name == "score" and phase.satisfied_by), None)
-        if made is None:
-            return verdict
-        manifest = self.references.cache(made).manifest
-        judge_rollouts(manifest, found)
-        return verdict.model_copy(update={"teacher_delta": manifest.teacher_delta, "engine_gap": manifest.engine_gap})
 
     def _inputs(self, arguments: PlanDistillation) -> PlanInputs:
         references = self.references

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from opd_mcp.schemas.runs import PhaseName
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import cancel_requested
 
@@ -29,19 +30,20 @@ class JournalReporter:
         self._next_progress = 0.0
         self._next_cancel_check = 0.0
         self._cancelled = False
-        self._phase = ""
+        self.current: PhaseName | None = None
+        """The phase of the run that goes on now."""
         self.terminated = False
         """Whether this process was told to end (SIGTERM)."""
         self._alerts: Counter[str] = Counter()
 
-    def begin(self, phase: str) -> None:
+    def begin(self, phase: PhaseName) -> None:
         """A phase of the run begins."""
-        self._phase = phase
+        self.current = phase
         self._journal.append("phase", {"phase": phase, "event": "started"})
 
     def resumed(self, step: int) -> None:
         """The phase goes on after a step of an earlier attempt; metrics of later steps are superseded."""
-        self._journal.append("phase", {"phase": self._phase, "event": "resumed", "step": step})
+        self._journal.append("phase", {"phase": self.current, "event": "resumed", "step": step})
 
     def position(self) -> int:
         """The number of the last record, once all up to it are on the disk."""

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelCache
 from opd_mcp.jobs.cache_view import inspect_cache
 from opd_mcp.jobs.composing import Composer
@@ -54,10 +53,10 @@ from opd_mcp.schemas.runs import (
     RunStatus,
 )
 from opd_mcp.schemas.setup import Limits, SetupReport
-from opd_mcp.store.plans import read_plan, save_plan
+from opd_mcp.store.plans import read_arguments, read_plan, save_plan
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
-from opd_mcp.store.store import Store
+from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
@@ -93,8 +92,7 @@ class JobService:
         """
         with self._starting:
             plan = self._planner.plan(arguments)
-        save_plan(self.workspace, plan)
-        write_atomic(self.workspace.plans / f"{plan.plan_id}.arguments", arguments.to_json(indent=2) + "\n")
+        save_plan(self.workspace, plan, arguments)
         return plan
 
     def start_distillation(self, arguments: StartDistillation) -> RunSnapshot:
@@ -170,7 +168,11 @@ class JobService:
 
     def inspect_cache(self, reference: str) -> CacheInspection:
         """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""
-        return inspect_cache(Path(str(self._references.cache(reference).input.path)))
+        return inspect_cache(self.cache_directory(reference))
+
+    def cache_directory(self, reference: str) -> Path:
+        """Where a teacher cache is that an artifact id, a run id or a path means; raises as `inspect_cache`."""
+        return Path(str(self._references.cache(reference).input.path))
 
     def status(self, run_id: str = LATEST) -> RunStatus:
         """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""
@@ -234,6 +236,14 @@ class JobService:
         request_cancel(run_directory(self.workspace, run_id))
         return self._views.read(run_id, snapshot_of)
 
+    def resume(self, run_id: str) -> RunSnapshot:
+        """The failed, cancelled or lost run, queued again from its last checkpoint; `reused` while it is active.
+
+        Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
+        """
+        self._reap()
+        return self._launched(self.store.resume(self._existing(run_id)))
+
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
         return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
@@ -246,7 +256,9 @@ class JobService:
         self._reap()
         with self._starting:
             record = new_record(request, self.workspace, self._models)
-        started = self.store.start_once(record)
+        return self._launched(self.store.start_once(record))
+
+    def _launched(self, started: StartedRun) -> RunSnapshot:
         if started.lock is not None:
             self._workers.append(launch_worker(self.workspace, started.lock, self.settings))
         return self._views.read(started.run_id, lambda view, record: snapshot_of(view, record, reused=started.reused))
@@ -254,8 +266,7 @@ class JobService:
     def _unchanged_plan(self, arguments: StartDistillation) -> Plan:
         require_nothing_but_plan(arguments)
         saved = read_plan(self.workspace, str(arguments.plan_id))
-        file = self.workspace.plans / f"{saved.plan_id}.arguments"
-        planned = PlanDistillation.from_json(file.read_bytes())
+        planned = read_arguments(self.workspace, saved)
         now = self.plan(planned)
         if now.plan_id == saved.plan_id:
             return now

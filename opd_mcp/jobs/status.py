@@ -2,7 +2,7 @@
 
 import time
 
-from opd_mcp.jobs.failures import lost_failure
+from opd_mcp.jobs.failures import RESUME_HELPS, lost_failure
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, RunRecord, RunSnapshot, RunState, RunStatus
 from opd_mcp.store.runs import LOG_FILE
@@ -84,8 +84,8 @@ def next_action(view: RunView, record: RunRecord) -> str:
     if view.state in ACTIVE_STATES:
         return f"Call get_run_status(run_id='{run_id}', wait_seconds=25)"
     if view.state != "succeeded":
-        again = "Start it again with the same arguments when you want it; finished phases are reused."
-        return view.error.fix if view.state == "failed" and view.error else again
+        fixed_first = view.state == "failed" and view.error is not None and view.error.code not in RESUME_HELPS
+        return view.error.fix if fixed_first and view.error else f"Call resume_run(run_id='{run_id}')"
     return _after_success(record, benchmarked="benchmark" in view.artifacts)
 
 

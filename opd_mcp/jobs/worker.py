@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.jobs.devices import gpus
-from opd_mcp.jobs.failures import MemoryFigures, failure_of
+from opd_mcp.jobs.devices import free_disk, gpus
+from opd_mcp.jobs.failures import DiskFigures, MemoryFigures, failure_of, is_disk_full
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
@@ -20,12 +20,13 @@ from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
-from opd_mcp.jobs.workload import expected_flops
+from opd_mcp.jobs.workload import expected_disk, expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
-from opd_mcp.schemas.runs import RunRecord, RunState
-from opd_mcp.store.journal import JournalWriter, next_attempt
-from opd_mcp.store.runs import JOURNAL_FILE, LOG_FILE, RunLock, read_record, run_directory
+from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
+from opd_mcp.store.attempts import begin_attempt, taken_up
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory, use_reserve
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
@@ -54,10 +55,14 @@ def main(
     """
     workspace = Workspace(workspace_root)
     directory = run_directory(workspace, run_id)
-    lock = RunLock.acquire(directory) if lock_fd is None else RunLock.adopt(directory, lock_fd)
+    if lock_fd is None:
+        lock = RunLock.acquire(directory)
+        begin_attempt(lock)
+    else:
+        lock = RunLock.adopt(directory, lock_fd)
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
-    with lock, JournalWriter(directory / JOURNAL_FILE, next_attempt(directory / JOURNAL_FILE)) as journal:
+    with lock, taken_up(lock) as journal:
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
 
 
@@ -71,26 +76,41 @@ def work(
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
-    journal.append("state", {"state": "queued"})
+    with reporter.ending_on_sigterm():
+        return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
+
+
+def _worked(
+    store: Store,
+    directory: Path,
+    journal: JournalWriter,
+    reporter: JournalReporter,
+    leases: LeaseFolder,
+    load_stages: Callable[[], Stages],
+    teacher_key: str | None,
+) -> int:
     try:
         record = read_record(directory)
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
         prepare_environment(record.request.recipe.runtime, lease)
         journal.append("state", {"state": "running"})
-        with run_span(record), reporter.ending_on_sigterm():
+        with run_span(record):
             kind = device_kind(lease)
             result = run_phases(store, directory, record, journal, reporter, kind, load_stages, teacher_key)
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
         if error.code == "run_cancelled" and reporter.terminated:
-            return _failed(journal, directory, worker_terminated())
+            return _failed(journal, reporter, directory, worker_terminated())
+        if error.code == "attempt_superseded":
+            print(error, file=sys.stderr)  # nothing of this run is this process's any more
+            return 1
         if error.code == "run_cancelled":
             return _ended(journal, "cancelled")
-        return _failed(journal, directory, error)
+        return _failed(journal, reporter, directory, error)
     except Exception as error:
         traceback.print_exc()
-        return _failed(journal, directory, error)
+        return _failed(journal, reporter, directory, error)
 
 
 def run_phases(
@@ -118,6 +138,7 @@ def run_phases(
         calls=StageCalls(record, directory, context, load_stages),
         device=device,
         flops=lambda name: expected_flops(name, recipe, record.request.inputs),
+        disk=lambda name: expected_disk(name, recipe, record.request.inputs),
     )
     return pipeline.run()
 
@@ -156,6 +177,15 @@ def worker_terminated() -> RunError:
     )
 
 
+def disk_figures(directory: Path, phase: PhaseName | None) -> DiskFigures:
+    """What the phase was expected to write, and what is free for it now."""
+    needed = 0
+    if phase is not None:
+        request = read_record(directory).request
+        needed = expected_disk(phase, request.recipe, request.inputs)
+    return DiskFigures(needed, free_disk(directory), directory)
+
+
 def memory_figures(directory: Path) -> MemoryFigures:
     """The most memory that this process held, on the GPU where it used one, and what its plan expected."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -169,10 +199,14 @@ def memory_figures(directory: Path) -> MemoryFigures:
     return MemoryFigures(peak, expected)
 
 
-def _failed(journal: JournalWriter, directory: Path, error: Exception) -> int:
+def _failed(journal: JournalWriter, reporter: JournalReporter, directory: Path, error: Exception) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    journal.append("error", failure_of(error, directory / LOG_FILE, memory_figures(directory)).to_dict())
+    if is_disk_full(error):
+        use_reserve(directory)
+    disk = disk_figures(directory, reporter.current)
+    failure = failure_of(error, directory / LOG_FILE, memory_figures(directory), disk)
+    journal.append("error", failure.to_dict())
     return _ended(journal, "failed")
 
 

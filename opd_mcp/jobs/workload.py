@@ -125,6 +125,15 @@ def phase_disk(name: PhaseName, recipe: Recipe, student: ModelShape, data: DataS
             return 1 << 20
 
 
+def expected_disk(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> int:
+    """The bytes that a phase of a run whose models are here writes; 0 for a run without models."""
+    known = inputs.student or inputs.model or inputs.teacher
+    if known is None or known.path is None:
+        return 0
+    student = model_shape(inspect_model(Path(known.path)))
+    return phase_disk(name, recipe, student, data_size(inputs)) + checkpoint_disk(name, recipe, student)
+
+
 def checkpoint_disk(name: PhaseName, recipe: Recipe, student: ModelShape) -> int:
     """Bytes that a training phase's checkpoints take while it runs: the two that are kept, and the one being written.
 

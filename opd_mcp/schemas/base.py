@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Schema(BaseModel):
@@ -28,6 +29,62 @@ class Schema(BaseModel):
     def content_hash(self) -> str:
         """sha256 (hex) of the record's canonical JSON: equal content, equal hash."""
         return content_hash(self.to_dict())
+
+
+class Record(Schema):
+    """What a file of ours holds as a whole: it names its schema version, and seals itself with its own hash.
+
+    Earlier versions are brought forward when they are read: `upgrades[n]` turns the values of version n + 1 into those
+    of version n + 2. A later version than this program's, and a seal that does not fit, are ValidationErrors.
+    """
+
+    upgrades: ClassVar[tuple[Callable[[dict[str, Any]], dict[str, Any]], ...]] = ()
+
+    schema_version: int = 0
+    self_sha256: str = Field("", description="over all other fields; absent in files that nothing sealed")
+
+    def sealed(self) -> Self:
+        """The record as it is written."""
+        return self.model_copy(update={"self_sha256": self._own_hash()})
+
+    @classmethod
+    def current_version(cls) -> int:
+        """The schema version that this program writes."""
+        return len(cls.upgrades) + 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _brought_forward(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        current = cls.current_version()
+        version = values.get("schema_version", current)
+        if type(version) is not int or not 1 <= version <= current:
+            raise ValueError(f"schema version {version!r} is not known to this program, which reads up to {current}")
+        for upgrade in cls.upgrades[version - 1 :]:
+            values = upgrade(values)
+        return {**values, "schema_version": current}
+
+    @model_validator(mode="after")
+    def _unbroken(self) -> Self:
+        if self.self_sha256 and self.self_sha256 != self._own_hash():
+            raise ValueError("its content is not what was written")
+        return self
+
+    def _own_hash(self) -> str:
+        return content_hash({**self.to_dict(), "self_sha256": ""})
+
+
+def unchanged(values: dict[str, Any]) -> dict[str, Any]:
+    """The upgrade to a version that only adds fields that may be absent."""
+    return values
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with a record, in a few words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"]).removeprefix("Value error, ")
 
 
 def content_hash(value: Any) -> str:

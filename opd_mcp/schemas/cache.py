@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Sampling
 
@@ -27,7 +27,7 @@ class RolloutStatistics(Schema):
     mean_response_tokens: float
     truncated_fraction: float
     eos_fraction: float
-    empty_responses: int
+    empty_responses: int = Field(description="no token but the end")
     duplicate_rows: int
 
 
@@ -52,14 +52,19 @@ class BuildLayout(Schema):
     seed: int
 
 
-class Hygiene(Schema):
-    """What is odd in the data, counted; nothing is left out of a cache without a count here."""
+class PromptHygiene(Schema):
+    """What is odd in the prompts, counted."""
 
     prompts: int = 0
     over_long_prompts: int = Field(0, description="left out: empty, or over prompting.max_prompt_tokens")
     duplicate_prompts: int = 0
     eval_overlap_exact: int | None = Field(None, description="prompts also in the evaluation set; absent: none given")
     eval_overlap_normalised: int | None = Field(None, description="the same without case, spaces and punctuation")
+
+
+class Hygiene(PromptHygiene):
+    """What is odd in prompts and rollouts, counted; nothing is left out of a cache without a count here."""
+
     on_truncated: Literal["keep", "drop", "cap"] = "keep"
     truncated_dropped: int = 0
     truncated_capped: int = 0
@@ -78,16 +83,19 @@ class TeacherDelta(Schema):
     """Δ = log π of the SFT teacher − log π of this teacher, on a sample of rollouts; 0 when consistent."""
 
     sft_teacher: str
+    basis: Literal["measured", "by_construction"] = Field(
+        "measured", description="by_construction: both are proven to be the same weights, so Δ is 0 without a sample"
+    )
     rows: int
     tokens: int
     mean_abs: float
     over_one_nat: float = Field(description="fraction of tokens with |Δ| > 1")
 
 
-class CacheManifest(Schema):
+class CacheManifest(Record):
     """`manifest.json` of a teacher cache."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed
     teacher: ModelIdentity
     behaviour: ModelIdentity
     sft_teacher: TeacherClaim | None = Field(None, description="the behaviour policy's SFT teacher")

@@ -1,10 +1,8 @@
 """Training checkpoints: what `checkpoint.json` says of the tensors beside it."""
 
-from typing import Literal
-
 from pydantic import Field
 
-from opd_mcp.schemas.base import Schema, content_hash
+from opd_mcp.schemas.base import Record, Schema
 
 
 class LoopState(Schema):
@@ -21,10 +19,9 @@ class LoopState(Schema):
     recent: list[dict[str, float]] = Field(default_factory=list, description="metrics of the last steps")
 
 
-class CheckpointRecord(Schema):
-    """`checkpoint.json`; `self_sha256` is over all other fields, so that no flipped byte goes unseen."""
+class CheckpointRecord(Record):
+    """`checkpoint.json`."""
 
-    schema_version: Literal[1] = 1
     fingerprint: str = Field(description="hash of the settings and the parameters' shapes: whose checkpoint this is")
     state: LoopState
     journal_position: int = Field(description="the journal's records up to here were durable when this was written")
@@ -32,15 +29,3 @@ class CheckpointRecord(Schema):
     torch: str
     device: str
     files: dict[str, str] = Field(description="sha256 of each file")
-    self_sha256: str = ""
-
-    def sealed(self) -> "CheckpointRecord":
-        """The record with its own hash."""
-        return self.model_copy(update={"self_sha256": self._own_hash()})
-
-    def is_intact(self) -> bool:
-        """Whether the record is the one that was sealed."""
-        return self.self_sha256 == self._own_hash()
-
-    def _own_hash(self) -> str:
-        return content_hash({**self.to_dict(), "self_sha256": ""})

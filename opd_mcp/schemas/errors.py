@@ -16,7 +16,7 @@ OpdError
 ├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
-                                   worker_terminated · bad_number · bad_rows
+                                   worker_terminated · attempt_superseded · same_request_active · bad_number · bad_rows
 """
 
 from collections.abc import Iterable

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema, unchanged
 
 ArtifactKind = Literal["prompts", "responses", "model", "cache", "report"]
 
@@ -65,10 +65,10 @@ class Parent(Schema):
     artifact_id: str | None = None
 
 
-class Lineage(Schema):
+class Lineage(Record):
     """`lineage.json`: where an artifact's content comes from; it stays true when the directory is copied."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed
     kind: ArtifactKind
     stage: str
     recipe: dict[str, Any] = Field(description="the resolved section that made it, with runtime and prompting")

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
-from opd_mcp.schemas.cache import EngineGap, TeacherDelta
+from opd_mcp.schemas.cache import EngineGap, PromptHygiene, RolloutStatistics, TeacherDelta
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
@@ -57,8 +57,13 @@ class ConsistencyVerdict(Schema):
     teacher: ModelIdentity | None = None
     sft_teacher: TeacherClaim | None = None
     mismatch_allowed: bool = False
-    teacher_delta: TeacherDelta | None = Field(None, description="as measured when the cache was built")
+    teacher_delta: TeacherDelta | None = None
     engine_gap: EngineGap | None = None
+    measured_in: str | None = Field(
+        None,
+        description="the cache they and `rollouts` come from: the plan's own, else the newest of these models",
+    )
+    not_measured: str | None = Field(None, description="why teacher_delta or engine_gap is absent")
 
 
 class Plan(Schema):
@@ -72,6 +77,8 @@ class Plan(Schema):
     consistency: ConsistencyVerdict
     estimates: list[MethodEstimate] = Field(description="lightning and live side by side")
     sample: list[str] = Field(default_factory=list, description="the first prompts, shortened")
+    hygiene: PromptHygiene = PromptHygiene()
+    rollouts: RolloutStatistics | None = None
     blocking: list[Finding] = Field(default_factory=list)
     warnings: list[Finding] = Field(default_factory=list)
     next_action: str

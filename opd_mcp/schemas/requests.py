@@ -178,6 +178,12 @@ class CancelRun(Schema):
     run_id: RunId
 
 
+class ResumeRun(Schema):
+    """Arguments of `resume_run`."""
+
+    run_id: RunId
+
+
 class GetRunMetrics(Schema):
     """Arguments of `get_run_metrics`."""
 

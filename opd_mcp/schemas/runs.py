@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Recipe
 
@@ -77,10 +77,10 @@ class RunRequest(Schema):
     plan_id: str | None = None
 
 
-class RunRecord(Schema):
+class RunRecord(Record):
     """`run.json`: immutable."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed, with the memory that was expected
     run_id: str
     created_at: str
     request_hash: str

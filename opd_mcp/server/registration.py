@@ -21,6 +21,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import CallToolResult, TextContent, ToolAnnotations
 from pydantic import ConfigDict
 
+from opd_mcp.jobs.failures import disk_full, is_disk_full
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.server.answers import structured
@@ -83,6 +84,8 @@ def readable_errors(tool: str) -> Iterator[None]:
     except (ToolError, MCPError):
         raise
     except Exception as error:
+        if is_disk_full(error):
+            raise ToolError(str(disk_full(error))) from error
         logger.exception("Tool %s failed", tool)
         raise ToolError(
             f"[internal_error] {type(error).__name__} inside {tool}. "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.setup import SetupReport
-from opd_mcp.server.cache_texts import measured_lines
+from opd_mcp.server.cache_texts import measured_lines, prompts_text, rollouts_text
 from opd_mcp.server.results import compact, result_lines
 
 UNCHANGED_BYTES = 240
@@ -38,11 +38,23 @@ def plan_text(plan: Plan) -> str:
     lines.append(f"phases: {' → '.join(phases)}")
     basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
     lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
-    lines += measured_lines(plan.consistency.teacher_delta, plan.consistency.engine_gap)
+    lines += _plan_measures(plan)
     lines += [_estimate_line(estimate) for estimate in plan.estimates]
     lines += _finding_lines("BLOCKING", plan.blocking)
     lines += _finding_lines("warning", plan.warnings)
     return _text(lines, plan.next_action)
+
+
+def _plan_measures(plan: Plan) -> list[str]:
+    """What is known of the data before anything runs, with the cache that it was measured in."""
+    verdict = plan.consistency
+    lines = [f"prompts: {prompts_text(plan.hygiene)}"]
+    lines += measured_lines(verdict.teacher_delta, verdict.engine_gap)
+    if verdict.measured_in and plan.rollouts:
+        lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
+    if verdict.not_measured:
+        lines.append(f"not known: {verdict.not_measured}")
+    return lines
 
 
 def cancel_text(snapshot: RunSnapshot) -> str:
@@ -54,7 +66,7 @@ def snapshot_text(snapshot: RunSnapshot) -> str:
     """One line on the run, and what to do next."""
     line = _line(f"run_id: {snapshot.run_id}", snapshot.kind, snapshot.state, snapshot.phase, snapshot.progress)
     if snapshot.reused:
-        line += "; reused: this request already had a run"
+        line += "; reused: it was active already"
     lines = [line]
     if snapshot.cache_id:
         lines.append(f"cache_id: {snapshot.cache_id}")

@@ -6,18 +6,18 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.base import Schema
+from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.store.files import publish_directory, tree_bytes
+from opd_mcp.store.files import publish_directory, tree_bytes, tree_sha256
 from opd_mcp.store.ids import is_id
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
@@ -26,18 +26,21 @@ from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"
 LOCK_POLL_SECONDS = 0.2
+# Its readers check it, and make it again.
+DERIVED_FILES = frozenset({"flat.bin"})
 
 
-class ArtifactRecord(Schema):
-    """`artifact.json`; `bytes` are those of all other files."""
+class ArtifactRecord(Record):
+    """`artifact.json`; `bytes` and `files` are those of all other files."""
 
-    schema_version: Literal[1] = 1
+    upgrades = (unchanged,)  # 2: sealed, with the hashes of the files
     artifact_id: str
     kind: ArtifactKind
     key: str
     run_id: str | None = None
     created_at: str
     bytes: int
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of each other file")
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,15 @@ class ArtifactStore:
             os.close(descriptor)
 
     def publish(
-        self, kind: ArtifactKind, building: Path, artifact_id: str, key: str, run_id: str | None = None
+        self,
+        kind: ArtifactKind,
+        building: Path,
+        artifact_id: str,
+        key: str,
+        run_id: str | None = None,
+        require_right: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """Turn a finished building directory into an artifact, durably.
+        """Turn a finished building directory into an artifact, durably; `require_right` raises when it must not.
 
         When another process published the same id with the same key first, its directory is kept and this one is
         removed. Raises IntegrityError `artifact_exists` when that id belongs to something else.
@@ -109,6 +118,7 @@ class ArtifactStore:
         if not is_id(artifact_id):
             raise ValueError(f"not an id: {artifact_id!r}")
         final = self.workspace.artifacts_of(kind) / artifact_id
+        (building / ARTIFACT_FILE).unlink(missing_ok=True)  # of an earlier attempt that died just before its rename
         record = ArtifactRecord(
             artifact_id=artifact_id,
             kind=kind,
@@ -116,8 +126,10 @@ class ArtifactStore:
             run_id=run_id,
             created_at=utc_now(),
             bytes=tree_bytes(building),
-        )
+            files=tree_sha256(building),
+        ).sealed()
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
+        require_right()
         try:
             publish_directory(building, final)
         except FileExistsError:
@@ -136,6 +148,19 @@ class ArtifactStore:
     def find_by_key(self, kind: ArtifactKind, key: str) -> Artifact | None:
         """The oldest artifact of a kind that was made by exactly this; None when there is none on the disk."""
         return next(iter(self.list(kind, key=key)), None)
+
+    def find_made(self, kind: ArtifactKind, artifact_id: str, key: str) -> Artifact | None:
+        """The artifact that was made by exactly this, also one whose maker died before it stood in the index.
+
+        Raises IntegrityError `damaged_file` when its record cannot be read.
+        """
+        found = self.find_by_key(kind, key)
+        if found is None and (self.workspace.artifacts_of(kind) / artifact_id / ARTIFACT_FILE).is_file():
+            found = read_artifact(self.workspace.artifacts_of(kind) / artifact_id)
+            if found.record.key != key:
+                return None
+            self.index.add_artifact(artifact_row(found.record))
+        return found
 
     def find(self, artifact_id: str) -> Artifact | None:
         """The artifact of an id; None when there is none."""
@@ -160,15 +185,28 @@ class ArtifactStore:
         )
 
     def list(self, kind: ArtifactKind | None = None, *, key: str | None = None) -> list[Artifact]:
-        """Artifacts oldest first; rows whose directory is gone are forgotten on the way."""
+        """Artifacts oldest first; rows whose directory is gone are forgotten on the way.
+
+        One whose record is damaged is passed over, so that it does not hide the others; `damaged` names it.
+        """
         found = []
         for row in self.index.artifacts(kind=kind, key=key):
             path = self.workspace.artifacts_of(row.kind) / row.artifact_id
-            if (path / ARTIFACT_FILE).is_file():
-                found.append(read_artifact(path))
-            else:
+            if not (path / ARTIFACT_FILE).is_file():
                 self.index.remove_artifact(row.artifact_id)
+                continue
+            with suppress(IntegrityError):
+                found.append(read_artifact(path))
         return found
+
+    def damaged(self) -> Iterator[IntegrityError]:
+        """What is wrong with artifacts whose record or lineage cannot be read."""
+        for path in artifact_directories(self.workspace):
+            try:
+                read_artifact(path)
+                read_lineage(path)
+            except IntegrityError as problem:
+                yield problem
 
 
 def _locked(lock: Path) -> int | None:
@@ -192,10 +230,23 @@ def read_artifact(path: Path) -> Artifact:
     except ValidationError as error:
         raise IntegrityError(
             "damaged_file",
-            "artifact.json is not a record this version can read.",
+            f"artifact.json cannot be used ({first_problem(error)}).",
             value=file,
             fix="Remove this artifact's directory; a run that needs it makes it anew.",
         ) from error
+
+
+def require_intact(artifact: Artifact) -> None:
+    """Raise IntegrityError `damaged_file` naming the first file of an artifact that is not what was published."""
+    for name, sha256 in artifact.record.files.items():
+        file = artifact.path / name
+        if name not in DERIVED_FILES and not (file.is_file() and file_sha256(file) == sha256):
+            raise IntegrityError(
+                "damaged_file",
+                f"{name} of {artifact.artifact_id} is missing or not what was written.",
+                value=file,
+                fix="Restore the file from a copy; or move this directory away, and resume_run makes it anew.",
+            )
 
 
 def artifact_row(record: ArtifactRecord) -> IndexedArtifact:

@@ -3,16 +3,22 @@
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from opd_mcp.schemas.errors import IntegrityError
+from opd_mcp.schemas.errors import IntegrityError, ResourceError
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.runs import RunKind, RunRecord, RunState
+from opd_mcp.schemas.runs import FINAL_STATES, RunKind, RunRecord, RunState
+from opd_mcp.store.files import free_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: artifacts by time
+# Larger than this an index is not looked through at every start.
+CHECKED_BYTES = 64 << 20
+SMALL_BYTES = 1 << 20
+LATER_VERSION, EMPTY = "later", "empty"
 BUSY_SECONDS = 10.0
 SCHEMA = """
 CREATE TABLE runs (
@@ -26,6 +32,7 @@ CREATE TABLE artifacts (
     created_at TEXT NOT NULL, bytes INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX artifacts_by_key ON artifacts (kind, key);
+CREATE INDEX artifacts_by_time ON artifacts (created_at, artifact_id);
 """
 
 
@@ -93,14 +100,30 @@ class Index:
                 raise
             database.commit()
 
-    def is_missing(self) -> bool:
-        """Whether there is no index yet, so that one should be filled from the directories."""
-        return not self.path.exists()
+    def must_be_rebuilt(self) -> bool:
+        """Whether the index must be filled from the directories: there is none, an earlier version's, or a damaged one.
 
-    def set_final_state(self, run_id: str, state: RunState) -> None:
-        """Remember how a run ended."""
+        A damaged or earlier one is put aside as `opd.sqlite.damaged-…` or `….version-1-…` first. Raises IntegrityError
+        `damaged_file` for one of a later version.
+        """
+        if not self.path.exists():
+            return True
+        problem = self._problem()
+        if problem == EMPTY:
+            with self._turn():  # whoever makes it has its turn now
+                problem = self._problem()
+        if problem == LATER_VERSION:
+            raise self._unusable("it was written by a later version of this program")
+        if problem not in (None, EMPTY):
+            self._put_aside(problem)
+        return problem is not None
+
+    def set_final_state(self, run_id: str, look: Callable[[], RunState]) -> None:
+        """Remember how a run ended; `look` is asked inside of the transaction, so a run resumed by then is not shut."""
         with self.writing() as database:
-            database.execute("UPDATE runs SET final_state = ? WHERE run_id = ?", (state, run_id))
+            state = look()
+            if state in FINAL_STATES:
+                database.execute("UPDATE runs SET final_state = ? WHERE run_id = ?", (state, run_id))
 
     def runs(self, *, kind: RunKind | None = None) -> list[IndexedRun]:
         """Rows newest first."""
@@ -137,10 +160,45 @@ class Index:
         try:
             with closing(self._open()) as database:
                 yield database
+        except sqlite3.OperationalError as error:
+            if not self._disk_is_full(error):
+                raise
+            raise ResourceError(
+                "not_enough_disk",
+                f"The disk is full: nothing was written ({error}).",
+                value=self.path.parent,
+                fix="Free disk space (opd-mcp gc shows what nobody needs), then call again.",
+            ) from error
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of a busy or full disk, or of a mistake
                 raise
             raise self._unusable(str(error)) from error
+
+    def _problem(self) -> str | None:
+        try:
+            with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as database:
+                version = _version(database)
+                if version != SCHEMA_VERSION:
+                    known = EMPTY if version == 0 else f"version-{version}"
+                    return LATER_VERSION if version > SCHEMA_VERSION else known
+                if self.path.stat().st_size > CHECKED_BYTES:
+                    return None
+                [answer] = database.execute("PRAGMA quick_check(1)").fetchone()
+                return None if answer == "ok" else "damaged"
+        except sqlite3.OperationalError:
+            raise  # busy, or the disk: no sign of damage
+        except sqlite3.DatabaseError:
+            return "damaged"
+
+    def _put_aside(self, why: str) -> None:
+        with self._turn():
+            if not self.path.exists() or self._problem() is None:
+                return  # another process was faster
+            mark = f".{why}-{time.strftime('%Y%m%d-%H%M%S')}"
+            for suffix in ("", "-wal", "-shm"):
+                file = self.path.with_name(self.path.name + suffix)
+                if file.exists():
+                    os.rename(file, file.with_name(file.name + mark))
 
     def _open(self) -> sqlite3.Connection:
         database = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
@@ -154,10 +212,7 @@ class Index:
         return database
 
     def _create(self, database: sqlite3.Connection) -> None:
-        # Turning on WAL ignores the busy timeout, so that processes that start together take turns here.
-        turn = os.open(self.path.with_name(self.path.name + ".create"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+        with self._turn():
             if _version(database) == SCHEMA_VERSION:
                 return
             if _version(database) != 0:
@@ -165,15 +220,28 @@ class Index:
             os.chmod(self.path, 0o600)
             database.execute("PRAGMA journal_mode = WAL")
             database.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One process of all at a time: turning on WAL ignores the busy timeout, and so does renaming."""
+        turn = os.open(self.path.with_name(self.path.name + ".create"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            yield
         finally:
             os.close(turn)
+
+    def _disk_is_full(self, error: sqlite3.OperationalError) -> bool:
+        # SQLite tells of a shared-memory file that cannot grow as of any other failure of the disk.
+        told = error.sqlite_errorname
+        return told == "SQLITE_FULL" or (told.startswith("SQLITE_IOERR") and free_bytes(self.path) < SMALL_BYTES)
 
     def _unusable(self, why: str) -> IntegrityError:
         return IntegrityError(
             "damaged_file",
             f"The index cannot be used ({why}).",
             value=self.path,
-            fix=f"Stop the servers, delete {self.path.name}* and start again: it is rebuilt from the run directories.",
+            fix="Run opd-mcp doctor --repair: it is rebuilt from the run directories.",
         )
 
 

@@ -10,20 +10,24 @@ Types and their data:
   result    whatever `RunStatus.result` shows
   error     the fields of `Failure`
 A last line that is torn (a crash while writing) never happened. Anything else that does not fit is damage.
+An attempt begins with its first line, written by whoever took the run's lock; see `states`.
 """
 
 import json
 import math
 import os
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from opd_mcp.schemas.errors import IntegrityError
+from opd_mcp.schemas.errors import IntegrityError, RunError
+from opd_mcp.schemas.runs import RunState
+from opd_mcp.store.states import require_transition
 
 RecordType = Literal["state", "phase", "progress", "metric", "alert", "result", "error"]
 RECORD_TYPES = frozenset(get_args(RecordType))
@@ -140,35 +144,91 @@ def read_journal(path: Path) -> list[JournalRecord]:
 
 
 class JournalWriter:
-    """Appends to a journal; only the process that holds the run's lock may have one.
+    """Appends to a journal; only the process that holds the run's lock may have one. Its threads may share it.
 
-    Opening cuts off a torn last line, so that what is written next is not taken for damage.
+    Opening cuts off a torn last line, so that what is written next is not taken for damage. `holds_lock` says whether
+    the run's lock is still this writer's; every call asks it, and looks whether a newer attempt has begun.
     """
 
-    def __init__(self, path: Path, attempt: int) -> None:
+    def __init__(self, path: Path, attempt: int, holds_lock: Callable[[], bool] = lambda: True) -> None:
         reader = JournalReader(path)
-        reader.new_records()
+        states = [record for record in reader.new_records() if record.type == "state" and record.attempt == attempt]
+        self.path = path
         self.attempt = attempt
+        self._holds_lock = holds_lock
+        self._state: RunState | None = states[-1].data["state"] if states else None
+        self._mutex = threading.RLock()
         self._next_seq = reader.next_seq
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         if os.fstat(self._descriptor).st_size > reader.offset:
             os.ftruncate(self._descriptor, reader.offset)
+        self._size = os.fstat(self._descriptor).st_size
+        self._newest = max(reader.attempt, attempt)
 
     def append(self, type: RecordType, data: Mapping[str, Any], *, durable: bool = True) -> JournalRecord:
-        """Write one record; when `durable` it is on the disk before this returns."""
-        record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, dict(data))
-        line = encode_record(record)
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        self._next_seq += 1
-        if durable:
-            os.fsync(self._descriptor)
-        return record
+        """Write one record; when `durable` it is on the disk before this returns.
+
+        Raises RunError `attempt_superseded`, and ValueError for a state that cannot follow this attempt's last one.
+        """
+        with self._mutex:
+            self.require_right()
+            if type == "state" and self._state is not None:
+                require_transition(self._state, data["state"])
+            record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, dict(data))
+            self._write(encode_record(record), durable=durable)
+            self._next_seq += 1
+            if type == "state":
+                self._state = data["state"]
+            return record
+
+    def _write(self, line: bytes, *, durable: bool) -> None:
+        """Write a whole line or, on a full or failing disk, none of it."""
+        before = self._size
+        try:
+            while line:
+                written = os.write(self._descriptor, line)
+                line, self._size = line[written:], self._size + written
+            if durable:
+                os.fsync(self._descriptor)
+        except OSError:
+            if os.fstat(self._descriptor).st_size == self._size:  # else a newer attempt has written behind it
+                os.ftruncate(self._descriptor, before)
+                self._size = before
+            raise
 
     def sync(self) -> int:
-        """The number of the last record, once all up to it are on the disk."""
-        os.fsync(self._descriptor)
-        return self._next_seq - 1
+        """The number of the last record, once all up to it are on the disk; raises RunError `attempt_superseded`."""
+        with self._mutex:
+            self.require_right()
+            os.fsync(self._descriptor)
+            return self._next_seq - 1
+
+    def require_right(self) -> None:
+        """Raise RunError `attempt_superseded` unless this attempt may still write: journal, checkpoints, artifacts.
+
+        It costs two looks at file names. Between this and the write that follows, the process may sleep for hours;
+        readers drop that one late line, since it stands behind the newer attempt's first one.
+        """
+        with self._mutex:
+            if not self._holds_lock() or self._superseded():
+                raise RunError(
+                    "attempt_superseded",
+                    f"Attempt {self.attempt} of this run has lost the right to write.",
+                    value=self.path.parent.name,
+                    fix="Follow the run with get_run_status: a newer attempt works on it, or resume_run begins one.",
+                )
+
+    def _superseded(self) -> bool:
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        if not os.path.samestat(status, os.fstat(self._descriptor)):
+            return True
+        if status.st_size != self._size:  # somebody else wrote, which only a newer attempt may
+            self._size = status.st_size
+            self._newest = next_attempt(self.path) - 1
+        return self._newest > self.attempt
 
     def close(self) -> None:
         """Close the file; the writer cannot be used any more."""

@@ -1,22 +1,31 @@
 """Plans, one file each, so that a `plan_id` means the same plan in every process."""
 
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.errors import UnknownIdError, nearest
+from opd_mcp.schemas.base import Schema, first_problem
+from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.plans import Plan
+from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.store.ids import is_id
 from opd_mcp.store.workspace import Workspace
 
+Content = TypeVar("Content", bound=Schema)
 
-def save_plan(workspace: Workspace, plan: Plan) -> None:
-    """Keep a plan under its id; the same plan again is the same file."""
-    write_atomic(workspace.plans / f"{plan.plan_id}.json", plan.to_json(indent=2) + "\n")
+
+def save_plan(workspace: Workspace, plan: Plan, arguments: PlanDistillation) -> None:
+    """Keep a plan and what it was made from under its id; the same plan again is the same files."""
+    write_atomic(_arguments_file(workspace, plan.plan_id), arguments.to_json(indent=2) + "\n")
+    write_atomic(_plan_file(workspace, plan.plan_id), plan.to_json(indent=2) + "\n")
 
 
 def read_plan(workspace: Workspace, plan_id: str) -> Plan:
-    """The plan of an id; raises UnknownIdError `unknown_plan` with the nearest ids."""
-    file = workspace.plans / f"{plan_id}.json"
-    if is_id(plan_id) and file.is_file():
-        return Plan.from_json(file.read_bytes())
+    """The plan of an id; raises UnknownIdError `unknown_plan` with the nearest ids, IntegrityError `damaged_file`."""
+    if is_id(plan_id) and _plan_file(workspace, plan_id).is_file():
+        return _read(Plan, _plan_file(workspace, plan_id))
     raise UnknownIdError(
         "unknown_plan",
         "There is no such plan in this workspace.",
@@ -24,3 +33,29 @@ def read_plan(workspace: Workspace, plan_id: str) -> Plan:
         nearest=nearest(plan_id, [path.stem for path in workspace.plans.glob("*.json")]),
         fix="Call plan_distillation and use the plan_id of its answer.",
     )
+
+
+def read_arguments(workspace: Workspace, plan: Plan) -> PlanDistillation:
+    """What a saved plan was made from; raises IntegrityError `damaged_file`."""
+    return _read(PlanDistillation, _arguments_file(workspace, plan.plan_id))
+
+
+def _plan_file(workspace: Workspace, plan_id: str) -> Path:
+    return workspace.plans / f"{plan_id}.json"
+
+
+def _arguments_file(workspace: Workspace, plan_id: str) -> Path:
+    return workspace.plans / f"{plan_id}.arguments"
+
+
+def _read(kind: type[Content], file: Path) -> Content:
+    try:
+        return kind.from_json(file.read_bytes())
+    except (ValidationError, OSError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error.strerror
+        raise IntegrityError(
+            "damaged_file",
+            f"The plan cannot be used ({why}).",
+            value=file,
+            fix="Call plan_distillation again with the same arguments.",
+        ) from error

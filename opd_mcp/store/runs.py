@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import fsync_directory, write_atomic
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.ids import is_id
@@ -23,6 +25,8 @@ LOCK_FILE = "lock"
 CANCEL_FILE = "cancel"
 LOG_FILE = "worker.log"
 CHECKPOINTS = "checkpoints"
+RESERVE_FILE = "reserve"
+RESERVE_BYTES = 64 << 10
 # Whoever looks whether a run is alive holds a shared lock for microseconds; an acquirer outwaits them.
 ACQUIRE_SECONDS = 1.0
 
@@ -31,11 +35,30 @@ def create_run(workspace: Workspace, record: RunRecord) -> Path:
     """Make a run's directory with its record, durably; FileExistsError when the id is taken."""
     directory = workspace.run(record.run_id)
     directory.mkdir(mode=0o700)
-    (directory / CHECKPOINTS).mkdir(mode=0o700)
-    (directory / LOCK_FILE).touch(mode=0o600)
-    write_atomic(directory / RECORD_FILE, record.to_json(indent=2) + "\n")
-    fsync_directory(workspace.runs)
+    try:
+        (directory / CHECKPOINTS).mkdir(mode=0o700)
+        (directory / LOCK_FILE).touch(mode=0o600)
+        write_atomic(directory / RECORD_FILE, record.sealed().to_json(indent=2) + "\n")
+        fsync_directory(workspace.runs)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
     return directory
+
+
+def set_reserve(directory: Path) -> None:
+    """Set bytes aside, so that a run which a full disk ends can still say so; raises OSError where there is no room."""
+    descriptor = os.open(directory / RESERVE_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, os.urandom(RESERVE_BYTES))  # random: no file system stores it in less
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def use_reserve(directory: Path) -> None:
+    """Give the bytes that were set aside back to the disk."""
+    (directory / RESERVE_FILE).unlink(missing_ok=True)
 
 
 def read_record(directory: Path) -> RunRecord:
@@ -44,9 +67,10 @@ def read_record(directory: Path) -> RunRecord:
     try:
         return RunRecord.from_json(file.read_bytes())
     except (ValidationError, OSError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error.strerror
         raise IntegrityError(
             "damaged_file",
-            "run.json is missing or not a record this version can read.",
+            f"run.json cannot be used ({why}).",
             value=file,
             fix="Start the run again; its artifacts are still found and reused.",
         ) from error
@@ -73,6 +97,11 @@ def run_ids(workspace: Workspace) -> list[str]:
 def request_cancel(directory: Path) -> None:
     """Ask a run to stop at its next step; asking twice is asking once."""
     write_atomic(directory / CANCEL_FILE, "")
+
+
+def withdraw_cancel(directory: Path) -> None:
+    """Take back what was asked of the attempt before."""
+    (directory / CANCEL_FILE).unlink(missing_ok=True)
 
 
 def cancel_requested(directory: Path) -> bool:
@@ -110,7 +139,11 @@ class RunLock:
         while True:
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(directory, descriptor)
+                lock = cls(directory, descriptor)
+                if lock.holds():
+                    return lock
+                os.close(descriptor)  # the file was replaced in between
+                return cls.acquire(directory)
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise RunError(
@@ -128,17 +161,24 @@ class RunLock:
         Raises RunError `run_locked` when the descriptor is not this run's lock, or does not hold it.
         """
         os.set_inheritable(descriptor, False)
-        same = os.path.samestat(os.fstat(descriptor), os.stat(directory / LOCK_FILE))
+        lock = cls(directory, descriptor)
         with suppress(BlockingIOError):
-            if same:
+            if lock.holds():
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return cls(directory, descriptor)
+                return lock
         raise RunError(
             "run_locked",
             "The descriptor that was handed over is not this run's lock.",
             value=directory.name,
             fix="Start the run again.",
         )
+
+    def holds(self) -> bool:
+        """Whether the descriptor is still that of the run's lock file; a replaced file is another lock."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.directory / LOCK_FILE))
+        except OSError:  # the file is gone, or the descriptor is closed
+            return False
 
     def release(self) -> None:
         """Close the descriptor; the lock is free once no other process has it."""

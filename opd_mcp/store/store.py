@@ -1,27 +1,42 @@
 """The whole memory in one object: workspace, index and artifacts, with starting once, listing and rebuilding."""
 
 import shutil
+import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from opd_mcp.schemas.errors import ArgumentError, IntegrityError
+from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
+from opd_mcp.store.attempts import begin_attempt
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
-from opd_mcp.store.runs import RECORD_FILE, RunLock, create_run, read_record, run_directory, run_ids
+from opd_mcp.store.journal import read_journal
+from opd_mcp.store.runs import (
+    JOURNAL_FILE,
+    RECORD_FILE,
+    RunLock,
+    create_run,
+    read_record,
+    run_directory,
+    run_ids,
+    withdraw_cancel,
+)
+from opd_mcp.store.states import require_resumable, state_of
 from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class StartedRun:
-    """What a start found: `lock` is set when the run is new, and then belongs to the caller."""
+    """What a start or a resume found: `lock` is set for a new attempt, and then belongs to the caller."""
 
     run_id: str
     lock: RunLock | None
+    attempt: int = 1
 
     @property
     def reused(self) -> bool:
-        """Whether an active run of the same request already does this."""
+        """Whether an active run already does this."""
         return self.lock is None
 
 
@@ -32,7 +47,7 @@ class Store:
         self.workspace = workspace
         self.index = Index(workspace.index)
         self.artifacts = ArtifactStore(workspace, self.index)
-        if self.index.is_missing() and (run_ids(workspace) or artifact_directories(workspace)):
+        if self.index.must_be_rebuilt() and (run_ids(workspace) or artifact_directories(workspace)):
             self.rebuild()
 
     def start_once(self, record: RunRecord) -> StartedRun:
@@ -43,14 +58,11 @@ class Store:
         lock: RunLock | None = None
         try:
             with self.index.writing() as database:
-                rows = database.execute(
-                    "SELECT run_id FROM runs WHERE request_hash = ? AND final_state IS NULL ORDER BY created_at",
-                    (record.request_hash,),
-                ).fetchall()
-                for (run_id,) in rows:
-                    if self._exists(run_id) and self.view(run_id).state in ACTIVE_STATES:
-                        return StartedRun(run_id, None)
+                active = self._active_run(database, record.request_hash)
+                if active is not None:
+                    return StartedRun(active, None)
                 lock = RunLock.acquire(create_run(self.workspace, record))
+                begin_attempt(lock)
                 insert_run(database, indexed_run(record))
         except BaseException:
             if lock is not None:
@@ -58,6 +70,43 @@ class Store:
                 shutil.rmtree(lock.directory)
             raise
         return StartedRun(record.run_id, lock)
+
+    def resume(self, run_id: str) -> StartedRun:
+        """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
+
+        Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
+        `same_request_active` while another run does the same, `run_locked` when its last attempt does not end.
+        """
+        view = self.view(run_id)
+        if view.state in ACTIVE_STATES:
+            return StartedRun(run_id, None)
+        require_resumable(view.state, run_id)
+        record = self.record(run_id)
+        try:
+            lock = RunLock.acquire(view.directory)
+        except RunError:
+            if view.refresh().state in ACTIVE_STATES:  # somebody else resumed it meanwhile
+                return StartedRun(run_id, None)
+            raise
+        try:
+            with self.index.writing() as database:
+                # Only now nobody else can end or resume it.
+                require_resumable(state_of(view.refresh().written, alive=False), run_id)
+                other = self._active_run(database, record.request_hash, besides=run_id)
+                if other is not None:
+                    raise RunError(
+                        "same_request_active",
+                        "Another run of the same request is active.",
+                        value=run_id,
+                        fix=f"Follow that one with get_run_status(run_id='{other}').",
+                    )
+                withdraw_cancel(view.directory)
+                attempt = begin_attempt(lock)
+                insert_run(database, indexed_run(record))
+        except BaseException:
+            lock.release()
+            raise
+        return StartedRun(run_id, lock, attempt)
 
     def view(self, run_id: str) -> RunView:
         """The present state of a run; raises UnknownIdError `unknown_run`."""
@@ -120,15 +169,35 @@ class Store:
                     problems.append(problem)
         return problems
 
+    def damaged(self) -> Iterator[IntegrityError]:
+        """What is wrong with runs and artifacts whose own files cannot be read."""
+        for directory in sorted(path for path in self.workspace.runs.iterdir() if path.is_dir()):
+            try:
+                read_record(directory)
+                read_journal(directory / JOURNAL_FILE)
+            except IntegrityError as problem:
+                yield problem
+        yield from self.artifacts.damaged()
+
     def _exists(self, run_id: str) -> bool:
         return (self.workspace.run(run_id) / RECORD_FILE).is_file()
+
+    def _active_run(self, database: sqlite3.Connection, request_hash: str, besides: str = "") -> str | None:
+        rows = database.execute(
+            "SELECT run_id FROM runs WHERE request_hash = ? AND run_id <> ? AND final_state IS NULL"
+            " ORDER BY created_at",
+            (request_hash, besides),
+        ).fetchall()
+        active = (id for (id,) in rows if self._exists(id) and self.view(id).state in ACTIVE_STATES)
+        return next(active, None)
 
     def _row(self, row: IndexedRun) -> RunRow:
         state = row.final_state
         if state is None:
-            state = RunView(self.workspace.run(row.run_id)).refresh().state
+            view = RunView(self.workspace.run(row.run_id)).refresh()
+            state = view.state
             if state in FINAL_STATES:
-                self.index.set_final_state(row.run_id, state)
+                self.index.set_final_state(row.run_id, lambda: view.refresh().state)
         return RunRow(
             run_id=row.run_id,
             kind=row.kind,

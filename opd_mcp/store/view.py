@@ -11,6 +11,7 @@ from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.runs import FINAL_STATES, Alert, Failure, MetricTrend, PhaseName, Progress, RunState
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.runs import JOURNAL_FILE, is_alive
+from opd_mcp.store.states import state_of
 
 TREND_POINTS = 20
 RATE_POINTS = 20
@@ -38,12 +39,13 @@ class RunView:
     finished_at: str | None = None
     updated_at: str | None = None
     attempt: int = 0
+    written: RunState = "queued"
+    """The state that the journal ends with."""
     step: int | None = None
     records: int = 0
 
     def __post_init__(self) -> None:
         self._reader = JournalReader(self.directory / JOURNAL_FILE)
-        self._journal_state: RunState = "queued"
         self._points: dict[str, deque[tuple[int, float | None]]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
         self._measured_phase: PhaseName | None = None
         self._pace: deque[tuple[float, int]] = deque(maxlen=RATE_POINTS)
@@ -56,8 +58,7 @@ class RunView:
             self._fold(record)
         if self._reader.damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
             self._alert(self.updated_at or "", "damaged_journal", self._reader.damage.message)
-        ended = self._journal_state in FINAL_STATES
-        self.state = self._journal_state if ended or alive else "lost"
+        self.state = state_of(self.written, alive)
         return self
 
     @property
@@ -74,6 +75,7 @@ class RunView:
         self.updated_at = record.time
         if record.attempt > self.attempt:
             self.attempt, self.error, self.finished_at = record.attempt, None, None
+            self.phase = self.progress = None
         data = record.data
         match record.type:
             case "state":
@@ -98,7 +100,7 @@ class RunView:
                 self.error = Failure.model_validate(data)
 
     def _fold_state(self, time: str, state: RunState) -> None:
-        self._journal_state = state
+        self.written = state
         if state == "running" and self.started_at is None:
             self.started_at = time
         if state in FINAL_STATES:

@@ -45,13 +45,18 @@ def world_with_key(world, monkeypatch):
     return world
 
 
-async def finished(client, answer, run_id):
+async def ended(client, answer, run_id):
     for _ in range(30):
         status = await answer(client, "get_run_status", run_id=run_id, wait_seconds=25)
         if status["state"] in FINAL:
-            assert status["state"] == "succeeded", status
-            return status["result"]
+            return status
     raise AssertionError("the run did not end")
+
+
+async def finished(client, answer, run_id):
+    status = await ended(client, answer, run_id)
+    assert status["state"] == "succeeded", status
+    return status["result"]
 
 
 async def test_a_cache_is_built_over_http_then_distilled_and_benchmarked(
@@ -86,10 +91,22 @@ async def test_a_cache_is_built_over_http_then_distilled_and_benchmarked(
             **common,
         )
         result = await finished(client, answer, distilled["run_id"])
+        failed = await answer(
+            client,
+            "build_teacher_cache",
+            teacher="teacher",
+            teacher_url=f"{teacher_url}/nowhere",
+            student=student,
+            prompts=str(world.data / "prompts.jsonl"),
+            declared_teacher="teacher",
+            **common,
+        )
+        refused = await ended(client, answer, failed["run_id"])
         mismatch = await client.call_tool(
             "start_distillation",
             {"student": student, "cache_id": started["cache_id"], "declared_teacher": "another", **common},
         )
+    assert (refused["state"], refused["error"]["code"]) == ("failed", "teacher_refused")
     assert mismatch.is_error
     assert "[teacher_mismatch]" in mismatch.content[0].text
     assert set(result["scores"]) == {"distilled", "sft"}
@@ -100,10 +117,12 @@ async def test_a_cache_is_built_over_http_then_distilled_and_benchmarked(
     assert len(shown["sample"]) == 2
     assert len(json.dumps(shown)) < 12_000
     teacher = str(EXAMPLES / "teacher")
-    assert not [
-        path for path in world.workspace.rglob("*.json*") if teacher in path.read_text() or KEY in path.read_text()
-    ]
-    command = [sys.executable, "-m", "opd_mcp.cli", "cache", "verify", str(cache), "--teacher", teacher]
-    proven = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert not [path for path in world.workspace.rglob("*.json*") if teacher in path.read_text()]
+    everything = [path for path in world.workspace.rglob("*") if path.is_file()]
+    assert {"worker.log", "journal.jsonl", "run.json", "manifest.json", "opd.sqlite"} <= {p.name for p in everything}
+    assert not [path for path in everything if KEY.encode() in path.read_bytes()]
+    command = [sys.executable, "-m", "opd_mcp.cli", "cache", "verify", started["cache_id"], "--teacher", teacher]
+    environment = world.environment()
+    proven = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert proven.returncode == 0, proven.stdout + proven.stderr
     assert "nothing is wrong" in proven.stdout

@@ -293,6 +293,19 @@ def test_a_tampered_shard_stops_training_before_it_starts(made: Made, tmp_path: 
         made.distill("tampered", cache=cache)
 
 
+def test_a_flipped_byte_beside_weights_and_shards_is_seen(made: Made, tmp_path: Path) -> None:
+    student, cache = shutil.copytree(made.sft, tmp_path / "student"), shutil.copytree(made.cache, tmp_path / "cache")
+    for file, changes in (
+        (student / "config.json", {"student": student}),
+        (cache / "tokenizer" / "chat_template.jinja", {"cache": cache}),
+    ):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(IntegrityError, match=file.name):
+            made.distill("never", **changes)
+
+
 def test_a_changed_student_is_not_what_its_lineage_says(made: Made, tmp_path: Path) -> None:
     student = Path(shutil.copytree(made.sft, tmp_path / "student"))
     shutil.copyfile(made.distill("changed") / "model.safetensors", student / "model.safetensors")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from opd_mcp.identity.consistency import consistency, proven_claim
 from opd_mcp.identity.models import ModelCache, full_weights_hash, identity_hash, inspect_model, weights_hash
 from opd_mcp.schemas.errors import IntegrityError, PathError
 
@@ -96,6 +97,22 @@ def test_template_tokenizer_and_eos_have_their_own_hashes(make_model):
 
 def test_a_hub_snapshot_is_named_by_its_hub_id(make_model):
     assert inspect_model(make_model("models--Qwen--Qwen3-0.6B/snapshots/0a1b")).identity.name == "Qwen/Qwen3-0.6B"
+
+
+def test_a_hub_repository_with_its_links_and_a_local_copy_are_one_identity(make_model, tmp_path):
+    local = make_model("my-teacher")
+    hub = tmp_path / "hub" / "models--Qwen--Qwen3-0.6B"
+    snapshot = hub / "snapshots" / "0a1b2c"
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for number, file in enumerate(sorted(local.iterdir())):
+        shutil.copy(file, hub / "blobs" / f"blob{number}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"blob{number}"))
+    ours, theirs = inspect_model(local).identity, inspect_model(snapshot).identity
+    assert (ours.name, theirs.name) == ("my-teacher", "Qwen/Qwen3-0.6B")
+    assert identity_hash(ours) == identity_hash(theirs)
+    assert consistency(ours, proven_claim(theirs), allowed=False).status == "consistent"
+    assert full_weights_hash(local) == full_weights_hash(snapshot)
 
 
 def test_the_cache_forgets_a_model_whose_files_change(make_model):

@@ -1,7 +1,8 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail, a file `die-once` beside the building directory kills the worker in `score`.
+rate of 666 makes `sft` fail, one of 28 fills the disk; a file `die-once` beside the building directory kills the worker
+in `score`.
 """
 
 import json
@@ -17,7 +18,7 @@ from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import CacheManifest, EngineGap, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.identity import Lineage
+from opd_mcp.schemas.identity import Lineage, Parent
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TrainingSummary
 
 STEP_SECONDS = 0.01
@@ -36,6 +37,8 @@ def generate_responses(recipe, *, teacher, prompts, output, context):
 def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokenizer=None):
     if recipe.optimizer.learning_rate == 666:
         raise ZeroDivisionError("the learning rate of the beast")
+    if recipe.optimizer.learning_rate == 28:
+        raise OSError(28, "No space left on device", str(output))
     steps(context, recipe.steps)
     lineage = read_lineage(responses) if responses.is_dir() else None
     return trained(student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or sft_teacher)
@@ -83,7 +86,7 @@ def score(
             mean_response_tokens=1.0,
             truncated_fraction=0.5,
             eos_fraction=1.0,
-            empty_responses=0,
+            empty_responses=2,
             duplicate_rows=0,
         ),
         scores=ScoreStatistics(
@@ -92,6 +95,9 @@ def score(
         engine_gap=EngineGap(tokens=10, mean=0.0001, largest=0.001),
     )
     (output / "manifest.json").write_text(manifest.to_json())
+    parents = [Parent(role="teacher", identity=identity), Parent(role="student", identity=behaviour)]
+    files = data_hashes(output, ["manifest.json"])
+    write_lineage(output, Lineage(kind="cache", stage="score", recipe={}, parents=parents, files=files))
     return cost("score", 10)
 
 

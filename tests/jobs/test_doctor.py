@@ -31,4 +31,4 @@ def test_a_damaged_index_says_what_to_do(service):
     service.workspace.index.write_bytes(b"no database at all" * 100)
     check = found(service)["index"]
     assert not check.well
-    assert "delete" in check.fix
+    assert "--repair" in check.fix

@@ -6,6 +6,7 @@ import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, PathError, PlanError, ResourceError
 from opd_mcp.schemas.requests import StartDistillation
+from opd_mcp.server.texts import plan_text
 
 NEEDS_SFT = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
 HAS_SFT = ["rollout", "score", "distill", "benchmark"]
@@ -229,16 +230,16 @@ def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
     evaluation.write_text('{"prompt": "1+1=?", "answer": "2"}\n{"prompt": " 2 + 2 = ? ", "answer": "4"}\n')
     overrides = {"prompting.max_prompt_tokens": 100}
     arguments = world.plan_arguments(prompts=str(prompts), eval_prompts=str(evaluation), overrides=overrides)
-    found = {warning.code: warning.message for warning in service.plan(arguments).warnings}
+    plan = service.plan(arguments)
+    assert plan.hygiene.to_dict() == {
+        "prompts": 4,
+        "over_long_prompts": 1,
+        "duplicate_prompts": 1,
+        "eval_overlap_exact": 2,  # both copies of 1+1=?
+        "eval_overlap_normalised": 3,
+    }
+    assert "prompts: 4, over-long 1, duplicates 1, in the evaluation set 2 exactly, 3 normalised" in plan_text(plan)
+    found = {warning.code: warning.message for warning in plan.warnings}
     assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]
     assert "1 of 4 prompts are over 100 tokens" in found["over_long_prompts"]
     assert "2 of 2 eval prompts are also training prompts (1 to the letter" in found["eval_overlap"]
-
-
-def test_the_plan_shows_what_an_existing_cache_measured(service, world, finished):
-    arguments = world.plan_arguments()
-    assert service.plan(arguments).consistency.engine_gap is None
-    run = service.start_distillation(StartDistillation(**arguments.model_dump()))
-    assert finished(service, run.run_id).state == "succeeded"
-    assert service.plan(arguments).consistency.engine_gap.largest == 0.001
-    assert "rollouts_truncated" in [warning.code for warning in service.plan(arguments).warnings]

@@ -1,5 +1,6 @@
 """Runs as real processes: they own themselves, queue, stop when asked, and leave no lie behind when they die."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opd_mcp.schemas.errors import RunError, UnknownIdError
+from opd_mcp.jobs.pipeline import require_disk
+from opd_mcp.schemas.errors import ResourceError, RunError, UnknownIdError
 from opd_mcp.schemas.requests import BuildTeacherCache, GenerateTeacherResponses, StartSft
 from opd_mcp.store.journal import read_journal
 
@@ -54,6 +56,14 @@ def test_the_same_request_again_is_a_new_run_that_reuses_every_phase(world, serv
     assert second.state == "succeeded", second
     assert second.result["artifacts"] == first.result["artifacts"]
     assert all(cost["reused"] for cost in second.result["costs"])
+
+
+def test_a_damaged_result_is_not_reused(world, service, finished):
+    first = finished(service, service.start_distillation(world.start_arguments()).run_id)
+    (Path(first.result["paths"]["report"]) / "report.json").write_text("{}")
+    second = finished(service, service.start_distillation(world.start_arguments()).run_id)
+    assert (second.state, second.error.code) == ("failed", "damaged_file")
+    assert "report.json" in second.error.cause
 
 
 def test_the_steps_one_by_one_make_what_one_run_made(world, service, finished):
@@ -166,7 +176,7 @@ def test_a_killed_worker_is_lost_and_frees_its_slot_and_request(world, service, 
     worker_of(run.run_id).kill()
     status = finished(service, run.run_id)
     assert (status.state, status.error.code) == ("lost", "worker_lost")
-    assert "reused" in status.next_action
+    assert status.next_action == f"Call resume_run(run_id='{run.run_id}')"
     assert not leases.busy(leases.cpu_slot_names())
     assert [row.state for row in service.list_runs(state="lost").rows] == ["lost"]
     again = service.start_distillation(arguments)
@@ -186,7 +196,7 @@ def test_a_crash_in_a_stage_is_a_failed_run_with_the_end_of_its_log(world, servi
     assert "the learning rate of the beast" in status.error.cause
     assert any("ZeroDivisionError" in line for line in status.error.log_tail)
     assert len(status.error.log_tail) <= 15
-    assert status.next_action == status.error.fix
+    assert status.next_action == f"Call resume_run(run_id='{run.run_id}')"
     assert not list((world.root / "home" / "artifacts").glob("*/.building-*"))
 
 
@@ -248,3 +258,29 @@ def test_what_a_killed_worker_built_is_taken_up_by_the_next_run(world, service, 
     assert (made / "taken_up").exists(), "the second run found the first one's rollouts"
     assert (made / "shard-00000.parquet").exists(), "and its scores"
     assert not list(caches.glob(".building-*"))
+
+
+def test_sigterm_ends_a_queued_run_that_can_go_on(world, service, busy_machine, until, finished):
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    until(service, run_id, lambda status: status.queue_position == 1)
+    worker_of(run_id).terminate()
+    status = finished(service, run_id)
+    assert (status.state, status.error.code) == ("failed", "worker_terminated")
+
+
+def test_a_full_disk_ends_a_run_with_the_amounts_and_a_way_on(world, service, finished):
+    overrides = {"sft.optimizer.learning_rate": 28}
+    run_id = service.start_distillation(world.start_arguments(overrides=overrides)).run_id
+    status = finished(service, run_id)
+    assert (status.state, status.error.code) == ("failed", "not_enough_disk")
+    assert re.search(r"this phase needs about \d\.\d\d GiB in all, \d+\.\d\d GiB are free", status.error.cause)
+    assert status.next_action == f"Call resume_run(run_id='{run_id}')"
+    assert service.resume(run_id).state == "queued"
+    assert finished(service, run_id).error.code == "not_enough_disk"
+    assert service.store.view(run_id).attempt == 2
+
+
+def test_a_phase_larger_than_the_disk_is_not_begun(tmp_path):
+    with pytest.raises(ResourceError, match=r"not_enough_disk.*sft writes up to 1048576\.00 GiB"):
+        require_disk(tmp_path, 1 << 50, "sft")
+    require_disk(tmp_path, 1, "sft")

@@ -233,6 +233,9 @@ class ScriptedService:
     def cancel(self, run_id: str) -> RunSnapshot:
         return self._snapshot("cancel", "distill", run_id)
 
+    def resume(self, run_id: str) -> RunSnapshot:
+        return self._snapshot("resume", "distill", run_id)
+
 
 @pytest.fixture
 def service() -> ScriptedService:

@@ -120,6 +120,9 @@ async def session(folder: Path) -> dict[str, Any]:
             for row in answer["rows"]:
                 while (await call("get_run_status", {"run_id": row["run_id"]}))["state"] == "queued":
                     await anyio.sleep(0.1)
+        row = answer["rows"][0]
+        assert (await call("resume_run", {"run_id": row["run_id"]}))["state"] == "queued"
+        await call("cancel_run", {"run_id": row["run_id"]})
     return {"called": sorted(set(called)), "listed": sorted(listed), "modules": sorted(sys.modules)}
 
 

@@ -21,6 +21,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "get_run_status": ("status", {}),
     "list_runs": ("list_runs", {"state": "running", "limit": 5}),
     "cancel_run": ("cancel", {"run_id": "lightning-arithmetic-7f3a"}),
+    "resume_run": ("resume", {"run_id": "lightning-arithmetic-7f3a"}),
     "get_run_metrics": ("run_metrics", {"run_ids": ["latest"], "keys": ["loss"], "max_points": 10}),
     "get_run_logs": ("run_logs", {"contains": "sft"}),
     "list_artifacts": ("list_artifacts", {"kind": "model"}),

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
-from opd_mcp.store.artifacts import artifact_directories
+from opd_mcp.store.artifacts import artifact_directories, require_intact
 
 
 @pytest.fixture
@@ -75,6 +75,23 @@ def test_a_damaged_record_is_an_error(artifacts):
     (artifact.path / "artifact.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"artifact\.json"):
         artifacts.get("cache-1")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_text("rowz"), lambda file: file.unlink()])
+def test_a_changed_or_missing_file_of_an_artifact_is_named(artifacts, damage):
+    artifact = artifacts.publish("cache", build(artifacts), "cache-1", "key")
+    require_intact(artifact)
+    damage(artifact.path / "shards" / "0.parquet")
+    with pytest.raises(IntegrityError, match=r"damaged_file.*shards/0.parquet of cache-1"):
+        require_intact(artifacts.get("cache-1"))
+
+
+def test_a_building_directory_that_was_nearly_published_is_published_as_if_new(artifacts):
+    building = build(artifacts)
+    (building / "artifact.json").write_text("of a worker that died before the rename")
+    artifact = artifacts.publish("cache", building, "cache-1", "key")
+    assert artifact.record.bytes == 4
+    require_intact(artifacts.get("cache-1"))
 
 
 def test_links_in_a_building_directory_are_not_published(artifacts, tmp_path):

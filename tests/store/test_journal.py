@@ -2,15 +2,26 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opd_mcp.schemas.errors import IntegrityError
-from opd_mcp.store.journal import JournalReader, JournalWriter, next_attempt, read_journal
+from opd_mcp.schemas.errors import IntegrityError, RunError
+from opd_mcp.store.journal import (
+    JournalReader,
+    JournalRecord,
+    JournalWriter,
+    encode_record,
+    next_attempt,
+    read_journal,
+    utc_now,
+)
+from opd_mcp.store.runs import RunLock
 
 
 @pytest.fixture
@@ -113,10 +124,46 @@ def test_an_older_attempt_that_wakes_up_late_is_fenced_off(journal):
     with JournalWriter(journal, next_attempt(journal)) as writer:
         late.append("metric", {"step": -1, "values": {}})  # before the new attempt's first line: history
         writer.append("metric", {"step": 6, "values": {}})
-        late.append("metric", {"step": -2, "values": {}})  # after it: not believed
+        for write in (late.sync, late.require_right, lambda: late.append("metric", {"step": -2, "values": {}})):
+            with pytest.raises(RunError, match="attempt_superseded"):
+                write()
+        # A process may sleep between its look and its write: that one line is there, and nobody believes it.
+        record = JournalRecord(6, 1, utc_now(), "metric", {"step": -3, "values": {}})
+        with journal.open("ab") as file:
+            file.write(encode_record(record))
         writer.append("metric", {"step": 7, "values": {}})
     late.close()
     assert steps(read_journal(journal)) == [1, 2, 3, 4, 5, -1, 6, 7]
+
+
+@pytest.mark.parametrize("replaced", ["journal.jsonl", "lock"])
+def test_a_writer_whose_lock_or_journal_was_replaced_writes_nothing(tmp_path, replaced):
+    lock = RunLock.acquire(tmp_path)
+    journal = tmp_path / "journal.jsonl"
+    with lock, JournalWriter(journal, 1, lock.holds) as writer:
+        writer.append("state", {"state": "running"})
+        copy = tmp_path / "copy"
+        shutil.copy(tmp_path / replaced, copy)
+        copy.rename(tmp_path / replaced)
+        with pytest.raises(RunError, match="attempt_superseded"):
+            writer.append("state", {"state": "succeeded"})
+    assert [record.data["state"] for record in read_journal(journal)] == ["running"]
+
+
+def test_threads_may_share_a_writer(tmp_path):
+    with JournalWriter(tmp_path / "j", 1) as writer, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda step: writer.append("metric", {"step": step, "values": {}}, durable=False), range(400)))
+    records = read_journal(tmp_path / "j")
+    assert [record.seq for record in records] == list(range(1, 401))
+    assert sorted(steps(records)) == list(range(400))
+
+
+def test_a_state_that_cannot_follow_is_a_mistake_of_the_program(tmp_path):
+    with JournalWriter(tmp_path / "j", 1) as writer:
+        writer.append("state", {"state": "running"})
+        writer.append("state", {"state": "failed"})
+        with pytest.raises(ValueError, match="from failed to succeeded"):
+            writer.append("state", {"state": "succeeded"})
 
 
 def test_numbers_that_are_not_finite_become_absent(tmp_path):

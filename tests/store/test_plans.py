@@ -2,11 +2,12 @@
 
 import pytest
 
-from opd_mcp.schemas.errors import UnknownIdError
+from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs
-from opd_mcp.store.plans import read_plan, save_plan
+from opd_mcp.store.plans import read_arguments, read_plan, save_plan
 
 
 @pytest.fixture
@@ -23,15 +24,30 @@ def plan():
     )
 
 
-def test_a_plan_is_read_as_it_was_saved(workspace, plan):
-    save_plan(workspace, plan)
-    save_plan(workspace, plan)
+@pytest.fixture
+def arguments():
+    return PlanDistillation(student="a", teacher="b", prompts="c")
+
+
+def test_a_plan_is_read_as_it_was_saved(workspace, plan, arguments):
+    save_plan(workspace, plan, arguments)
+    save_plan(workspace, plan, arguments)
     assert read_plan(workspace, plan.plan_id) == plan
+    assert read_arguments(workspace, plan) == arguments
+
+
+@pytest.mark.parametrize("suffix", ["json", "arguments"])
+def test_a_damaged_plan_is_named(workspace, plan, arguments, suffix):
+    save_plan(workspace, plan, arguments)
+    file = workspace.plans / f"{plan.plan_id}.{suffix}"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(IntegrityError, match=file.name):
+        read_arguments(workspace, read_plan(workspace, plan.plan_id))
 
 
 @pytest.mark.parametrize("plan_id", ["plan-0a1b2d", "../plan-0a1b2c"])
-def test_an_unknown_plan_names_the_nearest(workspace, plan, plan_id):
-    save_plan(workspace, plan)
+def test_an_unknown_plan_names_the_nearest(workspace, plan, arguments, plan_id):
+    save_plan(workspace, plan, arguments)
     with pytest.raises(UnknownIdError) as caught:
         read_plan(workspace, plan_id)
     assert (caught.value.code, caught.value.nearest) == ("unknown_plan", [plan.plan_id])

@@ -46,7 +46,7 @@ def run(workspace, make_record):
 
 def test_a_record_is_read_as_it_was_written(workspace, make_record):
     record = make_record()
-    assert read_record(create_run(workspace, record)) == record
+    assert read_record(create_run(workspace, record)) == record.sealed()
 
 
 def test_an_id_is_taken_once(workspace, make_record):

@@ -30,6 +30,7 @@ sys.stdin.readline()
 
 def finish(store, started, state="succeeded"):
     with JournalWriter(store.workspace.run(started.run_id) / JOURNAL_FILE, 1) as writer:
+        writer.append("state", {"state": "running"})
         writer.append("state", {"state": state})
     started.lock.release()
 
@@ -185,16 +186,54 @@ def test_a_rebuild_names_what_it_cannot_read_and_keeps_the_rest(full_store, make
 
 def test_a_damaged_index_says_how_to_get_a_new_one(store):
     store.workspace.index.write_bytes(b"no database " * 1000)
-    with pytest.raises(IntegrityError, match="delete"):
+    with pytest.raises(IntegrityError, match="doctor --repair"):
         store.list_runs()
 
 
-def test_an_index_of_another_version_is_not_touched(workspace):
+@pytest.mark.parametrize("damage", [b"no database " * 1000, b"", b"SQLite format 3\0" + bytes(4080)])
+def test_a_damaged_index_is_put_aside_and_made_anew_at_start(full_store, damage):
+    before = rows(full_store)
+    for file in full_store.workspace.root.glob("opd.sqlite-*"):
+        file.unlink()
+    full_store.workspace.index.write_bytes(damage)
+    assert rows(Store(full_store.workspace)) == before
+    assert rows(full_store) == before
+
+
+def test_flipped_pages_of_an_index_are_found_at_start(full_store, make_record):
+    for number in range(60):
+        full_store.start_once(make_record(f"teacher-{number}")).lock.release()
+    before = rows(full_store)
+    with sqlite3.connect(full_store.workspace.index) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    content = bytearray(full_store.workspace.index.read_bytes())
+    content[5000:9000] = bytes(4000)
+    full_store.workspace.index.write_bytes(content)
+    assert rows(Store(full_store.workspace)) == before
+    assert [file.name for file in full_store.workspace.root.glob("opd.sqlite.damaged-*")]
+
+
+def test_an_index_of_the_first_version_is_brought_forward(full_store):
+    before = rows(full_store)
+    with sqlite3.connect(full_store.workspace.index) as database:
+        database.execute("DROP INDEX artifacts_by_time")
+        database.execute("PRAGMA user_version = 1")
+    database.close()
+    assert rows(Store(full_store.workspace)) == before
+    with sqlite3.connect(full_store.workspace.index) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+    database.close()
+
+
+def test_an_index_of_a_later_version_is_not_touched(workspace):
     with sqlite3.connect(workspace.index) as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(IntegrityError, match="version 99"):
         Index(workspace.index).runs()
+    with pytest.raises(IntegrityError, match="later version"):
+        Store(workspace)
 
 
 def test_the_index_is_private_and_in_wal_mode(full_store):

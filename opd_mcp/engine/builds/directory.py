@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from opd_mcp.engine.cache.shards import read_shard
+from opd_mcp.engine.cache.shards import damaged, read_shard
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.cache import Shard
 from opd_mcp.schemas.errors import IntegrityError
 
@@ -28,7 +28,7 @@ class BadRow(Schema):
     reason: str
 
 
-class ShardNote(Schema):
+class ShardNote(Record):
     """What a finished shard holds and took; sums over the notes are what the manifest says."""
 
     shard: Shard
@@ -49,7 +49,7 @@ def open_build(directory: Path, record: dict[str, Any]) -> None:
         leftover.unlink()
     file, wanted = directory / BUILD_FILE, BuildRecord(record=record)
     if not file.exists():
-        write_atomic(file, wanted.to_json(indent=2))
+        write_atomic(file, wanted.sealed().to_json(indent=2))
         return
     begun, now = begun_build(directory), wanted.to_dict()["record"]
     changed = sorted(name for name in begun.keys() | now.keys() if begun.get(name) != now.get(name))
@@ -63,16 +63,22 @@ def open_build(directory: Path, record: dict[str, Any]) -> None:
         )
 
 
-class BuildRecord(Schema):
+class BuildRecord(Record):
     """`build.json`: seeds, layout and identities that every shard of a build shares."""
 
     record: dict[str, Any]
 
 
 def begun_build(directory: Path) -> dict[str, Any]:
-    """What an interrupted build in this directory was begun with; empty for a new one."""
+    """What an interrupted build in this directory was begun with; empty for a new one.
+
+    Raises IntegrityError `damaged_file`.
+    """
     file = directory / BUILD_FILE
-    return BuildRecord.from_json(file.read_bytes()).record if file.exists() else {}
+    try:
+        return BuildRecord.from_json(file.read_bytes()).record if file.exists() else {}
+    except ValidationError as error:
+        raise damaged(file, first_problem(error)) from error
 
 
 def built_shard(path: Path, make: Callable[[], tuple[Sequences, ShardNote]]) -> tuple[Sequences, ShardNote, bool]:
@@ -81,7 +87,7 @@ def built_shard(path: Path, make: Callable[[], tuple[Sequences, ShardNote]]) -> 
     if found is not None:
         return *found, True
     rows, note = make()
-    write_atomic(note_path(path), note.to_json())
+    write_atomic(note_path(path), note.sealed().to_json())
     return rows, note, False
 
 

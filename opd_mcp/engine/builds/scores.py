@@ -27,12 +27,17 @@ from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.engine.progress import padding_warnings, stage_cost
-from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage
+from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.teachers.http import open_remote, same_probe
 from opd_mcp.engine.teachers.teacher import LocalTeacher, Teacher, open_local
 from opd_mcp.engine.training.loop import require_going
-from opd_mcp.identity.consistency import require_behaviour, require_consistent
+from opd_mcp.identity.consistency import (
+    delta_by_construction,
+    proven_claim,
+    require_behaviour,
+    require_consistent,
+)
 from opd_mcp.identity.lineage import LINEAGE_FILE
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_same_tokens
@@ -84,7 +89,7 @@ def score(
         built = None
         if not (output / LINEAGE_FILE).is_file():
             built = _built(recipe, scorer, record, rollouts, output, context)
-            delta = teacher_delta(sft_teacher_path, scorer, built.sample, recipe, runtime)
+            delta = teacher_delta(claim, sft_teacher_path, scorer, built.sample, recipe, runtime)
             _finish(recipe, scorer, record, claim, built, delta, rollouts, output, context, allow_teacher_mismatch)
         earlier = built.earlier if built else 0.0
     finally:
@@ -236,21 +241,27 @@ def _require_good(notes: Sequence[ShardNote], total: int, output: Path) -> None:
 
 
 def teacher_delta(
-    path: Path | None, scorer: Teacher, sample: Sequences, recipe: ScoreRecipe, runtime: Runtime
+    claim: TeacherClaim | None,
+    path: Path | None,
+    scorer: Teacher,
+    sample: Sequences,
+    recipe: ScoreRecipe,
+    runtime: Runtime,
 ) -> TeacherDelta | None:
-    """Δ between the SFT teacher at `path` and the scorer on a sample; None where there is nothing to measure."""
-    if path is None or len(sample.response_ids) == 0:
-        return None
-    identity = inspect_model(path).identity
-    ours = sample.columns["teacher_logprobs"].astype(np.float64)
-    if identity.same_weights(scorer.identity) and scorer.identity.remote is None:
-        theirs = ours  # the same network in the same process: its log-probs are these
-    else:
-        local = open_local(path, runtime, recipe.micro_batch_tokens)
-        theirs = local.score(sample, 0).scores.logprobs.astype(np.float64)
-    difference = np.abs(theirs - ours)
+    """Δ between the SFT teacher and the scorer: 0 where they are proven the same, else measured on a sample.
+
+    None where the SFT teacher's directory is not known, or the sample holds no token.
+    """
+    known = delta_by_construction(scorer.identity, claim)
+    if known is None and path is not None:
+        known = delta_by_construction(scorer.identity, proven_claim(inspect_model(path).identity))
+    if known is not None or path is None or len(sample.response_ids) == 0:
+        return known
+    local = open_local(path, runtime, recipe.micro_batch_tokens)
+    theirs = local.score(sample, 0).scores.logprobs.astype(np.float64)
+    difference = np.abs(theirs - sample.columns["teacher_logprobs"].astype(np.float64))
     return TeacherDelta(
-        sft_teacher=identity.label(),
+        sft_teacher=local.identity.label(),
         rows=len(sample),
         tokens=len(difference),
         mean_abs=float(difference.mean()),
@@ -306,7 +317,7 @@ def _finish(
             Parent(role="student", identity=record.behaviour),
             Parent(role="prompts", sha256=record.prompts_sha256),
         ],
-        files=[MANIFEST_FILE],
+        files=[MANIFEST_FILE, *tokenizer_files(output)],
         sft_teacher=claim,
         teacher_mismatch_allowed=allowed,
     )

@@ -19,7 +19,7 @@ from opd_mcp.engine.data.sequences import EOS, build_sequences
 from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
 from opd_mcp.engine.provenance import full_identity, record_lineage
 from opd_mcp.identity.data import PromptRow
-from opd_mcp.identity.files import file_sha256
+from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.models import inspect_model, text_hash
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, ScoreStatistics, Shard
 from opd_mcp.schemas.errors import ArgumentError, DataError
@@ -103,7 +103,7 @@ def converted(source: Path, output: Path, *, student: Path, teacher_name: str) -
         files=[MANIFEST_FILE],
         sft_teacher=claim,
     )
-    building.rename(output)
+    publish_directory(building, output)
     return manifest
 
 

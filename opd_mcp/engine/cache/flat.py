@@ -84,7 +84,7 @@ def write_flat(cache: Path) -> Path:
     arrays, size = _plan(manifest)
     try:
         with partial.open("w+b") as out:
-            out.truncate(size)
+            _allocate(out.fileno(), size)
             maps: dict[str, NDArray[Any]] = {
                 entry["name"]: np.memmap(
                     out, dtype=entry["dtype"], mode="r+", offset=entry["offset"], shape=tuple(entry["shape"])
@@ -104,6 +104,16 @@ def write_flat(cache: Path) -> Path:
         raise
     fsync_directory(cache)
     return file
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Make the file so long with all its blocks on the disk: a hole that cannot be filled would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS
+        block = bytes(CRC_BYTES)
+        for start in range(0, size, CRC_BYTES):
+            os.pwrite(descriptor, block[: min(CRC_BYTES, size - start)], start)
 
 
 def _plan(manifest: CacheManifest) -> tuple[list[dict[str, Any]], int]:

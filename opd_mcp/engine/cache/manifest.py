@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from opd_mcp.engine.cache.shards import damaged, read_shards
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.identity.files import write_atomic
+from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import PathError
 
@@ -15,7 +16,7 @@ MANIFEST_FILE = "manifest.json"
 
 def write_manifest(directory: Path, manifest: CacheManifest) -> None:
     """Write the manifest; it stands only beside complete shards."""
-    write_atomic(directory / MANIFEST_FILE, manifest.to_json(indent=2))
+    write_atomic(directory / MANIFEST_FILE, manifest.sealed().to_json(indent=2))
 
 
 def read_manifest(directory: Path) -> CacheManifest:
@@ -34,7 +35,7 @@ def read_manifest(directory: Path) -> CacheManifest:
     try:
         return CacheManifest.from_json(path.read_bytes())
     except ValidationError as error:
-        raise damaged(path, f"it is not a manifest ({error.error_count()} errors)") from error
+        raise damaged(path, first_problem(error)) from error
 
 
 def read_cache(directory: Path) -> tuple[CacheManifest, Sequences]:

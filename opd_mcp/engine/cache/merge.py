@@ -8,6 +8,7 @@ from pathlib import Path
 from opd_mcp.engine.cache.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, read_shard
 from opd_mcp.engine.cache.statistics import RolloutTally, ScoreTally
+from opd_mcp.identity.files import publish_directory
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard
@@ -80,7 +81,7 @@ def merged(output: Path, caches: Sequence[Path]) -> CacheManifest:
         files=data_hashes(building, [MANIFEST_FILE]),
     )
     write_lineage(building, lineage)
-    building.rename(output)
+    publish_directory(building, output)
     return whole
 
 

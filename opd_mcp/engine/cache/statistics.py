@@ -25,7 +25,7 @@ class RolloutTally:
         self._tokens += int(lengths.sum())
         self._truncated += int((reasons == TRUNCATED).sum())
         self._ended += int((reasons == EOS).sum())
-        self._empty += int((lengths == 0).sum())
+        self._empty += int((lengths <= (reasons == EOS)).sum())  # nothing at all, or the end and nothing before it
         for row in range(len(rollouts)):
             content = rollouts.prompt(row).tobytes() + b"|" + rollouts.response(row).tobytes()
             self._seen.add(blake2b(content, digest_size=16).digest())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from opd_mcp.engine.data.sequences import Sequences
@@ -14,22 +15,35 @@ from opd_mcp.engine.provenance import full_identity
 from opd_mcp.engine.teachers.connection import Patience, Refusal, Server
 from opd_mcp.engine.teachers.local import TeacherScores
 from opd_mcp.engine.teachers.teacher import RowScores
-from opd_mcp.engine.teachers.wire import PATHS, Dialect, TokenScores, WireError, read_answer, request_body
+from opd_mcp.engine.teachers.texts import require_same_texts
+from opd_mcp.engine.teachers.wire import (
+    PATHS,
+    TOKENS_PATH,
+    TOKENS_SPAN,
+    Dialect,
+    TokenScores,
+    WireError,
+    read_answer,
+    request_body,
+)
 from opd_mcp.identity.models import text_hash
 from opd_mcp.identity.tokenizers import (
     eos_token_ids,
+    map_difference,
+    mismatch_error,
     special_token_names,
     special_tokens_hash,
     token_map,
     token_map_hash,
 )
-from opd_mcp.schemas.errors import ConsistencyError, ResourceError
+from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
 from opd_mcp.schemas.identity import ModelIdentity, RemoteTeacher
 
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.05  # nats; far above rounding in bf16, far below another model or temperature
 WRONG_ANSWERS = 3
 BYTES_PER_ENTRY = 160
+MOST_TOKENS = 1 << 22  # no vocabulary is larger, whatever a server says
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,9 @@ def open_remote(
         entry = _served_model(server, remote.name)
         dialect: Dialect = {"sglang": "sglang", "opd-mcp": "opd-mcp"}.get(str(entry.get("owned_by")), "vllm")  # type: ignore[assignment]
         tokens = token_map(tokenizer)
-        identity = _identity(remote, entry, tokens, tokenizer, files)
+        identity = _identity(server, remote, entry, tokens, tokenizer, files)
+        if dialect != "opd-mcp":
+            require_same_texts(server, dialect, str(entry["id"]), tokenizer, probe_ids(max(tokens) + 1))
         length = entry.get("max_model_len")
         teacher = HttpTeacher(
             server=server,
@@ -145,6 +161,33 @@ def open_remote(
         server.close()
         raise
     return replace(teacher, identity=identity.model_copy(update={"probe": probe}))
+
+
+def remote_rescorer(
+    remote: RemoteTeacher, tokenizer: Path, key: str | None
+) -> Callable[[Sequences, int], NDArray[np.float32]]:
+    """What `cache verify` asks for: from rows and k to the log-probs that a server gives them.
+
+    It raises as `open_remote`, and RunError `bad_rows` for a row that the server cannot score.
+    """
+
+    def rescored(rows: Sequences, topk: int) -> NDArray[np.float32]:
+        teacher = open_remote(remote, tokenizer=tokenizer, key=key)
+        try:
+            result = teacher.score(rows, 0)
+        finally:
+            teacher.close()
+        if result.refused:
+            row, reason = next(iter(result.refused.items()))
+            raise RunError(
+                "bad_rows",
+                f"The server cannot score a row of this cache: {reason}.",
+                value=rows.prompt_row_ids[row],
+                fix="See that the server serves the cache's teacher, with room for its longest row.",
+            )
+        return result.scores.logprobs
+
+    return rescored
 
 
 def probe_ids(tokens: int) -> list[int]:
@@ -164,7 +207,8 @@ def _served_model(server: Server, name: str) -> dict[str, Any]:
         listed = server.ask("GET", "/v1/models")
     except Refusal as refusal:
         raise _refused(server, refusal) from refusal
-    entries = [entry for entry in listed.get("data", []) if isinstance(entry, dict) and "id" in entry]
+    data = listed.get("data") if isinstance(listed, dict) else None
+    entries = [entry for entry in (data if isinstance(data, list) else []) if isinstance(entry, dict) and "id" in entry]
     short = name.rstrip("/").rsplit("/", 1)[-1].casefold()
     for entry in entries:
         if str(entry["id"]) == name or str(entry["id"]).rstrip("/").rsplit("/", 1)[-1].casefold() == short:
@@ -179,7 +223,12 @@ def _served_model(server: Server, name: str) -> dict[str, Any]:
 
 
 def _identity(
-    remote: RemoteTeacher, entry: dict[str, Any], tokens: dict[int, str], tokenizer: Path, files: Path | None
+    server: Server,
+    remote: RemoteTeacher,
+    entry: dict[str, Any],
+    tokens: dict[int, str],
+    tokenizer: Path,
+    files: Path | None,
 ) -> ModelIdentity:
     served = None
     if isinstance(entry.get("opd_identity"), dict):
@@ -188,12 +237,10 @@ def _identity(
         except ValidationError as error:
             raise _untrue(remote, "its identity cannot be read") from error
         if served.tokenizer != token_map_hash(tokens):
-            raise ConsistencyError(
-                "tokenizer_mismatch",
-                "The server's teacher has another tokenizer than the student.",
-                value=f"{served.tokenizer[:12]} and {token_map_hash(tokens)[:12]}",
-                fix="Choose a student with the teacher's tokenizer, e.g. a smaller model of the same family.",
-            )
+            difference = map_difference(_served_tokens(server, remote), tokens)
+            if difference is None:
+                raise _untrue(remote, "its tokens are not those of the hash that it gives")
+            raise mismatch_error(difference, remote.url)
     if files is not None:
         local = full_identity(files)
         if served is not None and not served.same_weights(local):
@@ -208,6 +255,22 @@ def _identity(
         special_tokens=special_tokens_hash(eos_token_ids(tokenizer, tokens), special_token_names(tokenizer)),
         remote="named",
     )
+
+
+def _served_tokens(server: Server, remote: RemoteTeacher) -> dict[int, str]:
+    """The id → token map that `serve-teacher` gives, in pieces that stay small for any vocabulary."""
+    tokens: dict[int, str] = {}
+    start, total = 0, 1
+    try:
+        while start < min(total, MOST_TOKENS):
+            answer = server.ask("GET", f"{TOKENS_PATH}?start={start}&count={TOKENS_SPAN}")
+            tokens |= {id_: str(token) for id_, token in enumerate(answer["tokens"], start) if token is not None}
+            start, total = start + TOKENS_SPAN, int(answer["total"])
+    except Refusal as refusal:
+        raise _refused(server, refusal) from refusal
+    except (KeyError, TypeError, ValueError) as error:
+        raise _untrue(remote, "it does not say what its ids mean") from error
+    return tokens
 
 
 def _probed(teacher: HttpTeacher, topk: int) -> list[float]:
@@ -250,7 +313,7 @@ def _untrue(remote: RemoteTeacher, why: str) -> ConsistencyError:
 
 
 def _refused(server: Server, refusal: Refusal) -> ResourceError:
-    hint = "Set OPD_TEACHER_KEY where the MCP server is started." if refusal.status in (401, 403) else ""
+    hint = "Set OPD_TEACHER_KEY to the server's key where opd-mcp is started." if refusal.status in (401, 403) else ""
     return ResourceError(
         "teacher_refused",
         f"The teacher's server refused the request ({refusal}).",

@@ -1,146 +1,35 @@
 """`opd-mcp serve-teacher`: a model's log-probs over HTTP, in the subset of vLLM's API that scoring needs.
 
-POST /v1/completions takes token ids and answers with `prompt_logprobs`; GET /v1/models says who is served, GET /health
-whether. Requests that come together are scored together; a full queue is answered with 429. Text is not accepted and
-nothing is generated: tokens in, log-probs out.
+POST /v1/completions takes token ids and answers with `prompt_logprobs`; GET /v1/models says who is served, GET
+/v1/opd/tokens what its ids mean, GET /health whether. Requests that come together are scored together; a full queue is
+answered with 429. Text is not accepted and nothing is generated: tokens in, log-probs out.
 """
 
 import hmac
 import json
-import queue
-import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+import socket
 from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
-
-from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.runtime import open_runtime
-from opd_mcp.engine.teachers.local import score_sequences
+from opd_mcp.engine.teachers.scorer import Job, Limits, Scorer
 from opd_mcp.engine.teachers.teacher import LocalTeacher, open_local
+from opd_mcp.engine.teachers.wire import TOKENS_PATH, TOKENS_SPAN
+from opd_mcp.identity.tokenizers import token_map
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 8 << 20
-GATHER_SECONDS = 0.004
 IDLE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server accepts."""
-
-    queue: int = 256
-    batch_tokens: int = 16384
-    topk: int = 256
-    length: int = 32768
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sequence to score from `start` on."""
-
-    ids: list[int]
-    start: int
-    topk: int
-    future: "Future[list[dict[str, Any]]]" = field(default_factory=Future)
 
 
 class BadRequest(ValueError):
     """A request that is answered with 400; the text says why."""
-
-
-class Scorer:
-    """The one thread that uses the model: it takes what is queued, as far as a batch goes, and scores it at once."""
-
-    def __init__(self, teacher: LocalTeacher, limits: Limits) -> None:
-        self.teacher, self.limits = teacher, limits
-        self.batches = 0
-        self._jobs: queue.Queue[Job | None] = queue.Queue(limits.queue)
-        self._thread = threading.Thread(target=self._run, name="scorer", daemon=True)
-        self._thread.start()
-
-    def submit(self, jobs: Sequence[Job]) -> bool:
-        """Whether there was room for all jobs; if not, those that were queued are cancelled."""
-        for job in jobs:
-            try:
-                self._jobs.put_nowait(job)
-            except queue.Full:
-                for other in jobs:
-                    other.future.cancel()
-                return False
-        return True
-
-    def close(self) -> None:
-        """End the thread after what is queued."""
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            batch, ended = self._gathered()
-            if batch:
-                self.batches += 1
-                try:
-                    self._score(batch)
-                except Exception as error:
-                    for job in batch:
-                        if not job.future.done():
-                            job.future.set_exception(error)
-            if ended:
-                return
-
-    def _gathered(self) -> tuple[list[Job], bool]:
-        first = self._jobs.get()
-        batch, tokens, until = [], 0, time.monotonic() + GATHER_SECONDS
-        job = first
-        while job is not None:
-            if job.future.set_running_or_notify_cancel():
-                batch.append(job)
-                tokens += len(job.ids)
-            if tokens >= self.limits.batch_tokens:
-                return batch, False
-            try:
-                job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                return batch, False
-        return batch, True
-
-    def _score(self, batch: list[Job]) -> None:
-        sequences = build_sequences([job.ids[: job.start] for job in batch], [job.ids[job.start :] for job in batch])
-        scores = score_sequences(
-            self.teacher.model,
-            sequences,
-            topk=max(job.topk for job in batch),
-            micro_batch_tokens=self.limits.batch_tokens,
-            runtime=self.teacher.runtime,
-            valid_vocab=self.teacher.model.facts.tokens,
-        )
-        for row, job in enumerate(batch):
-            here = slice(*sequences.response_offsets[row : row + 2])
-            if not np.isfinite(scores.logprobs[here]).all():
-                job.future.set_exception(ValueError("a log-prob is not finite"))
-                continue
-            best: list[tuple[list[int], list[float]]] = [([], [])] * (len(job.ids) - job.start)
-            if scores.topk_ids is not None and scores.topk_logprobs is not None and job.topk:
-                ids, values = scores.topk_ids[here, : job.topk].tolist(), scores.topk_logprobs[here].tolist()
-                best = list(zip(ids, values, strict=True))
-            own = scores.logprobs[here].tolist()
-            job.future.set_result([_entry(*pair) for pair in zip(job.ids[job.start :], own, best, strict=True)])
-
-
-def _entry(token: int, logprob: float, best: tuple[list[int], list[float]]) -> dict[str, Any]:
-    entries = {
-        str(other): {"logprob": value, "rank": rank} for rank, (other, value) in enumerate(zip(*best, strict=False), 1)
-    }
-    return {str(token): {"logprob": logprob}} | entries
 
 
 class TeacherServer(ThreadingHTTPServer):
@@ -180,6 +69,20 @@ class TeacherServer(ThreadingHTTPServer):
                 raise BadRequest("opd_start lies within the sequence")
         return [Job(ids, start, topk) for ids in prompts]
 
+    def token_range(self, query: dict[str, list[str]]) -> tuple[int, dict[str, Any]]:
+        """Status and answer to a question for the tokens of ids `start` to below `start + count`; null: no such id."""
+        given = [query.get(name, ["0"])[0] for name in ("start", "count")]
+        start, count = (int(text) if text.isdigit() and len(text) < 10 else -1 for text in given)
+        if start < 0 or not 1 <= count <= TOKENS_SPAN:
+            return 400, _error(f"start is an id, count between 1 and {TOKENS_SPAN}")
+        tokens = [self.tokens.get(token) for token in range(start, start + count)]
+        return 200, {"total": max(self.tokens, default=-1) + 1, "start": start, "tokens": tokens}
+
+    @cached_property
+    def tokens(self) -> dict[int, str]:
+        """The teacher's id → token map, read when somebody asks for it."""
+        return token_map(self.teacher.model.path)
+
     def models(self) -> dict[str, Any]:
         """The answer to /v1/models."""
         entry = {
@@ -196,7 +99,7 @@ class TeacherServer(ThreadingHTTPServer):
 def serve(model: Path, host: str, port: int, key: str | None, threads: int, limits: Limits) -> None:
     """Serve the model until interrupted; the address is printed once the server answers.
 
-    Raises ArgumentError `invalid_argument` for an address that others reach, without a key.
+    Raises ArgumentError `invalid_argument` for an address that others reach, without a key, or that is not free.
     """
     if key is None and host not in LOOPBACK:
         raise ArgumentError(
@@ -205,11 +108,24 @@ def serve(model: Path, host: str, port: int, key: str | None, threads: int, limi
             value=host,
             fix="Set OPD_TEACHER_KEY to a long random text, here and where the student's machine asks.",
         )
+    _require_free(host, port)
     runtime = open_runtime(RuntimeRecipe(threads=threads))
     with TeacherServer((host, port), open_local(model, runtime, limits.batch_tokens), key, limits) as server:
         print(f"serving {server.teacher.identity.label()} at http://{host}:{server.server_port}", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def _require_free(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()  # before a model is loaded for minutes
+    except OSError as error:
+        raise ArgumentError(
+            "invalid_argument",
+            f"This address cannot be listened on: {error.strerror}.",
+            value=f"{host}:{port}",
+            fix="Give another --port or --host, or end what listens there.",
+        ) from error
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -223,7 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self._answer(200, {"status": "ok"})
         elif self._allowed():
-            self._answer(*((200, self.server.models()) if self.path == "/v1/models" else _no_such_path()))
+            path = urlsplit(self.path)
+            if path.path == "/v1/models":
+                self._answer(200, self.server.models())
+            elif path.path == TOKENS_PATH:
+                self._answer(*self.server.token_range(parse_qs(path.query)))
+            else:
+                self._answer(*_no_such_path())
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")

@@ -1,19 +1,24 @@
 """What goes over the wire: the requests and answers of vLLM's /v1/completions and SGLang's /generate.
 
 vLLM: `prompt_logprobs=k` answers with one entry a prompt position, null for the first: {token id: {logprob, rank, …}}
-with the k best tokens and the position's own (vllm/logprobs.py `Logprob`, `PromptLogprobs`; vllm/entrypoints/openai/
-protocol `CompletionRequest`). SGLang: `return_logprob` answers with `meta_info.input_token_logprobs`, a list of
-[logprob, token id, text] from `logprob_start_len` on, and `input_top_logprobs`, lists of the same
-(sglang/srt/managers/tokenizer_manager.py `detokenize_logprob_tokens`).
+with the k best tokens and the position's own, in no order to rely on (vllm/logprobs.py `Logprob`, `PromptLogprobs`).
+SGLang: `return_logprob` answers with `meta_info.input_token_logprobs`, a list of [logprob, token id, text], and
+`input_top_logprobs`, lists of the same; they begin at `logprob_start_len` with a null, older servers one later without
+(sglang/srt/managers/tokenizer_manager.py `detokenize_logprob_tokens`). Recorded answers: tests/engine/teachers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from typing import Any, Literal
 
 Dialect = Literal["vllm", "sglang", "opd-mcp"]
 PATHS: dict[str, str] = {"vllm": "/v1/completions", "sglang": "/generate", "opd-mcp": "/v1/completions"}
+# of our own server only: which tokens its ids mean, so many at a time
+TOKENS_PATH, TOKENS_SPAN = "/v1/opd/tokens", 32768
+# JSON has no −inf: vLLM writes −9999, SGLang the lowest float32; no log-prob of a softmax comes near either
+STANDS_FOR_INFINITY = -9999.0
+NO_RANK = 1 << 31
 
 
 class WireError(ValueError):
@@ -59,7 +64,8 @@ def read_answer(dialect: Dialect, answer: Any, ids: Sequence[int], start: int, t
         scores = read(answer, ids, start, topk)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise WireError("answer has not the expected fields") from error
-    if any(not -inf < value < inf for value in scores.logprobs):
+    best = (value for values in scores.topk_logprobs for value in values)
+    if any(not STANDS_FOR_INFINITY < value < inf for value in (*scores.logprobs, *best)):
         raise WireError("log-prob is not finite")
     return scores
 
@@ -75,9 +81,9 @@ def _read_vllm(answer: Any, ids: Sequence[int], start: int, topk: int) -> TokenS
         own = (entries or {}).get(str(token))
         if own is None:
             raise WireError("answer scores other tokens than those sent")
-        logprobs.append(float(own["logprob"]))
+        logprobs.append(_number(own["logprob"]))
         if topk:
-            pairs = [(int(i), float(e["logprob"]), e.get("rank") or 0) for i, e in entries.items()]
+            pairs = [(int(i), _number(e["logprob"]), e.get("rank") or NO_RANK) for i, e in entries.items()]
             _take_best(sorted(pairs, key=lambda pair: (-pair[1], pair[2])), topk, topk_ids, topk_logprobs)
     return TokenScores(logprobs, topk_ids, topk_logprobs)
 
@@ -95,10 +101,15 @@ def _read_sglang(answer: Any, ids: Sequence[int], start: int, topk: int) -> Toke
     if topk:
         tops = meta["input_top_logprobs"]
         for best in tops[len(tops) - count :]:
-            _take_best([(int(e[1]), float(e[0]), 0) for e in best], topk, topk_ids, topk_logprobs)
+            _take_best([(int(e[1]), _number(e[0]), 0) for e in best], topk, topk_ids, topk_logprobs)
         if len(topk_ids) != count:
             raise WireError("answer has another length than the sequence")
-    return TokenScores([float(entry[0]) for entry in entries], topk_ids, topk_logprobs)
+    return TokenScores([_number(entry[0]) for entry in entries], topk_ids, topk_logprobs)
+
+
+def _number(logprob: Any) -> float:
+    """A log-prob; null, which is what strict JSON makes of a value that is not finite, as NaN."""
+    return nan if logprob is None else float(logprob)
 
 
 def _take_best(

@@ -16,7 +16,6 @@ from typing import Self
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -124,9 +123,7 @@ class Checkpoints:
         try:
             record = CheckpointRecord.from_json((path / RECORD_FILE).read_bytes())
         except (OSError, ValidationError):
-            return f"{RECORD_FILE} cannot be read"
-        if not record.is_intact():
-            return f"{RECORD_FILE} is not what was written"
+            return f"{RECORD_FILE} is missing or not what was written"
         for name in (MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE):
             if not (path / name).is_file() or file_sha256(path / name) != record.files.get(name):
                 return f"{name} is missing or not what was written"
@@ -169,7 +166,7 @@ def _write(directory: Path, record: CheckpointRecord, files: dict[str, dict[str,
     building.mkdir(mode=0o700)
     try:
         for name, tensors in files.items():
-            _save(building / name, tensors)
+            save_file(tensors, building / name)
         sealed = record.model_copy(update={"files": {name: file_sha256(building / name) for name in files}}).sealed()
         write_atomic(building / RECORD_FILE, sealed.to_json())
         publish_directory(building, directory / name_of(record.state.step))
@@ -179,15 +176,6 @@ def _write(directory: Path, record: CheckpointRecord, files: dict[str, dict[str,
     for old in saved_checkpoints(directory)[:-KEPT]:
         shutil.rmtree(old)
     return time.monotonic() - started
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # it hides the number of an operating system's error in its text
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise OSError(28, "No space left on device", str(path)) from error
-        raise
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:

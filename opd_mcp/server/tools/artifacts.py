@@ -29,6 +29,7 @@ def specs(service: JobService, settings: ServerSettings) -> list[ToolSpec[Any]]:
         answer=ArtifactList,
         call=list_artifacts,
         read_only=True,
+        opaque=frozenset({"ArtifactRow"}),
     )
     return [listing, _deletion(service)] if settings.allow_delete else [listing]
 

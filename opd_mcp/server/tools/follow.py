@@ -1,4 +1,4 @@
-"""The tools that follow and stop runs: `get_run_status`, `list_runs`, `cancel_run`."""
+"""The tools that follow, stop and resume runs: `get_run_status`, `list_runs`, `cancel_run`, `resume_run`."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from anyio import to_thread
 from mcp.server.mcpserver import Context
 
 from opd_mcp.jobs.service import JobService
-from opd_mcp.schemas.requests import CancelRun, GetRunStatus, ListRuns
+from opd_mcp.schemas.requests import CancelRun, GetRunStatus, ListRuns, ResumeRun
 from opd_mcp.schemas.runs import RunList, RunSnapshot, RunStatus
 from opd_mcp.server.registration import Reply, ToolSpec
-from opd_mcp.server.texts import cancel_text, list_text
+from opd_mcp.server.texts import cancel_text, list_text, snapshot_text
 from opd_mcp.server.waiting import StatusCalls
 
 
@@ -24,6 +24,11 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
     async def cancel_run(request: CancelRun, context: Context) -> Reply:
         snapshot = await to_thread.run_sync(service.cancel, request.run_id)
         return Reply(snapshot, cancel_text(snapshot))
+
+    async def resume_run(request: ResumeRun, context: Context) -> Reply:
+        # A thread is not cancelled with its caller: a resume is done or not begun, never half.
+        snapshot = await to_thread.run_sync(service.resume, request.run_id)
+        return Reply(snapshot, snapshot_text(snapshot))
 
     return [
         ToolSpec(
@@ -46,6 +51,7 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             answer=RunList,
             call=list_runs,
             read_only=True,
+            opaque=frozenset({"RunRow"}),
         ),
         ToolSpec(
             name="cancel_run",
@@ -56,6 +62,17 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             call=cancel_run,
             read_only=False,
             destructive=True,
+            opaque=frozenset({"Failure", "Progress"}),
+        ),
+        ToolSpec(
+            name="resume_run",
+            title="Resume a run",
+            description="Takes a failed, cancelled or lost run up again from its last checkpoint, under its run_id.",
+            request=ResumeRun,
+            answer=RunSnapshot,
+            call=resume_run,
+            read_only=False,
+            starts_run=True,
             opaque=frozenset({"Failure", "Progress"}),
         ),
     ]

@@ -33,6 +33,7 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             answer=MetricsReport,
             call=get_run_metrics,
             read_only=True,
+            opaque=frozenset({"MetricSeries"}),
         ),
         ToolSpec(
             name="get_run_logs",

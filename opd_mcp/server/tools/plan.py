@@ -11,7 +11,10 @@ from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.server.registration import Reply, ToolSpec
 from opd_mcp.server.texts import plan_text
 
-_OPAQUE = frozenset({"Recipe", "RunInputs", "ModelIdentity", "TeacherClaim", "ConsistencyVerdict", "PhaseEstimate"})
+_OPAQUE = frozenset(
+    {"Recipe", "RunInputs", "ModelIdentity", "TeacherClaim", "ConsistencyVerdict", "PlannedPhase", "PhaseEstimate"}
+    | {"Finding", "PromptHygiene", "RolloutStatistics"}
+)
 
 
 def specs(service: JobService) -> list[ToolSpec[Any]]:

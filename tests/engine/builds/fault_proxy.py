@@ -18,7 +18,7 @@ class FaultProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream, self.faults = upstream, faults
         self.posts, self.lock = 0, threading.Lock()
-        self.headers_seen: list[dict[str, str]] = []
+        self.at_a_time = self.most_at_a_time = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -38,7 +38,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._forward(None)
 
     def do_POST(self) -> None:
-        self._forward(self.server.fault())
+        with self.server.lock:
+            self.server.at_a_time += 1
+            self.server.most_at_a_time = max(self.server.most_at_a_time, self.server.at_a_time)
+        try:
+            self._forward(self.server.fault())
+        finally:
+            with self.server.lock:
+                self.server.at_a_time -= 1
 
     def log_message(self, *args: object) -> None:
         """Nothing."""
@@ -51,6 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault in ("500", "429"):
             self._answer(int(fault), b'{"error": "busy"}')
+            return
+        if fault == "echo":
+            self._answer(403, f"who are you, {self.headers['Authorization']}?".encode())
             return
         if fault == "stalled":
             time.sleep(STALL_SECONDS)

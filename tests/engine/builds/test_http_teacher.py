@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
+import shutil
 import threading
 from collections.abc import Iterator
-from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,15 @@ import torch
 
 from opd_mcp.engine.builds import scores as builds
 from opd_mcp.engine.cache.manifest import read_cache, read_manifest
-from opd_mcp.engine.cache.shards import read_shard
+from opd_mcp.engine.cache.rollouts import read_rollouts
 from opd_mcp.engine.cache.verify import verified
 from opd_mcp.engine.context import SilentReporter
 from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.teachers import scorer
 from opd_mcp.engine.teachers.connection import Patience
-from opd_mcp.engine.teachers.http import open_remote, probe_ids
-from opd_mcp.engine.teachers.serve import Job, Limits, TeacherServer
+from opd_mcp.engine.teachers.http import open_remote
+from opd_mcp.engine.teachers.scorer import Limits
+from opd_mcp.engine.teachers.serve import TeacherServer
 from opd_mcp.engine.teachers.teacher import open_local
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, IntegrityError, OpdError
 from opd_mcp.schemas.identity import RemoteTeacher
@@ -78,7 +80,8 @@ def over_http(build, drawn, monkeypatch):
         remote = RemoteTeacher(name=changes.pop("teacher_name", "teacher"), url=url)
         reporter = changes.pop("reporter", SilentReporter())
         context = build.context(teacher_key=changes.pop("key", KEY), reporter=reporter)
-        return build.cache(drawn, name, teacher=None, remote=remote, context=context, **changes)
+        rollouts = changes.pop("rollouts", drawn)
+        return build.cache(rollouts, name, teacher=None, remote=remote, context=context, **changes)
 
     return built
 
@@ -111,19 +114,23 @@ def test_a_fault_now_and_then_changes_nothing(fault, proxy, over_http, finished)
 
 
 @pytest.mark.parametrize("fault", TRANSPORT_FAULTS)
-def test_a_fault_that_stays_is_one_error_and_the_next_build_goes_on(fault, proxy, over_http, build):
+def test_a_fault_that_stays_is_one_error_and_the_next_build_goes_on(fault, proxy, over_http, build, finished):
     served = proxy(lambda number: fault if number > 12 else None)
     with pytest.raises(OpdError, match="teacher_unreachable") as caught:
         over_http(served.url)
     assert KEY not in str(caught.value)
     cache = build.root / "cache"
     assert not (cache / "manifest.json").exists()
+    assert not list(cache.glob(".*")), "nothing half-written"
     kept = {path: path.stat().st_mtime_ns for path in cache.glob("*.parquet")}
     assert len(kept) == 1
     served.faults = lambda number: None
     over_http(served.url)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert verified(cache).problems == []
+    theirs, local = read_cache(cache)[1], read_cache(finished)[1]
+    assert np.array_equal(theirs.response_ids, local.response_ids)
+    assert np.abs(theirs.columns["teacher_logprobs"] - local.columns["teacher_logprobs"]).max() <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -148,6 +155,62 @@ def test_the_key_is_in_no_file_and_no_message(server, over_http, build):
     with pytest.raises(ArgumentError, match="invalid_argument") as caught:
         over_http("http://user:secret-in-url@127.0.0.1:1/", "refused")
     assert "secret-in-url" not in str(caught.value)
+
+
+def test_a_server_that_shows_the_key_in_its_answers_does_not_spread_it(proxy, over_http, build):
+    served = proxy(lambda number: "echo" if number > 4 else None)
+    with pytest.raises(OpdError, match=r"teacher_refused.*HTTP 403.*who are you") as caught:
+        over_http(served.url)
+    assert KEY not in repr(caught.value)
+    assert not [path for path in build.root.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+def test_no_more_requests_at_a_time_than_the_recipe_says(proxy, over_http, build):
+    served = proxy()
+    over_http(served.url, recipe=build.scoring(concurrency=3))
+    assert 1 < served.most_at_a_time <= 3
+
+
+def test_a_row_that_the_server_has_no_number_for_is_left_out_not_the_build(proxy, over_http, build, monkeypatch):
+    rollouts = build.rollouts("many", recipe=build.recipe.rollout.model_copy(update={"count": 120, "shard_rows": 60}))
+    poisoned = read_rollouts(rollouts).response(7).tolist()
+    real = scorer.score_sequences
+
+    def with_nan(teacher, sequences, **given):
+        scores = real(teacher, sequences, **given)
+        for row in range(len(sequences)):
+            if sequences.response(row).tolist() == poisoned:
+                scores.logprobs[sequences.response_offsets[row]] = np.nan
+        return scores
+
+    monkeypatch.setattr(scorer, "score_sequences", with_nan)
+    count = sum(read_rollouts(rollouts).response(row).tolist() == poisoned for row in range(120))
+    assert count == 1
+    manifest = read_manifest(over_http(proxy().url, rollouts=rollouts))
+    assert manifest.hygiene.quarantined == {"log-prob is not finite": 1}
+
+
+def test_another_tokenizer_on_the_server_is_named_by_its_first_token(server, tmp_path):
+    student = Path(shutil.copytree(EXAMPLE / "student", tmp_path / "student"))
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["@"] = tokenizer["model"]["vocab"].pop("7")
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConsistencyError, match=r"tokenizer_mismatch.*teacher has '7', student has '@'"):
+        remote_of(server.server_port, tokenizer=student)
+    tokenizer["model"]["vocab"]["@"] = tokenizer["model"]["vocab"].pop("#")
+    tokenizer["model"]["vocab"]["7"] = 900
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConsistencyError, match=r"tokenizer_mismatch.*at id \d+: teacher has"):
+        remote_of(server.server_port, tokenizer=student)
+
+
+def test_a_server_whose_tokens_are_not_those_of_its_hash_is_untrue(server, monkeypatch):
+    identity = server.teacher.identity.model_copy(update={"tokenizer": "0" * 64})
+    models = server.models()
+    models["data"][0]["opd_identity"] = identity.to_dict()
+    monkeypatch.setattr(server, "models", lambda: models)
+    with pytest.raises(ConsistencyError, match=r"teacher_untrue.*not those of the hash"):
+        remote_of(server.server_port)
 
 
 def test_a_server_of_another_model_is_found_out(server, over_http, build):
@@ -194,66 +257,3 @@ def test_a_server_that_applies_a_temperature_is_refused(server, monkeypatch):
         with pytest.raises(ConsistencyError, match=r"teacher_untrue.*temperature"):
             remote_of(server.server_port)
     remote_of(server.server_port).close()
-
-
-def test_concurrent_requests_are_scored_together_and_a_full_queue_says_so(server, drawn):
-    teacher = remote_of(server.server_port, concurrency=16)
-    before, rows = server.scorer.batches, read_shard(drawn / "rollouts-00000.parquet")
-    scored = teacher.score(rows, 2)
-    assert not scored.refused
-    assert server.scorer.batches - before < len(rows)
-    teacher.close()
-    full = running("teacher", Limits(queue=1))
-    try:
-        jobs = [Job([1, 2, 3], 1, 0) for _ in range(50)]
-        assert not full.scorer.submit(jobs)
-        status, body = post(full.server_port, {"prompt": [[1, 2, 3]] * 50})
-        assert (status, body["error"]["message"]) == (429, "the queue is full")
-    finally:
-        full.shutdown()
-        full.server_close()
-
-
-def post(port: int, body: object, key: str = KEY) -> tuple[int, dict]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Authorization": f"Bearer {key}"})
-    response = connection.getresponse()
-    return response.status, json.loads(response.read())
-
-
-@pytest.mark.parametrize(
-    ("body", "why"),
-    [
-        ({"prompt": "text"}, "token ids"),
-        ({"prompt": [1, 2, 99999]}, "token ids are between"),
-        ({"prompt": [1]}, "between 2 and"),
-        ({"prompt": [1, 2], "prompt_logprobs": 5000}, "prompt_logprobs"),
-        ({"prompt": [1, 2], "stream": True}, "stream"),
-        ({"prompt": [1, 2], "opd_start": 2}, "opd_start"),
-        ([], "JSON object"),
-    ],
-)
-def test_the_server_says_what_is_wrong_with_a_request(server, body, why):
-    status, answer = post(server.server_port, body)
-    assert status == 400
-    assert why in answer["error"]["message"]
-
-
-def test_health_needs_no_key_and_everything_else_does(server):
-    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    connection.request("GET", "/health")
-    response = connection.getresponse()
-    assert (response.status, json.loads(response.read())) == (200, {"status": "ok"})
-    assert post(server.server_port, {"prompt": [1, 2]}, key="wrong")[0] == 401
-
-
-def test_a_plain_vllm_client_gets_vllm_s_answer(server):
-    ids = probe_ids(server.teacher.model.facts.tokens)
-    status, answer = post(
-        server.server_port, {"model": "teacher", "prompt": ids, "max_tokens": 1, "prompt_logprobs": 2}
-    )
-    positions = answer["choices"][0]["prompt_logprobs"]
-    assert status == 200
-    assert positions[0] is None
-    assert [str(token) in entries for token, entries in zip(ids[1:], positions[1:], strict=True)] == [True] * 15
-    assert all(2 <= len(entries) <= 3 for entries in positions[1:])

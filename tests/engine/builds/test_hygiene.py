@@ -8,7 +8,9 @@ import pytest
 from opd_mcp.engine.builds import scores as builds
 from opd_mcp.engine.cache.manifest import read_cache, read_manifest
 from opd_mcp.engine.cache.rollouts import read_rollouts
+from opd_mcp.engine.cache.statistics import RolloutTally
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.teachers.teacher import RowScores
 from opd_mcp.identity.overlap import eval_overlap, normalised
 from opd_mcp.schemas.errors import RunError
@@ -28,6 +30,13 @@ def test_duplicates_overlap_and_over_long_prompts_are_counted(build, tmp_path):
     hygiene = read_manifest(build.cache(rollouts, "cache")).hygiene
     assert (hygiene.prompts, hygiene.duplicate_prompts, hygiene.over_long_prompts) == (5, 1, 1)
     assert (hygiene.eval_overlap_exact, hygiene.eval_overlap_normalised) == (1, 2)
+
+
+def test_a_response_that_is_only_its_end_counts_as_empty():
+    rows = build_sequences([[5]] * 4, [[2], [7, 2], [], [7]], finish_reasons=["eos", "eos", "length", "length"])
+    tally = RolloutTally()
+    tally.add(rows)
+    assert tally.statistics().empty_responses == 2
 
 
 def test_normalising_keeps_what_carries_meaning():
@@ -66,17 +75,17 @@ def test_truncated_rollouts_are_kept_dropped_or_capped_and_counted(policy, limit
 
 
 class Spoiling:
-    """A local teacher whose log-probs of chosen prompts are spoiled."""
+    """A local teacher whose log-probs of chosen prompts are spoiled: `values` by prompt id."""
 
-    def __init__(self, teacher, ids, value):
-        self.teacher, self.ids, self.value = teacher, ids, value
+    def __init__(self, teacher, values):
+        self.teacher, self.values = teacher, values
         self.identity, self.vocab_size = teacher.identity, teacher.vocab_size
 
     def score(self, sequences, topk):
         scores = self.teacher.score(sequences, topk).scores
         for row, prompt_id in enumerate(sequences.prompt_row_ids):
-            if prompt_id in self.ids:
-                scores.logprobs[sequences.response_offsets[row]] = self.value
+            if prompt_id in self.values:
+                scores.logprobs[sequences.response_offsets[row]] = self.values[prompt_id]
         return RowScores(scores)
 
     def close(self):
@@ -87,8 +96,8 @@ class Spoiling:
 def spoil(monkeypatch):
     real = builds.open_local
 
-    def spoiled(ids, value):
-        monkeypatch.setattr(builds, "open_local", lambda *given: Spoiling(real(*given), ids, value))
+    def spoiled(values):
+        monkeypatch.setattr(builds, "open_local", lambda *given: Spoiling(real(*given), values))
 
     return spoiled
 
@@ -96,7 +105,7 @@ def spoil(monkeypatch):
 def test_a_bad_row_in_a_hundred_is_left_out_with_its_reason(build, spoil):
     rollouts = build.rollouts("many", recipe=build.recipe.rollout.model_copy(update={"count": 200, "shard_rows": 100}))
     drawn = read_rollouts(rollouts)
-    spoil({drawn.prompt_row_ids[7]}, float("nan"))
+    spoil({drawn.prompt_row_ids[7]: float("nan")})
     manifest, rows = read_cache(build.cache(rollouts, "cache"))
     assert manifest.hygiene.quarantined == {"log-prob is not finite": 1}
     assert len(rows) == 199
@@ -104,20 +113,23 @@ def test_a_bad_row_in_a_hundred_is_left_out_with_its_reason(build, spoil):
 
 
 def test_more_than_one_in_a_hundred_fail_by_the_commonest_reason(build, drawn, spoil):
-    ids = read_rollouts(drawn).prompt_row_ids[3:5]
-    spoil(set(ids), 0.5)
-    with pytest.raises(RunError, match=r"bad_rows.*2 of 40.*log-prob above 0"):
+    ids = read_rollouts(drawn).prompt_row_ids[3:6]
+    spoil({ids[0]: float("nan"), ids[1]: 0.5, ids[2]: 0.5})
+    with pytest.raises(RunError, match=r"bad_rows.*3 of 40.*most often \(2\): log-prob above 0") as caught:
         build.cache(drawn, "cache")
+    assert caught.value.value == ids[1]
     assert not (build.root / "cache" / "manifest.json").exists()
 
 
 def test_engine_gap_and_teacher_delta_are_measured(build, drawn):
-    manifest = read_manifest(build.cache(drawn, "cache", sft_teacher_path=build.teacher))
+    manifest = read_manifest(build.cache(drawn, "cache"))  # the student's lineage proves its teacher
     assert manifest.engine_gap.tokens > 0
     assert manifest.engine_gap.largest < 1e-4
-    assert (manifest.teacher_delta.mean_abs, manifest.teacher_delta.over_one_nat) == (0, 0)
+    assert (manifest.teacher_delta.basis, manifest.teacher_delta.mean_abs) == ("by_construction", 0)
     other = build.teacher.parent / "teacher_other_style"
     allowed = {"sft_teacher_path": build.teacher, "allow_teacher_mismatch": True}
     delta = read_manifest(build.cache(drawn, "other", teacher=other, **allowed)).teacher_delta
+    assert delta.basis == "measured"
+    assert delta.tokens > 0
     assert delta.mean_abs > 0.5
     assert delta.over_one_nat > 0.1

@@ -1,5 +1,6 @@
 """A cache is proven, repaired where that is possible, merged, and made of the paper authors' file."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.convert import converted
@@ -22,7 +23,9 @@ from opd_mcp.engine.data.batches import shuffled_batches
 from opd_mcp.engine.runtime import generator_for
 from opd_mcp.engine.teachers.teacher import rescorer
 from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, IntegrityError
+from opd_mcp.server.cache_texts import manifest_lines
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
 
@@ -145,6 +148,31 @@ def test_values_that_are_no_log_probs_are_named(finished):
     assert "a finish reason does not fit the last token" in value_problems(rows, other_end)
 
 
+def test_counts_that_are_not_the_manifest_s_are_named(cache):
+    manifest = read_manifest(cache)
+    more = manifest.shards[1].model_copy(update={"rows": 9})
+    write_manifest(cache, manifest.model_copy(update={"shards": [manifest.shards[0], more, *manifest.shards[2:]]}))
+    assert "shard-00001.parquet has other counts than the manifest says" in verified(cache).problems
+
+
+def test_a_teacher_with_a_padded_vocabulary_scores_and_names_only_tokens(build, drawn, finished):
+    padded = Path(shutil.copytree(build.teacher, build.root / "padded"))
+    config = json.loads((padded / "config.json").read_text())
+    size, more = config["vocab_size"], 24
+    tensors = load_file(padded / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.shape[0] == size and tensor.ndim == 2:
+            tensors[name] = torch.cat([tensor, tensor[:1].expand(more, -1)])
+    save_file(tensors, padded / "model.safetensors", metadata={"format": "pt"})
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": size + more}))
+    manifest, rows = read_cache(build.cache(drawn, "padded-cache", teacher=padded, allow_teacher_mismatch=True))
+    assert manifest.vocab_size == size + more
+    assert rows.columns["topk_ids"].max() < inspect_model(padded).tokens
+    # the padding's share of the softmax is the teacher's own: it is part of what the teacher says
+    assert (rows.columns["teacher_logprobs"] <= read_cache(finished)[1].columns["teacher_logprobs"] + 1e-4).all()
+    assert verified(build.root / "padded-cache", rescorer(padded)).problems == []
+
+
 def test_two_caches_of_one_teacher_and_student_become_one(build, cache, tmp_path):
     seven = Context(build.recipe.runtime.model_copy(update={"seed": 7}), build.recipe.prompting)
     second = build.cache(build.rollouts("more", context=seven), "second")
@@ -187,6 +215,9 @@ def test_the_authors_file_becomes_a_cache_that_says_what_it_lacks(build, tmp_pat
     manifest = converted(tmp_path / "authors.parquet", tmp_path / "cache", **given)
     assert manifest.lacks[0] == "EOS"
     assert "behaviour_logprobs" in manifest.lacks
+    shown = "\n".join(manifest_lines(manifest))
+    assert "lacks: EOS, behaviour_logprobs, sampling, seed" in shown
+    assert "temperature" not in shown
     reasons = ("lists of different length", "not a log-prob", "loss mask with holes")
     assert manifest.hygiene.quarantined == dict.fromkeys(reasons, 1)
     stored = read_cache(tmp_path / "cache")[1]

@@ -1,0 +1,197 @@
+"""Workers that die: chains of SIGKILLs on a few runs, resumed each time, and equal at the end to runs left alone."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from chaos_failpoints import Moment, Plan
+from chaos_workload import PHASES, Place, Work, arguments, differences, ended, evidence, failing_place, worker_pid
+
+from opd_mcp.schemas.runs import RunStatus
+
+RANDOM = "random_moment"
+# A worker needs two to three seconds before it computes, and computes for as long.
+RANDOM_SECONDS = (0.2, 6.0)
+MOMENTS: tuple[Moment, ...] = ("before", "torn", "after")
+KINDS = (
+    *(f"phase_{name}" for name in PHASES["lightning"]),
+    *("shard_write", "shard_rename", "checkpoint_write", "checkpoint_rename"),
+    *("journal_append", "index_update", "artifact_publish", "lease_handover", RANDOM),
+)
+
+
+@dataclass
+class Chain:
+    """One run's way through its kills, in the order of its phases."""
+
+    name: str
+    work: Work
+    plans: list[Plan]
+    kills: Counter[str] = field(default_factory=Counter)
+    unreached: list[Plan] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def killed(self) -> int:
+        """How many kills there were."""
+        return self.kills.total()
+
+
+PHASES_WITH: dict[str, tuple[str, ...]] = {
+    "shard_write": ("rollout", "score"),
+    "shard_rename": ("rollout", "score"),
+    "checkpoint_write": ("sft", "distill"),
+    "checkpoint_rename": ("sft", "distill"),
+    "journal_append": ("sft", "distill"),
+    "index_update": ("generate_responses", "benchmark"),
+    "artifact_publish": ("sft", "score", "distill"),
+    "lease_handover": ("generate_responses", "distill"),
+    RANDOM: ("sft", "distill"),
+    **{f"phase_{name}": (name,) for name in PHASES["lightning"]},
+}
+"""Where each kind of failpoint is found; for a lease or a random moment, when in a chain it comes."""
+HITS = {"checkpoint_write": 6, "checkpoint_rename": 2, "journal_append": 16, "index_update": 2}
+ANYWHERE = ("lease_handover", RANDOM)
+
+
+def kill_chains(seed: int, chains: dict[Work, int], kinds: Sequence[str], per_kind: int) -> list[Chain]:
+    """Chains of kills, `per_kind` of each of the kinds dealt out evenly to the chains whose phases have it."""
+    rng = random.Random(f"{seed}/kills")
+    made = [Chain(f"{work}-{number}", work, []) for work, count in chains.items() for number in range(count)]
+    order = PHASES["lightning"]
+    dealt: dict[str, list[tuple[int, Plan]]] = {chain.name: [] for chain in made}
+    for kind in kinds:
+        slots = [(chain, phase) for chain in made for phase in PHASES[chain.work] if phase in PHASES_WITH[kind]]
+        rng.shuffle(slots)
+        for number in range(per_kind if slots else 0):
+            chain, phase = slots[number % len(slots)]
+            within = None if kind in ANYWHERE or kind.startswith("phase_") else phase
+            plan = Plan(kind, rng.randint(1, HITS.get(kind, 1)), rng.choice(MOMENTS), within=within)
+            dealt[chain.name].append((order.index(phase), plan))
+    for chain in made:
+        rng.shuffle(dealt[chain.name])
+        chain.plans = [plan for _, plan in sorted(dealt[chain.name], key=lambda pair: pair[0])]
+        # What a phase begins with comes before what it does, and what ends it last.
+        chain.plans.sort(key=lambda plan: place_in_phase(plan, dealt[chain.name]))
+    return sorted(made, key=lambda chain: -len(chain.plans))
+
+
+def place_in_phase(plan: Plan, dealt: list[tuple[int, Plan]]) -> tuple[int, int]:
+    """Where a plan stands in its chain: by its phase, then from the phase's start to its publication."""
+    phase = next(number for number, other in dealt if other is plan)
+    late = {"artifact_publish": 2, "index_update": 3}
+    return phase, 0 if plan.kind.startswith("phase_") else late.get(plan.kind, 1)
+
+
+def run_chain(chain: Chain, root: Path, seed: int, expected: dict[str, Any]) -> Chain:
+    """Stop and resume the chain's run until it succeeds; what is not as it must be goes to `wrong`."""
+    place, rng = failing_place(root / chain.name), random.Random(f"{seed}/{chain.name}")
+    service = place.service()
+    waiting, run_id, attempts = deque(chain.plans), "", 0
+    while True:
+        plan = waiting.popleft() if waiting else None
+        place.plan_file.unlink(missing_ok=True)
+        if plan is not None and plan.kind != RANDOM:
+            plan.save(place.plan_file)
+        before = len(hits(place))
+        if attempts:
+            service.resume(run_id)
+        else:
+            run_id = service.start_distillation(arguments(chain.work)).run_id
+        attempts += 1
+        shot = plan is not None and plan.kind == RANDOM and killed_from_outside(place, attempts, rng)
+        status = ended(service, run_id)
+        shot = shot or len(hits(place)) > before
+        if plan is not None and shot:
+            chain.kills[plan.kind] += 1
+        chain.wrong += [f"{chain.name}: {alert.message}" for alert in status.alerts if alert.code in DAMAGE_ALERTS]
+        if status.state == "succeeded":
+            chain.unreached = [*([plan] if plan and not shot else []), *waiting]
+            break
+        if plan is None or not shot or unlike_plan(plan, status):
+            chain.wrong.append(f"{chain.name}: {status.state} at {plan}: {status.error if shot else 'by itself'}")
+            return chain
+    unlike = differences(expected, evidence(place, status))
+    chain.wrong += [f"{chain.name} ({run_id}) differs after {chain.killed} stops in: {name}" for name in unlike]
+    return chain
+
+
+def unlike_plan(plan: Plan, status: RunStatus) -> bool:
+    """Whether a run ended in another way than the plan would have it."""
+    if plan.action == "kill":
+        return status.state != "lost"
+    # Where not even the journal has room, nothing can be said; the run is then found lost.
+    silent = status.state == "lost" and (plan.action == "full" or plan.kind == "journal_append")
+    named = status.state == "failed" and status.error is not None and status.error.code == "not_enough_disk"
+    return not (silent or named)
+
+
+DAMAGE_ALERTS = ("damaged_journal", "checkpoint_damaged", "damaged_file")
+
+
+def hits(place: Place) -> list[str]:
+    """What the workers of a place hit."""
+    lines = place.log.read_text(encoding="utf-8").splitlines() if place.log.exists() else []
+    return [line for line in lines if not line.endswith(" started")]
+
+
+def killed_from_outside(place: Place, attempt: int, rng: random.Random) -> bool:
+    """Whether the attempt's worker was still there to be killed at a random moment."""
+    delay, deadline = rng.uniform(*RANDOM_SECONDS), time.monotonic() + 60
+    while (pid := worker_pid(place, attempt)) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay)
+    try:
+        os.kill(pid or -1, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def references(root: Path, works: Iterable[Work]) -> dict[Work, tuple[Place, RunStatus]]:
+    """By work, the place of a run that nobody disturbed, and how it ended."""
+    runs = {}
+    for work in works:
+        place = Place(root / f"undisturbed-{work}")
+        service = place.service()
+        runs[work] = place, service, service.start_distillation(arguments(work)).run_id
+    found = {}
+    for work, (place, service, run_id) in runs.items():
+        status = ended(service, run_id)
+        if status.state != "succeeded":
+            raise RuntimeError(f"the undisturbed run of {work} ended as {status.state}: {status.error}")
+        found[work] = place, status
+    return found
+
+
+def run_chains(
+    root: Path,
+    seed: int,
+    chains: list[Chain],
+    undisturbed: dict[Work, tuple[Place, RunStatus]],
+    tell: Callable[[str], None],
+) -> list[Chain]:
+    """The chains, two at a time, and one more for what a kind of work did not reach."""
+    expected = {work: evidence(*found) for work, found in undisturbed.items()}
+
+    def run(chain: Chain) -> Chain:
+        done = run_chain(chain, root, seed, expected[chain.work])
+        tell(f"{done.name}: stopped {done.killed} times, {len(done.unreached)} not reached, {len(done.wrong)} wrong")
+        for problem in done.wrong:
+            tell(f"  {problem[:1000]}")
+        return done
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(run, chains))
+        left: dict[Work, list[Plan]] = {}
+        for chain in done:
+            left.setdefault(chain.work, []).extend(replace(plan, hit=1) for plan in chain.unreached)
+        more = [Chain(f"{work}-more", work, plans) for work, plans in left.items() if plans]
+        return [*done, *pool.map(run, more)]
