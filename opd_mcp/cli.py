@@ -1,4 +1,4 @@
-"""The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | cache …` and what a run needs.
+"""The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | gc | cache …` and more.
 
 The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
 teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
@@ -51,6 +51,10 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="For http: a name the server is reached by; repeatable.")
     ] = None,
+    allow_teacher_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A host beside this machine that a teacher_url may name; repeatable."),
+    ] = None,
     allow_delete: Annotated[bool, typer.Option(help="Offer delete_artifact.")] = False,
     confirm_gpu_hours: Annotated[
         float, typer.Option(help="Ask before plans that take a device for longer.", min=0)
@@ -60,15 +64,19 @@ def serve(
     from opd_mcp.server.serve import serve_http, serve_stdio
     from opd_mcp.server.settings import ServerSettings
 
-    roots, settings = allow_root or [], ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete)
+    settings = ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete)
+
+    def opened() -> "JobService":
+        return open_service(allow_root or [], tuple(allow_teacher_host or ()))
+
     if transport is Transport.STDIO:
-        serve_stdio(lambda: open_service(roots), settings)
+        serve_stdio(opened, settings)
     else:
         from opd_mcp.server.http import HttpAccess
 
         token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
         access = HttpAccess(host, port, token or None, tuple(allowed_host or ()))
-        serve_http(lambda: open_service(roots), settings, access)
+        serve_http(opened, settings, access)
 
 
 @app.command()
@@ -139,6 +147,25 @@ def doctor(
         if not check.well:
             typer.echo(f"    fix: {check.fix}")
     raise typer.Exit(int(not all(check.well for check in found)))
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List only.")] = False,
+    older_than: Annotated[
+        float, typer.Option(help="Days since an unfinished build or an old index was last written to.", min=0)
+    ] = 14.0,
+    artifacts: Annotated[
+        bool, typer.Option("--artifacts", help="Also artifacts that no run, lineage or result needs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what nobody needs: abandoned builds, checkpoints of succeeded runs, temporary files."""
+    from opd_mcp.jobs.gc import collected
+    from opd_mcp.server.texts import garbage_text
+
+    found = collected(open_service().store, remove=not dry_run, older_than_days=older_than, artifacts=artifacts)
+    typer.echo(found.to_json() if as_json else garbage_text(found))
 
 
 CacheArgument = Annotated[str, typer.Argument(help="A cache id, a run id, or a teacher cache's directory.")]
@@ -248,9 +275,11 @@ def worker(
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
     from opd_mcp.jobs.worker import main as work
+    from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
 
-    root, key = workspace or workspace_root(), os.environ.get(TEACHER_KEY)
-    raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key))
+    root, key, secrets = workspace or workspace_root(), os.environ.get(TEACHER_KEY), environment_secrets(os.environ)
+    sys.stdout = RedactingStream(sys.stdout, secrets)
+    raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key, secrets=secrets))
 
 
 def workspace_root() -> Path:
@@ -267,19 +296,26 @@ def cache_directory(reference: str) -> Path:
     return path if path.is_dir() else open_service().cache_directory(reference)
 
 
-def open_service(allow_roots: Sequence[Path] = ()) -> "JobService":
+def open_service(allow_roots: Sequence[Path] = (), teacher_hosts: tuple[str, ...] = ()) -> "JobService":
     """The service over the workspace; it may read what is below it, the examples and the given folders."""
     from opd_mcp.jobs.service import JobService
+    from opd_mcp.jobs.settings import JobSettings
     from opd_mcp.store.roots import AllowedRoots
     from opd_mcp.store.workspace import Workspace
 
-    return JobService(Workspace(workspace_root()), AllowedRoots(allow_roots))
+    return JobService(Workspace(workspace_root()), AllowedRoots(allow_roots), JobSettings(teacher_hosts=teacher_hosts))
 
 
 def main() -> None:
-    """The console script: an expected failure is one line on stderr and exit status 1."""
-    from opd_mcp.schemas.errors import OpdError
+    """The console script: an expected failure is one line on stderr and exit status 1.
 
+    Whatever is written is for its owner alone, and holds no secret of the environment.
+    """
+    from opd_mcp.schemas.errors import OpdError
+    from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
+
+    os.umask(0o077)
+    sys.stderr = RedactingStream(sys.stderr, environment_secrets(os.environ))
     try:
         app()
     except OpdError as error:

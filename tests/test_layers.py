@@ -56,6 +56,34 @@ def loaded_modules(layer: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+UNSAFE_CALLS = {
+    ("os", "system"),
+    ("os", "popen"),
+    ("pickle", "load"),
+    ("pickle", "loads"),
+    ("torch", "load"),
+    ("subprocess", "getoutput"),
+    ("subprocess", "getstatusoutput"),
+}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_file_uses_a_shell_a_pickle_or_remote_code(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            assert not {alias.name for alias in node.names} & {"pickle", "dill", "joblib", "cloudpickle"}
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            assert (node.func.value.id, node.func.attr) not in UNSAFE_CALLS
+        if isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec")
+        for keyword in node.keywords:
+            if keyword.arg in ("shell", "trust_remote_code"):
+                assert isinstance(keyword.value, ast.Constant)
+                assert keyword.value.value is False
+
+
 @pytest.mark.parametrize("layer", ALLOWED)
 def test_a_layer_names_only_the_layers_below_it(layer):
     for file in (PACKAGE / layer).rglob("*.py"):

@@ -119,7 +119,8 @@ class Chaos:
         self._problems_of(done)
         self.problems += corrupt
         in_worker = sum(chain.killed for chain in done)
-        self.tell(f"full disk in workers: {dict(sorted(sum((c.kills for c in done), Counter[str]()).items()))}")
+        if done:
+            self.tell(f"full disk in workers: {dict(sorted(sum((c.kills for c in done), Counter[str]()).items()))}")
         wrong = len(corrupt) + sum(len(chain.wrong) for chain in done)
         self.result |= {"enospc_points": points + in_worker, "corrupt": wrong}
         self._require(points + in_worker >= self.size.enospc, f"{points + in_worker} points are too few")

@@ -100,7 +100,8 @@ def run_trials(
     expected = questions()
     if broken := [name for name, value in expected.items() if "error:" in str(value)]:
         raise RuntimeError(f"undamaged, and yet: {broken}, {expected}")
-    again = questions_of_copy(base, copied, questions)
+    copied(base)
+    again = questions()
     if expected != again:
         raise RuntimeError(f"undamaged, and yet different: {[n for n in expected if expected[n] != again[n]]}")
     found = []
@@ -110,14 +111,6 @@ def run_trials(
         outcome, why = outcome_of(expected, answers_of(questions))
         found.append(Damage(str(file), how, outcome, why))
     return found
-
-
-def questions_of_copy(
-    base: Path, copied: Callable[[Path], Path], questions: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The answers over one more undamaged copy."""
-    copied(base)
-    return questions()
 
 
 def answers_of(questions: Callable[[], dict[str, Any]]) -> dict[str, Any]:

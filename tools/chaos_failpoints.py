@@ -24,6 +24,7 @@ Moment = Literal["before", "torn", "after"]
 STARTED = re.compile(rb'"data":\{"phase":"(\w+)","event":"started"')
 MODIFYING = ("INSERT", "UPDATE", "DELETE", "COMMIT")
 ANY = "any"
+RESERVE = "reserve"
 FULL = "No space left on device"
 
 
@@ -31,7 +32,8 @@ FULL = "No space left on device"
 class Plan:
     """What happens to one process: at the `hit`-th call of `kind` (in `within` a phase, when set), `action`.
 
-    `kill` sends SIGKILL, `full_once` fails this call with ENOSPC, `full` this one and every later write as well.
+    `kill` sends SIGKILL, `full_once` fails this call with ENOSPC, `full` this and all later ones until the run gives
+    up its reserve.
     """
 
     kind: str
@@ -105,6 +107,7 @@ def install(plan: Plan | None, log: Path) -> Failpoints:
     points = Failpoints(plan, log)
     _patch_writes(points)
     _patch_renames(points)
+    _patch_removals(points)
     _patch_locks(points)
     _patch_database(points)
     return points
@@ -185,6 +188,17 @@ def _patch_renames(points: Failpoints) -> None:
         return rename
 
     os.rename, os.replace = failing(os.rename), failing(os.replace)
+
+
+def _patch_removals(points: Failpoints) -> None:
+    unlink = os.unlink
+
+    def freeing_unlink(path: Any, **named: Any) -> None:
+        unlink(path, **named)
+        if os.path.basename(path) == RESERVE:  # what a run has set aside for its last words is room again
+            points.full = False
+
+    os.unlink = freeing_unlink
 
 
 def _patch_locks(points: Failpoints) -> None:

@@ -108,7 +108,8 @@ def run_chain(chain: Chain, root: Path, seed: int, expected: dict[str, Any]) -> 
         attempts += 1
         shot = plan is not None and plan.kind == RANDOM and killed_from_outside(place, attempts, rng)
         status = ended(service, run_id)
-        shot = shot or len(hits(place)) > before
+        # A worker that had ended before its random moment was not killed, only its remains were.
+        shot = (shot and status.state == "lost") or len(hits(place)) > before
         if plan is not None and shot:
             chain.kills[plan.kind] += 1
         chain.wrong += [f"{chain.name}: {alert.message}" for alert in status.alerts if alert.code in DAMAGE_ALERTS]
@@ -127,10 +128,7 @@ def unlike_plan(plan: Plan, status: RunStatus) -> bool:
     """Whether a run ended in another way than the plan would have it."""
     if plan.action == "kill":
         return status.state != "lost"
-    # Where not even the journal has room, nothing can be said; the run is then found lost.
-    silent = status.state == "lost" and (plan.action == "full" or plan.kind == "journal_append")
-    named = status.state == "failed" and status.error is not None and status.error.code == "not_enough_disk"
-    return not (silent or named)
+    return status.state != "failed" or status.error is None or status.error.code != "not_enough_disk"
 
 
 DAMAGE_ALERTS = ("damaged_journal", "checkpoint_damaged", "damaged_file")

@@ -1,7 +1,6 @@
 """What the chaos runs compute: three small distillations of the embedded task, and what must be equal at their end."""
 
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -140,12 +139,3 @@ def worker_pid(place: Place, started: int) -> int | None:
     lines = place.log.read_text(encoding="utf-8").splitlines() if place.log.exists() else []
     pids = [int(line.split()[0]) for line in lines if line.endswith(" started")]
     return pids[started - 1] if len(pids) >= started else None
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process of this number is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

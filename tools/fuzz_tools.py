@@ -182,9 +182,15 @@ async def fuzz(calls: int, seed: int, folder: Path) -> dict[str, Any]:
 class FinishedWorker:
     """Stands for a worker process that is over at once."""
 
+    returncode = 0
+
     def poll(self) -> int:
         """The exit status."""
-        return 0
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """The exit status."""
+        return self.returncode
 
 
 def main() -> int:

@@ -122,8 +122,9 @@ def text_hash(text: str) -> str:
 def _model_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise PathError("not_found", "There is no such directory.", value=path, fix="Give a model's directory.")
-    if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
+    # Beside whole weights too: loading would follow it to a base model that may be anywhere.
+    adapter = (path / "adapter_config.json").exists()
+    if adapter or not (path / "config.json").is_file():
         raise PathError(
             "not_a_model",
             "This is a LoRA adapter, not a whole model." if adapter else "This directory has no config.json.",
@@ -132,7 +133,16 @@ def _model_config(path: Path) -> dict[str, Any]:
             if adapter
             else "Give a directory with config.json, tokenizer.json and safetensors weights.",
         )
-    return read_json_object(path / "config.json")
+    config = read_json_object(path / "config.json")
+    for name, value in config.items():
+        if name.endswith("_implementation") and "/" in str(value):  # code that loading would fetch from the Hub
+            raise PathError(
+                "unsafe_config",
+                f"config.json names code to fetch for {name}.",
+                value=str(value),
+                fix=f"Remove {name} from config.json.",
+            )
+    return config
 
 
 def _hashed_tensors(path: Path, tensor_digest: Callable[[Tensor], str]) -> tuple[list[Tensor], str]:

@@ -1,6 +1,8 @@
 """Teachers behind a URL: what an address may be, and who a server is that has only a name."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from opd_mcp.schemas.errors import ArgumentError
@@ -31,3 +33,27 @@ def checked_url(url: str) -> Address:
             fix="Give the server's address; put its key into the environment variable OPD_TEACHER_KEY.",
         )
     return Address(parts.scheme, parts.hostname, port, parts.path.rstrip("/").removesuffix("/v1"))
+
+
+def require_allowed_host(url: str, allowed: Iterable[str]) -> None:
+    """Raise ArgumentError `teacher_host_not_allowed` unless the URL's host is this machine or one of `allowed`.
+
+    Whoever chooses the address chooses where token ids and the teacher's key go, so that is not the caller alone.
+    """
+    host = checked_url(url).hostname.casefold().rstrip(".")
+    if is_loopback(host) or host in {name.casefold().rstrip(".") for name in allowed}:
+        return
+    raise ArgumentError(
+        "teacher_host_not_allowed",
+        "teacher_url names a host that this server was not told to talk to.",
+        value=host,
+        fix=f"Use a teacher on this machine, or have the server's owner start it with --allow-teacher-host {host}.",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name is this machine's own by its spelling, without asking a name server."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

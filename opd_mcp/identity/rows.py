@@ -9,6 +9,12 @@ from typing import Any
 from opd_mcp.schemas.errors import DataError, IntegrityError, PathError, ResourceError, nearest
 
 MAX_LINE_BYTES = 1 << 20
+MAX_ROWS = 5_000_000
+# Parquet: a tiny file may stand for a huge one, so what it says of itself is looked at before it is decoded.
+MAX_ROW_BYTES = 16 << 20
+MAX_COLUMN_BYTES = 1 << 30
+BATCH_BYTES = 1 << 29
+BATCH_ROWS = 1024
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 # What our own artifact directories call their data, so that a file beside it causes no doubt.
@@ -71,6 +77,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         line = 0
         while data := file.readline(MAX_LINE_BYTES + 1):
             line += 1
+            if line > MAX_ROWS:
+                raise _too_large(path, f"more than {MAX_ROWS} lines")
             if len(data) > MAX_LINE_BYTES:
                 raise malformed_line(path, line, f"longer than {MAX_LINE_BYTES} bytes", fix="Split or drop this row.")
             if line == 1:
@@ -90,10 +98,36 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
     with _open_parquet(path) as file:
         wanted = [name for name in file.schema_arrow.names if name in columns]
         line = 0
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
+        for batch in file.iter_batches(batch_size=_batch_rows(path, file.metadata), columns=wanted):
+            if batch.nbytes > MAX_ROW_BYTES and any(
+                batch.slice(row, 1).nbytes > MAX_ROW_BYTES for row in range(batch.num_rows)
+            ):
+                raise _too_large(path, f"a row of more than {MAX_ROW_BYTES} bytes, after row {line}")
             for row in batch.to_pylist() if wanted else [{}] * batch.num_rows:
                 line += 1
                 yield line, {name: value for name, value in row.items() if value is not None}
+
+
+def _batch_rows(path: Path, metadata: Any) -> int:
+    """Rows to decode at a time, so that they fit into memory even if each is as long as its whole column."""
+    if metadata.num_rows > MAX_ROWS:
+        raise _too_large(path, f"{metadata.num_rows} rows, more than {MAX_ROWS}")
+    largest = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            largest = max(largest, column.total_uncompressed_size, 8 * column.num_values)
+    if largest > MAX_COLUMN_BYTES:
+        raise _too_large(path, f"a column of {largest} bytes in one row group, more than {MAX_COLUMN_BYTES}")
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+
+
+def _too_large(path: Path, what: str) -> DataError:
+    return DataError(
+        "too_large",
+        f"{path.name} holds {what}.",
+        value=path,
+        fix="Give a part of it; runs cycle through their prompts.",
+    )
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, PathError
 
 TOKENIZER_FILE = "tokenizer.json"
+# The largest known templates, with tools and thinking, are about 20 kB.
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,13 @@ def chat_template(path: Path) -> str | None:
     """The chat template of a model directory: `chat_template.jinja`, else the one in `tokenizer_config.json`."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8", errors="surrogateescape")
+        with file.open("rb") as opened:
+            return _bounded(file, opened.read(MAX_TEMPLATE_BYTES + 1).decode("utf-8", "surrogateescape"))
     template = optional_json(path / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
-    return template if isinstance(template, str) else None
+    return _bounded(path / "tokenizer_config.json", template) if isinstance(template, str) else None
 
 
 def special_token_names(path: Path) -> dict[str, str]:
@@ -151,6 +154,17 @@ def _vocabulary_map(vocabulary: Any) -> dict[int, str]:
     if isinstance(vocabulary, list):  # Unigram: [token, score] by id
         return {token_id: str(entry[0]) for token_id, entry in enumerate(vocabulary)}
     raise TypeError("no vocabulary")
+
+
+def _bounded(file: Path, template: str) -> str:
+    if len(template) <= MAX_TEMPLATE_BYTES:
+        return template
+    raise IntegrityError(
+        "damaged_file",
+        f"{file.name} holds a chat template of more than {MAX_TEMPLATE_BYTES} characters.",
+        value=file,
+        fix="Use a model with a chat template of a sensible size.",
+    )
 
 
 def _quoted(token: str | None) -> str:

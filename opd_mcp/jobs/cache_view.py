@@ -60,8 +60,14 @@ def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
         rows = next(file.iter_batches(batch_size=SAMPLE_ROWS, columns=columns)).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path / shard.file) from error
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer" / "tokenizer.json"))
-    return [_row(row, tokenizer) for row in rows]
+    try:
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer" / "tokenizer.json"))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise _damaged(path / "tokenizer" / "tokenizer.json") from error
+    try:
+        return [_row(row, tokenizer) for row in rows]
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+        raise _damaged(path / shard.file) from error
 
 
 def _row(row: dict[str, Any], tokenizer: Any) -> SampleRow:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,11 +28,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run of a given recipe computes; `memory` is what is free there now, in bytes."""
+    """Where a run of a given recipe computes; `memory` is what is free there for it, in bytes.
+
+    `claimed` is what runs that are already active will still take of that.
+    """
 
     kind: str
     name: str
     memory: int
+    claimed: int = 0
 
 
 def gpus() -> list[Gpu]:
@@ -83,12 +88,23 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def target_of(runtime: RuntimeRecipe) -> Target:
-    """The device that the recipe's runtime asks for; raises ResourceError `device_unavailable` without a GPU."""
+def gpu_slot(gpu: Gpu) -> str:
+    """The name of a GPU's lease."""
+    return f"gpu-{gpu.uuid}"
+
+
+def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[str]] = lambda slots: ()) -> Target:
+    """The device that the recipe's runtime asks for; `busy` says which slots are leased.
+
+    A leased GPU counts as free: whoever waits for it gets it when its holder has left. Raises ResourceError
+    `device_unavailable` without a GPU.
+    """
     found = [] if runtime.device == "cpu" else gpus()
     if found:
-        best = max(found, key=lambda gpu: gpu.free_memory)
-        return Target("cuda", best.name, best.free_memory)
+        leased = busy([gpu_slot(gpu) for gpu in found])
+        room = {gpu: gpu.total_memory if gpu_slot(gpu) in leased else gpu.free_memory for gpu in found}
+        best = max(found, key=lambda gpu: room[gpu])
+        return Target("cuda", best.name, room[best])
     if runtime.device == "cuda":
         raise ResourceError(
             "device_unavailable",

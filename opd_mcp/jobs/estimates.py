@@ -12,6 +12,7 @@ from statistics import median
 from pydantic import ValidationError
 
 from opd_mcp.jobs.devices import Target
+from opd_mcp.jobs.memory import gib, memory_shortage
 from opd_mcp.jobs.workload import (
     PROCESS_BYTES,
     DataSize,
@@ -170,23 +171,14 @@ class Estimator:
 
 def resource_findings(estimate: MethodEstimate, target: Target, disk_free: int) -> list[Finding]:
     """What the device or the disk is too small for."""
-    findings = []
-    if estimate.peak_memory_bytes > target.memory:
-        findings.append(
-            Finding(
-                code="not_enough_memory",
-                message=f"The plan needs about {_gib(estimate.peak_memory_bytes)} of memory; {target.name} has "
-                f"{_gib(target.memory)} free.",
-                fix="Lower distill.micro_batch_tokens, sft.micro_batch_tokens, rollout.batch_size or max_new_tokens by "
-                "overrides, choose smaller models, or wait until memory is free.",
-            )
-        )
+    shortage = memory_shortage(estimate.peak_memory_bytes, target)
+    findings = [shortage] if shortage else []
     if estimate.disk_bytes > disk_free:
         findings.append(
             Finding(
                 code="not_enough_disk",
-                message=f"The plan writes up to {_gib(estimate.disk_bytes)}; the workspace's disk has "
-                f"{_gib(disk_free)} free.",
+                message=f"The plan writes up to {gib(estimate.disk_bytes)}; the workspace's disk has "
+                f"{gib(disk_free)} free.",
                 fix="Free disk space, move the workspace (OPD_HOME), or lower rollout.count or score.topk.",
             )
         )
@@ -197,7 +189,3 @@ def _recomputed(work: Work) -> str:
     if work.checkpointing in (None, "none"):
         return ""
     return f"; {work.checkpointing} activation checkpointing, since it would not fit without or the recipe asks for it"
-
-
-def _gib(value: int) -> str:
-    return f"{value / 2**30:.2f} GiB"

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd_mcp.jobs.liveness import loss_of
 from opd_mcp.schemas.errors import OpdError, ResourceError
 from opd_mcp.schemas.runs import Failure
+from opd_mcp.store.runs import LOG_FILE
 
 LOG_LINES = 15
 LOG_BYTES = 16 << 10
@@ -17,9 +19,16 @@ RESUME_HELPS = frozenset(
     {
         *("worker_lost", "worker_terminated", "internal_error", "launch_failed"),
         *("not_enough_disk", "offline", "teacher_unreachable", "device_unavailable"),
+        *("quota_exceeded", "unknown_setting", "invalid_setting"),
     }
 )
 DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+MEMORY_OVERRIDE: dict[str, Any] = {
+    "distill.micro_batch_tokens": 4096,
+    "sft.micro_batch_tokens": 4096,
+    "score.micro_batch_tokens": 4096,
+    "rollout.batch_size": 32,
+}
 _NOISE = re.compile(r"^\s*$|^-- |^\s*[\^~]+\s*$")
 
 
@@ -64,12 +73,11 @@ def failure_of(
         given = f" Got: {error.value!r}." if error.value is not None else ""
         return Failure(code=error.code, cause=f"{error.message}{given}", fix=error.fix, log_tail=log_tail(log))
     if is_out_of_memory(error):
-        override: dict[str, Any] = {"distill.micro_batch_tokens": 4096, "sft.micro_batch_tokens": 4096}
         return Failure(
             code="not_enough_memory",
             cause=f"The device ran out of memory{f': {memory.text()}' if memory else ''} ({_first_line(error)}).",
             fix="Start again with the suggested overrides; finished phases are reused.",
-            override=override | {"score.micro_batch_tokens": 4096, "rollout.batch_size": 32},
+            override=dict(MEMORY_OVERRIDE),
             log_tail=log_tail(log),
         )
     return Failure(
@@ -80,13 +88,15 @@ def failure_of(
     )
 
 
-def lost_failure(log: Path) -> Failure:
-    """The failure of a run whose process ended without a final state."""
+def lost_failure(directory: Path, attempt: int) -> Failure:
+    """The failure of a run whose process ended without a final state, with its cause as far as it is known."""
+    loss, memory = loss_of(directory, attempt), " once memory is free, or start again with the suggested overrides"
     return Failure(
         code="worker_lost",
-        cause="The worker process ended without finishing: it was killed, ran out of memory, or the machine went down.",
-        fix="Call resume_run to go on from the last checkpoint.",
-        log_tail=log_tail(log),
+        cause=loss.cause,
+        fix=f"Call resume_run to go on from the last checkpoint{memory if loss.out_of_memory else ''}.",
+        override=dict(MEMORY_OVERRIDE) if loss.out_of_memory else None,
+        log_tail=log_tail(directory / LOG_FILE),
     )
 
 

@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.jobs.phases import product
@@ -12,8 +12,9 @@ from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, OpdError
 from opd_mcp.schemas.identity import ArtifactKind, Parent
 from opd_mcp.schemas.runs import RunRecord
-from opd_mcp.store.artifacts import BUILDING_PREFIX, Artifact
+from opd_mcp.store.artifacts import ARTIFACT_FILE, BUILDING_PREFIX, Artifact
 from opd_mcp.store.files import fsync_directory
+from opd_mcp.store.index import IndexedArtifact
 from opd_mcp.store.store import Store
 
 MANIFEST_FILE = "manifest.json"
@@ -21,7 +22,10 @@ MANIFEST_FILE = "manifest.json"
 
 def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: str | None) -> ArtifactList:
     """A page of artifacts, newest first; raises ArgumentError `invalid_argument` for a cursor that no page gave."""
-    rows = [row(artifact) for artifact in reversed(store.artifacts.list(kind))]
+    indexed = store.index.artifacts(kind=kind)
+    found = store.artifacts.list(kind)
+    damaged = unread(store, indexed, found)
+    rows = [row(artifact) for artifact in reversed(found)]
     rest = rows
     if cursor is not None:
         if "/" not in cursor:
@@ -33,7 +37,16 @@ def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: s
             )
         rest = [item for item in rows if place(item) < cursor]
     page = rest[:limit]
-    return ArtifactList(rows=page, total=len(rows), next_cursor=place(page[-1]) if limit < len(rest) else None)
+    next_cursor = place(page[-1]) if limit < len(rest) else None
+    return ArtifactList(rows=page, total=len(rows), next_cursor=next_cursor, damaged=damaged or None)
+
+
+def unread(store: Store, indexed: Sequence[IndexedArtifact], found: Sequence[Artifact]) -> list[str]:
+    """The ids of those indexed artifacts that are on the disk and yet were not found, since their record is damaged."""
+    known = {artifact.artifact_id for artifact in found}
+    missing = [entry for entry in indexed if entry.artifact_id not in known]
+    places = {entry.artifact_id: store.workspace.artifacts_of(entry.kind) / entry.artifact_id for entry in missing}
+    return sorted(name for name, path in places.items() if (path / ARTIFACT_FILE).is_file())
 
 
 def row(artifact: Artifact) -> ArtifactRow:

@@ -1,8 +1,9 @@
 """Plans: inputs resolved, phases keyed, consistency judged, costs estimated; nothing is started."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from opd_mcp.jobs.devices import Target, free_disk, target_of
+from opd_mcp.jobs.devices import Target, free_disk
 from opd_mcp.jobs.estimates import Estimator, measured_costs, resource_findings
 from opd_mcp.jobs.fingerprints import fingerprint
 from opd_mcp.jobs.judging import (
@@ -21,7 +22,7 @@ from opd_mcp.jobs.tokens import mean_prompt_tokens
 from opd_mcp.jobs.workload import data_size, model_shape
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.plans import MethodEstimate, Plan, PlannedPhase
-from opd_mcp.schemas.recipes import Method, Recipe
+from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase
 
@@ -35,6 +36,7 @@ class Planner:
 
     references: References
     find_artifact: FindArtifact
+    target_of: Callable[[RuntimeRecipe], Target]
 
     def plan(self, arguments: PlanDistillation) -> Plan:
         """The plan for the arguments.
@@ -42,7 +44,7 @@ class Planner:
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
         recipe = distillation_recipe(arguments)
-        target = target_of(recipe.runtime)
+        target = self.target_of(recipe.runtime)
         found = Findings()
         inputs = self._inputs(arguments)
         require_matching_tokenizers(inputs.teacher, inputs.student)

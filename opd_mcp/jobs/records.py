@@ -7,7 +7,7 @@ from pathlib import Path
 
 import opd_mcp
 from opd_mcp.identity.models import ModelCache, ModelFacts
-from opd_mcp.jobs.devices import Target, target_of
+from opd_mcp.jobs.devices import Target
 from opd_mcp.jobs.estimates import Estimator, measured_costs
 from opd_mcp.jobs.phases import request_hash
 from opd_mcp.jobs.tracing import current_trace
@@ -22,9 +22,8 @@ RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
 NAME_CHARACTERS = 32
 
 
-def new_record(request: RunRequest, workspace: Workspace, models: ModelCache) -> RunRecord:
-    """A record with a fresh id; raises ResourceError `device_unavailable`."""
-    target = target_of(request.recipe.runtime)
+def new_record(request: RunRequest, workspace: Workspace, models: ModelCache, target: Target) -> RunRecord:
+    """A record with a fresh id, for a run on the target."""
     estimate = expected_cost(request, workspace, models, target)
     return RunRecord(
         run_id=new_id(run_label(request)),

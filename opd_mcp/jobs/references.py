@@ -10,7 +10,7 @@ from opd_mcp.identity.consistency import asserted_claim, sft_teacher
 from opd_mcp.identity.data import PromptRow, prompts_hash, read_prompts, read_responses_header
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.models import ModelCache, ModelFacts
-from opd_mcp.identity.remote import checked_url
+from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.jobs.cache_view import MANIFEST_FILE, read_manifest
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, PathError, UnknownIdError, nearest
@@ -22,7 +22,9 @@ from opd_mcp.store.runs import RECORD_FILE, run_ids
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The Hub's own rules: `--` and `..` are in no name, so that two ids never share a directory and none leaves its place.
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}")
 FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".safetensors", ".toml", ".txt")
 PROMPTS_FILE = "prompts.jsonl"
 
@@ -72,6 +74,7 @@ class References:
     store: Store
     roots: AllowedRoots
     models: ModelCache
+    teacher_hosts: tuple[str, ...] = ()
 
     @property
     def workspace(self) -> Workspace:
@@ -106,9 +109,10 @@ class References:
     def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
         """A teacher that a server at `url` scores for; its files are used where the reference means some that are here.
 
-        Raises ArgumentError `invalid_argument` for an unusable URL, and as `model` for a path.
+        Raises ArgumentError `invalid_argument` for an unusable URL, `teacher_host_not_allowed`, and as
+        `model` for a path.
         """
-        checked_url(url)
+        require_allowed_host(url, self.teacher_hosts)
         if not self._is_here(reference):
             return ResolvedModel(ModelInput(reference=reference, url=url))
         local = self.model(reference)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from opd_mcp.jobs.watchdog import Pulse
 from opd_mcp.schemas.runs import PhaseName
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import cancel_requested
@@ -17,6 +18,7 @@ from opd_mcp.store.runs import cancel_requested
 PROGRESS_SECONDS = 0.5
 CANCEL_SECONDS = 0.1
 ALERTS_PER_CODE = 5
+STEPS = "steps"
 
 
 class JournalReporter:
@@ -32,13 +34,18 @@ class JournalReporter:
         self._cancelled = False
         self.current: PhaseName | None = None
         """The phase of the run that goes on now."""
+        self.pulse = Pulse(clock)
+        """The ends of training steps, for the watchdog."""
         self.terminated = False
         """Whether this process was told to end (SIGTERM)."""
+        self.deadline: float | None = None
+        """When the run has had its device for as long as it may, by the clock."""
         self._alerts: Counter[str] = Counter()
 
     def begin(self, phase: PhaseName) -> None:
         """A phase of the run begins."""
         self.current = phase
+        self.pulse.reset()
         self._journal.append("phase", {"phase": phase, "event": "started"})
 
     def resumed(self, step: int) -> None:
@@ -47,6 +54,7 @@ class JournalReporter:
 
     def position(self) -> int:
         """The number of the last record, once all up to it are on the disk."""
+        self.pulse.pause()  # a checkpoint
         return self._journal.sync()
 
     def phase(self, name: str) -> None:
@@ -55,6 +63,8 @@ class JournalReporter:
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """A progress line when half a second has passed, at the end, and for each new unit."""
+        if done >= total and unit == STEPS:
+            self.pulse.pause()  # the last step: what follows is the saving of the model
         now = self._clock()
         if now < self._next_progress and done < total and unit == self._unit:
             return
@@ -63,6 +73,7 @@ class JournalReporter:
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
         """A metric line; durable with the next checkpoint, since what is lost with it is computed again."""
+        self.pulse.beat()
         self._journal.append("metric", {"step": step, "values": dict(values)}, durable=False)
 
     def alert(self, code: str, message: str) -> None:
@@ -71,9 +82,18 @@ class JournalReporter:
         if self._alerts[code] <= ALERTS_PER_CODE:
             self._journal.append("alert", {"code": code, "message": message})
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and self._clock() >= self.deadline
+
+    def limit(self, seconds: float | None) -> None:
+        """Let the run end its phase after so many seconds from now; None: never."""
+        self.deadline = None if seconds is None else self._clock() + seconds
+
     def should_stop(self) -> bool:
         """Whether the user asked to stop, or this process shall end; the file is looked at ten times a second."""
-        if self.terminated:
+        if self.terminated or self.out_of_time:
             return True
         now = self._clock()
         if not self._cancelled and now >= self._next_cancel_check:

@@ -1,23 +1,26 @@
 """The jobs layer's face: every method is synchronous, answers in under two seconds and raises only OpdError."""
 
-import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from opd_mcp.identity.models import ModelCache
 from opd_mcp.jobs.cache_view import inspect_cache
+from opd_mcp.jobs.children import Children
 from opd_mcp.jobs.composing import Composer
 from opd_mcp.jobs.consent import Question, cache_question, deletion_question, plan_question
 from opd_mcp.jobs.dashboard import dashboard_feed
+from opd_mcp.jobs.devices import Target, target_of
 from opd_mcp.jobs.fingerprints import changed_parts
 from opd_mcp.jobs.holdings import artifact_list, delete_artifact
 from opd_mcp.jobs.launch import launch_worker
 from opd_mcp.jobs.leases import LeaseFolder
 from opd_mcp.jobs.logs import log_page
+from opd_mcp.jobs.memory import require_memory, with_claims
 from opd_mcp.jobs.metrics import metrics_report
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.jobs.planning import Planner
+from opd_mcp.jobs.quotas import admission
 from opd_mcp.jobs.records import new_record
 from opd_mcp.jobs.references import References
 from opd_mcp.jobs.settings import JobSettings
@@ -30,6 +33,7 @@ from opd_mcp.schemas.dashboard import DashboardFeed
 from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.plans import Plan
+from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -74,12 +78,12 @@ class JobService:
         self.store = Store(workspace)
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
         self._models = ModelCache()
-        self._references = References(self.store, self.roots, self._models)
-        self._planner = Planner(self._references, self._find_artifact)
+        self._references = References(self.store, self.roots, self._models, self.settings.teacher_hosts)
+        self._planner = Planner(self._references, self._find_artifact, self._target)
         self._composer = Composer(self._references, self._find_artifact)
         self._views = Views(workspace)
         self._starting = threading.Lock()
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._children = Children()
 
     def setup(self) -> SetupReport:
         """The machine, the workspace, the limits and the embedded example."""
@@ -176,7 +180,7 @@ class JobService:
 
     def status(self, run_id: str = LATEST) -> RunStatus:
         """Where a run stands; raises UnknownIdError `unknown_run` with the nearest ids."""
-        self._reap()
+        self._children.reap()
         run_id = self._existing(run_id)
         return self._views.read(run_id, self._status)
 
@@ -241,26 +245,35 @@ class JobService:
 
         Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
         """
-        self._reap()
-        return self._launched(self.store.resume(self._existing(run_id)))
+        self._children.reap()
+        return self._launched(self.store.resume(self._existing(run_id), lambda record: admission(self.store, record)()))
 
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
         return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
 
+    def _target(self, runtime: RuntimeRecipe) -> Target:
+        return with_claims(target_of(runtime, self.leases.busy), self.store, self.settings.cpu_slots)
+
     def _status(self, view: RunView, record: RunRecord) -> RunStatus:
-        position = self.leases.queue_position(record.run_id) if view.state == "queued" else None
-        return status_of(view, record, position)
+        if view.state == "lost":
+            self._children.settle(view.directory)
+        place = self.leases.place(record.run_id) if view.state == "queued" else None
+        return status_of(view, record, place)
 
     def _start(self, request: RunRequest) -> RunSnapshot:
-        self._reap()
+        self._children.reap()
         with self._starting:
-            record = new_record(request, self.workspace, self._models)
-        return self._launched(self.store.start_once(record))
+            target = self._target(request.recipe.runtime)
+            record = new_record(request, self.workspace, self._models, target)
+        if not self.store.is_active(record.request_hash):
+            require_memory(record, target)
+        return self._launched(self.store.start_once(record, admission(self.store, record)))
 
     def _launched(self, started: StartedRun) -> RunSnapshot:
         if started.lock is not None:
-            self._workers.append(launch_worker(self.workspace, started.lock, self.settings))
+            worker = launch_worker(self.workspace, started.lock, self.settings)
+            self._children.add(started.lock.directory, started.attempt, worker)
         return self._views.read(started.run_id, lambda view, record: snapshot_of(view, record, reused=started.reused))
 
     def _unchanged_plan(self, arguments: StartDistillation) -> Plan:
@@ -294,10 +307,6 @@ class JobService:
     def _find_artifact(self, kind: ArtifactKind, key: str) -> str | None:
         found = self.store.artifacts.find_by_key(kind, key)
         return found.artifact_id if found else None
-
-    def _reap(self) -> None:
-        # A finished worker stays a zombie of this process until somebody asks for its exit status.
-        self._workers = [worker for worker in self._workers if worker.poll() is None]
 
 
 def plan_arguments(arguments: StartDistillation) -> PlanDistillation:

@@ -28,9 +28,13 @@ def default_examples_directory() -> Path:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """Where leases and examples are, how many CPU runs fit at a time, and what starts a worker."""
+    """Where leases and examples are, how many CPU runs fit at a time, and what starts a worker.
+
+    `teacher_hosts` are hosts beside this machine that a `teacher_url` may name.
+    """
 
     lease_folder: Path = field(default_factory=default_lease_folder)
     cpu_slots: int = field(default_factory=lambda: os.cpu_count() or 1)
     examples: Path = field(default_factory=default_examples_directory)
     worker_command: tuple[str, ...] = (sys.executable, "-P", "-m", "opd_mcp.cli", "worker")
+    teacher_hosts: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.schemas.runs import RunKind, RunState
 from opd_mcp.schemas.setup import ActiveRun, Device, ExamplePaths, SetupReport
 from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
 
 ACTIVE: tuple[RunState, ...] = ("running", "queued")
@@ -28,6 +29,7 @@ def setup_report(store: Store, roots: AllowedRoots, leases: LeaseFolder, setting
         workspace=str(store.workspace.root),
         allowed_roots=[str(root) for root in roots.roots],
         active_runs=active_runs(store),
+        quotas=read_settings(store.workspace).quotas,
         example=example,
         next_action=_first_call(example),
     )

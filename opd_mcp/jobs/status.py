@@ -3,9 +3,9 @@
 import time
 
 from opd_mcp.jobs.failures import RESUME_HELPS, lost_failure
+from opd_mcp.jobs.leases import Place
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, RunRecord, RunSnapshot, RunState, RunStatus
-from opd_mcp.store.runs import LOG_FILE
 from opd_mcp.store.view import RunView, seconds_of
 
 MIN_CHECK_SECONDS = 5.0
@@ -35,11 +35,11 @@ def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> Ru
 
 def failure(view: RunView) -> Failure | None:
     """Why the run did not succeed, in its own words or, for a lost one, in ours."""
-    return lost_failure(view.directory / LOG_FILE) if view.state == "lost" else view.error
+    return lost_failure(view.directory, view.attempt) if view.state == "lost" else view.error
 
 
-def status_of(view: RunView, record: RunRecord, queue_position: int | None) -> RunStatus:
-    """The run as `get_run_status` answers."""
+def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatus:
+    """The run as `get_run_status` answers; `place` is where it stands in its device's queue."""
     active = view.state in ACTIVE_STATES
     eta = remaining_seconds(view, record, time.time()) if view.state == "running" else None
     return RunStatus(
@@ -52,7 +52,8 @@ def status_of(view: RunView, record: RunRecord, queue_position: int | None) -> R
         phases_done=view.phases_done,
         phases_total=len(record.request.phases),
         progress=view.progress if active else None,
-        queue_position=queue_position,
+        queue_position=place.position if place else None,
+        waits_for=place.text() if place else None,
         eta_s=None if eta is None else round(eta, 1),
         elapsed_s=_elapsed(view, time.time()),
         metrics=view.metrics,

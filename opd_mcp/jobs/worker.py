@@ -11,26 +11,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.jobs.devices import free_disk, gpus
+from opd_mcp.jobs.devices import free_disk, gpu_slot, gpus
 from opd_mcp.jobs.failures import DiskFigures, MemoryFigures, failure_of, is_disk_full
 from opd_mcp.jobs.fetching import prepared_record
 from opd_mcp.jobs.leases import Lease, LeaseFolder
+from opd_mcp.jobs.liveness import note_start
 from opd_mcp.jobs.pipeline import Pipeline, run_cancelled
+from opd_mcp.jobs.quotas import out_of_hours, seconds_left
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
+from opd_mcp.jobs.watchdog import WatchSettings, watching
 from opd_mcp.jobs.workload import expected_disk, expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
 from opd_mcp.store.attempts import begin_attempt, taken_up
 from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.runs import LOG_FILE, RunLock, read_record, run_directory, use_reserve
+from opd_mcp.store.runs import LOG_FILE, RunLock, cancel_requested, read_record, run_directory, use_reserve
+from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+WATCH = WatchSettings()
 
 
 def engine_stages() -> Stages:
@@ -48,9 +54,12 @@ def main(
     cpu_slots: int | None = None,
     load_stages: Callable[[], Stages] = engine_stages,
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
+    secrets: tuple[str, ...] = (),
 ) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
 
+    `secrets` are kept out of the journal.
     Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
     """
     workspace = Workspace(workspace_root)
@@ -63,7 +72,8 @@ def main(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, taken_up(lock) as journal:
-        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key)
+        journal.secrets = secrets
+        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
 
 def work(
@@ -73,10 +83,11 @@ def work(
     leases: LeaseFolder,
     load_stages: Callable[[], Stages],
     teacher_key: str | None = None,
+    watch: WatchSettings = WATCH,
 ) -> int:
     """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
     reporter = JournalReporter(journal, directory)
-    with reporter.ending_on_sigterm():
+    with reporter.ending_on_sigterm(), watching(reporter.pulse, reporter.alert, watch):
         return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
 
 
@@ -90,24 +101,25 @@ def _worked(
     teacher_key: str | None,
 ) -> int:
     try:
+        note_start(directory, journal.attempt)
         record = read_record(directory)
+        quotas = read_settings(store.workspace).quotas
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
         prepare_environment(record.request.recipe.runtime, lease)
         journal.append("state", {"state": "running"})
+        reporter.limit(seconds_left(quotas, directory))
         with run_span(record):
             kind = device_kind(lease)
             result = run_phases(store, directory, record, journal, reporter, kind, load_stages, teacher_key)
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
-        if error.code == "run_cancelled" and reporter.terminated:
-            return _failed(journal, reporter, directory, worker_terminated())
         if error.code == "attempt_superseded":
             print(error, file=sys.stderr)  # nothing of this run is this process's any more
             return 1
-        if error.code == "run_cancelled":
-            return _ended(journal, "cancelled")
-        return _failed(journal, reporter, directory, error)
+        stopped = error.code == "run_cancelled"
+        cause = stop_cause(store, directory, reporter) if stopped else error
+        return _ended(journal, "cancelled") if cause is None else _failed(journal, reporter, directory, cause)
     except Exception as error:
         traceback.print_exc()
         return _failed(journal, reporter, directory, error)
@@ -145,8 +157,8 @@ def run_phases(
 
 def device_lease(runtime: RuntimeRecipe, leases: LeaseFolder, owner: str, reporter: JournalReporter) -> Lease:
     """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`."""
-    found = [] if runtime.device == "cpu" else gpus()
-    slots = [f"gpu-{gpu.uuid}" for gpu in found] or leases.cpu_slot_names()
+    found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
+    slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
     count = 1 if found else min(runtime.threads, len(slots))
     lease = leases.acquire(owner, slots, count, reporter.should_stop)
     if lease is None:
@@ -166,6 +178,15 @@ def prepare_environment(runtime: RuntimeRecipe, lease: Lease) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     visible = lease.slots[0].removeprefix("gpu-") if device_kind(lease) == "cuda" else ""
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+def stop_cause(store: Store, directory: Path, reporter: JournalReporter) -> OpdError | None:
+    """Why a run stopped that no user asked to stop; None when a user did."""
+    if reporter.terminated:
+        return worker_terminated()
+    if reporter.out_of_time and not cancel_requested(directory):
+        return out_of_hours(store.workspace, directory)
+    return None
 
 
 def worker_terminated() -> RunError:

@@ -70,6 +70,7 @@ class ArtifactList(Schema):
     rows: list[ArtifactRow]
     total: int
     next_cursor: str | None = None
+    damaged: list[str] | None = Field(None, description="artifacts left out: their record cannot be read")
 
 
 class DeletedArtifact(Schema):

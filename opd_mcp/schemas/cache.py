@@ -12,7 +12,7 @@ from opd_mcp.schemas.recipes import Sampling
 class Shard(Schema):
     """One Parquet file of the cache."""
 
-    file: str
+    file: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$", description="a name beside the manifest")
     rows: int
     tokens: int = Field(description="response tokens")
     prompt_tokens: int

@@ -3,17 +3,20 @@
 OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
-│   │                              unsafe_weights · unsupported_head
-│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format
+│   │                              unsafe_weights · unsupported_head · special_file · unsafe_folder ·
+│   │                              unsafe_config
+│   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
+│   │                              too_large
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
-│   │                              confirm_needed · lossy_precision
+│   │                              confirm_needed · unknown_setting · invalid_setting ·
+│   │                              teacher_host_not_allowed · too_slow · lossy_precision
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed
-├── ResourceError                  not_enough_memory · not_enough_disk · device_unavailable · offline ·
+├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    worker_terminated · attempt_superseded · same_request_active · bad_number · bad_rows
@@ -21,6 +24,8 @@ OpdError
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+from opd_mcp.schemas.redaction import redacted
 
 
 class OpdError(Exception):
@@ -32,10 +37,11 @@ class OpdError(Exception):
 
     def __init__(self, code: str, message: str, *, fix: str, value: object = None, nearest: Iterable[str] = ()) -> None:
         self.code = code
-        self.message = message
+        # Messages quote exceptions and values that others wrote; no border behind this one sees more of them.
+        self.message = redacted(message)
         self.fix = fix
-        self.value = None if value is None else str(value)[:500]
-        self.nearest = list(nearest)
+        self.value = None if value is None else redacted(str(value)[:4096])[:500]
+        self.nearest = [redacted(name) for name in nearest]
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -103,7 +103,9 @@ class InspectCache(Schema):
 class StartDistillation(Schema):
     """Arguments of `start_distillation`: a plan, or a plan's arguments, or a student and a cache."""
 
-    plan_id: Annotated[str, Field(description="starts exactly this plan of plan_distillation")] | None = None
+    plan_id: (
+        Annotated[str, Field(max_length=200, description="starts exactly this plan of plan_distillation")] | None
+    ) = None
     student: Reference | None = None
     cache_id: (
         Annotated[Reference, Field(description="teacher cache; with student, instead of teacher and prompts")] | None

@@ -156,6 +156,7 @@ class RunStatus(Schema):
     phases_total: int
     progress: Progress | None = None
     queue_position: int | None = None
+    waits_for: str | None = None
     eta_s: float | None = Field(None, description="seconds to the end of the run, all phases")
     elapsed_s: float | None = None
     metrics: dict[str, MetricTrend] = Field(default_factory=dict)

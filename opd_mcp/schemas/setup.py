@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.settings import Quotas
 
 
 class Device(Schema):
@@ -61,6 +62,7 @@ class SetupReport(Schema):
     allowed_roots: list[str]
     active_runs: list[ActiveRun] = Field(default_factory=list)
     limits: Limits = Limits()
+    quotas: Quotas = Quotas()
     presets: list[str] = Field(default_factory=lambda: ["quick", "paper", "demo"])
     example: ExamplePaths | None = None
     next_action: str

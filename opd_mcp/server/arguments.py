@@ -14,6 +14,10 @@ from opd_mcp.server.json_schema import input_schema
 RequestT = TypeVar("RequestT", bound=Schema)
 _LITERAL_ERRORS = frozenset({"literal_error", "enum"})
 
+MAX_DEPTH = 16
+MAX_CHARACTERS = 5_000_000
+MAX_ITEMS = 100_000
+
 
 def request_from_arguments(tool: str, model: type[RequestT], arguments: Mapping[str, Any]) -> RequestT:
     """The validated request; an explicit null counts as absent.
@@ -33,6 +37,12 @@ def request_from_arguments(tool: str, model: type[RequestT], arguments: Mapping[
             )
     given = {name: _parsed(value) for name, value in arguments.items() if value is not None}
     for name, value in given.items():
+        if _exceeds(value):
+            raise ArgumentError(
+                "invalid_argument",
+                f"Argument {name!r} is nested deeper than {MAX_DEPTH} levels or has over {MAX_CHARACTERS} characters.",
+                fix="Give less; long lists of prompts belong into a file.",
+            )
         if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
             raise _invalid(model, name, "holds a number that is not finite", value)
     try:
@@ -100,6 +110,29 @@ def _parsed(value: Any) -> Any:
     except (ValueError, RecursionError):
         return value
     return parsed if isinstance(parsed, list | dict) else value
+
+
+def _exceeds(value: Any) -> bool:
+    """Whether a value is nested too deeply or too large; looked at level by level, so that depth costs no stack."""
+    characters = items = 0
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, str):
+                characters += len(part)
+            elif isinstance(part, Mapping):
+                characters += sum(len(str(key)) for key in part)
+                below.extend(part.values())
+            elif isinstance(part, list):
+                below.extend(part)
+        items += len(below)
+        if characters > MAX_CHARACTERS or items > MAX_ITEMS:
+            return True
+        if not below:
+            return False
+        level = below
+    return True
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -14,4 +14,5 @@ start_distillation(student, cache_id) → benchmark_student.
 Models and data are named by absolute path below an allowed root, artifact id, run id (its result) or Hub id.
 The teacher of the cache must be the teacher of the student's SFT; a mismatch is refused with the ways out.
 Settings: preset quick, paper or demo, and overrides with dotted recipe keys as the plan shows them.
-Runs survive this server; starts are idempotent; errors read "[code] what. Got: value. Fix: next step"."""
+Runs survive this server; starts are idempotent; resume_run takes up a failed, cancelled or lost run; \
+errors read "[code] what. Got: value. Fix: next step"."""

@@ -45,6 +45,7 @@ def artifacts_text(found: ArtifactList) -> str:
     """One line an artifact."""
     lines = [f"{len(found.rows)} of {found.total} artifacts"]
     lines += [f"{row.artifact_id}, {row.kind}, {size(row.bytes)}, {row.created_at}, {row.path}" for row in found.rows]
+    lines += [f"{artifact_id}: its record is damaged, `opd-mcp doctor` says how" for artifact_id in found.damaged or []]
     if found.next_cursor:
         lines.append(f"next_cursor: {found.next_cursor}")
     return cut("\n".join(lines), "the structured answer has all of it, or give a smaller limit")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from opd_mcp.schemas.garbage import GarbageReport
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.setup import SetupReport
@@ -25,10 +26,22 @@ def setup_text(report: SetupReport) -> str:
     lines.append(f"allowed roots: {', '.join(report.allowed_roots)}")
     lines += [_line(run.run_id, run.kind, run.state, run.phase) for run in report.active_runs] or ["no active runs"]
     lines.append(f"presets: {', '.join(report.presets)}; wait_seconds ≤ {report.limits.wait_seconds}")
+    lines += [f"quota: {name} = {value}" for name, value in report.quotas.to_dict().items()]
     if report.example:
         lines.append("example task:")
         lines += [f"  {name}: {path}" for name, path in report.example.to_dict().items()]
     return _text(lines, report.next_action)
+
+
+def garbage_text(report: GarbageReport) -> str:
+    """What was or would be removed, a line each, with the sum and what could not be judged."""
+    verb = "removed" if report.removed else "would remove"
+    lines = [f"{verb} {item.kind}: {item.path} ({size(item.bytes)})" for item in report.items]
+    lines.append(f"{verb} {len(report.items)} in all, {size(report.bytes)}")
+    if report.kept:
+        lines.append("builds and artifacts were kept, since what these would need is not known:")
+        lines += [f"  {reason}" for reason in report.kept]
+    return "\n".join(lines)
 
 
 def plan_text(plan: Plan) -> str:
@@ -84,6 +97,8 @@ def status_text(status: RunStatus) -> str:
         f"next check in {duration(status.next_check_s)}" if status.next_check_s is not None else "",
     ]
     lines = [head, ", ".join(part for part in times if part)]
+    if status.waits_for is not None:
+        lines.append(status.waits_for)
     if status.result is None and (metrics := _metrics(status)):
         lines.append(f"metrics: {', '.join(metrics)}")
     lines += [f"ALERT {alert.code}: {alert.message}" for alert in status.alerts[-5:]]

@@ -209,6 +209,19 @@ class ArtifactStore:
                 yield problem
 
 
+@contextmanager
+def unused_build(directory: Path) -> Iterator[bool]:
+    """Whether no process holds a building directory; none can take it up inside of the block."""
+    lock = directory.with_name(f"{directory.name}.lock")
+    descriptor = _locked(lock)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
 def _locked(lock: Path) -> int | None:
     """A descriptor that holds the lock, or None when another process does; the kernel frees it with the process."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

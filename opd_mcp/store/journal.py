@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
+from opd_mcp.schemas.redaction import redacted_values
 from opd_mcp.schemas.runs import RunState
 from opd_mcp.store.states import require_transition
 
@@ -158,6 +159,8 @@ class JournalWriter:
         self._holds_lock = holds_lock
         self._state: RunState | None = states[-1].data["state"] if states else None
         self._mutex = threading.RLock()
+        self.secrets: tuple[str, ...] = ()
+        """What no record may hold, beside whatever looks like a secret."""
         self._next_seq = reader.next_seq
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         if os.fstat(self._descriptor).st_size > reader.offset:
@@ -174,7 +177,9 @@ class JournalWriter:
             self.require_right()
             if type == "state" and self._state is not None:
                 require_transition(self._state, data["state"])
-            record = JournalRecord(self._next_seq, self.attempt, utc_now(), type, dict(data))
+            record = JournalRecord(
+                self._next_seq, self.attempt, utc_now(), type, redacted_values(dict(data), self.secrets)
+            )
             self._write(encode_record(record), durable=durable)
             self._next_seq += 1
             if type == "state":

@@ -6,7 +6,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.base import Schema, first_problem
+from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import PlanDistillation
@@ -16,16 +16,22 @@ from opd_mcp.store.workspace import Workspace
 Content = TypeVar("Content", bound=Schema)
 
 
+class SavedPlan(Record):
+    """`plans/<plan_id>.json`."""
+
+    plan: Plan
+
+
 def save_plan(workspace: Workspace, plan: Plan, arguments: PlanDistillation) -> None:
     """Keep a plan and what it was made from under its id; the same plan again is the same files."""
     write_atomic(_arguments_file(workspace, plan.plan_id), arguments.to_json(indent=2) + "\n")
-    write_atomic(_plan_file(workspace, plan.plan_id), plan.to_json(indent=2) + "\n")
+    write_atomic(_plan_file(workspace, plan.plan_id), SavedPlan(plan=plan).sealed().to_json(indent=2) + "\n")
 
 
 def read_plan(workspace: Workspace, plan_id: str) -> Plan:
     """The plan of an id; raises UnknownIdError `unknown_plan` with the nearest ids, IntegrityError `damaged_file`."""
     if is_id(plan_id) and _plan_file(workspace, plan_id).is_file():
-        return _read(Plan, _plan_file(workspace, plan_id))
+        return _read(SavedPlan, _plan_file(workspace, plan_id)).plan
     raise UnknownIdError(
         "unknown_plan",
         "There is no such plan in this workspace.",

@@ -1,6 +1,7 @@
 """The allowed roots: the only directories whose files are read for a caller, symbolic links followed first."""
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,8 +20,8 @@ class AllowedRoots:
     def resolve(self, reference: str | Path) -> Path:
         """The real path of an absolute reference below a root.
 
-        Raises PathError: `relative_path`, `outside_roots` (also for a link that leads out), `not_found` with the
-        nearest names.
+        Raises PathError: `relative_path`, `outside_roots` (also for a link that leads out), `special_file` for what is
+        neither a file nor a directory (opening a pipe would wait for ever), `not_found` with the nearest names.
         """
         text = str(reference)
         path = Path(text)
@@ -41,6 +42,8 @@ class AllowedRoots:
             raise self._not_found(text, self._siblings(real), "There is no such file or directory.")
         if real.is_dir():
             self._require_inner_links(real)
+        else:
+            _require_plain(real)
         return real
 
     def contains(self, real: Path) -> bool:
@@ -55,6 +58,7 @@ class AllowedRoots:
                 entry = Path(folder) / name
                 if entry.is_symlink() and not self.contains(Path(os.path.realpath(entry))):
                     raise self._outside(str(entry), "A link in this directory leads out of the allowed roots")
+                _require_plain(entry)
 
     def _siblings(self, real: Path) -> list[str]:
         parent = real.parent
@@ -77,3 +81,19 @@ class AllowedRoots:
 
     def _names(self) -> str:
         return ", ".join(map(str, self.roots))
+
+
+def _require_plain(path: Path) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:  # a link to nothing, or gone by now
+        return
+    except OSError:  # a loop of links
+        mode = 0
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise PathError(
+            "special_file",
+            "This is a pipe, socket, device or broken link, not a file.",
+            value=path,
+            fix="Give a plain file or directory.",
+        )

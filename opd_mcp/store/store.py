@@ -2,7 +2,7 @@
 
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
@@ -50,10 +50,11 @@ class Store:
         if self.index.must_be_rebuilt() and (run_ids(workspace) or artifact_directories(workspace)):
             self.rebuild()
 
-    def start_once(self, record: RunRecord) -> StartedRun:
+    def start_once(self, record: RunRecord, admit: Callable[[], None] = lambda: None) -> StartedRun:
         """Create the run and take its lock, or find the active run of the same request.
 
         Identical starts from several processes at the same moment give one new run; the others are `reused`.
+        `admit` is asked in turn before a new run; what it raises refuses the start.
         """
         lock: RunLock | None = None
         try:
@@ -61,6 +62,7 @@ class Store:
                 active = self._active_run(database, record.request_hash)
                 if active is not None:
                     return StartedRun(active, None)
+                admit()
                 lock = RunLock.acquire(create_run(self.workspace, record))
                 begin_attempt(lock)
                 insert_run(database, indexed_run(record))
@@ -71,7 +73,7 @@ class Store:
             raise
         return StartedRun(record.run_id, lock)
 
-    def resume(self, run_id: str) -> StartedRun:
+    def resume(self, run_id: str, admit: Callable[[RunRecord], None] = lambda record: None) -> StartedRun:
         """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
 
         Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
@@ -100,6 +102,7 @@ class Store:
                         value=run_id,
                         fix=f"Follow that one with get_run_status(run_id='{other}').",
                     )
+                admit(record)
                 withdraw_cancel(view.directory)
                 attempt = begin_attempt(lock)
                 insert_run(database, indexed_run(record))
@@ -107,6 +110,11 @@ class Store:
             lock.release()
             raise
         return StartedRun(run_id, lock, attempt)
+
+    def is_active(self, request_hash: str) -> bool:
+        """Whether a run of this request is queued or running."""
+        with self.index.reading() as database:
+            return self._active_run(database, request_hash) is not None
 
     def view(self, run_id: str) -> RunView:
         """The present state of a run; raises UnknownIdError `unknown_run`."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from opd_mcp.schemas.identity import ArtifactKind
+from opd_mcp.store.private import require_private
 
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 
@@ -25,6 +26,7 @@ class Workspace:
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         object.__setattr__(self, "root", self.root.resolve())
+        require_private(self.root)
         for directory in (self.runs, self.artifacts, *map(self.artifacts_of, ARTIFACT_KINDS), self.plans, self.hub):
             directory.mkdir(exist_ok=True, mode=0o700)
 

@@ -1,6 +1,7 @@
 """Each bad input gets one clear error with the way out, over a real connection, and nothing is started."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def broken_inputs(world) -> dict[str, Any]:
     pickled = data / "pickled"
     shutil.copytree(weightless, pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    os.mkfifo(data / "pipe.jsonl")
+    (data / "loop.jsonl").symlink_to(data / "loop.jsonl")
+    adapted = data / "adapted"
+    shutil.copytree(EXAMPLES / "student", adapted)
+    (adapted / "adapter_config.json").write_text("{}")
     other_tokens = data / "other-tokens"
     shutil.copytree(EXAMPLES / "student", other_tokens)
     tokenizer = json.loads((other_tokens / "tokenizer.json").read_text())
@@ -43,6 +49,16 @@ def bad_plans(world) -> dict[str, tuple[dict[str, Any], list[str]]]:
         "relative data": ("prompts", "prompts.jsonl", ["[relative_path]", "absolute path"]),
         "outside the roots": ("prompts", world.root / "outside.jsonl", ["[outside_roots]", str(data)]),
         "link out of the roots": ("prompts", data / "link.jsonl", ["[outside_roots]"]),
+        "a pipe": ("prompts", data / "pipe.jsonl", ["[special_file]"]),
+        "a loop of links": ("prompts", data / "loop.jsonl", ["Fix"]),
+        "a device": ("prompts", "/dev/zero", ["[outside_roots]"]),
+        "by way of /proc": ("prompts", f"/proc/self/root{world.root}/outside.jsonl", ["[outside_roots]"]),
+        "an open file": ("prompts", "/dev/fd/0", ["[outside_roots]"]),
+        "a share": ("prompts", "//host/share/x.jsonl", ["[outside_roots]"]),
+        "a name with NUL": ("prompts", f"{data}/x\0.jsonl", ["[not_found]"]),
+        "up and out": ("prompts", f"{data}/../outside.jsonl", ["[outside_roots]"]),
+        "a Hub id that climbs": ("student", "a/..", ["[relative_path]"]),
+        "an adapter": ("student", data / "adapted", ["[not_a_model]", "LoRA"]),
         "missing file": ("prompts", data / "promts.jsonl", ["[not_found]", "prompts.jsonl"]),
         "empty data": ("prompts", data / "empty.jsonl", ["[empty_data]"]),
         "malformed line": ("prompts", data / "malformed.jsonl", ["[malformed_line]", "malformed.jsonl", "3"]),
@@ -70,6 +86,11 @@ def bad_calls(world) -> dict[str, tuple[str, dict[str, Any], list[str]]]:
         "unknown plan": ("start_distillation", {"plan_id": "plan-0123456789ab"}, ["[unknown_plan]"]),
         "start with too little": ("start_distillation", {"student": student}, ["[invalid_argument]"]),
         "no lineage": ("build_teacher_cache", unmade | {"student": student}, ["[lineage_missing]", "declared_teacher"]),
+        "a server elsewhere": (
+            "build_teacher_cache",
+            unmade | {"teacher": "t", "teacher_url": "http://169.254.169.254"},
+            ["[teacher_host_not_allowed]", "--allow-teacher-host 169.254.169.254"],
+        ),
         "unknown artifact": ("build_teacher_cache", unmade, ["[unknown_artifact]", "model-nothing"]),
     }
     for fault, (arguments, expected) in bad_plans(world).items():

@@ -210,3 +210,22 @@ def outcome(read, file):
         return "rows" if read(file) else "nothing"
     except OpdError as error:
         return error.code if error.fix else "no way out"
+
+
+def test_a_small_parquet_that_stands_for_a_huge_one_is_refused(tmp_path):
+    file = tmp_path / "bomb.parquet"
+    text = pa.array(["x" * (17 << 20)]).dictionary_encode().dictionary
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), text)
+    pq.write_table(pa.table({"prompt": repeated}), file, compression="zstd")
+    assert file.stat().st_size < 1 << 20, "33 GB of text"
+    with pytest.raises(DataError, match="too_large"):
+        read_prompts(file)
+
+
+def test_a_parquet_with_more_rows_than_are_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("opd_mcp.identity.rows.MAX_ROWS", 10)
+    pq.write_table(pa.table({"prompt": ["x"] * 11}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="too_large"):
+        read_prompts(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="too_large"):
+        read_prompts(jsonl(tmp_path / "rows.jsonl", *[{"prompt": "x"}] * 11))

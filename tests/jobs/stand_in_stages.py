@@ -1,8 +1,8 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail, one of 28 fills the disk; a file `die-once` beside the building directory kills the worker
-in `score`.
+rate of 666 makes `sft` fail, one of 28 fills the disk, one of 555 makes it stand still until it is cancelled; a file
+`die-once` beside the building directory kills the worker in `score`.
 """
 
 import json
@@ -40,6 +40,8 @@ def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokeni
     if recipe.optimizer.learning_rate == 28:
         raise OSError(28, "No space left on device", str(output))
     steps(context, recipe.steps)
+    if recipe.optimizer.learning_rate == 555:
+        stand_still(context)
     lineage = read_lineage(responses) if responses.is_dir() else None
     return trained(student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or sft_teacher)
 
@@ -149,6 +151,13 @@ def sample(recipe, *, model, prompts, output, context):
     ]
     (output / "samples.json").write_text(json.dumps(rows))
     return cost("sample", 2 * len(rows))
+
+
+def stand_still(context):
+    context.reporter.metric(10**6, {"loss": 0.0})
+    while not context.reporter.should_stop():
+        time.sleep(STEP_SECONDS)
+    steps(context, 1)
 
 
 def steps(context, count):

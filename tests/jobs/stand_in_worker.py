@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from opd_mcp.jobs.watchdog import WatchSettings
 from opd_mcp.jobs.worker import main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +23,8 @@ if __name__ == "__main__":
     parser.add_argument("--lock-fd", type=int)
     parser.add_argument("--lease-folder", type=Path)
     parser.add_argument("--cpu-slots", type=int)
+    parser.add_argument("--stall-seconds", type=float, default=60.0)
     given = parser.parse_args()
     folders = {"lease_folder": given.lease_folder, "cpu_slots": given.cpu_slots}
-    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages))
+    watch = WatchSettings(floor=given.stall_seconds, poll=0.02)
+    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages, watch=watch))

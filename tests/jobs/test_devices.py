@@ -32,6 +32,11 @@ def test_gpus_are_what_the_driver_lists(tool):
     assert (target.kind, target.memory) == ("cuda", 143000 << 20)
 
 
+def test_a_leased_gpu_counts_as_free_for_whoever_comes_after_its_holder(tool):
+    tool(f"printf '{ANSWER}'".replace("\n", "\\n"))
+    assert target_of(RuntimeRecipe(), lambda slots: ["gpu-GPU-2b"]).memory == 143771 << 20
+
+
 @pytest.mark.parametrize("script", ["exit 9", "echo 'No devices were found'", "echo 'GPU-1, X, [N/A], [N/A]'"])
 def test_a_driver_that_does_not_answer_means_no_gpu(tool, script):
     tool(script)

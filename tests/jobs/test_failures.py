@@ -42,4 +42,4 @@ def test_the_log_tail_is_the_last_useful_lines(tmp_path):
 
 
 def test_a_lost_worker_says_how_to_go_on(tmp_path):
-    assert "resume_run" in lost_failure(tmp_path / "none.log").fix
+    assert "resume_run" in lost_failure(tmp_path, 1).fix

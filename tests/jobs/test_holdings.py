@@ -30,6 +30,14 @@ def test_artifacts_are_listed_newest_first_in_pages(service, made):
         service.list_artifacts(ListArtifacts(cursor="nonsense"))
 
 
+def test_an_artifact_with_a_damaged_record_is_named_beside_the_others(world, service, made):
+    record = world.root / "home" / "artifacts" / "cache" / made["cache"] / "artifact.json"
+    record.write_text(record.read_text().replace('"kind": "cache"', '"kind": "model"'))
+    listed = service.list_artifacts(ListArtifacts())
+    assert listed.damaged == [made["cache"]]
+    assert made["cache"] not in {row.artifact_id for row in listed.rows}
+
+
 def test_what_something_else_came_from_is_kept(service, made):
     for role in ("responses", "sft", "cache", "model"):
         with pytest.raises(IntegrityError) as caught:

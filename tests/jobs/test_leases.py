@@ -4,9 +4,11 @@ import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
 
 from opd_mcp.jobs.leases import LeaseFolder
+from opd_mcp.store.runs import is_alive
 
 HOLDER = """
 import sys, time
@@ -38,7 +40,7 @@ def hold(leases):
 
 
 def waits(leases: LeaseFolder, owner: str) -> None:
-    while leases.queue_position(owner) is None:
+    while leases.place(owner) is None:
         pass
 
 
@@ -48,8 +50,8 @@ def test_as_many_runs_as_slots_and_the_next_one_waits(leases, hold):
     assert leases.busy(leases.cpu_slot_names()) == ["cpu-0", "cpu-1"]
     hold("c")
     waits(leases, "c")
-    assert leases.queue_position("c") == 1
-    assert leases.queue_position("a") is None
+    assert leases.place("c").position == 1
+    assert leases.place("a") is None
 
 
 def test_a_killed_holder_frees_its_slot_for_the_first_in_line(leases, hold):
@@ -60,7 +62,7 @@ def test_a_killed_holder_frees_its_slot_for_the_first_in_line(leases, hold):
     waits(leases, "c")
     fourth = hold("d")
     waits(leases, "d")
-    assert (leases.queue_position("c"), leases.queue_position("d")) == (1, 2)
+    assert (leases.place("c").position, leases.place("d").position) == (1, 2)
     first.kill()
     assert third.stdout.readline().strip().startswith("cpu-")
     second.kill()
@@ -76,7 +78,7 @@ def test_a_dead_ticket_does_not_hold_up_the_queue(leases, hold):
     waits(leases, "c")
     waiting.kill()
     waiting.wait()
-    assert leases.queue_position("c") == 1
+    assert leases.place("c").position == 1
     blocker.kill()
     assert behind.stdout.readline().strip().startswith("cpu-")
 
@@ -104,7 +106,49 @@ def test_whoever_is_told_to_stop_leaves_queue_and_slots(leases, busy_machine):
     stop.set()
     waiter.join()
     assert answers == [None]
-    assert leases.queue_position("b") is None
+    assert leases.place("b") is None
+
+
+def test_whoever_waits_is_told_for_what_and_who_has_it(leases, hold):
+    for owner in ("sft-x", "cache-y"):
+        hold(owner).stdout.readline()
+    hold("next")
+    waits(leases, "next")
+    assert leases.place("next").text() == "waits for a CPU slot: 2 of 2 held by sft-x, cache-y"
+    hold("large", 2)
+    waits(leases, "large")
+    place = leases.place("large")
+    assert place.position == 2
+    assert place.text() == "waits for 2 CPU slots: 2 of 2 held by sft-x, cache-y; behind next"
+
+
+def test_no_child_inherits_a_lock(leases, tmp_path):
+    """A holder of a run's lock and of a lease starts a child that would inherit all it can, and is killed."""
+    code = """
+import subprocess, sys, time
+from pathlib import Path
+from opd_mcp.jobs.leases import LeaseFolder
+from opd_mcp.store.runs import RunLock
+
+folder, run = LeaseFolder(Path(sys.argv[1]), 2), Path(sys.argv[2])
+lock = RunLock.acquire(run)
+lease = folder.acquire("a", folder.cpu_slot_names(), 2, lambda: False)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(leases.root), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        child = psutil.Process(int(holder.stdout.readline()))
+        assert (len(leases.busy(leases.cpu_slot_names())), is_alive(tmp_path)) == (2, True)
+        holder.kill()
+        holder.stdout.close()
+        holder.wait()
+    try:
+        assert child.is_running()
+        assert (leases.busy(leases.cpu_slot_names()), is_alive(tmp_path)) == ([], False)
+    finally:
+        child.kill()
 
 
 def test_gpu_runs_and_cpu_runs_do_not_wait_for_each_other(leases, busy_machine):

@@ -145,3 +145,11 @@ def test_responses_are_declared_by_name_or_by_model(references, world):
 def test_something_else_is_not_a_cache(references, world):
     with pytest.raises(PathError, match="not_a_cache"):
         references.cache(world.student)
+
+
+@pytest.mark.parametrize(
+    "reference", ["a/..", "a/b..c", "a--b/c", "a/b--c", "..--..", "ä/b", "a/ö", "a/" + "b" * 97, "a/b/c"]
+)
+def test_what_breaks_the_hubs_rules_is_no_hub_id(references, reference):
+    with pytest.raises((PathError, UnknownIdError)):
+        references.model(reference)

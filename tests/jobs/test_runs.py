@@ -120,6 +120,7 @@ def test_a_queued_run_knows_its_place_and_can_be_cancelled(world, service, busy_
     second = service.start_distillation(world.start_arguments(overrides={"runtime.seed": 1}))
     status = until(service, second.run_id, lambda status: status.queue_position == 2)
     assert (status.state, status.phase, status.eta_s) == ("queued", None, None)
+    assert status.waits_for == f"waits for a CPU slot: 2 of 2 held by somebody-else; behind {first.run_id}"
     assert service.cancel(first.run_id).state in {"queued", "cancelled"}
     assert finished(service, first.run_id).state == "cancelled"
     until(service, second.run_id, lambda status: status.queue_position == 1)

@@ -28,3 +28,18 @@ def test_an_argument_that_looks_like_an_internal_name_is_unknown_too():
         with pytest.raises(ArgumentError) as caught:
             request_from_arguments("t", StartDistillation, {name: 1})
         assert caught.value.code == "unknown_argument"
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [nested(900), {str(i): "x" * 100_000 for i in range(60)}, {"k": [0] * 200_000}])
+def test_what_is_too_deep_or_too_large_is_refused(value):
+    arguments = {"model": "/m", "prompts": "/p", "overrides": {"prompting.chat_template_kwargs": value}}
+    with pytest.raises(ArgumentError, match="nested deeper") as caught:
+        request_from_arguments("t", BenchmarkStudent, arguments)
+    assert len(str(caught.value)) < 500

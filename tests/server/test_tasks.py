@@ -43,6 +43,11 @@ async def test_a_client_that_declares_tasks_gets_one(tasks, service):
     assert "120/400 steps" in created.status_message
 
 
+async def test_a_resumed_run_is_the_task_that_it_was(tasks, service):
+    created = await tasks.start("resume_run", {"run_id": service.run.run_id})
+    assert (created.task_id, created.status) == (service.run.run_id, "working")
+
+
 async def test_the_envelope_is_flat_and_says_that_the_task_is_kept(tasks):
     created = (await tasks.start(*START)).model_dump(by_alias=True)
     assert "task" not in created

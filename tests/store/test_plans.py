@@ -45,6 +45,14 @@ def test_a_damaged_plan_is_named(workspace, plan, arguments, suffix):
         read_arguments(workspace, read_plan(workspace, plan.plan_id))
 
 
+def test_a_plan_with_another_number_is_not_the_plan_that_was_agreed_to(workspace, plan, arguments):
+    save_plan(workspace, plan, arguments)
+    file = workspace.plans / f"{plan.plan_id}.json"
+    file.write_text(file.read_text().replace('"steps": 250', '"steps": 350'))
+    with pytest.raises(IntegrityError, match="not what was written"):
+        read_plan(workspace, plan.plan_id)
+
+
 @pytest.mark.parametrize("plan_id", ["plan-0a1b2d", "../plan-0a1b2c"])
 def test_an_unknown_plan_names_the_nearest(workspace, plan, arguments, plan_id):
     save_plan(workspace, plan, arguments)

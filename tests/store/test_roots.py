@@ -1,5 +1,7 @@
 """Nothing outside of the allowed roots is read."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -115,3 +117,24 @@ def test_no_path_leads_out(roots, tree, parts):
     except PathError:
         return
     assert real == tree / "root" or tree / "root" in real.parents
+
+
+def test_pipes_devices_and_loops_are_refused_without_being_opened(roots, tree):
+    model = tree / "root" / "model"
+    os.mkfifo(tree / "root" / "prompts.jsonl")
+    assert code_of(roots, tree / "root" / "prompts.jsonl") == "special_file"
+    os.mkfifo(model / "tokenizer.json")
+    assert code_of(roots, model) == "special_file"
+    (tree / "root" / "loop").symlink_to(tree / "root" / "loop")
+    assert code_of(roots, tree / "root" / "loop") in ("not_found", "special_file")
+
+
+@pytest.mark.parametrize(
+    "path", ["/proc/self/root/etc/passwd", "/dev/fd/0", "/dev/zero", "//host/share/x", "\\\\host\\share", "/a\0b"]
+)
+def test_other_names_for_other_places_are_refused(roots, path):
+    assert code_of(roots, path) in ("outside_roots", "relative_path", "not_found")
+
+
+def test_a_very_long_name_is_not_found(roots, tree):
+    assert code_of(roots, tree / "root" / ("x" * 5000)) in ("not_found", "outside_roots")

@@ -254,3 +254,31 @@ def test_records_without_a_student_are_listed_too(store, make_record):
     record = record.model_copy(update={"request": record.request.model_copy(update={"inputs": inputs})})
     store.start_once(record)
     assert "student" not in json.loads(store.list_runs().to_json())["rows"][0]
+
+
+def test_a_reader_that_saw_a_run_end_does_not_shut_it_after_its_resume(store, make_record):
+    started = store.start_once(make_record())
+    finish(store, started, "failed")
+    late = store.view(started.run_id)
+    assert late.state == "failed"
+    with store.resume(started.run_id).lock:
+        store.index.set_final_state(started.run_id, lambda: late.refresh().state)
+        assert [row.state for row in store.list_runs().rows] == ["queued"]
+        assert store.start_once(make_record()).reused
+
+
+def test_a_resume_that_fails_half_way_gives_the_lock_back(store, make_record, monkeypatch):
+    started = store.start_once(make_record())
+    started.lock.release()
+
+    def fail(lock):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("opd_mcp.store.store.begin_attempt", fail)
+        with pytest.raises(OSError, match="no space"):
+            store.resume(started.run_id)
+    assert store.view(started.run_id).state == "lost"
+    resumed = store.resume(started.run_id)
+    assert (resumed.attempt, store.view(started.run_id).state) == (2, "queued")
+    resumed.lock.release()

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.limits import TooSlow, processor_seconds
 from opd_mcp.identity.data import PromptRow
-from opd_mcp.schemas.errors import DataError
+from opd_mcp.schemas.errors import ArgumentError, DataError
+
+# Far above what a template and a tokenizer take for a prompt.
+TEMPLATE_SECONDS = 20.0
+TEMPLATE_SECONDS_A_PROMPT = 0.05
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,19 @@ def encode_prompts(
 ) -> list[EncodedPrompt]:
     """Every prompt that fits `prompting.max_prompt_tokens`; the others are reported in an alert.
 
-    Raises DataError `empty_data` if none fits.
+    Raises DataError `empty_data` if none fits, ArgumentError `too_slow` for a chat template that does not end.
     """
     limit = context.prompting.max_prompt_tokens
-    encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, context)) for row in rows]
+    seconds = TEMPLATE_SECONDS + TEMPLATE_SECONDS_A_PROMPT * len(rows)
+    try:
+        with processor_seconds(seconds):
+            encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, context)) for row in rows]
+    except TooSlow:
+        raise ArgumentError(
+            "too_slow",
+            f"The chat template took more than {seconds:.0f} s for {len(rows)} prompts.",
+            fix="Look at the model's chat_template.jinja; use a model whose template ends.",
+        ) from None
     kept = [prompt for prompt in encoded if 0 < len(prompt.ids) <= limit]
     if len(kept) < len(encoded):
         context.reporter.alert(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.prompts import EncodedPrompt, encode_prompts
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
-from opd_mcp.engine.evaluation.answers import compiled_pattern, is_correct
+from opd_mcp.engine.evaluation.answers import compiled_pattern, correctness
 from opd_mcp.engine.evaluation.divergence import reverse_kl_sums
 from opd_mcp.engine.evaluation.intervals import mean_over_prompts, pass_at_k, per_token_mean, wilson
 from opd_mcp.engine.generation.rollouts import draw_rollouts
@@ -124,10 +124,7 @@ class _Drawer:
         texts = tokenizer.batch_decode(
             [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
         )
-        return np.array(
-            [is_correct(text, prompt.row.answer or "", pattern) for text, prompt in zip(texts, prompts, strict=True)],
-            dtype=np.float64,
-        )
+        return np.array(correctness(texts, [prompt.row.answer or "" for prompt in prompts], pattern), dtype=np.float64)
 
     def greedy_accuracy(
         self, prompts: Sequence[EncodedPrompt], measured: _Measured

@@ -1,0 +1,70 @@
+"""Whether a run fits: refused with numbers before it starts, on the device that it would take."""
+
+import os
+
+import pytest
+
+from opd_mcp.jobs import devices
+from opd_mcp.jobs.devices import Target
+from opd_mcp.jobs.memory import memory_shortage, with_claims
+from opd_mcp.schemas.errors import OpdError, ResourceError
+from opd_mcp.schemas.requests import GenerateTeacherResponses
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """`gpu(total, free)`: a machine with one GPU of so many MiB, as an executable `nvidia-smi` on PATH tells."""
+
+    def install(total: int, free: int) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho 'GPU-1a, NVIDIA Tiny, {total}, {free}'\n")
+        tool.chmod(0o700)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(devices, "version", lambda name: "2.13.0")
+
+    return install
+
+
+AUTO = {"runtime.device": "auto"}
+
+
+def responses(world, **changes) -> GenerateTeacherResponses:
+    return GenerateTeacherResponses(teacher=world.teacher, prompts=world.prompts(), preset="demo", **changes)
+
+
+def test_a_start_that_does_not_fit_is_refused_with_the_numbers_and_the_override(world, service, gpu):
+    gpu(total=400, free=300)
+    with pytest.raises(ResourceError, match=r"not_enough_memory.*needs about 0\.\d\d GiB.*Tiny has 0\.29 GiB free"):
+        service.generate_teacher_responses(responses(world, overrides=AUTO))
+    assert service.list_runs().total == 0
+    plan = service.plan(world.plan_arguments(overrides=AUTO))
+    [shortage] = plan.blocking
+    assert (shortage.code, "distill.micro_batch_tokens" in shortage.fix) == ("not_enough_memory", True)
+    with pytest.raises(OpdError, match=r"plan_blocked.*0\.29 GiB"):
+        service.start_distillation(world.start_arguments(overrides=AUTO))
+
+
+def test_what_the_holder_of_the_gpu_has_taken_is_not_missing(world, service, leases, gpu):
+    gpu(total=80_000, free=300)
+    assert service.plan(world.plan_arguments(overrides=AUTO)).blocking
+    lease = leases.acquire("another-run", ["gpu-GPU-1a"], 1, lambda: False)
+    assert not service.plan(world.plan_arguments(overrides=AUTO)).blocking
+    lease.release()
+
+
+def test_on_the_cpu_active_runs_claim_what_they_do_not_hold_yet(world, service, busy_machine):
+    target = Target("cpu", "1 CPU thread", 1 << 30)
+    assert with_claims(target, service.store, 2).claimed == 0
+    run = service.generate_teacher_responses(responses(world))
+    expected = service.store.record(run.run_id).expected_memory_bytes
+    assert 0 < with_claims(target, service.store, 2).claimed <= expected
+    assert with_claims(target, service.store, 1).claimed == 0, "with one slot nobody works beside"
+    service.cancel(run.run_id)
+
+
+def test_the_words_of_a_shortage_name_needed_free_and_claimed():
+    target = Target("cpu", "1 CPU thread", 8 << 30, claimed=3 << 30)
+    assert memory_shortage(5 << 30, target) is None
+    said = memory_shortage((5 << 30) + 1, target).message
+    assert "needs about 5.00 GiB" in said
+    assert "has 8.00 GiB free, and active runs are expected to take 3.00 GiB more" in said
