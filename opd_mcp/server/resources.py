@@ -31,7 +31,7 @@ MAX_COMPLETIONS = 100
 
 
 def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence[str] = ()) -> None:
-    """Register the templates, read in threads and shown without secrets, their ids' completions, and the recipe's keys."""
+    """Register the templates, read in threads and shown without secrets, their completions, and the recipe keys."""
 
     @server.resource(
         KEYS_URI, mime_type=MARKDOWN, title="Recipe keys", description="Every key that overrides may name."
