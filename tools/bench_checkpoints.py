@@ -1,7 +1,10 @@
-"""What saving checkpoints costs a training: `python tools/bench_checkpoints.py [--json FILE]`.
+"""What saving checkpoints and logging cost a training: `python tools/bench_checkpoints.py [--logging] [--json FILE]`.
 
 Trains one model of 33 million parameters on one core in turns of so many steps, with and without a checkpoint in the
 turn, and compares medians of paired turns. `share_at_default` is what one checkpoint costs over the default interval.
+
+With `--logging` it trains the example's student, whose steps are short, as a run does: metrics and progress of every
+step go into a journal on the disk. `logging_share` is their part of the processor seconds of one thread.
 """
 
 import argparse
@@ -9,7 +12,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +22,19 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.models.loading import load_model
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.checkpoints import COST_FACTOR, Checkpoints
-from opd_mcp.engine.training.loop import StepData
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE
-from opd_mcp.engine.training.optimizer import build_optimizer
+from opd_mcp.engine.training.loop import LoopSettings, StepData, train
+from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, sft_metrics
+from opd_mcp.engine.training.optim import build_optimizer
 from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
+from opd_mcp.store.journal import JournalWriter
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
 CONFIG = {
     "vocab_size": 32768,
     "hidden_size": 512,
@@ -45,11 +53,63 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6, help="steps a turn")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--logging", action="store_true", help="what logging costs, instead of checkpoints")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    found = logging_costs() if options.logging else checkpoint_costs(options.turns, options.steps)
+    for name, value in found.items():
+        print(f"{name:24} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(found) + "\n")
+
+
+class TimedReporter(JournalReporter):
+    """The reporter of a run, with the processor seconds that its step reports took."""
+
+    seconds = 0.0
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        """As a run's, timed."""
+        started = time.thread_time()
+        super().metric(step, values)
+        self.seconds += time.thread_time() - started
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """As a run's, timed."""
+        started = time.thread_time()
+        super().progress(done, total, unit)
+        self.seconds += time.thread_time() - started
+
+
+def logging_costs(steps: int = 60) -> dict[str, float]:
+    """Processor seconds of a training of the example's student, and of its logging."""
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0)
+    model = load_model(EXAMPLE / "student", runtime, for_training=True).model
+    rng = np.random.default_rng(0)
+    prompts, responses = (rng.integers(2, 20, (64, size)).tolist() for size in (12, 24))
+    data = StepData(build_sequences(prompts, responses), np.arange(64))
+    settings = LoopSettings(steps, OptimizerRecipe(learning_rate=1e-4), "token", 16384)
+    with tempfile.TemporaryDirectory() as folder, JournalWriter(Path(folder) / "journal.jsonl", 1) as journal:
+        reporter = TimedReporter(journal, Path(folder))
+        started = time.thread_time()
+        train(
+            model, settings, lambda first: repeat(data), SFT_OBJECTIVE, sft_metrics, runtime, Context(reporter=reporter)
+        )
+        seconds = time.thread_time() - started
+    return {
+        "parameters": model.num_parameters(),
+        "seconds_a_step": round(seconds / steps, 4),
+        "logging_s_a_step": round(reporter.seconds / steps, 6),
+        "logging_share": round(reporter.seconds / seconds, 5),
+        "bar": 0.01,
+    }
+
+
+def checkpoint_costs(turns: int, steps_a_turn: int) -> dict[str, float]:
+    """The pause of a save, and what it costs over the default interval."""
     model = Qwen3ForCausalLM(Qwen3Config(**CONFIG)).train()
-    optimizer = build_optimizer(model, OptimizerRecipe(learning_rate=1e-5))
+    optimizer = build_optimizer(model, OptimizerRecipe(learning_rate=1e-5), seed=0)
     runtime = Runtime(torch.device("cpu"), torch.float32, 0)
     batches = rows()
 
@@ -62,14 +122,14 @@ def main() -> None:
         with Checkpoints(model, optimizer, "bench", context) as checkpoints:
             steps(1)
             plain, saving, pauses = [], [], []
-            for turn in range(options.turns):
+            for turn in range(turns):
                 plain.append(
-                    timed(lambda: [step(model, optimizer, next(batches), runtime) for _ in range(options.steps)])
+                    timed(lambda: [step(model, optimizer, next(batches), runtime) for _ in range(steps_a_turn)])
                 )
 
                 def with_checkpoint(number: int = turn) -> None:
                     pauses.append(timed(lambda: checkpoints.save(LoopState(step=number, micro_batch_tokens=1))))
-                    for _ in range(options.steps):
+                    for _ in range(steps_a_turn):
                         step(model, optimizer, next(batches), runtime)
 
                 saving.append(timed(with_checkpoint))
@@ -78,7 +138,7 @@ def main() -> None:
                 )  # settle before the next
     extra = statistics.median(with_ - without for with_, without in zip(saving, plain, strict=True))
     interval = max(CheckpointRecipe().seconds, COST_FACTOR * statistics.median(pauses))
-    found = {
+    return {
         "parameters": model.num_parameters(),
         "checkpoint_mib": round(12 * model.num_parameters() / 2**20),
         "pause_s": round(statistics.median(pauses), 3),
@@ -87,10 +147,6 @@ def main() -> None:
         "share_at_default": round(extra / interval, 4),
         "bar": 0.05,
     }
-    for name, value in found.items():
-        print(f"{name:24} {value}")
-    if options.json:
-        options.json.write_text(json.dumps(found) + "\n")
 
 
 def rows() -> Iterator[StepData]:

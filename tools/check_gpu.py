@@ -33,6 +33,7 @@ from opd_mcp.engine.losses.tiles import Head
 from opd_mcp.engine.models.attention import Documents, hidden_rows, packed_attention, use_packed_attention
 from opd_mcp.engine.models.rows import model_head
 from opd_mcp.engine.runtime import Runtime, hardware_name
+from opd_mcp.engine.training.memory import step_memory
 from opd_mcp.engine.training.step import accumulate_gradients
 from opd_mcp.engine.training.throughput import matmul_peak, training_flops
 
@@ -193,6 +194,9 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
     model.zero_grad(set_to_none=True)
     ours()
     memory = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else 0
+    # what the plan counts, less the optimizer, which this step does not have
+    parts = step_memory(model, "fp32_master", "none", tokens=budget, runtime=runtime)
+    estimate = parts.total - parts.optimizer
     seconds = timed(
         {
             "ours": ours,
@@ -222,6 +226,7 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
         "naive_over_ours": seconds["naive"] / seconds["ours"],
         "two_pass_over_ours": seconds["two_pass"] / seconds["ours"],
         "peak_bytes": float(memory),
+        "estimated_bytes": float(estimate),
     }
     print(name, json.dumps({key: round(value, 3) for key, value in result.items()}), flush=True)
     return result

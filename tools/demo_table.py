@@ -1,7 +1,7 @@
 """The tables of docs/results.md from the demo's JSON files, and whether every bar was met.
 
-    for seed in 1 2 3; do opd-mcp demo --seed $seed --json demo-$seed.json; done
-    python tools/demo_table.py demo-1.json demo-2.json demo-3.json
+    for seed in 11 12 13; do opd-mcp demo --seed $seed --json demo-$seed.json; done
+    python tools/demo_table.py demo-11.json demo-12.json demo-13.json
 
 Exits with 1 when a bar was missed in any file.
 """
@@ -74,7 +74,8 @@ def bars_table(results: list[dict[str, Any]]) -> tuple[list[str], bool]:
     refused = [result["consistency_guard"]["refused"] for result in results]
     walls = [result["wall_seconds"] for result in results]
     lines.append(f"| consistency guard | refused | {' / '.join('refused' if r else 'not refused' for r in refused)} |")
-    lines.append(f"| whole demo | ≤ 240 s | {' / '.join(f'{wall:.0f} s' for wall in walls)} |")
+    spent = [f"{wall:.0f} s" + ("" if wall <= 240 else " (missed)") for wall in walls]
+    lines.append(f"| whole demo | ≤ 240 s | {' / '.join(spent)} |")
     return lines, met and all(refused) and max(walls) <= 240
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.models.attention import padding_warning
+from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import hardware_name
 from opd_mcp.engine.training.loop import require_going
 from opd_mcp.schemas.reports import StageCost
@@ -19,6 +21,15 @@ def counter(context: Context, total: int, unit: str, before: int = 0) -> Callabl
         require_going(context)
 
     return on_batch
+
+
+def padding_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
+    """One sentence a model that does not pack its rows, told as alerts `padded_rows` as well."""
+    found = [padding_warning(model.model) for model in models if model is not None]
+    warnings = list(dict.fromkeys(warning for warning in found if warning is not None))
+    for warning in warnings:
+        context.reporter.alert("padded_rows", warning)
+    return warnings
 
 
 def stage_cost(stage: str, started: float, tokens: int, device: torch.device, *, earlier: float = 0.0) -> StageCost:

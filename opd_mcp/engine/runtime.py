@@ -1,13 +1,18 @@
 """Device, threads and seeded generators: everything that decides a run's bits besides its data."""
 
+import ctypes
 import hashlib
 import platform
+import sys
 from dataclasses import dataclass
 
 import torch
 
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import RuntimeRecipe
+
+# glibc's number of the setting, and bytes: a lower size costs more page faults than it saves (docs/performance.md)
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ def open_runtime(recipe: RuntimeRecipe) -> Runtime:
     torch.set_num_threads(recipe.threads)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
     return Runtime(torch.device("cuda" if use_cuda else "cpu"), dtype, recipe.seed)
+
+
+def return_large_blocks() -> None:
+    """Let this process's glibc give freed blocks of 4 MiB or more back to the system, whatever was freed before.
+
+    By default the first large block that is freed raises that size to its own, up to 32 MiB: tensors then come from a
+    heap whose gaps grow, and the peak depends on the order of sizes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def seed_for(seed: int, *scope: object) -> int:

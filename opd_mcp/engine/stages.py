@@ -24,12 +24,13 @@ from opd_mcp.engine.evaluation.report import report_markdown
 from opd_mcp.engine.generation.rollouts import draw_rollouts
 from opd_mcp.engine.generation.samples import sample
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, save_model
-from opd_mcp.engine.progress import counter, stage_cost
+from opd_mcp.engine.progress import counter, padding_warnings, stage_cost
 from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.engine.training.batches import live_batches, stored_batches
+from opd_mcp.engine.training.clipping import ClipWatch
 from opd_mcp.engine.training.loop import LoopSettings, train
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_metrics, distill_objective, sft_metrics
+from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective, sft_metrics
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
 from opd_mcp.identity.consistency import proven_claim
 from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
@@ -41,6 +42,7 @@ from opd_mcp.schemas.identity import Parent, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
     DistillRecipe,
+    Normalize,
     ResponsesRecipe,
     RolloutRecipe,
     SftRecipe,
@@ -129,9 +131,10 @@ def sft(
         rows, adopted.tokenizer, context, eos_token_id=adopted.eos_token_ids[0], max_length=recipe.max_length
     )
     model = load_model(student, runtime, for_training=True)
+    padding_warnings(context, model)
     summary = train(
         model.model,
-        LoopSettings(recipe.steps, recipe.optimizer, "token", recipe.micro_batch_tokens),
+        _settings(recipe, "token"),
         stored_batches(sequences, steps=recipe.steps, batch_size=recipe.batch_size, seed=runtime.seed, scope="sft"),
         SFT_OBJECTIVE,
         sft_metrics,
@@ -180,7 +183,7 @@ def distill(
     if recipe.method == "lightning":
         assert cache is not None, "lightning distills from a teacher cache"
         source = open_cache(recipe, cache, student, claim, allowed=allow_teacher_mismatch, context=context)
-        model = load_model(student, runtime, for_training=True)
+        model, teacher_model = load_model(student, runtime, for_training=True), None
         steps = stored_batches(
             source.sequences,
             steps=recipe.steps,
@@ -205,12 +208,13 @@ def distill(
             valid_vocab=min(model.facts.tokens, teacher_model.facts.tokens),
             runtime=runtime,
         )
+    padding_warnings(context, model, teacher_model)
     summary = train(
         model.model,
-        LoopSettings(recipe.steps, recipe.optimizer, recipe.normalize, recipe.micro_batch_tokens),
+        _settings(recipe, recipe.normalize),
         steps,
         distill_objective(recipe),
-        lambda result: distill_metrics(result, recipe),
+        ClipWatch(recipe, context),
         runtime,
         context,
     )
@@ -252,11 +256,14 @@ def benchmark(
     chosen = rows[: recipe.limit]
     teacher_model = load_model(teacher, runtime) if teacher else None
     scored: dict[str, Scored] = {}
+    warnings = padding_warnings(context, teacher_model)
     for name, path in models.items():
         context.reporter.phase(f"measuring {name}")
+        model = load_model(path, runtime)
+        warnings += padding_warnings(context, model)
         scored[name] = score_model(
             name,
-            load_model(path, runtime),
+            model,
             chosen,
             recipe,
             context,
@@ -280,6 +287,7 @@ def benchmark(
         teacher_mismatch_allowed=bool(lineage and lineage.teacher_mismatch_allowed),
         teacher_basis=lineage.sft_teacher.basis if lineage and lineage.sft_teacher else None,
         costs=list(costs),
+        warnings=list(dict.fromkeys(warnings)),
     )
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "report.json", report.to_json(indent=2))
@@ -297,6 +305,12 @@ def benchmark(
         files=["report.json", "report.md"],
     )
     return report
+
+
+def _settings(recipe: SftRecipe | DistillRecipe, normalize: Normalize) -> LoopSettings:
+    return LoopSettings(
+        recipe.steps, recipe.optimizer, normalize, recipe.micro_batch_tokens, recipe.activation_checkpointing
+    )
 
 
 def _comparisons(candidate: str, scored: Mapping[str, Scored]) -> list[Comparison]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 
+from opd_mcp.identity.machine import container_room
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 
 NVIDIA_SMI_SECONDS = 5
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,8 @@ def torch_build_uses_gpus() -> bool:
 
 def available_memory() -> int:
     """Bytes of memory that a new process may use: what the machine has free, and what a container leaves."""
-    free = int(psutil.virtual_memory().available)
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        reclaimable = _statistic(_CGROUP / "memory.stat", "inactive_file")
-        free = min(free, max(limit - used + reclaimable, 0))
-    return free
+    free, room = int(psutil.virtual_memory().available), container_room()
+    return free if room is None else min(free, room)
 
 
 def free_disk(path: Path) -> int:
@@ -117,19 +113,3 @@ def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[s
             fix="Leave runtime.device at 'auto' or set it to 'cpu'.",
         )
     return Target("cpu", f"{runtime.threads} CPU thread{'s' if runtime.threads > 1 else ''}", available_memory())
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _statistic(path: Path, name: str) -> int:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)

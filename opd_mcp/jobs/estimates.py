@@ -16,13 +16,14 @@ from opd_mcp.jobs.memory import gib, memory_shortage
 from opd_mcp.jobs.workload import (
     PROCESS_BYTES,
     DataSize,
-    ModelSize,
+    Room,
     Work,
     checkpoint_disk,
     phase_disk,
     phase_work,
 )
 from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.memory import ModelShape
 from opd_mcp.schemas.plans import Finding, MethodEstimate, PhaseEstimate
 from opd_mcp.schemas.recipes import Method, Recipe
 from opd_mcp.schemas.reports import StageCost
@@ -33,6 +34,8 @@ MEASUREMENTS_READ = 60
 MEASUREMENTS_USED = 5
 # Runs of models within this factor of the planned work's size tell something about it.
 COMPARABLE_FACTOR = 30.0
+PROCESS_START = "process_start"
+ASSUMED_START_SECONDS = 8.0
 
 
 class PhaseCost(Schema):
@@ -94,8 +97,8 @@ class Estimator:
     """Estimates for one pair of models and one set of prompts on one device."""
 
     recipe: Recipe
-    student: ModelSize
-    teacher: ModelSize
+    student: ModelShape
+    teacher: ModelShape
     data: DataSize
     target: Target
     measured: Sequence[PhaseCost] = ()
@@ -105,11 +108,13 @@ class Estimator:
         pending = [phase for phase in phases if phase.satisfied_by is None]
         works = {phase.name: self.work(phase.name, method) for phase in pending}
         estimates = [self._phase(name, work, method) for name, work in works.items()]
+        if estimates:
+            estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
         peak = (works[heaviest].memory if heaviest else 0) + PROCESS_BYTES
         recipe = self.recipe
         products = sum(phase_disk(name, recipe, self.student, self.data) for name in works)
-        checkpoints = max((checkpoint_disk(name, self.student) for name in works), default=0)
+        checkpoints = max((checkpoint_disk(name, recipe, self.student) for name in works), default=0)
         return MethodEstimate(
             method=method,
             flops=sum(estimate.flops for estimate in estimates),
@@ -117,7 +122,7 @@ class Estimator:
             peak_memory_bytes=peak,
             disk_bytes=products + checkpoints,
             memory_basis=f"computed for phase {heaviest}: weights, optimizer, activations and logits of its largest "
-            f"batch, plus {PROCESS_BYTES >> 20} MiB for the process"
+            f"batch, plus {PROCESS_BYTES >> 20} MiB for the process{_recomputed(works[heaviest])}"
             if heaviest
             else "nothing is left to compute",
             disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed, and "
@@ -127,7 +132,20 @@ class Estimator:
 
     def work(self, name: PhaseName, method: Method) -> Work:
         """The work of one phase."""
-        return phase_work(name, self.recipe, self.student, self.teacher, self.data, method)
+        room = Room(self.target.kind, max(self.target.memory - PROCESS_BYTES, 0))
+        return phase_work(name, self.recipe, self.student, self.teacher, self.data, method, room)
+
+    def _start(self) -> PhaseEstimate:
+        known = [cost.cost.seconds for cost in self.measured if cost.work == PROCESS_START]
+        known = known[:MEASUREMENTS_USED]
+        return PhaseEstimate(
+            phase=PROCESS_START,
+            flops=0.0,
+            seconds=round(median(known), 3) if known else ASSUMED_START_SECONDS,
+            basis=f"measured in {len(known)} earlier run(s): from the worker's launch until its engine was imported"
+            if known
+            else f"assumed: {ASSUMED_START_SECONDS:g} s to start Python and import torch and transformers",
+        )
 
     def _phase(self, name: PhaseName, work: Work, method: Method) -> PhaseEstimate:
         if name == "fetch":
@@ -181,3 +199,9 @@ def resource_findings(estimate: MethodEstimate, target: Target, disk_free: int) 
             )
         )
     return findings
+
+
+def _recomputed(work: Work) -> str:
+    if work.checkpointing in (None, "none"):
+        return ""
+    return f"; {work.checkpointing} activation checkpointing, since it would not fit without or the recipe asks for it"

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.base import Record, Schema
 from opd_mcp.store.journal import utc_now
+from opd_mcp.store.view import RunView
 
 WORKER_FILE = "worker.json"
 # Where the kernel has no boot id, the time of the start stands for it; corrections of the clock move it a little.
@@ -68,6 +69,11 @@ def note_start(directory: Path, attempt: int) -> None:
         oom_kills=oom_kills(counter),
     )
     write_atomic(directory / WORKER_FILE, me.sealed().to_json(indent=2) + "\n")
+
+
+def has_begun(view: RunView) -> bool:
+    """Whether a worker has taken up the run's attempt, so that it goes on without whoever began it."""
+    return view.written != "queued" or _read(view.directory / WORKER_FILE, WorkerProcess, view.attempt) is not None
 
 
 def note_exit(directory: Path, attempt: int, returncode: int) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.jobs.devices import free_disk
-from opd_mcp.jobs.estimates import COST_FILE, ArtifactCosts, PhaseCost, work_name
+from opd_mcp.jobs.estimates import COST_FILE, PROCESS_START, ArtifactCosts, PhaseCost, work_name
 from opd_mcp.jobs.phases import Product, product
 from opd_mcp.jobs.reporting import JournalReporter
 from opd_mcp.jobs.results import report_figures, rounded, sampled
@@ -39,7 +39,10 @@ ROLE_OF_PHASE: dict[str, str] = {
 
 @dataclass
 class Pipeline:
-    """One run's way through its phases; `flops` and `disk` say what a phase is expected to compute and to write."""
+    """One run's way through its phases; `flops` and `disk` say what a phase is expected to compute and to write.
+
+    `launch_seconds` is what the process took from its launch until it took its place in the queue.
+    """
 
     record: RunRecord
     directory: Path
@@ -50,6 +53,7 @@ class Pipeline:
     device: str
     flops: Callable[[PhaseName], float]
     disk: Callable[[PhaseName], int]
+    launch_seconds: float = 0.0
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
     held: ExitStack = field(default_factory=ExitStack)
@@ -96,7 +100,10 @@ class Pipeline:
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
         require_disk(self.directory, self.disk(phase.name), phase.name)
+        first = self.calls.loading_seconds is None
         cost = self.calls.compute(phase.name, building)
+        if first and self.calls.loading_seconds is not None:
+            self.pending.append(self._start_cost(self.calls.loading_seconds))
         self.pending.append(self._phase_cost(phase.name, cost))
         if made is None:
             if phase.name == "sample":
@@ -144,6 +151,10 @@ class Pipeline:
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)
+
+    def _start_cost(self, loading_seconds: float) -> PhaseCost:
+        cost = StageCost(stage=PROCESS_START, seconds=self.launch_seconds + loading_seconds)
+        return PhaseCost(work=PROCESS_START, device=self.device, expected_flops=0.0, cost=cost)
 
     def _phase_cost(self, name: PhaseName, cost: StageCost) -> PhaseCost:
         method = self.record.request.recipe.distill.method

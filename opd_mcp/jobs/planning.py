@@ -19,7 +19,7 @@ from opd_mcp.jobs.method_recipes import distillation_recipe, method_recipe
 from opd_mcp.jobs.phases import FindArtifact, distillation_phases, with_satisfied
 from opd_mcp.jobs.references import References, ResolvedModel
 from opd_mcp.jobs.tokens import mean_prompt_tokens
-from opd_mcp.jobs.workload import ModelSize, data_size
+from opd_mcp.jobs.workload import data_size, model_shape
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.plans import MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
@@ -131,8 +131,8 @@ class Planner:
             return []
         estimator = Estimator(
             recipe=recipe,
-            student=ModelSize.of(inputs.student.facts),
-            teacher=ModelSize.of(inputs.teacher.facts),
+            student=model_shape(inputs.student.facts),
+            teacher=model_shape(inputs.teacher.facts),
             data=data_size(schema),
             target=target,
             measured=measured_costs(self.references.workspace.artifacts),

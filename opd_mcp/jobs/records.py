@@ -11,7 +11,7 @@ from opd_mcp.jobs.devices import Target
 from opd_mcp.jobs.estimates import Estimator, measured_costs
 from opd_mcp.jobs.phases import request_hash
 from opd_mcp.jobs.tracing import current_trace
-from opd_mcp.jobs.workload import ModelSize, data_size
+from opd_mcp.jobs.workload import data_size, model_shape
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.runs import ModelInput, RunRecord, RunRequest
 from opd_mcp.store.ids import new_id
@@ -66,8 +66,8 @@ def expected_cost(
     method = request.recipe.distill.method
     estimator = Estimator(
         recipe=request.recipe,
-        student=ModelSize.of(student),
-        teacher=ModelSize.of(teacher),
+        student=model_shape(student),
+        teacher=model_shape(teacher),
         data=data_size(inputs),
         target=target,
         measured=measured_costs(workspace.artifacts),

@@ -1,7 +1,8 @@
 """The jobs layer's face: every method is synchronous, answers in under two seconds and raises only OpdError."""
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opd_mcp.identity.models import ModelCache
@@ -15,6 +16,7 @@ from opd_mcp.jobs.fingerprints import changed_parts
 from opd_mcp.jobs.holdings import artifact_list, delete_artifact
 from opd_mcp.jobs.launch import launch_worker
 from opd_mcp.jobs.leases import LeaseFolder
+from opd_mcp.jobs.liveness import has_begun
 from opd_mcp.jobs.logs import log_page
 from opd_mcp.jobs.memory import require_memory, with_claims
 from opd_mcp.jobs.metrics import metrics_report
@@ -65,6 +67,8 @@ from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
 LATEST = "latest"
+TAKEN_UP_SECONDS = 15.0
+TAKEN_UP_POLL_SECONDS = 0.05
 PLAN_ONLY = {"plan_id", "benchmark", "confirm"}
 
 
@@ -246,7 +250,8 @@ class JobService:
         Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
         """
         self._children.reap()
-        return self._launched(self.store.resume(self._existing(run_id), lambda record: admission(self.store, record)()))
+        run_id = self._existing(run_id)
+        return self._launched(lambda: self.store.resume(run_id, lambda record: admission(self.store, record)()))
 
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
@@ -268,9 +273,22 @@ class JobService:
             record = new_record(request, self.workspace, self._models, target)
         if not self.store.is_active(record.request_hash):
             require_memory(record, target)
-        return self._launched(self.store.start_once(record, admission(self.store, record)))
+        return self._launched(lambda: self.store.start_once(record, admission(self.store, record)))
 
-    def _launched(self, started: StartedRun) -> RunSnapshot:
+    def _launched(self, begin: Callable[[], StartedRun]) -> RunSnapshot:
+        started = begin()
+        deadline = time.monotonic() + TAKEN_UP_SECONDS
+        # Whoever began it may yet die before its worker lives, and what is acknowledged here must not be lost with it.
+        while started.reused and not has_begun(self.store.view(started.run_id)):
+            if time.monotonic() > deadline:
+                raise RunError(
+                    "run_starting",
+                    "Another call is starting this run, and its worker does not live yet.",
+                    value=started.run_id,
+                    fix="Make the same call again in a moment.",
+                )
+            time.sleep(TAKEN_UP_POLL_SECONDS)
+            started = begin()
         if started.lock is not None:
             worker = launch_worker(self.workspace, started.lock, self.settings)
             self._children.add(started.lock.directory, started.attempt, worker)

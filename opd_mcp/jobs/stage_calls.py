@@ -1,6 +1,7 @@
 """How each phase calls its stage: which of the run's inputs and earlier results it is given."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,6 +41,8 @@ class StageCalls:
     load_stages: Callable[[], Stages]
     paths: dict[str, Path] = field(default_factory=dict)
     costs: list[StageCost] = field(default_factory=list)
+    loading_seconds: float | None = None
+    """What loading the stages took; None until a phase had to be computed."""
 
     def __post_init__(self) -> None:
         inputs = self.record.request.inputs
@@ -51,7 +54,10 @@ class StageCalls:
     @cached_property
     def stages(self) -> Stages:
         """The stages, loaded when the first phase has to be computed: a run that reuses everything needs none."""
-        return self.load_stages()
+        begun = time.perf_counter()
+        stages = self.load_stages()
+        self.loading_seconds = time.perf_counter() - begun
+        return stages
 
     def compute(self, name: PhaseName, output: Path) -> StageCost:
         """Run the stage of a phase into an empty or new directory; raises what the stage raises."""

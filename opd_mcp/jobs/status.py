@@ -107,7 +107,10 @@ def _after_success(record: RunRecord, *, benchmarked: bool) -> str:
         case "sample":
             return "Read result: `samples` holds the texts."
         case _:
-            return "Read result: `scores` holds the evidence, `paths` the absolute paths of what was made."
+            return (
+                "Read result: `scores` holds the evidence, `paths` the absolute paths of what was made; "
+                f"the whole report is the resource opd://runs/{run_id}/report"
+            )
 
 
 def _current_remaining(view: RunView, expected: dict[str, float], pace: float, now: float) -> float | None:

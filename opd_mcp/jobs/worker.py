@@ -6,10 +6,13 @@ It holds the run's lock for its whole life, takes a device lease, and only then 
 import os
 import resource
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from opd_mcp.jobs.devices import free_disk, gpu_slot, gpus
 from opd_mcp.jobs.failures import DiskFigures, MemoryFigures, failure_of, is_disk_full
@@ -100,6 +103,7 @@ def _worked(
     load_stages: Callable[[], Stages],
     teacher_key: str | None,
 ) -> int:
+    launch_seconds = time.time() - psutil.Process().create_time()
     try:
         note_start(directory, journal.attempt)
         record = read_record(directory)
@@ -110,7 +114,9 @@ def _worked(
         reporter.limit(seconds_left(quotas, directory))
         with run_span(record):
             kind = device_kind(lease)
-            result = run_phases(store, directory, record, journal, reporter, kind, load_stages, teacher_key)
+            result = run_phases(
+                store, directory, record, journal, reporter, kind, load_stages, teacher_key, launch_seconds
+            )
         journal.append("result", result)
         return _ended(journal, "succeeded")
     except OpdError as error:
@@ -134,6 +140,7 @@ def run_phases(
     device: str,
     load_stages: Callable[[], Stages],
     teacher_key: str | None = None,
+    launch_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """The result of all phases; the stages are loaded when a phase has to be computed, not before."""
     record = prepared_record(store.workspace, record, journal, reporter)
@@ -151,6 +158,7 @@ def run_phases(
         device=device,
         flops=lambda name: expected_flops(name, recipe, record.request.inputs),
         disk=lambda name: expected_disk(name, recipe, record.request.inputs),
+        launch_seconds=launch_seconds,
     )
     return pipeline.run()
 

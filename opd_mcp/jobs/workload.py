@@ -7,40 +7,38 @@ run and measured throughput carries over from one run to the next.
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from opd_mcp.identity.models import ModelFacts, inspect_model
-from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.memory import (
+    TILE_BYTES,
+    CheckpointingPolicy,
+    ModelShape,
+    micro_tokens,
+    saved_bytes,
+    state_bytes,
+    training_memory,
+    weight_bytes,
+)
+from opd_mcp.schemas.recipes import DistillRecipe, Recipe, SftRecipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
 
 PROCESS_BYTES = 700 << 20
-# The engine keeps one tile of logits alive at a time, however many tokens a micro-batch has.
-LOGIT_TILE_BYTES = 256 << 20
+# Generation keeps a step's logits, their softmax and what sampling sorts.
 LOGIT_COPIES = 4
 ACTIVATIONS_PER_WIDTH = 34
 
 
+def model_shape(facts: ModelFacts) -> ModelShape:
+    """The shape of an inspected model."""
+    return ModelShape.of(facts.parameters, facts.vocab_size, facts.setting)
+
+
 @dataclass(frozen=True)
-class ModelSize:
-    """The few numbers of a model that its cost depends on."""
+class Room:
+    """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts."""
 
-    parameters: int
-    layers: int
-    hidden: int
-    kv_width: int
-    vocab: int
-    weight_bytes: int
-
-    @classmethod
-    def of(cls, facts: ModelFacts) -> "ModelSize":
-        """The size of an inspected model; settings that its config lacks are counted as small."""
-        hidden = facts.hidden_size or 1
-        heads = facts.setting("num_attention_heads") or 1
-        head_width = facts.setting("head_dim") or hidden // heads
-        kv_heads = facts.setting("num_key_value_heads") or heads
-        return cls(
-            facts.parameters, facts.layers or 1, hidden, kv_heads * head_width, facts.vocab_size, facts.weight_bytes
-        )
+    device: str = "cpu"
+    memory: int = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -56,23 +54,31 @@ class DataSize:
 
 @dataclass(frozen=True)
 class Work:
-    """One phase: operations, forward passes one after the other, and peak memory in bytes."""
+    """One phase: operations, forward passes one after the other, peak memory in bytes, and training's checkpointing."""
 
     flops: float
     passes: float
     memory: int
+    checkpointing: CheckpointingPolicy | None = None
 
 
 def phase_work(
-    name: PhaseName, recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize, method: str
+    name: PhaseName,
+    recipe: Recipe,
+    student: ModelShape,
+    teacher: ModelShape,
+    data: DataSize,
+    method: str,
+    room: Room | None = None,
 ) -> Work:
-    """The work of one phase; a fetch counts as none."""
+    """The work of one phase, on a device with `room` (a CPU with memory enough by default); a fetch counts as none."""
+    room = room or Room()
     works = {
         "generate_responses": lambda: _answering(recipe, teacher, data),
-        "sft": lambda: _tuning(recipe, student, data),
+        "sft": lambda: _tuning(recipe, student, data, room),
         "rollout": lambda: _rolling_out(recipe, student, data),
-        "score": lambda: _scoring(recipe, student, teacher, data),
-        "distill": lambda: _distilling(recipe, student, teacher, data, method),
+        "score": lambda: _scoring(recipe, student, teacher, data, room),
+        "distill": lambda: _distilling(recipe, student, teacher, data, method, room),
         "benchmark": lambda: _benchmarking(recipe, student, teacher, data),
         "sample": lambda: _generation(recipe, student, data.prompts, 8, data, recipe.sample.sampling.max_new_tokens),
     }
@@ -97,18 +103,19 @@ def expected_flops(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> float:
     student, teacher = (inspect_model(Path(model.path)) if model and model.path else None for model in from_path)
     if student is None or teacher is None:
         return 0.0
-    sizes = ModelSize.of(student), ModelSize.of(teacher)
+    sizes = model_shape(student), model_shape(teacher)
     return phase_work(name, recipe, *sizes, data_size(inputs), recipe.distill.method).flops
 
 
-def phase_disk(name: PhaseName, recipe: Recipe, student: ModelSize, data: DataSize) -> int:
+def phase_disk(name: PhaseName, recipe: Recipe, student: ModelShape, data: DataSize) -> int:
     """Bytes that the phase's artifact takes, before compression."""
     match name:
         case "generate_responses":
             rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
             return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
         case "sft" | "distill":
-            return student.weight_bytes + (16 << 20)
+            section = recipe.sft if name == "sft" else recipe.distill
+            return saved_bytes(section.optimizer.precision) * student.parameters + (16 << 20)
         case "rollout" | "score":
             rows = recipe.rollout.count or data.prompts
             # Ids and the student's log-probs; then the teacher's, with its top k.
@@ -123,35 +130,38 @@ def expected_disk(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> int:
     known = inputs.student or inputs.model or inputs.teacher
     if known is None or known.path is None:
         return 0
-    student = ModelSize.of(inspect_model(Path(known.path)))
-    return phase_disk(name, recipe, student, data_size(inputs)) + checkpoint_disk(name, student)
+    student = model_shape(inspect_model(Path(known.path)))
+    return phase_disk(name, recipe, student, data_size(inputs)) + checkpoint_disk(name, recipe, student)
 
 
-def checkpoint_disk(name: PhaseName, student: ModelSize) -> int:
+def checkpoint_disk(name: PhaseName, recipe: Recipe, student: ModelShape) -> int:
     """Bytes that a training phase's checkpoints take while it runs: the two that are kept, and the one being written.
 
-    Weights and two Adam moments in float32. They are removed when the phase has ended.
+    Weights and optimizer state. They are removed when the phase has ended.
     """
-    return 3 * 12 * student.parameters if name in ("sft", "distill") else 0
+    if name not in ("sft", "distill"):
+        return 0
+    precision = (recipe.sft if name == "sft" else recipe.distill).optimizer.precision
+    return 3 * (weight_bytes(precision) + state_bytes(precision)) * student.parameters
 
 
-def _answering(recipe: Recipe, teacher: ModelSize, data: DataSize) -> Work:
+def _answering(recipe: Recipe, teacher: ModelShape, data: DataSize) -> Work:
     rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
     new_tokens = recipe.responses.sampling.max_new_tokens
     return _generation(recipe, teacher, rows, recipe.responses.batch_size, data, new_tokens)
 
 
-def _tuning(recipe: Recipe, student: ModelSize, data: DataSize) -> Work:
+def _tuning(recipe: Recipe, student: ModelShape, data: DataSize, room: Room) -> Work:
     length = min(data.prompt_tokens + recipe.responses.sampling.max_new_tokens, recipe.sft.max_length)
-    return _training(recipe, student, recipe.sft, length)
+    return _training(recipe, student, recipe.sft, length, room)
 
 
-def _rolling_out(recipe: Recipe, student: ModelSize, data: DataSize) -> Work:
+def _rolling_out(recipe: Recipe, student: ModelShape, data: DataSize) -> Work:
     rows, new_tokens = recipe.rollout.count or data.prompts, recipe.rollout.sampling.max_new_tokens
     return _generation(recipe, student, rows, recipe.rollout.batch_size, data, new_tokens)
 
 
-def _generation(recipe: Recipe, model: ModelSize, rows: int, batch: int, data: DataSize, new_tokens: int) -> Work:
+def _generation(recipe: Recipe, model: ModelShape, rows: int, batch: int, data: DataSize, new_tokens: int) -> Work:
     batch = min(batch, max(rows, 1))
     length = data.prompt_tokens + new_tokens
     values = _value_bytes(recipe)
@@ -160,51 +170,61 @@ def _generation(recipe: Recipe, model: ModelSize, rows: int, batch: int, data: D
     return Work(2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens, int(memory))
 
 
-def _forward_memory(recipe: Recipe, model: ModelSize, tokens: float, *, layers_kept: int) -> int:
-    activations = ACTIVATIONS_PER_WIDTH * model.hidden * layers_kept * _value_bytes(recipe)
-    logits = min(tokens * 4 * model.vocab, LOGIT_TILE_BYTES)
-    return int(tokens * activations + LOGIT_COPIES * logits)
+def _forward_memory(recipe: Recipe, model: ModelShape, tokens: float, room: Room) -> int:
+    activations = ACTIVATIONS_PER_WIDTH * model.hidden * _value_bytes(recipe)
+    logits = min(tokens * 4 * model.vocab, TILE_BYTES[room.device])
+    return int(tokens * activations + 2 * logits)
 
 
-def _training(recipe: Recipe, model: ModelSize, section: Any, length: float) -> Work:
+def _training(recipe: Recipe, model: ModelShape, section: SftRecipe | DistillRecipe, length: float, room: Room) -> Work:
     tokens = section.batch_size * length
-    micro = min(max(section.micro_batch_tokens, length), tokens)
-    # Weights, gradients and two Adam moments in float32.
-    memory = 16 * model.parameters + _forward_memory(recipe, model, micro, layers_kept=model.layers)
+    memory = training_memory(
+        model,
+        precision=section.optimizer.precision,
+        checkpointing=section.activation_checkpointing,
+        tokens=micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens)),
+        dtype=recipe.runtime.dtype,
+        device=room.device,
+        room=room.memory,
+    )
     passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
-    return Work(6.0 * model.parameters * section.steps * tokens, passes, memory)
+    return Work(6.0 * model.parameters * section.steps * tokens, passes, memory.total, memory.policy)
 
 
-def _scoring(recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize) -> Work:
+def _scoring(recipe: Recipe, student: ModelShape, teacher: ModelShape, data: DataSize, room: Room) -> Work:
     rows = recipe.rollout.count or data.prompts
     tokens = rows * (data.prompt_tokens + recipe.rollout.sampling.max_new_tokens)
     micro = min(recipe.score.micro_batch_tokens, tokens)
     models = (student.parameters + teacher.parameters) * _value_bytes(recipe)
-    memory = models + _forward_memory(recipe, teacher, micro, layers_kept=1)
+    memory = models + _forward_memory(recipe, teacher, micro, room)
     passes = 2 * ceil(tokens / recipe.score.micro_batch_tokens)
     return Work(2.0 * (teacher.parameters + student.parameters) * tokens, passes, memory)
 
 
-def _distilling(recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize, method: str) -> Work:
+def _distilling(
+    recipe: Recipe, student: ModelShape, teacher: ModelShape, data: DataSize, method: str, room: Room
+) -> Work:
     section = recipe.distill
     length = data.prompt_tokens + recipe.rollout.sampling.max_new_tokens
-    training = _training(recipe, student, section, length)
     if method == "lightning":
-        return training
+        return _training(recipe, student, section, length, room)
     rows = section.batch_size
     rollouts = _generation(recipe, student, rows, rows, data, recipe.rollout.sampling.max_new_tokens)
     micro = min(section.micro_batch_tokens, rows * length)
-    teacher_memory = teacher.parameters * _value_bytes(recipe) + _forward_memory(recipe, teacher, micro, layers_kept=1)
+    teacher_memory = teacher.parameters * _value_bytes(recipe) + _forward_memory(recipe, teacher, micro, room)
+    beside = teacher_memory + rollouts.memory
+    training = _training(recipe, student, section, length, Room(room.device, max(room.memory - beside, 0)))
     scoring_passes = ceil(rows * length / section.micro_batch_tokens)
     return Work(
         training.flops + section.steps * (rollouts.flops + 2.0 * teacher.parameters * rows * length),
         training.passes + section.steps * (rollouts.passes + scoring_passes),
         # The student trains beside the resident teacher and its own generation cache.
-        training.memory + teacher_memory + rollouts.memory,
+        training.memory + beside,
+        training.checkpointing,
     )
 
 
-def _benchmarking(recipe: Recipe, student: ModelSize, teacher: ModelSize, data: DataSize) -> Work:
+def _benchmarking(recipe: Recipe, student: ModelShape, teacher: ModelShape, data: DataSize) -> Work:
     section = recipe.benchmark
     available = data.eval_prompts or min(section.kl_prompts, data.prompts)
     prompts = min(section.limit or available, available)

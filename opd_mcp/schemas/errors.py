@@ -9,7 +9,7 @@ OpdError
 │   │                              too_large
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
-│   │                              teacher_host_not_allowed · too_slow
+│   │                              teacher_host_not_allowed · too_slow · lossy_precision
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue
@@ -19,7 +19,8 @@ OpdError
 ├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
-                                   worker_terminated · attempt_superseded · same_request_active · bad_number · bad_rows
+                                   worker_terminated · attempt_superseded · same_request_active · run_starting ·
+                                   bad_number · bad_rows
 """
 
 from collections.abc import Iterable

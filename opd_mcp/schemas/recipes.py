@@ -12,6 +12,8 @@ Normalize = Literal["sample", "token"]
 CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
 Preset = Literal["quick", "paper", "demo"]
+Precision = Literal["fp32_master", "split_master", "bf16_stochastic", "bf16"]
+ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -50,6 +52,11 @@ class OptimizerRecipe(Schema):
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     gradient_clip: PositiveFloat = 1.0
+    precision: Precision = Field(
+        "fp32_master",
+        description="what the weights are kept in: float32; bf16 with a 16-bit low part that makes them exact float32; "
+        "or bf16 alone, rounded stochastically or to the nearest",
+    )
 
 
 class ResponsesRecipe(Schema):
@@ -68,6 +75,9 @@ class SftRecipe(Schema):
     max_length: PositiveInt = 4096
     optimizer: OptimizerRecipe = OptimizerRecipe(learning_rate=8e-5, schedule="cosine", warmup_steps=25)
     micro_batch_tokens: PositiveInt = Field(16384, description="padded tokens in one forward pass")
+    activation_checkpointing: ActivationCheckpointing = Field(
+        "auto", description="what the backward computes again; 'auto' takes the least that fits the memory"
+    )
 
 
 class RolloutRecipe(Schema):
@@ -104,6 +114,7 @@ class DistillRecipe(Schema):
     batch_size: PositiveInt = 256
     optimizer: OptimizerRecipe = OptimizerRecipe()
     micro_batch_tokens: PositiveInt = 16384
+    activation_checkpointing: ActivationCheckpointing = "auto"
 
 
 class BenchmarkRecipe(Schema):

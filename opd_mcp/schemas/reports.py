@@ -6,7 +6,8 @@ from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ModelIdentity
-from opd_mcp.schemas.recipes import BenchmarkRecipe
+from opd_mcp.schemas.memory import CheckpointingPolicy
+from opd_mcp.schemas.recipes import BenchmarkRecipe, Precision
 
 MetricValue = float | int
 
@@ -45,6 +46,11 @@ class TrainingSummary(Schema):
     final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
     seconds_generation: float | None = None
     seconds_scoring: float | None = None
+    precision: Precision = Field("fp32_master", description="what the weights were kept in")
+    activation_checkpointing: CheckpointingPolicy | None = Field(
+        None, description="what the memory estimate or the recipe chose; absent where no step was left to take"
+    )
+    packed: bool = Field(True, description="false: rows were padded in length buckets, since the class does not pack")
     throughput: "Throughput | None" = None
 
 
@@ -57,6 +63,9 @@ class Throughput(Schema):
     utilisation: float = Field(description="flops_per_second over matmul_peak")
     matmul_peak: float = Field(description="operations a second of a large matmul in this run's dtype, same process")
     peak_memory_bytes: int
+    estimated_memory_bytes: int | None = Field(
+        None, description="weights, gradients, optimizer, activations and logits as the plan counts them, for this data"
+    )
     micro_batch_tokens: int = Field(description="the budget at the end: halved whenever memory ran out")
     seconds: dict[str, float] = Field(description="data, forward (with head), backward, optimizer, logging")
 
@@ -104,3 +113,4 @@ class BenchmarkReport(Schema):
     teacher_mismatch_allowed: bool = False
     teacher_basis: Literal["proven", "asserted"] | None = None
     costs: list[StageCost] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list, description="what made this slower or less sure than it could be")

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.errors import ArgumentError, nearest
+from opd_mcp.schemas.precision import require_kept_updates
 from opd_mcp.schemas.recipes import Preset, Recipe
 
 
@@ -30,7 +31,8 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
 def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     """The preset with the overrides applied.
 
-    Raises ArgumentError: `unknown_override` with the nearest keys, or `invalid_argument` for a bad value.
+    Raises ArgumentError: `unknown_override` with the nearest keys, `invalid_argument` for a bad value, or
+    `lossy_precision` where bf16 would round training away.
     """
     values = _merged(Recipe().model_dump(), preset_values(preset))
     valid = set(recipe_keys())
@@ -41,7 +43,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
                 "There is no such recipe key.",
                 value=key,
                 nearest=nearest(key, valid) or sorted(k for k in valid if k.split(".")[0] == key.split(".")[0]),
-                fix="Use a dotted key as the plan's resolved recipe shows it, e.g. 'distill.steps'.",
+                fix="Use a dotted key such as 'distill.steps'; the resource opd://recipe-keys lists all of them.",
             )
         section = values
         *parents, name = key.split(".")
@@ -49,7 +51,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
             section = section.setdefault(parent, {})
         section[name] = value
     try:
-        return Recipe.model_validate({**values, "preset": preset})
+        recipe = Recipe.model_validate({**values, "preset": preset})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -59,6 +61,9 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
             value=first.get("input"),
             fix=f"Give {key} a valid value.",
         ) from error
+    require_kept_updates(recipe.sft.optimizer, "sft.optimizer")
+    require_kept_updates(recipe.distill.optimizer, "distill.optimizer")
+    return recipe
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Stages can also be run one by one: generate_teacher_responses → start_sft → 
 start_distillation(student, cache_id) → benchmark_student.
 Models and data are named by absolute path below an allowed root, artifact id, run id (its result) or Hub id.
 The teacher of the cache must be the teacher of the student's SFT; a mismatch is refused with the ways out.
-Settings: preset quick, paper or demo, and overrides with dotted recipe keys as the plan shows them.
+Settings: preset quick, paper or demo; overrides with dotted recipe keys, which the plan lists and opd://recipe-keys \
+explains.
 Runs survive this server; starts are idempotent; resume_run takes up a failed, cancelled or lost run; \
 errors read "[code] what. Got: value. Fix: next step"."""

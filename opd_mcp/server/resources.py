@@ -1,6 +1,7 @@
 """What runs and artifacts are, as resources: templates with completions, and updates of the runs that are active.
 
-`opd://runs/{run_id}/recipe | metrics | log | report` and `opd://artifacts/{artifact_id}/lineage`.
+`opd://runs/{run_id}/recipe | metrics | log | report`, `opd://artifacts/{artifact_id}/lineage`, and the recipe's keys:
+`opd://recipe-keys`.
 """
 
 import logging
@@ -19,6 +20,7 @@ from opd_mcp.jobs import reading
 from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import OpdError, UnknownIdError
 from opd_mcp.schemas.redaction import redacted
+from opd_mcp.server.recipe_texts import KEYS_URI, recipe_keys_text
 from opd_mcp.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,13 @@ MAX_COMPLETIONS = 100
 
 
 def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence[str] = ()) -> None:
-    """Register the templates, each read in a thread and shown without secrets, and the completions of their ids."""
+    """Register the templates, read in threads and shown without secrets, their completions, and the recipe keys."""
+
+    @server.resource(
+        KEYS_URI, mime_type=MARKDOWN, title="Recipe keys", description="Every key that overrides may name."
+    )
+    async def recipe_keys() -> str:
+        return recipe_keys_text()
 
     @server.resource(
         "opd://runs/{run_id}/recipe", mime_type=JSON, title="Recipe", description="The run's resolved recipe."

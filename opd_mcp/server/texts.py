@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable
 
+from opd_mcp.jobs.estimates import PROCESS_START
 from opd_mcp.schemas.garbage import GarbageReport
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.setup import SetupReport
 from opd_mcp.server.cache_texts import measured_lines, prompts_text, rollouts_text
+from opd_mcp.server.recipe_texts import setting_lines
 from opd_mcp.server.results import compact, result_lines
 
 UNCHANGED_BYTES = 240
@@ -45,7 +47,7 @@ def garbage_text(report: GarbageReport) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan's id, phases, costs and findings; the recipe itself is in the structured answer."""
+    """The plan's id, phases, costs, settings and findings."""
     lines = [f"plan_id: {plan.plan_id} ({plan.method}, preset {plan.recipe.preset})"]
     phases = [phase.name + (f" (done: {phase.satisfied_by})" if phase.satisfied_by else "") for phase in plan.phases]
     lines.append(f"phases: {' → '.join(phases)}")
@@ -53,6 +55,7 @@ def plan_text(plan: Plan) -> str:
     lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
     lines += _plan_measures(plan)
     lines += [_estimate_line(estimate) for estimate in plan.estimates]
+    lines += setting_lines(plan)
     lines += _finding_lines("BLOCKING", plan.blocking)
     lines += _finding_lines("warning", plan.warnings)
     return _text(lines, plan.next_action)
@@ -94,7 +97,6 @@ def status_text(status: RunStatus) -> str:
         f"elapsed {duration(status.elapsed_s)}" if status.elapsed_s is not None else "",
         f"eta {duration(status.eta_s)}" if status.eta_s is not None else "",
         f"queue position {status.queue_position}" if status.queue_position is not None else "",
-        f"next check in {duration(status.next_check_s)}" if status.next_check_s is not None else "",
     ]
     lines = [head, ", ".join(part for part in times if part)]
     if status.waits_for is not None:
@@ -115,7 +117,6 @@ def unchanged_text(status: RunStatus) -> str:
     if status.state not in ACTIVE_STATES:
         return _bounded(f"{text}, {status.state}; unchanged since the last answer, in full again in a minute", [])
     extras = [f"eta {duration(status.eta_s)}"] if status.eta_s is not None else []
-    extras += [f"next check in {duration(status.next_check_s)}"] if status.next_check_s is not None else []
     return _bounded(f"{text}; still {status.state}, do not restart", extras + _metrics(status)[:1])
 
 
@@ -174,8 +175,10 @@ def _metrics(status: RunStatus) -> list[str]:
 
 
 def _estimate_line(estimate: MethodEstimate) -> str:
+    start = next((phase for phase in estimate.phases if phase.phase == PROCESS_START), None)
+    of_it = f" (of it {duration(start.seconds)} process start, {start.basis.split(':')[0]})" if start else ""
     return (
-        f"{estimate.method}: {duration(estimate.seconds)}, {estimate.flops:.2g} FLOPs, "
+        f"{estimate.method}: {duration(estimate.seconds)}{of_it}, {estimate.flops:.2g} FLOPs, "
         f"{size(estimate.peak_memory_bytes)} memory, {size(estimate.disk_bytes)} disk"
     )
 

@@ -1,22 +1,25 @@
 """The stages on the arithmetic example: real models, few steps, every border checked."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.manifest import read_cache, read_manifest
 from opd_mcp.engine.context import Context, SilentReporter
+from opd_mcp.engine.models.loading import copy_tokenizer
 from opd_mcp.identity.consistency import asserted_claim
 from opd_mcp.identity.lineage import read_lineage, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, OpdError, RunError
 from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.reports import TrainingSummary
 from opd_mcp.schemas.resolve import resolve_recipe
 
 SHORT = {
@@ -156,6 +159,64 @@ def test_benchmark_measures_candidate_and_baselines_on_the_same_prompts(made: Ma
     assert report.comparisons[0].baseline == "teacher"
     assert report.teacher_basis == "proven"
     assert "| student |" in (made.root / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32_master", torch.float32), ("split_master", torch.float32), ("bf16_stochastic", torch.bfloat16)],
+)
+def test_the_saved_student_is_what_the_master_weights_say(made: Made, precision: str, dtype: torch.dtype) -> None:
+    optimizer = made.recipe.distill.optimizer.model_copy(update={"precision": precision})
+    output = made.distill(
+        f"saved-{precision}", recipe=made.recipe.distill.model_copy(update={"optimizer": optimizer, "steps": 2})
+    )
+    weights, before = weights_of(output), weights_of(made.sft)
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    assert any(not torch.equal(weights[name].float(), before[name]) for name in before)
+    exact = all(torch.equal(tensor.bfloat16().float(), tensor.float()) for tensor in weights.values())
+    assert exact == (dtype is torch.bfloat16)
+    assert TrainingSummary.from_json((output / "training.json").read_bytes()).precision == precision
+
+
+def test_a_class_that_does_not_pack_is_padded_and_alert_summary_and_report_say_so(made: Made, tmp_path: Path) -> None:
+    """Gemma-2's soft-capped attention scores are unknown to the packed attention."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 22, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    Gemma2ForCausalLM(Gemma2Config(**settings, **heads)).save_pretrained(tmp_path / "student")
+    copy_tokenizer(made.teacher, tmp_path / "student")
+
+    class Listening(SilentReporter):
+        def __init__(self) -> None:
+            self.alerts: list[tuple[str, str]] = []
+
+        def alert(self, code: str, message: str) -> None:
+            self.alerts.append((code, message))
+
+    reporter = Listening()
+    context = replace(made.context, reporter=reporter)
+    summary = stages.sft(
+        made.recipe.sft.model_copy(update={"steps": 2}),
+        student=tmp_path / "student",
+        responses=made.root / "responses",
+        output=tmp_path / "sft",
+        context=context,
+    )
+    assert not summary.packed
+    ((code, message),) = reporter.alerts
+    assert code == "padded_rows"
+    assert "Gemma2ForCausalLM" in message
+    report = stages.benchmark(
+        made.recipe.benchmark.model_copy(update={"limit": 4, "kl_prompts": 2}),
+        models={"student": tmp_path / "sft"},
+        prompts=made.prompts,
+        output=tmp_path / "report",
+        context=context,
+        recipe_hash="abc",
+        teacher=made.teacher,
+    )
+    assert report.warnings == [message]
+    assert f"Note: {message}" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_another_teacher_is_refused_with_both_identities(made: Made, example: Path) -> None:

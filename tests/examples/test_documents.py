@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,29 @@ from mcp.client.stdio import StdioServerParameters
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["docs/method.md", "AGENTS.md", "examples/README.md", "examples/arithmetic/README.md"]
 CLIENTS = ROOT / "examples" / "claude_desktop"
+
+
+def test_the_client_of_the_documents_goes_from_plan_to_report(examples, tmp_path):
+    """The snippet as it stands, with this Python's server, a real folder and few steps."""
+    from agent_session import QUICK
+
+    document = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```python\n(import anyio\n.*?)```", document, re.DOTALL)
+    (tmp_path / "runtime").mkdir(mode=0o700)
+    environment = {"OPD_HOME": str(tmp_path / "home"), "XDG_RUNTIME_DIR": str(tmp_path / "runtime")}
+    real = {
+        'command="opd-mcp", args=[': f'command={sys.executable!r}, args=["-m", "opd_mcp.cli", ',
+        '"/absolute/path/to/models-and-prompts"]': f"{str(tmp_path)!r}], env={environment!r}",
+        '{"distill.steps": 200}': repr(QUICK),
+    }
+    for stated, here in real.items():
+        assert snippet.count(stated) == 1
+        snippet = snippet.replace(stated, here)
+    (tmp_path / "client.py").write_text(snippet, encoding="utf-8")
+    done = subprocess.run([sys.executable, "client.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("succeeded {'distilled': ")
+    assert "# Benchmark" in done.stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

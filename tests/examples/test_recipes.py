@@ -2,6 +2,7 @@
 
 import pytest
 
+from opd_mcp.demo import TOPK_STEPS
 from opd_mcp.jobs.method_recipes import distillation_recipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.resolve import resolve_recipe
@@ -36,6 +37,15 @@ def test_a_recipe_that_names_its_optimizer_keeps_warm_up_and_schedule(examples):
     quick = recipe_arguments(examples / "recipes" / "one_gpu_quick.toml")
     optimizer = resolve_recipe(quick["preset"], quick["overrides"]).sft.optimizer
     assert (optimizer.schedule, optimizer.warmup_steps) == ("cosine", 12)
+
+
+def test_the_arithmetic_recipe_is_the_demos_topk_arm(examples):
+    from agent_session import recipe_arguments
+
+    arguments = recipe_arguments(examples / "recipes" / "arithmetic.toml")
+    demo = resolve_recipe("demo", TOPK_STEPS)
+    assert arguments["estimator"] == "topk_reverse_kl"
+    assert resolve_recipe(arguments["preset"], arguments["overrides"]) == demo
 
 
 def test_tables_become_dotted_keys_and_template_arguments_stay_whole(examples, tmp_path):

@@ -3,6 +3,12 @@
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from opd_mcp.jobs import service as service_module
 
 SERVER = """
     import sys
@@ -49,3 +55,30 @@ def test_twenty_equal_starts_from_four_processes_are_one_run(world, service, bus
     [row] = service.list_runs().rows
     service.cancel(row.run_id)
     assert finished(service, row.run_id).state == "cancelled"
+
+
+def test_no_answer_rests_on_a_start_that_may_still_die(world, service, finished, monkeypatch):
+    """The first caller has made the run and dies before its worker lives; the second one must not have trusted it."""
+    made, killed, launch = threading.Event(), threading.Event(), service_module.launch_worker
+
+    def dies_on_the_way(workspace, lock, settings):
+        monkeypatch.setattr(service_module, "launch_worker", launch)
+        made.set()
+        killed.wait(30)
+        lock.release()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service_module, "launch_worker", dies_on_the_way)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(service.start_distillation, world.start_arguments())
+        assert made.wait(30)
+        second = threads.submit(world.service().start_distillation, world.start_arguments())
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.5)
+        killed.set()
+        answer = second.result(timeout=30)
+        with pytest.raises(KeyboardInterrupt):
+            first.result()
+    assert not answer.reused
+    assert finished(service, answer.run_id).state == "succeeded"
+    assert [row.state for row in service.list_runs().rows] == ["succeeded", "lost"]

@@ -60,3 +60,13 @@ def test_equal_recipes_have_equal_hashes() -> None:
 def test_overriding_one_key_leaves_its_neighbours_alone() -> None:
     plain, changed = resolve_recipe("quick", {}), resolve_recipe("quick", {"sft.optimizer.learning_rate": 1e-5})
     assert changed.sft.optimizer == plain.sft.optimizer.model_copy(update={"learning_rate": 1e-5})
+
+
+@pytest.mark.parametrize("section", ["sft", "distill"])
+def test_a_precision_that_loses_the_updates_is_refused_with_the_number(section: str) -> None:
+    low = {f"{section}.optimizer.precision": "bf16", f"{section}.optimizer.learning_rate": 2e-6}
+    with pytest.raises(ArgumentError, match="98% of the updates") as caught:
+        resolve_recipe("paper", low)
+    assert caught.value.code == "lossy_precision"
+    assert f"{section}.optimizer.precision" in caught.value.fix
+    resolve_recipe("paper", low | {f"{section}.optimizer.precision": "bf16_stochastic"})

@@ -67,6 +67,11 @@ async def test_a_run_is_readable_in_parts(client, run):
     assert "step 1" in await read(client, f"opd://runs/{run_id}/log")
 
 
+async def test_the_recipe_keys_are_a_resource(client):
+    assert "opd://recipe-keys" in {str(item.uri) for item in (await client.list_resources()).resources}
+    assert "| distill.steps | 50 | 150 | 400 |" in await read(client, "opd://recipe-keys")
+
+
 async def test_an_artifact_tells_its_lineage(client, jobs):
     artifact_id = jobs._references.prompts(["1+1=?"]).input.artifact_id
     found = json.loads(await read(client, f"opd://artifacts/{artifact_id}/lineage"))

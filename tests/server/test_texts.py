@@ -2,14 +2,49 @@
 
 import pytest
 
+from opd_mcp.schemas.plans import PhaseEstimate
+from opd_mcp.schemas.resolve import recipe_keys
 from opd_mcp.schemas.runs import Failure, RunStatus
-from opd_mcp.server.texts import duration, plan_text, setup_text, size, status_text
+from opd_mcp.server.recipe_texts import recipe_keys_text
+from opd_mcp.server.texts import duration, plan_text, setup_text, size, status_text, unchanged_text
 
 
 def test_a_plan_names_its_id_phases_costs_and_warnings(service):
     text = plan_text(service.plan(None))
     for part in ["plan-1", "sft (done: model-1) → distill", "lightning: 60 s", "live: 60 s", "[few_prompts]", "next: "]:
         assert part in text
+
+
+def test_a_plan_lists_the_settings_that_overrides_may_change(service):
+    """Only the sections that its phases use, each key with its value."""
+    text = plan_text(service.plan(None))
+    assert "distill.: method=lightning, estimator=sampled, topk=8" in text
+    assert "optimizer.learning_rate=0.003" in text
+    assert "opd://recipe-keys" in text
+    assert "rollout.:" not in text
+
+
+def test_the_recipe_keys_are_explained_with_their_values_in_every_preset():
+    lines = recipe_keys_text().splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[6:]] == list(recipe_keys())
+    assert "| distill.steps | 50 | 150 | 400 | integer > 0 |  |" in lines
+    assert any(line.startswith("| distill.advantage_clip | 10.0 | 10.0 | 1.0 | number > 0 | τ;") for line in lines)
+
+
+def test_an_estimate_says_how_much_of_it_is_the_start_of_the_process(service):
+    plan = service.plan(None)
+    start = PhaseEstimate(phase="process_start", flops=0, seconds=8, basis="assumed: 8 s to start Python")
+    mine = plan.estimates[0].model_copy(update={"phases": [start]})
+    text = plan_text(plan.model_copy(update={"estimates": [mine]}))
+    assert "lightning: 60 s (of it 8 s process start, assumed)," in text
+
+
+def test_a_status_gives_one_advice_on_when_to_look_again(service):
+    """`next_check_s` is for programs that poll without waiting; beside wait_seconds=25 it would contradict."""
+    assert service.run.next_check_s is not None
+    for text in (status_text(service.run), unchanged_text(service.run)):
+        assert "next check" not in text
+    assert "wait_seconds=25" in status_text(service.run)
 
 
 def test_the_setup_gives_the_paths_of_the_example(service):

@@ -26,11 +26,11 @@ from opd_mcp.engine.cache.statistics import ScoreTally, compacted
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.models.loading import adopt_tokenizer
-from opd_mcp.engine.progress import stage_cost
+from opd_mcp.engine.progress import padding_warnings, stage_cost
 from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
-from opd_mcp.engine.runtime import Runtime, open_runtime
+from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.teachers.http import open_remote, same_probe
-from opd_mcp.engine.teachers.teacher import Teacher, open_local
+from opd_mcp.engine.teachers.teacher import LocalTeacher, Teacher, open_local
 from opd_mcp.engine.training.loop import require_going
 from opd_mcp.identity.consistency import (
     delta_by_construction,
@@ -72,12 +72,15 @@ def score(
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
+    return_large_blocks()
     record = read_record(rollouts)
     behaviour = full_identity(student)
     require_behaviour(record.behaviour, behaviour)
     if teacher is not None:
         require_same_tokens(teacher, student)
     scorer = open_teacher(recipe, teacher, remote, student, runtime, context)
+    if isinstance(scorer, LocalTeacher):
+        padding_warnings(context, scorer.model)
     try:
         claim = claim_of(student, sft_teacher)
         require_consistent(scorer.identity, claim, allowed=allow_teacher_mismatch)

@@ -52,6 +52,9 @@ def write_shard(path: Path, sequences: Sequences, *, texts: Mapping[str, Sequenc
         use_dictionary=["finish_reason"],
         column_encoding={_leaf(table.schema.field(name)): "BYTE_STREAM_SPLIT" for name in split},
     )
+    # Arrow's pool keeps what a shard needed: it would lie beside the next shard's scoring
+    del table, columns
+    pa.default_memory_pool().release_unused()
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.rename(path)

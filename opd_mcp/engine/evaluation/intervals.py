@@ -27,30 +27,59 @@ def wilson(successes: int, trials: int) -> Estimate95:
 
 
 def mean_over_prompts(shares: NDArray[np.float64], samples_per_prompt: int) -> Estimate95:
-    """avg@n: the mean of per-prompt shares [P], normal interval clustered by prompt."""
+    """avg@n: the mean of per-prompt shares [P]; the interval has width even where all prompts agree.
+
+    Two prompts always right and two always wrong are added before a normal interval clustered by prompt (Agresti and
+    Coull 1998): without them the samples' variance, and with it the width, is 0 when every sample is right.
+    """
     mean = float(shares.mean())
-    half = Z95 * float(shares.std(ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else math.inf
+    widened = np.concatenate([shares, [0.0, 0.0, 1.0, 1.0]])
+    centre, half = float(widened.mean()), Z95 * float(widened.std(ddof=1)) / math.sqrt(len(widened))
     return Estimate95(
         value=mean,
-        low=max(0.0, mean - half),
-        high=min(1.0, mean + half),
+        low=min(mean, max(0.0, centre - half)),
+        high=max(mean, min(1.0, centre + half)),
         samples=len(shares) * samples_per_prompt,
-        basis=f"{samples_per_prompt} samples a prompt; normal interval clustered by prompt",
+        basis=f"{samples_per_prompt} samples a prompt; Agresti-Coull interval clustered by prompt",
     )
 
 
 def paired_difference(candidate: NDArray[np.float64], baseline: NDArray[np.float64]) -> Estimate95:
-    """Mean difference on the same prompts [P], normal interval."""
-    difference = candidate - baseline
-    mean = float(difference.mean())
-    half = Z95 * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else 1.0
+    """Mean difference of two 0/1 outcomes on the same prompts [P] with Tango's score interval (1998).
+
+    The score interval has width even where the two agree on every prompt.
+    """
+    pairs = len(candidate)
+    gained, lost = int((candidate > baseline).sum()), int((candidate < baseline).sum())
+    mean = (gained - lost) / pairs
     return Estimate95(
         value=mean,
-        low=max(-1.0, mean - half),
-        high=min(1.0, mean + half),
-        samples=len(difference),
-        basis="greedy, paired by prompt; normal interval",
+        low=_difference_bound(gained, lost, pairs, -1.0),
+        high=_difference_bound(gained, lost, pairs, 1.0),
+        samples=pairs,
+        basis="greedy, paired by prompt; Tango score interval",
     )
+
+
+def _difference_bound(gained: int, lost: int, pairs: int, end: float) -> float:
+    """The difference between the measured one and `end` (−1 or 1) whose score statistic is 1.96, by bisection."""
+    inside, outside = (gained - lost) / pairs, end
+    while abs(outside - inside) > 1e-9:
+        middle = (inside + outside) / 2
+        if abs(_score_statistic(gained, lost, pairs, middle)) <= Z95:
+            inside = middle
+        else:
+            outside = middle
+    return inside
+
+
+def _score_statistic(gained: int, lost: int, pairs: int, difference: float) -> float:
+    """Tango's statistic for a true difference strictly between −1 and 1."""
+    b = -gained - lost + (2 * pairs - gained + lost) * difference
+    c = -lost * difference * (1 - difference)
+    lost_share = (math.sqrt(b * b - 8 * pairs * c) - b) / (4 * pairs)
+    variance = pairs * (2 * lost_share + difference * (1 - difference))
+    return (gained - lost - pairs * difference) / math.sqrt(variance)
 
 
 def per_token_mean(sums: NDArray[np.float64], tokens: NDArray[np.float64], *, seed: int, basis: str) -> Estimate95:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+from opd_mcp.schemas.memory import TILE_BYTES
+
 # the least mass outside a row's ids: below it a ratio to it would overflow float32
 LEAST_REST = 1e-30
 

@@ -234,6 +234,16 @@ def packs(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == PACKED)
 
 
+def padding_warning(model: PreTrainedModel) -> str | None:
+    """What to tell of a model whose rows have to be padded; None for one that packs them."""
+    if packs(model):
+        return None
+    return (
+        f"{type(model).__name__} does not compute packed rows as it computes them alone, so its rows are padded in "
+        "length buckets: slower, with the same numbers."
+    )
+
+
 def hidden_rows(
     model: PreTrainedModel, input_ids: Tensor, lengths: list[int], rows: Tensor, *, main_grad: Tensor | None = None
 ) -> Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,17 +14,20 @@ from transformers import PreTrainedModel
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.losses.rows import RowObjective
+from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.runtime import Runtime, hardware_name
 from opd_mcp.engine.training.checkpoints import Checkpoints
 from opd_mcp.engine.training.finite import FiniteGuard
-from opd_mcp.engine.training.optimizer import build_optimizer, learning_rate_at
+from opd_mcp.engine.training.memory import checkpointed_activations, step_memory
+from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at
 from opd_mcp.engine.training.step import StepResult, accumulate_gradients
 from opd_mcp.engine.training.stopwatch import Stopwatch
 from opd_mcp.engine.training.throughput import is_out_of_memory, matmul_peak, peak_memory, training_flops
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.recipes import Normalize, OptimizerRecipe
+from opd_mcp.schemas.memory import TrainingMemory, micro_tokens
+from opd_mcp.schemas.recipes import ActivationCheckpointing, Normalize, OptimizerRecipe
 from opd_mcp.schemas.reports import Throughput, TrainingSummary
 
 Metrics = dict[str, float]
@@ -51,6 +55,7 @@ class LoopSettings:
     optimizer: OptimizerRecipe
     normalize: Normalize
     micro_batch_tokens: int
+    activation_checkpointing: ActivationCheckpointing = "auto"
 
 
 def train(
@@ -65,12 +70,16 @@ def train(
     """Take `settings.steps` optimizer steps, those of an earlier attempt's checkpoint included, and say what they did.
 
     Raises RunError `run_cancelled` between steps when asked to stop, after a checkpoint; `bad_number` when loss or
-    gradient stay not finite.
+    gradient stay not finite. In the end the model holds its master weights.
     """
-    optimizer = build_optimizer(model, settings.optimizer)
+    optimizer = build_optimizer(model, settings.optimizer, seed=runtime.seed)
     clock, guard = Stopwatch(runtime.device), FiniteGuard(context)
     peak = matmul_peak(runtime.device, runtime.dtype)
-    with Checkpoints(model, optimizer, _fingerprint(model, settings, objective), context) as checkpoints:
+    memory: TrainingMemory | None = None
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(model, optimizer, _fingerprint(model, settings, objective), context)
+        )
         state = checkpoints.restored() or LoopState(micro_batch_tokens=settings.micro_batch_tokens)
         steps = batches(state.step)
         while state.step < settings.steps:
@@ -82,6 +91,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             data = next(steps)
+            if memory is None:
+                memory = _memory(model, settings, data, state.micro_batch_tokens, runtime)
+                stack.enter_context(checkpointed_activations(model, memory.policy))
             result, budget = _gradients(
                 model, data, objective, settings, state.micro_batch_tokens, runtime, clock, context
             )
@@ -118,11 +130,28 @@ def train(
             if good and state.step < settings.steps and checkpoints.is_due(state.step):
                 with clock.part("checkpoint"):
                     checkpoints.save(state)
-    return _summary(model, settings, state, peak, runtime)
+    if isinstance(optimizer, NarrowAdamW):
+        optimizer.restore_masters()
+    return _summary(model, settings, state, memory, peak, runtime)
+
+
+def _memory(
+    model: PreTrainedModel, settings: LoopSettings, data: StepData, budget: int, runtime: Runtime
+) -> TrainingMemory:
+    """The estimate of a step like this one."""
+    lengths = data.sequences.lengths()[data.indices]
+    tokens = micro_tokens(budget, int(lengths.max(initial=1)), int(lengths.sum()))
+    precision, checkpointing = settings.optimizer.precision, settings.activation_checkpointing
+    return step_memory(model, precision, checkpointing, tokens=tokens, runtime=runtime)
 
 
 def _summary(
-    model: PreTrainedModel, settings: LoopSettings, state: LoopState, peak: float, runtime: Runtime
+    model: PreTrainedModel,
+    settings: LoopSettings,
+    state: LoopState,
+    memory: TrainingMemory | None,
+    peak: float,
+    runtime: Runtime,
 ) -> TrainingSummary:
     return TrainingSummary(
         steps=settings.steps,
@@ -134,6 +163,9 @@ def _summary(
         final=_means(state.recent),
         seconds_generation=state.seconds_generation or None,
         seconds_scoring=state.seconds_scoring or None,
+        precision=settings.optimizer.precision,
+        activation_checkpointing=memory.policy if memory else None,
+        packed=packs(model),
         throughput=Throughput(
             tokens_per_second=state.tokens / state.seconds,
             model_flops=state.flops,
@@ -141,6 +173,7 @@ def _summary(
             utilisation=state.flops / state.seconds / peak,
             matmul_peak=peak,
             peak_memory_bytes=peak_memory(runtime.device),
+            estimated_memory_bytes=memory.total if memory else None,
             micro_batch_tokens=state.micro_batch_tokens,
             seconds=state.parts,
         ),

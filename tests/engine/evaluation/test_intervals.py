@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from opd_mcp.engine.evaluation.intervals import (
     mean_over_prompts,
@@ -35,14 +36,47 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_correct_sample(n: int, data:
 def test_avg_at_n_is_clustered_by_prompt() -> None:
     estimate = mean_over_prompts(np.array([0.0, 1.0] * 50), 4)
     assert estimate.value == 0.5
-    assert estimate.high - estimate.value == pytest.approx(1.96 * 0.5025 / 10, abs=1e-3)
+    assert estimate.high - estimate.value == pytest.approx(1.96 * 0.5025 / 10, abs=3e-3)
     assert estimate.samples == 400
 
 
-def test_paired_difference_uses_the_pairs() -> None:
-    candidate, baseline = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 1, 0])
-    assert paired_difference(candidate, baseline).value == 0.25
-    assert paired_difference(candidate, candidate).low == paired_difference(candidate, candidate).high == 0
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_avg_at_n_has_width_where_every_sample_agrees(share: float) -> None:
+    few, many = (mean_over_prompts(np.full(prompts, share), 4) for prompts in (50, 500))
+    assert few.value == share
+    assert few.high - few.low > many.high - many.low > 3 / 500
+    assert {few.low, few.high} & {share}
+
+
+def pairs(both: int, gained: int, lost: int, neither: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    counts = (both, gained, lost, neither)
+    return np.repeat([1.0, 1.0, 0.0, 0.0], counts), np.repeat([1.0, 0.0, 1.0, 0.0], counts)
+
+
+def test_paired_difference_known_values() -> None:
+    """Tango's interval of 1, 1, 7 and 12 pairs as Fagerland, Lydersen and Laake (2014) print it."""
+    estimate = paired_difference(*pairs(1, 1, 7, 12))
+    assert estimate.value == pytest.approx(-6 / 21)
+    assert (round(estimate.low, 3), round(estimate.high, 3)) == (-0.517, -0.026)
+
+
+def test_paired_difference_has_width_where_both_agree_on_every_prompt() -> None:
+    """Without a differing pair the score bound is z² / (n + z²)."""
+    estimate = paired_difference(*pairs(300, 0, 0, 200))
+    assert (estimate.value, estimate.high) == (0.0, pytest.approx(3.8415 / 503.8415, abs=1e-5))
+    assert estimate.low == -estimate.high
+
+
+@given(counts=st.tuples(*[st.integers(0, 40)] * 4).filter(any))
+def test_paired_difference_lies_in_its_interval_and_turns_with_the_pair(counts: tuple[int, int, int, int]) -> None:
+    candidate, baseline = pairs(*counts)
+    estimate, turned = paired_difference(candidate, baseline), paired_difference(baseline, candidate)
+    assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert estimate.low < estimate.high
+    assert (estimate.low, estimate.high) == (
+        pytest.approx(-turned.high, abs=1e-6),
+        pytest.approx(-turned.low, abs=1e-6),
+    )
 
 
 def test_per_token_mean_weighs_sequences_by_their_tokens() -> None:

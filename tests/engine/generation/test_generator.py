@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.generation import generator
 from opd_mcp.engine.generation.generator import Generated, generate
 from opd_mcp.engine.losses.rows import target_logprobs
 from opd_mcp.schemas.recipes import Sampling
@@ -31,6 +32,24 @@ def test_greedy_equals_transformers_generate(model: PreTrainedModel) -> None:
     for prompt, row in zip(PROMPTS, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=EOS)[0]
         assert row.response_ids == theirs[len(prompt) :].tolist()
+
+
+def test_small_batches_are_admitted_by_length_and_answered_in_the_prompts_order(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = Sampling(temperature=0, max_new_tokens=12)
+    whole, widths = drawn(model, PROMPTS, sampling=greedy), []
+    pad = generator.left_padded
+
+    def noting(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        widths.extend(len(prompt) for prompt in prompts)
+        return pad(prompts, device)
+
+    monkeypatch.setattr(generator, "left_padded", noting)
+    assert [row.response_ids for row in drawn(model, PROMPTS, sampling=greedy, batch_size=2)] == [
+        row.response_ids for row in whole
+    ]
+    assert widths == sorted((len(prompt) for prompt in PROMPTS), reverse=True)
 
 
 def test_log_probs_are_those_of_a_forward_pass_whatever_the_sampling(model: PreTrainedModel) -> None:

@@ -28,3 +28,18 @@ def test_temperature_divides_the_logits() -> None:
     drawn = draw_tokens(logits, Sampling(temperature=0.5), torch.Generator().manual_seed(0))
     expected = torch.softmax(torch.tensor([0.0, 2.0]), -1)[1].item()
     assert drawn.double().mean().item() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 1.0), (1.7, 1.0), (0.8, 0.9), (1.3, 0.5)])
+def test_tokens_are_drawn_exactly_at_the_temperature_and_top_p(temperature: float, top_p: float) -> None:
+    """Frequencies of 200,000 draws against softmax(z / T), cut to the smallest set that reaches top-p."""
+    draws = 200_000
+    logits = torch.tensor([2.0, 1.5, 0.3, -0.2, -1.0, -4.0])
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    ids = draw_tokens(logits.expand(draws, -1), sampling, torch.Generator().manual_seed(0))
+    tempered = torch.softmax(logits.double() / temperature, dim=0)
+    kept = tempered * (tempered.cumsum(0) - tempered < top_p)  # they stand in falling order
+    expected = kept / kept.sum()
+    measured = torch.bincount(ids, minlength=6).double() / draws
+    assert (measured[expected == 0] == 0).all()
+    assert ((measured - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()

@@ -97,6 +97,24 @@ def test_a_stop_before_any_step_changes_nothing(trained, tmp_path: Path, stop: i
     assert summary.throughput.model_flops == full.throughput.model_flops
 
 
+@pytest.mark.parametrize("precision", ["split_master", "bf16_stochastic", "bf16"])
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_every_precision_and_policy_goes_on_to_the_bit(trained, tmp_path: Path, precision: str, policy: str) -> None:
+    optimizer = SETTINGS.optimizer.model_copy(update={"precision": precision})
+    settings = replace(SETTINGS, optimizer=optimizer, activation_checkpointing=policy)
+    expected, full = trained(Recorder(), None, settings)
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=5), tmp_path, settings)
+    again = Recorder()
+    resumed, summary = trained(again, tmp_path, settings)
+    assert again.resumed_at == 5
+    assert same(resumed, expected)
+    assert (summary.precision, summary.activation_checkpointing) == (precision, policy)
+    assert summary.final["loss"] == full.final["loss"]
+    master = torch.float32 if precision == "split_master" else torch.bfloat16
+    assert {weight.dtype for weight in weights(resumed)} == {master}
+
+
 def test_what_a_kill_leaves_is_the_last_checkpoint(trained, tmp_path: Path) -> None:
     class Killed(Recorder):
         def metric(self, step: int, values) -> None:

@@ -1,0 +1,118 @@
+"""Activation checkpointing: chosen from a memory estimate, and switched on in the model's layers.
+
+`full` keeps each layer's input and runs the layer again in the backward. `selective` keeps the outputs of matrix
+products and of attention as well, so that only norms, activations and the like are computed again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.identity.machine import container_room, statistic
+from opd_mcp.schemas.errors import ArgumentError
+from opd_mcp.schemas.memory import ModelShape, TrainingMemory, training_memory
+from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
+
+KEPT_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+KEPT_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The shape that the memory estimate needs."""
+    config = model.config.get_text_config()
+
+    def setting(name: str) -> int | None:
+        value = getattr(config, name, None)
+        return value if type(value) is int else None
+
+    return ModelShape.of(model.num_parameters(), config.vocab_size, setting)
+
+
+def step_memory(
+    model: PreTrainedModel,
+    precision: Precision,
+    checkpointing: ActivationCheckpointing,
+    *,
+    tokens: int,
+    runtime: Runtime,
+) -> TrainingMemory:
+    """The estimate for micro-batches of `tokens`, `auto` resolved by what is free on the device now.
+
+    Raises ArgumentError `invalid_argument` for a policy that the model's class cannot follow.
+    """
+    able = bool(_layers(model))
+    if not able and checkpointing in ("selective", "full"):
+        raise ArgumentError(
+            "invalid_argument",
+            f"{type(model).__name__} cannot compute its activations again.",
+            value=f"activation_checkpointing='{checkpointing}'",
+            fix="Set 'activation_checkpointing' to 'auto' or 'none', and lower 'micro_batch_tokens' to save memory.",
+        )
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    return training_memory(
+        model_shape(model),
+        precision=precision,
+        checkpointing=checkpointing if able else "none",
+        tokens=tokens,
+        dtype="bfloat16" if runtime.trains_in_autocast else "float32",
+        device=runtime.device.type,
+        room=free_memory(runtime.device) + held,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device; on the CPU what the machine and a container leave."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    free, room = statistic(Path("/proc/meminfo"), "MemAvailable:") << 10, container_room()
+    rooms = [value for value in (free or None, room) if value is not None]
+    return min(rooms, default=1 << 62)  # a system that does not say: memory that runs out halves the micro-batch
+
+
+@contextmanager
+def checkpointed_activations(model: PreTrainedModel, policy: str) -> Iterator[None]:
+    """Inside, the layers of the model (in training mode) keep what the policy says; gradients are the same."""
+    if policy == "none":
+        yield
+        return
+    again = partial(checkpoint, use_reentrant=False)
+    if policy == "selective":
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _what_is_kept))
+    # the model's own switch would also put a hook on the embeddings, and has another name in each release
+    for layer in _layers(model):
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, again
+    try:
+        yield
+    finally:
+        for layer in _layers(model):
+            layer.gradient_checkpointing = False
+
+
+def _layers(model: PreTrainedModel) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _what_is_kept(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _kept_operations() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def _kept_operations() -> frozenset[object]:
+    """The operations of this torch by the names above, and its variable-length attention."""
+    found = [getattr(torch.ops.aten, name, None) for name in KEPT_PRODUCTS + KEPT_ATTENTION]
+    found.append(getattr(torch.ops.torch_attn, "_varlen_attn", None))
+    return frozenset(packet.default for packet in found if packet is not None)

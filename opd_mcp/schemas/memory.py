@@ -1,0 +1,141 @@
+"""How many bytes a training step holds: one arithmetic for the plan (jobs) and for the engine's choices.
+
+The bytes of a layer's activations are what autograd was seen to keep for packed Qwen3 layers; other classes differ by a
+few values a token. `tests/engine/training/test_memory.py` measures them again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
+
+CheckpointingPolicy = Literal["none", "selective", "full"]
+POLICIES: tuple[CheckpointingPolicy, ...] = ("none", "selective", "full")
+# Logits that are alive at a time: one tile, however many tokens a micro-batch has.
+TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+# What fits must leave this share for the allocator's gaps and for what no formula knows.
+USABLE_SHARE = 0.9
+# Bytes a token that a layer keeps, by width (residual stream, queries, keys, feed-forward). Under autocast the norms
+# and the residual stream stay float32; with bf16 weights the norms do.
+LAYER_BYTES = {"float32": (24, 17, 17, 16), "autocast": (28, 11, 11, 9), "bf16": (16, 11, 11, 8)}
+# Values that selective checkpointing keeps: the layer's input, and the outputs of its products and of attention.
+SELECTIVE_VALUES = (3, 2, 2, 2)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The few numbers of a model that its memory depends on; widths in values, a tied output layer counted once."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    query_width: int
+    kv_width: int
+    intermediate: int
+    vocab: int
+
+    @classmethod
+    def of(cls, parameters: int, vocab: int, setting: Callable[[str], int | None]) -> Self:
+        """The shape by the (text) config's settings; what it lacks is counted as small."""
+        hidden = setting("hidden_size") or 1
+        heads = setting("num_attention_heads") or 1
+        width = setting("head_dim") or hidden // heads
+        experts = (setting("num_experts_per_tok") or 0) * (setting("moe_intermediate_size") or 0)
+        return cls(
+            parameters=parameters,
+            layers=setting("num_hidden_layers") or 1,
+            hidden=hidden,
+            query_width=heads * width,
+            kv_width=(setting("num_key_value_heads") or heads) * width,
+            intermediate=max(setting("intermediate_size") or 0, experts),
+            vocab=vocab,
+        )
+
+    def widths(self) -> tuple[int, int, int, int]:
+        """Residual stream, queries, keys, feed-forward."""
+        return self.hidden, self.query_width, self.kv_width, self.intermediate
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one training step by what holds them, and the activation checkpointing that they belong to."""
+
+    policy: CheckpointingPolicy
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+def training_memory(
+    shape: ModelShape,
+    *,
+    precision: Precision,
+    checkpointing: ActivationCheckpointing,
+    tokens: int,
+    dtype: Literal["float32", "bfloat16"],
+    device: str,
+    room: int,
+) -> TrainingMemory:
+    """The memory of a step whose largest micro-batch holds `tokens`; `auto` takes the first policy that fits `room`."""
+    policies = POLICIES if checkpointing == "auto" else (checkpointing,)
+    found = [_memory_with(policy, shape, precision, tokens, dtype, device) for policy in policies]
+    return next((memory for memory in found if memory.total <= USABLE_SHARE * room), found[-1])
+
+
+def micro_tokens(budget: int, longest: int, total: int) -> int:
+    """Tokens of a step's largest micro-batch: the budget, or a longer row; no more than the step has."""
+    return min(max(budget, longest), total)
+
+
+def weight_bytes(precision: Precision) -> int:
+    """Bytes of a stored weight."""
+    return 4 if precision == "fp32_master" else 2
+
+
+def state_bytes(precision: Precision) -> int:
+    """Bytes of optimizer state a parameter: two float32 moments, or two of bf16 and the low part of a split master."""
+    return {"fp32_master": 8, "split_master": 6, "bf16_stochastic": 4, "bf16": 4}[precision]
+
+
+def saved_bytes(precision: Precision) -> int:
+    """Bytes a parameter of the trained model on the disk: its master weights."""
+    return 4 if precision in ("fp32_master", "split_master") else 2
+
+
+def _memory_with(
+    policy: CheckpointingPolicy, shape: ModelShape, precision: Precision, tokens: int, dtype: str, device: str
+) -> TrainingMemory:
+    arithmetic = "bf16" if precision != "fp32_master" else "autocast" if dtype == "bfloat16" else "float32"
+    narrow = arithmetic != "float32"
+    # autocast keeps a bf16 copy of float32 weights until the backward is done
+    copies = 2 if arithmetic == "autocast" else 0
+    tile = min(4 * tokens * shape.vocab, TILE_BYTES.get(device, TILE_BYTES["cpu"]))
+    head_copy = 4 * shape.vocab * shape.hidden if narrow else 0
+    return TrainingMemory(
+        policy=policy,
+        weights=(weight_bytes(precision) + copies) * shape.parameters,
+        gradients=4 * shape.parameters,
+        optimizer=state_bytes(precision) * shape.parameters,
+        activations=tokens * _token_bytes(policy, shape, arithmetic),
+        head=tile + (tile // 2 if narrow else 0) + head_copy + 12 * tokens * shape.hidden,
+    )
+
+
+def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, arithmetic: str) -> int:
+    whole = sum(width * each for width, each in zip(shape.widths(), LAYER_BYTES[arithmetic], strict=True))
+    if policy == "none":
+        return (shape.layers + 1) * whole
+    value = 4 if arithmetic == "float32" else 2
+    kept = (2 if arithmetic == "bf16" else 4) * shape.hidden
+    if policy == "selective":
+        kept += value * sum(width * each for width, each in zip(shape.widths(), SELECTIVE_VALUES, strict=True))
+    # one layer at a time is computed again, and differentiated
+    return shape.layers * kept + 2 * whole
