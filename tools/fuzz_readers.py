@@ -47,7 +47,7 @@ from opd_mcp.jobs.cache_view import inspect_cache
 from opd_mcp.jobs.metrics import recorded_points
 from opd_mcp.jobs.status import snapshot_of, status_of
 from opd_mcp.jobs.tokens import mean_prompt_tokens
-from opd_mcp.jobs.workload import DataSize, ModelSize, phase_work
+from opd_mcp.jobs.workload import DataSize, model_shape, phase_work
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
@@ -114,10 +114,10 @@ def model_targets(root: Path) -> list[Target]:
     model = Path(shutil.copytree(EXAMPLES / "student", root / "model"))
     write_lineage(model, Lineage(kind="model", stage="sft", recipe={"a": 1}, model=inspect_model(model).identity))
     prompts = read_prompts(EXAMPLES / "tune.jsonl")[:5]
-    teacher = ModelSize.of(inspect_model(EXAMPLES / "teacher"))
+    teacher = model_shape(inspect_model(EXAMPLES / "teacher"))
 
     def look() -> None:
-        size = ModelSize.of(inspect_model(model))
+        size = model_shape(inspect_model(model))
         for phase in ("sft", "rollout", "score", "distill", "benchmark"):
             phase_work(phase, Recipe(), size, teacher, DataSize(10, 5.0, 10, 10), "live")
         mean_prompt_tokens(model, prompts)
