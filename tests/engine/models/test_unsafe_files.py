@@ -96,6 +96,7 @@ def test_an_adapter_or_kernels_to_fetch_are_refused(trapped):
 
 def test_an_index_that_leads_elsewhere_is_refused(trapped):
     model, _ = trapped
+    (model / "model.safetensors").unlink()  # the loader prefers it to an index
     index = {"weight_map": {"w": "../x.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(IntegrityError, match="damaged_file"):
