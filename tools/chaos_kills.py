@@ -17,6 +17,7 @@ from chaos_workload import PHASES, Place, Work, arguments, differences, ended, e
 from opd_mcp.schemas.runs import RunStatus
 
 RANDOM = "random_moment"
+MORE_ROUNDS = 6
 # A worker needs two to three seconds before it computes, and computes for as long.
 RANDOM_SECONDS = (0.2, 6.0)
 MOMENTS: tuple[Moment, ...] = ("before", "torn", "after")
@@ -176,7 +177,7 @@ def run_chains(
     undisturbed: dict[Work, tuple[Place, RunStatus]],
     tell: Callable[[str], None],
 ) -> list[Chain]:
-    """The chains, two at a time, and one more for what a kind of work did not reach."""
+    """The chains, two at a time, and further ones for what they did not reach because a phase was over already."""
     expected = {work: evidence(*found) for work, found in undisturbed.items()}
 
     def run(chain: Chain) -> Chain:
@@ -187,9 +188,17 @@ def run_chains(
         return done
 
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(run, chains))
-        left: dict[Work, list[Plan]] = {}
-        for chain in done:
-            left.setdefault(chain.work, []).extend(replace(plan, hit=1) for plan in chain.unreached)
-        more = [Chain(f"{work}-more", work, plans) for work, plans in left.items() if plans]
-        return [*done, *pool.map(run, more)]
+        newest = done = list(pool.map(run, chains))
+        for number in range(MORE_ROUNDS):
+            newest = list(pool.map(run, chains_of_the_rest(newest, number)))
+            done += newest
+    return done
+
+
+def chains_of_the_rest(chains: Sequence[Chain], number: int) -> list[Chain]:
+    """Two chains for what each kind of work did not reach, at the first hit that there is."""
+    left: dict[Work, list[Plan]] = {}
+    for chain in chains:
+        left.setdefault(chain.work, []).extend(replace(plan, hit=1) for plan in chain.unreached)
+    halves = [(work, half, plans[half::2]) for work, plans in left.items() for half in (0, 1)]
+    return [Chain(f"{work}-more-{number}-{half}", work, plans) for work, half, plans in halves if plans]
