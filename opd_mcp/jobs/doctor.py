@@ -11,6 +11,7 @@ from opd_mcp.jobs.devices import free_disk
 from opd_mcp.jobs.service import JobService
 from opd_mcp.jobs.setup import example_paths
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.store.settings import read_settings
 
 NEEDED_PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "safetensors")
 MIN_FREE_BYTES = 2 << 30
@@ -40,6 +41,7 @@ def checks(service: JobService) -> Iterator[Check]:
     free = free_disk(root)
     fix = "Free disk space, or move the workspace with OPD_HOME."
     yield Check("disk", free >= MIN_FREE_BYTES, f"{free / 2**30:.1f} GiB free", fix)
+    yield _settings(service)
     yield _index(service)
     damaged = [f"{problem.value}: {problem.message}" for problem in service.store.damaged()]
     found = "; ".join(damaged[:5]) or "none"
@@ -51,6 +53,14 @@ def checks(service: JobService) -> Iterator[Check]:
     )
     example = example_paths(service.settings)
     yield Check("example", example is not None, "installed" if example else "not found", "Install from a checkout.")
+
+
+def _settings(service: JobService) -> Check:
+    try:
+        read_settings(service.workspace)
+    except OpdError as error:
+        return Check("settings", False, f"{error.message} Got: {error.value!r}.", error.fix)
+    return Check("settings", True, "readable")
 
 
 def _index(service: JobService) -> Check:

@@ -83,7 +83,7 @@ def failure_of(
     return Failure(
         code="internal_error",
         cause=f"{type(error).__name__}: {_first_line(error)}",
-        fix="Read log_tail; resume_run goes on from the last checkpoint. Report this if it comes back.",
+        fix="Read log_tail; resume_run goes on from the last checkpoint, if any. Report this if it comes back.",
         log_tail=log_tail(log),
     )
 
@@ -94,7 +94,8 @@ def lost_failure(directory: Path, attempt: int) -> Failure:
     return Failure(
         code="worker_lost",
         cause=loss.cause,
-        fix=f"Call resume_run to go on from the last checkpoint{memory if loss.out_of_memory else ''}.",
+        fix="Call resume_run to go on from the last checkpoint; a phase without one yet begins anew"
+        f"{memory if loss.out_of_memory else ''}.",
         override=dict(MEMORY_OVERRIDE) if loss.out_of_memory else None,
         log_tail=log_tail(directory / LOG_FILE),
     )

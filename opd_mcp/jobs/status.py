@@ -87,7 +87,19 @@ def next_action(view: RunView, record: RunRecord) -> str:
     if view.state != "succeeded":
         fixed_first = view.state == "failed" and view.error is not None and view.error.code not in RESUME_HELPS
         return view.error.fix if fixed_first and view.error else f"Call resume_run(run_id='{run_id}')"
-    return _after_success(record, benchmarked="benchmark" in view.artifacts)
+    return _worse_than_before(view) + _after_success(record, benchmarked="benchmark" in view.artifacts)
+
+
+def _worse_than_before(view: RunView) -> str:
+    """What must not go unsaid of a run that did what it was asked to: a result below its baseline, beyond chance."""
+    for comparison in (view.result or {}).get("comparisons", []):
+        difference, low, high = comparison["accuracy_difference"]
+        if high < 0:
+            return (
+                f"Beware: {comparison['candidate']} is less accurate than {comparison['baseline']} "
+                f"({difference:+.3f} [{low:.3f}, {high:.3f}]); see alerts and get_run_metrics before using it. "
+            )
+    return ""
 
 
 def _after_success(record: RunRecord, *, benchmarked: bool) -> str:

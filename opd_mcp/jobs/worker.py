@@ -202,7 +202,7 @@ def worker_terminated() -> RunError:
     return RunError(
         "worker_terminated",
         "The worker was told to end (SIGTERM): somebody stopped it, or the machine was shutting down.",
-        fix="Call resume_run to go on from the last checkpoint.",
+        fix="Call resume_run to go on from the last checkpoint; a phase without one yet begins anew.",
     )
 
 

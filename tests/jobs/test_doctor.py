@@ -32,3 +32,10 @@ def test_a_damaged_index_says_what_to_do(service):
     check = found(service)["index"]
     assert not check.well
     assert "--repair" in check.fix
+
+
+def test_a_wrong_setting_is_found(service):
+    (service.workspace.root / "settings.toml").write_text("[quotas]\nmax_running_run = 1\n")
+    check = found(service)["settings"]
+    assert not check.well
+    assert "max_running_run" in check.found

@@ -120,3 +120,12 @@ def test_each_ended_kind_names_the_next_call(tmp_path, journal, record):
     for kind, call in calls.items():
         ended = record.model_copy(update={"request": record.request.model_copy(update={"kind": kind})})
         assert next_action(view, ended).startswith(f"Call {call}(")
+
+
+@pytest.mark.parametrize(("difference", "said"), [([-0.1, -0.15, -0.05], True), ([-0.02, -0.06, 0.02], False)])
+def test_a_result_below_its_baseline_is_said(tmp_path, journal, record, difference, said):
+    comparison = {"candidate": "distilled", "baseline": "sft", "accuracy_difference": difference}
+    journal.append("state", {"state": "running"})
+    journal.append("result", {"comparisons": [comparison]})
+    journal.append("state", {"state": "succeeded"})
+    assert next_action(view_of(tmp_path), record).startswith("Beware: distilled is less accurate than sft") == said
