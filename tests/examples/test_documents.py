@@ -17,7 +17,7 @@ CLIENTS = ROOT / "examples" / "claude_desktop"
 
 
 def test_the_client_of_the_documents_goes_from_plan_to_report(examples, tmp_path):
-    """The snippet as it stands, with this Python's server, a real folder and few steps."""
+    """The snippet as it stands, with this Python's server and few steps."""
     from agent_session import QUICK
 
     document = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
@@ -25,8 +25,9 @@ def test_the_client_of_the_documents_goes_from_plan_to_report(examples, tmp_path
     (tmp_path / "runtime").mkdir(mode=0o700)
     environment = {"OPD_HOME": str(tmp_path / "home"), "XDG_RUNTIME_DIR": str(tmp_path / "runtime")}
     real = {
-        'command="opd-mcp", args=[': f'command={sys.executable!r}, args=["-m", "opd_mcp.cli", ',
-        '"/absolute/path/to/models-and-prompts"]': f"{str(tmp_path)!r}], env={environment!r}",
+        'command="opd-mcp", args=["serve"]  #': (
+            f'command={sys.executable!r}, args=["-m", "opd_mcp.cli", "serve"], env={environment!r}  #'
+        ),
         '{"distill.steps": 200}': repr(QUICK),
     }
     for stated, here in real.items():
