@@ -25,9 +25,8 @@ def test_the_client_of_the_documents_goes_from_plan_to_report(examples, tmp_path
     (tmp_path / "runtime").mkdir(mode=0o700)
     environment = {"OPD_HOME": str(tmp_path / "home"), "XDG_RUNTIME_DIR": str(tmp_path / "runtime")}
     real = {
-        'command="opd-mcp", args=["serve"]  #': (
-            f'command={sys.executable!r}, args=["-m", "opd_mcp.cli", "serve"], env={environment!r}  #'
-        ),
+        'command="opd-mcp",': f"command={sys.executable!r}, env={environment!r},",
+        'args=["serve"],': 'args=["-m", "opd_mcp.cli", "serve"],',
         '{"distill.steps": 200}': repr(QUICK),
     }
     for stated, here in real.items():
