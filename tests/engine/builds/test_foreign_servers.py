@@ -168,7 +168,9 @@ def test_another_tokenizer_of_the_same_size_is_found_out_by_the_texts_of_the_pro
 
 def test_a_server_that_tells_no_texts_is_taken_at_its_name(foreign, tmp_path):
     foreign.tells_texts = False
-    opened(foreign, with_ids_turned(EXAMPLE / "student", tmp_path / "student")).close()
+    teacher = opened(foreign, with_ids_turned(EXAMPLE / "student", tmp_path / "student"))
+    teacher.close()
+    assert teacher.identity.remote == "named"
 
 
 def test_more_top_tokens_than_vllm_allows_is_found_out_before_any_row(build, drawn):
