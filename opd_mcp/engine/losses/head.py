@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_mcp.engine.losses.rows import Columns, RowObjective
-from opd_mcp.engine.losses.tiles import Head, exponentials, row_tiles, tile_buffer
+from opd_mcp.engine.losses.tiles import Head, exponentials, normalisers, row_tiles, tile_buffer
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,25 @@ class _OnePassHead(torch.autograd.Function):
             here = {name: values[tile] for name, values in columns.items()}
             ids = objective.ids(targets[tile], here)
             logits = head.raw_logits(operand[tile], narrow, buffer[: tile.stop - tile.start])
-            slope = None
-            if head.softcap is not None:
-                bent = logits.div_(head.softcap).tanh_()
-                slope = 1 - bent.square()
-                logits = bent.mul_(head.softcap)
-            tile_of = exponentials(logits, ids, targets[tile])
+            tile_of = exponentials(head, logits, ids, targets[tile])
             terms = objective.terms(tile_of.own, tile_of.rest, here)
             losses[tile], logprobs[tile] = terms.loss, tile_of.target
             common = terms.common * scales[tile] / tile_of.total
             at_ids = terms.at_ids * scales[tile, None]
-            values = tile_of.values
-            if slope is not None:
-                at_ids = at_ids * slope.gather(1, ids)
-                values.mul_(slope)
+            if tile_of.slope is not None:
+                at_ids = at_ids * tile_of.slope
             _add_gradients(
-                head, narrow, operand[tile], values, common, at_ids, ids, tile, grad_hidden, grad_weight, grad_bias
+                head,
+                narrow,
+                operand[tile],
+                tile_of.values,
+                common,
+                at_ids,
+                ids,
+                tile,
+                grad_hidden,
+                grad_weight,
+                grad_bias,
             )
         total = (losses.double() * row_weights.double()).sum()
         ctx.save_for_backward(grad_hidden, None if main_grad is not None else grad_weight, grad_bias)
@@ -135,10 +138,7 @@ def _add_gradients(
         grad_hidden[tile] = dense
     if grad_weight is not None:
         scaled = (hidden.to(head.wide) * common[:, None]).to(head.operand_dtype)
-        if narrow.dtype is grad_weight.dtype:
-            grad_weight.addmm_(narrow.T, scaled)
-        else:
-            grad_weight.add_(head.product(narrow.T, scaled))
+        head.add_product(grad_weight, narrow.T, scaled)
         shares = at_ids[:, :, None] * hidden.to(head.wide)[:, None]
         grad_weight.index_add_(0, ids.flatten(), shares.flatten(0, 1).to(grad_weight.dtype))
     if grad_bias is not None:
@@ -173,14 +173,11 @@ def row_scores(
     buffer = tile_buffer(rows, vocab, head, tile_bytes)
     for tile in row_tiles(rows, vocab, head, tile_bytes):
         logits = head.raw_logits(operand[tile], narrow, buffer[: tile.stop - tile.start])
-        if head.softcap is not None:
-            logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
         best = logits[:, :valid_vocab].topk(topk, dim=-1) if topk else None
-        greatest = logits.amax(dim=1, keepdim=True)
-        target = logits.gather(1, targets[tile, None]) - greatest
-        normaliser = logits.sub_(greatest).exp_().sum(dim=1, keepdim=True).log()
-        logprobs[tile] = (target - normaliser)[:, 0]
+        target = head.capped(logits.gather(1, targets[tile, None]))
+        greatest, normaliser = normalisers(head, logits, targets[tile])
+        logprobs[tile] = (target - greatest - normaliser)[:, 0]
         if best is not None:
             topk_ids[tile] = best.indices
-            topk_logprobs[tile] = best.values - greatest - normaliser
+            topk_logprobs[tile] = head.capped(best.values) - greatest - normaliser
     return RowScores(logprobs, topk_ids, topk_logprobs)

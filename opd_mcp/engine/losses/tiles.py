@@ -1,7 +1,9 @@
 """Tiles of logits [C, V]: made, exponentiated in place, and never kept."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,13 +19,15 @@ class Head:
     """What turns hidden states [R, H] into logits: weight [V, H], bias [V], a soft cap, the dtype of the operands.
 
     Logits are float32 (float64 for float64 weights) whatever the operands are: bf16-rounded logits would put errors of
-    the size of a typical advantage into the log-probs.
+    the size of a typical advantage into the log-probs. `kernel` decides whether the Triton kernel (fused.py) or plain
+    torch goes over the tiles; by default the kernel does wherever it can.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     operands: torch.dtype | None = None
+    kernel: bool | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -35,11 +39,28 @@ class Head:
         """The dtype of the matrices: bf16 only where their product is accumulated and returned in fp32."""
         return self.operands if self.operands is not None and self.weight.device.type == "cuda" else self.wide
 
+    @property
+    def fused(self) -> bool:
+        """Whether the Triton kernel goes over this head's tiles."""
+        if self.kernel is not None:
+            return self.kernel
+        return self.weight.device.type == "cuda" and self.wide is torch.float32 and _has_triton()
+
     def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         """left @ right of operand-dtype matrices, in the wide dtype."""
         if left.dtype is self.wide:
-            return torch.mm(left, right) if out is None else torch.mm(left, right, out=out)
-        return torch.mm(left, right, out_dtype=self.wide)
+            return torch.mm(left, right, out=out)
+        return torch.mm(left, right, out_dtype=self.wide, out=out)
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """total += left @ right, accumulated in the total's dtype (float32 or wider)."""
+        if left.dtype is total.dtype:
+            total.addmm_(left, right)
+        elif left.dtype is not self.wide and total.dtype is torch.float32:
+            # one launch that reads and writes the [V, H] sum once, where a product and an addition take it thrice
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        else:
+            total.add_(self.product(left, right))
 
     def raw_logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [C, V] before the soft cap, of operand-dtype hidden states and weight."""
@@ -48,16 +69,24 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [C, V] of hidden states [C, H], not differentiable."""
-        logits = self.raw_logits(hidden.to(self.operand_dtype), self.weight.detach().to(self.operand_dtype))
+        return self.capped(self.raw_logits(hidden.to(self.operand_dtype), self.weight.detach().to(self.operand_dtype)))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The logits after the soft cap, in place."""
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, capped: Tensor) -> Tensor | None:
+        """The soft cap's derivative at capped logits; None without a cap."""
+        return None if self.softcap is None else 1 - (capped / self.softcap).square()
 
 
 @dataclass(frozen=True)
 class Exponentials:
-    """A tile as exp(z − max) [C, V] with zeros at each row's ids, and the logs that belong to it.
+    """A tile as exp(z − max) times the soft cap's slope [C, V], zeros at each row's ids, and the logs of its row.
 
     `own` [C, k] log π of the ids, `rest` [C] log π of everything else, `target` [C] log π of the target, `total` [C]
-    the sum of the row's exponentials, ids included.
+    the sum of the row's exponentials, ids included, `slope` [C, k] the cap's at the ids. `values` has the dtype of the
+    logits or of the operands.
     """
 
     values: Tensor
@@ -65,24 +94,56 @@ class Exponentials:
     rest: Tensor
     target: Tensor
     total: Tensor
+    slope: Tensor | None
 
 
-def exponentials(logits: Tensor, ids: Tensor, targets: Tensor) -> Exponentials:
-    """The tile's exponentials, in place of its logits.
+def exponentials(head: Head, logits: Tensor, ids: Tensor, targets: Tensor) -> Exponentials:
+    """The exponentials of a tile of raw logits, which they overwrite.
 
     The ids are taken out before the sum, so that neither the rest's mass nor 1 − π is ever a difference of two numbers
     close to one another.
     """
     assert ids.shape[1] < logits.shape[1], "the tail bucket needs at least one token outside the ids"
-    greatest = logits.amax(dim=1, keepdim=True)
-    own = logits.gather(1, ids) - greatest
-    target = logits.gather(1, targets[:, None]) - greatest
-    values = logits.sub_(greatest).exp_().scatter_(1, ids, 0.0)
-    outside = values.sum(dim=1)
+    own, target = head.capped(logits.gather(1, ids)), head.capped(logits.gather(1, targets[:, None]))
+    slope = head.slope(own)
+    if head.fused:
+        from opd_mcp.engine.losses.fused import row_sums
+
+        narrow = head.bias is None and head.operand_dtype is not logits.dtype
+        values = torch.empty_like(logits, dtype=head.operand_dtype) if narrow else logits
+        sums = row_sums(logits.scatter_(1, ids, -torch.inf), own.amax(dim=1), softcap=head.softcap, values=values)
+        greatest, outside = sums.greatest, sums.outside[:, 0]
+    else:
+        capped = head.capped(logits)
+        slopes = head.slope(capped)
+        greatest = capped.amax(dim=1, keepdim=True)
+        values = capped.sub_(greatest).exp_().scatter_(1, ids, 0.0)
+        outside = values.sum(dim=1)
+        if slopes is not None:
+            values.mul_(slopes)
+    own, target = own - greatest, target - greatest
     total = outside + own.exp().sum(dim=1)
     normaliser = total.log()
     rest = (outside / total).clamp_min(LEAST_REST).log()
-    return Exponentials(values, own - normaliser[:, None], rest, target[:, 0] - normaliser, total)
+    return Exponentials(values, own - normaliser[:, None], rest, target[:, 0] - normaliser, total, slope)
+
+
+def normalisers(head: Head, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(greatest, log Σ exp(z − greatest)), both [C, 1], of a tile of raw logits, which is spent."""
+    if head.fused:
+        from opd_mcp.engine.losses.fused import row_sums
+
+        sums = row_sums(logits, head.capped(logits.gather(1, targets[:, None]))[:, 0], softcap=head.softcap)
+        return sums.greatest, sums.outside.log()
+    capped = head.capped(logits)
+    greatest = capped.amax(dim=1, keepdim=True)
+    return greatest, capped.sub_(greatest).exp_().sum(dim=1, keepdim=True).log()
+
+
+@cache
+def _has_triton() -> bool:
+    """Triton comes with torch's CUDA wheels for Linux; elsewhere plain torch does the same work."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def row_tiles(rows: int, vocab: int, head: Head, tile_bytes: int | None) -> Iterator[slice]:
