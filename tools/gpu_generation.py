@@ -21,7 +21,7 @@ from opd_mcp.schemas.recipes import Sampling
 Variant = Callable[[int], int]
 OURS = "ours"
 # What makes a variant of HF impossible here, not wrong: torch reports a missing compiler, a failed capture and memory
-# that ran out as RuntimeError; continuous batching finds no room for its cache (on a CPU: no psutil to ask for it).
+# that ran out as RuntimeError; continuous batching raises MemoryError where it finds no room for its cache.
 IMPOSSIBLE = (RuntimeError, MemoryError)
 PAGE = 256  # tokens of a continuous batch's cache page, HF's default
 

@@ -21,7 +21,7 @@ SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 
 class EightBitAdamW(AdamW8bit):
-    """AdamW8bit that steps without a compiler; `exact` weights, and those below 4096 values, keep float32 moments.
+    """AdamW8bit that steps without a compiler; `exact` weights, and those that torchao spares, keep float32 moments.
 
     Embeddings must be exact: a token's row has no gradient in most steps, and where the second moment's code is 0 while
     the first moment's is not, a step without a gradient divides by `eps` alone.
