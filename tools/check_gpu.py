@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_demo import distilled_accuracies
+from gpu_generation import generation_speeds
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opd_mcp.engine.data.batches import build_batch
@@ -251,6 +252,9 @@ def main() -> None:
     shapes = SHAPES if cuda else {"tiny": (64, 2, 2, 128)}
     speeds = {name: speed(name, shape, runtime, peak, tiny=not cuda) for name, shape in shapes.items()}
     report["speed"] = speeds
+    report["generation"] = generation_speeds(
+        random_model(next(iter(shapes.values())), device, torch.bfloat16, VOCAB if cuda else 512), tiny=not cuda
+    )
     if cuda:
         for name, bar in (
             ("training_utilisation", TRAINING_BAR),

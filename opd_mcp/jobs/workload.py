@@ -14,8 +14,8 @@ from opd_mcp.schemas.memory import (
     CheckpointingPolicy,
     ModelShape,
     micro_tokens,
+    optimizer_bytes,
     saved_bytes,
-    state_bytes,
     training_memory,
     weight_bytes,
 )
@@ -142,7 +142,7 @@ def checkpoint_disk(name: PhaseName, recipe: Recipe, student: ModelShape) -> int
     if name not in ("sft", "distill"):
         return 0
     precision = (recipe.sft if name == "sft" else recipe.distill).optimizer.precision
-    return 3 * (weight_bytes(precision) + state_bytes(precision)) * student.parameters
+    return 3 * (weight_bytes(precision) * student.parameters + optimizer_bytes(precision, student))
 
 
 def _answering(recipe: Recipe, teacher: ModelShape, data: DataSize) -> Work:

@@ -6,6 +6,7 @@ few values a token. `tests/engine/training/test_memory.py` measures them again.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal, Self
 
 from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
@@ -14,6 +15,8 @@ CheckpointingPolicy = Literal["none", "selective", "full"]
 POLICIES: tuple[CheckpointingPolicy, ...] = ("none", "selective", "full")
 # Logits that are alive at a time: one tile, however many tokens a micro-batch has.
 TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+# 8-bit optimizer state: values that share a scale.
+BLOCK = 256
 # What fits must leave this share for the allocator's gaps and for what no formula knows.
 USABLE_SHARE = 0.9
 # Bytes a token that a layer keeps, by width (residual stream, queries, keys, feed-forward). Under autocast the norms
@@ -95,25 +98,37 @@ def micro_tokens(budget: int, longest: int, total: int) -> int:
     return min(max(budget, longest), total)
 
 
+def keeps_float32(precision: Precision) -> bool:
+    """Whether the model's own weights are float32 during training."""
+    return precision in ("fp32_master", "fp32_master_8bit")
+
+
 def weight_bytes(precision: Precision) -> int:
     """Bytes of a stored weight."""
-    return 4 if precision == "fp32_master" else 2
+    return 4 if keeps_float32(precision) else 2
 
 
-def state_bytes(precision: Precision) -> int:
-    """Bytes of optimizer state a parameter: two float32 moments, or two of bf16 and the low part of a split master."""
-    return {"fp32_master": 8, "split_master": 6, "bf16_stochastic": 4, "bf16": 4}[precision]
+def optimizer_bytes(precision: Precision, shape: ModelShape) -> int:
+    """Bytes of optimizer state: two float32 moments, or two of bf16 and the low part of a split master.
+
+    8-bit moments have a float32 scale for each block; those of the embedding stay float32. (So do those of small
+    weights, such as norms, which are not counted as such.)
+    """
+    if precision == "fp32_master_8bit":
+        embedding = min(shape.vocab * shape.hidden, shape.parameters)
+        return 8 * embedding + ceil(2 * (1 + 4 / BLOCK) * (shape.parameters - embedding))
+    return {"fp32_master": 8, "split_master": 6, "bf16_stochastic": 4, "bf16": 4}[precision] * shape.parameters
 
 
 def saved_bytes(precision: Precision) -> int:
     """Bytes a parameter of the trained model on the disk: its master weights."""
-    return 4 if precision in ("fp32_master", "split_master") else 2
+    return 4 if keeps_float32(precision) or precision == "split_master" else 2
 
 
 def _memory_with(
     policy: CheckpointingPolicy, shape: ModelShape, precision: Precision, tokens: int, dtype: str, device: str
 ) -> TrainingMemory:
-    arithmetic = "bf16" if precision != "fp32_master" else "autocast" if dtype == "bfloat16" else "float32"
+    arithmetic = "bf16" if not keeps_float32(precision) else "autocast" if dtype == "bfloat16" else "float32"
     narrow = arithmetic != "float32"
     # autocast keeps a bf16 copy of float32 weights until the backward is done
     copies = 2 if arithmetic == "autocast" else 0
@@ -123,7 +138,7 @@ def _memory_with(
         policy=policy,
         weights=(weight_bytes(precision) + copies) * shape.parameters,
         gradients=4 * shape.parameters,
-        optimizer=state_bytes(precision) * shape.parameters,
+        optimizer=optimizer_bytes(precision, shape),
         activations=tokens * _token_bytes(policy, shape, arithmetic),
         head=tile + (tile // 2 if narrow else 0) + head_copy + 12 * tokens * shape.hidden,
     )

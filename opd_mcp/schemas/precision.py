@@ -1,8 +1,10 @@
-"""Which precision of the weights loses an optimizer's updates, so that it is refused before any work."""
+"""Which precision of the weights is refused before any work: one that loses updates, or whose library is missing."""
 
 import math
+from importlib.util import find_spec
 
-from opd_mcp.schemas.errors import ArgumentError
+from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.memory import keeps_float32
 from opd_mcp.schemas.recipes import OptimizerRecipe
 
 LEAST_BF16_RATE = 1e-4
@@ -35,11 +37,23 @@ def require_kept_updates(recipe: OptimizerRecipe, section: str) -> None:
             fix=f"Set '{section}.precision' to 'bf16_stochastic', 'split_master' or 'fp32_master', or the learning "
             f"rate to {LEAST_BF16_RATE:g} or more.",
         )
-    if recipe.precision != "fp32_master" and 1.0 - max(recipe.betas) < LEAST_BF16_CHANGE:
+    if not keeps_float32(recipe.precision) and 1.0 - max(recipe.betas) < LEAST_BF16_CHANGE:
         raise ArgumentError(
             "lossy_precision",
             f"With bf16 moments a beta above {1.0 - LEAST_BF16_CHANGE:.4f} makes them stand still: a step changes them "
             "by less than half the distance between two bf16 numbers.",
             value=f"{section}.betas={recipe.betas}",
             fix=f"Lower '{section}.betas', or set '{section}.precision' to 'fp32_master'.",
+        )
+
+
+def require_package(recipe: OptimizerRecipe, section: str) -> None:
+    """Raise ResourceError `missing_package` where the precision needs torchao and it is not installed."""
+    if recipe.precision == "fp32_master_8bit" and find_spec("torchao") is None:
+        raise ResourceError(
+            "missing_package",
+            "8-bit moments need torchao, which is not installed here.",
+            value=f"{section}.precision='fp32_master_8bit'",
+            fix="Install the extra: pip install 'opd-mcp[int8]'; or set "
+            f"'{section}.precision' to 'split_master', which needs no package.",
         )

@@ -12,7 +12,7 @@ Normalize = Literal["sample", "token"]
 CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
 Preset = Literal["quick", "paper", "demo"]
-Precision = Literal["fp32_master", "split_master", "bf16_stochastic", "bf16"]
+Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -54,8 +54,8 @@ class OptimizerRecipe(Schema):
     gradient_clip: PositiveFloat = 1.0
     precision: Precision = Field(
         "fp32_master",
-        description="what the weights are kept in: float32; bf16 with a 16-bit low part that makes them exact float32; "
-        "or bf16 alone, rounded stochastically or to the nearest",
+        description="what the weights are kept in: float32, with float32 or 8-bit moments (extra 'int8'); bf16 with a "
+        "16-bit low part that makes them exact float32; or bf16 alone, rounded stochastically or to the nearest",
     )
 
 

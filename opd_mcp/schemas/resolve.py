@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.errors import ArgumentError, nearest
-from opd_mcp.schemas.precision import require_kept_updates
+from opd_mcp.schemas.precision import require_kept_updates, require_package
 from opd_mcp.schemas.recipes import Preset, Recipe
 
 
@@ -32,7 +32,8 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     """The preset with the overrides applied.
 
     Raises ArgumentError: `unknown_override` with the nearest keys, `invalid_argument` for a bad value, or
-    `lossy_precision` where bf16 would round training away.
+    `lossy_precision` where bf16 would round training away; ResourceError `missing_package` for a precision whose
+    library is not installed.
     """
     values = _merged(Recipe().model_dump(), preset_values(preset))
     valid = set(recipe_keys())
@@ -61,8 +62,9 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
             value=first.get("input"),
             fix=f"Give {key} a valid value.",
         ) from error
-    require_kept_updates(recipe.sft.optimizer, "sft.optimizer")
-    require_kept_updates(recipe.distill.optimizer, "distill.optimizer")
+    for part, optimizer in (("sft.optimizer", recipe.sft.optimizer), ("distill.optimizer", recipe.distill.optimizer)):
+        require_kept_updates(optimizer, part)
+        require_package(optimizer, part)
     return recipe
 
 

@@ -163,7 +163,12 @@ def test_benchmark_measures_candidate_and_baselines_on_the_same_prompts(made: Ma
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("fp32_master", torch.float32), ("split_master", torch.float32), ("bf16_stochastic", torch.bfloat16)],
+    [
+        ("fp32_master", torch.float32),
+        ("fp32_master_8bit", torch.float32),
+        ("split_master", torch.float32),
+        ("bf16_stochastic", torch.bfloat16),
+    ],
 )
 def test_the_saved_student_is_what_the_master_weights_say(made: Made, precision: str, dtype: torch.dtype) -> None:
     optimizer = made.recipe.distill.optimizer.model_copy(update={"precision": precision})

@@ -1,8 +1,10 @@
 """From preset and overrides to a recipe."""
 
+import sys
+
 import pytest
 
-from opd_mcp.schemas.errors import ArgumentError
+from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
 
@@ -70,3 +72,16 @@ def test_a_precision_that_loses_the_updates_is_refused_with_the_number(section: 
     assert caught.value.code == "lossy_precision"
     assert f"{section}.optimizer.precision" in caught.value.fix
     resolve_recipe("paper", low | {f"{section}.optimizer.precision": "bf16_stochastic"})
+
+
+@pytest.mark.parametrize("section", ["sft", "distill"])
+def test_8_bit_moments_are_refused_without_their_library(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {f"{section}.optimizer.precision": "fp32_master_8bit"}
+    assert resolve_recipe("paper", wanted)
+    monkeypatch.setitem(sys.modules, "torchao", None)  # as if it were not installed
+    with pytest.raises(ResourceError, match="not installed") as caught:
+        resolve_recipe("paper", wanted)
+    assert caught.value.code == "missing_package"
+    assert f"{section}.optimizer.precision" in caught.value.value
+    assert "opd-mcp[int8]" in caught.value.fix
+    resolve_recipe("paper", {})

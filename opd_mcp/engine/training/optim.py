@@ -1,8 +1,9 @@
 """AdamW on the weights that the recipe's precision keeps, and the learning-rate schedule.
 
-`fp32_master`: float32 weights, moments and gradients; bf16 exists only inside autocast. `split_master`: bf16 weights
-and the 16 bits that they lack, together the exact float32 master. `bf16_stochastic`, `bf16`: nothing but bf16 weights.
-The last three keep bf16 moments and float32 gradients.
+`fp32_master`: float32 weights, moments and gradients; bf16 exists only inside autocast. `fp32_master_8bit`: the same
+with 8-bit moments (`eight_bit.py`). `split_master`: bf16 weights and the 16 bits that they lack, together the exact
+float32 master. `bf16_stochastic`, `bf16`: nothing but bf16 weights. The last three keep bf16 moments and float32
+gradients.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_mcp.engine.runtime import generator_for
-from opd_mcp.schemas.precision import require_kept_updates
+from opd_mcp.schemas.precision import require_kept_updates, require_package
 from opd_mcp.schemas.recipes import OptimizerRecipe
 
 # elements that a step widens to float32 at a time
@@ -25,9 +26,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for the model, whose weights are turned into what the recipe's precision keeps; decay on matrices only.
 
-    `seed` is that of stochastic rounding. Raises ArgumentError `lossy_precision`, naming the recipe's `section`.
+    `seed` is that of stochastic rounding. Raises ArgumentError `lossy_precision` or ResourceError `missing_package`,
+    naming the recipe's `section`.
     """
     require_kept_updates(recipe, section)
+    require_package(recipe, section)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -35,6 +38,11 @@ def build_optimizer(
     ]
     if recipe.precision == "fp32_master":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True)
+    if recipe.precision == "fp32_master_8bit":
+        from opd_mcp.engine.training.eight_bit import EightBitAdamW  # torchao is there only with its extra
+
+        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        return EightBitAdamW(groups, recipe, exact=embeddings)
     return NarrowAdamW(groups, recipe, seed=seed)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context, SilentReporter
@@ -61,9 +62,9 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
     """`trained(reporter, folder)`: model and summary; dropout makes torch's own random state matter."""
 
     def run(
-        reporter: SilentReporter, folder: Path | None, settings: LoopSettings = SETTINGS, every: int = 2
+        reporter: SilentReporter, folder: Path | None, settings: LoopSettings = SETTINGS, every: int = 2, **sizes: int
     ) -> tuple[PreTrainedModel, TrainingSummary]:
-        model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=0.1).train()
+        model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=0.1, **sizes).train()
         torch.manual_seed(7)
         context = Context(reporter=reporter, checkpoints=folder, checkpoint=CheckpointRecipe(steps=every))
         steps = stored_batches(rows, steps=settings.steps, batch_size=6, seed=3, scope="test")
@@ -113,6 +114,26 @@ def test_every_precision_and_policy_goes_on_to_the_bit(trained, tmp_path: Path, 
     assert summary.final["loss"] == full.final["loss"]
     master = torch.float32 if precision == "split_master" else torch.bfloat16
     assert {weight.dtype for weight in weights(resumed)} == {master}
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_8_bit_moments_go_on_to_the_bit(trained, tmp_path: Path, policy: str) -> None:
+    """In a model whose matrices are large enough for blocks; the file holds codes and scales as plain tensors."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    optimizer = SETTINGS.optimizer.model_copy(update={"precision": "fp32_master_8bit"})
+    settings = replace(SETTINGS, optimizer=optimizer, activation_checkpointing=policy)
+    whole, again = Recorder(), Recorder()
+    expected, _ = trained(whole, None, settings, **sizes)
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=5), tmp_path, settings, **sizes)
+    saved = load_file(saved_checkpoints(tmp_path)[-1] / OPTIMIZER_FILE)
+    assert {saved[name].dtype for name in saved if name.endswith("exp_avg_sq.codes")} == {torch.uint8}
+    resumed, summary = trained(again, tmp_path, settings, **sizes)
+    assert again.resumed_at == 5
+    assert same(resumed, expected)
+    assert again.series == {step: values for step, values in whole.series.items() if step > 5}
+    assert summary.precision == "fp32_master_8bit"
+    assert {weight.dtype for weight in weights(resumed)} == {torch.float32}
 
 
 def test_what_a_kill_leaves_is_the_last_checkpoint(trained, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from opd_mcp.engine.training.checkpoints import saved_checkpoints
 from opd_mcp.engine.training.loop import LoopSettings, StepData, train
 from opd_mcp.engine.training.objectives import distill_metrics, distill_objective
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Precision
 
 VOCAB = 13
 RECIPE = DistillRecipe()
@@ -34,8 +34,10 @@ class Alerts(SilentReporter):
 def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, tmp_path: Path):
     """`trained(bad)`: the model after six steps whose teacher log-probs are NaN at the given steps, and its alerts."""
 
-    def run(bad: set[int], reporter: SilentReporter) -> PreTrainedModel:
-        model = tiny_model(VOCAB, seed=0, dtype=torch.float32).train()
+    def run(
+        bad: set[int], reporter: SilentReporter, precision: Precision = "fp32_master", **sizes: int
+    ) -> PreTrainedModel:
+        model = tiny_model(VOCAB, seed=0, dtype=torch.float32, **sizes).train()
         rng = np.random.default_rng(0)
 
         def steps(first: int) -> Iterator[StepData]:
@@ -45,7 +47,8 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, tmp_pa
                 scores = np.full(len(rows.response_ids), np.nan if step in bad else -1.0, dtype=np.float32)
                 yield StepData(rows.with_columns(teacher_logprobs=scores), np.arange(2))
 
-        settings = LoopSettings(6, OptimizerRecipe(learning_rate=1e-2), "token", 1000)
+        optimizer = OptimizerRecipe(learning_rate=1e-2, precision=precision)
+        settings = LoopSettings(6, optimizer, "token", 1000)
         context = Context(reporter=reporter, checkpoints=tmp_path)
         measure = lambda result: distill_metrics(result, RECIPE)  # noqa: E731
         train(model, settings, steps, distill_objective(RECIPE), measure, runtime, context)
@@ -57,6 +60,14 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, tmp_pa
 def test_three_bad_steps_in_a_row_are_skipped_and_training_goes_on(trained) -> None:
     reporter = Alerts()
     model = trained({1, 2, 3}, reporter)
+    assert [code for code, _ in reporter.found] == ["step_skipped"] * 3
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_8_bit_moments_never_see_a_bad_step(trained) -> None:
+    """Blocks share a scale, so one bad gradient would reach 256 values."""
+    reporter = Alerts()
+    model = trained({1, 2, 3}, reporter, "fp32_master_8bit", hidden_size=64, intermediate_size=64)
     assert [code for code, _ in reporter.found] == ["step_skipped"] * 3
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 

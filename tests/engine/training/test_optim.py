@@ -21,7 +21,7 @@ from opd_mcp.engine.training.optim import (
 )
 from opd_mcp.engine.training.step import accumulate_gradients
 from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.memory import state_bytes, weight_bytes
+from opd_mcp.schemas.memory import ModelShape, optimizer_bytes, weight_bytes
 from opd_mcp.schemas.precision import lost_share
 from opd_mcp.schemas.recipes import OptimizerRecipe
 
@@ -49,7 +49,7 @@ def test_no_warm_up_starts_at_the_full_rate() -> None:
     assert rates("constant", warmup=0)[0] == 1.0
 
 
-@pytest.mark.parametrize("precision", ["fp32_master", *NARROW])
+@pytest.mark.parametrize("precision", ["fp32_master", "fp32_master_8bit", *NARROW])
 def test_weight_decay_is_for_matrices_only(tiny_model: Callable[..., PreTrainedModel], precision: str) -> None:
     recipe = OptimizerRecipe(weight_decay=0.1, learning_rate=1e-3, precision=precision)
     decayed, spared = build_optimizer(tiny_model(seed=0), recipe, seed=0).param_groups
@@ -83,14 +83,17 @@ def test_the_high_part_is_the_nearest_bf16_number() -> None:
 
 
 def bytes_a_parameter(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float:
-    held = [weight, weight.grad, *(value for name, value in optimizer.state[weight].items() if name != "step")]
+    """Of weight, gradient and the state that grows with the weight: not the step, nor the map of 8-bit codes."""
+    state = optimizer.state_dict()["state"][0]
+    held = [weight, weight.grad, *(value for name, value in state.items() if not name.endswith(("step", "qmap")))]
     return sum(tensor.nbytes for tensor in held) / weight.numel()
 
 
 @pytest.mark.parametrize(
-    ("precision", "expected"), [("fp32_master", 16), ("split_master", 12), ("bf16_stochastic", 10), ("bf16", 10)]
+    ("precision", "expected"),
+    [("fp32_master", 16), ("fp32_master_8bit", 10.03125), ("split_master", 12), ("bf16_stochastic", 10), ("bf16", 10)],
 )
-def test_bytes_a_parameter_are_those_of_the_estimate(precision: str, expected: int) -> None:
+def test_bytes_a_parameter_are_those_of_the_estimate(precision: str, expected: float) -> None:
     model = nn.Linear(64, 64, bias=False)
     optimizer = build_optimizer(model, OptimizerRecipe(learning_rate=1e-3, precision=precision), seed=0)
     model(torch.ones(2, 64, dtype=model.weight.dtype)).float().sum().backward()
@@ -98,7 +101,8 @@ def test_bytes_a_parameter_are_those_of_the_estimate(precision: str, expected: i
     assert model.weight.grad is not None
     assert model.weight.grad.dtype is torch.float32
     assert bytes_a_parameter(optimizer, model.weight) == expected
-    assert expected == weight_bytes(precision) + 4 + state_bytes(precision)
+    shape = ModelShape(64 * 64, layers=1, hidden=64, query_width=64, kv_width=64, intermediate=64, vocab=0)
+    assert expected == weight_bytes(precision) + 4 + optimizer_bytes(precision, shape) / shape.parameters
 
 
 def rounded_moments(reference: torch.optim.Optimizer) -> None:
