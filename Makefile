@@ -2,13 +2,17 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-clients bench bench-server chaos fuzz prove-cache check format clean
+.PHONY: demo test test-extras test-clients bench bench-server chaos fuzz prove-cache check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# What needs packages that every process would load once they are there: torchao, and Triton in its interpreter.
+test-extras: .venv/fresh .extras/fresh
+	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/jobs/test_estimates.py tests/schemas $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh
@@ -48,10 +52,15 @@ format: .venv/fresh
 	npm install --prefix .clients --no-audit --no-fund --silent
 	touch $@
 
+.extras/fresh: pyproject.toml
+	rm -rf .extras
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4'
+	touch $@
+
 prove-cache: .venv/fresh
 	$(BIN)/python tools/bench_cache.py
 	$(BIN)/python tools/kill_cache_build.py --points 20
 	$(BIN)/python tools/compare_http_teacher.py
 
 clean:
-	rm -rf .venv .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .clients .extras .mypy_cache .ruff_cache .pytest_cache .hypothesis

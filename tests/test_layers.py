@@ -31,7 +31,11 @@ LOAD = """
 import importlib, json, pkgutil, sys
 package = importlib.import_module("opd_mcp." + sys.argv[1])
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    importlib.import_module(module.name)
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torchao", "triton"):  # extras
+            raise
 print(json.dumps(sorted(sys.modules)))
 """
 

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_demo import distilled_accuracies
 from gpu_generation import generation_speeds
+from gpu_head import head_checks, head_speeds
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opd_mcp.engine.data.batches import build_batch
 from opd_mcp.engine.data.packing import packed_groups
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
-from opd_mcp.engine.losses.head import one_pass_losses, row_scores
-from opd_mcp.engine.losses.rows import CrossEntropy, Sampled, TopkForwardKl, TopkReverseKl
-from opd_mcp.engine.losses.tiles import Head
+from opd_mcp.engine.losses.head import row_scores
+from opd_mcp.engine.losses.rows import Sampled
 from opd_mcp.engine.models.attention import Documents, hidden_rows, packed_attention, use_packed_attention
 from opd_mcp.engine.models.rows import model_head
 from opd_mcp.engine.runtime import Runtime, hardware_name
@@ -46,6 +46,11 @@ SHAPES: dict[str, Shape] = {  # Qwen3's published shapes: hidden, layers, heads,
 }
 VOCAB, RESPONSE, PROMPT = 151_936, 4096, 128
 TRAINING_BAR, SCORING_BAR, TWO_PASS_BAR = 0.45, 0.50, 1.25
+# a plan refuses by the estimate: a step that needs more would die where the plan said that it fits
+MOST_OF_ESTIMATE = 1.0
+# `gpu_demo.py` on a CPU with seeds 0, 1 and 2 is right on 0.993, 0.878 and 0.939 of 900 prompts; the lowest's 95 %
+# interval begins at 0.855
+MOST_WRONG = 0.145
 failures: list[str] = []
 
 
@@ -55,41 +60,6 @@ def check(name: str, value: float, most: float) -> dict[str, float]:
         failures.append(f"{name}: {value:.3g} is above {most:.3g}")
     print(f"{name:60} {value:.3g} (at most {most:.3g})", flush=True)
     return {"value": value, "most": most}
-
-
-def head_checks(device: torch.device) -> dict[str, object]:
-    """Every objective in fp32 and with bf16 operands against plain autograd in fp64."""
-    generator = torch.Generator().manual_seed(0)
-    rows, vocab, width, k = 300, 5000, 256, 8
-    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
-    weight = 0.1 * torch.randn(vocab, width, generator=generator, dtype=torch.float64)
-    hidden, weight = hidden.bfloat16().double(), weight.bfloat16().double()
-    targets = torch.randint(vocab, (rows,), generator=generator)
-    teacher = torch.log_softmax(hidden @ weight.T + torch.randn(rows, vocab, generator=generator), dim=-1)
-    top = teacher.topk(k, dim=-1)
-    columns = {
-        "teacher_logprobs": teacher.gather(1, targets[:, None])[:, 0],
-        "topk_ids": top.indices,
-        "topk_logprobs": top.values,
-    }
-    found: dict[str, object] = {}
-    for objective in (CrossEntropy(), Sampled(10.0), TopkReverseKl(k), TopkForwardKl(k)):
-        exact = _gradients(Head(weight.clone().requires_grad_()), hidden, targets, columns, objective)
-        for label, operands, most in (("fp32", None, 1e-5), ("bf16", torch.bfloat16, 2e-2)):
-            head = Head(weight.float().to(device).requires_grad_(), operands=operands)
-            moved = {name: values.to(device) for name, values in columns.items()}
-            ours = _gradients(head, hidden.float().to(device), targets.to(device), moved, objective)
-            for part, a, b in zip(("log-probs", "grad hidden", "grad weight"), ours, exact, strict=True):
-                name = f"head {type(objective).__name__} {label} {part}"
-                found[name] = check(name, ((a.double().cpu() - b).abs().max() / b.abs().max()).item(), most)
-    return found
-
-
-def _gradients(head: Head, hidden: Tensor, targets: Tensor, columns: dict, objective: object) -> list[Tensor]:
-    leaf = hidden.clone().requires_grad_()
-    weights = torch.ones(len(leaf), dtype=torch.float64, device=leaf.device)
-    losses = one_pass_losses(head, leaf, targets, weights, columns, objective, tile_bytes=64 * 5000 * 4)
-    return [losses.logprobs, *torch.autograd.grad(losses.total, (leaf, head.weight))]
 
 
 def attention_checks(device: torch.device) -> dict[str, object]:
@@ -198,6 +168,8 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
     # what the plan counts, less the optimizer, which this step does not have
     parts = step_memory(model, "fp32_master", "none", tokens=budget, runtime=runtime)
     estimate = parts.total - parts.optimizer
+    if memory:
+        check(f"{name}: peak memory as a share of the estimate", memory / estimate, MOST_OF_ESTIMATE)
     seconds = timed(
         {
             "ours": ours,
@@ -245,10 +217,11 @@ def main() -> None:
     torch.set_num_threads(1 if not cuda else torch.get_num_threads())
     runtime = Runtime(device, torch.bfloat16, seed=0)
     report: dict[str, object] = {"device": hardware_name(device), "torch": torch.__version__}
-    report["head"], report["attention"] = head_checks(device), attention_checks(device)
+    report["head"], report["attention"] = head_checks(device, check), attention_checks(device)
     peak = matmul_peak(device, torch.bfloat16)
     report["bf16_matmul_peak"] = peak
     print(f"bf16 matmul peak {peak / 1e12:.3g} TFLOP/s", flush=True)
+    report["head_ms"] = head_speeds(device, *((SHAPES["4B"][0], VOCAB) if cuda else (64, 512)))
     shapes = SHAPES if cuda else {"tiny": (64, 2, 2, 128)}
     speeds = {name: speed(name, shape, runtime, peak, tiny=not cuda) for name, shape in shapes.items()}
     report["speed"] = speeds
@@ -264,9 +237,12 @@ def main() -> None:
             if speeds["4B"][name] < bar:
                 failures.append(f"4B {name}: {speeds['4B'][name]:.2f} is below {bar}")
     if not arguments.skip_demo:
-        report["demo"] = distilled_accuracies(
+        accuracies = distilled_accuracies(
             dataclasses.replace(runtime, dtype=torch.float32), share=1.0 if cuda else 0.02
         )
+        report["demo"] = accuracies
+        if cuda:
+            check("demo: share of wrong answers after distillation", 1 - accuracies["distilled"], MOST_WRONG)
     assert not {"mcp", "datasets", "pyarrow"} & set(sys.modules), "this check must run on a bare checkout"
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

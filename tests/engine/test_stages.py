@@ -165,7 +165,7 @@ def test_benchmark_measures_candidate_and_baselines_on_the_same_prompts(made: Ma
     ("precision", "dtype"),
     [
         ("fp32_master", torch.float32),
-        ("fp32_master_8bit", torch.float32),
+        pytest.param("fp32_master_8bit", torch.float32, marks=pytest.mark.needs("torchao")),
         ("split_master", torch.float32),
         ("bf16_stochastic", torch.bfloat16),
     ],

@@ -11,7 +11,10 @@ from opd_mcp.engine.losses.head import one_pass_losses, row_scores
 from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
 from opd_mcp.engine.losses.tiles import Head, exponentials
 
-fused = pytest.importorskip("opd_mcp.engine.losses.fused", reason="Triton is for Linux only", exc_type=ImportError)
+pytest.importorskip("triton", reason="make test-extras: Triton is not installed")
+from opd_mcp.engine.losses import fused
+
+pytestmark = pytest.mark.needs("triton")
 
 R, H, K, CLIP = 6, 12, 3, 0.7
 OBJECTIVES: dict[str, RowObjective] = {

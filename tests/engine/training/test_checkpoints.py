@@ -116,6 +116,7 @@ def test_every_precision_and_policy_goes_on_to_the_bit(trained, tmp_path: Path, 
     assert {weight.dtype for weight in weights(resumed)} == {master}
 
 
+@pytest.mark.needs("torchao")
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_8_bit_moments_go_on_to_the_bit(trained, tmp_path: Path, policy: str) -> None:
     """In a model whose matrices are large enough for blocks; the file holds codes and scales as plain tensors."""

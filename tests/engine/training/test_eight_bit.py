@@ -8,16 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torchao.optim import AdamW8bit
-from torchao.optim.subclass_8bit import OptimState8bit
 from transformers import PreTrainedModel
 
-from opd_mcp.engine.training import eight_bit
-from opd_mcp.engine.training.eight_bit import EightBitAdamW
 from opd_mcp.engine.training.optim import build_optimizer
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import OptimizerRecipe
 
+pytest.importorskip("torchao", reason="make test-extras: torchao is not installed")
+from torchao.optim import AdamW8bit
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from opd_mcp.engine.training import eight_bit
+from opd_mcp.engine.training.eight_bit import EightBitAdamW
+
+pytestmark = pytest.mark.needs("torchao")
 RECIPE = OptimizerRecipe(learning_rate=1e-3, precision="fp32_master_8bit")
 VOCAB, ROW = 512, 128
 

@@ -64,6 +64,7 @@ def test_three_bad_steps_in_a_row_are_skipped_and_training_goes_on(trained) -> N
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.needs("torchao")
 def test_8_bit_moments_never_see_a_bad_step(trained) -> None:
     """Blocks share a scale, so one bad gradient would reach 256 values."""
     reporter = Alerts()

@@ -25,6 +25,7 @@ from opd_mcp.schemas.memory import ModelShape, optimizer_bytes, weight_bytes
 from opd_mcp.schemas.precision import lost_share
 from opd_mcp.schemas.recipes import OptimizerRecipe
 
+EIGHT_BIT = pytest.param("fp32_master_8bit", marks=pytest.mark.needs("torchao"))
 NARROW = ("split_master", "bf16_stochastic", "bf16")
 
 
@@ -49,7 +50,7 @@ def test_no_warm_up_starts_at_the_full_rate() -> None:
     assert rates("constant", warmup=0)[0] == 1.0
 
 
-@pytest.mark.parametrize("precision", ["fp32_master", "fp32_master_8bit", *NARROW])
+@pytest.mark.parametrize("precision", ["fp32_master", EIGHT_BIT, *NARROW])
 def test_weight_decay_is_for_matrices_only(tiny_model: Callable[..., PreTrainedModel], precision: str) -> None:
     recipe = OptimizerRecipe(weight_decay=0.1, learning_rate=1e-3, precision=precision)
     decayed, spared = build_optimizer(tiny_model(seed=0), recipe, seed=0).param_groups
@@ -91,7 +92,13 @@ def bytes_a_parameter(optimizer: torch.optim.Optimizer, weight: nn.Parameter) ->
 
 @pytest.mark.parametrize(
     ("precision", "expected"),
-    [("fp32_master", 16), ("fp32_master_8bit", 10.03125), ("split_master", 12), ("bf16_stochastic", 10), ("bf16", 10)],
+    [
+        ("fp32_master", 16),
+        pytest.param("fp32_master_8bit", 10.03125, marks=pytest.mark.needs("torchao")),
+        ("split_master", 12),
+        ("bf16_stochastic", 10),
+        ("bf16", 10),
+    ],
 )
 def test_bytes_a_parameter_are_those_of_the_estimate(precision: str, expected: float) -> None:
     model = nn.Linear(64, 64, bias=False)
