@@ -139,9 +139,8 @@ class Pipeline:
                 raise run_cancelled()
             return building
         made = self._product(phase)
-        if made is None:
-            shutil.rmtree(self.directory / phase.name, ignore_errors=True)
-            return self.directory / phase.name
+        if made is None:  # in the run's own directory, which a suspended earlier attempt may still write to
+            return self.directory / f"{phase.name}-{self.journal.attempt}"
         building = self.artifacts.new_building_directory(made.kind)
         self.held.callback(shutil.rmtree, building, ignore_errors=True)
         # A model is named by its directory in its own lineage, so it is built under the name that it keeps.

@@ -129,9 +129,8 @@ class ArtifactStore:
             files=tree_sha256(building),
         ).sealed()
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
-        require_right()
         try:
-            publish_directory(building, final)
+            publish_directory(building, final, require_right)
         except FileExistsError:
             record = read_artifact(final).record
             if record.key != key:

@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
 
 from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.requests import SampleModel
 from opd_mcp.store.journal import read_journal
 
 LONG = {"sft.steps": 100_000}
@@ -77,6 +79,17 @@ def test_a_run_is_not_resumed_beside_another_one_of_its_request(world, service, 
     with pytest.raises(RunError, match=rf"same_request_active.*{second}"):
         service.resume(first)
     service.cancel(second)
+
+
+def test_each_attempt_writes_its_samples_into_a_folder_of_its_own(world, service, busy_machine, finished):
+    run_id = service.sample_model(SampleModel(model=world.student, prompts=["1+1=?"])).run_id
+    service.cancel(run_id)
+    assert finished(service, run_id).state == "cancelled"
+    busy_machine.release()
+    service.resume(run_id)
+    samples = Path(finished(service, run_id).result["paths"]["samples"])
+    assert samples == service.workspace.run(run_id) / "sample-2" / "samples.json"
+    assert samples.is_file()
 
 
 def test_a_suspended_worker_that_wakes_after_a_resume_writes_nothing(world, service, until, finished):
