@@ -21,6 +21,7 @@ from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
 from opd_mcp.store.artifacts import ArtifactStore, require_intact
+from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
 
 REPORT_FILE = "report.json"
@@ -99,7 +100,8 @@ class Pipeline:
         self.reporter.begin(phase.name)
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
-        require_disk(self.directory, self.disk(phase.name), phase.name)
+        written = tree_bytes(checkpoints_of(self.directory, phase.name))
+        require_disk(self.directory, self.disk(phase.name) - written, phase.name)
         first = self.calls.loading_seconds is None
         cost = self.calls.compute(phase.name, building)
         if first and self.calls.loading_seconds is not None:

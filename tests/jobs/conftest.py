@@ -1,6 +1,7 @@
 """A job service over its own workspace and leases; workers are real processes with stand-in stages."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_mcp.jobs import devices
 from opd_mcp.jobs.leases import LeaseFolder
 from opd_mcp.jobs.service import JobService
 from opd_mcp.jobs.settings import JobSettings
@@ -96,6 +98,20 @@ def busy_machine(leases: LeaseFolder):
     lease = leases.acquire("somebody-else", leases.cpu_slot_names(), 2, lambda: False)
     yield lease
     lease.release()
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """`gpu(total, free)`: a machine with one GPU of so many MiB, as an executable `nvidia-smi` on PATH tells."""
+
+    def install(total: int, free: int) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho 'GPU-1a, NVIDIA Tiny, {total}, {free}'\n")
+        tool.chmod(0o700)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(devices, "version", lambda name: "2.13.0")
+
+    return install
 
 
 Wait = Callable[..., RunStatus]
