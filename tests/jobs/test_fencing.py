@@ -12,7 +12,6 @@ import pytest
 from opd_mcp.jobs.liveness import note_start
 from opd_mcp.jobs.service import JobService
 from opd_mcp.jobs.worker import engine_stages, work
-from opd_mcp.schemas.requests import StartSft
 from opd_mcp.schemas.runs import ACTIVE_STATES
 from opd_mcp.store.attempts import begin_attempt, taken_up
 from opd_mcp.store.runs import RunLock
@@ -32,14 +31,6 @@ def sleepy(world, wishes) -> JobService:
     """A service whose workers go to sleep where `wishes` says."""
     command = (sys.executable, str(SLEEPING_WORKER), str(wishes))
     return dataclasses.replace(world, settings=dataclasses.replace(world.settings, worker_command=command)).service()
-
-
-def sft_arguments(world, **overrides) -> StartSft:
-    """A fine-tuning that is the only phase of its run."""
-    responses = world.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n' * 8)
-    return StartSft(
-        student=world.student, responses=responses, declared_teacher="teacher", preset="demo", overrides=overrides
-    )
 
 
 def asleep(service, run_id, until, *, besides: int = 0) -> psutil.Process:
@@ -70,7 +61,7 @@ def test_a_worker_that_slept_in_its_checkpoint_s_thread_removes_none_of_the_next
     world, sleepy, wishes, until, finished
 ):
     (wishes / "published").touch()
-    run_id = sleepy.start_sft(sft_arguments(world, **MANY_CHECKPOINTS)).run_id
+    run_id = sleepy.start_sft(world.sft_arguments(**MANY_CHECKPOINTS)).run_id
     old, directory = asleep(sleepy, run_id, until), sleepy.workspace.run(run_id)
     replace_lock(directory)
     assert sleepy.status(run_id).state == "lost"
@@ -94,7 +85,7 @@ def test_a_worker_that_slept_in_its_checkpoint_s_thread_removes_none_of_the_next
 def test_a_new_attempt_takes_away_what_a_sleeper_would_publish(world, sleepy, wishes, leases, until, finished):
     """Also before the new attempt has a device: there is no moment at which the old one could still rename."""
     (wishes / "renaming").touch()
-    run_id = sleepy.start_sft(sft_arguments(world, **MANY_CHECKPOINTS)).run_id
+    run_id = sleepy.start_sft(world.sft_arguments(**MANY_CHECKPOINTS)).run_id
     old, directory = asleep(sleepy, run_id, until), sleepy.workspace.run(run_id)
     [other_slot] = set(leases.cpu_slot_names()) - set(leases.busy(leases.cpu_slot_names()))
     lease = leases.acquire("somebody-else", [other_slot], 1, lambda: False)
@@ -112,7 +103,7 @@ def test_a_new_attempt_takes_away_what_a_sleeper_would_publish(world, sleepy, wi
 @pytest.fixture
 def superseded(world, service, busy_machine, finished):
     """The directory and the journal of a run's first attempt, whose lock another one has taken meanwhile."""
-    run_id = service.start_sft(sft_arguments(world)).run_id
+    run_id = service.start_sft(world.sft_arguments()).run_id
     service.cancel(run_id)
     assert finished(service, run_id).state not in ACTIVE_STATES
     directory = service.workspace.run(run_id)
