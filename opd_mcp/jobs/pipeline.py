@@ -88,7 +88,8 @@ class Pipeline:
         event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
         cost = recorded_cost(found.path, phase.name)
         if cost is not None:
-            cost = cost.model_copy(update={"reused": True})
+            # What an earlier attempt of this run made was this run's work.
+            cost = cost.model_copy(update={"reused": found.record.run_id != self.record.run_id})
             self.calls.costs.append(cost)
             event["cost"] = cost.to_dict()
         if phase is holder:
