@@ -1,6 +1,6 @@
 """What every stage is given besides its recipe section: the runtime, the prompting rules, and a reporter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -72,3 +72,5 @@ class Context:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     checkpoints: Path | None = None
     """Where a training stage keeps its checkpoints and finds those of an earlier attempt; None: nowhere."""
+    require_right: Callable[[], None] = lambda: None
+    """Raises once somebody else has taken over: asked right before a write that others see, from any thread."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from opd_mcp.jobs.metrics import LOSS_KEYS, recorded_points, series
 from opd_mcp.jobs.results import shortened
-from opd_mcp.jobs.status import status_of
+from opd_mcp.jobs.status import costs_by_stage, status_of
 from opd_mcp.schemas.dashboard import Curve, DashboardFeed, DashboardRun, ShownPhase
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.store.store import Store
@@ -44,8 +44,8 @@ def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
         eta_s=status.eta_s,
         elapsed_s=status.elapsed_s,
         curves=curves(view),
-        alerts=view.alerts[-5:],
-        costs=view.costs,
+        alerts=status.alerts[-5:],
+        costs=costs_by_stage(view),
         scores=result.get("scores", {}),
         comparisons=result.get("comparisons", []),
         error=f"[{failed.code}] {shortened(failed.cause, 300)} Fix: {failed.fix}" if failed else None,

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from opd_mcp.jobs.devices import free_disk
 from opd_mcp.jobs.service import JobService
-from opd_mcp.jobs.setup import example_paths
+from opd_mcp.jobs.setup import example_paths, settings_problem
 from opd_mcp.schemas.errors import OpdError
-from opd_mcp.store.settings import read_settings
 
 NEEDED_PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "safetensors")
 MIN_FREE_BYTES = 2 << 30
@@ -56,11 +55,8 @@ def checks(service: JobService) -> Iterator[Check]:
 
 
 def _settings(service: JobService) -> Check:
-    try:
-        read_settings(service.workspace)
-    except OpdError as error:
-        return Check("settings", False, f"{error.message} Got: {error.value!r}.", error.fix)
-    return Check("settings", True, "readable")
+    problem = settings_problem(service.workspace)
+    return Check("settings", False, problem.message, problem.fix) if problem else Check("settings", True, "readable")
 
 
 def _index(service: JobService) -> Check:

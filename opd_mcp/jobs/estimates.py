@@ -193,8 +193,7 @@ def resource_findings(estimate: MethodEstimate, target: Target, disk_free: int) 
         findings.append(
             Finding(
                 code="not_enough_disk",
-                message=f"The plan writes up to {gib(estimate.disk_bytes)}; the workspace's disk has "
-                f"{gib(disk_free)} free.",
+                message=f"It writes up to {gib(estimate.disk_bytes)}; the workspace's disk has {gib(disk_free)} free.",
                 fix="Free disk space, move the workspace (OPD_HOME), or lower rollout.count or score.topk.",
             )
         )

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from opd_mcp.jobs.holdings import delete_artifact, dependents, used_by
 from opd_mcp.jobs.pipeline import KEY_DIGITS, RESUMABLE
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
 from opd_mcp.schemas.garbage import GarbageReport, Leftover
-from opd_mcp.schemas.runs import RunRecord
-from opd_mcp.store.artifacts import BUILDING_PREFIX, unused_build
+from opd_mcp.schemas.runs import RunRecord, RunState
+from opd_mcp.store.artifacts import BUILDING_PREFIX, LOCK_SUFFIX, build_lock, unused_build
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.runs import CHECKPOINTS, RESERVE_FILE, is_alive, run_ids
 from opd_mcp.store.store import Store
@@ -32,12 +32,16 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 def collected(store: Store, *, remove: bool, older_than_days: float, artifacts: bool = False) -> GarbageReport:
-    """What nobody needs, removed when asked; builds that a run could take up and old indexes only from that age on."""
+    """What nobody needs, removed when asked; builds that a new run could take up and old indexes only from that age on.
+
+    A build that an open run would go on with is no garbage; one whose run has succeeded is nobody's any more.
+    """
     now = time.time()
     damaged = list(store.damaged())
     kept = [f"{problem.value}: {problem.message}" for problem in damaged]
     items = [
         *_deleted(store),
+        *_locks(store),
         *_temporary(store, now),
         *_downloads(store, now),
         *_checkpoints(store),
@@ -53,7 +57,21 @@ def collected(store: Store, *, remove: bool, older_than_days: float, artifacts: 
 
 def open_records(store: Store) -> list[RunRecord]:
     """The records of all runs that are active or can be resumed; raises IntegrityError for a damaged one."""
-    return [store.record(run) for run in run_ids(store.workspace) if store.view(run).state != "succeeded"]
+    return [record for record, state in _all_records(store) if state != "succeeded"]
+
+
+def _all_records(store: Store) -> list[tuple[RunRecord, RunState]]:
+    return [(store.record(run), store.view(run).state) for run in run_ids(store.workspace)]
+
+
+def _locks(store: Store) -> Iterator[Leftover]:
+    """Lock files whose build is gone: their last holder died between the two."""
+    for kind in ARTIFACT_KINDS:
+        for lock in sorted(store.workspace.artifacts_of(kind).glob(f"{BUILDING_PREFIX}*{LOCK_SUFFIX}")):
+            directory = _build_of(lock)
+            with unused_build(directory) as unused:
+                if unused and not directory.exists():
+                    yield _leftover("build", lock)
 
 
 def _deleted(store: Store) -> Iterator[Leftover]:
@@ -63,8 +81,10 @@ def _deleted(store: Store) -> Iterator[Leftover]:
 
 
 def _builds(store: Store, now: float, days: float) -> Iterator[Leftover]:
-    records = open_records(store)
-    keys = {phase.key[:KEY_DIGITS] for record in records for phase in record.request.phases}
+    runs = _all_records(store)
+    records = [record for record, state in runs if state != "succeeded"]
+    keys = _keys(records)
+    finished = _keys(record for record, state in runs if state == "succeeded")
     made = {artifact_id for record in records for artifact_id in used_by(record)}
     for kind in ARTIFACT_KINDS:
         for path in sorted(store.workspace.artifacts_of(kind).glob(f"{BUILDING_PREFIX}*")):
@@ -72,10 +92,20 @@ def _builds(store: Store, now: float, days: float) -> Iterator[Leftover]:
                 continue
             name = BUILD_NAME.fullmatch(path.name)
             needed = name[2] in keys if name else any((path / artifact_id).exists() for artifact_id in made)
-            if not needed and now - _touched(path) > (days * DAY if name else IDLE_SECONDS):
+            may_be_taken_up = name is not None and name[2] not in finished
+            if not needed and now - _touched(path) > (days * DAY if may_be_taken_up else IDLE_SECONDS):
                 with unused_build(path) as unused:
                     if unused:
                         yield _leftover("build", path)
+
+
+def _keys(records: Iterable[RunRecord]) -> set[str]:
+    return {phase.key[:KEY_DIGITS] for record in records for phase in record.request.phases}
+
+
+def _build_of(path: Path) -> Path:
+    """The building directory of a lock file; a directory is its own."""
+    return path.with_name(path.name.removesuffix(LOCK_SUFFIX))
 
 
 def _downloads(store: Store, now: float) -> Iterator[Leftover]:
@@ -140,9 +170,11 @@ def _removed(store: Store, item: Leftover) -> bool:
         except (IntegrityError, UnknownIdError):
             return False
     elif item.kind == "build":
-        with unused_build(path) as unused:
-            if unused:
+        directory = _build_of(path)
+        with unused_build(directory) as unused:
+            if unused and (path == directory or not directory.exists()):
                 _remove(path)
+                _remove(build_lock(directory))
     else:
         _remove(path)
     return not path.exists()

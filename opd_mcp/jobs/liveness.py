@@ -23,7 +23,8 @@ WORKER_FILE = "worker.json"
 # Where the kernel has no boot id, the time of the start stands for it; corrections of the clock move it a little.
 BOOT_SECONDS = 120.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 class WorkerProcess(Record):
@@ -51,15 +52,18 @@ RecordT = TypeVar("RecordT", WorkerProcess, WorkerExit)
 
 
 class Loss(Schema):
-    """Why a worker is gone, as far as it is known; `out_of_memory` only where the kernel's counter says so."""
+    """Why a worker is gone, as far as it is known; `out_of_memory` where the kernel's counter makes that likely."""
 
     cause: str
     out_of_memory: bool = False
 
 
-def note_start(directory: Path, attempt: int) -> None:
-    """Record this process as the worker of a run's attempt; for the holder of the run's lock."""
-    counter = oom_counter()
+def note_start(directory: Path, attempt: int, cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> None:
+    """Record this process as the worker of a run's attempt; for the holder of the run's lock.
+
+    `cgroups` and `own` are where the kernel tells of memory groups and of those that this process is in.
+    """
+    counter = oom_counter(cgroups, own)
     me = WorkerProcess(
         attempt=attempt,
         pid=os.getpid(),
@@ -99,16 +103,20 @@ def loss_of(directory: Path, attempt: int) -> Loss:
     if worker is not None and not same_boot(worker.boot, boot_id()):
         return Loss(cause="The machine was restarted while the run was going.")
     kills = _kills_since(worker, ended)
+    # The counter is the group's, which other processes may be in as well; it does not say whom it was.
+    known = (
+        f" The kernel's out-of-memory killer ended {kills} process{'es' if kills > 1 else ''} of its control group "
+        f"{'meanwhile' if ended else 'since it began'}."
+    )
     if ended is None:
         cause = "The worker process ended without finishing, and no server saw how: it was killed, or crashed."
-        known = f" Since it began, the kernel's out-of-memory killer has struck {kills} time(s) in its memory group."
-        return Loss(cause=cause + (known if kills else ""))
+        return Loss(cause=cause + (known if kills else ""), out_of_memory=bool(kills))
     if ended.signal is None:
         return Loss(cause=f"The worker process ended with exit code {ended.exit_code} and no final state.")
     name = signal_name(ended.signal)
-    if kills and ended.signal == signal.SIGKILL:
-        return Loss(cause=f"The kernel's out-of-memory killer ended the worker process ({name}).", out_of_memory=True)
-    return Loss(cause=f"The worker process was ended by signal {ended.signal} ({name}).")
+    cause = f"The worker process was ended by signal {ended.signal} ({name})."
+    killed = kills > 0 and ended.signal == signal.SIGKILL  # the killer's signal; another one has another cause
+    return Loss(cause=cause + (known if killed else ""), out_of_memory=killed)
 
 
 def boot_id() -> str:
@@ -134,7 +142,7 @@ def signal_name(number: int) -> str:
         return str(number)
 
 
-def oom_counter(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> Path | None:
+def oom_counter(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> Path | None:
     """The file in which the kernel counts out-of-memory kills of this process's memory group (cgroup v2 or v1)."""
     try:
         lines = own.read_text().splitlines()

@@ -21,6 +21,7 @@ from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
 from opd_mcp.store.artifacts import ArtifactStore, require_intact
+from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
 
 REPORT_FILE = "report.json"
@@ -87,7 +88,8 @@ class Pipeline:
         event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
         cost = recorded_cost(found.path, phase.name)
         if cost is not None:
-            cost = cost.model_copy(update={"reused": True})
+            # What an earlier attempt of this run made was this run's work.
+            cost = cost.model_copy(update={"reused": found.record.run_id != self.record.run_id})
             self.calls.costs.append(cost)
             event["cost"] = cost.to_dict()
         if phase is holder:
@@ -99,7 +101,8 @@ class Pipeline:
         self.reporter.begin(phase.name)
         made = self._product(phase)
         event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
-        require_disk(self.directory, self.disk(phase.name), phase.name)
+        written = tree_bytes(checkpoints_of(self.directory, phase.name))
+        require_disk(self.directory, self.disk(phase.name) - written, phase.name)
         first = self.calls.loading_seconds is None
         cost = self.calls.compute(phase.name, building)
         if first and self.calls.loading_seconds is not None:
@@ -139,9 +142,8 @@ class Pipeline:
                 raise run_cancelled()
             return building
         made = self._product(phase)
-        if made is None:
-            shutil.rmtree(self.directory / phase.name, ignore_errors=True)
-            return self.directory / phase.name
+        if made is None:  # in the run's own directory, which a suspended earlier attempt may still write to
+            return self.directory / f"{phase.name}-{self.journal.attempt}"
         building = self.artifacts.new_building_directory(made.kind)
         self.held.callback(shutil.rmtree, building, ignore_errors=True)
         # A model is named by its directory in its own lineage, so it is built under the name that it keeps.

@@ -23,8 +23,9 @@ from opd_mcp.jobs.metrics import metrics_report
 from opd_mcp.jobs.phases import cache_id_of
 from opd_mcp.jobs.planning import Planner
 from opd_mcp.jobs.quotas import admission
-from opd_mcp.jobs.records import new_record
+from opd_mcp.jobs.records import expected_cost, new_record
 from opd_mcp.jobs.references import References
+from opd_mcp.jobs.resuming import require_room, with_phases_left
 from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.setup import setup_report
 from opd_mcp.jobs.status import snapshot_of, status_of, wait_token_of
@@ -247,11 +248,20 @@ class JobService:
     def resume(self, run_id: str) -> RunSnapshot:
         """The failed, cancelled or lost run, queued again from its last checkpoint; `reused` while it is active.
 
-        Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`.
+        Raises RunError `run_not_active` for a run that has succeeded, `same_request_active`, `run_locked`; and
+        ResourceError as a start does, for what the phases that are left need.
         """
         self._children.reap()
         run_id = self._existing(run_id)
-        return self._launched(lambda: self.store.resume(run_id, lambda record: admission(self.store, record)()))
+        if self.store.view(run_id).state not in {"failed", "cancelled", "lost"}:
+            return self._launched(lambda: self.store.resume(run_id, lambda record: admission(self.store, record)()))
+        with self._starting:
+            record = with_phases_left(self.store.record(run_id), self._find_artifact)
+            target = self._target(record.request.recipe.runtime)
+            estimate = expected_cost(record.request, self.workspace, self._models, target)
+            require_room(record, estimate, target, self.workspace)
+        admit = admission(self.store, record)
+        return self._launched(lambda: self.store.resume(run_id, lambda _: admit()))
 
     def wait_token(self, run_id: str) -> str:
         """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""

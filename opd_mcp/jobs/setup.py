@@ -8,19 +8,24 @@ import opd_mcp
 from opd_mcp.jobs.devices import available_memory, free_disk, gpus
 from opd_mcp.jobs.leases import LeaseFolder
 from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.runs import RunKind, RunState
+from opd_mcp.schemas.settings import Quotas
 from opd_mcp.schemas.setup import ActiveRun, Device, ExamplePaths, SetupReport
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
+from opd_mcp.store.workspace import Workspace
 
 ACTIVE: tuple[RunState, ...] = ("running", "queued")
 MAX_ACTIVE_RUNS = 20
 
 
 def setup_report(store: Store, roots: AllowedRoots, leases: LeaseFolder, settings: JobSettings) -> SetupReport:
-    """The machine, the workspace, the limits and the embedded example."""
+    """The machine, the workspace, the limits and the embedded example; settings that cannot be read are a problem."""
     example = example_paths(settings)
+    problem = settings_problem(store.workspace)
     return SetupReport(
         version=opd_mcp.__version__,
         python=platform.python_version(),
@@ -29,10 +34,22 @@ def setup_report(store: Store, roots: AllowedRoots, leases: LeaseFolder, setting
         workspace=str(store.workspace.root),
         allowed_roots=[str(root) for root in roots.roots],
         active_runs=active_runs(store),
-        quotas=read_settings(store.workspace).quotas,
+        quotas=Quotas() if problem else read_settings(store.workspace).quotas,
+        problem=problem,
         example=example,
-        next_action=_first_call(example),
+        next_action=f"Resolve {problem.code} ({problem.fix}) and call inspect_setup again."
+        if problem
+        else _first_call(example),
     )
+
+
+def settings_problem(workspace: Workspace) -> Finding | None:
+    """Why the workspace's settings cannot be used, so that no run can start; None when they can."""
+    try:
+        read_settings(workspace)
+    except OpdError as error:
+        return Finding(code=error.code, message=f"{error.message} Got: {error.value!r}.", fix=error.fix)
+    return None
 
 
 def devices(leases: LeaseFolder) -> list[Device]:

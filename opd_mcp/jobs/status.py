@@ -5,7 +5,8 @@ import time
 from opd_mcp.jobs.failures import RESUME_HELPS, lost_failure
 from opd_mcp.jobs.leases import Place
 from opd_mcp.jobs.phases import cache_id_of
-from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, RunRecord, RunSnapshot, RunState, RunStatus
+from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunRecord, RunSnapshot, RunState, RunStatus
 from opd_mcp.store.view import RunView, seconds_of
 
 MIN_CHECK_SECONDS = 5.0
@@ -57,12 +58,30 @@ def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatu
         eta_s=None if eta is None else round(eta, 1),
         elapsed_s=_elapsed(view, time.time()),
         metrics=view.metrics,
-        alerts=view.alerts,
+        alerts=distinct_alerts(view),
         result=view.result,
         error=failure(view),
         next_check_s=_next_check(eta) if active else None,
         next_action=next_action(view, record),
     )
+
+
+def distinct_alerts(view: RunView) -> list[Alert]:
+    """The latest alerts, each code and text once, at its last time: a resumed run raises many of them again."""
+    latest: dict[tuple[str, str], Alert] = {}
+    for alert in view.alerts:
+        latest.pop((alert.code, alert.message), None)
+        latest[alert.code, alert.message] = alert
+    return list(latest.values())
+
+
+def costs_by_stage(view: RunView) -> list[StageCost]:
+    """What each stage took, once: what the run itself computed stays so when a later attempt takes it over."""
+    latest: dict[str, StageCost] = {}
+    for cost in view.costs:
+        if not cost.reused or cost.stage not in latest:
+            latest[cost.stage] = cost
+    return list(latest.values())
 
 
 def remaining_seconds(view: RunView, record: RunRecord, now: float) -> float | None:
@@ -141,9 +160,8 @@ def _current_remaining(view: RunView, expected: dict[str, float], pace: float, n
 
 
 def _pace(view: RunView, record: RunRecord) -> float:
-    known = [
-        (cost.seconds, record.expected_phase_seconds.get(cost.stage, 0.0)) for cost in view.costs if not cost.reused
-    ]
+    computed = [cost for cost in costs_by_stage(view) if not cost.reused]
+    known = [(cost.seconds, record.expected_phase_seconds.get(cost.stage, 0.0)) for cost in computed]
     actual, planned = sum(pair[0] for pair in known), sum(pair[1] for pair in known)
     if planned <= 0 or actual <= 0:
         return 1.0

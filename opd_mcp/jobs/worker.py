@@ -105,6 +105,7 @@ def _worked(
 ) -> int:
     launch_seconds = time.time() - psutil.Process().create_time()
     try:
+        journal.require_right()
         note_start(directory, journal.attempt)
         record = read_record(directory)
         quotas = read_settings(store.workspace).quotas
@@ -119,16 +120,8 @@ def _worked(
             )
         journal.append("result", result)
         return _ended(journal, "succeeded")
-    except OpdError as error:
-        if error.code == "attempt_superseded":
-            print(error, file=sys.stderr)  # nothing of this run is this process's any more
-            return 1
-        stopped = error.code == "run_cancelled"
-        cause = stop_cause(store, directory, reporter) if stopped else error
-        return _ended(journal, "cancelled") if cause is None else _failed(journal, reporter, directory, cause)
     except Exception as error:
-        traceback.print_exc()
-        return _failed(journal, reporter, directory, error)
+        return _ended_by(error, store, directory, journal, reporter)
 
 
 def run_phases(
@@ -147,7 +140,14 @@ def run_phases(
     from opd_mcp.engine.context import Context
 
     recipe = record.request.recipe
-    context = Context(recipe.runtime, recipe.prompting, reporter, teacher_key, recipe.checkpoint)
+    context = Context(
+        runtime=recipe.runtime,
+        prompting=recipe.prompting,
+        reporter=reporter,
+        teacher_key=teacher_key,
+        checkpoint=recipe.checkpoint,
+        require_right=journal.require_right,
+    )
     pipeline = Pipeline(
         record=record,
         directory=directory,
@@ -226,6 +226,23 @@ def memory_figures(directory: Path) -> MemoryFigures:
     except OpdError:
         expected = None  # a run.json that cannot be read is what the failure itself tells of
     return MemoryFigures(peak, expected)
+
+
+def _ended_by(
+    error: Exception, store: Store, directory: Path, journal: JournalWriter, reporter: JournalReporter
+) -> int:
+    """The exit status after the final state that an exception leads to; none for an attempt that is superseded."""
+    try:
+        journal.require_right()
+    except RunError as fence:  # nothing of this run is this process's any more, whatever else went wrong for it
+        print(fence, file=sys.stderr)
+        return 1
+    if not isinstance(error, OpdError):
+        traceback.print_exception(error)
+        return _failed(journal, reporter, directory, error)
+    stopped = error.code == "run_cancelled"
+    cause = stop_cause(store, directory, reporter) if stopped else error
+    return _ended(journal, "cancelled") if cause is None else _failed(journal, reporter, directory, cause)
 
 
 def _failed(journal: JournalWriter, reporter: JournalReporter, directory: Path, error: Exception) -> int:

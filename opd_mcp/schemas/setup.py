@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.settings import Quotas
 
 
@@ -63,6 +64,7 @@ class SetupReport(Schema):
     active_runs: list[ActiveRun] = Field(default_factory=list)
     limits: Limits = Limits()
     quotas: Quotas = Quotas()
+    problem: Finding | None = None
     presets: list[str] = Field(default_factory=lambda: ["quick", "paper", "demo"])
     example: ExamplePaths | None = None
     next_action: str

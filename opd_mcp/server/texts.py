@@ -29,6 +29,7 @@ def setup_text(report: SetupReport) -> str:
     lines += [_line(run.run_id, run.kind, run.state, run.phase) for run in report.active_runs] or ["no active runs"]
     lines.append(f"presets: {', '.join(report.presets)}; wait_seconds ≤ {report.limits.wait_seconds}")
     lines += [f"quota: {name} = {value}" for name, value in report.quotas.to_dict().items()]
+    lines += _finding_lines("PROBLEM", [report.problem] if report.problem else [])
     if report.example:
         lines.append("example task:")
         lines += [f"  {name}: {path}" for name, path in report.example.to_dict().items()]

@@ -25,6 +25,7 @@ from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"
+LOCK_SUFFIX = ".lock"
 LOCK_POLL_SECONDS = 0.2
 # Its readers check it, and make it again.
 DERIVED_FILES = frozenset({"flat.bin"})
@@ -84,7 +85,7 @@ class ArtifactStore:
         process builds it.
         """
         directory = self.workspace.artifacts_of(kind) / (BUILDING_PREFIX + name)
-        lock = directory.with_name(f"{directory.name}.lock")
+        lock = build_lock(directory)
         descriptor = None
         while descriptor is None and not should_stop():
             descriptor = _locked(lock)
@@ -129,9 +130,8 @@ class ArtifactStore:
             files=tree_sha256(building),
         ).sealed()
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
-        require_right()
         try:
-            publish_directory(building, final)
+            publish_directory(building, final, require_right)
         except FileExistsError:
             record = read_artifact(final).record
             if record.key != key:
@@ -209,16 +209,26 @@ class ArtifactStore:
                 yield problem
 
 
+def build_lock(directory: Path) -> Path:
+    """The lock file of a building directory; it may be there before the directory is, and after it is gone."""
+    return directory.with_name(directory.name + LOCK_SUFFIX)
+
+
 @contextmanager
 def unused_build(directory: Path) -> Iterator[bool]:
-    """Whether no process holds a building directory; none can take it up inside of the block."""
-    lock = directory.with_name(f"{directory.name}.lock")
+    """Whether no process holds a building directory; none can take it up inside of the block.
+
+    The lock file is left as it was found; whoever removes the directory removes it as well, inside of the block.
+    """
+    lock = build_lock(directory)
+    there = lock.exists()
     descriptor = _locked(lock)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            lock.unlink(missing_ok=True)
+            if not there:
+                lock.unlink(missing_ok=True)
             os.close(descriptor)
 
 

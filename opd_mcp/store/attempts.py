@@ -1,7 +1,9 @@
 """Attempts: taking a run's lock begins one, and what is known of the process that makes it lies beside the journal."""
 
+import shutil
+
 from opd_mcp.store.journal import JournalWriter, next_attempt
-from opd_mcp.store.runs import JOURNAL_FILE, RunLock, set_reserve
+from opd_mcp.store.runs import CHECKPOINTS, JOURNAL_FILE, RunLock, set_reserve
 
 
 def begin_attempt(lock: RunLock) -> int:
@@ -13,6 +15,9 @@ def begin_attempt(lock: RunLock) -> int:
     set_reserve(lock.directory)
     with JournalWriter(journal, next_attempt(journal), lock.holds) as writer:
         writer.append("state", {"state": "queued"})
+        # An earlier attempt that was suspended between its last look and its rename has nothing to rename any more.
+        for building in (lock.directory / CHECKPOINTS).glob("*/.building-*"):
+            shutil.rmtree(building, ignore_errors=True)
         return writer.attempt
 
 

@@ -150,7 +150,8 @@ class JournalWriter:
     """Appends to a journal; only the process that holds the run's lock may have one. Its threads may share it.
 
     Opening cuts off a torn last line, so that what is written next is not taken for damage. `holds_lock` says whether
-    the run's lock is still this writer's; every call asks it, and looks whether a newer attempt has begun.
+    the run's lock is still this writer's; opening and every call ask it, and calls look whether a newer attempt has
+    begun.
     """
 
     def __init__(self, path: Path, attempt: int, holds_lock: Callable[[], bool] = lambda: True) -> None:
@@ -165,7 +166,8 @@ class JournalWriter:
         """What no record may hold, beside whatever looks like a secret."""
         self._next_seq = reader.next_seq
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        if os.fstat(self._descriptor).st_size > reader.offset:
+        # Without the lock, what follows may be a newer attempt's lines, written since the reader looked.
+        if os.fstat(self._descriptor).st_size > reader.offset and holds_lock():
             os.ftruncate(self._descriptor, reader.offset)
         self._size = os.fstat(self._descriptor).st_size
         self._newest = max(reader.attempt, attempt)

@@ -1,6 +1,7 @@
 """A job service over its own workspace and leases; workers are real processes with stand-in stages."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from opd_mcp.jobs import devices
 from opd_mcp.jobs.leases import LeaseFolder
 from opd_mcp.jobs.service import JobService
 from opd_mcp.jobs.settings import JobSettings
-from opd_mcp.schemas.requests import BuildTeacherCache, PlanDistillation, StartDistillation
+from opd_mcp.schemas.requests import BuildTeacherCache, PlanDistillation, StartDistillation, StartSft
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
@@ -64,6 +66,12 @@ class World:
         defaults = {"teacher": self.teacher, "student": student, "prompts": self.prompts(), "preset": "demo"}
         return BuildTeacherCache(**{**defaults, **changes})
 
+    def sft_arguments(self, **overrides: object) -> StartSft:
+        """A fine-tuning that is the only phase of its run."""
+        responses = self.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n' * 8)
+        given = {"student": self.student, "responses": responses, "declared_teacher": "teacher"}
+        return StartSft(**given, preset="demo", overrides=overrides)
+
     def copy_of(self, model: str | Path, name: str) -> Path:
         """A copy of a model directory, to be changed."""
         return Path(shutil.copytree(model, self.root / "data" / name))
@@ -84,6 +92,23 @@ def service(world: World) -> JobService:
     return world.service()
 
 
+def service_with_engine(world: World, home: str) -> JobService:
+    """A service over a workspace of this name, whose workers are `opd-mcp worker` with the engine."""
+    settings = JobSettings(world.settings.lease_folder, 2, world.settings.examples)
+    return JobService(Workspace(world.root / home), AllowedRoots([world.root / "data"]), settings)
+
+
+@pytest.fixture
+def real_service(world: World) -> JobService:
+    return service_with_engine(world, "home")
+
+
+@pytest.fixture
+def undisturbed_service(world: World) -> JobService:
+    """The same over another workspace, for what a run would have given that nothing happened to."""
+    return service_with_engine(world, "undisturbed")
+
+
 @pytest.fixture
 def leases(world: World) -> LeaseFolder:
     """The lease folder that the service's workers use."""
@@ -96,6 +121,20 @@ def busy_machine(leases: LeaseFolder):
     lease = leases.acquire("somebody-else", leases.cpu_slot_names(), 2, lambda: False)
     yield lease
     lease.release()
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """`gpu(total, free)`: a machine with one GPU of so many MiB, as an executable `nvidia-smi` on PATH tells."""
+
+    def install(total: int, free: int) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho 'GPU-1a, NVIDIA Tiny, {total}, {free}'\n")
+        tool.chmod(0o700)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setattr(devices, "version", lambda name: "2.13.0")
+
+    return install
 
 
 Wait = Callable[..., RunStatus]

@@ -1,6 +1,7 @@
 """What gc removes, and what it keeps."""
 
 import os
+import shutil
 import time
 
 import pytest
@@ -84,6 +85,55 @@ def test_what_somebody_builds_or_a_lost_run_would_go_on_with_is_kept(world, serv
         collected(store, remove=True, older_than_days=14)
         assert directory.exists()
     assert resumable.exists()
+
+
+def builds(store, *, remove=False, days=14.0):
+    found = collected(store, remove=remove, older_than_days=days)
+    return [item.path for item in found.items if item.kind == "build"]
+
+
+def test_a_lock_without_its_build_goes_unless_somebody_holds_it(service, made):
+    store = service.store
+    folder = store.workspace.artifacts_of("cache")
+    stray = folder / f".building-score-{'a' * 32}.lock"
+    stray.touch()
+    with store.artifacts.resumable_directory("cache", f"score-{'b' * 32}", lambda: False) as directory:
+        directory.rmdir()  # as it is between the lock and the directory, and after the publication
+        assert builds(store) == [str(stray)]
+        assert stray.exists(), "a dry run only names it"
+        assert builds(store, remove=True) == [str(stray)]
+        assert directory.with_name(f"{directory.name}.lock").exists()
+    assert not list(folder.glob(".building-*"))
+
+
+def test_a_build_of_a_succeeded_run_goes_with_its_lock_and_one_that_an_open_run_needs_stays(
+    world, service, made, finished
+):
+    store = service.store
+    failing = world.start_arguments(overrides={"sft.optimizer.learning_rate": 666})
+    failed = finished(service, service.start_distillation(failing).run_id).run_id
+    keys = {
+        run: next(phase.key[:32] for phase in store.record(run).request.phases if phase.name == "score")
+        for run in (made.run_id, failed)
+    }
+    nobody_s, needed = build(store, f"score-{keys[made.run_id]}", 1), build(store, f"score-{keys[failed]}", 100)
+    locks = [path.with_name(f"{path.name}.lock") for path in (nobody_s, needed)]
+    for lock in locks:
+        lock.touch()
+    assert builds(store) == [str(nobody_s)]
+    assert builds(store, remove=True) == [str(nobody_s)]
+    assert [path.exists() for path in (nobody_s, locks[0], needed, locks[1])] == [False, False, True, True]
+    shutil.rmtree(store.workspace.run(failed))
+    assert builds(store, days=101) == []
+    assert builds(store, remove=True) == [str(needed)], "its run is gone, and nobody took it up for so long"
+    assert not locks[1].exists()
+
+
+def test_a_build_that_was_touched_within_the_hour_stays_also_after_its_run_succeeded(service, made):
+    store = service.store
+    key = next(phase.key[:32] for phase in store.record(made.run_id).request.phases if phase.name == "rollout")
+    build(store, f"rollout-{key}", 0)
+    assert builds(store) == []
 
 
 def test_artifacts_go_only_when_asked_and_never_a_parent(service, made):

@@ -8,7 +8,17 @@ import time
 import psutil
 import pytest
 
-from opd_mcp.jobs.liveness import WorkerProcess, boot_id, loss_of, oom_counter, oom_kills, same_boot
+from opd_mcp.jobs.liveness import (
+    CGROUPS,
+    Loss,
+    WorkerProcess,
+    boot_id,
+    loss_of,
+    note_start,
+    oom_counter,
+    oom_kills,
+    same_boot,
+)
 from opd_mcp.store.runs import is_alive
 from opd_mcp.store.store import Store
 
@@ -75,17 +85,61 @@ def test_a_zombie_is_not_alive(service, running):
     assert not psutil.pid_exists(worker.pid)
 
 
-def test_the_out_of_memory_killer_is_named_when_the_kernel_counted_it(service, running, tmp_path):
+@pytest.fixture
+def counted(running, tmp_path):
+    """`counted(kills)`: the run's worker notes a control group of its own, in which so many were killed since."""
+    directory = running[1]
+    (tmp_path / "own").write_text("0::/box\n")
+    (counter := tmp_path / "cgroup" / "box" / "memory.events").parent.mkdir(parents=True)
+    counter.write_text("oom 3\noom_kill 3\n")
+    worker = noted(directory)
+    note_start(directory, 1, tmp_path / "cgroup", tmp_path / "own")
+    mine = noted(directory)
+    assert (mine.oom_counter, mine.oom_kills) == (str(counter), 3)
+    group = {"oom_counter": mine.oom_counter, "oom_kills": mine.oom_kills}
+    (directory / "worker.json").write_text(worker.model_copy(update=group).sealed().to_json())
+    return lambda kills: counter.write_text(f"oom 9\noom_kill {3 + kills}\n")
+
+
+@pytest.mark.parametrize(("kills", "processes"), [(1, "1 process"), (2, "2 processes")])
+def test_the_out_of_memory_killer_is_named_when_the_kernel_counted_it(service, running, counted, kills, processes):
     run_id, directory = running
-    counter, worker = tmp_path / "memory.events", noted(directory)
-    counter.write_text("oom 0\noom_kill 4\n")
-    counted = worker.model_copy(update={"oom_counter": str(counter), "oom_kills": 3})
-    (directory / "worker.json").write_text(counted.sealed().to_json())
+    counted(kills)
     end(directory)
     status = service.status(run_id)
-    assert "out-of-memory killer ended the worker process (SIGKILL)" in status.error.cause
+    assert status.error.cause == (
+        "The worker process was ended by signal 9 (SIGKILL). "
+        f"The kernel's out-of-memory killer ended {processes} of its control group meanwhile."
+    )
     assert status.error.override["sft.micro_batch_tokens"] == 4096
     assert "resume_run" in status.error.fix
+    counted(7)
+    assert service.status(run_id).error == status.error, "what is killed later is not counted"
+
+
+def test_without_a_kill_or_with_another_signal_memory_is_not_blamed(service, running, counted):
+    counted(1)
+    end(running[1], signal.SIGSEGV)
+    assert service.status(running[0]).error.cause == "The worker process was ended by signal 11 (SIGSEGV)."
+    assert service.status(running[0]).error.override is None
+
+
+def test_where_no_server_saw_the_end_the_counter_still_speaks(service, running, counted):
+    directory = running[1]
+    end(directory)
+    unseen = "The worker process ended without finishing, and no server saw how: it was killed, or crashed."
+    assert loss_of(directory, 1) == Loss(cause=unseen)
+    counted(1)
+    known = " The kernel's out-of-memory killer ended 1 process of its control group since it began."
+    assert loss_of(directory, 1) == Loss(cause=unseen + known, out_of_memory=True)
+
+
+def test_the_counter_of_this_machine_can_be_read_or_is_absent():
+    counter = oom_counter()
+    assert (counter is None) == (oom_kills(counter) is None)
+    if counter is not None:
+        assert counter.is_relative_to(CGROUPS)
+        assert oom_kills(counter) >= 0
 
 
 def test_a_restart_of_the_machine_is_recognised(service, running):

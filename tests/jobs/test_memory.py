@@ -1,29 +1,11 @@
 """Whether a run fits: refused with numbers before it starts, on the device that it would take."""
 
-import os
-
 import pytest
 
-from opd_mcp.jobs import devices
 from opd_mcp.jobs.devices import Target
 from opd_mcp.jobs.memory import memory_shortage, with_claims
 from opd_mcp.schemas.errors import OpdError, ResourceError
 from opd_mcp.schemas.requests import GenerateTeacherResponses
-
-
-@pytest.fixture
-def gpu(tmp_path, monkeypatch):
-    """`gpu(total, free)`: a machine with one GPU of so many MiB, as an executable `nvidia-smi` on PATH tells."""
-
-    def install(total: int, free: int) -> None:
-        tool = tmp_path / "nvidia-smi"
-        tool.write_text(f"#!/bin/sh\necho 'GPU-1a, NVIDIA Tiny, {total}, {free}'\n")
-        tool.chmod(0o700)
-        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(devices, "version", lambda name: "2.13.0")
-
-    return install
-
 
 AUTO = {"runtime.device": "auto"}
 

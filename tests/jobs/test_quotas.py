@@ -1,10 +1,19 @@
 """Quotas refuse a start with numbers, and stop a run that goes beyond them."""
 
+import time
+from pathlib import Path
+
+import psutil
 import pytest
 
+from opd_mcp.jobs.liveness import WORKER_FILE, WorkerProcess
+from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.server.texts import setup_text
+from opd_mcp.store.journal import read_journal
+from opd_mcp.store.runs import JOURNAL_FILE
 from opd_mcp.store.settings import SETTINGS_FILE, read_settings
+from opd_mcp.store.view import seconds_of
 
 
 def settle(service, text):
@@ -74,3 +83,61 @@ def test_a_run_beyond_its_hours_stops_and_goes_on_when_more_are_set(world, servi
     settle(service, "[quotas]\nmax_gpu_hours = 10\nmax_running_runs = 1\n")
     service.resume(run_id)
     assert finished(service, run_id).state == "succeeded"
+
+
+def records(service, run_id, type):
+    journal = read_journal(service.workspace.run(run_id) / JOURNAL_FILE)
+    return [record for record in journal if record.type == type]
+
+
+def series(service, run_id):
+    """Loss and gradient norm by step, as the newest attempt that took the step told them."""
+    metrics = [record.data for record in records(service, run_id, "metric")]
+    return {data["step"]: (data["values"]["loss"], data["values"]["gradient_norm"]) for data in metrics}
+
+
+def weights(status):
+    return (Path(status.result["paths"]["sft"]) / "model.safetensors").read_bytes()
+
+
+def test_a_real_training_beyond_its_hours_leaves_a_checkpoint_and_ends_as_if_it_had_not_been_stopped(
+    world, real_service, undisturbed_service, leases, until, finished
+):
+    arguments = world.sft_arguments(**{"sft.steps": 400, "sft.batch_size": 2})
+    other = undisturbed_service.start_sft(arguments).run_id
+    whole = finished(undisturbed_service, other)
+    assert whole.state == "succeeded"
+    begun = seconds_of(records(undisturbed_service, other, "state")[1].time)
+    first_step = seconds_of(records(undisturbed_service, other, "metric")[0].time)
+    allowed = 2 * (first_step - begun) + 3.0  # the training begins within it, on a machine half as fast as well
+
+    lease = leases.acquire("somebody-else", leases.cpu_slot_names(), 2, lambda: False)
+    run_id = real_service.start_sft(arguments).run_id
+    settle(real_service, f"[quotas]\nmax_gpu_hours = {allowed / 3600}\n")
+    lease.release()
+    until(real_service, run_id, lambda status: status.phase == "sft" and status.progress and status.progress.done)
+    directory = real_service.workspace.run(run_id)
+    worker = psutil.Process(WorkerProcess.from_json((directory / WORKER_FILE).read_bytes()).pid)
+    worker.suspend()  # in the middle of its training, until its time is over
+    over = seconds_of(records(real_service, run_id, "state")[1].time) + allowed + 0.5
+    while time.time() < over:
+        time.sleep(0.05)
+    worker.resume()
+    stopped = finished(real_service, run_id)
+    assert (stopped.state, stopped.error.code) == ("failed", "quota_exceeded")
+    assert f"max_gpu_hours is {allowed / 3600}" in stopped.error.cause
+    last = max(series(real_service, run_id))
+    assert 0 < last < 400
+    checkpoint = max((directory / "checkpoints" / "sft").glob("step-*"))
+    assert CheckpointRecord.from_json((checkpoint / "checkpoint.json").read_bytes()).state.step == last
+
+    with pytest.raises(ResourceError, match="quota_exceeded"):
+        real_service.resume(run_id)
+    settle(real_service, "[quotas]\nmax_gpu_hours = 1\n")
+    real_service.resume(run_id)
+    resumed = finished(real_service, run_id)
+    assert resumed.state == "succeeded", resumed
+    [went_on] = [r.data["step"] for r in records(real_service, run_id, "phase") if r.data["event"] == "resumed"]
+    assert went_on == last, "nothing was computed twice"
+    assert weights(resumed) == weights(whole)
+    assert series(real_service, run_id) == series(undisturbed_service, other)

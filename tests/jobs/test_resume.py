@@ -3,11 +3,14 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
 
 from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.requests import SampleModel
+from opd_mcp.server.results import result_lines
 from opd_mcp.store.journal import read_journal
 
 LONG = {"sft.steps": 100_000}
@@ -36,6 +39,24 @@ def test_a_lost_run_goes_on_under_its_id(world, service, until, finished):
     assert [row.run_id for row in service.list_runs().rows] == [run_id]
     records = read_journal(service.workspace.run(run_id) / "journal.jsonl")
     assert {record.attempt for record in records} == {1, 2}
+
+
+def test_phases_that_the_run_itself_finished_are_not_told_as_reused(world, service, until, finished):
+    arguments = world.start_arguments(overrides={"distill.steps": 200})
+    run_id = service.start_distillation(arguments).run_id
+    until(service, run_id, lambda status: status.phase == "distill")
+    service.cancel(run_id)
+    finished(service, run_id)
+    service.resume(run_id)
+    status = finished(service, run_id)
+    stages = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
+    assert [(cost["stage"], cost["reused"]) for cost in status.result["costs"]] == [(name, False) for name in stages]
+    assert not any("reused" in line for line in result_lines(status.result))
+    [shown] = service.dashboard([run_id]).runs
+    assert [(cost.stage, cost.reused) for cost in shown.costs] == [(name, False) for name in stages]
+    other = finished(service, service.start_distillation(world.start_arguments(overrides={"distill.steps": 3})).run_id)
+    reused = {cost["stage"] for cost in other.result["costs"] if cost["reused"]}
+    assert reused == {"generate_responses", "sft", "rollout", "score"}, "another run's work"
 
 
 def test_a_cancelled_run_forgets_the_request_to_stop(world, service, until, finished):
@@ -77,6 +98,17 @@ def test_a_run_is_not_resumed_beside_another_one_of_its_request(world, service, 
     with pytest.raises(RunError, match=rf"same_request_active.*{second}"):
         service.resume(first)
     service.cancel(second)
+
+
+def test_each_attempt_writes_its_samples_into_a_folder_of_its_own(world, service, busy_machine, finished):
+    run_id = service.sample_model(SampleModel(model=world.student, prompts=["1+1=?"])).run_id
+    service.cancel(run_id)
+    assert finished(service, run_id).state == "cancelled"
+    busy_machine.release()
+    service.resume(run_id)
+    samples = Path(finished(service, run_id).result["paths"]["samples"])
+    assert samples == service.workspace.run(run_id) / "sample-2" / "samples.json"
+    assert samples.is_file()
 
 
 def test_a_suspended_worker_that_wakes_after_a_resume_writes_nothing(world, service, until, finished):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from opd_mcp.jobs.status import next_action, remaining_seconds, status_of
+from opd_mcp.jobs.status import costs_by_stage, next_action, remaining_seconds, status_of
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import RunLock
@@ -106,6 +106,38 @@ def test_a_finished_run_shows_no_phase_and_no_next_check(tmp_path, journal, reco
 def test_alerts_pass_through(tmp_path, journal, record):
     journal.append("alert", {"code": "loss_grows", "message": "The loss grows."})
     assert status_of(view_of(tmp_path), record, None).alerts[0].code == "loss_grows"
+
+
+def test_an_alert_that_a_resumed_run_raises_again_stands_once_at_its_last_time(tmp_path, journal, record):
+    told = [("loss_grows", "The loss grows."), ("step_stalled", "5 s"), ("loss_grows", "The loss grows.")]
+    for code, message in told:
+        journal.append("alert", {"code": code, "message": message})
+    with JournalWriter(tmp_path / "run" / "journal.jsonl", 2) as second:
+        last = second.append("alert", {"code": "loss_grows", "message": "The loss grows."})
+        second.append("alert", {"code": "step_stalled", "message": "7 s"})
+    view = view_of(tmp_path)
+    assert len(view.alerts) == 5, "the journal keeps them all"
+    alerts = status_of(view, record, None).alerts
+    assert [(alert.code, alert.message) for alert in alerts] == [
+        ("step_stalled", "5 s"),
+        ("loss_grows", "The loss grows."),
+        ("step_stalled", "7 s"),
+    ]
+    assert alerts[1].time == last.time
+
+
+def test_a_phase_that_a_later_attempt_takes_over_counts_once_for_the_pace(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    finished(journal, "generate_responses", 40.0)
+    finished(journal, "sft", 20.0)
+    finished(journal, "generate_responses", 40.0, reused=True)  # as runs before told it
+    finished(journal, "sft", 20.0)
+    view = view_of(tmp_path)
+    assert [(cost.stage, cost.reused) for cost in costs_by_stage(view)] == [
+        ("generate_responses", False),
+        ("sft", False),
+    ]
+    assert remaining_seconds(view, record, time.time()) == pytest.approx(4 * 30.0), "60 s for what 20 s were expected"
 
 
 def test_each_ended_kind_names_the_next_call(tmp_path, journal, record):

@@ -8,16 +8,12 @@ import psutil
 import pytest
 
 from opd_mcp.identity.lineage import read_lineage
-from opd_mcp.jobs.service import JobService
-from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.reports import BenchmarkReport
 from opd_mcp.store.journal import read_journal
-from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import RunLock
-from opd_mcp.store.workspace import Workspace
 
 SHORT = {
     "sft.steps": 3,
@@ -29,13 +25,6 @@ SHORT = {
     "benchmark.kl_prompts": 4,
     **{f"{stage}.sampling.max_new_tokens": 8 for stage in ("responses", "rollout", "benchmark")},
 }
-
-
-@pytest.fixture
-def real_service(world) -> JobService:
-    """A service whose workers are `opd-mcp worker` with the engine."""
-    settings = JobSettings(world.settings.lease_folder, 2, world.settings.examples)
-    return JobService(Workspace(world.root / "home"), AllowedRoots([world.root / "data"]), settings)
 
 
 def test_the_engine_distills_through_all_phases_and_live_reuses_what_it_can(world, real_service, finished):

@@ -5,6 +5,8 @@ import stat
 
 import pytest
 
+from opd_mcp.identity import files
+from opd_mcp.identity.files import fsync_tree
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
 from opd_mcp.store.artifacts import artifact_directories, require_intact
 
@@ -36,6 +38,25 @@ def test_what_is_not_published_is_not_an_artifact(artifacts, workspace):
     assert stat.S_IMODE(building.stat().st_mode) == 0o700
     assert artifact_directories(workspace) == []
     assert artifacts.find_by_key("cache", "key") is None
+
+
+def test_the_right_to_publish_is_asked_once_everything_is_on_the_disk(artifacts, workspace, monkeypatch):
+    """A large artifact takes its time there, in which another attempt may take over."""
+    events = []
+
+    def lost():
+        events.append("asked")
+        raise PermissionError
+
+    def written(directory):
+        events.append("written")
+        fsync_tree(directory)
+
+    monkeypatch.setattr(files, "fsync_tree", written)
+    with pytest.raises(PermissionError):
+        artifacts.publish("cache", build(artifacts), "cache-1", "key", require_right=lost)
+    assert events == ["written", "asked"]
+    assert artifact_directories(workspace) == []
 
 
 def test_a_removed_directory_is_forgotten(artifacts):

@@ -86,7 +86,7 @@ def rollout(
             valid_vocab=model.facts.tokens,
             on_batch=counter(context, count, "rollouts", before=first),
         )
-        drawn, note, kept = built_shard(path, partial(_drawn, draw, path))
+        drawn, note, kept = built_shard(path, partial(_drawn, draw, path, context))
         earlier += note.seconds if kept else 0.0
         context.reporter.progress(first + len(drawn), count, "rollouts")
         tally.add(drawn)
@@ -112,10 +112,11 @@ def rollout(
     return stage_cost("rollout", started, statistics.response_tokens, model.device, earlier=earlier)
 
 
-def _drawn(draw: Callable[[], Sequences], path: Path) -> tuple[Sequences, ShardNote]:
+def _drawn(draw: Callable[[], Sequences], path: Path, context: Context) -> tuple[Sequences, ShardNote]:
     begun = time.perf_counter()
     drawn = draw()
-    return drawn, ShardNote(shard=write_shard(path, drawn), seconds=time.perf_counter() - begun)
+    shard = write_shard(path, drawn, require_right=context.require_right)
+    return drawn, ShardNote(shard=shard, seconds=time.perf_counter() - begun)
 
 
 def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime) -> EngineGap | None:

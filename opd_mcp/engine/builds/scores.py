@@ -182,7 +182,7 @@ def _built(
         require_going(context)
         path = output / f"shard-{number:05d}.parquet"
         drawn = read_shard(rollouts / shard.file, sha256=shard.sha256)
-        rows, note, kept = built_shard(path, lambda: _scored(recipe, scorer, drawn, path))  # noqa: B023
+        rows, note, kept = built_shard(path, lambda: _scored(recipe, scorer, drawn, path, context))  # noqa: B023
         built.earlier += note.seconds if kept else 0.0
         built.notes.append(note)
         built.tally.add(rows, note.clamped)
@@ -202,7 +202,9 @@ def _built(
     return built
 
 
-def _scored(recipe: ScoreRecipe, scorer: Teacher, drawn: Sequences, path: Path) -> tuple[Sequences, ShardNote]:
+def _scored(
+    recipe: ScoreRecipe, scorer: Teacher, drawn: Sequences, path: Path, context: Context
+) -> tuple[Sequences, ShardNote]:
     begun = time.perf_counter()
     sequences, dropped, capped = without_truncated(drawn, recipe)
     result = scorer.score(sequences, recipe.topk)
@@ -212,7 +214,7 @@ def _scored(recipe: ScoreRecipe, scorer: Teacher, drawn: Sequences, path: Path) 
         scored = scored.take(np.array([row for row in range(len(sequences)) if row not in bad], dtype=np.int64))
     small, clamped = compacted(scored, recipe.dtype)
     note = ShardNote(
-        shard=write_shard(path, small),
+        shard=write_shard(path, small, require_right=context.require_right),
         seconds=time.perf_counter() - begun,
         clamped=clamped,
         truncated_dropped=dropped,

@@ -7,7 +7,7 @@ that training on data in memory needs none.
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,17 @@ ZSTD_LEVEL = 1
 TOKEN_COLUMNS = ("teacher_logprobs", "behaviour_logprobs", "topk_ids", "topk_logprobs")
 
 
-def write_shard(path: Path, sequences: Sequences, *, texts: Mapping[str, Sequence[str | None]] | None = None) -> Shard:
-    """Write all rows to `path` (temporary name, fsync, rename) and return the shard's manifest entry."""
+def write_shard(
+    path: Path,
+    sequences: Sequences,
+    *,
+    texts: Mapping[str, Sequence[str | None]] | None = None,
+    require_right: Callable[[], None] = lambda: None,
+) -> Shard:
+    """Write all rows to `path` (temporary name, fsync, rename) and return the shard's manifest entry.
+
+    `require_right` is asked before the rename and raises when there must be no such shard.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -57,6 +66,7 @@ def write_shard(path: Path, sequences: Sequences, *, texts: Mapping[str, Sequenc
     pa.default_memory_pool().release_unused()
     with partial.open("rb") as file:
         os.fsync(file.fileno())
+    require_right()
     partial.rename(path)
     fsync_directory(path.parent)
     return Shard(

@@ -51,6 +51,18 @@ def test_what_is_written_is_read(sizes: list[tuple[int, int]], tmp_path_factory:
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file stays"
 
 
+def test_without_the_right_there_is_no_shard_and_the_one_before_stays(tmp_path: Path) -> None:
+    path, before = tmp_path / "shard-00000.parquet", some_sequences([(2, 3)])
+    entry = write_shard(path, before)
+
+    def lost() -> None:
+        raise PermissionError
+
+    with pytest.raises(PermissionError):
+        write_shard(path, some_sequences([(4, 5)]), require_right=lost)
+    assert_equal(read_shard(path, sha256=entry.sha256), before)
+
+
 def test_several_shards_are_one_data_set(tmp_path: Path) -> None:
     whole = some_sequences([(2, 3), (4, 0), (1, 5), (3, 2)])
     entries = [

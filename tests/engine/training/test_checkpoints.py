@@ -1,5 +1,6 @@
 """A training that is interrupted and goes on ends as one that was not, to the bit."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,11 +63,21 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
     """`trained(reporter, folder)`: model and summary; dropout makes torch's own random state matter."""
 
     def run(
-        reporter: SilentReporter, folder: Path | None, settings: LoopSettings = SETTINGS, every: int = 2, **sizes: int
+        reporter: SilentReporter,
+        folder: Path | None,
+        settings: LoopSettings = SETTINGS,
+        every: int = 2,
+        require_right: Callable[[], None] = lambda: None,
+        **sizes: int,
     ) -> tuple[PreTrainedModel, TrainingSummary]:
         model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=0.1, **sizes).train()
         torch.manual_seed(7)
-        context = Context(reporter=reporter, checkpoints=folder, checkpoint=CheckpointRecipe(steps=every))
+        context = Context(
+            reporter=reporter,
+            checkpoints=folder,
+            checkpoint=CheckpointRecipe(steps=every),
+            require_right=require_right,
+        )
         steps = stored_batches(rows, steps=settings.steps, batch_size=6, seed=3, scope="test")
         return model, train(model, settings, steps, SFT_OBJECTIVE, sft_metrics, runtime, context)
 
@@ -224,3 +235,69 @@ def test_a_save_that_fails_ends_the_training_and_leaves_the_checkpoint_before(
             trained(Recorder(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
     assert same(trained(Recorder(), tmp_path)[0], trained(Recorder(), None)[0])
+
+
+class Right:
+    """The right to write, until somebody else begins a checkpoint of his own in the same folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.others = folder / ".building-of-the-next"
+
+    def lose(self) -> None:
+        self.others.mkdir(exist_ok=True)
+
+    def require(self) -> None:
+        if self.others.exists():
+            raise RunError("attempt_superseded", "Somebody else has taken over.", fix="Follow that one.")
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("gone", [False, True], ids=["as it was", "removed by the next"])
+def test_who_loses_the_right_while_a_checkpoint_is_written_publishes_nothing(
+    trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, gone: bool
+) -> None:
+    from opd_mcp.engine.training import checkpoints
+
+    right, write = Right(tmp_path), checkpoints.write_atomic
+
+    def taken_over(path: Path, content: str) -> None:
+        write(path, content)
+        if len(saved_checkpoints(tmp_path)) == step // 2 - 1:
+            right.lose()
+            if gone:
+                shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(checkpoints, "write_atomic", taken_over)
+    with pytest.raises(RunError, match="attempt_superseded"):
+        trained(Recorder(), tmp_path, require_right=right.require)
+    assert right.names() == [right.others.name, *(f"step-{n:08d}" for n in range(2, step, 2))]
+
+
+def test_who_loses_the_right_after_a_checkpoint_was_published_removes_none(
+    trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opd_mcp.engine.training import checkpoints
+
+    right, publish = Right(tmp_path), checkpoints.publish_directory
+
+    def taken_over(building: Path, final: Path, require_right: Callable[[], None]) -> None:
+        publish(building, final, require_right)
+        if final.name == "step-00000006":
+            right.lose()
+
+    monkeypatch.setattr(checkpoints, "publish_directory", taken_over)
+    with pytest.raises(RunError, match="attempt_superseded"):
+        trained(Recorder(), tmp_path, require_right=right.require)
+    assert right.names() == [right.others.name, "step-00000002", "step-00000004", "step-00000006"]
+
+
+def test_who_has_no_right_takes_nothing_away_when_training_begins(trained, tmp_path: Path) -> None:
+    right = Right(tmp_path)
+    right.lose()
+    with pytest.raises(RunError, match="attempt_superseded"):
+        trained(Recorder(), tmp_path, require_right=right.require)
+    assert right.names() == [right.others.name]
