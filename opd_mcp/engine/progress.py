@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.losses.kernels import kernel_problem
 from opd_mcp.engine.models.attention import padding_warning
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import hardware_name
@@ -23,13 +24,23 @@ def counter(context: Context, total: int, unit: str, before: int = 0) -> Callabl
     return on_batch
 
 
-def padding_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
-    """One sentence a model that does not pack its rows, told as alerts `padded_rows` as well."""
-    found = [padding_warning(model.model) for model in models if model is not None]
-    warnings = list(dict.fromkeys(warning for warning in found if warning is not None))
-    for warning in warnings:
-        context.reporter.alert("padded_rows", warning)
-    return warnings
+def model_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
+    """What makes these models slower than they could be, a sentence each, told as alerts as well.
+
+    `padded_rows`: a class that does not pack; `plain_head`: a GPU on which the head's kernel does not run.
+    """
+    found: dict[str, str] = {}
+    for model in models:
+        if model is None:
+            continue
+        if (padding := padding_warning(model.model)) is not None:
+            found[padding] = "padded_rows"
+        device = model.model.device
+        if device.type == "cuda" and (problem := kernel_problem(device)) is not None:
+            found[f"The head runs in plain torch, without its kernel: {problem}."] = "plain_head"
+    for warning, code in found.items():
+        context.reporter.alert(code, warning)
+    return list(found)
 
 
 def stage_cost(stage: str, started: float, tokens: int, device: torch.device, *, earlier: float = 0.0) -> StageCost:

@@ -24,7 +24,7 @@ from opd_mcp.engine.evaluation.report import report_markdown
 from opd_mcp.engine.generation.rollouts import draw_rollouts
 from opd_mcp.engine.generation.samples import sample
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, save_model
-from opd_mcp.engine.progress import counter, padding_warnings, stage_cost
+from opd_mcp.engine.progress import counter, model_warnings, stage_cost
 from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.engine.training.batches import live_batches, stored_batches
@@ -131,7 +131,7 @@ def sft(
         rows, adopted.tokenizer, context, eos_token_id=adopted.eos_token_ids[0], max_length=recipe.max_length
     )
     model = load_model(student, runtime, for_training=True)
-    padding_warnings(context, model)
+    model_warnings(context, model)
     summary = train(
         model.model,
         _settings(recipe, "token"),
@@ -208,7 +208,7 @@ def distill(
             valid_vocab=min(model.facts.tokens, teacher_model.facts.tokens),
             runtime=runtime,
         )
-    padding_warnings(context, model, teacher_model)
+    model_warnings(context, model, teacher_model)
     summary = train(
         model.model,
         _settings(recipe, recipe.normalize),
@@ -256,11 +256,11 @@ def benchmark(
     chosen = rows[: recipe.limit]
     teacher_model = load_model(teacher, runtime) if teacher else None
     scored: dict[str, Scored] = {}
-    warnings = padding_warnings(context, teacher_model)
+    warnings = model_warnings(context, teacher_model)
     for name, path in models.items():
         context.reporter.phase(f"measuring {name}")
         model = load_model(path, runtime)
-        warnings += padding_warnings(context, model)
+        warnings += model_warnings(context, model)
         scored[name] = score_model(
             name,
             model,

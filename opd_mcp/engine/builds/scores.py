@@ -26,7 +26,7 @@ from opd_mcp.engine.cache.statistics import ScoreTally, compacted
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.models.loading import adopt_tokenizer
-from opd_mcp.engine.progress import padding_warnings, stage_cost
+from opd_mcp.engine.progress import model_warnings, stage_cost
 from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.teachers.http import open_remote, same_probe
@@ -80,7 +80,7 @@ def score(
         require_same_tokens(teacher, student)
     scorer = open_teacher(recipe, teacher, remote, student, runtime, context)
     if isinstance(scorer, LocalTeacher):
-        padding_warnings(context, scorer.model)
+        model_warnings(context, scorer.model)
     try:
         claim = claim_of(student, sft_teacher)
         require_consistent(scorer.identity, claim, allowed=allow_teacher_mismatch)

@@ -6,7 +6,6 @@ kernel runs on the CPU, which is how it is tested.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -26,26 +25,26 @@ class RowSums:
 
 
 @triton.jit
-def _row_kernel(
-    logits: Any,
-    floors: Any,
-    greatest_of: Any,
-    outside_of: Any,
-    values: Any,
-    vocab: Any,
-    row_stride: Any,
-    value_stride: Any,
-    softcap: Any,
+def _row_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations as its own types
+    logits,
+    floors,
+    greatest_of,
+    outside_of,
+    values,
+    row_stride,
+    value_stride,
+    softcap,
+    VOCAB: tl.constexpr,
     CAPPED: tl.constexpr,
     WRITES: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     greatest = tl.load(floors + row)
     outside = greatest * 0.0
-    for start in range(0, vocab, BLOCK):
+    for start in range(0, VOCAB, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + row * row_stride + column, mask=column < vocab, other=float("-inf"))
+        z = tl.load(logits + row * row_stride + column, mask=column < VOCAB, other=float("-inf"))
         if CAPPED:
             # 2σ(2x) − 1 is tanh(x); a logit of −inf stays out of the row
             z = tl.where(z == float("-inf"), z, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1))
@@ -55,9 +54,9 @@ def _row_kernel(
     tl.store(greatest_of + row, greatest)
     tl.store(outside_of + row, outside)
     if WRITES:
-        for start in range(0, vocab, BLOCK):
+        for start in range(0, VOCAB, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * row_stride + column, mask=column < vocab, other=float("-inf"))
+            z = tl.load(logits + row * row_stride + column, mask=column < VOCAB, other=float("-inf"))
             if CAPPED:
                 share = tl.sigmoid(2 * z / softcap)
                 capped = tl.where(z == float("-inf"), z, softcap * (2 * share - 1))
@@ -65,7 +64,7 @@ def _row_kernel(
                 value = tl.exp(capped - greatest) * (4 * share * tl.sigmoid(-2 * z / softcap))
             else:
                 value = tl.exp(z - greatest)
-            tl.store(values + row * value_stride + column, value.to(values.dtype.element_ty), mask=column < vocab)
+            tl.store(values + row * value_stride + column, value.to(values.dtype.element_ty), mask=column < VOCAB)
 
 
 def row_sums(logits: Tensor, floors: Tensor, *, softcap: float | None = None, values: Tensor | None = None) -> RowSums:
@@ -85,10 +84,10 @@ def row_sums(logits: Tensor, floors: Tensor, *, softcap: float | None = None, va
             greatest,
             outside,
             target,
-            vocab,
             logits.stride(0),
             target.stride(0),
             softcap or 1.0,
+            VOCAB=vocab,
             CAPPED=softcap is not None,
             WRITES=values is not None,
             BLOCK=BLOCK,

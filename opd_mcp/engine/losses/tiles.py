@@ -1,13 +1,12 @@
 """Tiles of logits [C, V]: made, exponentiated in place, and never kept."""
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from opd_mcp.engine.losses.kernels import kernel_problem
 from opd_mcp.schemas.memory import TILE_BYTES
 
 # the least mass outside a row's ids: below it a ratio to it would overflow float32
@@ -44,7 +43,8 @@ class Head:
         """Whether the Triton kernel goes over this head's tiles."""
         if self.kernel is not None:
             return self.kernel
-        return self.weight.device.type == "cuda" and self.wide is torch.float32 and _has_triton()
+        cuda = self.weight.device.type == "cuda"
+        return cuda and self.wide is torch.float32 and kernel_problem(self.weight.device) is None
 
     def product(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         """left @ right of operand-dtype matrices, in the wide dtype."""
@@ -138,12 +138,6 @@ def normalisers(head: Head, logits: Tensor, targets: Tensor) -> tuple[Tensor, Te
     capped = head.capped(logits)
     greatest = capped.amax(dim=1, keepdim=True)
     return greatest, capped.sub_(greatest).exp_().sum(dim=1, keepdim=True).log()
-
-
-@cache
-def _has_triton() -> bool:
-    """Triton comes with torch's CUDA wheels for Linux; elsewhere plain torch does the same work."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def row_tiles(rows: int, vocab: int, head: Head, tile_bytes: int | None) -> Iterator[slice]:

@@ -30,7 +30,8 @@ def training_flops(model: PreTrainedModel, lengths: Sequence[int], response_toke
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large square matmul on the device, the best of a few."""
     size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
-    left = torch.ones(size, size, dtype=dtype, device=device)
+    # random values: constant ones switch fewer transistors, and a GPU then clocks higher than it ever does in training
+    left = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     best = float("inf")
     for _ in range(4):
         _wait(device)

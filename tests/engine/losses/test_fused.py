@@ -1,5 +1,9 @@
 """The Triton kernel in Triton's interpreter: the same sums and gradients as plain torch, whatever the shape."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_mcp.engine.losses.head import one_pass_losses, row_scores
+from opd_mcp.engine.losses.kernels import kernel_problem
 from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
 from opd_mcp.engine.losses.tiles import Head, exponentials
 
@@ -124,3 +129,46 @@ def test_scores_and_top_k_equal_plain_torch_s(softcap: float | None) -> None:
 def test_an_empty_tile_launches_nothing() -> None:
     sums = fused.row_sums(torch.empty(0, 10), torch.empty(0))
     assert sums.greatest.shape == (0, 1)
+
+
+def test_the_kernel_is_tried_before_it_is_used() -> None:
+    assert kernel_problem(torch.device("cpu")) is None
+    on_cuda = kernel_problem(torch.device("cuda", 0))
+    assert torch.cuda.is_available() or on_cuda.startswith("Triton cannot build it here (")
+
+
+COMPILE = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from opd_mcp.engine.losses.fused import BLOCK, WARPS, _row_kernel
+
+found = []
+for values in ("*fp32", "*bf16"):
+    for capped in (False, True):
+        for writes in (False, True):
+            constants = {"VOCAB": 151936, "CAPPED": capped, "WRITES": writes, "BLOCK": BLOCK}
+            signature = dict.fromkeys(("logits", "floors", "greatest_of", "outside_of"), "*fp32")
+            signature |= {"values": values, "row_stride": "i32", "value_stride": "i32", "softcap": "fp32"}
+            source = ASTSource(_row_kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+            for capability in (80, 90):
+                target = GPUTarget("cuda", capability, 32)
+                code = triton.compile(source, target=target, options={"num_warps": WARPS}).asm
+                found.append([values, writes, len(code["cubin"]), "cvt.rn.bf16" in code["ptx"]])
+print(json.dumps(found))
+"""
+
+
+def test_the_kernel_compiles_for_ampere_and_hopper_without_a_gpu() -> None:
+    """Machine code for every variant; bf16 values are rounded to the nearest there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 16
+    for values, writes, size, rounds in found:
+        assert size > 1000
+        assert rounds == (values == "*bf16" and writes)
