@@ -46,6 +46,9 @@ WATCH = WatchSettings()
 
 def engine_stages() -> Stages:
     """The real stages; torch and transformers are imported here."""
+    import torch  # noqa: F401  first, since what is imported after it logs by its handler
+
+    take_over_libraries()
     from opd_mcp.engine import stages
 
     return stages

@@ -47,7 +47,7 @@ def take_over_libraries() -> None:
 class UtcFormatter(logging.Formatter):
     """Times as the journal writes them."""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  the base's name
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """When the message was logged."""
         return utc_text(record.created)
 
