@@ -118,7 +118,7 @@ def distill(recipe, *, student, output, context, cache=None, teacher=None, promp
     return trained(student, output, sft_teacher=claim_of(student) or claims["sft_teacher"])
 
 
-def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=None, costs=()):
+def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=None, costs=(), alerts=()):
     rows = read_prompts(prompts)
     answered = sum(row.answer is not None for row in rows)
     accuracy = Estimate95(value=0.5, low=0.4, high=0.6, samples=answered, basis="stand-in") if answered else None
@@ -145,6 +145,7 @@ def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=
         hardware="stand-in",
         recipe_hash=recipe_hash,
         costs=list(costs),
+        alerts=list(alerts),
     )
     (output / "report.json").write_text(report.to_json())
     return report
