@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from opd_mcp.jobs.memory import active_records
 from opd_mcp.jobs.workload import expected_disk
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.plans import Finding
@@ -45,11 +46,10 @@ def foretold(store: Store, request: RunRequest, seconds: float | None) -> list[F
     One whose run is active already is refused nothing: a start gives that run.
     """
     quotas = read_settings(store.workspace).quotas
-    active = _active_runs(quotas, store)
-    if any(store.record(run_id).request.plan_id == request.plan_id for run_id in active):
+    active, again = _active_runs(quotas, store), f"call start_distillation(plan_id='{request.plan_id}')"
+    errors = list(_exceeded(quotas, request, seconds, _workspace_bytes(quotas, store), active, again))
+    if errors and any(record.request.plan_id == request.plan_id for record in active_records(store)):
         return []
-    again = f"call start_distillation(plan_id='{request.plan_id}')"
-    errors = _exceeded(quotas, request, seconds, _workspace_bytes(quotas, store), active, again)
     return [Finding(code=error.code, message=error.message, fix=error.fix) for error in errors]
 
 
