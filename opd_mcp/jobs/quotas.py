@@ -80,7 +80,7 @@ def out_of_hours(workspace: Workspace, directory: Path) -> ResourceError:
     """The error of a run that has had its device for as long as it may."""
     used, hours = used_seconds(directory) / HOUR, read_settings(workspace).quotas.max_gpu_hours
     message = f"The run has held its device for {used:.4g} h; max_gpu_hours is {hours}."
-    return _error("max_gpu_hours", message, f"{used:.4g} h", "call resume_run")
+    return _refusal("max_gpu_hours", message, f"{used:.4g} h", "call resume_run")
 
 
 def _exceeded(
@@ -90,7 +90,7 @@ def _exceeded(
     hours = (seconds or 0.0) / HOUR
     if quotas.max_gpu_hours is not None and hours > quotas.max_gpu_hours:
         message = f"The run is expected to hold its device for {hours:.4g} h; max_gpu_hours is {quotas.max_gpu_hours}."
-        yield _error("max_gpu_hours", message, f"{hours:.4g} h", again, "take fewer steps or prompts, or ")
+        yield _refusal("max_gpu_hours", message, f"{hours:.4g} h", again, "take fewer steps or prompts, or ")
     if quotas.max_bytes is not None:
         pending = [phase.name for phase in request.phases if phase.satisfied_by is None]
         expected = sum(expected_disk(name, request.recipe, request.inputs) for name in pending)
@@ -99,12 +99,12 @@ def _exceeded(
                 f"The workspace holds {size} bytes and the run writes up to {expected}; "
                 f"max_bytes is {quotas.max_bytes}."
             )
-            yield _error("max_bytes", message, size + expected, again, "make room with opd-mcp gc, or ")
+            yield _refusal("max_bytes", message, size + expected, again, "make room with opd-mcp gc, or ")
     if quotas.max_running_runs is not None and len(active) >= quotas.max_running_runs:
         count = f"{len(active)} runs are" if len(active) > 1 else f"{active[0]} is"
         message = f"{count} active, and max_running_runs lets {quotas.max_running_runs} be active at a time."
         other_way = f"wait for {active[0]} to end or cancel it, or "
-        yield _error("max_running_runs", message, len(active), again, other_way)
+        yield _refusal("max_running_runs", message, len(active), again, other_way)
 
 
 def _active_runs(quotas: Quotas, store: Store) -> list[str]:
@@ -115,6 +115,6 @@ def _workspace_bytes(quotas: Quotas, store: Store) -> int:
     return tree_bytes(store.workspace.root) if quotas.max_bytes is not None else 0
 
 
-def _error(name: str, message: str, value: object, again: str, other_way: str = "") -> ResourceError:
+def _refusal(name: str, message: str, value: object, again: str, other_way: str = "") -> ResourceError:
     fix = f"{other_way}raise quotas.{name} in the workspace's {SETTINGS_FILE}, then {again}."
     return ResourceError("quota_exceeded", message, value=value, fix=fix[0].upper() + fix[1:])
