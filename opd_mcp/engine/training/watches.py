@@ -15,7 +15,7 @@ CLIPPED_SHARE = 0.5
 # For log-normal weights the share is e^−σ²: at 0.1 the student's log-probs are spread by σ = 1.5 nats a token around
 # those that the rollouts were drawn with. A few tokens are heavy enough to pull single steps far lower (to 0.001), so
 # the mean of ten steps is judged. In `opd-mcp demo`, seeds 0 and 1, its lowest values were 0.19 and 0.26 (sampled) and
-# 0.46 and 0.49 (top-k) with the SFT's own teacher, and 0.02 and 0.04 with another one, whose student unlearned the task.
+# 0.46 and 0.49 (top-k) with the SFT's own teacher, and 0.02 and 0.04 with another one, whose student forgot the task.
 EFFECTIVE_SHARE = 0.1
 
 
