@@ -1,4 +1,4 @@
-"""The command line: `opd-mcp serve | demo | status | list | cancel | resume | doctor | gc | cache …` and more.
+"""The command line: `opd-mcp serve | demo | status | logs | list | cancel | resume | doctor | gc | cache …`.
 
 The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
 teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
@@ -7,15 +7,16 @@ what only a worker uses, and the other way round.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from opd_mcp.jobs.service import JobService
+    from opd_mcp.schemas.base import Schema
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 # the bearer token of a remote teacher, and of serve-teacher's own callers
 TEACHER_KEY = "OPD_TEACHER_KEY"
+ADVICE = ("next: ", "fix: ", "ALERT ")
+Shown = TypeVar("Shown", bound="Schema")
 AsJson = Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")]
 
 
@@ -100,7 +103,20 @@ def status(
     from opd_mcp.server.texts import status_text
 
     found = open_service().status(run_id)
-    typer.echo(found.to_json() if as_json else status_text(found))
+    show(found, as_json, status_text)
+
+
+@app.command()
+def logs(
+    run_id: Annotated[str, typer.Argument(help="A run id, or latest.")] = "latest",
+    tail: Annotated[int, typer.Option(help="Lines to show.", min=1, max=200)] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Show the last lines of a run's log."""
+    from opd_mcp.schemas.requests import GetRunLogs
+
+    found = open_service().run_logs(GetRunLogs(run_id=run_id, tail=tail))
+    show(found, as_json, lambda found: "\n".join(found.lines))
 
 
 @app.command("list")
@@ -111,7 +127,7 @@ def list_runs(
     from opd_mcp.server.texts import list_text
 
     found = open_service().list_runs(limit=limit)
-    typer.echo(found.to_json() if as_json else list_text(found))
+    show(found, as_json, list_text)
 
 
 @app.command()
@@ -120,7 +136,7 @@ def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
     from opd_mcp.server.texts import cancel_text
 
     found = open_service().cancel(run_id)
-    typer.echo(found.to_json() if as_json else cancel_text(found))
+    show(found, as_json, cancel_text)
 
 
 @app.command()
@@ -129,7 +145,7 @@ def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
     from opd_mcp.server.texts import snapshot_text
 
     found = open_service().resume(run_id)
-    typer.echo(found.to_json() if as_json else snapshot_text(found))
+    show(found, as_json, snapshot_text)
 
 
 @app.command()
@@ -137,17 +153,18 @@ def doctor(
     repair: Annotated[bool, typer.Option(help="Rebuild the index from the run directories.")] = False,
 ) -> None:
     """Check the set-up and say how to fix what is wrong."""
+    from opd_mcp.commands import in_commands
     from opd_mcp.jobs.doctor import checks
 
     service = open_service()
     if repair:
         for problem in service.store.rebuild():
-            typer.echo(str(problem), err=True)
+            typer.echo(in_commands(str(problem)), err=True)
     found = list(checks(service))
     for check in found:
         typer.echo(f"{'ok ' if check.well else 'BAD'} {check.name}: {check.found}")
         if not check.well:
-            typer.echo(f"    fix: {check.fix}")
+            typer.echo(f"    fix: {in_commands(check.fix)}")
     raise typer.Exit(int(not all(check.well for check in found)))
 
 
@@ -167,7 +184,7 @@ def gc(
     from opd_mcp.server.texts import garbage_text
 
     found = collected(open_service().store, remove=not dry_run, older_than_days=older_than, artifacts=artifacts)
-    typer.echo(found.to_json() if as_json else garbage_text(found))
+    show(found, as_json, garbage_text)
 
 
 CacheArgument = Annotated[str, typer.Argument(help="A cache id, a run id, or a teacher cache's directory.")]
@@ -182,7 +199,7 @@ def cache_inspect(cache: CacheArgument, as_json: AsJson = False) -> None:
     from opd_mcp.server.cache_texts import inspection_text
 
     found = inspect_cache(cache_directory(cache))
-    typer.echo(found.to_json() if as_json else inspection_text(found))
+    show(found, as_json, inspection_text)
 
 
 @cache_app.command("verify")
@@ -214,7 +231,7 @@ def cache_verify(
         served = RemoteTeacher(name=read_manifest(directory).teacher.name, url=teacher_url)
         rescore = remote_rescorer(served, directory / "tokenizer", os.environ.get(TEACHER_KEY))
     found = verified(directory, rescore, sample=sample)
-    typer.echo(found.to_json() if as_json else found.text())
+    show(found, as_json, lambda found: found.text())
     raise typer.Exit(bool(found.problems))
 
 
@@ -233,7 +250,7 @@ def cache_convert(
     from opd_mcp.server.cache_texts import manifest_lines
 
     found = converted(source, output, student=student, teacher_name=teacher_name)
-    typer.echo(found.to_json() if as_json else "\n".join(manifest_lines(found)))
+    show(found, as_json, lambda found: "\n".join(manifest_lines(found)))
 
 
 @cache_app.command("merge")
@@ -246,7 +263,7 @@ def cache_merge(
     from opd_mcp.engine.cache.merge import merged
 
     manifest = merged(output, [cache_directory(cache) for cache in caches])
-    typer.echo(manifest.to_json() if as_json else f"{manifest.rows} rows, {manifest.tokens} tokens: {output}")
+    show(manifest, as_json, lambda manifest: f"{manifest.rows} rows, {manifest.tokens} tokens: {output}")
 
 
 @app.command("serve-teacher")
@@ -284,6 +301,17 @@ def worker(
     raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key, secrets=secrets))
 
 
+def show(found: Shown, as_json: bool, text: Callable[[Shown], str]) -> None:
+    """Print a record as JSON, or as its text, with commands where advice in it names tools."""
+    from opd_mcp.commands import in_commands
+
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        lines = text(found).splitlines()
+        typer.echo("\n".join(in_commands(line) if line.startswith(ADVICE) else line for line in lines))
+
+
 def workspace_root() -> Path:
     """The workspace that `OPD_HOME` names, or the user's default one."""
     from opd_mcp.store.workspace import default_workspace_root
@@ -313,6 +341,7 @@ def main() -> None:
 
     Whatever is written is for its owner alone, and holds no secret of the environment.
     """
+    from opd_mcp.commands import in_commands
     from opd_mcp.schemas.errors import OpdError
     from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
 
@@ -321,14 +350,14 @@ def main() -> None:
     try:
         app()
     except OpdError as error:
-        typer.echo(str(error), err=True)
+        typer.echo(in_commands(str(error)), err=True)
         sys.exit(1)
     except OSError as error:
         from opd_mcp.jobs.failures import disk_full, is_disk_full
 
         if not is_disk_full(error):
             raise
-        typer.echo(str(disk_full(error)), err=True)
+        typer.echo(in_commands(str(disk_full(error))), err=True)
         sys.exit(1)
 
 

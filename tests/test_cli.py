@@ -7,6 +7,13 @@ import sys
 
 import pytest
 
+from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
+from opd_mcp.store.journal import utc_now
+from opd_mcp.store.runs import LOG_FILE
+from opd_mcp.store.store import Store
+from opd_mcp.store.workspace import Workspace
+
 
 @pytest.fixture
 def opd_mcp(tmp_path):
@@ -20,6 +27,22 @@ def opd_mcp(tmp_path):
     return run
 
 
+@pytest.fixture
+def lost_run(tmp_path) -> str:
+    """The id of a run that nobody works on, with two lines in its log."""
+    store = Store(Workspace(tmp_path / "workspace"))
+    request = RunRequest(
+        kind="sft", recipe=resolve_recipe("demo", {}), inputs=RunInputs(), phases=[RunPhase(name="sft", key="k")]
+    )
+    record = RunRecord(
+        run_id="sft-1", created_at=utc_now(), request_hash="h", request=request, versions={}, hardware="cpu"
+    )
+    started = store.start_once(record)
+    (started.lock.directory / LOG_FILE).write_text("loading\nsomebody called resume_run\n")
+    started.lock.release()
+    return record.run_id
+
+
 def test_an_empty_workspace_lists_no_runs(opd_mcp, tmp_path):
     done = opd_mcp("list", "--json")
     assert done.returncode == 0, done.stderr
@@ -28,13 +51,23 @@ def test_an_empty_workspace_lists_no_runs(opd_mcp, tmp_path):
     assert "0 of 0 runs" in opd_mcp("list").stdout
 
 
-@pytest.mark.parametrize("command", ["status", "cancel"])
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume"])
 def test_an_unknown_run_is_one_line_on_stderr_and_status_1(opd_mcp, command):
     done = opd_mcp(command, "no-such-run")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("[unknown_run]")
     assert len(done.stderr.splitlines()) == 1
+    assert "Run opd-mcp list to see the run ids" in done.stderr
+
+
+def test_the_next_step_of_a_run_is_a_command_and_its_log_is_shown_as_it_is(opd_mcp, lost_run):
+    shown = opd_mcp("status", lost_run).stdout
+    assert "fix: Run opd-mcp resume RUN_ID to go on" in shown
+    assert f"next: Run opd-mcp resume {lost_run}" in shown
+    assert "log: somebody called resume_run" in shown
+    assert "resume_run(run_id=" in opd_mcp("status", lost_run, "--json").stdout
+    assert opd_mcp("logs", lost_run, "--tail", "1").stdout == "somebody called resume_run\n"
 
 
 def test_a_root_that_does_not_exist_is_refused(opd_mcp, tmp_path):

@@ -28,10 +28,10 @@ from opd_mcp.engine.progress import counter, model_warnings, stage_cost
 from opd_mcp.engine.provenance import claim_of, full_identity, record_lineage, tokenizer_files
 from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.engine.training.batches import live_batches, stored_batches
-from opd_mcp.engine.training.clipping import ClipWatch
 from opd_mcp.engine.training.loop import LoopSettings, train
 from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective, sft_metrics
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
+from opd_mcp.engine.training.watches import DistillWatch
 from opd_mcp.identity.consistency import proven_claim
 from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
 from opd_mcp.identity.files import write_atomic
@@ -48,6 +48,7 @@ from opd_mcp.schemas.recipes import (
     SftRecipe,
 )
 from opd_mcp.schemas.reports import BenchmarkReport, Comparison, StageCost, TrainingSummary
+from opd_mcp.schemas.runs import Alert
 
 __all__ = ["benchmark", "check_teacher", "distill", "generate_responses", "rollout", "sample", "score", "sft"]
 
@@ -214,7 +215,7 @@ def distill(
         _settings(recipe, recipe.normalize),
         steps,
         distill_objective(recipe),
-        ClipWatch(recipe, context),
+        DistillWatch(recipe, context),
         runtime,
         context,
     )
@@ -245,10 +246,11 @@ def benchmark(
     recipe_hash: str,
     teacher: Path | None = None,
     costs: Sequence[StageCost] = (),
+    alerts: Sequence[Alert] = (),
 ) -> BenchmarkReport:
     """Measure every model on the same prompts; the first is the candidate, the others its baselines.
 
-    Writes report.json and report.md.
+    Writes report.json and report.md, with what earlier stages took and alerted.
     """
     runtime = open_runtime(context.runtime)
     compiled_pattern(recipe.answer_pattern)
@@ -287,6 +289,7 @@ def benchmark(
         teacher_mismatch_allowed=bool(lineage and lineage.teacher_mismatch_allowed),
         teacher_basis=lineage.sft_teacher.basis if lineage and lineage.sft_teacher else None,
         costs=list(costs),
+        alerts=list(alerts),
         warnings=list(dict.fromkeys(warnings)),
     )
     output.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ MEMORY_OVERRIDE: dict[str, Any] = {
     "score.micro_batch_tokens": 4096,
     "rollout.batch_size": 32,
 }
-_NOISE = re.compile(r"^\s*$|^-- |^\s*[\^~]+\s*$")
+_NOISE = re.compile(r"^\s*$|^\S+Z INFO |^\s*[\^~]+\s*$")
 
 
 @dataclass(frozen=True)

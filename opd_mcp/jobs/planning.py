@@ -17,14 +17,15 @@ from opd_mcp.jobs.judging import (
 from opd_mcp.jobs.measures import measured_cache, with_measures
 from opd_mcp.jobs.method_recipes import distillation_recipe, method_recipe
 from opd_mcp.jobs.phases import FindArtifact, distillation_phases, with_satisfied
+from opd_mcp.jobs.quotas import foretold
 from opd_mcp.jobs.references import References, ResolvedModel
 from opd_mcp.jobs.tokens import mean_prompt_tokens
 from opd_mcp.jobs.workload import data_size, model_shape
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.plans import MethodEstimate, Plan, PlannedPhase
+from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.runs import RunInputs, RunPhase
+from opd_mcp.schemas.runs import RunInputs, RunKind, RunPhase, RunRequest
 
 SAMPLE_ROWS = 3
 SAMPLE_CHARACTERS = 160
@@ -56,10 +57,13 @@ class Planner:
         cache = measured_cache(self.references.store.artifacts, schema, phases)
         verdict = with_measures(verdict, cache, schema, phases, arguments.method, found)
         estimates = self._estimates(recipe, schema, inputs, arguments.method, sft, target)
-        if estimates:
-            mine = next(estimate for estimate in estimates if estimate.method == arguments.method)
+        mine = next((estimate for estimate in estimates if estimate.method == arguments.method), None)
+        if mine is not None:
             found.blocking += resource_findings(mine, target, free_disk(self.references.workspace.root))
         plan_id = f"plan-{content_hash(fingerprint(arguments, schema, recipe, phases))[:12]}"
+        kind: RunKind = "sft" if arguments.method == "sft" else "distill"
+        request = RunRequest(kind=kind, recipe=recipe, inputs=schema, phases=phases, plan_id=plan_id)
+        quota = foretold(self.references.store, request, mine.seconds if mine else None)
         return Plan(
             plan_id=plan_id,
             method=arguments.method,
@@ -72,10 +76,8 @@ class Planner:
             hygiene=hygiene,
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
-            warnings=found.warnings,
-            next_action=f"Call start_distillation(plan_id='{plan_id}')"
-            if not found.blocking
-            else f"Resolve {found.blocking[0].code} ({found.blocking[0].fix}) and call plan_distillation again.",
+            warnings=[*quota, *found.warnings],
+            next_action=_next_action(plan_id, found.blocking, quota),
         )
 
     def _inputs(self, arguments: PlanDistillation) -> PlanInputs:
@@ -143,6 +145,13 @@ class Planner:
             # A start that was asked for "sft" would need the SFT for the two others as well.
             estimates.append(estimator.method(name, self._phases(other, schema, name, sft)))
         return estimates
+
+
+def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> str:
+    """The one next call; a quota that is full now may have room by then, so it blocks no plan."""
+    if blocking:
+        return f"Resolve {blocking[0].code} ({blocking[0].fix}) and call plan_distillation again."
+    return quota[0].fix if quota else f"Call start_distillation(plan_id='{plan_id}')"
 
 
 def _shortened(text: str) -> str:

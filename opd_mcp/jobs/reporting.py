@@ -1,7 +1,7 @@
 """What a stage reports, written into the run's journal."""
 
+import logging
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,6 +15,7 @@ from opd_mcp.schemas.runs import PhaseName
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import cancel_requested
 
+logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.5
 CANCEL_SECONDS = 0.1
 ALERTS_PER_CODE = 5
@@ -59,7 +60,7 @@ class JournalReporter:
 
     def phase(self, name: str) -> None:
         """A part of the stage begins: into the log only, since the journal's phases are the run's."""
-        print(f"-- {name}", file=sys.stderr, flush=True)
+        logger.info("%s", name)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """A progress line when half a second has passed, at the end, and for each new unit."""

@@ -14,6 +14,7 @@ from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
 from opd_mcp.schemas.runs import ModelInput, PhaseName, RunRecord
 from opd_mcp.store.runs import CHECKPOINTS
+from opd_mcp.store.view import RunView
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -151,6 +152,7 @@ class StageCalls:
             prompts=self._benchmark_prompts(),
             teacher=self.paths.get("teacher"),
             costs=self.costs,
+            alerts=RunView(self.directory).refresh().alerts,
             recipe_hash=request.recipe.content_hash(),
             **common,
         )

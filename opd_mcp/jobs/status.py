@@ -42,7 +42,8 @@ def failure(view: RunView) -> Failure | None:
 def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatus:
     """The run as `get_run_status` answers; `place` is where it stands in its device's queue."""
     active = view.state in ACTIVE_STATES
-    eta = remaining_seconds(view, record, time.time()) if view.state == "running" else None
+    cancelling = view.cancel_requested is not None
+    eta = remaining_seconds(view, record, time.time()) if view.state == "running" and not cancelling else None
     return RunStatus(
         run_id=record.run_id,
         kind=record.request.kind,
@@ -55,13 +56,14 @@ def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatu
         progress=view.progress if active else None,
         queue_position=place.position if place else None,
         waits_for=place.text() if place else None,
+        cancel_requested=view.cancel_requested,
         eta_s=None if eta is None else round(eta, 1),
         elapsed_s=_elapsed(view, time.time()),
         metrics=view.metrics,
         alerts=distinct_alerts(view),
         result=view.result,
         error=failure(view),
-        next_check_s=_next_check(eta) if active else None,
+        next_check_s=(MIN_CHECK_SECONDS if cancelling else _next_check(eta)) if active else None,
         next_action=next_action(view, record),
     )
 
@@ -102,7 +104,10 @@ def next_action(view: RunView, record: RunRecord) -> str:
     """The one next call, ready to make."""
     run_id = record.run_id
     if view.state in ACTIVE_STATES:
-        return f"Call get_run_status(run_id='{run_id}', wait_seconds=25)"
+        call = f"Call get_run_status(run_id='{run_id}', wait_seconds=25)"
+        if view.cancel_requested is None:
+            return call
+        return f"A cancellation is pending, do not ask again. {call} until the state is cancelled"
     if view.state != "succeeded":
         fixed_first = view.state == "failed" and view.error is not None and view.error.code not in RESUME_HELPS
         return view.error.fix if fixed_first and view.error else f"Call resume_run(run_id='{run_id}')"

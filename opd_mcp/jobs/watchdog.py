@@ -1,6 +1,7 @@
 """A watch over training steps: one that takes ten times the median raises an alert and leaves the stacks in the log."""
 
 import faulthandler
+import logging
 import statistics
 import sys
 import threading
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from opd_mcp.schemas.errors import RunError
 
+logger = logging.getLogger(__name__)
 REMEMBERED_STEPS = 50
 
 
@@ -87,7 +89,7 @@ def watching(pulse: Pulse, alert: Callable[[str, str], None], settings: WatchSet
             stall = pulse.new_stall(settings)
             if stall is None:
                 continue
-            print(f"-- step stalled for {stall.seconds:.1f} s; the stacks of all threads:", file=sys.stderr, flush=True)
+            logger.warning("Step stalled for %.1f s; the stacks of all threads:", stall.seconds)
             faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
             try:
                 alert(

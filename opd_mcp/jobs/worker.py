@@ -3,11 +3,11 @@
 It holds the run's lock for its whole life, takes a device lease, and only then imports the engine.
 """
 
+import logging
 import os
 import resource
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.jobs.stage_calls import StageCalls, Stages
 from opd_mcp.jobs.tracing import run_span
 from opd_mcp.jobs.watchdog import WatchSettings, watching
+from opd_mcp.jobs.worker_log import logging_to_stderr, take_over_libraries
 from opd_mcp.jobs.workload import expected_disk, expected_flops
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.recipes import RuntimeRecipe
@@ -37,6 +38,7 @@ from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
+logger = logging.getLogger(__name__)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 WATCH = WatchSettings()
@@ -44,6 +46,9 @@ WATCH = WatchSettings()
 
 def engine_stages() -> Stages:
     """The real stages; torch and transformers are imported here."""
+    import torch  # noqa: F401  first, since what is imported after it logs by its handler
+
+    take_over_libraries()
     from opd_mcp.engine import stages
 
     return stages
@@ -74,7 +79,7 @@ def main(
         lock = RunLock.adopt(directory, lock_fd)
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
-    with lock, taken_up(lock) as journal:
+    with lock, logging_to_stderr(), taken_up(lock) as journal:
         journal.secrets = secrets
         return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
 
@@ -140,6 +145,12 @@ def run_phases(
     from opd_mcp.engine.context import Context
 
     recipe = record.request.recipe
+
+    def loaded() -> Stages:
+        stages = load_stages()
+        take_over_libraries()
+        return stages
+
     context = Context(
         runtime=recipe.runtime,
         prompting=recipe.prompting,
@@ -154,7 +165,7 @@ def run_phases(
         artifacts=store.artifacts,
         journal=journal,
         reporter=reporter,
-        calls=StageCalls(record, directory, context, load_stages),
+        calls=StageCalls(record, directory, context, loaded),
         device=device,
         flops=lambda name: expected_flops(name, recipe, record.request.inputs),
         disk=lambda name: expected_disk(name, recipe, record.request.inputs),
@@ -235,10 +246,10 @@ def _ended_by(
     try:
         journal.require_right()
     except RunError as fence:  # nothing of this run is this process's any more, whatever else went wrong for it
-        print(fence, file=sys.stderr)
+        logger.warning("%s", fence)
         return 1
     if not isinstance(error, OpdError):
-        traceback.print_exception(error)
+        logger.error("The run failed", exc_info=error)
         return _failed(journal, reporter, directory, error)
     stopped = error.code == "run_cancelled"
     cause = stop_cause(store, directory, reporter) if stopped else error

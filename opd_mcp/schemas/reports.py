@@ -8,6 +8,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Precision
+from opd_mcp.schemas.runs import Alert
 
 MetricValue = float | int
 
@@ -113,4 +114,5 @@ class BenchmarkReport(Schema):
     teacher_mismatch_allowed: bool = False
     teacher_basis: Literal["proven", "asserted"] | None = None
     costs: list[StageCost] = Field(default_factory=list)
+    alerts: list[Alert] = Field(default_factory=list, description="of the run that made the report, the last 20")
     warnings: list[str] = Field(default_factory=list, description="what made this slower or less sure than it could be")

@@ -164,7 +164,7 @@ class SampleModel(Schema):
     model: Reference
     prompts: Annotated[
         list[Annotated[str, StringConstraints(max_length=20_000)]],
-        Field(min_length=1, max_length=8, description="up to 8 texts"),
+        Field(min_length=1, max_length=8),
     ]
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False, description="0 is greedy")] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -211,8 +211,8 @@ class ResumeRun(Schema):
 class GetRunMetrics(Schema):
     """Arguments of `get_run_metrics`."""
 
-    run_ids: Annotated[list[RunId], Field(min_length=1, max_length=4, description="up to 4 run ids, or 'latest'")] = (
-        Field(default_factory=lambda: ["latest"])
+    run_ids: Annotated[list[RunId], Field(min_length=1, max_length=4, description="run ids, or 'latest'")] = Field(
+        default_factory=lambda: ["latest"]
     )
     keys: Annotated[
         list[Annotated[str, StringConstraints(max_length=100)]],
@@ -248,6 +248,6 @@ class DeleteArtifact(Schema):
 class OpenDashboard(Schema):
     """Arguments of `open_dashboard` and `dashboard_feed`."""
 
-    run_ids: Annotated[list[RunId], Field(max_length=4, description="up to 4; default: the newest")] = Field(
+    run_ids: Annotated[list[RunId], Field(max_length=4, description="the newest by default")] = Field(
         default_factory=list
     )

@@ -157,9 +157,10 @@ class RunStatus(Schema):
     progress: Progress | None = None
     queue_position: int | None = None
     waits_for: str | None = None
+    cancel_requested: str | None = Field(None, description="when; pending until the state is cancelled")
     eta_s: float | None = Field(None, description="seconds to the end of the run, all phases")
     elapsed_s: float | None = None
-    metrics: dict[str, MetricTrend] = Field(default_factory=dict)
+    metrics: dict[str, MetricTrend] = Field(default_factory=dict, description="of this phase")
     alerts: list[Alert] = Field(default_factory=list)
     result: dict[str, Any] | None = Field(None, description="artifact ids, paths and the report's figures")
     error: Failure | None = None

@@ -109,8 +109,10 @@ def _described(part: Mapping[str, Any]) -> str:
     kind = words.get(part.get("type", ""))
     if kind and ("minimum" in part or "maximum" in part):
         kind += f" from {part.get('minimum', '-∞')} to {part.get('maximum', '∞')}"
-    if kind is None and part.get("type") == "array":
-        kind = f"a list of up to {part['maxItems']}" if "maxItems" in part else "a list"
+    if part.get("type") == "array":
+        items = "texts" if part.get("items", {}).get("type") == "string" else "items"
+        kind = f"a list of up to {part['maxItems']} {items}" if "maxItems" in part else f"a list of {items}"
+        return f"{kind}: {part['description']}" if "description" in part else kind
     return ", ".join(text for text in (kind, part.get("description")) if text) or "a string"
 
 

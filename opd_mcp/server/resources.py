@@ -40,13 +40,19 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         return recipe_keys_text()
 
     @server.resource(
-        "opd://runs/{run_id}/recipe", mime_type=JSON, title="Recipe", description="The run's resolved recipe."
+        "opd://runs/{run_id}/recipe",
+        mime_type=JSON,
+        title="Recipe",
+        description="Every setting of the run, as resolved.",
     )
     async def run_recipe(run_id: str) -> str:
         return await _read(service, secrets, reading.recipe_json, run_id)
 
     @server.resource(
-        "opd://runs/{run_id}/metrics", mime_type=JSON, title="Metrics", description="Series, trend and diagnosis."
+        "opd://runs/{run_id}/metrics",
+        mime_type=JSON,
+        title="Metrics",
+        description="Its training curves, 200 points each, with trend and diagnosis.",
     )
     async def run_metrics(run_id: str) -> str:
         return await _read(service, secrets, reading.metrics_json, run_id)
@@ -56,7 +62,10 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         return await _read(service, secrets, reading.log_tail, run_id)
 
     @server.resource(
-        "opd://runs/{run_id}/report", mime_type=MARKDOWN, title="Report", description="The evidence of a finished run."
+        "opd://runs/{run_id}/report",
+        mime_type=MARKDOWN,
+        title="Report",
+        description="The evidence that a finished run ends with: scores, differences, costs, alerts.",
     )
     async def run_report(run_id: str) -> str:
         return await _read(service, secrets, reading.report_markdown, run_id)
@@ -65,7 +74,7 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         "opd://artifacts/{artifact_id}/lineage",
         mime_type=JSON,
         title="Lineage",
-        description="Where an artifact comes from.",
+        description="What an artifact was made from and by, with hashes.",
     )
     async def artifact_lineage(artifact_id: str) -> str:
         return await _read(service, secrets, reading.lineage_json, artifact_id)

@@ -102,6 +102,8 @@ def status_text(status: RunStatus) -> str:
     lines = [head, ", ".join(part for part in times if part)]
     if status.waits_for is not None:
         lines.append(status.waits_for)
+    if status.cancel_requested is not None:
+        lines.append(f"cancel requested at {status.cancel_requested}, pending: the run stops at its next step")
     if status.result is None and (metrics := _metrics(status)):
         lines.append(f"metrics: {', '.join(metrics)}")
     lines += [f"ALERT {alert.code}: {alert.message}" for alert in status.alerts[-5:]]
@@ -117,7 +119,8 @@ def unchanged_text(status: RunStatus) -> str:
     text = _line(status.run_id[:80], status.phase, status.progress)
     if status.state not in ACTIVE_STATES:
         return _bounded(f"{text}, {status.state}; unchanged since the last answer, in full again in a minute", [])
-    extras = [f"eta {duration(status.eta_s)}"] if status.eta_s is not None else []
+    extras = ["cancel requested, pending"] if status.cancel_requested is not None else []
+    extras += [f"eta {duration(status.eta_s)}"] if status.eta_s is not None else []
     return _bounded(f"{text}; still {status.state}, do not restart", extras + _metrics(status)[:1])
 
 

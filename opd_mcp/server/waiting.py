@@ -33,14 +33,16 @@ class _News:
     state: RunState
     phase: PhaseName | None
     alerts: tuple[int, str]
+    cancel_requested: str | None
 
     @classmethod
     def of(cls, status: RunStatus) -> "_News":
         # A status may hold the last alerts only, so their number alone can stand still.
-        return cls(status.state, status.phase, (len(status.alerts), status.alerts[-1].time if status.alerts else ""))
+        alerts = (len(status.alerts), status.alerts[-1].time if status.alerts else "")
+        return cls(status.state, status.phase, alerts, status.cancel_requested)
 
     def ends_wait(self, before: "_News") -> bool:
-        """A new phase, an alert or the end; leaving the queue alone is not worth a call."""
+        """A new phase, an alert or the end; leaving the queue or a cancel request alone is not worth a call."""
         return self.is_urgent(before) or self.phase != before.phase
 
     def is_urgent(self, before: "_News") -> bool:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ class JournalRecord:
 
 def utc_now() -> str:
     """The time as the journal writes it: ISO 8601 in UTC with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc_text(time.time())
+
+
+def utc_text(seconds: float) -> str:
+    """Seconds since the epoch as the journal writes a time."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def encode_record(record: JournalRecord) -> bytes:

@@ -17,6 +17,7 @@ from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.ids import is_id
+from opd_mcp.store.journal import utc_text
 from opd_mcp.store.workspace import Workspace
 
 RECORD_FILE = "run.json"
@@ -95,8 +96,9 @@ def run_ids(workspace: Workspace) -> list[str]:
 
 
 def request_cancel(directory: Path) -> None:
-    """Ask a run to stop at its next step; asking twice is asking once."""
-    write_atomic(directory / CANCEL_FILE, "")
+    """Ask a run to stop at its next step; asking twice is asking once, at the first time."""
+    if not cancel_requested(directory):
+        write_atomic(directory / CANCEL_FILE, "")
 
 
 def withdraw_cancel(directory: Path) -> None:
@@ -107,6 +109,15 @@ def withdraw_cancel(directory: Path) -> None:
 def cancel_requested(directory: Path) -> bool:
     """Whether somebody asked this run to stop."""
     return (directory / CANCEL_FILE).exists()
+
+
+def cancel_requested_at(directory: Path) -> str | None:
+    """When somebody asked this run to stop, in the journal's form; None when nobody did."""
+    try:
+        written = (directory / CANCEL_FILE).stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return utc_text(written)
 
 
 def is_alive(directory: Path) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_mcp.schemas.reports import StageCost
-from opd_mcp.schemas.runs import FINAL_STATES, Alert, Failure, MetricTrend, PhaseName, Progress, RunState
+from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, Alert, Failure, MetricTrend, PhaseName, Progress, RunState
 from opd_mcp.store.journal import JournalReader, JournalRecord
-from opd_mcp.store.runs import JOURNAL_FILE, is_alive
+from opd_mcp.store.runs import JOURNAL_FILE, cancel_requested_at, is_alive
 from opd_mcp.store.states import state_of
 
 TREND_POINTS = 20
@@ -38,6 +38,8 @@ class RunView:
     phase_started_at: str | None = None
     finished_at: str | None = None
     updated_at: str | None = None
+    cancel_requested: str | None = None
+    """When a cancel was asked for that the worker has not heeded yet."""
     attempt: int = 0
     written: RunState = "queued"
     """The state that the journal ends with."""
@@ -47,6 +49,7 @@ class RunView:
     def __post_init__(self) -> None:
         self._reader = JournalReader(self.directory / JOURNAL_FILE)
         self._points: dict[str, deque[tuple[int, float | None]]] = defaultdict(lambda: deque(maxlen=TREND_POINTS))
+        self._begun_phase: PhaseName | None = None
         self._measured_phase: PhaseName | None = None
         self._pace: deque[tuple[float, int]] = deque(maxlen=RATE_POINTS)
 
@@ -59,11 +62,14 @@ class RunView:
         if self._reader.damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
             self._alert(self.updated_at or "", "damaged_journal", self._reader.damage.message)
         self.state = state_of(self.written, alive)
+        self.cancel_requested = cancel_requested_at(self.directory) if self.state in ACTIVE_STATES else None
         return self
 
     @property
     def metrics(self) -> dict[str, MetricTrend]:
-        """The latest value of each metric and where it goes; no value stands for one that is not finite."""
+        """Of the phase begun last, each metric's latest value and trend; no value stands for one that is not finite."""
+        if self._measured_phase != self._begun_phase:
+            return {}
         values = {name: [value for _, value in points] for name, points in self._points.items() if points}
         return {
             name: MetricTrend(last=found[-1], trend=trend_of([value for value in found if value is not None]))
@@ -75,7 +81,7 @@ class RunView:
         self.updated_at = record.time
         if record.attempt > self.attempt:
             self.attempt, self.error, self.finished_at = record.attempt, None, None
-            self.phase = self.progress = None
+            self.phase = self.progress = self._begun_phase = None
         data = record.data
         match record.type:
             case "state":
@@ -85,9 +91,9 @@ class RunView:
             case "progress":
                 self._fold_progress(record.time, data)
             case "metric":
-                if self._measured_phase != self.phase:  # another phase's loss is another quantity
+                if self._measured_phase != self._begun_phase:  # another phase's loss is another quantity
                     self._points.clear()
-                    self._measured_phase = self.phase
+                    self._measured_phase = self._begun_phase
                 self._rewind(data["step"] - 1)
                 self.step = data["step"]
                 for name, value in data["values"].items():
@@ -110,7 +116,8 @@ class RunView:
     def _fold_phase(self, time: str, data: dict[str, Any]) -> None:
         name: PhaseName = data["phase"]
         if data["event"] == "started":
-            self.phase, self.phase_started_at = name, time
+            self.phase = self._begun_phase = name
+            self.phase_started_at = time
             self.progress = None
             self._pace.clear()
             return

@@ -19,8 +19,9 @@ from opd_mcp.identity.lineage import read_lineage, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, OpdError, RunError
 from opd_mcp.schemas.recipes import Recipe
-from opd_mcp.schemas.reports import TrainingSummary
+from opd_mcp.schemas.reports import BenchmarkReport, TrainingSummary
 from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.runs import Alert
 
 SHORT = {
     "responses.limit": 24,
@@ -149,6 +150,7 @@ def test_benchmark_measures_candidate_and_baselines_on_the_same_prompts(made: Ma
         context=made.context,
         recipe_hash="abc",
         teacher=made.teacher,
+        alerts=[Alert(time="2026-08-01T10:00:00.000Z", code="rollouts_stale", message="The student\nhas moved.")],
     )
     student, teacher = report.models
     assert teacher.greedy_accuracy.value > 0.9
@@ -158,7 +160,10 @@ def test_benchmark_measures_candidate_and_baselines_on_the_same_prompts(made: Ma
     assert student.pass_at_k["1"] == pytest.approx(student.sampled_accuracy.value)
     assert report.comparisons[0].baseline == "teacher"
     assert report.teacher_basis == "proven"
-    assert "| student |" in (made.root / "report" / "report.md").read_text()
+    text = (made.root / "report" / "report.md").read_text()
+    assert "| student |" in text
+    assert "- 2026-08-01T10:00:00.000Z `rollouts_stale`: The student has moved." in text
+    assert BenchmarkReport.from_json((made.root / "report" / "report.json").read_bytes()).alerts == report.alerts
 
 
 @pytest.mark.parametrize(

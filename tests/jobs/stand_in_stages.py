@@ -1,15 +1,17 @@
 """A stand-in for the engine: the same stages, in milliseconds and without torch.
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
-rate of 666 makes `sft` fail, one of 28 fills the disk, one of 555 makes it stand still until it is cancelled; a file
-`die-once` beside the building directory kills the worker in `score`.
+rate of 666 makes `sft` fail, one of 777 after the noise that libraries make, one of 28 fills the disk, one of 555 makes
+it stand still until it is cancelled; a file `die-once` beside the building directory kills the worker in `score`.
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
@@ -22,6 +24,9 @@ from opd_mcp.schemas.identity import Lineage, Parent
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TrainingSummary
 
 STEP_SECONDS = 0.01
+library = logging.getLogger("a_library")
+library.addHandler(logging.StreamHandler())  # as transformers does when it is imported
+library.propagate = False
 
 
 def generate_responses(recipe, *, teacher, prompts, output, context):
@@ -35,7 +40,9 @@ def generate_responses(recipe, *, teacher, prompts, output, context):
 
 
 def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokenizer=None):
-    if recipe.optimizer.learning_rate == 666:
+    if recipe.optimizer.learning_rate == 777:
+        make_noise(context)
+    if recipe.optimizer.learning_rate in (666, 777):
         raise ZeroDivisionError("the learning rate of the beast")
     if recipe.optimizer.learning_rate == 28:
         raise OSError(28, "No space left on device", str(output))
@@ -111,7 +118,7 @@ def distill(recipe, *, student, output, context, cache=None, teacher=None, promp
     return trained(student, output, sft_teacher=claim_of(student) or claims["sft_teacher"])
 
 
-def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=None, costs=()):
+def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=None, costs=(), alerts=()):
     rows = read_prompts(prompts)
     answered = sum(row.answer is not None for row in rows)
     accuracy = Estimate95(value=0.5, low=0.4, high=0.6, samples=answered, basis="stand-in") if answered else None
@@ -138,6 +145,7 @@ def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=
         hardware="stand-in",
         recipe_hash=recipe_hash,
         costs=list(costs),
+        alerts=list(alerts),
     )
     (output / "report.json").write_text(report.to_json())
     return report
@@ -151,6 +159,18 @@ def sample(recipe, *, model, prompts, output, context):
     ]
     (output / "samples.json").write_text(json.dumps(rows))
     return cost("sample", 2 * len(rows))
+
+
+def make_noise(context):
+    for number in range(40):
+        with warnings.catch_warnings():  # whatever changes the filters makes Python forget what it has shown
+            warnings.simplefilter("default")
+            warnings.warn("`old` is deprecated.\n  Use `new`.", FutureWarning, stacklevel=1)
+        if number % 20 == 0:
+            warnings.warn(f"number {number}", UserWarning, stacklevel=1)
+    library.warning("a file is missing")
+    library.info("nobody wants to know")
+    context.reporter.phase("after the noise")
 
 
 def stand_still(context):

@@ -34,7 +34,11 @@ def test_missing_memory_names_the_peak_the_estimate_and_an_override(tmp_path, er
 
 def test_the_log_tail_is_the_last_useful_lines(tmp_path):
     log = tmp_path / "worker.log"
-    log.write_text("".join(f"line {i}\n\n-- phase\n" for i in range(5000)) + "x" * 1000 + "\n")
+    log.write_text(
+        "".join(f"line {i}\n\n2026-08-01T10:00:00.000Z INFO opd_mcp.x: phase\n" for i in range(5000))
+        + "x" * 1000
+        + "\n"
+    )
     tail = log_tail(log)
     assert len(tail) == 15
     assert tail[-2] == "line 4999"

@@ -9,6 +9,7 @@ import pytest
 from opd_mcp.jobs.liveness import WORKER_FILE, WorkerProcess
 from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.server.texts import setup_text
 from opd_mcp.store.journal import read_journal
 from opd_mcp.store.runs import JOURNAL_FILE
@@ -58,10 +59,41 @@ def test_more_runs_than_set_are_refused_and_the_same_run_is_not(world, service, 
     settle(service, "[quotas]\nmax_running_runs = 1\n")
     first = service.start_distillation(world.start_arguments())
     error = refused(service, world.start_arguments(teacher=world.other_teacher))
-    assert "1 runs are active" in error.message
+    assert error.message == f"{first.run_id} is active, and max_running_runs lets 1 be active at a time."
+    assert error.value == "1"
     assert first.run_id in error.fix
     assert service.start_distillation(world.start_arguments()).reused
     service.cancel(first.run_id)
+
+
+def test_a_plan_foretells_the_quota_that_its_start_would_break(world, service, busy_machine):
+    settle(service, "[quotas]\nmax_running_runs = 1\n")
+    before = service.plan(world.plan_arguments())
+    first = service.start_distillation(world.start_arguments())
+    plan = service.plan(world.plan_arguments(teacher=world.other_teacher))
+    [finding] = [warning for warning in plan.warnings if warning.code == "quota_exceeded"]
+    assert finding.message == f"{first.run_id} is active, and max_running_runs lets 1 be active at a time."
+    assert plan.next_action == finding.fix
+    assert f"then call start_distillation(plan_id='{plan.plan_id}')" in finding.fix
+    assert refused(service, StartDistillation(plan_id=plan.plan_id)).message == finding.message
+    assert "quota_exceeded" not in [warning.code for warning in before.warnings]
+    service.cancel(first.run_id)
+
+
+def test_a_plan_whose_run_is_active_warns_of_no_quota(world, service, busy_machine):
+    settle(service, "[quotas]\nmax_running_runs = 1\n")
+    plan = service.plan(world.plan_arguments())
+    run = service.start_distillation(StartDistillation(plan_id=plan.plan_id))
+    assert "quota_exceeded" not in [warning.code for warning in service.plan(world.plan_arguments()).warnings]
+    assert service.start_distillation(StartDistillation(plan_id=plan.plan_id)).reused
+    service.cancel(run.run_id)
+
+
+def test_a_plan_foretells_hours_and_bytes_with_the_numbers(world, service):
+    settle(service, "[quotas]\nmax_gpu_hours = 1e-9\nmax_bytes = 10\n")
+    told = [warning.message for warning in service.plan(world.plan_arguments()).warnings]
+    assert any("max_gpu_hours is 1e-09" in message for message in told)
+    assert any("max_bytes is 10" in message for message in told)
 
 
 def test_a_run_that_is_too_long_or_too_large_is_refused_and_leaves_nothing(world, service):

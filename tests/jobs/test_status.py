@@ -5,9 +5,9 @@ import time
 import pytest
 
 from opd_mcp.jobs.status import costs_by_stage, next_action, remaining_seconds, status_of
-from opd_mcp.schemas.runs import RunRecord
+from opd_mcp.schemas.runs import Failure, RunRecord
 from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.runs import RunLock
+from opd_mcp.store.runs import RunLock, cancel_requested_at, request_cancel
 from opd_mcp.store.view import RunView, seconds_of
 
 
@@ -101,6 +101,28 @@ def test_a_finished_run_shows_no_phase_and_no_next_check(tmp_path, journal, reco
     status = status_of(view_of(tmp_path), record, None)
     assert (status.phase, status.progress, status.next_check_s, status.eta_s) == (None, None, None, None)
     assert status.elapsed_s >= 0
+
+
+def test_a_cancel_request_is_pending_until_the_run_has_ended(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    assert status_of(view_of(tmp_path), record, None).cancel_requested is None
+    request_cancel(tmp_path / "run")
+    status = status_of(view_of(tmp_path), record, None)
+    assert status.cancel_requested == cancel_requested_at(tmp_path / "run")
+    assert (status.state, status.eta_s, status.next_check_s) == ("running", None, 5.0)
+    assert "cancellation is pending" in status.next_action
+    assert "get_run_status" in status.next_action
+    journal.append("state", {"state": "cancelled"})
+    ended = status_of(view_of(tmp_path), record, None)
+    assert (ended.cancel_requested, ended.next_action) == (None, f"Call resume_run(run_id='{record.run_id}')")
+
+
+def test_a_run_whose_teacher_was_away_is_to_be_resumed(tmp_path, journal, record):
+    failure = Failure(code="teacher_unreachable", cause="No answer.", fix="See that it is up, then call resume_run.")
+    journal.append("state", {"state": "running"})
+    journal.append("error", failure.to_dict())
+    journal.append("state", {"state": "failed"})
+    assert next_action(view_of(tmp_path), record) == f"Call resume_run(run_id='{record.run_id}')"
 
 
 def test_alerts_pass_through(tmp_path, journal, record):

@@ -72,14 +72,13 @@ def test_few_steps_say_nothing(clock):
     assert pulse.new_stall(SETTINGS) is None
 
 
-def test_the_stacks_show_where_all_threads_are(pulse, clock, capfd):
+def test_the_stacks_show_where_all_threads_are(pulse, clock, capfd, caplog):
     told = threading.Event()
     clock.now += 10
     with watching(pulse, lambda code, message: told.set(), WatchSettings(floor=0.0, poll=0.001)):
         assert told.wait(10)
-    text = capfd.readouterr().err
-    assert "step stalled for 10.0 s" in text
-    assert "test_the_stacks_show_where_all_threads_are" in text
+    assert "Step stalled for 10.0 s" in caplog.text
+    assert "test_the_stacks_show_where_all_threads_are" in capfd.readouterr().err
 
 
 def test_a_worker_that_stands_still_says_so_and_where(world, until, finished):

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from mcp import Client
 
 from opd_mcp.jobs.consent import Question
+from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.answers import (
     ArtifactList,
     ArtifactRow,
@@ -25,9 +27,25 @@ from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, MethodEstimate, PhaseEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Sampling
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import MetricTrend, Progress, RunInputs, RunList, RunRow, RunSnapshot, RunStatus
+from opd_mcp.schemas.runs import (
+    MetricTrend,
+    ModelInput,
+    Progress,
+    RunInputs,
+    RunList,
+    RunPhase,
+    RunRecord,
+    RunRequest,
+    RunRow,
+    RunSnapshot,
+    RunStatus,
+)
 from opd_mcp.schemas.setup import Device, ExamplePaths, SetupReport
 from opd_mcp.server.app import build_server
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.runs import JOURNAL_FILE, LOG_FILE
+from opd_mcp.store.workspace import Workspace
 
 IDENTITY = ModelIdentity(name="teacher", weights="a" * 64, tokenizer="b" * 64, special_tokens="c" * 64)
 
@@ -255,6 +273,40 @@ def connect(request: pytest.FixtureRequest, service: ScriptedService) -> Connect
             yield client
 
     return opened
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> JobService:
+    """A real service over an empty workspace."""
+    return JobService(Workspace(tmp_path), AllowedRoots([]))
+
+
+@pytest.fixture
+def run(jobs):
+    """An active run without a worker; answers its id and its journal."""
+    inputs = RunInputs(student=ModelInput(reference="/m/student", path="/m/student"))
+    request = RunRequest(
+        kind="sft", recipe=resolve_recipe("demo", {}), inputs=inputs, phases=[RunPhase(name="sft", key="k")]
+    )
+    record = RunRecord(
+        run_id="sft-student-1", created_at="2026-08-01T10:00:00.000Z", request_hash="h", request=request,
+        versions={}, hardware="cpu",
+    )  # fmt: skip
+    started = jobs.store.start_once(record)
+    directory = jobs.workspace.run("sft-student-1")
+    (directory / LOG_FILE).write_text("-- loading\nstep 1\n")
+    with started.lock, JournalWriter(directory / JOURNAL_FILE, attempt=1) as journal:
+        journal.append("state", {"state": "running"})
+        journal.append("phase", {"phase": "sft", "event": "started"})
+        journal.append("metric", {"step": 1, "values": {"loss": 0.5}})
+        yield "sft-student-1", journal
+
+
+@pytest.fixture(params=["auto", "legacy"])
+async def client(request, jobs):
+    """A client of either protocol era, connected in memory to the real server over a real workspace."""
+    async with Client(build_server(jobs), mode=request.param) as connected:
+        yield connected
 
 
 @pytest.fixture

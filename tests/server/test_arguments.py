@@ -2,9 +2,13 @@
 
 import pytest
 
+from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.requests import BenchmarkStudent, PlanDistillation, StartDistillation
 from opd_mcp.server.arguments import request_from_arguments
+from opd_mcp.server.tools import all_specs
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.workspace import Workspace
 
 
 def test_a_reference_that_is_not_json_stays_a_reference():
@@ -43,3 +47,12 @@ def test_what_is_too_deep_or_too_large_is_refused(value):
     with pytest.raises(ArgumentError, match="nested deeper") as caught:
         request_from_arguments("t", BenchmarkStudent, arguments)
     assert len(str(caught.value)) < 500
+
+
+def test_what_is_expected_is_said_once(tmp_path):
+    for spec in all_specs(JobService(Workspace(tmp_path), AllowedRoots([]))):
+        for name in spec.request.model_fields:
+            with pytest.raises(ArgumentError) as caught:
+                request_from_arguments(spec.name, spec.request, {name: float("nan")})
+            assert caught.value.fix.startswith(f"Give {name}: ")
+            assert caught.value.fix.count("up to") <= 1, caught.value.fix

@@ -1,7 +1,6 @@
 """Resources, completions, prompts and updates over a real workspace with one finished and one queued run."""
 
 import json
-from pathlib import Path
 
 import anyio
 import pytest
@@ -9,49 +8,10 @@ from mcp import Client
 from mcp.shared.exceptions import MCPError
 from mcp_types import PromptReference, ResourceTemplateReference
 
-from opd_mcp.jobs.service import JobService
-from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import ModelInput, RunInputs, RunPhase, RunRecord, RunRequest
 from opd_mcp.server.app import build_server
 from opd_mcp.server.resources import RunWatcher
-from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.roots import AllowedRoots
-from opd_mcp.store.runs import JOURNAL_FILE, LOG_FILE
-from opd_mcp.store.workspace import Workspace
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> JobService:
-    return JobService(Workspace(tmp_path), AllowedRoots([]))
-
-
-@pytest.fixture
-def run(jobs):
-    """An active run without a worker; answers its id and its journal."""
-    inputs = RunInputs(student=ModelInput(reference="/m/student", path="/m/student"))
-    request = RunRequest(
-        kind="sft", recipe=resolve_recipe("demo", {}), inputs=inputs, phases=[RunPhase(name="sft", key="k")]
-    )
-    record = RunRecord(
-        run_id="sft-student-1", created_at="2026-08-01T10:00:00.000Z", request_hash="h", request=request,
-        versions={}, hardware="cpu",
-    )  # fmt: skip
-    started = jobs.store.start_once(record)
-    directory = jobs.workspace.run("sft-student-1")
-    (directory / LOG_FILE).write_text("-- loading\nstep 1\n")
-    with started.lock, JournalWriter(directory / JOURNAL_FILE, attempt=1) as journal:
-        journal.append("state", {"state": "running"})
-        journal.append("phase", {"phase": "sft", "event": "started"})
-        journal.append("metric", {"step": 1, "values": {"loss": 0.5}})
-        yield "sft-student-1", journal
-
-
-@pytest.fixture(params=["auto", "legacy"])
-async def client(request, jobs):
-    async with Client(build_server(jobs), mode=request.param) as connected:
-        yield connected
 
 
 async def read(client, uri):

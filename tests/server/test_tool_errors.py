@@ -27,6 +27,16 @@ async def error_text(connect, tool, arguments):
         ("plan_distillation", {"student": "/data/s"}, ["[invalid_argument]", "'teacher'", "absolute path"]),
         ("plan_distillation", PLAN | {"teacher": None}, ["[invalid_argument]", "needs the argument 'teacher'"]),
         ("plan_distillation", PLAN | {"method": "lightnin"}, ["[invalid_argument]", "Nearest: lightning", "one of"]),
+        (
+            "sample_model",
+            {"model": "/m", "prompts": ["1+1=?"] * 9},
+            ["[invalid_argument]", "at most 8 items", "Fix: Give prompts: a list of up to 8 texts."],
+        ),
+        (
+            "get_run_metrics",
+            {"run_ids": ["a", "b", "c", "d", "e"]},
+            ["[invalid_argument]", "Fix: Give run_ids: a list of up to 4 texts: run ids, or 'latest'."],
+        ),
         ("plan_distillation", PLAN | {"prompts": 3}, ["[invalid_argument]", "'prompts'", "'3'", "up to 200 inline"]),
         ("plan_distillation", PLAN | {"prompts": ["x"] * 201}, ["[invalid_argument]", "'prompts'", "200"]),
         ("build_teacher_cache", PLAN | {"topk": 1000}, ["[invalid_argument]", "'1000'", "from 0 to 256"]),

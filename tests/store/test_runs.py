@@ -12,6 +12,7 @@ from opd_mcp.store.runs import (
     JOURNAL_FILE,
     RunLock,
     cancel_requested,
+    cancel_requested_at,
     create_run,
     is_alive,
     read_record,
@@ -134,7 +135,9 @@ def test_only_the_runs_own_lock_is_adopted(run, tmp_path):
 
 
 def test_a_cancel_request_is_a_file(run):
-    assert not cancel_requested(run)
-    request_cancel(run)
+    assert (cancel_requested(run), cancel_requested_at(run)) == (False, None)
     request_cancel(run)
     assert cancel_requested(run)
+    os.utime(run / "cancel", (0, 0))
+    request_cancel(run)
+    assert cancel_requested_at(run) == "1970-01-01T00:00:00.000Z"

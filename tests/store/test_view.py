@@ -50,16 +50,33 @@ def test_a_run_from_start_to_end(run, writer):
     assert view.finished_at is not None
 
 
-def test_metrics_are_those_of_the_last_phase_that_measured_any(run, writer):
+def test_metrics_are_those_of_the_phase_that_goes_on(run, writer):
+    view = RunView(run)
     for phase, values in (
         ("sft", {"loss": 2.0, "mean_logprob": -2.0}),
+        ("rollout", {}),
         ("distill", {"loss": 0.1}),
-        ("benchmark", None),
+        ("benchmark", {}),
     ):
         writer.append("phase", {"phase": phase, "event": "started"})
         if values:
             writer.append("metric", {"step": 1, "values": values}, durable=False)
-    assert {name: trend.last for name, trend in RunView(run).refresh().metrics.items()} == {"loss": 0.1}
+        assert {name: trend.last for name, trend in view.refresh().metrics.items()} == values
+
+
+def test_the_metrics_of_a_phase_outlast_the_runs_end_and_not_its_next_attempt(run, writer):
+    writer.append("state", {"state": "running"})
+    writer.append("phase", {"phase": "distill", "event": "started"})
+    writer.append("metric", {"step": 1, "values": {"loss": 0.1}}, durable=False)
+    writer.append("state", {"state": "failed"})
+    view = RunView(run).refresh()
+    assert view.metrics["loss"].last == 0.1
+    with JournalWriter(run / "journal.jsonl", 2) as second:
+        second.append("state", {"state": "queued"})
+        assert view.refresh().metrics == {}
+        second.append("phase", {"phase": "distill", "event": "started"})
+        second.append("metric", {"step": 2, "values": {"loss": 0.05}}, durable=False)
+    assert view.refresh().metrics["loss"].last == 0.05
 
 
 def test_a_failure_keeps_its_cause(run, writer):

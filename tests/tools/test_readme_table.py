@@ -1,11 +1,16 @@
-"""The tool table of the README comes from the registered tools, and a stale one is noticed."""
+"""The README's tables come from what the server registers, and a stale one is noticed."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from opd_mcp.server.resources import PARTS
+
 ROOT = Path(__file__).resolve().parents[2]
-EMPTY = "# Title\n\n<!-- tools:start -->\n<!-- tools:end -->\n\nThe rest.\n"
+TOOLS = "<!-- tools:start -->\n<!-- tools:end -->\n"
+EMPTY = f"# Title\n\n{TOOLS}\n<!-- resources:start -->\n<!-- resources:end -->\n\nThe rest.\n"
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -13,7 +18,7 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_table_is_written_between_the_markers_and_then_checks(tmp_path):
+def test_the_tables_are_written_between_the_markers_and_then_checks(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(EMPTY)
     stale = run_tool("--check", str(readme))
@@ -25,16 +30,20 @@ def test_the_table_is_written_between_the_markers_and_then_checks(tmp_path):
     text = readme.read_text()
     assert "| `plan_distillation` | `student`, `teacher`, `prompts`, `sft_prompts?`" in text
     assert "| `inspect_setup` | – |" in text
+    assert "| `opd://recipe-keys` | `text/markdown` | Every key that overrides may name. |" in text
+    assert all(f"| `opd://runs/{{run_id}}/{part}` |" in text for part in PARTS)
+    assert "| `opd://artifacts/{artifact_id}/lineage` |" in text
     assert text.startswith("# Title")
     assert text.endswith("The rest.\n")
     assert run_tool("--check", str(readme)).returncode == 0
 
 
-def test_a_file_without_markers_is_refused(tmp_path):
+@pytest.mark.parametrize("text", ["# Title\n", TOOLS])
+def test_a_file_without_markers_is_refused(tmp_path, text):
     readme = tmp_path / "README.md"
-    readme.write_text("# Title\n")
+    readme.write_text(text)
     assert run_tool(str(readme)).returncode != 0
-    assert readme.read_text() == "# Title\n"
+    assert readme.read_text() == text
 
 
 def test_the_readme_is_up_to_date():

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from opd_mcp.identity.consistency import (
 from opd_mcp.identity.lineage import LINEAGE_FILE
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_same_tokens
-from opd_mcp.schemas.cache import CacheManifest, Hygiene, TeacherDelta
+from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard, TeacherDelta
 from opd_mcp.schemas.errors import DataError, RunError
 from opd_mcp.schemas.identity import Parent, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import ScoreRecipe
@@ -181,15 +182,15 @@ def _built(
     for number, shard in enumerate(record.shards):
         require_going(context)
         path = output / f"shard-{number:05d}.parquet"
-        drawn = read_shard(rollouts / shard.file, sha256=shard.sha256)
-        rows, note, kept = built_shard(path, lambda: _scored(recipe, scorer, drawn, path, context))  # noqa: B023
+        rows, note, kept = built_shard(path, partial(_scored, recipe, scorer, rollouts, shard, path, context))
         built.earlier += note.seconds if kept else 0.0
         built.notes.append(note)
         built.tally.add(rows, note.clamped)
         built.content.add(rows)
         if number == 0:
-            built.sample = rows.slice(0, min(DELTA_ROWS, len(rows)))
-        done += len(drawn)
+            built.sample = rows.take(np.arange(min(DELTA_ROWS, len(rows))))  # a slice would hold the whole shard
+        done += shard.rows
+        del rows  # they would lie beside the next shard's
         context.reporter.progress(done, total, "scored rollouts")
         _require_good(built.notes, total, output)
     if not any(note.shard.tokens for note in built.notes):
@@ -203,9 +204,10 @@ def _built(
 
 
 def _scored(
-    recipe: ScoreRecipe, scorer: Teacher, drawn: Sequences, path: Path, context: Context
+    recipe: ScoreRecipe, scorer: Teacher, rollouts: Path, shard: Shard, path: Path, context: Context
 ) -> tuple[Sequences, ShardNote]:
     begun = time.perf_counter()
+    drawn = read_shard(rollouts / shard.file, sha256=shard.sha256)
     sequences, dropped, capped = without_truncated(drawn, recipe)
     result = scorer.score(sequences, recipe.topk)
     bad = result.bad_rows(sequences)

@@ -25,6 +25,9 @@ def report_markdown(report: BenchmarkReport) -> str:
         lines += ["", f"Reverse KL to {report.teacher.label()}: {_kl_basis(report)}."]
     if report.teacher_mismatch_allowed:
         lines += ["", "**The SFT teacher and the distillation's teacher differ; this was allowed explicitly.**"]
+    if report.alerts:
+        lines += ["", "Alerts of the run:", ""]
+        lines += [f"- {alert.time} `{alert.code}`: {' '.join(alert.message.split())}" for alert in report.alerts]
     lines += [line for warning in report.warnings for line in ("", f"Note: {warning}")]
     if report.costs:
         lines += ["", "| stage | seconds | tokens | tokens/s | device |", "|---|---|---|---|---|"]

@@ -64,7 +64,7 @@ class Server:
         pause, why = self.patience.first_pause_s, ""
         for attempt in range(self.patience.attempts):
             if self.stopped.is_set() or self.should_stop():
-                raise RunError("run_cancelled", "The run was asked to stop.", fix="Start it again; it goes on.")
+                raise RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on.")
             try:
                 return self._once(method, path, body, max_bytes)
             except _Retry as retry:
@@ -77,7 +77,7 @@ class Server:
             "teacher_unreachable",
             f"The teacher's server gave no usable answer in {self.patience.attempts} attempts; the last: {why}.",
             value=self.url,
-            fix="See that the server is up and reachable, then start the run again: finished shards are kept.",
+            fix="See that the server is up and reachable, then call resume_run to go on: finished shards are kept.",
         )
 
     def close(self) -> None:

@@ -105,6 +105,14 @@ def test_what_stays_wrong_is_one_error_with_the_last_reason(client, answer, why)
     assert served.script == []
 
 
+def test_a_server_that_is_away_has_one_way_out_to_resume(client):
+    _, server = client([(500, {}, b"")] * 5)
+    with pytest.raises(ResourceError, match="teacher_unreachable") as caught:
+        server.ask("GET", "/")
+    assert "then call resume_run to go on" in caught.value.fix
+    assert "start" not in caught.value.fix
+
+
 def test_a_refusal_is_not_asked_again(client):
     served, server = client([(400, {}, b"no, the-key!"), GOOD])
     with pytest.raises(Refusal, match="HTTP 400: no, …!") as caught:
