@@ -29,6 +29,6 @@ def specs(service: JobService) -> list[ToolSpec[Any]]:
             answer=SetupReport,
             call=inspect_setup,
             read_only=True,
-            opaque=frozenset({"Limits", "Quotas", "Device", "ActiveRun", "ExamplePaths"}),
+            opaque=frozenset({"Limits", "Quotas", "Device", "ActiveRun", "ExamplePaths", "Finding"}),
         )
     ]
