@@ -239,8 +239,8 @@ def padding_warning(model: PreTrainedModel) -> str | None:
     if packs(model):
         return None
     return (
-        f"{type(model).__name__} does not compute packed rows as it computes them alone, so its rows are padded in "
-        "length buckets: slower, with the same numbers."
+        f"{type(model).__name__} does not compute packed rows as it computes them alone, or drops attention weights in "
+        "training, so its rows are padded in length buckets: slower, with the same numbers."
     )
 
 
@@ -288,7 +288,7 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
     """Switch the model to packed attention if two packed documents then equal the same two alone; say whether.
 
     A class with a state between tokens, score caps, sinks or attention of its own fails the comparison, or raises, and
-    keeps SDPA: it has to be padded.
+    keeps SDPA: it has to be padded. So does a model in training mode whose attention drops weights.
     """
     before = model.config._attn_implementation
     vocab = model.config.get_text_config().vocab_size
@@ -302,6 +302,8 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
             alone = [decoder(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids.split(lengths)]
             model.set_attn_implementation(PACKED)
             together = packed_hidden(model, ids, Documents(lengths, model.device))
+            if was_training:
+                packed_hidden(model.train(), ids, Documents(lengths, model.device))  # raises for dropout in attention
         equal = bool(((together - torch.cat(alone)).abs().max() <= _tolerance(model) * together.abs().max()).item())
     except (NotImplementedError, TypeError, ValueError, RuntimeError):
         equal = False

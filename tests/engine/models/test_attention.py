@@ -120,6 +120,16 @@ def test_a_class_with_state_between_tokens_is_padded() -> None:
     assert (hidden_rows(model, ids, LENGTHS, rows) - alone(model, ids)[rows]).abs().max() <= 1e-5
 
 
+def test_a_model_that_drops_attention_weights_is_padded_in_training_only() -> None:
+    """Neither packed call knows dropout: found when the model is loaded, not at the first step."""
+    assert use_packed_attention(random_model(Qwen3Config(**SIZES, head_dim=16, attention_dropout=0.1)))
+    model = random_model(Qwen3Config(**SIZES, head_dim=16, attention_dropout=0.1)).train()
+    assert not use_packed_attention(model)
+    assert model.training
+    ids = torch.randint(97, (sum(LENGTHS),))
+    assert torch.isfinite(hidden_rows(model, ids, LENGTHS, torch.arange(sum(LENGTHS)))).all()
+
+
 def test_padded_rows_give_the_same_hidden_states() -> None:
     model = random_model(CLASSES["Qwen3"])
     ids = torch.randint(97, (sum(LENGTHS),))
