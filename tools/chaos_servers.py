@@ -136,12 +136,11 @@ def _check_directories(place: Place, found: ServerKills) -> None:
     active = [run_id for run_id in run_ids(store.workspace) if store.view(run_id).state in ACTIVE_STATES]
     requests = Counter(store.record(run_id).request_hash for run_id in active)
     found.wrong += [f"{count} active runs of one request" for count in requests.values() if count > 1]
-    listed = {row.run_id: row.final_state for row in store.index.runs()}
-    for run_id in active:
-        # A run may end between two looks; one that the index calls ended must have ended.
-        shut = listed.get(run_id) is not None and store.view(run_id).state in ACTIVE_STATES
-        if run_id not in listed or shut:
-            found.wrong.append(f"{run_id} works and is in no list")
+    missing = set(active) - set(store.active_runs())
+    # a run may end while the list is made; one that was active before and is after must be in it
+    found.wrong += [
+        f"{run_id} works and is in no list" for run_id in missing if store.view(run_id).state in ACTIVE_STATES
+    ]
 
 
 def _request(number: int) -> dict[str, Any]:
