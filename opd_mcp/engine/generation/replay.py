@@ -1,0 +1,159 @@
+"""Decoding on CUDA: one step is recorded as a graph and replayed, so that the GPU does not wait for Python.
+
+A step is some thousand short kernels, which Python launches more slowly than the GPU runs them. A graph has fixed
+shapes, so keys and values lie in buffers with room for the next SEGMENT tokens. At a segment's end rows that have ended
+are dropped, room is made, and the step is recorded anew.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from opd_mcp.engine.generation.drawing import Drawing
+from opd_mcp.engine.generation.kv_cache import RoomyLayer
+from opd_mcp.engine.models.attention import packs
+from opd_mcp.engine.models.rows import head_logits
+
+logger = logging.getLogger(__name__)
+
+SEGMENT = 256
+# attention kernels want the mask's rows aligned
+ALIGNMENT = 64
+# steps between two looks at whether all rows have ended; a look waits for the GPU
+LOOK_EVERY = 16
+# below this a recording costs more than it saves
+LEAST_STEPS = 8
+
+
+class FixedLayer(DynamicLayer):
+    """One layer's keys and values [n, h, E, d] in buffers of fixed size; new ones are written at `cursor` [1]."""
+
+    def __init__(self, keys: Tensor, values: Tensor, cursor: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.cursor = keys, values, cursor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new token's states and return the whole buffers; the mask says how far they are filled."""
+        self.keys.index_copy_(2, self.cursor, key_states)
+        self.values.index_copy_(2, self.cursor, value_states)
+        return self.keys, self.values
+
+
+def replays(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether the steps after this cache's prefill can be recorded: CUDA, our attention, no layer with a window."""
+    return model.device.type == "cuda" and packs(model) and all(type(layer) is RoomyLayer for layer in cache.layers)
+
+
+@dataclass
+class Segment:
+    """The buffers of steps with the same shapes: n rows, E places for keys and values.
+
+    `mask` [n, 1, 1, E] is added to the scores; `input_ids` and `positions` [n, 1] are those of the next token.
+    """
+
+    model: PreTrainedModel
+    drawing: Drawing
+    input_ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    cursor: Tensor
+    cache: DynamicCache
+
+    def step(self) -> None:
+        """Draw the next token of each row."""
+        self.mask.index_fill_(3, self.cursor, 0.0)
+        output = self.model.get_decoder()(
+            input_ids=self.input_ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        drawn = self.drawing.take(head_logits(self.model, output.last_hidden_state[:, -1]))
+        self.input_ids.copy_(drawn[:, None])
+        self.positions += 1
+        self.cursor += 1
+
+    def next(self, places: Tensor, filled: int, steps: int) -> "Segment":
+        """The same rows at `places` [m], their first `filled` places, and room for `steps` more tokens."""
+        extent = -(-(filled + steps) // ALIGNMENT) * ALIGNMENT
+        mask = self.mask.new_full((len(places), 1, 1, extent), -torch.inf)
+        mask[..., :filled] = self.mask[places, :, :, :filled]
+        cache = DynamicCache()
+        for layer in self.cache.layers:
+            keys, values = (_with_room(states, places, filled, extent) for states in (layer.keys, layer.values))
+            cache.layers.append(FixedLayer(keys, values, self.cursor))
+            layer.keys, layer.values = keys[:0], values[:0]  # one layer is held twice at a time, not all
+        self.drawing.keep(places)
+        return Segment(
+            self.model, self.drawing, self.input_ids[places], self.positions[places], mask, self.cursor, cache
+        )
+
+
+def _with_room(states: Tensor, places: Tensor, filled: int, extent: int) -> Tensor:
+    # zeros, since a masked place still has a share of 0 in a sum
+    room = states.new_zeros(len(places), states.shape[1], extent, states.shape[3])
+    room[:, :, :filled] = states[places, :, :filled]
+    return room
+
+
+def draw_replayed(
+    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, drawing: Drawing
+) -> None:
+    """Draw the rest of a batch after its prefill: prompt mask [B, L], last positions [B, 1], first tokens [B]."""
+    filled, done = mask.shape[1], 1
+    added = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]
+    cursor = torch.tensor([filled], device=model.device)
+    segment = Segment(model, drawing, drawn[:, None], positions + 1, added, cursor, cache)
+    recording = Recording(drawing.generator)
+    while done < drawing.limit:
+        places = drawing.going().nonzero()[:, 0]
+        if len(places) == 0:
+            return
+        steps = min(SEGMENT, drawing.limit - done)
+        segment = segment.next(places, filled, steps)
+        # the first step also does what must not happen during a recording: compile and look for the fastest kernels
+        segment.step()
+        step = recording.of(segment.step) if steps >= LEAST_STEPS else segment.step
+        for number in range(1, steps):
+            if number % LOOK_EVERY == 0 and not drawing.going().any():
+                return
+            step()
+        filled, done = filled + steps, done + steps
+
+
+class Recording:
+    """The graph of a batch's step, and one memory for all the graphs that it needs one after the other."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.pool: Any = None
+        self.possible = True
+
+    def of(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What replays the step; the step itself where it cannot be recorded, such as one that waits for the GPU."""
+        if not self.possible:
+            return step
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.graph = None
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                step()
+        except RuntimeError as error:
+            self.possible = False
+            logger.warning("Decoding step by step, more slowly: a step cannot be recorded as a CUDA graph (%s).", error)
+            return step
+        self.graph = graph
+        return graph.replay

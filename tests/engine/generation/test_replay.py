@@ -1,0 +1,87 @@
+"""Decoding in buffers of fixed size against decoding with a cache that grows; on the CPU each step runs as it is."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from opd_mcp.engine.generation import generator, replay
+from opd_mcp.engine.generation.generator import Generated, generate
+from opd_mcp.engine.models.attention import use_packed_attention
+from opd_mcp.schemas.recipes import Sampling
+
+VOCAB, EOS, LIMIT = 13, 1, 20
+PROMPTS = [[5, 6, 7], [2], [3, 4, 5, 6, 7, 8, 9], [10, 11], [4, 4, 4, 4]] * 6
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    made = tiny_model(VOCAB, seed=3, dtype=torch.float32)
+    assert use_packed_attention(made)
+    return made
+
+
+@pytest.fixture
+def fixed_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "replays", lambda model, cache: True)
+    monkeypatch.setattr(replay, "LEAST_STEPS", LIMIT)  # nothing to record on without CUDA
+    monkeypatch.setattr(replay, "SEGMENT", 5)
+    monkeypatch.setattr(replay, "LOOK_EVERY", 2)
+
+
+def drawn(model: PreTrainedModel, **changes: object) -> list[Generated]:
+    sampling = Sampling(**({"max_new_tokens": LIMIT} | changes))
+    return generate(model, PROMPTS, sampling, eos_token_ids=[EOS, 2], batch_size=30, seed=0, scope="test")
+
+
+def test_the_same_greedy_responses_whatever_the_segments(
+    model: PreTrainedModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = drawn(model, temperature=0)
+    assert {row.finish_reason for row in growing} == {"eos", "length"}, "the example has both"
+    request.getfixturevalue("fixed_buffers")
+    for segment in (1, 5, 64):
+        monkeypatch.setattr(replay, "SEGMENT", segment)
+        fixed = drawn(model, temperature=0)
+        assert [(row.response_ids, row.finish_reason) for row in fixed] == [
+            (row.response_ids, row.finish_reason) for row in growing
+        ]
+        for ours, theirs in zip(fixed, growing, strict=True):
+            assert np.allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+
+
+def test_log_probs_are_those_of_a_forward_pass(model: PreTrainedModel, fixed_buffers: None) -> None:
+    for prompt, row in zip(PROMPTS, drawn(model, temperature=0.7, top_p=0.8), strict=True):
+        ids = torch.tensor([prompt + row.response_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits, dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        assert np.allclose(row.logprobs, expected, atol=1e-5)
+
+
+def test_same_seed_same_rollouts(model: PreTrainedModel, fixed_buffers: None) -> None:
+    assert drawn(model) == drawn(model)
+
+
+def test_finished_rows_are_dropped_at_a_segments_end(
+    model: PreTrainedModel, fixed_buffers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, take = [], generator.Drawing.take
+
+    def noting(drawing: generator.Drawing, logits: torch.Tensor) -> torch.Tensor:
+        rows.append(len(logits))
+        return take(drawing, logits)
+
+    monkeypatch.setattr(generator.Drawing, "take", noting)
+    drawn(model)
+    segments = [rows[start : start + 5] for start in range(1, len(rows), 5)]
+    assert all(len(set(segment)) == 1 for segment in segments)
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] < rows[0]
+
+
+def test_only_cuda_replays(model: PreTrainedModel) -> None:
+    cache = generator.roomy_cache(model.config)
+    assert not replay.replays(model, cache)
