@@ -21,7 +21,8 @@ from opd_mcp.engine.data.batches import Batch, build_batch
 from opd_mcp.engine.data.packing import packed_groups
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.losses.rows import Sampled
-from opd_mcp.engine.models.attention import Documents, hidden_rows, packed_hidden
+from opd_mcp.engine.models.attention import hidden_rows, packed_hidden
+from opd_mcp.engine.models.documents import Documents
 from opd_mcp.engine.training.step import accumulate_gradients
 
 CLIP = 10.0

@@ -12,8 +12,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,10 +33,12 @@ from opd_mcp.engine.data.packing import packed_groups
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.losses.head import row_scores
 from opd_mcp.engine.losses.rows import Sampled
-from opd_mcp.engine.models.attention import Documents, hidden_rows, packed_attention, use_packed_attention
+from opd_mcp.engine.models.attention import hidden_rows, packed_attention, use_packed_attention
+from opd_mcp.engine.models.compiled import compile_layers, decoder_layers, is_compiled
+from opd_mcp.engine.models.documents import Documents
 from opd_mcp.engine.models.rows import model_head
 from opd_mcp.engine.runtime import Runtime, hardware_name
-from opd_mcp.engine.training.memory import step_memory
+from opd_mcp.engine.training.memory import checkpointed_activations, step_memory
 from opd_mcp.engine.training.step import accumulate_gradients
 from opd_mcp.engine.training.throughput import matmul_peak, training_flops
 
@@ -65,7 +69,7 @@ def check(name: str, value: float, most: float) -> dict[str, float]:
 def attention_checks(device: torch.device) -> dict[str, object]:
     """bf16 packed attention (variable-length on CUDA) with grouped heads and a window against fp32 by document."""
     found: dict[str, object] = {}
-    lengths = [700, 300, 64, 1]
+    lengths = [1500, 1300, 700, 300, 64, 1]
     documents = Documents(lengths, device)
     generator = torch.Generator().manual_seed(0)
     for label, heads, shared, window in (("plain", 8, 8, None), ("GQA", 8, 2, None), ("GQA, window 128", 8, 2, 128)):
@@ -84,8 +88,8 @@ def attention_checks(device: torch.device) -> dict[str, object]:
     return found
 
 
-def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, vocab: int) -> PreTrainedModel:
-    """A random Qwen3 of the shape, made on the device."""
+def random_model(shape: Shape, device: torch.device, vocab: int, *, training: bool) -> PreTrainedModel:
+    """A random Qwen3 of the shape, made on the device and compiled as `load_model` does it."""
     hidden, layers, heads, intermediate = shape
     config = Qwen3Config(
         vocab_size=vocab,
@@ -99,9 +103,24 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, vocab: 
         max_position_embeddings=40960,
     )
     with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(dtype)
+        model = Qwen3ForCausalLM(config).to(torch.float32 if training else torch.bfloat16)
+    model.train(training)
     assert use_packed_attention(model), "a Qwen3 model packs"
+    if (problem := compile_layers(model, autocast=training)) is not None:
+        failures.append(f"layers of {shape}: {problem}")
     return model
+
+
+@contextmanager
+def plain_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, compiled layers run as transformers wrote them."""
+    layers = decoder_layers(model)
+    compiled = [layer.forward for layer in layers]
+    for layer in layers:
+        layer.forward = layer.forward.plain
+    yield
+    for layer, forward in zip(layers, compiled, strict=True):
+        layer.forward = forward
 
 
 def long_rows(count: int, response: int, vocab: int) -> Sequences:
@@ -149,36 +168,42 @@ def naive_step(model: PreTrainedModel, data: Sequences, runtime: Runtime, budget
         (-(advantage * current).sum() / len(data.response_ids)).backward()
 
 
-def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool) -> dict[str, float]:
+def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool) -> dict[str, Any]:
     """Training and scoring of one shape, against naive and two-pass with equal packing; peak memory of our step."""
     vocab, response, rows = (512, 64, 4) if tiny else (VOCAB, RESPONSE, 4)
     data, budget = long_rows(rows, response, vocab), 2 * (response + PROMPT)
-    model = random_model(shape, runtime.device, torch.float32, vocab).train()
+    cuda = runtime.device.type == "cuda"
+    started = time.perf_counter()
+    model = random_model(shape, runtime.device, vocab, training=True)
+    compiling = time.perf_counter() - started
 
     def ours() -> None:
         accumulate_gradients(
             model, data, np.arange(rows), Sampled(10.0), normalize="token", micro_batch_tokens=budget, runtime=runtime
         )
 
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    model.zero_grad(set_to_none=True)
-    ours()
-    memory = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else 0
+    def plain() -> None:
+        with plain_layers(model):
+            ours()
+
     # what the plan counts, less the optimizer, which this step does not have
-    parts = step_memory(model, "fp32_master", "none", tokens=budget, runtime=runtime)
+    parts = step_memory(model, "fp32_master", "auto", tokens=budget, runtime=runtime)
     estimate = parts.total - parts.optimizer
-    if memory:
-        check(f"{name}: peak memory as a share of the estimate", memory / estimate, MOST_OF_ESTIMATE)
-    seconds = timed(
-        {
+    with checkpointed_activations(model, parts.policy):
+        ours()
+        model.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        ours()
+        memory = torch.cuda.max_memory_allocated() if cuda else 0
+        if memory:
+            check(f"{name}: peak memory as a share of the estimate", memory / estimate, MOST_OF_ESTIMATE)
+        runs = {
             "ours": ours,
             "naive": lambda: naive_step(model, data, runtime, budget, first_pass=False),
             "two_pass": lambda: naive_step(model, data, runtime, budget, first_pass=True),
-        },
-        runtime.device,
-        rounds=3,
-    )
+        }
+        seconds = timed(runs | ({"plain": plain} if is_compiled(model) else {}), runtime.device, rounds=3)
     flops = training_flops(model, data.lengths().tolist(), len(data.response_ids))
     model.zero_grad(set_to_none=True)
     scorer = model.to(runtime.dtype).eval()
@@ -198,10 +223,17 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
         "scoring_utilisation": flops / 3 / scoring / peak,
         "naive_over_ours": seconds["naive"] / seconds["ours"],
         "two_pass_over_ours": seconds["two_pass"] / seconds["ours"],
+        "plain_layers_over_ours": seconds.get("plain", seconds["ours"]) / seconds["ours"],
+        "seconds_to_compile": compiling,
+        "checkpointing": parts.policy,
         "peak_bytes": float(memory),
         "estimated_bytes": float(estimate),
     }
-    print(name, json.dumps({key: round(value, 3) for key, value in result.items()}), flush=True)
+    print(
+        name,
+        json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}),
+        flush=True,
+    )
     return result
 
 
@@ -226,7 +258,7 @@ def main() -> None:
     speeds = {name: speed(name, shape, runtime, peak, tiny=not cuda) for name, shape in shapes.items()}
     report["speed"] = speeds
     report["generation"] = generation_speeds(
-        random_model(next(iter(shapes.values())), device, torch.bfloat16, VOCAB if cuda else 512), tiny=not cuda
+        random_model(next(iter(shapes.values())), device, VOCAB if cuda else 512, training=False), check, tiny=not cuda
     )
     if cuda:
         for name, bar in (

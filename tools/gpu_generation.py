@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,15 +15,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
+from opd_mcp.engine.generation import generator
 from opd_mcp.engine.generation.generator import generate, left_padded
+from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.schemas.recipes import Sampling
 
 # a variant draws a response a prompt with the round's seed, and says how many tokens they have up to their stop tokens
 Variant = Callable[[int], int]
+Check = Callable[[str, float, float], dict[str, float]]
 OURS = "ours"
 # What makes a variant of HF impossible here, not wrong: torch reports a missing compiler, a failed capture and memory
 # that ran out as RuntimeError; continuous batching raises MemoryError where it finds no room for its cache.
 IMPOSSIBLE = (RuntimeError, MemoryError)
+# two orders of summation of the same bf16 products, through all layers
+MOST_OFF = 0.1
 PAGE = 256  # tokens of a continuous batch's cache page, HF's default
 
 
@@ -36,13 +42,13 @@ class Workload:
     rounds: int
 
 
-FULL, TINY = Workload(64, (32, 128), 128, rounds=3), Workload(4, (4, 12), 8, rounds=1)
+FULL, TINY = Workload(64, (32, 128), 128, rounds=2), Workload(4, (4, 12), 8, rounds=1)
 
 
-def generation_speeds(model: PreTrainedModel, *, tiny: bool) -> dict[str, object]:
+def generation_speeds(model: PreTrainedModel, check: Check, *, tiny: bool) -> dict[str, object]:
     """Tokens a second of each variant at T = 1, or why it did not run: all tokens drawn, and rows that stop early.
 
-    `model` packs, as the engine's do; the HF variants get its weights under plain SDPA.
+    `model` packs, as the engine's do; the HF variants get its weights under plain SDPA. Our log-probs are checked.
     """
     model.eval()
     work, vocab = TINY if tiny else FULL, model.config.vocab_size
@@ -52,9 +58,11 @@ def generation_speeds(model: PreTrainedModel, *, tiny: bool) -> dict[str, object
     # Near-uniform tokens: with this many stop tokens a response has half of the new tokens in the mean.
     stops = {"fixed_length": [vocab], "stop_tokens": list(range(math.ceil(1.5 * vocab / work.new_tokens)))}
     found: dict[str, object] = {"rows": work.rows, "new_tokens": work.new_tokens, "rounds": work.rounds}
+    found["log-probs"] = check("generation, log-probs against a forward pass", worst_logprob(model, prompts), MOST_OFF)
     for name, ids in stops.items():
         variants = {
             OURS: our_variant(model, prompts, ids, work),
+            "ours_step_by_step": step_by_step_variant(model, prompts, ids, work),
             "hf_static_cache": static_variant(plain, prompts, ids, work),
             "hf_continuous_batching": continuous_variant(paged, prompts, ids, work),
         }
@@ -92,6 +100,31 @@ def our_variant(model: PreTrainedModel, prompts: list[list[int]], stops: list[in
         return sum(len(response.response_ids) for response in drawn)
 
     return run
+
+
+def step_by_step_variant(model: PreTrainedModel, prompts: list[list[int]], stops: list[int], work: Workload) -> Variant:
+    """The engine's own generator with the growing cache that it has where nothing can be replayed."""
+    run = our_variant(model, prompts, stops, work)
+
+    def slowly(seed: int) -> int:
+        with patch.object(generator, "replays", lambda model, cache: False):
+            return run(seed)
+
+    return slowly
+
+
+def worst_logprob(model: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """The largest deviation of a response's log-probs from those of a forward pass over prompt and response."""
+    prompts, worst = prompts[:4], 0.0
+    sampling = Sampling(temperature=1.0, max_new_tokens=40)
+    drawn = generate(model, prompts, sampling, eos_token_ids=[0], batch_size=4, seed=0, scope="log-probs")
+    for prompt, row in zip(prompts, drawn, strict=True):
+        ids = torch.tensor([prompt + row.response_ids], device=model.device)
+        with torch.no_grad():
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        exact = torch.log_softmax(head_logits(model, hidden), dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        worst = max(worst, (exact.cpu() - torch.tensor(row.logprobs)).abs().max().item())
+    return worst
 
 
 def static_variant(model: PreTrainedModel, prompts: list[list[int]], stops: list[int], work: Workload) -> Variant:

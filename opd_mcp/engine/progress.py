@@ -27,7 +27,8 @@ def counter(context: Context, total: int, unit: str, before: int = 0) -> Callabl
 def model_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
     """What makes these models slower than they could be, a sentence each, told as alerts as well.
 
-    `padded_rows`: a class that does not pack; `plain_head`: a GPU on which the head's kernel does not run.
+    `padded_rows`: a class that does not pack; on a GPU `plain_head`: the head's kernel does not run, and
+    `plain_layers`: the decoder layers are not compiled.
     """
     found: dict[str, str] = {}
     for model in models:
@@ -38,6 +39,8 @@ def model_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
         device = model.model.device
         if device.type == "cuda" and (problem := kernel_problem(device)) is not None:
             found[f"The head runs in plain torch, without its kernel: {problem}."] = "plain_head"
+        if model.plain_layers is not None:
+            found[f"The decoder layers run in plain torch, more slowly: {model.plain_layers}."] = "plain_layers"
     for warning, code in found.items():
         context.reporter.alert(code, warning)
     return list(found)

@@ -20,8 +20,14 @@ BLOCK = 256
 # What fits must leave this share for the allocator's gaps and for what no formula knows.
 USABLE_SHARE = 0.9
 # Bytes a token that a layer keeps, by width (residual stream, queries, keys, feed-forward). Under autocast the norms
-# and the residual stream stay float32; with bf16 weights the norms do.
-LAYER_BYTES = {"float32": (24, 17, 17, 16), "autocast": (28, 11, 11, 9), "bf16": (16, 11, 11, 8)}
+# and the residual stream stay float32; with bf16 weights the norms do. Compiled layers keep what matrix products and
+# attention read, and compute the rest again.
+LAYER_BYTES = {
+    "float32": (24, 17, 17, 16),
+    "autocast": (28, 11, 11, 9),
+    "compiled_autocast": (14, 6, 8, 6),
+    "bf16": (16, 11, 11, 8),
+}
 # Values that selective checkpointing keeps: the layer's input, and the outputs of its products and of attention.
 SELECTIVE_VALUES = (3, 2, 2, 2)
 
@@ -86,10 +92,14 @@ def training_memory(
     dtype: Literal["float32", "bfloat16"],
     device: str,
     room: int,
+    compiled: bool = False,
 ) -> TrainingMemory:
-    """The memory of a step whose largest micro-batch holds `tokens`; `auto` takes the first policy that fits `room`."""
+    """The memory of a step whose largest micro-batch holds `tokens`; `auto` takes the first policy that fits `room`.
+
+    `compiled` layers keep less; a plan, which cannot know whether they will be, counts plain ones.
+    """
     policies = POLICIES if checkpointing == "auto" else (checkpointing,)
-    found = [_memory_with(policy, shape, precision, tokens, dtype, device) for policy in policies]
+    found = [_memory_with(policy, shape, precision, tokens, dtype, device, compiled) for policy in policies]
     return next((memory for memory in found if memory.total <= USABLE_SHARE * room), found[-1])
 
 
@@ -126,7 +136,13 @@ def saved_bytes(precision: Precision) -> int:
 
 
 def _memory_with(
-    policy: CheckpointingPolicy, shape: ModelShape, precision: Precision, tokens: int, dtype: str, device: str
+    policy: CheckpointingPolicy,
+    shape: ModelShape,
+    precision: Precision,
+    tokens: int,
+    dtype: str,
+    device: str,
+    compiled: bool,
 ) -> TrainingMemory:
     arithmetic = "bf16" if not keeps_float32(precision) else "autocast" if dtype == "bfloat16" else "float32"
     narrow = arithmetic != "float32"
@@ -139,13 +155,14 @@ def _memory_with(
         weights=(weight_bytes(precision) + copies) * shape.parameters,
         gradients=4 * shape.parameters,
         optimizer=optimizer_bytes(precision, shape),
-        activations=tokens * _token_bytes(policy, shape, arithmetic),
+        activations=tokens * _token_bytes(policy, shape, arithmetic, compiled),
         head=tile + (tile // 2 if narrow else 0) + head_copy + 12 * tokens * shape.hidden,
     )
 
 
-def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, arithmetic: str) -> int:
-    whole = sum(width * each for width, each in zip(shape.widths(), LAYER_BYTES[arithmetic], strict=True))
+def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, arithmetic: str, compiled: bool) -> int:
+    kind = "compiled_autocast" if compiled and arithmetic == "autocast" else arithmetic
+    whole = sum(width * each for width, each in zip(shape.widths(), LAYER_BYTES[kind], strict=True))
     if policy == "none":
         return (shape.layers + 1) * whole
     value = 4 if arithmetic == "float32" else 2

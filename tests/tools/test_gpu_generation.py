@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-VARIANTS = {"ours", "hf_static_cache", "hf_continuous_batching"}
+VARIANTS = {"ours", "ours_step_by_step", "hf_static_cache", "hf_continuous_batching"}
 CPU = torch.device("cpu")
 STOPS = [3, 7]
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from opd_mcp.engine.generation.drawing import Drawing
 from opd_mcp.engine.generation.kv_cache import RoomyLayer
 from opd_mcp.engine.models.attention import packs
+from opd_mcp.engine.models.fixed_cache import FixedCache, FixedLayer
 from opd_mcp.engine.models.rows import head_logits
 
 logger = logging.getLogger(__name__)
@@ -29,23 +29,6 @@ ALIGNMENT = 64
 LOOK_EVERY = 16
 # below this a recording costs more than it saves
 LEAST_STEPS = 8
-
-
-class FixedLayer(DynamicLayer):
-    """One layer's keys and values [n, h, E, d] in buffers of fixed size; new ones are written at `cursor` [1]."""
-
-    def __init__(self, keys: Tensor, values: Tensor, cursor: Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.cursor = keys, values, cursor
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write the new token's states and return the whole buffers; the mask says how far they are filled."""
-        self.keys.index_copy_(2, self.cursor, key_states)
-        self.values.index_copy_(2, self.cursor, value_states)
-        return self.keys, self.values
 
 
 def replays(model: PreTrainedModel, cache: DynamicCache) -> bool:
@@ -88,7 +71,7 @@ class Segment:
         extent = -(-(filled + steps) // ALIGNMENT) * ALIGNMENT
         mask = self.mask.new_full((len(places), 1, 1, extent), -torch.inf)
         mask[..., :filled] = self.mask[places, :, :, :filled]
-        cache = DynamicCache()
+        cache = FixedCache()
         for layer in self.cache.layers:
             keys, values = (_with_room(states, places, filled, extent) for states in (layer.keys, layer.values))
             cache.layers.append(FixedLayer(keys, values, self.cursor))

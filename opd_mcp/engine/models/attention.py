@@ -2,21 +2,20 @@
 
 The function is registered with transformers' `AttentionInterface`; a model that uses it runs unpacked calls (padding
 masks, KV caches) through SDPA as before. On the CPU documents of like length share one SDPA call; on CUDA bf16 and fp16
-go through torch's variable-length attention.
+documents go through torch's variable-length attention, but long ones have SDPA calls of their own.
 """
 
 import inspect
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from opd_mcp.engine.models.documents import LONG_DOCUMENT, Documents
 from opd_mcp.engine.models.embedding import embedded
 
 try:
@@ -25,100 +24,11 @@ except ImportError:  # torch without it: SDPA a document there too
     varlen_attn = None  # type: ignore[assignment]
 
 PACKED = "opd_packed"
-# score entries of padding that cost as much as one more SDPA call (forward and backward) of a small model
-SPARE_SCORES = 16384
+# cuDNN, SDPA's choice on Hopper, plans each new width for 0.1 s
+WIDTH_STEP = 128
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Lengths of the documents that lie end to end in one packed row of T tokens, on `device`."""
-
-    lengths: list[int]
-    device: torch.device
-    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def cumulative(self) -> Tensor:
-        """Offsets int32 [N + 1]."""
-        return torch.tensor([0, *self.lengths], device=self.device).cumsum(0).to(torch.int32)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Position ids [1, T], counted from 0 in each document."""
-        parts = [torch.arange(length) for length in self.lengths]
-        return torch.cat(parts)[None].to(self.device) if parts else torch.zeros(1, 0, dtype=torch.long)
-
-    @cached_property
-    def groups(self) -> list["DocumentGroup"]:
-        """The documents as few padded attention calls."""
-        starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
-        groups = []
-        for first, last in attention_groups(self.lengths, SPARE_SCORES):
-            lengths = self.lengths[first:last]
-            width = max(lengths)
-            places = torch.arange(width)[None] + torch.tensor(starts[first:last])[:, None]
-            inside = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-            even = bool(inside.all())
-            groups.append(
-                DocumentGroup(
-                    starts[first],
-                    starts[last],
-                    last - first,
-                    width,
-                    None if even else places.clamp_max(starts[last] - 1).flatten().to(self.device),
-                    None if even else inside.flatten().nonzero()[:, 0].to(self.device),
-                )
-            )
-        return groups
-
-    def window_mask(self, width: int, window: int) -> Tensor:
-        """True where a query may look: [L, L], the last `window` positions up to itself."""
-        if (width, window) not in self._masks:
-            distance = torch.arange(width, device=self.device)[:, None] - torch.arange(width, device=self.device)[None]
-            self._masks[width, window] = (distance >= 0) & (distance < window)
-        return self._masks[width, window]
-
-
-def attention_groups(lengths: list[int], spare: int) -> list[tuple[int, int]]:
-    """Ranges [first, last) of consecutive documents that one padded attention call computes together.
-
-    A document joins its predecessors while the padding costs at most `spare` score entries or an eighth of the work:
-    below that a call of its own would cost more than the padding.
-    """
-    groups: list[tuple[int, int]] = []
-    first, widest, work = 0, 0, 0
-    for number, length in enumerate(lengths):
-        grown, total = max(widest, length), work + length * length
-        wasted = grown * grown * (number + 1 - first) - total
-        if number > first and wasted > max(spare, total // 8):
-            groups.append((first, number))
-            first, grown, total = number, length, length * length
-        widest, work = grown, total
-    return [*groups, (first, len(lengths))] if lengths else groups
-
-
-@dataclass(frozen=True)
-class DocumentGroup:
-    """N consecutive documents, tokens start … stop − 1, padded to one width; `places`, `inside` if lengths differ."""
-
-    start: int
-    stop: int
-    documents: int
-    width: int
-    places: Tensor | None
-    inside: Tensor | None
-
-    def padded(self, states: Tensor) -> Tensor:
-        """States [h, T, d] of the packed row as [N, h, L, d]."""
-        chosen = states[:, self.start : self.stop] if self.places is None else states.index_select(1, self.places)
-        return chosen.unflatten(1, (self.documents, self.width)).transpose(0, 1)
-
-    def unpadded(self, states: Tensor) -> Tensor:
-        """The inverse: [N, h, L, d] as [tokens, h, d]."""
-        flat = states.transpose(1, 2).flatten(0, 1)
-        return flat if self.inside is None else flat.index_select(0, self.inside)
-
-
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -159,7 +69,7 @@ def packed_attention(
         narrow = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-        return _variable_length(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
+        return _on_cuda(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
     return _by_document(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
 
 
@@ -189,6 +99,36 @@ def _by_document(
         )
         parts.append(group.unpadded(out))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None
+) -> Tensor:
+    if window is not None:
+        return _variable_length(query, key, value, documents, scale, window)
+    parts = []
+    for start, stop, part in documents.runs:
+        states = (query[:, start:stop], key[:, start:stop], value[:, start:stop])
+        alone = len(part.lengths) == 1 and stop - start >= LONG_DOCUMENT
+        parts.append(_one_document(*states, scale) if alone else _variable_length(*states, part, scale, None))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _one_document(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention [T, h, d] of one document; no token looks at the padding behind it."""
+    length = query.shape[1]
+    padding = (0, 0, 0, -length % WIDTH_STEP)
+    if padding[-1]:
+        query, key, value = (pad(states, padding) for states in (query, key, value))
+    output = scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return output[0, :, :length].transpose(0, 1)
 
 
 def _variable_length(

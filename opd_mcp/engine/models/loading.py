@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from opd_mcp.engine.models.attention import use_packed_attention
+from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.files import write_atomic
@@ -32,11 +33,12 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory with the facts of its directory."""
+    """A model in memory, the facts of its directory, and why its layers are not compiled on a GPU, if they are not."""
 
     model: PreTrainedModel
     facts: ModelFacts
     path: Path
+    plain_layers: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +68,8 @@ def load_model(path: Path, runtime: Runtime, *, for_training: bool = False) -> L
     model.train(for_training)
     _require_plain_head(model, path)
     use_packed_attention(model)
-    return LoadedModel(model, facts, path)
+    problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast)
+    return LoadedModel(model, facts, path, problem)
 
 
 @torch.no_grad()

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opd_mcp.engine.models.compiled import decoder_layers, is_compiled
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.machine import container_room, statistic
 from opd_mcp.schemas.errors import ArgumentError
@@ -53,7 +52,7 @@ def step_memory(
 
     Raises ArgumentError `invalid_argument` for a policy that the model's class cannot follow.
     """
-    able = bool(_layers(model))
+    able = bool(decoder_layers(model))
     if not able and checkpointing in ("selective", "full"):
         raise ArgumentError(
             "invalid_argument",
@@ -70,6 +69,7 @@ def step_memory(
         dtype="bfloat16" if runtime.trains_in_autocast else "float32",
         device=runtime.device.type,
         room=free_memory(runtime.device) + held,
+        compiled=is_compiled(model),
     )
 
 
@@ -93,17 +93,13 @@ def checkpointed_activations(model: PreTrainedModel, policy: str) -> Iterator[No
     if policy == "selective":
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _what_is_kept))
     # the model's own switch would also put a hook on the embeddings, and has another name in each release
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, again
     try:
         yield
     finally:
-        for layer in _layers(model):
+        for layer in decoder_layers(model):
             layer.gradient_checkpointing = False
-
-
-def _layers(model: PreTrainedModel) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _what_is_kept(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -20,8 +20,6 @@ from transformers import (
 
 from opd_mcp.engine.models import attention
 from opd_mcp.engine.models.attention import (
-    Documents,
-    attention_groups,
     hidden_rows,
     packed_attention,
     packed_hidden,
@@ -29,6 +27,7 @@ from opd_mcp.engine.models.attention import (
     padded_hidden,
     use_packed_attention,
 )
+from opd_mcp.engine.models.documents import Documents, attention_groups
 
 SIZES = {
     "vocab_size": 97,

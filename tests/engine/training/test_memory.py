@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
-from opd_mcp.engine.models.attention import Documents, packed_hidden, use_packed_attention
+from opd_mcp.engine.models.attention import packed_hidden, use_packed_attention
+from opd_mcp.engine.models.documents import Documents
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training import memory
 from opd_mcp.engine.training.memory import checkpointed_activations, model_shape, step_memory
