@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_demo import distilled_accuracies
 from gpu_generation import generation_speeds
-from gpu_head import head_checks, head_speeds
+from gpu_head import head_checks, head_peers, head_speeds
+from gpu_training import VOCAB as SMALL_VOCAB
+from gpu_training import training_checks
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opd_mcp.engine.data.batches import build_batch
@@ -56,6 +58,7 @@ MOST_OF_ESTIMATE = 1.0
 # interval begins at 0.855
 MOST_WRONG = 0.145
 failures: list[str] = []
+assert not {"mcp", "datasets", "opd_mcp.store", "opd_mcp.jobs"} & set(sys.modules), "a bare checkout lacks them"
 
 
 def check(name: str, value: float, most: float) -> dict[str, float]:
@@ -248,12 +251,20 @@ def main() -> None:
         sys.exit("There is no CUDA device here; --device cpu checks the script itself.")
     torch.set_num_threads(1 if not cuda else torch.get_num_threads())
     runtime = Runtime(device, torch.bfloat16, seed=0)
+
+    def small_model() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return random_model((128, 3, 4, 256), device, SMALL_VOCAB, training=True)
+
     report: dict[str, object] = {"device": hardware_name(device), "torch": torch.__version__}
     report["head"], report["attention"] = head_checks(device, check), attention_checks(device)
+    report["training"] = training_checks(small_model, runtime, check)
     peak = matmul_peak(device, torch.bfloat16)
     report["bf16_matmul_peak"] = peak
     print(f"bf16 matmul peak {peak / 1e12:.3g} TFLOP/s", flush=True)
-    report["head_ms"] = head_speeds(device, *((SHAPES["4B"][0], VOCAB) if cuda else (64, 512)))
+    width, vocab = (SHAPES["4B"][0], VOCAB) if cuda else (64, 512)
+    report["head_ms"] = head_speeds(device, width, vocab)
+    report["head_peers"] = head_peers(device, width, vocab, rows=2 * RESPONSE if cuda else 32)
     shapes = SHAPES if cuda else {"tiny": (64, 2, 2, 128)}
     speeds = {name: speed(name, shape, runtime, peak, tiny=not cuda) for name, shape in shapes.items()}
     report["speed"] = speeds
@@ -275,7 +286,6 @@ def main() -> None:
         report["demo"] = accuracies
         if cuda:
             check("demo: share of wrong answers after distillation", 1 - accuracies["distilled"], MOST_WRONG)
-    assert not {"mcp", "datasets", "pyarrow"} & set(sys.modules), "this check must run on a bare checkout"
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for line in failures:

@@ -4,9 +4,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from opd_mcp.engine.losses.head import one_pass_losses, row_scores
 from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
@@ -145,6 +147,58 @@ def head_speeds(device: torch.device, width: int, vocab: int, rounds: int = 5) -
     found = _milliseconds(runs, device, rounds)
     print("head, ms a tile", json.dumps({name: round(value, 3) for name, value in found.items()}), flush=True)
     return found
+
+
+def head_peers(device: torch.device, width: int, vocab: int, rows: int, rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Milliseconds and peak bytes of cross entropy with both gradients: ours, plain torch, Liger where it is there.
+
+    Hidden states and weights are bf16. Ours and one of Liger's sum the weight's gradient in float32, Liger's default
+    and plain torch in bf16.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
+    weight = (0.02 * torch.randn(vocab, width, device=device)).to(dtype).requires_grad_()
+    targets = torch.randint(vocab, (rows,), device=device)
+    weights = torch.ones(rows, dtype=torch.float64, device=device)
+
+    def ours() -> None:
+        main_grad = torch.zeros(vocab, width, device=device)
+        losses = one_pass_losses(
+            Head(weight, operands=dtype), hidden, targets, weights, {}, CrossEntropy(), main_grad=main_grad
+        )
+        losses.total.backward()
+
+    def plain() -> None:
+        cross_entropy((hidden @ weight.T).float(), targets, reduction="sum").backward()
+
+    runs: dict[str, Callable[[], object]] = {"ours": ours, "plain": plain}
+    if device.type == "cuda" and find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        for name, sums in (("liger", None), ("liger_float32_sum", torch.float32)):
+            loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=sums)
+            runs[name] = lambda loss=loss: loss(weight, hidden, targets).backward()
+
+    def alone(run: Callable[[], object]) -> Callable[[], object]:
+        def fresh() -> None:
+            run()
+            hidden.grad = weight.grad = None
+
+        return fresh
+
+    times = _milliseconds({name: alone(run) for name, run in runs.items()}, device, rounds)
+    found = {name: {"ms": times[name], "peak_bytes": _peak_growth(alone(run), device)} for name, run in runs.items()}
+    print("cross entropy over the head", json.dumps(found), flush=True)
+    return found
+
+
+def _peak_growth(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return float(torch.cuda.max_memory_allocated(device) - before)
 
 
 def _kernels(cuda: bool) -> dict[str, bool]:
