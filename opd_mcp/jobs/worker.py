@@ -115,7 +115,7 @@ def _worked(
         record = read_record(directory)
         quotas = read_settings(store.workspace).quotas
         lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
-        prepare_environment(record.request.recipe.runtime, lease)
+        prepare_environment(record.request.recipe.runtime, lease, store.workspace.compiled)
         journal.append("state", {"state": "running"})
         reporter.limit(seconds_left(quotas, directory))
         with run_span(record):
@@ -190,13 +190,17 @@ def device_kind(lease: Lease) -> str:
     return "cuda" if lease.slots[0].startswith("gpu-") else "cpu"
 
 
-def prepare_environment(runtime: RuntimeRecipe, lease: Lease) -> None:
-    """Threads and visible devices for torch, which reads them when it is imported."""
+def prepare_environment(runtime: RuntimeRecipe, lease: Lease, compiled: Path) -> None:
+    """Threads, visible devices and the compilers' folder for torch, which reads them when it is imported.
+
+    What a compiler has cached is run as code: it belongs into the workspace, not into a shared /tmp.
+    """
     assert "torch" not in sys.modules, "torch was imported before the lease"
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(runtime.threads)))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     visible = lease.slots[0].removeprefix("gpu-") if device_kind(lease) == "cuda" else ""
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = str(compiled), str(compiled / "triton")
 
 
 def stop_cause(store: Store, directory: Path, reporter: JournalReporter) -> OpdError | None:

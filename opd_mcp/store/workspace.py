@@ -27,7 +27,8 @@ class Workspace:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         object.__setattr__(self, "root", self.root.resolve())
         require_private(self.root)
-        for directory in (self.runs, self.artifacts, *map(self.artifacts_of, ARTIFACT_KINDS), self.plans, self.hub):
+        kinds = map(self.artifacts_of, ARTIFACT_KINDS)
+        for directory in (self.runs, self.artifacts, *kinds, self.plans, self.hub, self.compiled):
             directory.mkdir(exist_ok=True, mode=0o700)
 
     @property
@@ -49,6 +50,11 @@ class Workspace:
     def hub(self) -> Path:
         """Models and data sets fetched from the Hub."""
         return self.root / "hub"
+
+    @property
+    def compiled(self) -> Path:
+        """GPU code that workers compiled, for the next ones; may be deleted."""
+        return self.root / "compiled"
 
     @property
     def index(self) -> Path:

@@ -29,9 +29,11 @@ HOST = """<!doctype html><meta charset="utf-8">
 <iframe id="app" sandbox="allow-scripts" style="width:1000px;height:900px;border:0"></iframe>
 <script>
 const page = PAGE, feed = FEED, frame = document.getElementById("app");
+let told = Promise.resolve(); // one request after the other, so that the order that is seen is the order they came in
 window.addEventListener("message", ({ data, source }) => {
   if (source !== frame.contentWindow) return;
-  fetch("/seen", { method: "POST", body: JSON.stringify({ method: data.method, params: data.params }) });
+  const body = JSON.stringify({ method: data.method, params: data.params });
+  told = told.then(() => fetch("/seen", { method: "POST", body }));
   const answer = (result) => source.postMessage({ jsonrpc: "2.0", id: data.id, result }, "*");
   if (data.method === "ui/initialize") answer({ protocolVersion: "2026-01-26", hostInfo: { name: "host", version: "1" },
     hostCapabilities: {}, hostContext: { theme: "THEME" } });

@@ -1,6 +1,7 @@
 """Decoding in buffers of fixed size against decoding with a cache that grows; on the CPU each step runs as it is."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -85,3 +86,43 @@ def test_finished_rows_are_dropped_at_a_segments_end(
 def test_only_cuda_replays(model: PreTrainedModel) -> None:
     cache = generator.roomy_cache(model.config)
     assert not replay.replays(model, cache)
+
+
+class Graph:
+    """Stands in for a CUDA graph."""
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        """The CPU's generators need no registration."""
+
+    def replay(self) -> None:
+        """Nothing was recorded."""
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+
+
+def test_a_recorded_step_is_replayed(without_a_gpu: None) -> None:
+    recording = replay.Recording(torch.Generator())
+    step = recording.of(lambda: None)
+    assert step == recording.graph.replay
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_as_it_is_and_told_once(
+    without_a_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = []
+
+    def waiting() -> None:
+        tries.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recording = replay.Recording(torch.Generator())
+    assert recording.of(waiting) is waiting
+    assert recording.of(waiting) is waiting
+    assert len(tries) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not permitted" in caplog.text

@@ -1,11 +1,7 @@
 """Packed documents equal the same documents alone, for every class that we promise it for."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -27,7 +23,7 @@ from opd_mcp.engine.models.attention import (
     padded_hidden,
     use_packed_attention,
 )
-from opd_mcp.engine.models.documents import Documents, attention_groups
+from opd_mcp.engine.models.documents import Documents
 
 SIZES = {
     "vocab_size": 97,
@@ -143,14 +139,3 @@ def test_what_changes_scores_is_refused(extra: dict[str, object]) -> None:
         packed_attention(
             torch.nn.Module(), query, query, query, None, documents=Documents([3, 2], query.device), **extra
         )
-
-
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=30), spare=st.integers(0, 5000))
-def test_attention_groups_cover_the_documents_and_waste_little(lengths: list[int], spare: int) -> None:
-    groups = attention_groups(lengths, spare)
-    assert groups[0][0] == 0
-    assert groups[-1][1] == len(lengths)
-    assert all(left[1] == right[0] for left, right in pairwise(groups))
-    for first, last in groups:
-        work = sum(length * length for length in lengths[first:last])
-        assert max(lengths[first:last]) ** 2 * (last - first) - work <= max(spare, work // 8)
