@@ -2,7 +2,8 @@
 
 Run: `python tools/bench_engine.py [--quick] [--case NAME …] [--json FILE]` (`make bench`; peers: `pip install
 '.[bench]'`). Each round runs every variant of a case once, in an order that rotates; a ratio is taken within a round.
-Peak memory is the growth of the resident set in a fresh process that runs one step. `--check` exits with 1 for a ratio
+Peak memory is the growth of the resident set in a fresh process that runs one step; two such run at a time. `--quick`
+takes fewer rows and two rounds, and measures two cases at a time, each on a core. `--check` exits with 1 for a ratio
 below its bar. The method and the bars are explained in docs/performance.md.
 """
 
@@ -15,10 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from bench_cases import CASES, build_data, build_model
+from bench_cases import CASES, Case, build_data, build_model
 
 sys.path.insert(0, os.environ.get("OPD_BENCH_PEERS", "."))
 BARS = {
@@ -35,6 +38,7 @@ BARS = {
 }
 PEAK_BARS = {("vocab_152k", "naive_padded"): 4.0}
 MOST_SCORING_GROWTH = 1.05
+TOUCHING = Case(512, 64, 1, rows=2, quick_rows=2, shrink=64, budget=64)
 Run = Callable[[], None]
 
 
@@ -108,27 +112,49 @@ def resident_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def print_peak(case: str, variant: str, *, quick: bool, scratch: Path | None) -> None:
-    """Print by how many bytes one step makes this process grow."""
+def growth(run: Run) -> int:
+    """By how many bytes a run makes this process grow."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts here
+    before = resident_bytes("VmRSS")
+    run()
+    return resident_bytes("VmHWM") - before
+
+
+def print_peaks(case: str, variants: list[str], *, quick: bool, scratch: Path | None) -> None:
+    """Print the growth of each variant in a process of its own, forked from this one, which has run none of them."""
     if case == "scoring_memory":
         from bench_scoring import scoring_run
 
         assert scratch is not None
-        run = scoring_run(scratch, variant)
-    else:
-        run = runs_of(case, quick=quick)[variant]
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts here
-    before = resident_bytes("VmRSS")
-    run()
-    print(resident_bytes("VmHWM") - before)
+        print(json.dumps([growth(scoring_run(scratch, name)) for name in variants]))
+        return
+    _inherited.update(runs_of(case, quick=quick))
+    with get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        print(json.dumps(pool.map(_growth_of, variants, chunksize=1)))
 
 
-def peak_bytes(case: str, variant: str, *, quick: bool, scratch: Path | None = None) -> int:
-    """The growth that a fresh process measures."""
-    command = [sys.executable, __file__, "--peak", case, variant]
+# what forked processes find: closures cannot be sent to them
+_inherited: dict[str, Run] = {}
+
+
+def _growth_of(variant: str) -> int:
+    _touch_libraries()
+    return growth(_inherited[variant])
+
+
+def _touch_libraries() -> None:
+    """Read what every variant reads of torch's code: a forked process counts it anew."""
+    from bench_peers import TRAINING
+
+    TRAINING["ours"](build_model(TOUCHING), build_data(TOUCHING, quick=True), TOUCHING)
+
+
+def peaks(case: str, variants: list[str], *, quick: bool, scratch: Path | None = None) -> list[int]:
+    """The growth of each variant, measured below a fresh process."""
+    command = [sys.executable, __file__, "--peaks", case, *variants]
     command += ["--quick"] * quick + (["--scratch", str(scratch)] if scratch else [])
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def case_rows(case: str, rounds: int, only: list[str] | None, *, quick: bool) -> list[dict[str, object]]:
@@ -138,20 +164,22 @@ def case_rows(case: str, rounds: int, only: list[str] | None, *, quick: bool) ->
 
         with tempfile.TemporaryDirectory() as scratch:
             write_rollouts(Path(scratch), rows=256 if quick else 1024)
-            peaks = [peak_bytes(case, name, quick=quick, scratch=Path(scratch)) for name in ("ours", "ours_10x_rows")]
-        return [{"case": case, "variant": "ours_10x_rows", "time_ratio": None, "peak_ratio": peaks[1] / peaks[0]}]
+            few, many = (
+                peaks(case, [name], quick=quick, scratch=Path(scratch))[0] for name in ("ours", "ours_10x_rows")
+            )
+        return [{"case": case, "variant": "ours_10x_rows", "time_ratio": None, "peak_ratio": many / few}]
     runs = runs_of(case, quick=quick)
     if only is not None:
         runs = {name: run for name, run in runs.items() if name in ("ours", *only)}
     ratios = time_ratios(interleaved(runs, rounds))
-    names = [] if case == "generation" else runs
-    peaks = {name: peak_bytes(case, name, quick=quick) for name in names}
+    names = [] if case == "generation" else list(runs)
+    grown = dict(zip(names, peaks(case, names, quick=quick) if names else [], strict=True))
     return [
         {
             "case": case,
             "variant": name,
             "time_ratio": ratio,
-            "peak_ratio": peaks[name] / peaks["ours"] if peaks else None,
+            "peak_ratio": grown[name] / grown["ours"] if grown else None,
         }
         for name, ratio in ratios.items()
     ]
@@ -172,30 +200,64 @@ def misses(rows: list[dict]) -> list[str]:
     return found
 
 
+def shown(rows: list[dict]) -> list[dict]:
+    """The same rows, printed."""
+    for row in rows:
+        both = (row["time_ratio"], row["peak_ratio"])
+        texts = ["      -" if ratio is None else f"{ratio:7.2f}" for ratio in both]
+        print(f"{row['case']:15} {row['variant']:28} time {texts[0]}  peak {texts[1]}", flush=True)
+    return rows
+
+
+def side_by_side(cases: list[str], rounds: int, only: list[str] | None) -> list[dict]:
+    """The rows of quick cases, each measured in a process of its own, two at a time."""
+
+    def measured(case: str) -> list[dict]:
+        with tempfile.NamedTemporaryFile(suffix=".json") as report:
+            command = [
+                sys.executable,
+                __file__,
+                "--quick",
+                "--case",
+                case,
+                "--rounds",
+                str(rounds),
+                "--json",
+                report.name,
+            ]
+            subprocess.run([*command, *(["--variant", *only] if only else [])], check=True)
+            return json.loads(Path(report.name).read_text(encoding="utf-8"))["rows"]
+
+    with ThreadPoolExecutor(2) as pool:
+        return [row for rows in pool.map(measured, cases) for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*CASES, "scoring_memory", "generation"]
     parser.add_argument("--case", nargs="*", choices=names, default=names)
-    parser.add_argument("--quick", action="store_true", help="half the rows and two rounds")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, two rounds, two cases at a time")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--variant", nargs="*", help="only these, beside ours")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true", help="exit with 1 for a ratio below its bar")
-    parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--peaks", nargs="+", metavar="CASE VARIANT", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.peak:
-        print_peak(*arguments.peak, quick=arguments.quick, scratch=arguments.scratch)
+    if arguments.peaks:
+        case, *variants = arguments.peaks
+        print_peaks(case, variants, quick=arguments.quick, scratch=arguments.scratch)
         return
-    rows: list[dict] = []
-    for case in arguments.case:
-        rounds = arguments.rounds or (2 if arguments.quick else 5)
-        for row in case_rows(case, rounds, arguments.variant, quick=arguments.quick):
-            rows.append(row)
-            both = (row["time_ratio"], row["peak_ratio"])
-            shown = ["      -" if ratio is None else f"{ratio:7.2f}" for ratio in both]
-            print(f"{row['case']:15} {row['variant']:28} time {shown[0]}  peak {shown[1]}", flush=True)
+    rounds = arguments.rounds or (2 if arguments.quick else 5)
+    if arguments.quick and len(arguments.case) > 1:
+        rows = side_by_side(arguments.case, rounds, arguments.variant)
+    else:
+        rows = [
+            row
+            for case in arguments.case
+            for row in shown(case_rows(case, rounds, arguments.variant, quick=arguments.quick))
+        ]
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
     missed = misses(rows)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gpu_attention import attention_checks, attention_speeds
 from gpu_demo import distilled_accuracies
 from gpu_generation import generation_speeds
 from gpu_head import head_checks, head_peers, head_speeds
@@ -35,9 +36,8 @@ from opd_mcp.engine.data.packing import packed_groups
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.losses.head import row_scores
 from opd_mcp.engine.losses.rows import Sampled
-from opd_mcp.engine.models.attention import hidden_rows, packed_attention, use_packed_attention
+from opd_mcp.engine.models.attention import hidden_rows, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers, decoder_layers, is_compiled
-from opd_mcp.engine.models.documents import Documents
 from opd_mcp.engine.models.rows import model_head
 from opd_mcp.engine.runtime import Runtime, hardware_name
 from opd_mcp.engine.training.memory import checkpointed_activations, step_memory
@@ -67,28 +67,6 @@ def check(name: str, value: float, most: float) -> dict[str, float]:
         failures.append(f"{name}: {value:.3g} is above {most:.3g}")
     print(f"{name:60} {value:.3g} (at most {most:.3g})", flush=True)
     return {"value": value, "most": most}
-
-
-def attention_checks(device: torch.device) -> dict[str, object]:
-    """bf16 packed attention (variable-length on CUDA) with grouped heads and a window against fp32 by document."""
-    found: dict[str, object] = {}
-    lengths = [1500, 1300, 700, 300, 64, 1]
-    documents = Documents(lengths, device)
-    generator = torch.Generator().manual_seed(0)
-    for label, heads, shared, window in (("plain", 8, 8, None), ("GQA", 8, 2, None), ("GQA, window 128", 8, 2, 128)):
-        query = torch.randn(1, heads, sum(lengths), 64, generator=generator).to(device)
-        key, value = (torch.randn(1, shared, sum(lengths), 64, generator=generator).to(device) for _ in range(2))
-
-        def run(dtype: torch.dtype, inputs: tuple[Tensor, ...], window: int | None) -> list[Tensor]:
-            leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
-            output, _ = packed_attention(torch.nn.Module(), *leaves, None, documents=documents, sliding_window=window)
-            return [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
-
-        name = f"varlen attention, {label}"
-        inputs = (query, key, value)
-        pairs = zip(run(torch.bfloat16, inputs, window), run(torch.float32, inputs, window), strict=True)
-        found[name] = check(name, max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs), 3e-2)
-    return found
 
 
 def random_model(shape: Shape, device: torch.device, vocab: int, *, training: bool) -> PreTrainedModel:
@@ -257,12 +235,13 @@ def main() -> None:
         return random_model((128, 3, 4, 256), device, SMALL_VOCAB, training=True)
 
     report: dict[str, object] = {"device": hardware_name(device), "torch": torch.__version__}
-    report["head"], report["attention"] = head_checks(device, check), attention_checks(device)
+    report["head"], report["attention"] = head_checks(device, check), attention_checks(device, check)
     report["training"] = training_checks(small_model, runtime, check)
     peak = matmul_peak(device, torch.bfloat16)
     report["bf16_matmul_peak"] = peak
     print(f"bf16 matmul peak {peak / 1e12:.3g} TFLOP/s", flush=True)
     width, vocab = (SHAPES["4B"][0], VOCAB) if cuda else (64, 512)
+    report["attention_ms"] = attention_speeds(device, *((RESPONSE + PROMPT, 32, 8, 128) if cuda else (64, 4, 2, 16)))
     report["head_ms"] = head_speeds(device, width, vocab)
     report["head_peers"] = head_peers(device, width, vocab, rows=2 * RESPONSE if cuda else 32)
     shapes = SHAPES if cuda else {"tiny": (64, 2, 2, 128)}

@@ -76,8 +76,10 @@ def assumed_speed(target: Target, recipe: Recipe) -> Speed:
         label = f"{target.name} at 20 GFLOP/s a thread (generating 8, scoring 40)"
         return Speed(8 * each, 20 * each, 40 * each, 2.5e-4, label)
     if recipe.runtime.dtype == "bfloat16":
-        return Speed(5e12, 2e14, 3e14, 6e-5, f"{target.name} at 200 TFLOP/s (generating 5, scoring 300)")
-    return Speed(2e12, 2e13, 3e13, 6e-5, f"{target.name} at 20 TFLOP/s (generating 2, scoring 30)")
+        # about half of the operations a second that an H200 did (docs/performance.md), and its time a layer when steps
+        # are replayed: which GPU it will be is not known
+        return Speed(1e13, 2e14, 3e14, 1.5e-4, f"{target.name} at 200 TFLOP/s (generating 10, scoring 300)")
+    return Speed(2e12, 2e13, 3e13, 1.5e-4, f"{target.name} at 20 TFLOP/s (generating 2, scoring 30)")
 
 
 def measured_costs(artifacts: Path) -> list[PhaseCost]:

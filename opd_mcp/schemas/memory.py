@@ -161,7 +161,8 @@ def _memory_with(
 
 
 def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, arithmetic: str, compiled: bool) -> int:
-    kind = "compiled_autocast" if compiled and arithmetic == "autocast" else arithmetic
+    # what is computed again may run uncompiled
+    kind = "compiled_autocast" if compiled and arithmetic == "autocast" and policy == "none" else arithmetic
     whole = sum(width * each for width, each in zip(shape.widths(), LAYER_BYTES[kind], strict=True))
     if policy == "none":
         return (shape.layers + 1) * whole

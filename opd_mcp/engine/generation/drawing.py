@@ -49,7 +49,7 @@ class Drawing:
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rows = torch.arange(rows, device=device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)
-        stops = [token for token in eos_token_ids if token < vocab]
+        stops = [token for token in eos_token_ids if 0 <= token < vocab]
         self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=device)
         self.is_stop[torch.tensor(stops, dtype=torch.long, device=device)] = True
 

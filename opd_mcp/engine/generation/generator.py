@@ -69,6 +69,7 @@ def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], dr
         input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )
     drawn = drawing.take(head_logits(model, output.last_hidden_state[:, -1]))
+    del output  # [B, L, H], which nobody needs any more
     draw_rest = draw_replayed if replays(model, cache) else _draw_growing
     draw_rest(model, cache, mask, positions[:, -1:], drawn, drawing)
     return drawing.responses()

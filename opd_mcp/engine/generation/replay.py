@@ -75,7 +75,8 @@ class Segment:
         for layer in self.cache.layers:
             keys, values = (_with_room(states, places, filled, extent) for states in (layer.keys, layer.values))
             cache.layers.append(FixedLayer(keys, values, self.cursor))
-            layer.keys, layer.values = keys[:0], values[:0]  # one layer is held twice at a time, not all
+            # the caller still has the old cache: so one layer is held twice at a time, not all
+            layer.keys = layer.values = keys.new_empty(0)
         self.drawing.keep(places)
         return Segment(
             self.model, self.drawing, self.input_ids[places], self.positions[places], mask, self.cursor, cache
@@ -102,15 +103,21 @@ def draw_replayed(
         places = drawing.going().nonzero()[:, 0]
         if len(places) == 0:
             return
+        if len(places) == 1 < len(drawing.rows):
+            # compilers make code of their own for one row
+            places = torch.cat([places, (places + 1) % len(drawing.rows)])
         steps = min(SEGMENT, drawing.limit - done)
         segment = segment.next(places, filled, steps)
-        # the first step also does what must not happen during a recording: compile and look for the fastest kernels
-        segment.step()
-        step = recording.of(segment.step) if steps >= LEAST_STEPS else segment.step
-        for number in range(1, steps):
-            if number % LOOK_EVERY == 0 and not drawing.going().any():
+        step, recorded = segment.step, steps >= LEAST_STEPS
+        for number in range(steps):
+            if number and number % LOOK_EVERY == 0 and not drawing.going().any():
                 return
-            step()
+            # the first step does what must not happen during a recording: compile and look for the fastest kernels
+            if number == 1 and recorded:
+                recording.try_step(segment.step)
+                step = recording.of(segment.step)
+            else:
+                step()
         filled, done = filled + steps, done + steps
 
 
@@ -121,22 +128,36 @@ class Recording:
         self.generator = generator
         self.graph: torch.cuda.CUDAGraph | None = None
         self.pool: Any = None
-        self.possible = True
+        self.possible: bool | None = None
+
+    def try_step(self, step: Callable[[], None]) -> None:
+        """Take one step; the first time find out whether it waits for the GPU, which cannot be recorded.
+
+        A recording that fails leaves torch's generators and allocator in the middle of it, so none is tried in vain.
+        What a step does before it waits is done once more: it writes the same values to the same places.
+        """
+        if self.possible is None:
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+                self.possible = True
+                return
+            except RuntimeError as error:
+                self.possible = False
+                logger.warning("Decoding step by step, more slowly: a step waits for the GPU (%s).", error)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        step()
 
     def of(self, step: Callable[[], None]) -> Callable[[], None]:
-        """What replays the step; the step itself where it cannot be recorded, such as one that waits for the GPU."""
+        """What replays the step; the step itself where it cannot be recorded."""
         if not self.possible:
             return step
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        self.graph = None
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                step()
-        except RuntimeError as error:
-            self.possible = False
-            logger.warning("Decoding step by step, more slowly: a step cannot be recorded as a CUDA graph (%s).", error)
-            return step
-        self.graph = graph
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        self.graph = graph  # only now: the graph before keeps their common memory alive
         return graph.replay

@@ -25,7 +25,7 @@ def sample(recipe: SampleRecipe, *, model: Path, prompts: Path, output: Path, co
     runtime = open_runtime(context.runtime)
     adopted = adopt_tokenizer(model, context.prompting)
     encoded = encode_prompts(read_prompts(prompts), adopted.tokenizer, context)
-    loaded = load_model(model, runtime)
+    loaded = load_model(model, runtime, compiled=False)  # a few short responses are there before it pays
 
     def on_batch(done: int) -> None:
         context.reporter.progress(done, len(encoded), "samples")

@@ -11,6 +11,8 @@ from opd_mcp.schemas.memory import TILE_BYTES
 
 # the least mass outside a row's ids: below it a ratio to it would overflow float32
 LEAST_REST = 1e-30
+# of what a CPU core keeps near it
+CACHED_WEIGHT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,14 @@ class Head:
 
     def raw_logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [C, V] before the soft cap, of operand-dtype hidden states and weight."""
-        logits = self.product(hidden, weight.T, out)
+        if out is None or weight.device.type != "cpu":
+            logits = self.product(hidden, weight.T, out)
+        else:
+            # a block of the weight stays in the core's cache for all rows of the tile
+            rows = max(1, CACHED_WEIGHT_BYTES // (weight.shape[1] * weight.itemsize))
+            for start in range(0, len(weight), rows):
+                self.product(hidden, weight[start : start + rows].T, out[:, start : start + rows])
+            logits = out
         return logits if self.bias is None else logits.add_(self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:

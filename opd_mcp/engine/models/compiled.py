@@ -40,7 +40,8 @@ def is_compiled(model: PreTrainedModel) -> bool:
 def compile_layers(model: PreTrainedModel, *, autocast: bool) -> str | None:
     """Compile the layers of a large packing model on CUDA; None, or why they run as they are.
 
-    Each layer is tried first: its output, and in training mode its gradient, must be the plain layer's.
+    Each layer is tried first with packed rows: its output, and in training mode its gradient, must be the plain
+    layer's.
     """
     if model.device.type != "cuda" or not packs(model) or model.num_parameters() < COMPILED_FROM:
         return None
@@ -52,16 +53,16 @@ def compile_layers(model: PreTrainedModel, *, autocast: bool) -> str | None:
 def compiled_or_problem(model: PreTrainedModel, *, autocast: bool, backend: str = "inductor") -> str | None:
     """Compile the layers of a model that packs, whatever its size and device; or leave them, and say why.
 
-    `backend` is one of torch's compilers: "aot_eager" traces as "inductor" does, and makes no kernels.
+    `backend` is one of torch's compilers: "eager" traces as "inductor" does, and makes no kernels.
     """
     # a layer's number would otherwise make each layer a compilation of its own
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     problem = None
-    calls = _layer_calls(model)
     for layer in decoder_layers(model):
         layer.forward = _by_call(layer.forward, torch.compile(layer.forward, dynamic=True, backend=backend))
     try:
+        calls = _layer_calls(model)
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
             deviation = max((_deviation(layer, *call) for layer, call in calls), default=0.0)
         narrow = autocast or model.dtype is torch.bfloat16
@@ -93,7 +94,7 @@ def _by_call(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callabl
 def _layer_calls(model: PreTrainedModel) -> list[tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]]:
     """What each layer is called with when two documents are packed."""
     config = model.config.get_text_config()
-    length = min(TRIAL_DOCUMENT, getattr(config, "max_position_embeddings", TRIAL_DOCUMENT))
+    length = min(TRIAL_DOCUMENT, getattr(config, "max_position_embeddings", None) or TRIAL_DOCUMENT)
     ids = (torch.arange(2 * length, device=model.device) * 7 + 1) % config.vocab_size
     calls: list[tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]] = []
 
@@ -101,9 +102,11 @@ def _layer_calls(model: PreTrainedModel) -> list[tuple[nn.Module, tuple[tuple[An
         calls.append((layer, (args, kwargs)))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder_layers(model)]
-    packed_hidden(model, ids, Documents([length, length], model.device))
-    for hook in hooks:
-        hook.remove()
+    try:
+        packed_hidden(model, ids, Documents([length, length], model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return calls
 
 

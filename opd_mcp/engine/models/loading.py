@@ -1,5 +1,6 @@
 """Loading and saving causal language models: safetensors only, no remote code, files on disk only."""
 
+import gc
 import json
 import shutil
 from dataclasses import dataclass
@@ -51,13 +52,16 @@ class LoadedModel:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
 
-def load_model(path: Path, runtime: Runtime, *, for_training: bool = False) -> LoadedModel:
+def load_model(path: Path, runtime: Runtime, *, for_training: bool = False, compiled: bool = True) -> LoadedModel:
     """The model at `path`: fp32 master weights for training, the runtime's dtype otherwise.
+
+    On CUDA a large model's layers are `compiled`, which takes some ten seconds.
 
     Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), or `unsupported_head` for a class whose
     logits are not its head applied to its decoder's last hidden state.
     """
     facts = inspect_model(path)
+    gc.collect()  # compiled layers hold one another, so an earlier model may still be there
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float32 if for_training else runtime.dtype,
@@ -68,7 +72,7 @@ def load_model(path: Path, runtime: Runtime, *, for_training: bool = False) -> L
     model.train(for_training)
     _require_plain_head(model, path)
     use_packed_attention(model)
-    problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast)
+    problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast) if compiled else None
     return LoadedModel(model, facts, path, problem)
 
 

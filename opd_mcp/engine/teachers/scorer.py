@@ -1,5 +1,6 @@
 """The one thread behind `serve-teacher` that uses the model: what is queued together is scored together."""
 
+import contextvars
 import math
 import queue
 import threading
@@ -43,7 +44,9 @@ class Scorer:
         self.teacher, self.limits = teacher, limits
         self.batches = 0
         self._jobs: queue.Queue[Job | None] = queue.Queue(limits.queue)
-        self._thread = threading.Thread(target=self._run, name="scorer", daemon=True)
+        # torch's compiler settings belong to a context, and a thread would begin with one of its own
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), name="scorer", daemon=True)
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> bool:

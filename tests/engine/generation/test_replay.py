@@ -99,30 +99,62 @@ class Graph:
 
 
 @pytest.fixture
-def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The modes that torch was told to watch for waiting in."""
+    modes: list[object] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    return modes
 
 
-def test_a_recorded_step_is_replayed(without_a_gpu: None) -> None:
+def test_a_step_that_does_not_wait_is_recorded_and_replayed(without_a_gpu: list[object]) -> None:
+    steps: list[int] = []
     recording = replay.Recording(torch.Generator())
-    step = recording.of(lambda: None)
-    assert step == recording.graph.replay
+    recording.try_step(lambda: steps.append(1))
+    assert steps == [1]
+    assert without_a_gpu == ["error", 0]
+    assert recording.of(lambda: None) == recording.graph.replay
+    recording.try_step(lambda: steps.append(2))
+    assert steps == [1, 2]
+    assert without_a_gpu == ["error", 0], "it is watched once"
 
 
-def test_a_step_that_cannot_be_recorded_is_taken_as_it_is_and_told_once(
-    without_a_gpu: None, caplog: pytest.LogCaptureFixture
+def test_a_step_that_waits_is_taken_as_it_is_and_told_once(
+    without_a_gpu: list[object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    tries = []
+    """Nothing is recorded: a recording that fails would leave torch's generator in the middle of it."""
+    taken = []
 
     def waiting() -> None:
-        tries.append(1)
-        raise RuntimeError("operation not permitted when stream is capturing")
+        if without_a_gpu[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        taken.append(1)
 
     recording = replay.Recording(torch.Generator())
-    assert recording.of(waiting) is waiting
-    assert recording.of(waiting) is waiting
-    assert len(tries) == 1
+    for _ in range(2):
+        recording.try_step(waiting)
+        assert recording.of(waiting) is waiting
+    assert len(taken) == 2
+    assert recording.graph is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "not permitted" in caplog.text
+    assert "synchronizing" in caplog.text
+
+
+def test_recorded_steps_follow_two_that_are_taken_as_they_are(
+    model: PreTrainedModel, fixed_buffers: None, without_a_gpu: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a recording that hands the step back the tokens are those of a loop without recordings."""
+    expected = drawn(model, temperature=0)
+    recorded: list[Callable[[], None]] = []
+
+    def of(recording: replay.Recording, step: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(step)
+        return step
+
+    monkeypatch.setattr(replay.Recording, "of", of)
+    monkeypatch.setattr(replay, "LEAST_STEPS", 2)
+    assert drawn(model, temperature=0) == expected
+    assert recorded

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_mcp.engine.losses import tiles
 from opd_mcp.engine.losses.head import one_pass_losses, row_scores
 from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
 from opd_mcp.engine.losses.tiles import Head
@@ -64,6 +65,19 @@ def test_loss_and_gradients_equal_autograd(
     assert largest_difference(ours.logprobs, torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]) <= 1e-12
     for gradient, reference in zip(torch.autograd.grad(ours.total, leaves), expected, strict=True):
         assert largest_difference(gradient, reference) <= 1e-12
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_logits_come_block_by_block_of_the_weight(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    hidden, weight, targets, row_weights, columns = random_case()
+    found = []
+    for cached in (rows * weight.shape[1] * weight.itemsize, 2**20):
+        monkeypatch.setattr(tiles, "CACHED_WEIGHT_BYTES", cached)
+        leaf = hidden.detach().requires_grad_()
+        ours = one_pass_losses(Head(weight), leaf, targets, row_weights, columns, OBJECTIVES["sampled"])
+        found.append([ours.logprobs, torch.autograd.grad(ours.total, leaf)[0]])
+    for blocks, whole in zip(*found, strict=True):
+        assert largest_difference(blocks, whole) <= 1e-12
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
