@@ -61,7 +61,8 @@ def load_model(path: Path, runtime: Runtime, *, for_training: bool = False, comp
     logits are not its head applied to its decoder's last hidden state.
     """
     facts = inspect_model(path)
-    gc.collect()  # compiled layers hold one another, so an earlier model may still be there
+    if runtime.device.type == "cuda":
+        gc.collect()  # compiled layers hold one another, so an earlier model may still be there
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=torch.float32 if for_training else runtime.dtype,

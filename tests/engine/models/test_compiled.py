@@ -13,7 +13,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from opd_mcp.engine.models import attention, compiled
@@ -24,17 +23,16 @@ from opd_mcp.engine.models.documents import Documents
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
     "max_position_embeddings": 512,
 }
-SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+SLIDING = ["sliding_attention", "full_attention"]
 CLASSES: dict[str, PreTrainedConfig] = {
     "Qwen3": Qwen3Config(**SIZES, head_dim=16),
     "Gemma-3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=5, layer_types=SLIDING),
-    "Qwen3-MoE": Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
 
@@ -67,9 +65,9 @@ def hidden_and_gradients(model: PreTrainedModel, lengths: list[int]) -> list[tor
     return [hidden.detach(), *(weight.grad.clone() for weight in model.parameters() if weight.grad is not None)]
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_hidden_states_and_gradients_are_the_plain_ones(name: str) -> None:
-    model = made(name)
+def test_hidden_states_and_gradients_are_the_plain_ones() -> None:
+    """Two kinds of layers; those of Qwen3 are compared below, by the trial."""
+    model = made("Gemma-3")
     lengths = [40, 9, 25]
     plain = hidden_and_gradients(model, lengths)
     assert compiled_or_problem(model, autocast=False, backend="eager") is None
@@ -78,23 +76,16 @@ def test_hidden_states_and_gradients_are_the_plain_ones(name: str) -> None:
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp_min(1e-6)
 
 
-def test_one_compilation_serves_all_layers_and_any_number_of_documents() -> None:
+def test_one_compilation_serves_all_layers_and_any_number_of_documents_and_no_other_call() -> None:
     model = made("Qwen3")
     assert compiled_or_problem(model, autocast=False, backend="eager") is None
     graphs = counters["stats"]["unique_graphs"]
     for lengths in ([200, 31], [300, 90, 20], [211, 100, 40, 11, 3]):
         hidden_and_gradients(model, lengths)
-    assert counters["stats"]["unique_graphs"] == graphs, "nothing was compiled anew"
-
-
-def test_calls_that_do_not_repeat_stay_plain() -> None:
-    model = made("Qwen3", training=False)
-    assert compiled_or_problem(model, autocast=False, backend="eager") is None
-    calls = counters["stats"]["calls_captured"]
     with torch.no_grad():
         for length in (3, 5, 9):
-            model(input_ids=torch.arange(length)[None])
-    assert counters["stats"]["calls_captured"] == calls
+            model(input_ids=torch.arange(length)[None])  # neither packed nor decoding: it stays plain
+    assert counters["stats"]["unique_graphs"] == graphs, "nothing was compiled anew"
 
 
 def failing(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
