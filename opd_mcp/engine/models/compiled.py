@@ -59,10 +59,10 @@ def compiled_or_problem(model: PreTrainedModel, *, autocast: bool, backend: str 
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     problem = None
-    for layer in decoder_layers(model):
-        layer.forward = _by_call(layer.forward, torch.compile(layer.forward, dynamic=True, backend=backend))
     try:
         calls = _layer_calls(model)
+        for layer in decoder_layers(model):
+            layer.forward = _by_call(layer.forward, torch.compile(layer.forward, dynamic=True, backend=backend))
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
             deviation = max((_deviation(layer, *call) for layer, call in calls), default=0.0)
         narrow = autocast or model.dtype is torch.bfloat16
@@ -74,7 +74,7 @@ def compiled_or_problem(model: PreTrainedModel, *, autocast: bool, backend: str 
     model.zero_grad(set_to_none=True)
     if problem is not None:
         for layer in decoder_layers(model):
-            del layer.forward
+            vars(layer).pop("forward", None)
     return problem
 
 
@@ -92,7 +92,7 @@ def _by_call(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callabl
 
 @torch.no_grad()
 def _layer_calls(model: PreTrainedModel) -> list[tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """What each layer is called with when two documents are packed."""
+    """What each layer, still plain, is called with when two documents are packed."""
     config = model.config.get_text_config()
     length = min(TRIAL_DOCUMENT, getattr(config, "max_position_embeddings", None) or TRIAL_DOCUMENT)
     ids = (torch.arange(2 * length, device=model.device) * 7 + 1) % config.vocab_size
