@@ -1,11 +1,14 @@
 """Teachers behind a URL: what an address may be, and who a server is that has only a name."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from opd_mcp.schemas.errors import ArgumentError
+
+HOST = re.compile(r"(\[[^\[\]]+\]|[^@:\[\]]+)(:\d*)?")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ def checked_url(url: str) -> Address:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    spare = "@" in parts.netloc or parts.query or parts.fragment
+    # not every Python minds what stands behind an address in brackets
+    spare = not HOST.fullmatch(parts.netloc) or parts.query or parts.fragment
     if parts.scheme not in ("http", "https") or not parts.hostname or spare:
         raise ArgumentError(
             "invalid_argument",

@@ -8,7 +8,9 @@ from opd_mcp.schemas.errors import ArgumentError
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "[::1]", "127.8.8.8"])
 def test_this_machine_is_allowed(host):
-    require_allowed_host(f"http://{host}:8001", ())
+    require_allowed_host(f"http://{host}:8001", ())  # it raises for any other
+    with pytest.raises(ArgumentError):
+        require_allowed_host(f"http://{host}.example.org:8001", ())
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,8 @@ async def test_no_reference_leads_out_of_the_roots(tree, links, refusal, referen
 @pytest.mark.parametrize("reference", MEANING_NOTHING, ids=range(len(MEANING_NOTHING)))
 async def test_what_means_no_file_is_one_clear_error(tree, links, refusal, reference):
     for argument in ("prompts", "teacher"):
-        await refusal(**{argument: reference.replace("{root}", str(tree))})
+        text = await refusal(**{argument: reference.replace("{root}", str(tree))})
+        assert text.count("Fix: ") == 1
 
 
 async def test_the_way_round_by_proc_leads_to_the_real_place_and_no_further(tree, service):
@@ -231,8 +232,9 @@ async def test_a_directory_with_a_link_that_leads_out_is_refused(tree, refusal):
         "org/\u2215etc",
     ],
 )
-async def test_what_is_no_hub_id_is_not_fetched(refusal, hub_id):
-    await refusal(student=hub_id)
+async def test_what_is_no_hub_id_is_not_fetched(service, refusal, hub_id):
+    assert (await refusal(student=hub_id)).count("Fix: ") == 1
+    assert not list(service.workspace.hub.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def test_nested_models_are_in_place_and_opaque_ones_plain():
 def test_an_answer_holds_its_schema(service, opaque):
     jsonschema.validate(structured(service.plan(None)), output_schema(Plan, opaque))
     jsonschema.validate(structured(service.run), output_schema(RunStatus, opaque))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({}, output_schema(RunStatus, opaque))
 
 
 def test_a_number_is_never_required():
