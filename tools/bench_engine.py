@@ -172,14 +172,13 @@ def case_rows(case: str, rounds: int, only: list[str] | None, *, quick: bool) ->
     if only is not None:
         runs = {name: run for name, run in runs.items() if name in ("ours", *only)}
     ratios = time_ratios(interleaved(runs, rounds))
-    names = [] if case == "generation" else list(runs)
-    grown = dict(zip(names, peaks(case, names, quick=quick) if names else [], strict=True))
+    grown = dict(zip(runs, peaks(case, list(runs), quick=quick), strict=True))
     return [
         {
             "case": case,
             "variant": name,
             "time_ratio": ratio,
-            "peak_ratio": grown[name] / grown["ours"] if grown else None,
+            "peak_ratio": grown[name] / grown["ours"],
         }
         for name, ratio in ratios.items()
     ]
