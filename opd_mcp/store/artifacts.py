@@ -108,9 +108,9 @@ class ArtifactStore:
         artifact_id: str,
         key: str,
         run_id: str | None = None,
-        require_right: Callable[[], None] = lambda: None,
+        check_fence: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """Turn a finished building directory into an artifact, durably; `require_right` raises when it must not.
+        """Turn a finished building directory into an artifact, durably; `check_fence` raises when it must not.
 
         When another process published the same id with the same key first, its directory is kept and this one is
         removed. Raises IntegrityError `artifact_exists` when that id belongs to something else.
@@ -130,7 +130,7 @@ class ArtifactStore:
         ).sealed()
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
         try:
-            publish_directory(building, final, require_right)
+            publish_directory(building, final, check_fence)
         except FileExistsError:
             record = read_artifact(final).record
             if record.key != key:

@@ -186,7 +186,7 @@ class JournalWriter:
         Raises RunError `attempt_superseded`, and ValueError for a state that cannot follow this attempt's last one.
         """
         with self._mutex:
-            self.require_right()
+            self.check_fence()
             if type == "state" and self._state is not None:
                 require_transition(self._state, data["state"])
             record = JournalRecord(
@@ -216,11 +216,11 @@ class JournalWriter:
     def sync(self) -> int:
         """The number of the last record, once all up to it are on the disk; raises RunError `attempt_superseded`."""
         with self._mutex:
-            self.require_right()
+            self.check_fence()
             os.fsync(self._descriptor)
             return self._next_seq - 1
 
-    def require_right(self) -> None:
+    def check_fence(self) -> None:
         """Raise RunError `attempt_superseded` unless this attempt may still write: journal, checkpoints, artifacts.
 
         It costs two looks at file names. Between this and the write that follows, the process may sleep for hours;

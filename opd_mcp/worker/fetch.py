@@ -22,10 +22,10 @@ from opd_mcp.worker.pipeline import run_cancelled
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
-def fetched_model(workspace: Workspace, hub_id: str, require_right: Callable[[], None] = lambda: None) -> Path:
+def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], None] = lambda: None) -> Path:
     """The local directory of a Hub model, downloaded unless it is already there.
 
-    `require_right` is asked before the download becomes visible, and raises when it must not be.
+    `check_fence` is asked before the download becomes visible, and raises when it must not be.
     Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not give out.
     """
     final = hub_directory(workspace, hub_id)
@@ -40,7 +40,7 @@ def fetched_model(workspace: Workspace, hub_id: str, require_right: Callable[[],
     try:
         snapshot_download(hub_id, local_dir=building, allow_patterns=ALLOWED_FILES)
         shutil.rmtree(building / ".cache", ignore_errors=True)
-        publish_directory(building, final, require_right)
+        publish_directory(building, final, check_fence)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise PathError(
             "not_found",
@@ -79,7 +79,7 @@ def prepared_record(
     for number, model in enumerate(models):
         if reporter.should_stop():
             raise run_cancelled()
-        present.append(_present_model(workspace, model, journal.require_right))
+        present.append(_present_model(workspace, model, journal.check_fence))
         if fetches:
             reporter.progress(number + 1, len(models), "models")
     student, teacher, measured, *baselines = present
@@ -115,11 +115,11 @@ def _require_same_data(inputs: RunInputs) -> None:
 
 
 def _present_model(
-    workspace: Workspace, model: ModelInput | None, require_right: Callable[[], None]
+    workspace: Workspace, model: ModelInput | None, check_fence: Callable[[], None]
 ) -> ModelInput | None:
     if model is None or (model.url is not None and model.path is None):
         return model  # a server's model is proven by asking it
-    path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id), require_right)
+    path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id), check_fence)
     facts = inspect_model(path)
     if model.identity is not None and not model.identity.same_weights(facts.identity):
         raise IntegrityError(

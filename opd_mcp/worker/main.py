@@ -119,7 +119,7 @@ def _worked(
 ) -> int:
     launch_seconds = time.time() - psutil.Process().create_time()
     try:
-        journal.require_right()
+        journal.check_fence()
         note_start(directory, journal.attempt)
         record = read_record(directory)
         quotas = read_settings(store.workspace).quotas
@@ -166,7 +166,7 @@ def run_phases(
         reporter=reporter,
         teacher_key=teacher_key,
         checkpoint=recipe.checkpoint,
-        require_right=journal.require_right,
+        check_fence=journal.check_fence,
     )
     pipeline = Pipeline(
         record=record,
@@ -269,7 +269,7 @@ def _ended_by(
 ) -> int:
     """The exit status after the final state that an exception leads to; none for an attempt that is superseded."""
     try:
-        journal.require_right()
+        journal.check_fence()
     except RunError as fence:  # nothing of this run is this process's any more, whatever else went wrong for it
         logger.warning("%s", fence)
         return 1

@@ -117,7 +117,7 @@ class Pipeline:
                 artifact_id=made.artifact_id,
                 key=phase.key,
                 run_id=self.record.run_id,
-                require_right=self.journal.require_right,
+                check_fence=self.journal.check_fence,
             )
             self.pending = []
             self._take(phase.name, artifact.artifact_id, artifact.path)

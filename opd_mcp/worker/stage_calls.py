@@ -179,7 +179,7 @@ class StageCalls:
         # Training prompts prove no accuracy: without their answers only the reverse KL is measured on them.
         rows = read_prompts(self.paths["prompts"])[: self.record.request.recipe.benchmark.kl_prompts]
         file = self.directory / "reverse_kl_prompts.jsonl"
-        self.context.require_right()
+        self.context.check_fence()
         write_atomic(file, "".join(_without_answer(row) for row in rows))
         return file
 

@@ -175,7 +175,7 @@ class Runs(RuleBasedStateMachine):
         for attempt in (
             lambda: worker.writer.append("alert", {"code": "late", "message": "never seen"}),
             lambda: worker.writer.append("state", {"state": "succeeded"}),
-            worker.writer.require_right,
+            worker.writer.check_fence,
             worker.writer.sync,
         ):
             with pytest.raises(RunError, match="attempt_superseded"):
@@ -188,7 +188,7 @@ class Runs(RuleBasedStateMachine):
         """The worst case: it had looked before it slept, and writes one line behind the newer attempt's first one."""
         mine = [worker for worker in self.fenced if worker.run_id in self.workers]
         worker = self.choose(mine, pick)
-        with mock.patch.object(JournalWriter, "require_right"):
+        with mock.patch.object(JournalWriter, "check_fence"):
             worker.writer.append("alert", {"code": "late", "message": "never seen"}, durable=False)
 
     @rule(days=st.integers(-400, 400))
