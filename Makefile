@@ -20,13 +20,13 @@ test-clients: .venv/fresh .clients/fresh
 	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
 
 bench-server: .venv/fresh
-	$(BIN)/python tools/bench_server.py $(ARGS)
+	$(BIN)/python tools/bench/server.py $(ARGS)
 
 chaos: .venv/fresh
-	$(BIN)/python tools/chaos.py $(ARGS)
+	$(BIN)/python tools/chaos/run.py $(ARGS)
 
 fuzz: .venv/fresh
-	$(BIN)/python tools/fuzz_tools.py $(ARGS)
+	$(BIN)/python tools/fuzz/tools.py $(ARGS)
 
 check: .venv/fresh
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ check: .venv/fresh
 
 bench: .venv/fresh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'trl==1.16.0' 'accelerate>=1.15'
-	$(BIN)/python tools/bench_engine.py $(ARGS)
+	$(BIN)/python tools/bench/engine.py $(ARGS)
 
 format: .venv/fresh
 	$(BIN)/ruff check --fix .
@@ -58,9 +58,9 @@ format: .venv/fresh
 	touch $@
 
 prove-cache: .venv/fresh
-	$(BIN)/python tools/bench_cache.py
-	$(BIN)/python tools/kill_cache_build.py --points 20
-	$(BIN)/python tools/compare_http_teacher.py
+	$(BIN)/python tools/bench/cache.py
+	$(BIN)/python tools/chaos/cache_builds.py --points 20
+	$(BIN)/python tools/bench/http_teacher.py
 
 clean:
 	rm -rf .venv .clients .extras .mypy_cache .ruff_cache .pytest_cache .hypothesis
