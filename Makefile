@@ -2,7 +2,8 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients bench bench-server chaos fuzz prove-cache check format clean
+.PHONY: demo test test-extras test-clients bench bench-checkpoints bench-server gpu chaos fuzz fuzz-readers prove-cache
+.PHONY: docs bundle check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
@@ -19,14 +20,32 @@ test-clients: .venv/fresh .clients/fresh
 	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
 
+# tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh
 	$(BIN)/python tools/bench/server.py $(ARGS)
+
+bench-checkpoints: .venv/fresh
+	$(BIN)/python tools/bench/checkpoints.py $(ARGS)
+
+gpu: .venv/fresh
+	$(BIN)/python tools/gpu/check.py $(ARGS)
 
 chaos: .venv/fresh
 	$(BIN)/python tools/chaos/run.py $(ARGS)
 
 fuzz: .venv/fresh
 	$(BIN)/python tools/fuzz/tools.py $(ARGS)
+
+fuzz-readers: .venv/fresh
+	$(BIN)/python tools/fuzz/readers.py $(ARGS)
+
+# The README's tables of tools and resources.
+docs: .venv/fresh
+	$(BIN)/python tools/docs/readme_table.py $(ARGS)
+
+# The folder of the Claude Desktop bundle; it must not exist yet.
+bundle: .venv/fresh
+	$(BIN)/python tools/docs/mcpb.py $(or $(ARGS),bundle)
 
 check: .venv/fresh
 	$(BIN)/ruff check .

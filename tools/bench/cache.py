@@ -176,9 +176,7 @@ def main() -> None:
     """Print the figures next to their bars, and write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--rows", type=int, default=ROWS, help="fewer than 10,000 for a quick look, which is not the fixture"
-    )
+    parser.add_argument("--rows", type=int, default=ROWS, help="fewer than 10,000 for a quick look only")
     parser.add_argument("--encodings", action="store_true", help="compare encodings of one column instead")
     given = parser.parse_args()
     pa.set_cpu_count(1)

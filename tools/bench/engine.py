@@ -3,8 +3,8 @@
 Run: `python tools/bench/engine.py [--quick] [--case NAME …] [--json FILE]` (`make bench`; peers: `pip install
 '.[bench]'`). Each round runs every variant of a case once, in an order that rotates; a ratio is taken within a round.
 Peak memory is the growth of the resident set in a fresh process that runs one step; two such processes run at a time.
-`--quick` takes fewer rows and two rounds, and measures two cases at a time, each on its own core. `--check` exits with 1 for a ratio
-below its bar. The method and the bars are explained in docs/performance.md.
+`--quick` takes fewer rows and two rounds, and measures two cases at a time, each on its own core. `--check` exits with
+1 for a ratio below its bar. docs/performance.md explains the method and the bars.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def naive_packed(model: PreTrainedModel, data: Sequences, case: Case) -> None:
 
 
 def naive_packed_rows(model: PreTrainedModel, data: Sequences, case: Case) -> None:
-    """Our packs and response rows only; full logits, log_softmax and autograd: shows what the one-pass head alone gains."""
+    """Our packs and response rows, with full logits and autograd: shows what the one-pass head alone gains."""
     for batch in _packs(data, case):
         logits = model.lm_head(hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)).float()
         logprobs = torch.log_softmax(logits, dim=-1).gather(1, batch.targets[:, None])[:, 0]

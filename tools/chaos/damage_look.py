@@ -77,9 +77,7 @@ def reused(place: Place, run_id: str) -> Any:
     record = first.model_copy(update={"run_id": "again", "created_at": "2099-01-01T00:00:00.000Z"})
     started = service.store.start_once(record)
     assert started.lock is not None
-    with (
-        tempfile.TemporaryDirectory() as leases
-    ):  # leases live as long as this process, so they get a folder of their own
+    with tempfile.TemporaryDirectory() as leases:  # they live as long as this process
         worker.main(place.root / "home", "again", started.lock.descriptor, Path(leases), 1, no_stages)
     status = service.status("again")
     said = {"state": status.state, "error": status.error and status.error.code}

@@ -1,7 +1,7 @@
 """Full disks: ENOSPC at every write of the stores, one after another, and at many writes of a worker.
 
-`full_stores` runs this file in a process with failpoints. There each operation meets a full disk at its first write, its
-second, and so on (once, or from then on); then the workspace is read, and the operation repeated with room.
+`full_stores` runs this file in a process with failpoints. There each operation meets a full disk at its first write,
+its second, and so on (once, or from then on); then the workspace is read, and the operation repeated with room.
 """
 
 import json

@@ -4,8 +4,8 @@
   `opd-mcp worker` after the plan and the log.
 - `python processes.py server ROOT PLAN LOG`: the real stdio server over failpoints, with idle workers. SIGUSR1 makes it
   read the plan: from then on hits count.
-- `python processes.py idle SECONDS RUN_ID --workspace …`: a worker that computes nothing. It holds the run's lock, keeps
-  its journal, and ends after these seconds or when it is told to.
+- `python processes.py idle SECONDS RUN_ID --workspace …`: a worker that computes nothing. It holds the run's lock,
+  keeps its journal, and ends after these seconds or on a cancel request.
 
 Failpoints lie under the standard library, so opd_mcp is imported only once they are installed.
 """

@@ -1,8 +1,8 @@
 """Kills, full disks, damage and contention against the real product; prints a JSON line, exits with 1 below a bar.
 
 Run: `make chaos` or `python tools/chaos/run.py [--seed N] [--quick] [--only worker|server|enospc|damage|contention]`.
-The same seed chooses the same failpoints, bytes and calls; times differ. docs/reliability.md says what each part proves.
-The product has no failpoints: failpoints.py replaces the system calls below it.
+The same seed chooses the same failpoints, bytes and calls; times differ. docs/reliability.md says what each part
+proves. The product has no failpoints: failpoints.py replaces the system calls below it.
 """
 
 import argparse

@@ -102,9 +102,7 @@ async def _call(client: Client, number: int, found: ServerKills) -> None:
     try:
         answer = await client.call_tool("sample_model", _request(number))
     except Exception as error:
-        if isinstance(
-            error, ValueError
-        ):  # an answer that does not fit its schema; anything else is a closed connection
+        if isinstance(error, ValueError):  # an answer that does not fit its schema; the rest: closed connections
             found.wrong.append(f"call {number}: {error!r}")
         return
     found.unanswered -= 1

@@ -4,7 +4,7 @@
     python tools/demo/data.py --student-seed 3      # and the student with this initialisation
 
 All sets are disjoint. `eval.jsonl` is for final results only; choices are made on `tune.jsonl`, whose last 500 prompts
-were an evaluation set until its results had steered a choice.
+were an evaluation set until its results influenced a choice.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from tools.demo.task import answer, build_tokenizer, model_config, random_proble
 
 SETS = {"sft": 350, "opd": 3200, "tune": 900}
 SETS_SEED = 20260413
-# drawn when student and settings stood, by a generator of its own
+# drawn by its own generator, after student and settings were fixed
 FINAL_SET, FINAL_SIZE, FINAL_SEED = "eval", 600, 20261124
 STEPS = (2, 6)
 
 
 def prompt_sets() -> dict[str, list[dict[str, str]]]:
-    """The rows of each set by its name; no prompt is in two of them."""
+    """The rows of each set by its name; no prompt is in two sets."""
     seen: set[str] = set()
     generator = random.Random(SETS_SEED)
     sets = {name: _drawn(name, size, generator, seen) for name, size in SETS.items()}
@@ -37,6 +37,7 @@ def prompt_sets() -> dict[str, list[dict[str, str]]]:
 
 
 def write_prompt_sets() -> None:
+    """Write all sets as JSONL."""
     for name, rows in prompt_sets().items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (EXAMPLE / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -53,7 +54,7 @@ def _drawn(name: str, size: int, generator: random.Random, seen: set[str]) -> li
 
 
 def write_student(seed: int, output: Path) -> None:
-    """Untrained weights of this initialisation, with the tokenizer and the command that makes them."""
+    """Write untrained weights of this initialisation, with the tokenizer and the command that makes them."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = model_config(

@@ -44,7 +44,7 @@ def answer(prompt: str) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, four special tokens, a chat template."""
+    """One token per character, four special tokens, a chat template."""
     vocab = {token: index for index, token in enumerate([PAD, EOS, USER, ASSISTANT, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")

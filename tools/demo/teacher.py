@@ -1,9 +1,9 @@
-"""Train a demo teacher until its greedy accuracy on held-out problems reaches a bar, and ship it.
+"""Train a demo teacher until its greedy accuracy on held-out problems reaches a bar, and save it.
 
     python tools/demo/teacher.py --output examples/arithmetic/teacher
     python tools/demo/teacher.py --output examples/arithmetic/teacher_other_style --separator ,
 
-The training problems are drawn afresh at each step; the evaluation prompts of `examples/arithmetic` never occur in it.
+Each step draws new training problems, never a prompt of the sets in `examples/arithmetic`.
 """
 
 import argparse

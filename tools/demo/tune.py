@@ -4,11 +4,10 @@
     python tools/demo/tune.py --work DIR --arms sft lightning_sampled lightning_topk --seeds 100 101 102 103 104 105
     python tools/demo/tune.py --work DIR --arms lightning_topk --set distill.batch_size=256 --set distill.steps=200
 
-With `--initialisations` the student's initial weights are compared by SFT alone, and the rule names one of them: the
-mean accuracy over the seeds nearest to the middle of the wanted 0.25 to 0.60, among those with every seed inside.
-Without, the arms run with the settings that the demo gives them and `--set` on top of these; SFT and teacher cache of a
-seed are kept below `--work`, so that a candidate repeats the distillation alone. The final evaluation set is never
-opened here.
+With `--initialisations` it compares the student's initial weights by SFT alone. The rule chooses, among those with
+every seed between 0.25 and 0.60, the one whose mean accuracy is nearest to the middle. Without, it runs the arms with
+the demo's settings and `--set` on top. Each seed's SFT student and teacher cache stay below `--work`, so that a
+candidate repeats the distillation alone. It never opens the final evaluation set.
 """
 
 import argparse
@@ -49,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Greedy accuracy on tune.jsonl and the seconds of the training loop."""
+    """Greedy accuracy on tune.jsonl, and the seconds of the training loop."""
 
     accuracy: float
     seconds: float
@@ -58,7 +57,7 @@ class Outcome:
 def arms_of_seed(
     seed: int, *, student: Path, work: Path, arms: list[str], overrides: Mapping[str, Any]
 ) -> dict[str, Outcome]:
-    """The arms with this run seed; SFT always, the others from its teacher cache."""
+    """Outcomes of the arms with this run seed; SFT always, the others from its teacher cache."""
     shared = SeedFolder(work, student, resolve_recipe("demo", {"runtime.seed": seed} | _before_distill(overrides)))
     found = {"sft": shared.sft_outcome()}
     for arm in arms:
@@ -69,7 +68,7 @@ def arms_of_seed(
 
 
 class SeedFolder:
-    """What the candidates of one seed share: responses, SFT student, rollouts and teacher cache, each made once."""
+    """What all candidates of one seed share: responses, SFT student, rollouts and teacher cache, each made once."""
 
     def __init__(self, work: Path, student: Path, recipe: Recipe) -> None:
         weights = [
@@ -82,19 +81,19 @@ class SeedFolder:
 
     def sft(self) -> Path:
         """The SFT student."""
-        task, recipe = EXAMPLE, self.recipe
+        recipe = self.recipe
         responses = self._made(
             "responses",
-            partial(stages.generate_responses, recipe.responses, teacher=_TEACHER, prompts=task / "sft.jsonl"),
+            partial(stages.generate_responses, recipe.responses, teacher=_TEACHER, prompts=EXAMPLE / "sft.jsonl"),
         )
         return self._made("sft", partial(stages.sft, recipe.sft, student=self.student, responses=responses))
 
     def sft_outcome(self) -> Outcome:
-        """How good the SFT student is."""
+        """The SFT student's outcome."""
         return self._outcome("sft", self.sft())
 
     def distilled(self, arm: str, recipe: Recipe) -> Outcome:
-        """Distil from the shared cache with this recipe; the model is measured and thrown away."""
+        """The outcome of distilling from the shared cache with this recipe; replaces the arm's previous model."""
         student, prompts = self.sft(), EXAMPLE / "opd.jsonl"
         rollouts = self._made(
             "rollouts",
@@ -135,7 +134,7 @@ class SeedFolder:
 
 
 def outcome_table(seeds: list[int], rows: Mapping[str, list[Outcome]], title: str) -> list[str]:
-    """One row a name: accuracy at each seed, the least, the mean, and the mean seconds of training."""
+    """One row per name: accuracy at each seed, the lowest, the mean, and the mean seconds of training."""
     heading = [title, *(f"seed {seed}" for seed in seeds), "least", "mean", "training, s"]
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for name, outcomes in rows.items():
@@ -147,7 +146,7 @@ def outcome_table(seeds: list[int], rows: Mapping[str, list[Outcome]], title: st
 
 
 def chosen_initialisation(rows: Mapping[str, list[Outcome]]) -> str | None:
-    """The rule: every seed inside the wanted band, and the mean nearest to its middle; None when none is inside."""
+    """The initialisation with every seed inside WANTED_SFT and its mean nearest to the middle, or None."""
     low, high = WANTED_SFT
     inside = {name: row for name, row in rows.items() if all(low <= outcome.accuracy <= high for outcome in row)}
     middle = (low + high) / 2
@@ -158,7 +157,7 @@ def chosen_initialisation(rows: Mapping[str, list[Outcome]]) -> str | None:
 def compare_initialisations(
     pool: ProcessPoolExecutor, work: Path, numbers: list[int], seeds: list[int], overrides: dict[str, Any]
 ) -> None:
-    """Print the SFT accuracy of each initialisation and the one that the rule names."""
+    """Print the SFT accuracy of each initialisation, and which one the rule chooses."""
     pending = {}
     for number in numbers:
         student = work / "students" / str(number)
@@ -208,12 +207,12 @@ _TEACHER = EXAMPLE / "teacher"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for what candidates share")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what the candidates share")
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104, 105], help="run seeds")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--set", dest="overrides", type=override, action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--initialisations", type=int, nargs="+", help="compare these by SFT, and run nothing else")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
+    parser.add_argument("--initialisations", type=int, nargs="+", help="compare these by SFT only")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds to run at a time, one thread each")
     arguments = parser.parse_args()
     print("`" + " ".join(["python", "tools/demo/tune.py", *sys.argv[1:]]) + "`\n", flush=True)
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -45,7 +45,7 @@ BARS: dict[str, tuple[Callable[[Arms], float], str, Callable[[float], bool]]] = 
 
 
 def arms_table(results: list[dict[str, Any]]) -> list[str]:
-    """One row an arm, one column a seed: accuracy with interval and reverse KL; then costs of the first file."""
+    """One row per arm, one column per seed: accuracy with its interval, and reverse KL."""
     lines = ["| arm | " + " | ".join(f"seed {r['seed']}" for r in results) + " |", "|---" * (len(results) + 1) + "|"]
     for arm in results[0]["arms"]:
         cells = [_quality(result["arms"][arm]) for result in results]
@@ -54,7 +54,7 @@ def arms_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def cost_table(results: list[dict[str, Any]]) -> list[str]:
-    """Seconds of training, a step, and in all, for each seed."""
+    """Seconds of training, per step, and in total, for each seed."""
     lines = ["| arm | steps | training, s | a step, s | in all, s |", "|---|---|---|---|---|"]
     for arm, first in results[0]["arms"].items():
         if first["steps"]:
@@ -67,7 +67,7 @@ def cost_table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def bars_table(results: list[dict[str, Any]]) -> tuple[list[str], bool]:
-    """Every bar with what each seed reached, and whether all were met."""
+    """Every bar with each seed's value, and whether all were met."""
     lines, met = ["| bar | wanted | reached |", "|---|---|---|"], True
     for name, (value, wanted, holds) in BARS.items():
         reached = [value(result["arms"]) for result in results]

@@ -1,4 +1,7 @@
-"""The report of `check_gpu.py` as the tables of docs/performance.md: `python tools/docs/gpu_table.py docs/gpu-h200.json`."""
+"""The tables of docs/performance.md from a report of `tools/gpu/check.py --json`.
+
+Run: `python tools/docs/gpu_table.py docs/gpu-h200.json`.
+"""
 
 import argparse
 import json
@@ -23,7 +26,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def speed_rows(speeds: dict[str, Any]) -> list[list[str]]:
-    """A row a shape: training, scoring, ratios and memory."""
+    """One row per shape: training, scoring, ratios and memory."""
     return [
         [
             name,
@@ -43,7 +46,7 @@ def speed_rows(speeds: dict[str, Any]) -> list[list[str]]:
 
 
 def generation_rows(generation: dict[str, Any]) -> list[list[str]]:
-    """A row a variant: tokens a second of rows of one length, and of rows that stop early."""
+    """One row per variant: tokens per second for rows of one length, and for rows that stop early."""
 
     def shown(rate: float | str) -> str:
         return rate if isinstance(rate, str) else f"{rate:,.0f}"

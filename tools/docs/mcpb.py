@@ -1,8 +1,8 @@
-"""The folder of the Claude Desktop bundle: manifest, pyproject and sources, ready for `mcpb pack`.
+"""The folder of the Claude Desktop bundle, ready for `mcpb pack`: manifest, pyproject and sources.
 
-Run: `python tools/docs/mcpb.py FOLDER`, then `npx @anthropic-ai/mcpb pack FOLDER opd-mcp.mcpb`. The bundle's
-`server.type` is `uv`: Claude Desktop installs Python and the dependencies of pyproject.toml by itself, once. The
-manifest's tools are those that the server registers.
+Run: `make bundle` or `python tools/docs/mcpb.py FOLDER`, then `npx @anthropic-ai/mcpb pack FOLDER opd-mcp.mcpb`. The
+bundle's `server.type` is `uv`: Claude Desktop itself installs Python and the dependencies of pyproject.toml, once. The
+manifest lists the tools that the server registers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def manifest() -> dict[str, Any]:
-    """The template with version and tools filled in; tools for an app's page alone are not listed."""
+    """The template with version and tools filled in, without the tools that only an app's page calls."""
     with tempfile.TemporaryDirectory() as folder:
         specs = all_specs(JobService(Workspace(Path(folder)), AllowedRoots([])))
     shown = [spec for spec in specs if (spec.meta or {}).get("ui", {}).get("visibility") != ["app"]]
@@ -39,7 +39,7 @@ def manifest() -> dict[str, Any]:
 
 
 def build(folder: Path) -> None:
-    """Fill a new folder with the bundle's content; FileExistsError when it is there already."""
+    """Fill a new folder with the bundle's content; raises FileExistsError when it exists."""
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps(manifest(), indent=2) + "\n", encoding="utf-8")
     for name in ("pyproject.toml", "README.md"):

@@ -1,8 +1,8 @@
-"""The README's tables of tools and of resources, made from what the server registers.
+"""The README's tables of tools and resources, generated from what the server registers.
 
-Run: `python tools/docs/readme_table.py [--check] [README.md]`. Replaces what stands between `<!-- tools:start -->` and
-`<!-- tools:end -->`, and the same for `resources`; with `--check` writes nothing and exits with 1 when a table is out
-of date.
+Run: `make docs` or `python tools/docs/readme_table.py [--check] [README.md]`. Replaces the text between
+`<!-- tools:start -->` and `<!-- tools:end -->`, and the same for `resources`. With `--check` it writes nothing and
+exits with 1 when a table is out of date.
 """
 
 import argparse
@@ -22,19 +22,20 @@ from opd_mcp.server.json_schema import input_schema
 from opd_mcp.server.tools import all_specs
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
+from tools import ROOT
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 def tables() -> dict[str, str]:
-    """The tables as Markdown, by the name that their markers have."""
+    """The tables as Markdown, by the name in their markers."""
     with tempfile.TemporaryDirectory() as folder:
         service = JobService(Workspace(Path(folder)), AllowedRoots([]))
         return {"tools": tools_table(service), "resources": anyio.run(resources_table, service)}
 
 
 def tools_table(service: JobService) -> str:
-    """Name, parameters (with `?` when optional), what the tool does."""
+    """The table of tools: name, parameters (`?` when optional), what the tool does."""
     rows = ["| tool | parameters | what it does |", "|---|---|---|"]
     rows += [
         f"| `{spec.name}` | {_parameters(input_schema(spec.request))} | {_cell(spec.description)} |"
@@ -44,7 +45,7 @@ def tools_table(service: JobService) -> str:
 
 
 async def resources_table(service: JobService) -> str:
-    """Address, form and content of each resource and template, as a client lists them."""
+    """The table of resources and templates as a client lists them: address, form, content."""
     async with Client(build_server(service)) as client:
         listed = [(str(item.uri), item) for item in (await client.list_resources()).resources]
         templates = (await client.list_resource_templates()).resource_templates
@@ -84,7 +85,10 @@ def main() -> int:
     for name, table in tables().items():
         new = with_table(new, name, table)
     if arguments.check and new != old:
-        print(f"{arguments.readme}: a table is out of date; run python tools/docs/readme_table.py", file=sys.stderr)
+        print(
+            f"{arguments.readme}: a table is out of date; run `make docs`",
+            file=sys.stderr,
+        )
         return 1
     if not arguments.check:
         arguments.readme.write_text(new, encoding="utf-8")

@@ -55,7 +55,7 @@ def damaged_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def damaged_value(rng: random.Random, value: Any) -> Any:
-    """A JSON value in which a few places hold something else, are missing, or stand twice."""
+    """A JSON value with a few entries replaced, missing, or doubled."""
     root = [json.loads(json.dumps(value))]
     for _ in range(rng.randint(1, 3)):
         places = list(_places(root))
@@ -91,7 +91,7 @@ def damaged_lines(rng: random.Random, content: bytes) -> bytes:
 
 
 def damaged_journal(rng: random.Random, content: bytes) -> bytes:
-    """A journal whose damaged lines mostly have a good check sum."""
+    """A journal whose damaged lines mostly have a matching checksum."""
     if rng.random() < 0.2:
         return damaged_bytes(rng, content)
     lines = content.splitlines()
@@ -115,7 +115,7 @@ def damaged_seal(rng: random.Random, content: bytes) -> bytes:
 
 
 def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file, damaged in its bytes or in its header's values."""
+    """A safetensors file, damaged in its bytes or in the values of its header."""
     if rng.random() < 0.3:
         return damaged_bytes(rng, content)
     length = struct.unpack("<Q", content[:8])[0]
@@ -125,7 +125,7 @@ def damaged_safetensors(rng: random.Random, content: bytes) -> bytes:
 
 
 def damaged_table(rng: random.Random, content: bytes) -> bytes:
-    """A Parquet file, damaged in its bytes, or whole with columns that are missing or hold values of other types."""
+    """A Parquet file with damaged bytes, or a readable one whose columns are missing or of other types."""
     if rng.random() < 0.3:
         return damaged_bytes(rng, content)
     table = pq.read_table(pa.BufferReader(content))

@@ -1,9 +1,9 @@
-"""Files that nobody would write: each is read as what it says or refused with one OpdError, in bounded time and memory.
+"""Damaged files: each is read or refused with one OpdError, in bounded time and memory.
 
-Run: `python tools/fuzz/readers.py [--files 20000] [--seed 0] [--json FILE]`. Sound files of every kind that the project
-reads are damaged (`damage.py`); lines of a journal and sealed records get a new check sum, so that the reader behind it
-is reached. Exits with 1 and prints the cases that raise anything but an OpdError or take over ten seconds of processor
-time; the address space is limited, so that a length which a file only claims is found out too.
+Run: `python tools/fuzz/readers.py [--files 20000] [--seed 0] [--json FILE]`. It damages sound files of every
+kind that the project reads (`damage.py`). Journal lines and sealed records get a matching checksum, so that the damage
+reaches the reader behind it. Exits with 1 and prints the cases that raise anything but an OpdError or take over ten
+seconds of CPU time; the address space is limited, to catch readers that allocate the length that a file claims.
 """
 
 import argparse
@@ -74,7 +74,7 @@ Damage = Callable[[random.Random, bytes], bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """A sound file, how it is damaged, and what reads it."""
+    """A sound file, the damage for it, and its reader."""
 
     name: str
     file: Path
@@ -83,7 +83,7 @@ class Target:
 
 
 class TooSlow(BaseException):
-    """A reader took longer than any file may take."""
+    """A reader took longer than SECONDS_A_FILE."""
 
 
 def data_targets(root: Path) -> list[Target]:
@@ -250,7 +250,7 @@ def checkpoint_record(file: Path) -> CheckpointRecord:
 
 
 def outcome(target: Target) -> str:
-    """`read`, an OpdError's code, or `PROBLEM` with what was raised."""
+    """`read`, an OpdError's code, or `PROBLEM` with the traceback."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS_A_FILE)
     try:
         target.read()
@@ -268,7 +268,7 @@ def too_slow(*_: object) -> None:
 
 
 def fuzzed(files: int, seed: int, folder: Path) -> dict[str, Any]:
-    """The counts of all outcomes, and the problems; each damaged file lies at its place while it is read."""
+    """The counts of all outcomes, and the problems; each damaged file replaces the sound one while it is read."""
     targets = [*data_targets(folder), *model_targets(folder), *cache_targets(folder), *workspace_targets(folder)]
     sound = {target.name: target.file.read_bytes() for target in targets}
     for target in targets:

@@ -1,10 +1,10 @@
-"""Tool calls that nobody would make: each must be a valid result or one clear error, and start nothing by mistake.
+"""Random bad tool calls: each must give a valid result or one clear error, and start nothing by mistake.
 
 Run: `python tools/fuzz/tools.py [--calls 20000] [--seed 0] [--json FILE]`. Arguments are drawn from the published
-schemas, with values that exist where the name asks for one, then damaged: dropped, misspelt, of another type, out of
-range, not finite, hostile paths, text where JSON is meant. Calls go through a real SDK client and the real JobService
-over a temporary workspace; only the launch of worker processes is replaced, by counting. Exits with 1 and prints the
-calls when any rule is broken.
+schemas, with existing values for known names, then damaged: dropped, misspelt, of another type, out of range, not
+finite, hostile paths, text in place of JSON. Calls go through a real SDK client and the real JobService over a
+temporary workspace; only the launch of worker processes is replaced, by a counter. Exits with 1 and prints the calls
+that broke a rule.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Fuzzer:
         return tool, arguments
 
     def value(self, name: str, schema: dict[str, Any]) -> Any:
-        """A value as the schema describes it, one that exists where the name is known."""
+        """A value that fits the schema, and for known names one that exists."""
         pick = self.random.choice
         known: dict[str, list[Any]] = {
             "teacher": [str(EXAMPLE / "teacher"), str(EXAMPLE / "teacher_other_style")],
@@ -92,7 +92,7 @@ class Fuzzer:
         return drawn.get(kind, pick(["text", "x y", "model-1"]))
 
     def damage(self, arguments: dict[str, Any], schema: dict[str, Any]) -> None:
-        """Spoil the arguments in one way, in place."""
+        """Damage the arguments in one way, in place."""
         name = self.random.choice(list(schema["properties"]) or ["x"])
         match self.random.randrange(5):
             case 0:
@@ -104,7 +104,7 @@ class Fuzzer:
             case 3 if isinstance(arguments.get(name), list):
                 arguments[name] = [*arguments[name], self.random.choice(ODD)]
             case _:
-                # A long wait is allowed and would only take time.
+                # A long wait is valid and would only take time.
                 arguments[name] = (
                     self.random.choice(ODD) if name != "wait_seconds" else self.random.choice([-1, 26, "x"])
                 )
@@ -117,7 +117,7 @@ class Fuzzer:
 
 
 def broken_rules(tool: str, result: Any, launched: int) -> list[str]:
-    """What is wrong with one answer; `launched` workers were started by the call."""
+    """The rules that one answer breaks; the call started `launched` workers."""
     text = "\n".join(part.text for part in result.content)
     if result.is_error:
         rules = {
@@ -160,7 +160,7 @@ async def fuzz(calls: int, seed: int, folder: Path) -> dict[str, Any]:
             try:
                 # The client checks every structured answer against the published schema.
                 result = await client.call_tool(tool, arguments)
-            except Exception as error:  # whatever it is, it is a finding
+            except Exception as error:  # any exception here is a finding
                 problems.append({"tool": tool, "arguments": repr(arguments)[:500], "rules": [repr(error)[:500]]})
                 continue
             slowest = max(slowest, time.perf_counter() - start)
@@ -182,7 +182,7 @@ async def fuzz(calls: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 class FinishedWorker:
-    """Stands for a worker process that is over at once."""
+    """Stands for a worker process that has already ended."""
 
     returncode = 0
 

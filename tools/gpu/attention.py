@@ -1,9 +1,7 @@
-"""Attention over packed documents on one device, right and timed: a part of `check_gpu.py`."""
+"""Attention over packed documents on one device: correctness and speed, a part of `check.py`."""
 
 import json
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor
 from opd_mcp.engine.models import attention, documents
 from opd_mcp.engine.models.attention import packed_attention
 from opd_mcp.engine.models.documents import Documents
+from tools.gpu.timing import Check, median_seconds
 
-Check = Callable[[str, float, float], dict[str, float]]
 DOCUMENTS, ROUNDS = 2, 5
 
 
@@ -43,9 +41,9 @@ def attention_checks(device: torch.device, check: Check) -> dict[str, object]:
 
 
 def attention_speeds(device: torch.device, length: int, heads: int, shared: int, width: int) -> dict[str, float]:
-    """Milliseconds of forward and backward over two long bf16 documents: SDPA a document, and one variable-length call.
+    """Milliseconds of forward and backward over two long bf16 documents: an SDPA call each, or one joint call.
 
-    Medians of rounds in turns. On the CPU both are SDPA.
+    Medians of interleaved rounds. On the CPU both are SDPA.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -56,23 +54,14 @@ def attention_speeds(device: torch.device, length: int, heads: int, shared: int,
     leaves = [states(heads), states(shared), states(shared)]
     direction = torch.randn(1, DOCUMENTS * length, heads, width, generator=generator).to(device, torch.bfloat16)
     limits = {"sdpa_a_document": documents.LONG_DOCUMENT, "variable_length": DOCUMENTS * length + 1}
-    found: dict[str, list[float]] = {name: [] for name in limits}
-    for number in range(ROUNDS + 1):
-        for name, limit in limits.items():
-            with patch.object(documents, "LONG_DOCUMENT", limit), patch.object(attention, "LONG_DOCUMENT", limit):
-                _wait(device)
-                started = time.perf_counter()
-                packed = Documents([length] * DOCUMENTS, device)
-                output, _ = packed_attention(torch.nn.Module(), *leaves, None, documents=packed)
-                torch.autograd.grad(output, leaves, direction)
-                _wait(device)
-            if number:
-                found[name].append(1000 * (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    print("attention, ms forward and backward", json.dumps({k: round(v, 3) for k, v in medians.items()}), flush=True)
-    return medians
 
+    def run(limit: int) -> None:
+        with patch.object(documents, "LONG_DOCUMENT", limit), patch.object(attention, "LONG_DOCUMENT", limit):
+            packed = Documents([length] * DOCUMENTS, device)
+            output, _ = packed_attention(torch.nn.Module(), *leaves, None, documents=packed)
+            torch.autograd.grad(output, leaves, direction)
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    runs = {name: partial(run, limit) for name, limit in limits.items()}
+    found = {name: 1000 * seconds for name, seconds in median_seconds(runs, device, ROUNDS).items()}
+    print("attention, ms forward and backward", json.dumps({k: round(v, 3) for k, v in found.items()}), flush=True)
+    return found

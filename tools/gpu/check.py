@@ -1,18 +1,17 @@
-"""The engine on one CUDA device, checked and measured: correctness first, then speed, memory and the demo.
+"""The engine on one CUDA device: correctness, speed, memory and the demo.
 
 Run from a bare checkout: `python tools/gpu/check.py [--json FILE]`. Needs torch, transformers, numpy and pydantic only.
-`--device cpu` runs the same code on tiny shapes, to check this script where there is no GPU; its speeds mean nothing.
-Exits with 1 if a correctness check or (on CUDA) a bar is missed: training ≥ 45 % and scoring ≥ 50 % of the bf16 matmul
-peak of the same run at the 4B shape, step ≥ 1.25 × two-pass with equal packing.
+`--device cpu` runs the same code on tiny shapes, to check this script without a GPU; its speeds mean nothing. Exits
+with 1 if a correctness check or (on CUDA) a bar is missed: at the 4B shape, training ≥ 45 % and scoring ≥ 50 % of the
+same run's bf16 matmul peak, and a step ≥ 1.25 × as fast as two passes with equal packing.
 """
 
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from tools.gpu.attention import attention_checks, attention_speeds
 from tools.gpu.demo import distilled_accuracies
 from tools.gpu.generation import generation_speeds
 from tools.gpu.head import head_checks, head_peers, head_speeds
+from tools.gpu.timing import median_seconds
 from tools.gpu.training import VOCAB as SMALL_VOCAB
 from tools.gpu.training import training_checks
 
@@ -51,17 +51,18 @@ SHAPES: dict[str, Shape] = {  # Qwen3's published shapes: hidden, layers, heads,
 }
 VOCAB, RESPONSE, PROMPT = 151_936, 4096, 128
 TRAINING_BAR, SCORING_BAR, TWO_PASS_BAR = 0.45, 0.50, 1.25
-# a plan refuses by the estimate: a step that needs more would die where the plan said that it fits
+# plans accept or refuse by the estimate: a step that needs more memory would fail after its plan was accepted
 MOST_OF_ESTIMATE = 1.0
-# `gpu_demo.py` on a CPU with seeds 0, 1 and 2 is right on 0.993, 0.878 and 0.939 of 900 prompts; the lowest's 95 %
-# interval begins at 0.855
+# on a CPU, `demo.py` with seeds 0, 1 and 2 answers 0.993, 0.878 and 0.939 of 900 prompts correctly; the 95 % interval
+# of the lowest begins at 0.855
 MOST_WRONG = 0.145
+BARE = {"schemas", "identity", "engine"}
+"""The packages of opd_mcp that need torch, transformers, numpy and pydantic only."""
 failures: list[str] = []
-assert not {"mcp", "datasets", "opd_mcp.store", "opd_mcp.jobs"} & set(sys.modules), "a bare checkout lacks them"
 
 
 def check(name: str, value: float, most: float) -> dict[str, float]:
-    """Record a deviation and whether it is small enough."""
+    """Record a deviation, and a failure where it is above `most`."""
     if not value <= most:
         failures.append(f"{name}: {value:.3g} is above {most:.3g}")
     print(f"{name:60} {value:.3g} (at most {most:.3g})", flush=True)
@@ -69,7 +70,7 @@ def check(name: str, value: float, most: float) -> dict[str, float]:
 
 
 def random_model(shape: Shape, device: torch.device, vocab: int, *, training: bool) -> PreTrainedModel:
-    """A random Qwen3 of the shape, made on the device and compiled as `load_model` does it."""
+    """A random Qwen3 of the shape, made on the device and compiled as `load_model` does."""
     hidden, layers, heads, intermediate = shape
     config = Qwen3Config(
         vocab_size=vocab,
@@ -93,7 +94,7 @@ def random_model(shape: Shape, device: torch.device, vocab: int, *, training: bo
 
 @contextmanager
 def plain_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, compiled layers run as transformers wrote them."""
+    """Inside the context, layers run uncompiled."""
     layers = decoder_layers(model)
     compiled = [layer.forward for layer in layers]
     for layer in layers:
@@ -113,24 +114,8 @@ def long_rows(count: int, response: int, vocab: int) -> Sequences:
     )
 
 
-def timed(runs: dict[str, Callable[[], None]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each, interleaved, after one warm-up of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def naive_step(model: PreTrainedModel, data: Sequences, runtime: Runtime, budget: int, *, first_pass: bool) -> None:
-    """The same packs and rows with full logits and autograd; `first_pass` adds the old log-probs' forward pass."""
+    """The same packs and rows with full logits and autograd; `first_pass` adds a forward pass for the old log-probs."""
     for group in packed_groups(data.lengths(), np.arange(len(data)), budget):
         batch = build_batch(data, group, runtime.device)
 
@@ -149,7 +134,7 @@ def naive_step(model: PreTrainedModel, data: Sequences, runtime: Runtime, budget
 
 
 def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool) -> dict[str, Any]:
-    """Training and scoring of one shape, against naive and two-pass with equal packing; peak memory of our step."""
+    """Training and scoring of one shape against naive and two-pass steps with equal packing; our step's peak memory."""
     vocab, response, rows = (512, 64, 4) if tiny else (VOCAB, RESPONSE, 4)
     data, budget = long_rows(rows, response, vocab), 2 * (response + PROMPT)
     cuda = runtime.device.type == "cuda"
@@ -166,7 +151,7 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
         with plain_layers(model):
             ours()
 
-    # what the plan counts, less the optimizer, which this step does not have
+    # the plan's estimate without the optimizer, which this step does not have
     parts = step_memory(model, "fp32_master", "auto", tokens=budget, runtime=runtime)
     estimate = parts.total - parts.optimizer
     with checkpointed_activations(model, parts.policy):
@@ -183,7 +168,7 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
             "naive": lambda: naive_step(model, data, runtime, budget, first_pass=False),
             "two_pass": lambda: naive_step(model, data, runtime, budget, first_pass=True),
         }
-        seconds = timed(runs | ({"plain": plain} if is_compiled(model) else {}), runtime.device, rounds=3)
+        seconds = median_seconds(runs | ({"plain": plain} if is_compiled(model) else {}), runtime.device, rounds=3)
     flops = training_flops(model, data.lengths().tolist(), len(data.response_ids))
     model.zero_grad(set_to_none=True)
     scorer = model.to(runtime.dtype).eval()
@@ -195,7 +180,7 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
             hidden = hidden_rows(scorer, batch.input_ids, batch.lengths, batch.rows)
             row_scores(model_head(scorer), hidden, batch.targets)
 
-    scoring = timed({"score": score}, runtime.device, rounds=3)["score"]
+    scoring = median_seconds({"score": score}, runtime.device, rounds=3)["score"]
     result = {
         "training_tokens_per_second": rows * response / seconds["ours"],
         "training_utilisation": flops / seconds["ours"] / peak,
@@ -223,6 +208,9 @@ def main() -> None:
     parser.add_argument("--skip-demo", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    rooms = {name.split(".")[1] for name in sys.modules if name.startswith("opd_mcp.")}
+    unwanted = (rooms - BARE) | ({"mcp", "datasets"} & set(sys.modules))
+    assert not unwanted, f"a bare checkout lacks {unwanted}"
     device, cuda = torch.device(arguments.device), arguments.device == "cuda"
     if cuda and not torch.cuda.is_available():
         sys.exit("There is no CUDA device here; --device cpu checks the script itself.")

@@ -1,4 +1,4 @@
-"""The embedded arithmetic task in memory, without Parquet: what `check_gpu.py` runs as its last check."""
+"""The embedded arithmetic task in memory, without Parquet: the last check of `check.py`."""
 
 import itertools
 import tomllib
@@ -19,7 +19,7 @@ from tools import EXAMPLE, ROOT
 
 
 def distilled_accuracies(runtime: Runtime, *, share: float = 1.0) -> dict[str, float]:
-    """Greedy accuracy of the SFT and of the distilled student by the demo preset; `share` shortens both trainings."""
+    """Greedy accuracy of the SFT and of the distilled student with the demo preset; `share` shortens both trainings."""
     preset = tomllib.loads((ROOT / "opd_mcp/schemas/presets/demo.toml").read_text(encoding="utf-8"))
     recipe = Recipe.model_validate({"preset": "demo", **preset})
     context = Context(recipe.runtime, recipe.prompting)
@@ -48,7 +48,7 @@ def distilled_accuracies(runtime: Runtime, *, share: float = 1.0) -> dict[str, f
 
     def accuracy(name: str) -> float:
         settings = recipe.benchmark.model_copy(update={"samples_per_prompt": 0})
-        rows = read_prompts(EXAMPLE / "tune.jsonl")  # a check that is run again and again is no final result
+        rows = read_prompts(EXAMPLE / "tune.jsonl")  # eval.jsonl is for final results, not for a check that runs often
         scored = score_model(
             name, student, rows, settings, context, runtime, teacher=None, eos_token_ids=adopted.eos_token_ids
         )

@@ -1,4 +1,4 @@
-"""Sampling as ours, as HF `generate` with a static cache and as HF continuous batching: a part of `check_gpu.py`."""
+"""Speed of sampling: ours, HF `generate` with a static cache, and HF continuous batching; a part of `check.py`."""
 
 import copy
 import json
@@ -19,22 +19,22 @@ from opd_mcp.engine.generation import generator
 from opd_mcp.engine.generation.generator import generate, left_padded
 from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.schemas.recipes import Sampling
+from tools.gpu.timing import Check, synchronize
 
-# a variant draws a response a prompt with the round's seed, and says how many tokens they have up to their stop tokens
+# samples one response per prompt with this seed; returns their tokens, up to and including the stop tokens
 Variant = Callable[[int], int]
-Check = Callable[[str, float, float], dict[str, float]]
 OURS = "ours"
-# What makes a variant of HF impossible here, not wrong: torch reports a missing compiler, a failed capture and memory
-# that ran out as RuntimeError; continuous batching raises MemoryError where it finds no room for its cache.
+# An HF variant that raises these cannot run here, which is no failure: torch reports a missing compiler, a failed
+# capture and exhausted memory as RuntimeError; continuous batching raises MemoryError without room for its cache.
 IMPOSSIBLE = (RuntimeError, MemoryError)
-# two orders of summation of the same bf16 products, through all layers
+# the same bf16 products, summed in two orders through all layers
 MOST_OFF = 0.1
-PAGE = 256  # tokens of a continuous batch's cache page, HF's default
+PAGE = 256  # tokens per page of continuous batching's cache, HF's default
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is drawn: rows, the range of prompt lengths, new tokens at most, and rounds that count."""
+    """The amount of sampling: rows, range of prompt lengths, maximum of new tokens, and counted rounds."""
 
     rows: int
     prompt: tuple[int, int]
@@ -46,16 +46,16 @@ FULL, TINY = Workload(64, (32, 128), 128, rounds=2), Workload(4, (4, 12), 8, rou
 
 
 def generation_speeds(model: PreTrainedModel, check: Check, *, tiny: bool) -> dict[str, object]:
-    """Tokens a second of each variant at T = 1, or why it did not run: all tokens drawn, and rows that stop early.
+    """Tokens per second of each variant at T = 1, or why it did not run; rows of full length, and rows that stop early.
 
-    `model` packs, as the engine's do; the HF variants get its weights under plain SDPA. Our log-probs are checked.
+    `model` packs, as the engine's models do; the HF variants get its weights with plain SDPA. Checks our log-probs.
     """
     model.eval()
     work, vocab = TINY if tiny else FULL, model.config.vocab_size
     prompts = random_prompts(work, vocab)
-    # continuous batching leaves its own attention in the model that it was called on (transformers 5.17)
+    # continuous batching replaces the attention of the model that it was called on (transformers 5.17)
     plain, paged = sdpa_twin(model), sdpa_twin(model)
-    # Near-uniform tokens: with this many stop tokens a response has half of the new tokens in the mean.
+    # Near-uniform tokens: with this many stop tokens a response has half of the new tokens on average.
     stops = {"fixed_length": [vocab], "stop_tokens": list(range(math.ceil(1.5 * vocab / work.new_tokens)))}
     found: dict[str, object] = {"rows": work.rows, "new_tokens": work.new_tokens, "rounds": work.rounds}
     found["log-probs"] = check("generation, log-probs against a forward pass", worst_logprob(model, prompts), MOST_OFF)
@@ -67,7 +67,7 @@ def generation_speeds(model: PreTrainedModel, check: Check, *, tiny: bool) -> di
             "hf_continuous_batching": continuous_variant(paged, prompts, ids, work),
         }
         found[name] = interleaved_rates(variants, model.device, work.rounds)
-        # it was made for these stop tokens
+        # the manager was made for these stop tokens
         paged.destroy_cached_continuous_batching_manager()
     print("generation, tokens/s", json.dumps(found), flush=True)
     return found
@@ -82,7 +82,7 @@ def random_prompts(work: Workload, vocab: int) -> list[list[int]]:
 
 def sdpa_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A model with the same weights and transformers' own attention."""
-    config = copy.deepcopy(model.config)  # which says what attention its model uses
+    config = copy.deepcopy(model.config)  # the copy gets another attention implementation
     with torch.device(model.device):
         twin = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(model.dtype).eval()
     twin.load_state_dict(model.state_dict())
@@ -103,7 +103,7 @@ def our_variant(model: PreTrainedModel, prompts: list[list[int]], stops: list[in
 
 
 def step_by_step_variant(model: PreTrainedModel, prompts: list[list[int]], stops: list[int], work: Workload) -> Variant:
-    """The engine's own generator with the growing cache that it has where nothing can be replayed."""
+    """The engine's own generator with the growing cache that it uses where steps cannot be replayed."""
     run = our_variant(model, prompts, stops, work)
 
     def slowly(seed: int) -> int:
@@ -154,7 +154,7 @@ def continuous_variant(model: PreTrainedModel, prompts: list[list[int]], stops: 
         drawn = model.generate_batch(
             prompts, generation_config=settings, continuous_batching_config=batching, persistent_manager=True
         )
-        # it logs what went wrong, and gives back what it has
+        # it logs failures and returns whatever it has
         errors = [output.error for output in drawn.values() if output.error is not None]
         if errors or len(drawn) < len(prompts):
             raise RuntimeError(errors[0] if errors else f"{len(drawn)} of {len(prompts)} responses came back")
@@ -177,14 +177,14 @@ def sampling_settings(stops: list[int], work: Workload) -> GenerationConfig:
 
 
 def tokens_until_stop(drawn: Tensor, stops: Sequence[int]) -> int:
-    """Tokens of all rows of `drawn` [B, T], each up to and with its first stop token."""
+    """Number of tokens in all rows of `drawn` [B, T], each up to and including its first stop token."""
     ends = torch.isin(drawn, torch.tensor(stops, device=drawn.device))
     before = ends.cumsum(dim=1) - ends.long()
     return int((before == 0).sum())
 
 
 def interleaved_rates(variants: dict[str, Variant], device: torch.device, rounds: int) -> dict[str, float | str]:
-    """Median tokens a second of each, in turns, after a round that does not count; for an impossible one why."""
+    """Median tokens per second of each over interleaved rounds, after a warm-up round; or why a variant cannot run."""
     rates: dict[str, list[float]] = {name: [] for name in variants}
     reasons: dict[str, str] = {}
     for number in range(rounds + 1):
@@ -204,9 +204,3 @@ def interleaved_rates(variants: dict[str, Variant], device: torch.device, rounds
             if number:
                 rates[name].append(tokens / (time.perf_counter() - started))
     return {name: reasons.get(name) or statistics.median(rates[name]) for name in variants}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()

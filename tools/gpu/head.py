@@ -1,8 +1,6 @@
-"""The head's kernels on one device, right and timed: a part of `check_gpu.py`."""
+"""The head's kernels on one device: correctness and speed, a part of `check.py`."""
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -14,15 +12,15 @@ from opd_mcp.engine.losses.head import one_pass_losses, row_scores
 from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
 from opd_mcp.engine.losses.tiles import Head, exponentials
 from opd_mcp.schemas.memory import TILE_BYTES
+from tools.gpu.timing import Check, median_seconds
 
-Check = Callable[[str, float, float], dict[str, float]]
 ROWS, VOCAB, WIDTH, K = 300, 5000, 256, 8
 # largest deviation from float64, as a share of the largest value
 MOST = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def head_checks(device: torch.device, check: Check) -> dict[str, object]:
-    """Every objective in fp32 and with bf16 operands, by the kernel and by plain torch, against autograd in fp64."""
+    """Every objective in fp32 and with bf16 operands, by the kernel and in plain torch, against fp64 autograd."""
     hidden, weight, targets, columns = _random_case()
     here = {name: values.to(device) for name, values in columns.items()}
     found: dict[str, object] = {}
@@ -53,13 +51,13 @@ def _score_checks(device: torch.device, check: Check) -> dict[str, object]:
         }
         for part, (ours, reference) in picked.items():
             name = f"scores {label}, {part}"
-            # the inputs are exact in bf16 and products are summed in fp32: scores stay as good as fp32's
+            # the inputs are exact in bf16 and products are summed in fp32, so scores are as accurate as in fp32
             found[name] = check(name, _deviation(ours, reference), MOST[torch.float32])
     return found
 
 
 def _ways(device: torch.device) -> list[tuple[str, torch.dtype | None, bool]]:
-    """Label, dtype of the operands, and whether the kernel goes over the tiles."""
+    """Label, dtype of the operands, and whether the kernel handles the tiles."""
     ways: list[tuple[str, torch.dtype | None, bool]] = [("fp32 torch", None, False)]
     if device.type == "cuda":
         ways += [
@@ -89,7 +87,7 @@ def _random_case() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
 def _results(
     head: Head, hidden: Tensor, targets: Tensor, columns: dict[str, Tensor], objective: RowObjective
 ) -> list[Tensor]:
-    """Log-probs and both gradients; the weight's is summed in a main gradient, as training does it."""
+    """Log-probs and both gradients; the weight's gradient is summed in a main gradient, as in training."""
     leaf = hidden.clone().requires_grad_()
     main_grad = torch.zeros_like(head.weight)
     head.weight.requires_grad_()
@@ -109,10 +107,10 @@ def _deviation(ours: Tensor, exact: Tensor) -> float:
 
 
 def head_speeds(device: torch.device, width: int, vocab: int, rounds: int = 5) -> dict[str, float]:
-    """Milliseconds of what the head can do in more than one way, medians of interleaved rounds on one full tile.
+    """Milliseconds of the head's alternatives, medians of interleaved rounds on one full tile.
 
-    Over the tile: the kernel, plain torch, and plain torch compiled. Into the weight's gradient: one `addmm`, or a
-    product and an addition. And the head as a whole, with the kernel and without.
+    The tile: the kernel, plain torch, or plain torch compiled. The weight's gradient: one `addmm`, or a product and an
+    addition. The whole head: with the kernel or without.
     """
     rows = max(1, TILE_BYTES[device.type] // (4 * vocab))
     cuda = device.type == "cuda"
@@ -150,10 +148,10 @@ def head_speeds(device: torch.device, width: int, vocab: int, rounds: int = 5) -
 
 
 def head_peers(device: torch.device, width: int, vocab: int, rows: int, rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Milliseconds and peak bytes of cross entropy with both gradients: ours, plain torch, Liger where it is there.
+    """Milliseconds and peak bytes of cross entropy with both gradients: ours, plain torch, Liger where installed.
 
-    Hidden states and weights are bf16. Ours and one of Liger's sum the weight's gradient in float32, Liger's default
-    and plain torch in bf16.
+    Hidden states and weights are bf16. Ours and `liger_float32_sum` sum the weight's gradient in float32, `liger` and
+    plain torch in bf16.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
@@ -206,18 +204,4 @@ def _kernels(cuda: bool) -> dict[str, bool]:
 
 
 def _milliseconds(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            _wait(device)
-            started = time.perf_counter()
-            run()
-            _wait(device)
-            if number:
-                found[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return {name: 1000 * seconds for name, seconds in median_seconds(runs, device, rounds).items()}
