@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.requests import GetRunMetrics, ListArtifacts, SampleModel
+from opd_mcp.service import JobService
 from tools import EXAMPLE
 from tools.chaos.processes import command
 from tools.chaos.workload import Place

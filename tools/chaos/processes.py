@@ -36,7 +36,7 @@ def failing_worker(plan_file: Path, log: Path, rest: list[str]) -> None:
     plan = Plan(**json.loads(plan_file.read_text(encoding="utf-8"))) if plan_file.exists() else None
     points = install(plan, log)
     points.note("started")
-    from opd_mcp.jobs import worker
+    from opd_mcp.worker import main as worker
 
     load = worker.engine_stages
 
@@ -64,10 +64,9 @@ def failing_server(root: Path, plan_file: Path, log: Path) -> None:
 
     signal.signal(signal.SIGUSR1, arm)
     _patch_launch(points)
-    from opd_mcp.jobs.service import JobService
-    from opd_mcp.jobs.settings import JobSettings
-    from opd_mcp.server.serve import serve_stdio
-    from opd_mcp.server.settings import ServerSettings
+    from opd_mcp.devices.settings import JobSettings
+    from opd_mcp.server.serve import ServerSettings, serve_stdio
+    from opd_mcp.service import JobService
     from opd_mcp.store.roots import AllowedRoots
     from opd_mcp.store.workspace import Workspace
 
@@ -89,8 +88,7 @@ def _patch_launch(points: Failpoints) -> None:
 
 def idle_worker(words: list[str]) -> None:
     """A run that writes three metrics, waits, and succeeds, or is cancelled on request."""
-    from opd_mcp.store.attempts import taken_up
-    from opd_mcp.store.runs import RunLock
+    from opd_mcp.store.runs import RunLock, taken_up
 
     parser = argparse.ArgumentParser()
     parser.add_argument("seconds", type=float)

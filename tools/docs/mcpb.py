@@ -16,8 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import opd_mcp
-from opd_mcp.jobs.service import JobService
 from opd_mcp.server.tools import all_specs
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 from tools import ROOT

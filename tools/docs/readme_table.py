@@ -16,10 +16,10 @@ from mcp import Client
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opd_mcp.jobs.service import JobService
 from opd_mcp.server.app import build_server
-from opd_mcp.server.json_schema import input_schema
+from opd_mcp.server.protocol.json_schema import input_schema
 from opd_mcp.server.tools import all_specs
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 from tools import ROOT
