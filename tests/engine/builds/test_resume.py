@@ -13,7 +13,7 @@ from opd_mcp.engine.cache.manifest import read_manifest
 from opd_mcp.engine.cache.verify import verified
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, RunError
 
-KILLS = Path(__file__).resolve().parents[3] / "tools" / "kill_cache_build.py"
+KILLS = Path(__file__).resolve().parents[3] / "tools" / "chaos" / "cache_builds.py"
 
 
 def test_sigkill_anywhere_loses_one_shard_at_most_and_changes_nothing():

@@ -8,13 +8,13 @@ import pytest
 
 from opd_mcp.server.resources import PARTS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOOLS = "<!-- tools:start -->\n<!-- tools:end -->\n"
 EMPTY = f"# Title\n\n{TOOLS}\n<!-- resources:start -->\n<!-- resources:end -->\n\nThe rest.\n"
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "readme_table.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "docs" / "readme_table.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

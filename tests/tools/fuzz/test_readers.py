@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "fuzz_readers.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "tools" / "fuzz" / "readers.py"
 
 
 def test_damaged_files_are_read_as_what_they_say_or_refused_with_one_clear_error():

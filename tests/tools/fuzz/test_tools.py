@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "fuzz_tools.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "tools" / "fuzz" / "tools.py"
 
 
 def test_odd_calls_are_answered_clearly_and_start_nothing_by_mistake():
