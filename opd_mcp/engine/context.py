@@ -72,5 +72,5 @@ class Context:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     checkpoints: Path | None = None
     """Where a training stage keeps its checkpoints and finds those of an earlier attempt; None: nowhere."""
-    require_right: Callable[[], None] = lambda: None
+    check_fence: Callable[[], None] = lambda: None
     """Raises once somebody else has taken over: asked right before a write that others see, from any thread."""

@@ -52,15 +52,15 @@ def fsync_tree(directory: Path) -> None:
         fsync_directory(Path(folder))
 
 
-def publish_directory(building: Path, final: Path, require_right: Callable[[], None] = lambda: None) -> None:
+def publish_directory(building: Path, final: Path, check_fence: Callable[[], None] = lambda: None) -> None:
     """Give a finished directory its final name, durably; FileExistsError when there is one of that name.
 
-    `require_right` is asked last of all and raises when it must not have the name.
+    `check_fence` is asked last of all and raises when it must not have the name.
     """
     if final.exists():
         raise FileExistsError(final)
     fsync_tree(building)
-    require_right()  # only now: a large tree takes its time
+    check_fence()  # only now: a large tree takes its time
     try:
         os.rename(building, final)
     except OSError as error:

@@ -12,16 +12,15 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.files import file_sha256, publish_directory, write_atomic
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.store.files import publish_directory, tree_bytes, tree_sha256
-from opd_mcp.store.ids import is_id
+from opd_mcp.store.files import tree_bytes, tree_sha256
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
-from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
+from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
 
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"
@@ -109,9 +108,9 @@ class ArtifactStore:
         artifact_id: str,
         key: str,
         run_id: str | None = None,
-        require_right: Callable[[], None] = lambda: None,
+        check_fence: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """Turn a finished building directory into an artifact, durably; `require_right` raises when it must not.
+        """Turn a finished building directory into an artifact, durably; `check_fence` raises when it must not.
 
         When another process published the same id with the same key first, its directory is kept and this one is
         removed. Raises IntegrityError `artifact_exists` when that id belongs to something else.
@@ -131,7 +130,7 @@ class ArtifactStore:
         ).sealed()
         write_atomic(building / ARTIFACT_FILE, record.to_json(indent=2) + "\n")
         try:
-            publish_directory(building, final, require_right)
+            publish_directory(building, final, check_fence)
         except FileExistsError:
             record = read_artifact(final).record
             if record.key != key:

@@ -54,7 +54,7 @@ def test_the_right_to_publish_is_asked_once_everything_is_on_the_disk(artifacts,
 
     monkeypatch.setattr(files, "fsync_tree", written)
     with pytest.raises(PermissionError):
-        artifacts.publish("cache", build(artifacts), "cache-1", "key", require_right=lost)
+        artifacts.publish("cache", build(artifacts), "cache-1", "key", check_fence=lost)
     assert events == ["written", "asked"]
     assert artifact_directories(workspace) == []
 

@@ -124,7 +124,7 @@ def test_an_older_attempt_that_wakes_up_late_is_fenced_off(journal):
     with JournalWriter(journal, next_attempt(journal)) as writer:
         late.append("metric", {"step": -1, "values": {}})  # before the new attempt's first line: history
         writer.append("metric", {"step": 6, "values": {}})
-        for write in (late.sync, late.require_right, lambda: late.append("metric", {"step": -2, "values": {}})):
+        for write in (late.sync, late.check_fence, lambda: late.append("metric", {"step": -2, "values": {}})):
             with pytest.raises(RunError, match="attempt_superseded"):
                 write()
         # A process may sleep between its look and its write: that one line is there, and nobody believes it.

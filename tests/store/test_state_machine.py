@@ -22,9 +22,8 @@ from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.runs import ACTIVE_STATES, ModelInput, RunInputs, RunPhase, RunRecord, RunRequest, RunState
 from opd_mcp.store import journal
-from opd_mcp.store.attempts import taken_up
 from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.runs import RunLock, cancel_requested, request_cancel
+from opd_mcp.store.runs import RunLock, cancel_requested, request_cancel, taken_up
 from opd_mcp.store.states import TRANSITIONS
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.workspace import Workspace
@@ -176,7 +175,7 @@ class Runs(RuleBasedStateMachine):
         for attempt in (
             lambda: worker.writer.append("alert", {"code": "late", "message": "never seen"}),
             lambda: worker.writer.append("state", {"state": "succeeded"}),
-            worker.writer.require_right,
+            worker.writer.check_fence,
             worker.writer.sync,
         ):
             with pytest.raises(RunError, match="attempt_superseded"):
@@ -189,7 +188,7 @@ class Runs(RuleBasedStateMachine):
         """The worst case: it had looked before it slept, and writes one line behind the newer attempt's first one."""
         mine = [worker for worker in self.fenced if worker.run_id in self.workers]
         worker = self.choose(mine, pick)
-        with mock.patch.object(JournalWriter, "require_right"):
+        with mock.patch.object(JournalWriter, "check_fence"):
             worker.writer.append("alert", {"code": "late", "message": "never seen"}, durable=False)
 
     @rule(days=st.integers(-400, 400))

@@ -115,7 +115,7 @@ def rollout(
 def _drawn(draw: Callable[[], Sequences], path: Path, context: Context) -> tuple[Sequences, ShardNote]:
     begun = time.perf_counter()
     drawn = draw()
-    shard = write_shard(path, drawn, require_right=context.require_right)
+    shard = write_shard(path, drawn, check_fence=context.check_fence)
     return drawn, ShardNote(shard=shard, seconds=time.perf_counter() - begun)
 
 

@@ -216,7 +216,7 @@ def _scored(
         scored = scored.take(np.array([row for row in range(len(sequences)) if row not in bad], dtype=np.int64))
     small, clamped = compacted(scored, recipe.dtype)
     note = ShardNote(
-        shard=write_shard(path, small, require_right=context.require_right),
+        shard=write_shard(path, small, check_fence=context.check_fence),
         seconds=time.perf_counter() - begun,
         clamped=clamped,
         truncated_dropped=dropped,

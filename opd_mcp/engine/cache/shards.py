@@ -29,11 +29,11 @@ def write_shard(
     sequences: Sequences,
     *,
     texts: Mapping[str, Sequence[str | None]] | None = None,
-    require_right: Callable[[], None] = lambda: None,
+    check_fence: Callable[[], None] = lambda: None,
 ) -> Shard:
     """Write all rows to `path` (temporary name, fsync, rename) and return the shard's manifest entry.
 
-    `require_right` is asked before the rename and raises when there must be no such shard.
+    `check_fence` is asked before the rename and raises when there must be no such shard.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -66,7 +66,7 @@ def write_shard(
     pa.default_memory_pool().release_unused()
     with partial.open("rb") as file:
         os.fsync(file.fileno())
-    require_right()
+    check_fence()
     partial.rename(path)
     fsync_directory(path.parent)
     return Shard(

@@ -59,13 +59,13 @@ class Checkpoints:
             return None
         for leftover in list(directory.glob(f"{BUILDING_PREFIX}*")):
             # What was listed before this is an earlier attempt's; what a later one builds is not in the list.
-            self.context.require_right()
+            self.context.check_fence()
             shutil.rmtree(leftover)
         for path in reversed(saved_checkpoints(directory)):
             problem = self._problem(path)
             if problem is None:
                 return self._restore(path)
-            self.context.require_right()
+            self.context.check_fence()
             path.rename(path.with_name(f"{DAMAGED_PREFIX}{path.name}-{secrets.token_hex(3)}"))
             self.context.reporter.alert(
                 "checkpoint_damaged", f"Checkpoint {path.name} is not used: {problem}. The one before it is, if any."
@@ -103,7 +103,7 @@ class Checkpoints:
             device=self.model.device.type,
             files={},
         )
-        self._pending = self._thread.submit(_write, directory, record, copies, started, self.context.require_right)
+        self._pending = self._thread.submit(_write, directory, record, copies, started, self.context.check_fence)
         self._last = time.monotonic()
         if wait:
             self._settle()
@@ -168,13 +168,13 @@ def _write(
     record: CheckpointRecord,
     files: dict[str, dict[str, Tensor]],
     started: float,
-    require_right: Callable[[], None],
+    check_fence: Callable[[], None],
 ) -> float:
-    """The seconds that the checkpoint took since `started`; raises what `require_right` does, and then writes nothing.
+    """The seconds that the checkpoint took since `started`; raises what `check_fence` does, and then writes nothing.
 
     The process may be suspended here for hours, and another one may have taken its place when it goes on.
     """
-    require_right()
+    check_fence()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     building = directory / f"{BUILDING_PREFIX}{secrets.token_hex(6)}"
     building.mkdir(mode=0o700)
@@ -183,13 +183,13 @@ def _write(
             save_file(tensors, building / name)
         sealed = record.model_copy(update={"files": {name: file_sha256(building / name) for name in files}}).sealed()
         write_atomic(building / RECORD_FILE, sealed.to_json())
-        publish_directory(building, directory / name_of(record.state.step), require_right)
+        publish_directory(building, directory / name_of(record.state.step), check_fence)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-        require_right()  # whoever took over has removed what was being built: that, not the missing file, is the cause
+        check_fence()  # whoever took over has removed what was being built: that, not the missing file, is the cause
         raise
     for old in saved_checkpoints(directory)[:-KEPT]:
-        require_right()
+        check_fence()
         shutil.rmtree(old)
     return time.monotonic() - started
 

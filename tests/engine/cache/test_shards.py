@@ -59,7 +59,7 @@ def test_without_the_right_there_is_no_shard_and_the_one_before_stays(tmp_path: 
         raise PermissionError
 
     with pytest.raises(PermissionError):
-        write_shard(path, some_sequences([(4, 5)]), require_right=lost)
+        write_shard(path, some_sequences([(4, 5)]), check_fence=lost)
     assert_equal(read_shard(path, sha256=entry.sha256), before)
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.generation import generator
-from opd_mcp.engine.generation.generator import Generated, generate
+from opd_mcp.engine.generation.drawing import Generated
+from opd_mcp.engine.generation.generator import generate
 from opd_mcp.engine.losses.rows import target_logprobs
 from opd_mcp.schemas.recipes import Sampling
 

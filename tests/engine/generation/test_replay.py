@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.generation import generator, replay
-from opd_mcp.engine.generation.generator import Generated, generate
+from opd_mcp.engine.generation.drawing import Generated
+from opd_mcp.engine.generation.generator import generate
 from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.schemas.recipes import Sampling
 

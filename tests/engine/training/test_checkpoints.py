@@ -67,7 +67,7 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
         folder: Path | None,
         settings: LoopSettings = SETTINGS,
         every: int = 2,
-        require_right: Callable[[], None] = lambda: None,
+        check_fence: Callable[[], None] = lambda: None,
         **sizes: int,
     ) -> tuple[PreTrainedModel, TrainingSummary]:
         model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=0.1, **sizes).train()
@@ -76,7 +76,7 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
             reporter=reporter,
             checkpoints=folder,
             checkpoint=CheckpointRecipe(steps=every),
-            require_right=require_right,
+            check_fence=check_fence,
         )
         steps = stored_batches(rows, steps=settings.steps, batch_size=6, seed=3, scope="test")
         return model, train(model, settings, steps, SFT_OBJECTIVE, sft_metrics, runtime, context)
@@ -273,7 +273,7 @@ def test_who_loses_the_right_while_a_checkpoint_is_written_publishes_nothing(
 
     monkeypatch.setattr(checkpoints, "write_atomic", taken_over)
     with pytest.raises(RunError, match="attempt_superseded"):
-        trained(Recorder(), tmp_path, require_right=right.require)
+        trained(Recorder(), tmp_path, check_fence=right.require)
     assert right.names() == [right.others.name, *(f"step-{n:08d}" for n in range(2, step, 2))]
 
 
@@ -284,14 +284,14 @@ def test_who_loses_the_right_after_a_checkpoint_was_published_removes_none(
 
     right, publish = Right(tmp_path), checkpoints.publish_directory
 
-    def taken_over(building: Path, final: Path, require_right: Callable[[], None]) -> None:
-        publish(building, final, require_right)
+    def taken_over(building: Path, final: Path, check_fence: Callable[[], None]) -> None:
+        publish(building, final, check_fence)
         if final.name == "step-00000006":
             right.lose()
 
     monkeypatch.setattr(checkpoints, "publish_directory", taken_over)
     with pytest.raises(RunError, match="attempt_superseded"):
-        trained(Recorder(), tmp_path, require_right=right.require)
+        trained(Recorder(), tmp_path, check_fence=right.require)
     assert right.names() == [right.others.name, "step-00000002", "step-00000004", "step-00000006"]
 
 
@@ -299,5 +299,5 @@ def test_who_has_no_right_takes_nothing_away_when_training_begins(trained, tmp_p
     right = Right(tmp_path)
     right.lose()
     with pytest.raises(RunError, match="attempt_superseded"):
-        trained(Recorder(), tmp_path, require_right=right.require)
+        trained(Recorder(), tmp_path, check_fence=right.require)
     assert right.names() == [right.others.name]
