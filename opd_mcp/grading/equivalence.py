@@ -41,7 +41,7 @@ def is_words(answer: str) -> bool:
     """Whether an answer is words, such as a name, and no mathematics or quantity."""
     if parsed_number(answer) is not None:
         return False
-    plain = _COMMANDS.sub(" ", unwrapped(answer))
+    plain = _COMMANDS.sub(" ", unwrapped(last_boxed(answer) or answer))
     return any(word.lower() not in _FUNCTIONS for word in _WORD.findall(plain))
 
 

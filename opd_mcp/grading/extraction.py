@@ -1,4 +1,4 @@
-"""Where a response says its answer: after its thinking, in a box, behind a mark or a phrase. All linear in its length."""
+"""Where a response says its answer: after its thinking, in a box, behind a mark or a phrase; linear in its length."""
 
 import re
 

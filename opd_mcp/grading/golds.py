@@ -1,6 +1,6 @@
 """What the expected answers say: which grader fits them, and which of them that grader cannot grade."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opd_mcp.grading.equivalence import is_words
@@ -14,6 +14,23 @@ from opd_mcp.schemas.errors import DataError
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName
 
 _LETTERS = "ABCDEFGHIJ"
+
+
+def _is_choice(gold: str) -> bool:
+    return len(gold) <= 3 and gold.strip("().: ").upper() in tuple(_LETTERS) and choice_letter(gold) is not None
+
+
+_FITTING: tuple[tuple[GraderName, Callable[[str], bool], str], ...] = (
+    (
+        "reasoning_gym",
+        lambda gold: gold.startswith("{") and '"source_dataset"' in gold,
+        "every answer is a reasoning-gym entry",
+    ),
+    ("gsm8k", lambda gold: "####" in gold, "every answer has the mark ####"),
+    ("choice", _is_choice, "every answer is a single letter"),
+    ("number", lambda gold: parsed_number(gold) is not None, "every answer is a number"),
+    ("exact", is_words, "every answer is words"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,17 +47,10 @@ def chosen_grader(golds: Sequence[str]) -> tuple[GraderName, str]:
     golds = [gold.strip() for gold in golds]
     if not golds:
         return "exact", "no prompt has an answer"
-    if all(gold.startswith("{") and '"source_dataset"' in gold for gold in golds):
-        return "reasoning_gym", "every answer is a reasoning-gym entry"
-    if all("####" in gold for gold in golds):
-        return "gsm8k", "every answer has the mark ####"
-    if all(_is_choice(gold) for gold in golds):
-        return "choice", "every answer is a single letter"
-    if all(parsed_number(gold) is not None for gold in golds):
-        return "number", "every answer is a number"
-    words = sum(is_words(last_boxed(gold) or gold) for gold in golds)
-    if words == len(golds):
-        return "exact", "every answer is words"
+    for name, fits, why in _FITTING:
+        if all(fits(gold) for gold in golds):
+            return name, why
+    words = sum(is_words(gold) for gold in golds)
     return "math", f"{len(golds) - words} of {len(golds)} answers are mathematical expressions"
 
 
@@ -93,7 +103,3 @@ def _is_readable(name: GraderName, gold: str) -> bool:
     except DataError:
         return False
     return True
-
-
-def _is_choice(gold: str) -> bool:
-    return len(gold) <= 3 and gold.strip("().: ").upper() in tuple(_LETTERS) and choice_letter(gold) is not None

@@ -10,7 +10,7 @@ from opd_mcp.grading.equivalence import settled
 from opd_mcp.grading.grade import Grade
 from opd_mcp.grading.parent import GradingChild, Limits
 from opd_mcp.grading.patterns import compiled_pattern
-from opd_mcp.grading.unit_tests import CodeLimits, require_sandbox, tested
+from opd_mcp.grading.unit_tests import CodeLimits, code_grade, require_sandbox
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.recipes import GraderName
 
@@ -43,7 +43,7 @@ class Grader(AbstractContextManager["Grader"]):
             whole = response.strip()
             return Grade(True, whole) if not grade.correct and whole and whole == gold.strip() else grade
         if self.name == "code":
-            return tested(response, gold, CodeLimits())
+            return code_grade(response, gold, CodeLimits())
         if self.name == "math" and (known := settled(response, gold)) is not None:
             return known
         key = (response, gold)

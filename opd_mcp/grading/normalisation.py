@@ -38,7 +38,7 @@ _ONE_SIDED = {"(": ")", "[": "]", "{": "}"}
 
 
 def unwrapped(answer: str) -> str:
-    r"""The answer without dollar signs, quotes, bold, `\text{}` and `\boxed{}` around it, and without a last full stop."""
+    r"""The answer without dollar signs, quotes, bold, `\text{}` or `\boxed{}` around it, and without its full stop."""
     for _ in range(_MOST_WRAPPERS):
         before = answer
         answer = answer.strip()

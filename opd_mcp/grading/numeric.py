@@ -16,11 +16,14 @@ _SLASHED = r"\s*/\s*(?P<below>[\d,]+(?:\.\d+)?)"
 _NUMBER = rf"(?:(?P<whole>{_DIGITS})(?:{_POWER}|{_SLASHED}|\s*{_FRACTION}|\s+(?P<n>\d+)/(?P<d>\d+))?|{{FRACTION}})"
 _NUMBER = _NUMBER.replace("{FRACTION}", re.sub(r"\?P<(\w+)>", r"?P<alone_\1>", _FRACTION))
 # Spaces are counted: an open-ended run of them would be tried again from each of its places.
-_SIGN = r"(?:(?P<sign>[+-])\s{0,3})?(?:\\?[$€£¥]\s{0,3})?(?P<late>-)?"
+_SIGN = r"(?:(?P<sign>[+-])\s{0,3})?(?:\\?[$€£¥]\s{0,3}(?P<late>-)?)?"
 _PERCENT = r"(?P<percent>\s*\\?%|\s*percent\b)?"
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = rf"(?:\s*(?P<scale>{'|'.join(_SCALES)})\b)?"
-_UNIT = r"(?:\^\{?\\circ\}?|°[CF]?|\s*\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}|\s*(?P<unit>[A-Za-z][A-Za-z.'\s/-]+))?(?:\^\{?\d\}?)?"
+_UNIT = (
+    r"(?:\^\{?\\circ\}?|°[CF]?|\s*\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|"
+    r"\s*(?P<unit>[A-Za-z][A-Za-z.'\s/-]+)(?:\^\{?\d\}?)?)?"
+)
 _WHOLE = re.compile(rf"{_SIGN}{_NUMBER}{_SCALE}{_PERCENT}{_UNIT}")
 _INSIDE = re.compile(rf"(?<![\w.)\]}}{{\\^])(?<!\{{-)(?:{_SIGN}){_NUMBER}{_SCALE}{_PERCENT}(?!\d)")
 # After a number these make it a part of something else: 2x, 2\pi, 2^3, 3(4), 5/x.
@@ -53,7 +56,7 @@ def _tidied(text: str) -> str:
 
 
 def parsed_number(text: str) -> Number | None:
-    """The number that the whole text is, with a name before it (`x = 5`) or a unit behind it; None for anything else."""
+    """The number that the whole text is, with a name before it (`x = 5`) or a unit behind it; None where it is none."""
     if len(text) > LONGEST:
         return None
     text = without_brackets(unwrapped(_tidied(_NAME.sub("", unwrapped(text)))))

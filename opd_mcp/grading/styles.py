@@ -10,7 +10,7 @@ from opd_mcp.grading.numeric import LONGEST, Number, numbers_in, parsed_number, 
 _OPERATORS = re.compile(r"[\^*/+√]|\\(?:sqrt|pi|frac)|[A-Za-z]\s*-")
 _LIST = re.compile(r"\band\b|\bor\b")
 _WORD = re.compile(r"[A-Za-z]{3,}")
-_CLAUSE = re.compile(r",\s|\s(?:because|since|as|which|when|if|for)\b|\s\(")
+_CLAUSE = re.compile(r",\s+(?=[A-Za-z])|\s(?:because|since|as|which|when|if|for)\b|\s\(")
 _LETTER = re.compile(r"(?:option|choice)?\s{0,3}[(\[]?([A-Za-z])(?:[)\].:]|$)(?!\w)", re.IGNORECASE)
 _MARKED_LETTER = re.compile(
     r"(?<!\w)\(?([A-Z])\)|(?:\b[Oo]ption|\b[Cc]hoice)\s+\(?([A-Z])\b|^[^\w\n]*([A-Z])(?:[.):]|[^\w\n]*$)", re.MULTILINE
@@ -18,7 +18,7 @@ _MARKED_LETTER = re.compile(
 
 
 def exact(response: str, gold: str) -> Grade:
-    """Text: boxed, stated or the whole response, without what `text_key` takes off (SQuAD's exact match, with articles)."""
+    """The text that is boxed, stated or the whole response, equal by `text_key`: SQuAD's exact match with articles."""
     text = after_thinking(response).strip()
     boxed = last_boxed(text)
     found = [boxed] if boxed else [*stated_answers(text), text]

@@ -83,7 +83,7 @@ def _parsed(source: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def tested(response: str, gold: str, limits: CodeLimits) -> Grade:
+def code_grade(response: str, gold: str, limits: CodeLimits) -> Grade:
     """Whether the response's program passes all of the tests."""
     code = last_code(after_thinking(response))
     if code is None:
