@@ -37,11 +37,12 @@ class Grader(AbstractContextManager["Grader"]):
 
     def grade(self, response: str, gold: str) -> Grade:
         """One grade. Raises ArgumentError `too_slow` for a pattern that backtracks without end."""
-        # Whatever a grader looks for, a response that is the gold is right; a pattern alone may want more.
         if self.name in _PLAIN:
             grade = _PLAIN[self.name](response, gold)
             whole = response.strip()
-            return Grade(True, whole) if not grade.correct and whole and whole == gold.strip() else grade
+            # A response that is nothing but the gold is right, except where it must be in a box.
+            is_gold = bool(whole) and whole == gold.strip() and self.name != "boxed"
+            return Grade(True, whole) if is_gold and not grade.correct else grade
         if self.name == "code":
             return code_grade(response, gold, CodeLimits())
         if self.name == "math" and (known := settled(response, gold)) is not None:
