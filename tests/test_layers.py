@@ -17,6 +17,8 @@ ALLOWED = {
     "jobs": {"schemas", "identity", "store"},
     "server": {"schemas", "store", "jobs"},
 }
+# the worker alone loads the engine; at its start only the inputs of the stages, which need no torch
+WORKER = {PACKAGE / "jobs" / "worker.py", PACKAGE / "jobs" / "stage_calls.py"}
 MACHINE_LEARNING = {"torch", "transformers", "datasets"}
 # Foreign packages that loading every module of a layer must not load.
 FORBIDDEN = {
@@ -91,7 +93,7 @@ def test_no_file_uses_a_shell_a_pickle_or_remote_code(file):
 @pytest.mark.parametrize("layer", ALLOWED)
 def test_a_layer_names_only_the_layers_below_it(layer):
     for file in (PACKAGE / layer).rglob("*.py"):
-        allowed = ALLOWED[layer] | {layer} | ({"engine"} if file == PACKAGE / "jobs" / "worker.py" else set())
+        allowed = ALLOWED[layer] | {layer} | ({"engine"} if file in WORKER else set())
         assert written_imports(file) <= allowed, file
 
 
@@ -99,7 +101,10 @@ def test_a_layer_names_only_the_layers_below_it(layer):
 def test_loading_a_layer_loads_nothing_that_it_must_not_have(layer):
     loaded = loaded_modules(layer)
     assert not loaded & FORBIDDEN[layer]
-    layers = {name.split(".")[1] for name in loaded if name.startswith("opd_mcp.")} & set(ALLOWED)
+    modules = {name for name in loaded if name.startswith("opd_mcp.")}
+    if layer == "jobs":
+        modules -= {"opd_mcp.engine", "opd_mcp.engine.context"}
+    layers = {name.split(".")[1] for name in modules} & set(ALLOWED)
     assert layers <= ALLOWED[layer] | {layer} | ({"identity"} if "store" in ALLOWED[layer] else set())
 
 

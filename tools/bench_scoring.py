@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import Context, RolloutInputs, ScoreInputs
 from opd_mcp.schemas.recipes import RolloutRecipe, RuntimeRecipe, Sampling, ScoreRecipe
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
@@ -17,11 +17,9 @@ def write_rollouts(scratch: Path, *, rows: int) -> None:
         recipe = RolloutRecipe(sampling=Sampling(max_new_tokens=64), count=count, batch_size=rows, shard_rows=rows)
         stages.rollout(
             recipe,
-            student=EXAMPLE / "student",
-            prompts=EXAMPLE / "opd.jsonl",
-            output=scratch / name,
-            context=CONTEXT,
-            tokenizer=EXAMPLE / "teacher",
+            RolloutInputs(student=EXAMPLE / "student", prompts=EXAMPLE / "opd.jsonl", tokenizer=EXAMPLE / "teacher"),
+            scratch / name,
+            CONTEXT,
         )
 
 
@@ -31,12 +29,14 @@ def scoring_run(scratch: Path, variant: str) -> Callable[[], None]:
     def score(name: str, output: str) -> None:
         stages.score(
             ScoreRecipe(topk=8),
-            teacher=EXAMPLE / "teacher",
-            student=EXAMPLE / "student",
-            rollouts=scratch / name,
-            output=scratch / output,
-            context=CONTEXT,
-            allow_teacher_mismatch=True,
+            ScoreInputs(
+                teacher=EXAMPLE / "teacher",
+                student=EXAMPLE / "student",
+                rollouts=scratch / name,
+                allow_teacher_mismatch=True,
+            ),
+            scratch / output,
+            CONTEXT,
         )
 
     return lambda: score(variant, f"cache-{variant}")

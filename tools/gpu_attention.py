@@ -9,9 +9,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from opd_mcp.engine.models import attention, documents
-from opd_mcp.engine.models.attention import packed_attention
-from opd_mcp.engine.models.documents import Documents
+from opd_mcp.engine.models import attention
+from opd_mcp.engine.models.attention import Documents, packed_attention
 
 Check = Callable[[str, float, float], dict[str, float]]
 DOCUMENTS, ROUNDS = 2, 5
@@ -55,11 +54,11 @@ def attention_speeds(device: torch.device, length: int, heads: int, shared: int,
 
     leaves = [states(heads), states(shared), states(shared)]
     direction = torch.randn(1, DOCUMENTS * length, heads, width, generator=generator).to(device, torch.bfloat16)
-    limits = {"sdpa_a_document": documents.LONG_DOCUMENT, "variable_length": DOCUMENTS * length + 1}
+    limits = {"sdpa_a_document": attention.LONG_DOCUMENT, "variable_length": DOCUMENTS * length + 1}
     found: dict[str, list[float]] = {name: [] for name in limits}
     for number in range(ROUNDS + 1):
         for name, limit in limits.items():
-            with patch.object(documents, "LONG_DOCUMENT", limit), patch.object(attention, "LONG_DOCUMENT", limit):
+            with patch.object(attention, "LONG_DOCUMENT", limit):
                 _wait(device)
                 started = time.perf_counter()
                 packed = Documents([length] * DOCUMENTS, device)

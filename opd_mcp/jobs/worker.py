@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from opd_mcp.engine.context import Context
 from opd_mcp.jobs.devices import free_disk, gpu_slot, gpus
 from opd_mcp.jobs.failures import DiskFigures, MemoryFigures, failure_of, is_disk_full
 from opd_mcp.jobs.fetching import prepared_record
@@ -142,8 +143,6 @@ def run_phases(
 ) -> dict[str, Any]:
     """The result of all phases; the stages are loaded when a phase has to be computed, not before."""
     record = prepared_record(store.workspace, record, journal, reporter)
-    from opd_mcp.engine.context import Context
-
     recipe = record.request.recipe
 
     def loaded() -> Stages:

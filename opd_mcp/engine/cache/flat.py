@@ -11,7 +11,6 @@ import os
 import secrets
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,12 @@ DTYPES = {"prompt_ids": "<i4", "prompt_offsets": "<i8", "response_ids": "<i4", "
 COLUMN_DTYPES = {"teacher_logprobs": "<f4", "behaviour_logprobs": "<f4", "topk_ids": "<i4", "topk_logprobs": "<f4"}
 
 
-@dataclass(frozen=True)
 class FlatProblem(Exception):
     """Why a flat file cannot be used as it is; it is derived, so the answer is to make it again."""
 
-    why: str
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
 
 
 def open_flat(cache: Path) -> Sequences:

@@ -118,8 +118,7 @@ def value_problems(rows: Sequences, manifest: CacheManifest) -> list[str]:
 
 def sampled_rows(rows: Sequences, count: int) -> Sequences:
     """Up to `count` rows, evenly spread."""
-    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))
-    return concatenate([rows.slice(place, place + 1) for place in places.tolist()])
+    return rows.take(np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)))
 
 
 def _compared(chosen: Sequences, rescore: Rescore, manifest: CacheManifest, problems: list[str]) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_mcp.engine.evaluation.answers import compiled_pattern, correctness, extracted_answer, is_correct
+from opd_mcp.engine.evaluation.model_score import compiled_pattern, correctness, extracted_answer, is_correct
 from opd_mcp.schemas.errors import ArgumentError
 
 
@@ -28,7 +28,7 @@ def test_a_bad_pattern_is_one_clear_error(pattern: str) -> None:
 
 
 def test_a_pattern_that_backtracks_for_ever_is_stopped(monkeypatch):
-    monkeypatch.setattr("opd_mcp.engine.evaluation.answers.PATTERN_SECONDS", 0.2)
+    monkeypatch.setattr("opd_mcp.engine.evaluation.model_score.PATTERN_SECONDS", 0.2)
     with pytest.raises(ArgumentError, match="too_slow"):
         correctness(["1" * 60 + "x"], ["1"], compiled_pattern(r"(?:\d+)+$"))
     assert correctness(["so #1"], ["1"], compiled_pattern(r"#(\d)")) == [True]
