@@ -122,9 +122,9 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(server):
 
 def test_a_body_without_a_length_is_refused(server):
     connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
-    connection.request(
-        "POST", "/v1/completions", iter([b"{}"]), {"Authorization": f"Bearer {KEY}"}, encode_chunked=True
-    )
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
     assert connection.getresponse().status == 411
 
 
