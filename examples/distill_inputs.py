@@ -22,12 +22,12 @@ from opd_mcp.identity.data import (
 )
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_same_tokens
-from opd_mcp.jobs.fetching import fetched_model
-from opd_mcp.jobs.references import HUB_ID
+from opd_mcp.planning.references import HUB_ID
 from opd_mcp.schemas.errors import DataError, ResourceError
 from opd_mcp.schemas.identity import TeacherClaim
 from opd_mcp.schemas.recipes import SftRecipe
 from opd_mcp.store.workspace import Workspace
+from opd_mcp.worker.fetch import fetched_model
 
 HELD_OUT_EVERY, MOST_HELD_OUT = 10, 500
 # How answers are written, tried in this order on the teacher's own responses; None is the whole response.

@@ -147,9 +147,8 @@ def distill(arguments: argparse.Namespace, console: Console) -> None:
 
     from opd_mcp.engine import stages
     from opd_mcp.engine.context import Context
-    from opd_mcp.identity.files import write_atomic
-    from opd_mcp.jobs.stage_calls import training_cost
-    from opd_mcp.store.files import publish_directory
+    from opd_mcp.identity.files import publish_directory, write_atomic
+    from opd_mcp.worker.stage_calls import training_cost
 
     reporter = ProgressReporter(console)
     output.parent.mkdir(parents=True, exist_ok=True)

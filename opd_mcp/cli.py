@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from opd_mcp.jobs.service import JobService
     from opd_mcp.schemas.base import Schema
+    from opd_mcp.service import JobService
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,8 +65,7 @@ def serve(
 ) -> None:
     """Serve the tools to an MCP client."""
     from opd_mcp.schemas.redaction import environment_secrets
-    from opd_mcp.server.serve import serve_http, serve_stdio
-    from opd_mcp.server.settings import ServerSettings
+    from opd_mcp.server.serve import ServerSettings, serve_http, serve_stdio
 
     token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
     secrets = environment_secrets(os.environ | {"OPD_TOKEN": token or ""})
@@ -100,7 +99,7 @@ def status(
     run_id: Annotated[str, typer.Argument(help="A run id, or latest.")] = "latest", as_json: AsJson = False
 ) -> None:
     """Show where a run stands."""
-    from opd_mcp.server.texts import status_text
+    from opd_mcp.server.render.runs import status_text
 
     found = open_service().status(run_id)
     show(found, as_json, status_text)
@@ -124,7 +123,7 @@ def list_runs(
     limit: Annotated[int, typer.Option(help="Runs to show.", min=1, max=100)] = 20, as_json: AsJson = False
 ) -> None:
     """List runs, newest first."""
-    from opd_mcp.server.texts import list_text
+    from opd_mcp.server.render.runs import list_text
 
     found = open_service().list_runs(limit=limit)
     show(found, as_json, list_text)
@@ -133,7 +132,7 @@ def list_runs(
 @app.command()
 def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], as_json: AsJson = False) -> None:
     """Ask an active run to stop."""
-    from opd_mcp.server.texts import cancel_text
+    from opd_mcp.server.render.runs import cancel_text
 
     found = open_service().cancel(run_id)
     show(found, as_json, cancel_text)
@@ -142,7 +141,7 @@ def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
 @app.command()
 def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], as_json: AsJson = False) -> None:
     """Take a failed, cancelled or lost run up again from its last checkpoint."""
-    from opd_mcp.server.texts import snapshot_text
+    from opd_mcp.server.render.runs import snapshot_text
 
     found = open_service().resume(run_id)
     show(found, as_json, snapshot_text)
@@ -154,7 +153,7 @@ def doctor(
 ) -> None:
     """Check the set-up and say how to fix what is wrong."""
     from opd_mcp.commands import in_commands
-    from opd_mcp.jobs.doctor import checks
+    from opd_mcp.maintenance.doctor import checks
 
     service = open_service()
     if repair:
@@ -180,8 +179,8 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove what nobody needs: abandoned builds, checkpoints of succeeded runs, temporary files."""
-    from opd_mcp.jobs.gc import collected
-    from opd_mcp.server.texts import garbage_text
+    from opd_mcp.maintenance.gc import collected
+    from opd_mcp.server.render.runs import garbage_text
 
     found = collected(open_service().store, remove=not dry_run, older_than_days=older_than, artifacts=artifacts)
     show(found, as_json, garbage_text)
@@ -195,8 +194,8 @@ app.add_typer(cache_app, name="cache")
 @cache_app.command("inspect")
 def cache_inspect(cache: CacheArgument, as_json: AsJson = False) -> None:
     """Show the manifest, the statistics and two decoded rows."""
-    from opd_mcp.jobs.cache_view import inspect_cache
-    from opd_mcp.server.cache_texts import inspection_text
+    from opd_mcp.server.render.caches import inspection_text
+    from opd_mcp.views.cache import inspect_cache
 
     found = inspect_cache(cache_directory(cache))
     show(found, as_json, inspection_text)
@@ -225,7 +224,7 @@ def cache_verify(
         rescore = rescorer(teacher)
     elif teacher_url is not None:
         from opd_mcp.engine.scoring.remote import remote_rescorer
-        from opd_mcp.jobs.cache_view import read_manifest
+        from opd_mcp.identity.lineage import read_manifest
         from opd_mcp.schemas.identity import RemoteTeacher
 
         served = RemoteTeacher(name=read_manifest(directory).teacher.name, url=teacher_url)
@@ -247,7 +246,7 @@ def cache_convert(
 ) -> None:
     """Make a teacher cache of the paper authors' Parquet, and name what it lacks."""
     from opd_mcp.engine.cache.convert import converted
-    from opd_mcp.server.cache_texts import manifest_lines
+    from opd_mcp.server.render.caches import manifest_lines
 
     found = converted(source, output, student=student, teacher_name=teacher_name)
     show(found, as_json, lambda found: "\n".join(manifest_lines(found)))
@@ -292,8 +291,8 @@ def worker(
     cpu_slots: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
-    from opd_mcp.jobs.worker import main as work
     from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
+    from opd_mcp.worker.main import main as work
 
     root, key, secrets = workspace or workspace_root(), os.environ.get(TEACHER_KEY), environment_secrets(os.environ)
     sys.stdout = RedactingStream(sys.stdout, secrets)
@@ -327,8 +326,8 @@ def cache_directory(reference: str) -> Path:
 
 def open_service(allow_roots: Sequence[Path] = (), teacher_hosts: tuple[str, ...] = ()) -> "JobService":
     """The service over the workspace; it may read what is below it, the examples and the given folders."""
-    from opd_mcp.jobs.service import JobService
-    from opd_mcp.jobs.settings import JobSettings
+    from opd_mcp.devices.settings import JobSettings
+    from opd_mcp.service import JobService
     from opd_mcp.store.roots import AllowedRoots
     from opd_mcp.store.workspace import Workspace
 
@@ -352,7 +351,7 @@ def main() -> None:
         typer.echo(in_commands(str(error)), err=True)
         sys.exit(1)
     except OSError as error:
-        from opd_mcp.jobs.failures import disk_full, is_disk_full
+        from opd_mcp.store.files import disk_full, is_disk_full
 
         if not is_disk_full(error):
             raise

@@ -10,9 +10,9 @@ import typer
 import opd_mcp
 from opd_mcp.cli import app
 from opd_mcp.commands import CLIENTS_ONLY, COMMANDS, in_commands
-from opd_mcp.jobs.service import JobService
-from opd_mcp.server.settings import ServerSettings
+from opd_mcp.server.serve import ServerSettings
 from opd_mcp.server.tools import all_specs
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 

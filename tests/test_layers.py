@@ -14,11 +14,17 @@ ALLOWED = {
     "identity": {"schemas"},
     "engine": {"schemas", "identity"},
     "store": {"schemas", "identity"},
-    "jobs": {"schemas", "identity", "store"},
-    "server": {"schemas", "store", "jobs"},
+    "devices": {"schemas", "identity", "store"},
+    "planning": {"schemas", "identity", "store", "devices"},
+    "supervisor": {"schemas", "identity", "store", "devices", "planning"},
+    "worker": {"schemas", "identity", "store", "devices", "planning"},
+    "views": {"schemas", "identity", "store", "devices", "planning", "supervisor"},
+    "service": {"schemas", "identity", "store", "devices", "planning", "supervisor", "views"},
+    "maintenance": {"schemas", "identity", "store", "devices", "planning", "views", "service"},
+    "server": {"schemas", "store", "planning", "views", "service"},
 }
-# the worker alone loads the engine; at its start only the inputs of the stages, which need no torch
-WORKER = {PACKAGE / "jobs" / "worker.py", PACKAGE / "jobs" / "stage_calls.py"}
+# The files that may name the engine: at its start a worker makes the inputs of the stages, which need no torch.
+LOADS_ENGINE = {PACKAGE / "worker" / "main.py", PACKAGE / "worker" / "stage_calls.py"}
 MACHINE_LEARNING = {"torch", "transformers", "datasets"}
 # Foreign packages that loading every module of a layer must not load.
 FORBIDDEN = {
@@ -26,13 +32,16 @@ FORBIDDEN = {
     "identity": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"},
     "engine": {"mcp", "typer"},
     "store": {*MACHINE_LEARNING, "mcp", "pyarrow", "numpy"},
-    "jobs": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"},
+    **{
+        layer: {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"}
+        for layer in ("devices", "planning", "supervisor", "worker", "views", "service", "maintenance")
+    },
     "server": {*MACHINE_LEARNING, "pyarrow", "huggingface_hub", "numpy"},
 }
 LOAD = """
 import importlib, json, pkgutil, sys
 package = importlib.import_module("opd_mcp." + sys.argv[1])
-for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+for module in pkgutil.walk_packages(getattr(package, "__path__", ()), package.__name__ + "."):
     try:
         importlib.import_module(module.name)
     except ModuleNotFoundError as error:
@@ -52,6 +61,11 @@ def written_imports(file: Path) -> set[str]:
             modules |= {f"{node.module}.{alias.name}" for alias in node.names}
             assert node.level == 0, f"{file}: relative import"
     return {name.split(".")[1] for name in modules if name.startswith("opd_mcp.")} & set(ALLOWED)
+
+
+def below(layer: str) -> set[str]:
+    """The layer and all that its arrows lead to."""
+    return {layer}.union(*(below(other) for other in ALLOWED[layer]))
 
 
 def loaded_modules(layer: str) -> set[str]:
@@ -92,8 +106,8 @@ def test_no_file_uses_a_shell_a_pickle_or_remote_code(file):
 
 @pytest.mark.parametrize("layer", ALLOWED)
 def test_a_layer_names_only_the_layers_below_it(layer):
-    for file in (PACKAGE / layer).rglob("*.py"):
-        allowed = ALLOWED[layer] | {layer} | ({"engine"} if file in WORKER else set())
+    for file in [*(PACKAGE / layer).rglob("*.py"), *PACKAGE.glob(f"{layer}.py")]:
+        allowed = ALLOWED[layer] | {layer} | ({"engine"} if file in LOADS_ENGINE else set())
         assert written_imports(file) <= allowed, file
 
 
@@ -102,10 +116,10 @@ def test_loading_a_layer_loads_nothing_that_it_must_not_have(layer):
     loaded = loaded_modules(layer)
     assert not loaded & FORBIDDEN[layer]
     modules = {name for name in loaded if name.startswith("opd_mcp.")}
-    if layer == "jobs":
+    if layer == "worker":
         modules -= {"opd_mcp.engine", "opd_mcp.engine.context"}
     layers = {name.split(".")[1] for name in modules} & set(ALLOWED)
-    assert layers <= ALLOWED[layer] | {layer} | ({"identity"} if "store" in ALLOWED[layer] else set())
+    assert layers <= below(layer)
 
 
 def test_the_command_line_loads_next_to_nothing():

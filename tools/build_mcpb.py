@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import opd_mcp
-from opd_mcp.jobs.service import JobService
 from opd_mcp.server.tools import all_specs
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from chaos_workload import EXAMPLES, HERE, Place
 
-from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.requests import GetRunMetrics, ListArtifacts, SampleModel
+from opd_mcp.service import JobService
 
 PROCESSES = 8
 RUN_SECONDS = 0.5

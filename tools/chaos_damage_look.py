@@ -9,13 +9,13 @@ from typing import Any
 from chaos_damage import Damage, answer, fresh_copy, run_trials
 from chaos_workload import Place
 
-from opd_mcp.jobs import worker
-from opd_mcp.jobs.metrics import recorded_points
-from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.requests import ListArtifacts, StartDistillation
+from opd_mcp.service import JobService
 from opd_mcp.store.artifacts import artifact_directories
 from opd_mcp.store.workspace import Workspace
+from opd_mcp.views.metrics import recorded_points
+from opd_mcp.worker import main as worker
 
 LOOKED_AT = ("artifact.json", "lineage.json", "manifest.json", "training.json", "report.json", "cost.json")
 

@@ -8,8 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from opd_mcp.store.attempts import taken_up
-from opd_mcp.store.runs import RunLock
+from opd_mcp.store.runs import RunLock, taken_up
 
 
 def main() -> int:

@@ -26,10 +26,9 @@ def main(root: Path, plan_file: Path, log: Path) -> None:
 
     signal.signal(signal.SIGUSR1, arm)
     patch_launch(points)
-    from opd_mcp.jobs.service import JobService
-    from opd_mcp.jobs.settings import JobSettings
-    from opd_mcp.server.serve import serve_stdio
-    from opd_mcp.server.settings import ServerSettings
+    from opd_mcp.devices.settings import JobSettings
+    from opd_mcp.server.serve import ServerSettings, serve_stdio
+    from opd_mcp.service import JobService
     from opd_mcp.store.roots import AllowedRoots
     from opd_mcp.store.workspace import Workspace
 

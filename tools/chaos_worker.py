@@ -15,7 +15,7 @@ def main(plan_file: Path, log: Path, rest: list[str]) -> None:
     plan = Plan(**json.loads(plan_file.read_text(encoding="utf-8"))) if plan_file.exists() else None
     points = install(plan, log)
     points.note("started")
-    from opd_mcp.jobs import worker
+    from opd_mcp.worker import main as worker
 
     load = worker.engine_stages
 

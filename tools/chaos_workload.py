@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from opd_mcp.jobs.metrics import recorded_points
-from opd_mcp.jobs.service import JobService
-from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.devices.settings import JobSettings
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
+from opd_mcp.views.metrics import recorded_points
 
 Work = Literal["lightning", "live", "sft"]
 

@@ -56,7 +56,7 @@ MOST_OF_ESTIMATE = 1.0
 # interval begins at 0.855
 MOST_WRONG = 0.145
 failures: list[str] = []
-assert not {"mcp", "datasets", "opd_mcp.store", "opd_mcp.jobs"} & set(sys.modules), "a bare checkout lacks them"
+assert not {"mcp", "datasets", "opd_mcp.store", "opd_mcp.planning"} & set(sys.modules), "a bare checkout lacks them"
 
 
 def check(name: str, value: float, most: float) -> dict[str, float]:

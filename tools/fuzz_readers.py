@@ -43,11 +43,8 @@ from opd_mcp.identity.data import read_prompts, read_responses, read_responses_h
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.jobs.cache_view import inspect_cache
-from opd_mcp.jobs.metrics import recorded_points
-from opd_mcp.jobs.status import snapshot_of, status_of
-from opd_mcp.jobs.tokens import mean_prompt_tokens
-from opd_mcp.jobs.workload import DataSize, model_shape, phase_work
+from opd_mcp.planning.checks import mean_prompt_tokens
+from opd_mcp.planning.workload import DataSize, model_shape, phase_work
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
@@ -60,9 +57,12 @@ from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
 from opd_mcp.store.artifacts import ArtifactRecord, read_artifact
 from opd_mcp.store.journal import JournalWriter, next_attempt
 from opd_mcp.store.plans import read_arguments, read_plan, save_plan
+from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import create_run, read_record
-from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
+from opd_mcp.views.cache import inspect_cache
+from opd_mcp.views.metrics import recorded_points
+from opd_mcp.views.status import snapshot_of, status_of
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "arithmetic"
 SECONDS_A_FILE = 10

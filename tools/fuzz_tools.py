@@ -21,11 +21,11 @@ from typing import Any
 import anyio
 from mcp import Client
 
-from opd_mcp.jobs import service as service_module
-from opd_mcp.jobs.service import JobService
-from opd_mcp.jobs.settings import JobSettings
+from opd_mcp import service as service_module
+from opd_mcp.devices.settings import JobSettings
 from opd_mcp.server.app import build_server
-from opd_mcp.server.settings import ServerSettings
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 

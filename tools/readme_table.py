@@ -14,10 +14,10 @@ from typing import Any
 import anyio
 from mcp import Client
 
-from opd_mcp.jobs.service import JobService
 from opd_mcp.server.app import build_server
-from opd_mcp.server.json_schema import input_schema
+from opd_mcp.server.protocol.json_schema import input_schema
 from opd_mcp.server.tools import all_specs
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 

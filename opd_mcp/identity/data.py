@@ -1,11 +1,13 @@
 """Prompts and responses as typed rows, checked before any work starts."""
 
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.identity.rows import data_file, is_parquet, malformed_line, parquet_header, read_rows
+from opd_mcp.identity.data_files import data_file, is_parquet, malformed_line, parquet_header, read_rows
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import DataError
 
@@ -176,3 +178,32 @@ def _not_empty(file: Path, rows: list[Any]) -> list[Any]:
     if rows:
         return rows
     raise DataError("empty_data", f"{file.name} holds no rows.", value=file, fix="Give a file with at least one row.")
+
+
+def eval_overlap(texts: list[str], evaluation: Iterable[str]) -> dict[str, int]:
+    """How many prompts also stand in the evaluation set, as they are and normalised."""
+    held_out = set(evaluation)
+    normal = {normalised(text) for text in held_out}
+    return {
+        "eval_overlap_exact": sum(text in held_out for text in texts),
+        "eval_overlap_normalised": sum(normalised(text) in normal for text in texts),
+    }
+
+
+def normalised(text: str) -> str:
+    """Letters, digits, symbols and arithmetic signs of a text, without case, white space and other punctuation."""
+    return unicodedata.normalize("NFKC", text).casefold().translate(_KEPT)
+
+
+class _Kept(dict[int, int | None]):
+    """Whether a character stays, decided once a character: a plan compares whole data sets."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        # - and * are punctuation to Unicode, but between digits they are what tells two sums apart
+        kept = not character.isspace() and (character in "-*/%" or unicodedata.category(character)[0] not in "PZC")
+        self[code] = code if kept else None
+        return self[code]
+
+
+_KEPT = _Kept()

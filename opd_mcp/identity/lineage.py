@@ -8,10 +8,12 @@ from pydantic import ValidationError
 from opd_mcp.identity.files import file_sha256, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
 from opd_mcp.schemas.base import first_problem
-from opd_mcp.schemas.errors import IntegrityError
+from opd_mcp.schemas.cache import CacheManifest
+from opd_mcp.schemas.errors import IntegrityError, PathError
 from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
 
 LINEAGE_FILE = "lineage.json"
+MANIFEST_FILE = "manifest.json"
 PROOF_NEEDED: frozenset[ArtifactKind] = frozenset({"model", "responses", "cache"})
 RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.json to use it without proof."
 
@@ -53,6 +55,27 @@ def verified_lineage(
     if lineage.model is not None:
         _require_model(directory, lineage.model, inspect(directory).identity, full=full)
     return lineage
+
+
+def read_manifest(path: Path, reference: object = None) -> CacheManifest:
+    """The manifest in a cache's directory; raises PathError `not_a_cache`, IntegrityError `damaged_file`."""
+    file = path / MANIFEST_FILE
+    if not file.is_file():
+        raise PathError(
+            "not_a_cache",
+            f"This is not a teacher cache: it has no {MANIFEST_FILE}.",
+            value=reference or path,
+            fix="Give the cache_id that build_teacher_cache answered.",
+        )
+    try:
+        return CacheManifest.from_json(file.read_bytes())
+    except ValidationError as error:
+        raise IntegrityError(
+            "damaged_file",
+            f"{file.name} cannot be read ({first_problem(error)}).",
+            value=file,
+            fix="Run `opd-mcp cache verify`, then restore the file from a copy or build the cache again.",
+        ) from error
 
 
 def data_hashes(directory: Path, names: list[str]) -> dict[str, str]:

@@ -6,7 +6,6 @@ from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.settings import Quotas
 
 
 class Device(Schema):
@@ -38,6 +37,20 @@ class Limits(Schema):
     inline_prompt_characters: int = 20_000
     baselines: int = 8
     list_limit: int = 100
+
+
+class Quotas(Schema):
+    """Bounds on what the runs of a workspace may take; absent means unbounded."""
+
+    max_running_runs: int | None = Field(None, ge=1, description="runs that are queued or running at a time")
+    max_gpu_hours: float | None = Field(None, gt=0, description="hours that one run holds its device, all attempts")
+    max_bytes: int | None = Field(None, ge=1, description="size of the whole workspace")
+
+
+class WorkspaceSettings(Schema):
+    """The file as a whole."""
+
+    quotas: Quotas = Quotas()
 
 
 class ExamplePaths(Schema):

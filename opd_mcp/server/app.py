@@ -7,16 +7,14 @@ from mcp.server import MCPServer
 from mcp.server.caching import CacheHint
 
 import opd_mcp
-from opd_mcp.jobs.service import JobService
-from opd_mcp.server.instructions import INSTRUCTIONS
-from opd_mcp.server.prompts import add_prompts
-from opd_mcp.server.registration import tool_from_spec
+from opd_mcp.server.guidance import INSTRUCTIONS, add_prompts
+from opd_mcp.server.protocol.tasks import RunTasks, TasksExtension
+from opd_mcp.server.protocol.tool_spec import tool_from_spec
 from opd_mcp.server.resources import RunWatcher, add_resources
-from opd_mcp.server.run_tasks import RunTasks
-from opd_mcp.server.settings import ServerSettings
-from opd_mcp.server.tasks import TasksExtension
+from opd_mcp.server.serve import ServerSettings
 from opd_mcp.server.tools import DEFAULTS, all_specs
 from opd_mcp.server.tools.dashboard import dashboard_app
+from opd_mcp.service import JobService
 
 STATIC = CacheHint(ttl_ms=3_600_000, scope="public")
 """For what never changes while a server runs."""

@@ -19,11 +19,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import opd_mcp
-from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import ArgumentError, OpdError
 from opd_mcp.schemas.redaction import redacted, redacted_values
-from opd_mcp.server.answers import structured
-from opd_mcp.server.page import dashboard_html
+from opd_mcp.server.protocol.json_schema import structured
+from opd_mcp.server.tools.dashboard import dashboard_html
+from opd_mcp.service import JobService
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 COOKIE = "opd_dashboard"

@@ -16,12 +16,12 @@ from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError
 from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 from mcp_types import Completion, CompletionArgument, PromptReference, ResourceTemplateReference
 
-from opd_mcp.jobs import reading
-from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import OpdError, UnknownIdError
 from opd_mcp.schemas.redaction import redacted
-from opd_mcp.server.recipe_texts import KEYS_URI, recipe_keys_text
+from opd_mcp.server.render.recipe_keys import KEYS_URI, recipe_keys_text
+from opd_mcp.service import JobService
 from opd_mcp.store.store import Store
+from opd_mcp.views import resources as reading
 
 logger = logging.getLogger(__name__)
 JSON, TEXT, MARKDOWN = "application/json", "text/plain", "text/markdown"

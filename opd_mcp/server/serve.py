@@ -4,12 +4,42 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from opd_mcp.server.settings import ServerSettings
-from opd_mcp.server.stdout_guard import stdout_to_stderr
-
 if TYPE_CHECKING:
-    from opd_mcp.jobs.service import JobService
     from opd_mcp.server.http import HttpAccess
+    from opd_mcp.service import JobService
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Inside, whatever is written to fd 1 or sys.stdout goes to stderr; after it, fd 1 is the wire again.
+
+    Over stdio one stray line breaks the protocol, and libraries do print while they are imported.
+    """
+    sys.stdout.flush()
+    wire = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(wire, 1)
+        os.close(wire)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """`gpu_hours`: plans that take the device for longer are asked about; `allow_delete`: offer delete_artifact.
+
+    `secrets` are in no answer.
+    """
+
+    gpu_hours: float = 8.0
+    allow_delete: bool = False
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
 def serve_stdio(open_service: Callable[[], "JobService"], settings: ServerSettings) -> None:

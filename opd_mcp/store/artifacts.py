@@ -12,16 +12,15 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.files import file_sha256, publish_directory, write_atomic
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.store.files import publish_directory, tree_bytes, tree_sha256
-from opd_mcp.store.ids import is_id
+from opd_mcp.store.files import tree_bytes, tree_sha256
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
-from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
+from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
 
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"

@@ -1,10 +1,12 @@
 """What the store needs of `identity.files`, and what is in a directory: how many bytes, which hashes."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 from opd_mcp.identity.files import file_sha256, fsync_directory, fsync_tree, publish_directory, write_atomic
+from opd_mcp.schemas.errors import ResourceError
 
 __all__ = [
     "file_sha256",
@@ -16,6 +18,8 @@ __all__ = [
     "tree_sha256",
     "write_atomic",
 ]
+
+DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 
 
 def free_bytes(path: Path) -> int:
@@ -32,3 +36,21 @@ def tree_sha256(directory: Path) -> dict[str, str]:
     """By path below the directory, sha256 of each file."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): file_sha256(path) for path in files}
+
+
+def disk_full(error: BaseException) -> ResourceError:
+    """The error for whoever called while the disk was full: nothing was begun."""
+    return ResourceError(
+        "not_enough_disk",
+        f"The disk is full: nothing was begun ({str(error)[:300]}).",
+        fix="Free disk space (opd-mcp gc shows what nobody needs), then call again.",
+    )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of room or of quota; libraries that hide the number keep it in their text."""
+    if error is None:
+        return False
+    numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    told = any(text in str(error) for text in DISK_FULL_TEXTS)
+    return numbered or told or is_disk_full(error.__cause__)

@@ -10,8 +10,7 @@ from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.store.ids import is_id
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, is_id
 
 Content = TypeVar("Content", bound=Schema)
 

@@ -16,9 +16,8 @@ from opd_mcp.identity.files import fsync_directory, write_atomic
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
 from opd_mcp.schemas.runs import RunRecord
-from opd_mcp.store.ids import is_id
-from opd_mcp.store.journal import utc_text
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.journal import JournalWriter, next_attempt, utc_text
+from opd_mcp.store.workspace import Workspace, is_id
 
 RECORD_FILE = "run.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -202,3 +201,24 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def begin_attempt(lock: RunLock) -> int:
+    """Queue the run under the next attempt number, durably, and answer it; earlier attempts write nothing from now on.
+
+    For whoever has just acquired the lock; a process that it is passed on to takes up the attempt.
+    """
+    journal = lock.directory / JOURNAL_FILE
+    set_reserve(lock.directory)
+    with JournalWriter(journal, next_attempt(journal), lock.holds) as writer:
+        writer.append("state", {"state": "queued"})
+        # An earlier attempt that was suspended between its last look and its rename has nothing to rename any more.
+        for building in (lock.directory / CHECKPOINTS).glob("*/.building-*"):
+            shutil.rmtree(building, ignore_errors=True)
+        return writer.attempt
+
+
+def taken_up(lock: RunLock) -> JournalWriter:
+    """The journal of the attempt that was begun by the process that passed the lock on."""
+    journal = lock.directory / JOURNAL_FILE
+    return JournalWriter(journal, max(next_attempt(journal) - 1, 1), lock.holds)

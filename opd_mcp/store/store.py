@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
-from opd_mcp.store.attempts import begin_attempt
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
 from opd_mcp.store.journal import read_journal
+from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import (
     JOURNAL_FILE,
     RECORD_FILE,
     RunLock,
+    begin_attempt,
     create_run,
     read_record,
     run_directory,
@@ -22,7 +23,6 @@ from opd_mcp.store.runs import (
     withdraw_cancel,
 )
 from opd_mcp.store.states import require_resumable, state_of
-from opd_mcp.store.view import RunView
 from opd_mcp.store.workspace import Workspace
 
 

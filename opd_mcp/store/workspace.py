@@ -1,11 +1,15 @@
 """The workspace: one private directory with a fixed layout that holds everything the project writes."""
 
+import os
+import re
+import secrets
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.store.private import require_private
 
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 
@@ -68,3 +72,34 @@ class Workspace:
     def run(self, run_id: str) -> Path:
         """A run's directory, whether it exists or not; `run_id` must be one that `is_id` accepts."""
         return self.runs / run_id
+
+
+ID_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}", re.ASCII)
+
+
+def new_id(label: str) -> str:
+    """A readable id: the label in lower case with six random hex digits, e.g. `lightning-qwen3-0.6b-7f3a12`."""
+    words = re.sub(r"[^a-z0-9.]+", "-", label.casefold()).strip("-.")[:60].rstrip("-.")
+    return f"{words or 'run'}-{secrets.token_hex(3)}"
+
+
+def is_id(text: str) -> bool:
+    """Whether a text can be an id, so that it may become part of a path."""
+    return ID_PATTERN.fullmatch(text) is not None
+
+
+def require_private(folder: Path) -> None:
+    """Take away everybody else's rights to an existing folder; raises PathError `unsafe_folder`.
+
+    That is for a symbolic link, and for a folder of another user, who could swap what is in it.
+    """
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise PathError(
+            "unsafe_folder",
+            "This folder is a link, or belongs to another user.",
+            value=folder,
+            fix="Remove it, or choose a folder of your own (OPD_HOME for the workspace).",
+        )
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        folder.chmod(0o700)

@@ -1,7 +1,7 @@
 """A server with the tools that the conformance suite's `tasks-*` scenarios call, and our tasks extension over them.
 
 Run: `python tasks_fixture.py PORT`. For tests only: the work is asyncio tasks in memory. What is tested is
-`opd_mcp.server.tasks.TasksExtension`; the backend here only makes work for it.
+`opd_mcp.server.protocol.tasks.TasksExtension`; the backend here only makes work for it.
 """
 
 import sys
@@ -16,7 +16,7 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp_types import CallToolResult, ElicitRequest, ElicitRequestFormParams, InputRequiredResult, TextContent
 
-from opd_mcp.server.tasks import Task, TasksExtension, TaskSupport, UnknownTask, declares_tasks
+from opd_mcp.server.protocol.tasks import Task, TasksExtension, TaskSupport, UnknownTask, declares_tasks
 
 SUPPORT: dict[str, TaskSupport] = {
     "greet": "never",

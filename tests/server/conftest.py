@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 from mcp import Client
 
-from opd_mcp.jobs.consent import Question
-from opd_mcp.jobs.service import JobService
+from opd_mcp.planning.confirmation import Question
 from opd_mcp.schemas.answers import (
     ArtifactList,
     ArtifactRow,
+    Curve,
+    DashboardFeed,
+    DashboardRun,
     DeletedArtifact,
     LogPage,
     MetricSeries,
     MetricsReport,
     RunMetrics,
+    ShownPhase,
 )
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, RolloutStatistics, SampleRow, ScoreStatistics
-from opd_mcp.schemas.dashboard import Curve, DashboardFeed, DashboardRun, ShownPhase
 from opd_mcp.schemas.errors import UnknownIdError
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, MethodEstimate, PhaseEstimate, Plan, PlannedPhase
@@ -42,6 +44,7 @@ from opd_mcp.schemas.runs import (
 )
 from opd_mcp.schemas.setup import Device, ExamplePaths, SetupReport
 from opd_mcp.server.app import build_server
+from opd_mcp.service import JobService
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import JOURNAL_FILE, LOG_FILE

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from mcp import Client
 
+from opd_mcp.devices.leases import LeaseFolder
+from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.jobs.leases import LeaseFolder
-from opd_mcp.jobs.service import JobService
-from opd_mcp.jobs.settings import JobSettings
 from opd_mcp.server.app import build_server
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 

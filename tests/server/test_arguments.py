@@ -2,11 +2,11 @@
 
 import pytest
 
-from opd_mcp.jobs.service import JobService
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.requests import BenchmarkStudent, PlanDistillation, StartDistillation
-from opd_mcp.server.arguments import request_from_arguments
+from opd_mcp.server.protocol.arguments import request_from_arguments
 from opd_mcp.server.tools import all_specs
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 

@@ -4,9 +4,9 @@ import pytest
 from mcp import Client
 from mcp_types import ElicitResult
 
-from opd_mcp.jobs.consent import Question
+from opd_mcp.planning.confirmation import Question
 from opd_mcp.server.app import build_server
-from opd_mcp.server.settings import ServerSettings
+from opd_mcp.server.serve import ServerSettings
 
 pytestmark = pytest.mark.anyio
 

@@ -6,8 +6,7 @@ import pytest
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
 from opd_mcp.schemas.runs import RunStatus
-from opd_mcp.server.answers import structured
-from opd_mcp.server.json_schema import input_schema, output_schema
+from opd_mcp.server.protocol.json_schema import input_schema, output_schema, structured
 
 
 def test_an_optional_argument_is_its_type_without_null():

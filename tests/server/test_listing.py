@@ -7,9 +7,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from opd_mcp.jobs.service import JobService
-from opd_mcp.server.registration import tool_from_spec
+from opd_mcp.server.protocol.tool_spec import tool_from_spec
 from opd_mcp.server.tools import all_specs
+from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from mcp import Client
 
-from opd_mcp.jobs.service import JobService
-from opd_mcp.jobs.settings import JobSettings
+from opd_mcp.devices.settings import JobSettings
 from opd_mcp.schemas.redaction import environment_secrets
 from opd_mcp.server.app import build_server
-from opd_mcp.server.settings import ServerSettings
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.service import JobService
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace

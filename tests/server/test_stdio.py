@@ -67,7 +67,7 @@ def test_prints_at_import_time_stay_off_the_wire(environment, tmp_path):
 
 NOISY_TOOL = """
 import os, sys
-from opd_mcp.jobs.service import JobService
+from opd_mcp.service import JobService
 quiet = JobService.setup
 def noisy(self):
     print("noise from a tool", flush=True)
@@ -104,7 +104,7 @@ def test_whatever_a_tool_prints_stays_off_the_wire(environment):
 def test_the_guard_gives_stdout_back():
     code = (
         "import os\n"
-        "from opd_mcp.server.stdout_guard import stdout_to_stderr\n"
+        "from opd_mcp.server.serve import stdout_to_stderr\n"
         "with stdout_to_stderr():\n"
         "    print('inside'); os.system('echo child')\n"
         "print('after')\n"

@@ -5,8 +5,9 @@ import pytest
 from opd_mcp.schemas.plans import PhaseEstimate
 from opd_mcp.schemas.resolve import recipe_keys
 from opd_mcp.schemas.runs import Failure, RunStatus
-from opd_mcp.server.recipe_texts import recipe_keys_text
-from opd_mcp.server.texts import duration, plan_text, setup_text, size, status_text, unchanged_text
+from opd_mcp.schemas.texts import byte_size, duration
+from opd_mcp.server.render.recipe_keys import recipe_keys_text
+from opd_mcp.server.render.runs import plan_text, setup_text, status_text, unchanged_text
 
 
 def test_a_plan_names_its_id_phases_costs_and_warnings(service):
@@ -76,4 +77,4 @@ def test_durations_are_readable(seconds, text):
 
 
 def test_sizes_are_readable():
-    assert [size(5), size(1536), size(3 << 30)] == ["5 B", "1.5 KiB", "3 GiB"]
+    assert [byte_size(5), byte_size(1536), byte_size(3 << 30)] == ["5 B", "1.5 KiB", "3 GiB"]

@@ -13,10 +13,9 @@ import pytest
 
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.runs import ModelInput, RunInputs, RunKind, RunPhase, RunRecord, RunRequest
-from opd_mcp.store.ids import new_id
 from opd_mcp.store.journal import utc_now
 from opd_mcp.store.store import Store
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, new_id
 
 MakeRecord = Callable[..., RunRecord]
 

@@ -14,10 +14,9 @@ from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.artifacts import ArtifactRecord, read_artifact
-from opd_mcp.store.attempts import begin_attempt
 from opd_mcp.store.journal import read_journal
-from opd_mcp.store.runs import RECORD_FILE, RunLock, read_record
-from opd_mcp.store.view import RunView
+from opd_mcp.store.run_view import RunView
+from opd_mcp.store.runs import RECORD_FILE, RunLock, begin_attempt, read_record
 
 
 @pytest.fixture

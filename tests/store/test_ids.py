@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mcp.store.ids import is_id, new_id
+from opd_mcp.store.workspace import is_id, new_id
 
 
 def test_an_id_is_its_label_and_six_digits():

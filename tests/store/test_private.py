@@ -5,8 +5,7 @@ import stat
 import pytest
 
 from opd_mcp.schemas.errors import PathError
-from opd_mcp.store.private import require_private
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, require_private
 
 
 def mode_of(path):

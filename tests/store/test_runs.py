@@ -8,6 +8,7 @@ import pytest
 
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError
 from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import (
     JOURNAL_FILE,
     RunLock,
@@ -19,7 +20,6 @@ from opd_mcp.store.runs import (
     request_cancel,
     run_directory,
 )
-from opd_mcp.store.view import RunView
 
 HOLD_LOCK = """
 import sys, time

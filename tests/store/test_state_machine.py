@@ -22,9 +22,8 @@ from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.runs import ACTIVE_STATES, ModelInput, RunInputs, RunPhase, RunRecord, RunRequest, RunState
 from opd_mcp.store import journal
-from opd_mcp.store.attempts import taken_up
 from opd_mcp.store.journal import JournalWriter
-from opd_mcp.store.runs import RunLock, cancel_requested, request_cancel
+from opd_mcp.store.runs import RunLock, cancel_requested, request_cancel, taken_up
 from opd_mcp.store.states import TRANSITIONS
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.workspace import Workspace

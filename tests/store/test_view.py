@@ -3,8 +3,8 @@
 import pytest
 
 from opd_mcp.store.journal import JournalRecord, JournalWriter, encode_record
+from opd_mcp.store.run_view import RunView, trend_of
 from opd_mcp.store.runs import JOURNAL_FILE, RunLock, create_run
-from opd_mcp.store.view import RunView, trend_of
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from opd_mcp.engine.runtime import generator_for
-from opd_mcp.schemas.precision import require_kept_updates, require_package
 from opd_mcp.schemas.recipes import OptimizerRecipe
+from opd_mcp.schemas.resolve import require_kept_updates, require_package
 
 # elements that a step widens to float32 at a time
 CHUNK = 1 << 22

@@ -5,10 +5,10 @@ To add a tool: write its request in schemas/requests.py, its spec in the topic's
 
 from typing import Any
 
-from opd_mcp.jobs.service import JobService
-from opd_mcp.server.registration import ToolSpec
-from opd_mcp.server.settings import ServerSettings
-from opd_mcp.server.tools import artifacts, cache, dashboard, follow, look, plan, setup, start
+from opd_mcp.server.protocol.tool_spec import ToolSpec
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.server.tools import artifacts, dashboard, follow, plan, start
+from opd_mcp.service import JobService
 
 DEFAULTS = ServerSettings()
 
@@ -16,12 +16,12 @@ DEFAULTS = ServerSettings()
 def all_specs(service: JobService, settings: ServerSettings = DEFAULTS) -> list[ToolSpec[Any]]:
     """Every tool of the server, in the order in which an agent uses them."""
     return [
-        *setup.specs(service),
+        *plan.setup_specs(service),
         *plan.specs(service),
         *start.specs(service, settings),
-        *cache.specs(service),
+        *artifacts.cache_specs(service),
         *follow.specs(service),
-        *look.specs(service),
+        *follow.look_specs(service),
         *artifacts.specs(service, settings),
         *dashboard.specs(service),
     ]

@@ -5,13 +5,15 @@ from typing import Any
 from anyio import to_thread
 from mcp.server.mcpserver import Context
 
-from opd_mcp.jobs.consent import Question
-from opd_mcp.jobs.service import JobService
+from opd_mcp.planning.confirmation import Question
 from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact
-from opd_mcp.schemas.requests import DeleteArtifact, ListArtifacts
-from opd_mcp.server.lists import artifacts_text, deleted_text
-from opd_mcp.server.registration import Reply, ToolSpec
-from opd_mcp.server.settings import ServerSettings
+from opd_mcp.schemas.cache import CacheInspection
+from opd_mcp.schemas.requests import DeleteArtifact, InspectCache, ListArtifacts
+from opd_mcp.server.protocol.tool_spec import Reply, ToolSpec
+from opd_mcp.server.render.caches import inspection_text
+from opd_mcp.server.render.listings import artifacts_text, deleted_text
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.service import JobService
 
 
 def specs(service: JobService, settings: ServerSettings) -> list[ToolSpec[Any]]:
@@ -54,3 +56,24 @@ def _deletion(service: JobService) -> ToolSpec[Any]:
         destructive=True,
         ask=ask,
     )
+
+
+def cache_specs(service: JobService) -> list[ToolSpec[Any]]:
+    """The tools of this topic."""
+
+    async def inspect_cache(request: InspectCache, context: Context) -> Reply:
+        found = await to_thread.run_sync(service.inspect_cache, request.cache)
+        return Reply(found, inspection_text(found))
+
+    return [
+        ToolSpec(
+            name="inspect_cache",
+            title="Inspect a teacher cache",
+            description="Manifest, statistics, two decoded rows with log-probs.",
+            request=InspectCache,
+            answer=CacheInspection,
+            call=inspect_cache,
+            read_only=True,
+            opaque=frozenset({"CacheManifest", "SampleRow"}),
+        )
+    ]

@@ -1,17 +1,18 @@
 """The dashboard as an MCP App: `open_dashboard` for the model, `dashboard_feed` for the page alone."""
 
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from anyio import to_thread
 from mcp.server.apps import Apps, ResourceCsp
 from mcp.server.mcpserver import Context
 
-from opd_mcp.jobs.service import JobService
-from opd_mcp.schemas.dashboard import DashboardFeed
+from opd_mcp.schemas.answers import DashboardFeed
 from opd_mcp.schemas.requests import OpenDashboard
-from opd_mcp.server.lists import dashboard_text
-from opd_mcp.server.page import dashboard_html
-from opd_mcp.server.registration import Reply, ToolSpec
+from opd_mcp.server.protocol.tool_spec import Reply, ToolSpec
+from opd_mcp.server.render.listings import dashboard_text
+from opd_mcp.service import JobService
 
 PAGE = "ui://opd-mcp/dashboard.html"
 _OPAQUE = frozenset({"DashboardRun", "RunRow"})
@@ -53,3 +54,9 @@ def dashboard_app() -> Apps:
         PAGE, dashboard_html(), title="Distillation runs", csp=ResourceCsp(connect_domains=[], resource_domains=[])
     )
     return apps
+
+
+@cache
+def dashboard_html() -> str:
+    """The page as it is sent."""
+    return (files("opd_mcp.server") / "dashboard.html").read_text(encoding="utf-8")

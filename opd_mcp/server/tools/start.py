@@ -6,8 +6,7 @@ from typing import Any, TypeVar
 from anyio import to_thread
 from mcp.server.mcpserver import Context
 
-from opd_mcp.jobs.consent import Question
-from opd_mcp.jobs.service import JobService
+from opd_mcp.planning.confirmation import Question
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
@@ -18,10 +17,11 @@ from opd_mcp.schemas.requests import (
     StartSft,
 )
 from opd_mcp.schemas.runs import RunSnapshot
-from opd_mcp.server.consent import Ask
-from opd_mcp.server.registration import Reply, ToolSpec
-from opd_mcp.server.settings import ServerSettings
-from opd_mcp.server.texts import snapshot_text
+from opd_mcp.server.protocol.elicitation import Ask
+from opd_mcp.server.protocol.tool_spec import Reply, ToolSpec
+from opd_mcp.server.render.runs import snapshot_text
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.service import JobService
 
 RequestT = TypeVar("RequestT", bound=Schema)
 

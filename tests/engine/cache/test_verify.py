@@ -26,7 +26,7 @@ from opd_mcp.engine.scoring.local import rescorer
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, IntegrityError
-from opd_mcp.server.cache_texts import manifest_lines
+from opd_mcp.server.render.caches import manifest_lines
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
 

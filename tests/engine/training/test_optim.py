@@ -23,8 +23,8 @@ from opd_mcp.engine.training.optim import (
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.memory import ModelShape, optimizer_bytes, weight_bytes
-from opd_mcp.schemas.precision import lost_share
 from opd_mcp.schemas.recipes import OptimizerRecipe
+from opd_mcp.schemas.resolve import lost_share
 
 EIGHT_BIT = pytest.param("fp32_master_8bit", marks=pytest.mark.needs("torchao"))
 NARROW = ("split_master", "bf16_stochastic", "bf16")

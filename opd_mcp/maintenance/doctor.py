@@ -1,0 +1,69 @@
+"""`opd-mcp doctor`: does everything that a run needs exist here, and if not, what to do."""
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opd_mcp.devices.hardware import free_disk
+from opd_mcp.schemas.errors import OpdError
+from opd_mcp.service import JobService
+from opd_mcp.views.setup import example_paths, settings_problem
+
+NEEDED_PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "safetensors")
+MIN_FREE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `fix` says what to do when it is not well."""
+
+    name: str
+    well: bool
+    found: str
+    fix: str = ""
+
+
+def checks(service: JobService) -> Iterator[Check]:
+    """Everything that is looked at, in the order of a set-up; nothing heavy is imported."""
+    version = platform.python_version()
+    yield Check("python", sys.version_info >= (3, 11), version, "Install Python 3.11 or newer and make the venv anew.")
+    yield Check("system", os.name == "posix", platform.system(), "Use Linux, macOS or WSL: the locks are POSIX flock.")
+    missing = [name for name in NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
+    yield Check(
+        "packages", not missing, f"missing: {', '.join(missing)}" if missing else "all there", "pip install -e ."
+    )
+    root = service.workspace.root
+    yield Check("workspace", os.access(root, os.W_OK), str(root), "Set OPD_HOME to a folder that you may write to.")
+    free = free_disk(root)
+    fix = "Free disk space, or move the workspace with OPD_HOME."
+    yield Check("disk", free >= MIN_FREE_BYTES, f"{free / 2**30:.1f} GiB free", fix)
+    yield _settings(service)
+    yield _index(service)
+    damaged = [f"{problem.value}: {problem.message}" for problem in service.store.damaged()]
+    found = "; ".join(damaged[:5]) or "none"
+    yield Check("damaged files", not damaged, found, "Remove what is damaged; a run that needs it makes it anew.")
+    leases = service.settings.lease_folder
+    leases.mkdir(parents=True, exist_ok=True, mode=0o700)
+    yield Check(
+        "device locks", os.access(leases, os.W_OK), str(leases), "Make this folder yours, or set XDG_RUNTIME_DIR."
+    )
+    example = example_paths(service.settings)
+    yield Check("example", example is not None, "installed" if example else "not found", "Install from a checkout.")
+
+
+def _settings(service: JobService) -> Check:
+    problem = settings_problem(service.workspace)
+    return Check("settings", False, problem.message, problem.fix) if problem else Check("settings", True, "readable")
+
+
+def _index(service: JobService) -> Check:
+    fix = "Run opd-mcp doctor --repair."
+    try:
+        indexed = {row.run_id for row in service.store.index.runs()}
+    except OpdError as error:
+        return Check("index", False, error.message, error.fix)
+    on_disk = {path.name for path in service.workspace.runs.iterdir() if (path / "run.json").is_file()}
+    return Check("index", on_disk <= indexed, f"{len(on_disk)} runs, {len(on_disk & indexed)} of them indexed", fix)

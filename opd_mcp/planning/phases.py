@@ -1,0 +1,237 @@
+"""The phases of a run and their keys.
+
+A key is the content hash of everything that decides a phase's result: its recipe section, the runtime, the prompting
+rules and its inputs. An input that an earlier phase makes counts as the artifact id that follows from that phase's
+key, so keys are known before anything ran, and equal keys find each other's results.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from opd_mcp.schemas.base import Schema, content_hash
+from opd_mcp.schemas.identity import ArtifactKind, ModelIdentity
+from opd_mcp.schemas.recipes import Method, Recipe
+from opd_mcp.schemas.runs import DataInput, ModelInput, PhaseName, RunInputs, RunPhase
+
+FindArtifact = Callable[[ArtifactKind, str], str | None]
+"""From an artifact's kind and key to its id, when the workspace has it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What kind of artifact a phase publishes, its role in a run's result, and how its id begins."""
+
+    kind: ArtifactKind
+    role: str
+    prefix: str
+
+
+PUBLISHED: dict[str, Published] = {
+    "generate_responses": Published("responses", "responses", "responses"),
+    "sft": Published("model", "sft", "model-sft"),
+    "score": Published("cache", "cache", "cache"),
+    "distill": Published("model", "model", "model-{method}"),
+    "benchmark": Published("report", "report", "report"),
+}
+"""By phase; a phase that is not here makes something that only the next phase, or the run's result, holds."""
+RESUMABLE: frozenset[PhaseName] = frozenset({"rollout", "score"})
+"""Phases whose building directory outlives an interrupted run; its name is the phase and `KEY_DIGITS` of its key."""
+KEY_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class Product:
+    """The artifact that a phase publishes."""
+
+    kind: ArtifactKind
+    artifact_id: str
+
+
+def product(name: PhaseName, key: str, method: str = "lightning") -> Product | None:
+    """The artifact of a phase, by the phase's key; None for phases whose output is intermediate."""
+    published = PUBLISHED.get(name)
+    if published is None:
+        return None
+    return Product(published.kind, f"{published.prefix.format(method=method)}-{key[:12]}")
+
+
+def model_token(model: ModelInput | None) -> Any:
+    """What stands for a model in a key: its artifact id, else its identity without the name, else its Hub id."""
+    if model is None:
+        return None
+    if model.url is not None:
+        return {"remote": model.reference, "files": _identity_token(model.identity)}
+    if model.artifact_id is not None:
+        return model.artifact_id
+    return _identity_token(model.identity) or {"hub": model.hub_id}
+
+
+def data_token(data: DataInput | None) -> Any:
+    """What stands for a data set in a key: its artifact id unless it is mere prompts, else its content's hash."""
+    if data is None:
+        return None
+    if data.artifact_id is not None and not data.artifact_id.startswith("prompts-"):
+        return data.artifact_id
+    return data.sha256 or {"hub": data.hub_id}
+
+
+class PhaseChain:
+    """Builds a run's phases one after the other, each keyed by what it reads."""
+
+    def __init__(self, recipe: Recipe, inputs: RunInputs) -> None:
+        self.recipe = recipe
+        self.inputs = inputs
+        self.phases: list[RunPhase] = []
+        self.student: Any = model_token(inputs.student)
+        self.responses: Any = data_token(inputs.responses)
+        self.cache: Any = data_token(inputs.cache)
+        self.distilled: Any = None
+        hub_ids = [model.hub_id for model in _models(inputs) if model.hub_id and model.path is None]
+        if hub_ids:
+            self._add("fetch", {"hub_ids": hub_ids})
+
+    def generate_responses(self) -> "PhaseChain":
+        """The teacher answers the SFT prompts."""
+        prompts = self.inputs.sft_prompts or self.inputs.prompts
+        key = self._add(
+            "generate_responses",
+            {"teacher": model_token(self.inputs.teacher), "prompts": data_token(prompts)},
+            self.recipe.responses,
+        )
+        self.responses = _product_id("generate_responses", key)
+        return self
+
+    def sft(self) -> "PhaseChain":
+        """The student is fine-tuned on the responses; from here on it is the SFT student."""
+        claim = _asserted(self.inputs.responses)
+        parts = {"student": self.student, "responses": self.responses, "declared_teacher": claim}
+        self.student = _product_id("sft", self._add("sft", parts, self.recipe.sft))
+        return self
+
+    def cache_of_rollouts(self) -> "PhaseChain":
+        """The SFT student's rollouts, scored by the teacher."""
+        teacher = self.inputs.teacher
+        prompting = {"tokenizer": _tokenizer_token(teacher)}
+        parts = {"student": self.student, "prompts": data_token(self.inputs.prompts), **prompting}
+        rollouts = self._add("rollout", parts, self.recipe.rollout)
+        scored = {"rollouts": rollouts, "teacher": model_token(teacher), **self._claims()}
+        self.cache = _product_id("score", self._add("score", scored, self.recipe.score))
+        return self
+
+    def distill(self) -> "PhaseChain":
+        """The student learns from the cache (lightning), or from its teacher at every step (live)."""
+        parts = {"student": self.student, **self._claims()}
+        if self.recipe.distill.method == "lightning":
+            key = self._add("distill", {**parts, "cache": self.cache}, self.recipe.distill)
+        else:
+            live = {"teacher": model_token(self.inputs.teacher), "prompts": data_token(self.inputs.prompts)}
+            rollout = self.recipe.rollout.model_copy(update={"count": None})
+            key = self._add("distill", {**parts, **live, "rollout": rollout.to_dict()}, self.recipe.distill)
+        self.distilled = _product_id("distill", key, self.recipe.distill.method)
+        return self
+
+    def benchmark(self) -> "PhaseChain":
+        """The result is measured beside what it came from."""
+        inputs = self.inputs
+        models = [model_token(inputs.model)] if inputs.model else [self.distilled, self.student]
+        parts = {
+            "models": [*models, *(model_token(baseline) for baseline in inputs.baselines)],
+            "before": model_token(inputs.student),
+            "teacher": model_token(inputs.teacher),
+            "prompts": data_token(inputs.eval_prompts or inputs.prompts),
+            "answers": inputs.eval_prompts is not None or inputs.model is not None,
+        }
+        self._add("benchmark", parts, self.recipe.benchmark)
+        return self
+
+    def sample(self) -> "PhaseChain":
+        """A model answers a few prompts, to be looked at."""
+        inputs = self.inputs
+        self._add(
+            "sample", {"model": model_token(inputs.model), "prompts": data_token(inputs.prompts)}, self.recipe.sample
+        )
+        return self
+
+    def _claims(self) -> dict[str, Any]:
+        # A proven claim follows from the student itself; only what the caller asserts is an input of its own.
+        claim = _asserted(self.inputs.student)
+        return {"declared_teacher": claim, "mismatch_allowed": self.inputs.allow_teacher_mismatch}
+
+    def _add(self, name: PhaseName, parts: dict[str, Any], section: Schema | None = None) -> str:
+        key = content_hash(
+            {
+                "phase": name,
+                "recipe": section.to_dict() if section else None,
+                "runtime": self.recipe.runtime.to_dict(),
+                "prompting": self.recipe.prompting.to_dict(),
+                **parts,
+            }
+        )
+        self.phases.append(RunPhase(name=name, key=key))
+        return key
+
+
+def distillation_phases(recipe: Recipe, inputs: RunInputs, method: Method, *, sft: bool, benchmark: bool) -> PhaseChain:
+    """The phases of a distillation; `sft` says whether the student must first be fine-tuned on the teacher."""
+    chain = PhaseChain(recipe, inputs)
+    if sft:
+        chain.generate_responses().sft()
+    if method == "lightning" and inputs.cache is None:
+        chain.cache_of_rollouts()
+    if method != "sft":
+        chain.distill()
+    if benchmark:
+        chain.benchmark()
+    return chain
+
+
+def with_satisfied(phases: Iterable[RunPhase], method: str, find: FindArtifact) -> list[RunPhase]:
+    """The phases, each with the artifact that already holds its result; rollouts are held by their cache."""
+    marked: list[RunPhase] = []
+    for phase in phases:
+        made = product(phase.name, phase.key, method)
+        found = find(made.kind, phase.key) if made else None
+        if phase.name == "score" and found and marked and marked[-1].name == "rollout":
+            marked[-1] = marked[-1].model_copy(update={"satisfied_by": found})
+        marked.append(phase.model_copy(update={"satisfied_by": found}))
+    return marked
+
+
+def request_hash(kind: str, phases: Iterable[RunPhase]) -> str:
+    """The idempotency key of a run: its kind and its phases' keys, which hold every setting and input."""
+    return content_hash({"kind": kind, "phases": [[phase.name, phase.key] for phase in phases]})
+
+
+def cache_id_of(phases: Iterable[RunPhase]) -> str | None:
+    """The id that the teacher cache made by these phases has or will have."""
+    return next((_product_id("score", phase.key) for phase in phases if phase.name == "score"), None)
+
+
+def _product_id(name: PhaseName, key: str, method: str = "lightning") -> str:
+    made = product(name, key, method)
+    if made is None:
+        raise ValueError(f"phase {name} publishes nothing")
+    return made.artifact_id
+
+
+def _asserted(source: ModelInput | DataInput | None) -> str | None:
+    claim = source.sft_teacher if source else None
+    return claim.label() if claim and claim.basis == "asserted" else None
+
+
+def _models(inputs: RunInputs) -> list[ModelInput]:
+    named = [inputs.student, inputs.teacher, inputs.model, *inputs.baselines]
+    return [model for model in named if model is not None]
+
+
+def _identity_token(identity: ModelIdentity | None) -> dict[str, Any] | None:
+    if identity is None:
+        return None
+    return identity.model_dump(include={"weights", "tokenizer", "chat_template", "special_tokens"}, exclude_none=True)
+
+
+def _tokenizer_token(model: ModelInput | None) -> Any:
+    if model is None or model.identity is None:
+        return model_token(model)
+    return model.identity.model_dump(include={"tokenizer", "chat_template", "special_tokens"}, exclude_none=True)

@@ -1,0 +1,312 @@
+"""From what a caller writes to resolved inputs: paths below the allowed roots, artifacts, run results, Hub ids."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_mcp.identity.consistency import asserted_claim, sft_teacher
+from opd_mcp.identity.data import PromptRow, prompts_hash, read_prompts, read_responses_header
+from opd_mcp.identity.files import file_sha256
+from opd_mcp.identity.lineage import MANIFEST_FILE, read_manifest
+from opd_mcp.identity.models import ModelCache, ModelFacts
+from opd_mcp.identity.remote import require_allowed_host
+from opd_mcp.planning.phases import PUBLISHED
+from opd_mcp.schemas.cache import CacheManifest
+from opd_mcp.schemas.errors import ArgumentError, DataError, PathError, UnknownIdError, nearest
+from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
+from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.runs import RECORD_FILE, run_ids
+from opd_mcp.store.store import Store
+from opd_mcp.store.workspace import Workspace, is_id
+
+# The Hub's own rules: `--` and `..` are in no name, so that two ids never share a directory and none leaves its place.
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}")
+FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".safetensors", ".toml", ".txt")
+PROMPTS_FILE = "prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model with the facts of its files; a Hub model that is not here yet has none."""
+
+    input: ModelInput
+    facts: ModelFacts | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedPrompts:
+    """Prompts with their rows."""
+
+    input: DataInput
+    rows: list[PromptRow]
+
+
+@dataclass(frozen=True)
+class ResolvedCache:
+    """A teacher cache with its manifest."""
+
+    input: DataInput
+    manifest: CacheManifest
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    artifact_id: str | None = None
+
+
+@dataclass(frozen=True)
+class References:
+    """Resolves references within one workspace and its allowed roots."""
+
+    store: Store
+    roots: AllowedRoots
+    models: ModelCache
+    teacher_hosts: tuple[str, ...] = ()
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace of artifacts and runs."""
+        return self.store.workspace
+
+    def model(self, reference: str) -> ResolvedModel:
+        """The model that a reference means, inspected when it is here.
+
+        Raises PathError, UnknownIdError, DataError or IntegrityError.
+        """
+        hub_id = self._hub_id(reference)
+        if hub_id is not None:
+            local = hub_directory(self.workspace, hub_id)
+            if not local.is_dir():
+                return ResolvedModel(ModelInput(reference=reference, hub_id=hub_id))
+            place = _Place(local)
+        else:
+            place = self._place(reference, "model")
+        facts = self.models.inspect_model(place.path)
+        resolved = ModelInput(
+            reference=reference,
+            path=str(place.path),
+            hub_id=hub_id,
+            identity=facts.identity,
+            artifact_id=place.artifact_id,
+            sft_teacher=sft_teacher(place.path, inspect=self.models.inspect_model),
+            parameters=facts.parameters,
+        )
+        return ResolvedModel(resolved, facts)
+
+    def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
+        """A teacher that a server at `url` scores for; its files are used where the reference means some that are here.
+
+        Raises ArgumentError `invalid_argument` for an unusable URL, `teacher_host_not_allowed`, and as
+        `model` for a path.
+        """
+        require_allowed_host(url, self.teacher_hosts)
+        if not self._is_here(reference):
+            return ResolvedModel(ModelInput(reference=reference, url=url))
+        local = self.model(reference)
+        return ResolvedModel(local.input.model_copy(update={"url": url}), local.facts)
+
+    def path_of_claim(self, student: ModelInput, teacher: ModelInput) -> str | None:
+        """Where the student's SFT teacher is, if that is known: the teacher itself, or what made the student."""
+        claim = student.sft_teacher
+        if claim is None or claim.identity is None:
+            return None
+        made_by = self.inputs_of_artifact(student.artifact_id) if student.artifact_id else None
+        responses = made_by.responses.artifact_id if made_by and made_by.responses else None
+        answered = self.inputs_of_artifact(responses) if responses else None
+        candidates = [teacher, *(inputs.teacher for inputs in (made_by, answered) if inputs and inputs.teacher)]
+        if claim.name.startswith("/"):
+            candidates.append(ModelInput(reference=claim.name, path=claim.name))
+        for model in candidates:
+            if model.path and Path(model.path).is_dir():
+                identity = self.models.inspect_model(Path(model.path)).identity
+                if identity.same_weights(claim.identity):
+                    return model.path
+        return None
+
+    def prompts(self, value: str | Sequence[str]) -> ResolvedPrompts:
+        """Prompts by reference, or an inline list, which becomes an artifact; raises DataError and PathError."""
+        if not isinstance(value, str):
+            return self._inline_prompts(value)
+        self._refuse_hub_data(value)
+        place = self._place(value, "prompts")
+        rows = read_prompts(place.path)
+        resolved = DataInput(
+            reference=value,
+            path=str(place.path),
+            artifact_id=place.artifact_id,
+            sha256=prompts_hash(rows),
+            rows=len(rows),
+            rows_with_answer=sum(row.answer is not None for row in rows),
+        )
+        return ResolvedPrompts(resolved, rows)
+
+    def responses(self, reference: str, declared_teacher: str | None) -> DataInput:
+        """Responses by reference, with whose they are: proven by lineage, else as declared."""
+        self._refuse_hub_data(reference)
+        place = self._place(reference, "responses")
+        header = read_responses_header(place.path)
+        declared = self.claim(declared_teacher)
+        claim = sft_teacher(place.path, inspect=self.models.inspect_model) or declared
+        return DataInput(
+            reference=reference,
+            path=str(place.path),
+            artifact_id=place.artifact_id,
+            sha256=file_sha256(header.file),
+            rows=header.rows,
+            sft_teacher=claim,
+        )
+
+    def cache(self, reference: str) -> ResolvedCache:
+        """A teacher cache by artifact id, run id or path; raises PathError `not_a_cache` for anything else."""
+        self._refuse_hub_data(reference)
+        place = self._place(reference, "cache")
+        manifest = read_manifest(place.path, reference)
+        resolved = DataInput(
+            reference=reference,
+            path=str(place.path),
+            artifact_id=place.artifact_id,
+            sha256=file_sha256(place.path / MANIFEST_FILE),
+            rows=manifest.rows,
+            sft_teacher=manifest.sft_teacher,
+        )
+        return ResolvedCache(resolved, manifest)
+
+    def claim(self, declared: str | None) -> TeacherClaim | None:
+        """What `declared_teacher` asserts: a model, when the text resolves to one here, else a mere name."""
+        if declared is None:
+            return None
+        if not self._is_here(declared):
+            return asserted_claim(declared)
+        facts = self.model(declared).facts
+        return asserted_claim(facts.identity if facts else declared)
+
+    def inputs_of_artifact(self, artifact_id: str) -> RunInputs | None:
+        """The inputs of the run that made an artifact; None when that run is not in this workspace."""
+        artifact = self.store.artifacts.find(artifact_id)
+        run_id = artifact.record.run_id if artifact else None
+        return self.store.record(run_id).request.inputs if run_id and self._is_run(run_id) else None
+
+    def _is_here(self, reference: str) -> bool:
+        """Whether a text means a path, an artifact or a run rather than a mere name."""
+        return bool(
+            reference.startswith("/")
+            or self.store.artifacts.find(reference)
+            or self._run_products(reference) is not None
+        )
+
+    def _is_run(self, run_id: str) -> bool:
+        return is_id(run_id) and (self.workspace.run(run_id) / RECORD_FILE).is_file()
+
+    def _run_products(self, run_id: str) -> dict[str, str] | None:
+        """The artifact ids that a run made, by kind, the last of a kind; None when there is no such run."""
+        if not self._is_run(run_id):
+            return None
+        made = self.store.view(run_id).artifacts
+        return {PUBLISHED[phase].kind: artifact_id for phase, artifact_id in made.items() if phase in PUBLISHED}
+
+    def _place(self, reference: str, kind: ArtifactKind) -> _Place:
+        if reference.startswith("/"):
+            path = self.roots.resolve(reference)
+            return _Place(path, self._artifact_of(path))
+        artifact = self.store.artifacts.find(reference)
+        if artifact is not None:
+            if artifact.kind != kind:
+                raise ArgumentError(
+                    "invalid_argument",
+                    f"Artifact {reference} is a {artifact.kind} artifact, and {kind} is needed here.",
+                    value=reference,
+                    nearest=[other.artifact_id for other in self.store.artifacts.list(kind=kind)][:3],
+                    fix=f"Give a reference to {kind}.",
+                )
+            return _Place(artifact.path, artifact.artifact_id)
+        products = self._run_products(reference)
+        if products is not None:
+            return self._product_place(reference, products, kind)
+        if "/" in reference or reference.startswith((".", "~")) or reference.endswith(FILE_SUFFIXES):
+            return _Place(self.roots.resolve(reference))
+        raise self._unknown(reference, kind)
+
+    def _product_place(self, run_id: str, products: dict[str, str], kind: ArtifactKind) -> _Place:
+        artifact = self.store.artifacts.find(products[kind]) if kind in products else None
+        if artifact is None:
+            raise UnknownIdError(
+                "unknown_artifact",
+                f"Run {run_id} has made no {kind}" + (f", but: {', '.join(products)}." if products else " yet."),
+                value=run_id,
+                fix=f"Call get_run_status(run_id='{run_id}', wait_seconds=25) and wait until it has succeeded.",
+            )
+        return _Place(artifact.path, artifact.artifact_id)
+
+    def _artifact_of(self, path: Path) -> str | None:
+        for parent in (path, *path.parents):
+            if parent.parent.parent == self.workspace.artifacts:
+                found = self.store.artifacts.find(parent.name)
+                return found.artifact_id if found else None
+        return None
+
+    def _unknown(self, reference: str, kind: ArtifactKind) -> UnknownIdError:
+        known = [artifact.artifact_id for artifact in self.store.artifacts.list(kind=kind)] + run_ids(self.workspace)
+        return UnknownIdError(
+            "unknown_artifact",
+            "This is neither an absolute path, nor an artifact or run of this workspace, nor a Hub id.",
+            value=reference,
+            nearest=nearest(reference, known),
+            fix="Give an absolute path below an allowed root (inspect_setup lists them), an artifact id, a run id, "
+            "or for a model a Hub id (org/name).",
+        )
+
+    def _hub_id(self, reference: str) -> str | None:
+        if HUB_ID.fullmatch(reference) is None or reference.endswith(FILE_SUFFIXES) or self._exists_here(reference):
+            return None
+        return reference
+
+    def _exists_here(self, reference: str) -> bool:
+        # A relative path looks like a Hub id; where the caller, or a root, has such a file, a path was meant.
+        return any((folder / reference).exists() for folder in (Path.cwd(), *self.roots.roots))
+
+    def _refuse_hub_data(self, reference: str) -> None:
+        if self._hub_id(reference) is not None:
+            raise PathError(
+                "relative_path",
+                "Data is given by absolute path, artifact id or run id; Hub data sets are not fetched.",
+                value=reference,
+                nearest=[str(root) for root in self.roots.roots][:3],
+                fix="Download the data set as JSONL or Parquet below an allowed root and give its absolute path.",
+            )
+
+    def _inline_prompts(self, prompts: Sequence[str]) -> ResolvedPrompts:
+        rows = [PromptRow(id=str(index), prompt=prompt) for index, prompt in enumerate(prompts)]
+        fix = "Give at least one prompt, none of them empty."
+        if not rows:
+            raise DataError("empty_data", "The inline list holds no prompts.", fix=fix)
+        for index, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise DataError("missing_field", f"Inline prompt {index} is empty.", value=index, fix=fix)
+        sha256 = prompts_hash(rows)
+        artifact = self.store.artifacts.find_by_key("prompts", sha256)
+        if artifact is None:
+            building = self.store.artifacts.new_building_directory("prompts")
+            lines = [json.dumps({"id": row.id, "prompt": row.prompt}, ensure_ascii=False) + "\n" for row in rows]
+            (building / PROMPTS_FILE).write_text("".join(lines), encoding="utf-8")
+            artifact = self.store.artifacts.publish(
+                "prompts", building, artifact_id=f"prompts-{sha256[:12]}", key=sha256
+            )
+        resolved = DataInput(
+            reference="inline",
+            path=str(artifact.path),
+            artifact_id=artifact.artifact_id,
+            sha256=sha256,
+            rows=len(rows),
+            rows_with_answer=0,
+        )
+        return ResolvedPrompts(resolved, rows)
+
+
+def hub_directory(workspace: Workspace, hub_id: str) -> Path:
+    """Where a Hub model is kept once it is fetched, named so that its identity keeps the Hub's name."""
+    return workspace.hub / f"models--{hub_id.replace('/', '--')}" / "snapshots" / "fetched"

@@ -1,0 +1,81 @@
+"""Why a worker ended without a final state: what its run says once its lock is free."""
+
+import re
+import signal
+from pathlib import Path
+
+from opd_mcp.planning.memory import MEMORY_OVERRIDE
+from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.runs import Failure
+from opd_mcp.store.logs import log_tail
+from opd_mcp.store.runs import LOG_FILE
+from opd_mcp.store.worker_process import WORKER_FILE, WorkerExit, WorkerProcess, boot_id, oom_kills, read_process_record
+
+# Where the kernel has no boot id, the time of the start stands for it; corrections of the clock move it a little.
+BOOT_SECONDS = 120.0
+
+
+class Loss(Schema):
+    """Why a worker is gone, as far as it is known; `out_of_memory` where the kernel's counter makes that likely."""
+
+    cause: str
+    out_of_memory: bool = False
+
+
+def lost_failure(directory: Path, attempt: int) -> Failure:
+    """The failure of a run whose process ended without a final state, with its cause as far as it is known."""
+    loss, memory = loss_of(directory, attempt), " once memory is free, or start again with the suggested overrides"
+    return Failure(
+        code="worker_lost",
+        cause=loss.cause,
+        fix="Call resume_run to go on from the last checkpoint; a phase without one yet begins anew"
+        f"{memory if loss.out_of_memory else ''}.",
+        override=dict(MEMORY_OVERRIDE) if loss.out_of_memory else None,
+        log_tail=log_tail(directory / LOG_FILE),
+    )
+
+
+def loss_of(directory: Path, attempt: int) -> Loss:
+    """Why the worker of an attempt ended without a final state, in one or two sentences."""
+    worker = read_process_record(directory / WORKER_FILE, WorkerProcess, attempt)
+    ended = read_process_record(directory / f"exit-{attempt}.json", WorkerExit, attempt)
+    if worker is not None and not same_boot(worker.boot, boot_id()):
+        return Loss(cause="The machine was restarted while the run was going.")
+    kills = _kills_since(worker, ended)
+    # The counter is the group's, which other processes may be in as well; it does not say whom it was.
+    known = (
+        f" The kernel's out-of-memory killer ended {kills} process{'es' if kills > 1 else ''} of its control group "
+        f"{'meanwhile' if ended else 'since it began'}."
+    )
+    if ended is None:
+        cause = "The worker process ended without finishing, and no server saw how: it was killed, or crashed."
+        return Loss(cause=cause + (known if kills else ""), out_of_memory=bool(kills))
+    if ended.signal is None:
+        return Loss(cause=f"The worker process ended with exit code {ended.exit_code} and no final state.")
+    name = signal_name(ended.signal)
+    cause = f"The worker process was ended by signal {ended.signal} ({name})."
+    killed = kills > 0 and ended.signal == signal.SIGKILL  # the killer's signal; another one has another cause
+    return Loss(cause=cause + (known if killed else ""), out_of_memory=killed)
+
+
+def same_boot(one: str, other: str) -> bool:
+    """Whether two boot ids are of the same start of the machine."""
+    times = [re.fullmatch(r"at (\d+)", text) for text in (one, other)]
+    if times[0] and times[1]:
+        return abs(float(times[0][1]) - float(times[1][1])) < BOOT_SECONDS
+    return one == other
+
+
+def signal_name(number: int) -> str:
+    """A signal's name, e.g. SIGKILL; its number where it has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def _kills_since(worker: WorkerProcess | None, ended: WorkerExit | None) -> int:
+    if worker is None or worker.oom_kills is None or worker.oom_counter is None:
+        return 0
+    now = ended.oom_kills if ended else oom_kills(Path(worker.oom_counter))
+    return max((now or 0) - worker.oom_kills, 0)

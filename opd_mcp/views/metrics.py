@@ -1,0 +1,199 @@
+"""A run's metrics as its journal holds them: series thinned out, their trend, and one line on what they say."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.schemas.answers import MetricSeries, MetricsReport, RunMetrics
+from opd_mcp.schemas.errors import ArgumentError, nearest
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
+from opd_mcp.schemas.texts import shortened
+from opd_mcp.store.journal import JournalReader
+from opd_mcp.store.run_view import RunView, trend_of
+from opd_mcp.store.runs import JOURNAL_FILE
+
+MAX_VALUES = 1_200
+"""Points of one answer, all series of all runs: about the size of 4k tokens."""
+MAX_DIFFERENCES = 20
+LOSS_KEYS = ("reverse_kl_k1", "reverse_kl", "loss")
+
+Points = dict[int, float | None]
+
+
+def metrics_report(runs: Sequence[tuple[RunRecord, RunView]], keys: Sequence[str], max_points: int) -> MetricsReport:
+    """Series, trend and diagnosis of up to four runs, and what differs in their settings.
+
+    Raises ArgumentError `invalid_argument` for a key that no run has.
+    """
+    recorded = [recorded_points(view.directory) for _, view in runs]
+    known = sorted({name for points in recorded for name in points})
+    for key in keys:
+        if not any(is_named(name, key) for name in known):
+            raise ArgumentError(
+                "invalid_argument",
+                "No run has recorded this metric.",
+                value=key,
+                nearest=nearest(key, [*known, *{name.split(".", 1)[1] for name in known}]),
+                fix=f"Use one of: {', '.join(known)}." if known else "Wait until a training phase has begun.",
+            )
+    chosen = [name for name in known if not keys or any(is_named(name, key) for key in keys)]
+    total = sum(min(len(points[name]), max_points) for points in recorded for name in chosen if name in points)
+    kept = fitting(chosen, recorded, max_points) if total > MAX_VALUES else chosen
+    dropped = [f"{name}: ask for it with keys" for name in chosen if name not in kept]
+    return MetricsReport(
+        runs=[
+            RunMetrics(
+                run_id=record.run_id,
+                kind=record.request.kind,
+                state=view.state,
+                series=[series(name, points[name], max_points) for name in kept if name in points],
+                diagnosis=diagnosis(view, points),
+            )
+            for (record, view), points in zip(runs, recorded, strict=True)
+        ],
+        differences=differences([record for record, _ in runs]),
+        dropped=dropped,
+    )
+
+
+def recorded_points(directory: Path) -> dict[str, Points]:
+    """By `phase.metric`, the values by step; what a later attempt went back behind counts no more."""
+    found: dict[str, Points] = {}
+    phase, last = "run", 0
+    for record in JournalReader(directory / JOURNAL_FILE).new_records():
+        if record.type == "phase" and record.data["event"] == "started":
+            phase, last = record.data["phase"], last if phase == record.data["phase"] else 0
+        elif record.type == "phase" and record.data["event"] == "resumed":
+            _forget_after(found, phase, record.data["step"])
+        elif record.type == "metric":
+            step = int(record.data["step"])
+            if step <= last:
+                _forget_after(found, phase, step - 1)
+            last = step
+            for name, value in record.data["values"].items():
+                found.setdefault(f"{phase}.{name}", {})[step] = value
+    return {name: dict(sorted(points.items())) for name, points in found.items() if points}
+
+
+def _forget_after(found: dict[str, Points], phase: str, step: int) -> None:
+    for name in [name for name in found if name.startswith(f"{phase}.")]:
+        found[name] = {at: value for at, value in found[name].items() if at <= step}
+
+
+def is_named(name: str, key: str) -> bool:
+    """Whether a key means this series: `distill.loss` the one, `loss` that of every phase."""
+    return key in (name, name.split(".", 1)[1])
+
+
+def fitting(names: Sequence[str], recorded: Sequence[dict[str, Points]], max_points: int) -> list[str]:
+    """The names whose series fit into one answer, the telling ones first."""
+    ranked = sorted(names, key=lambda name: (name.split(".", 1)[1] not in LOSS_KEYS, not name.startswith("distill.")))
+    kept: set[str] = set()
+    room = MAX_VALUES
+    for name in ranked:
+        needed = sum(min(len(points[name]), max_points) for points in recorded if name in points)
+        if needed <= room or not kept:
+            kept.add(name)
+            room -= needed
+    return [name for name in names if name in kept]
+
+
+def series(name: str, points: Points, max_points: int) -> MetricSeries:
+    """A metric's finite points, thinned out to means of equal stretches; the last point stays what it is."""
+    finite = [(step, value) for step, value in points.items() if value is not None and math.isfinite(value)]
+    steps, values = thinned(finite, max_points)
+    every = [value for _, value in finite]
+    return MetricSeries(
+        key=name,
+        steps=steps,
+        values=[float(f"{value:.5g}") for value in values],
+        points=len(points),
+        last=next(reversed(points.values()), None),
+        low=min(every, default=None),
+        high=max(every, default=None),
+        trend=trend_of(every),
+    )
+
+
+def thinned(points: Sequence[tuple[int, float]], max_points: int) -> tuple[list[int], list[float]]:
+    """Steps and values, at most so many: the mean of each stretch, and the last point as it is."""
+    if len(points) <= max_points:
+        return [step for step, _ in points], [value for _, value in points]
+    stretches, body = max_points - 1, len(points) - 1
+    parts = [points[number * body // stretches : (number + 1) * body // stretches] for number in range(stretches)]
+    steps = [part[-1][0] for part in parts]
+    values = [math.fsum(value for _, value in part) / len(part) for part in parts]
+    return [*steps, points[-1][0]], [*values, points[-1][1]]
+
+
+def diagnosis(view: RunView, points: dict[str, Points]) -> str:
+    """One line: what went wrong, else where the objective goes."""
+    broken = next(((name, values) for name, values in points.items() if None in values.values()), None)
+    if broken:
+        key, values = broken
+        bad = [step for step, value in values.items() if value is None]
+        if bad[-1] == next(reversed(values)):
+            return f"{key} stopped being finite at step {bad[0]}: lower the learning rate."
+        return f"{key} was not finite at step {bad[0]} ({len(bad)} of {len(values)} steps); such steps are skipped."
+    if view.alerts:
+        alert = view.alerts[-1]
+        return f"Alert {alert.code}: {shortened(alert.message, 200)}"
+    name = next(objectives(points), None)
+    if name is not None:
+        return direction(name, points[name])
+    return "No metrics yet." if view.state in ACTIVE_STATES else "This run recorded no training metrics."
+
+
+def direction(name: str, points: Points) -> str:
+    """Where a metric that should fall goes."""
+    values = [value for value in points.values() if value is not None]
+    if len(values) < 4:
+        return f"{name} is {values[-1]:.4g} after {len(values)} points: too few for a trend."
+    half = values[len(values) // 2 :]
+    change = f"{name} went from {values[0]:.4g} to {values[-1]:.4g}"
+    match trend_of(half):
+        case "down":
+            return f"{change} and still falls: more steps may help."
+        case "up":
+            return f"{change} and rises in its later half: lower the learning rate or stop earlier."
+        case _:
+            return f"{change} and is level in its later half: converged at these settings."
+
+
+def objectives(points: dict[str, Points]) -> Iterator[str]:
+    """The series that say how training goes, the last phase's first."""
+    for phase in ("distill", "sft"):
+        yield from (f"{phase}.{key}" for key in LOSS_KEYS if f"{phase}.{key}" in points)
+
+
+def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Recipe keys and inputs in which the runs differ."""
+    if len(records) < 2:
+        return {}
+    flat = [
+        dict(leaves({"recipe": record.request.recipe.to_dict(), "inputs": inputs_of(record)})) for record in records
+    ]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    found = {}
+    for name in names:
+        values = [settings.get(name) for settings in flat]
+        if any(value != values[0] for value in values):
+            found[name.removeprefix("recipe.")] = values
+    return dict(list(found.items())[:MAX_DIFFERENCES])
+
+
+def inputs_of(record: RunRecord) -> dict[str, str]:
+    """What the run was given, by role, in short."""
+    inputs = record.request.inputs
+    roles = ("student", "teacher", "model", "prompts", "sft_prompts", "eval_prompts", "responses", "cache")
+    given = {role: getattr(inputs, role) for role in roles}
+    return {role: source.artifact_id or source.reference for role, source in given.items() if source is not None}
+
+
+def leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The dotted names of a nested record's values."""
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    nested = (leaves(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in value.items())
+    return [leaf for part in nested for leaf in part]

@@ -1,0 +1,68 @@
+"""What resources and the dashboard read of runs and artifacts, as text."""
+
+import json
+from collections.abc import Iterable
+
+from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.schemas.errors import UnknownIdError
+from opd_mcp.store.logs import log_page
+from opd_mcp.store.runs import LOG_FILE, run_directory
+from opd_mcp.store.store import Store
+from opd_mcp.views.metrics import metrics_report
+
+REPORT_TEXT = "report.md"
+LOG_LINES = 200
+MAX_IDS = 1_000
+
+
+def recipe_json(store: Store, run_id: str) -> str:
+    """A run's resolved recipe; raises UnknownIdError `unknown_run`."""
+    return store.record(run_id).request.recipe.to_json(indent=2)
+
+
+def metrics_json(store: Store, run_id: str) -> str:
+    """A run's metrics in full length of 200 points; raises UnknownIdError `unknown_run`."""
+    return metrics_report([(store.record(run_id), store.view(run_id))], (), 200).to_json()
+
+
+def log_tail(store: Store, run_id: str) -> str:
+    """The last lines of a run's log; raises UnknownIdError `unknown_run`."""
+    page = log_page(run_id, run_directory(store.workspace, run_id) / LOG_FILE, tail=LOG_LINES)
+    return "\n".join(page.lines)
+
+
+def report_markdown(store: Store, run_id: str) -> str:
+    """The report that a run ended with; raises UnknownIdError `unknown_run`, or `unknown_artifact` without one."""
+    artifact_id = store.view(run_id).artifacts.get("benchmark")
+    if artifact_id is None:
+        raise UnknownIdError(
+            "unknown_artifact",
+            "This run has no report yet.",
+            value=run_id,
+            fix=f"Call get_run_status(run_id='{run_id}') and wait for its benchmark phase.",
+        )
+    folder = store.artifacts.get(artifact_id).path
+    text = folder / REPORT_TEXT
+    return (text if text.is_file() else folder / "report.json").read_text(encoding="utf-8")
+
+
+def lineage_json(store: Store, artifact_id: str) -> str:
+    """An artifact's record and lineage; raises UnknownIdError `unknown_artifact`."""
+    artifact = store.artifacts.get(artifact_id)
+    lineage = read_lineage(artifact.path)
+    content = {"artifact": artifact.record.to_dict(), "lineage": lineage.to_dict() if lineage else {}}
+    return json.dumps(content, indent=2)
+
+
+def known_ids(store: Store, name: str) -> list[str]:
+    """The ids that complete `run_id` or `artifact_id`, newest first."""
+    if name == "artifact_id":
+        return [row.artifact_id for row in reversed(store.index.artifacts())][:MAX_IDS]
+    return [row.run_id for row in store.index.runs()][:MAX_IDS]
+
+
+def change_tokens(store: Store, watched: Iterable[str]) -> dict[str, str]:
+    """By id, for the active runs and those watched so far, a text that changes with every line of their journal."""
+    ids = dict.fromkeys([*store.active_runs(), *watched])
+    views = {run_id: store.view(run_id) for run_id in ids}
+    return {run_id: f"{view.state}/{view.records}" for run_id, view in views.items()}

@@ -1,0 +1,143 @@
+"""Models made present: the `fetch` phase brings a Hub model into the workspace, never a pickle."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from opd_mcp.identity.consistency import require_consistent, sft_teacher
+from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data_files import data_file
+from opd_mcp.identity.files import file_sha256, publish_directory
+from opd_mcp.identity.lineage import MANIFEST_FILE
+from opd_mcp.identity.models import inspect_model
+from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.planning.references import hub_directory
+from opd_mcp.schemas.errors import IntegrityError, PathError, ResourceError
+from opd_mcp.schemas.runs import ModelInput, RunInputs, RunRecord
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.workspace import Workspace, new_id
+from opd_mcp.worker.journal_reporter import JournalReporter
+from opd_mcp.worker.pipeline import run_cancelled
+
+ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], None] = lambda: None) -> Path:
+    """The local directory of a Hub model, downloaded unless it is already there.
+
+    `check_fence` is asked before the download becomes visible, and raises when it must not be.
+    Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not give out.
+    """
+    final = hub_directory(workspace, hub_id)
+    if final.is_dir():
+        return final
+    # Only now: the package is heavy, and most runs never fetch.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    building = final.parent / f".{new_id('building')}"
+    building.mkdir(parents=True, mode=0o700)
+    try:
+        snapshot_download(hub_id, local_dir=building, allow_patterns=ALLOWED_FILES)
+        shutil.rmtree(building / ".cache", ignore_errors=True)
+        publish_directory(building, final, check_fence)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise PathError(
+            "not_found",
+            "The Hub has no such public model.",
+            value=hub_id,
+            fix="Check the id, or download the model yourself and give its absolute path.",
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ResourceError(
+            "offline",
+            f"The model could not be fetched from the Hub ({type(error).__name__}).",
+            value=hub_id,
+            fix="Give the machine access to huggingface.co, or copy the model below an allowed root and give its "
+            "absolute path.",
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return final
+
+
+def prepared_record(
+    workspace: Workspace, record: RunRecord, journal: JournalWriter, reporter: JournalReporter
+) -> RunRecord:
+    """The run's record with Hub models fetched, and every input seen to be what it was at the start.
+
+    Raises IntegrityError `input_changed`, ConsistencyError for fetched models that do not belong together, and what
+    `fetched_model` raises.
+    """
+    inputs = record.request.inputs
+    _require_same_data(inputs)
+    fetches = any(phase.name == "fetch" for phase in record.request.phases)
+    if fetches:
+        reporter.begin("fetch")
+    models = [inputs.student, inputs.teacher, inputs.model, *inputs.baselines]
+    present: list[ModelInput | None] = []
+    for number, model in enumerate(models):
+        if reporter.should_stop():
+            raise run_cancelled()
+        present.append(_present_model(workspace, model, journal.check_fence))
+        if fetches:
+            reporter.progress(number + 1, len(models), "models")
+    student, teacher, measured, *baselines = present
+    inputs = inputs.model_copy(
+        update={"student": student, "teacher": teacher, "model": measured, "baselines": baselines}
+    )
+    if fetches:
+        _require_belonging(record, inputs)
+        journal.append("phase", {"phase": "fetch", "event": "finished"})
+    request = record.request.model_copy(update={"inputs": inputs})
+    return record.model_copy(update={"request": request})
+
+
+def _require_same_data(inputs: RunInputs) -> None:
+    """Artifacts are keyed by what the data was, so a file that changed while the run was queued must stop it."""
+    found = [
+        (prompts, prompts_hash(read_prompts(Path(prompts.path))))
+        for prompts in (inputs.prompts, inputs.sft_prompts, inputs.eval_prompts)
+        if prompts is not None and prompts.path is not None
+    ]
+    if inputs.responses is not None and inputs.responses.path is not None:
+        found.append((inputs.responses, file_sha256(data_file(Path(inputs.responses.path)))))
+    if inputs.cache is not None and inputs.cache.path is not None:
+        found.append((inputs.cache, file_sha256(Path(inputs.cache.path) / MANIFEST_FILE)))
+    for data, sha256 in found:
+        if sha256 != data.sha256:
+            raise IntegrityError(
+                "input_changed",
+                "The data is not what it was when the run was started.",
+                value=data.path,
+                fix="Start again, with the data that is meant.",
+            )
+
+
+def _present_model(
+    workspace: Workspace, model: ModelInput | None, check_fence: Callable[[], None]
+) -> ModelInput | None:
+    if model is None or (model.url is not None and model.path is None):
+        return model  # a server's model is proven by asking it
+    path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id), check_fence)
+    facts = inspect_model(path)
+    if model.identity is not None and not model.identity.same_weights(facts.identity):
+        raise IntegrityError(
+            "input_changed",
+            f"The model is {facts.identity.label()} now and was {model.identity.label()} when the run was started.",
+            value=path,
+            fix="Start again, with the model that is meant.",
+        )
+    claim = model.sft_teacher or sft_teacher(path)
+    known = {"path": str(path), "identity": facts.identity, "parameters": facts.parameters, "sft_teacher": claim}
+    return model.model_copy(update=known)
+
+
+def _require_belonging(record: RunRecord, inputs: RunInputs) -> None:
+    student, teacher = inputs.student, inputs.teacher
+    if student is None or teacher is None or teacher.path is None:
+        return
+    require_same_tokens(Path(teacher.path), Path(str(student.path)))
+    phases = {phase.name for phase in record.request.phases}
+    if "sft" not in phases and teacher.identity is not None:
+        require_consistent(teacher.identity, student.sft_teacher, allowed=inputs.allow_teacher_mismatch)

@@ -1,0 +1,189 @@
+"""The phases of a run, one after the other: each is reused, or computed and published as an artifact."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.devices.hardware import free_disk
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.planning.measured_speeds import (
+    COST_FILE,
+    PROCESS_START,
+    ArtifactCosts,
+    PhaseCost,
+    recorded_cost,
+    work_name,
+)
+from opd_mcp.planning.phases import KEY_DIGITS, PUBLISHED, RESUMABLE, Product, product
+from opd_mcp.schemas.errors import ResourceError, RunError
+from opd_mcp.schemas.reports import BenchmarkReport, StageCost
+from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
+from opd_mcp.store.artifacts import ArtifactStore, require_intact
+from opd_mcp.store.files import tree_bytes
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.worker.journal_reporter import JournalReporter
+from opd_mcp.worker.results import report_figures, rounded, sampled
+from opd_mcp.worker.stage_calls import StageCalls, checkpoints_of
+
+REPORT_FILE = "report.json"
+TRAINING_FILE = "training.json"
+ROLLOUTS = "rollouts"
+
+
+@dataclass
+class Pipeline:
+    """One run's way through its phases; `flops` and `disk` say what a phase is expected to compute and to write.
+
+    `launch_seconds` is what the process took from its launch until it took its place in the queue.
+    """
+
+    record: RunRecord
+    directory: Path
+    artifacts: ArtifactStore
+    journal: JournalWriter
+    reporter: JournalReporter
+    calls: StageCalls
+    device: str
+    flops: Callable[[PhaseName], float]
+    disk: Callable[[PhaseName], int]
+    launch_seconds: float = 0.0
+    pending: list[PhaseCost] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
+    held: ExitStack = field(default_factory=ExitStack)
+
+    def run(self) -> dict[str, Any]:
+        """The run's result, after all phases that are not `fetch`; raises what the stages raise."""
+        phases = [phase for phase in self.record.request.phases if phase.name != "fetch"]
+        with ExitStack() as self.held:
+            for position, phase in enumerate(phases):
+                if self.reporter.should_stop():
+                    raise run_cancelled()
+                # Rollouts are only an intermediate of the cache that comes next.
+                holder = phases[position + 1] if phase.name == "rollout" else phase
+                if self._reused(phase, holder):
+                    continue
+                building = self._building(phase)
+                # Another run may have made it while this one waited for the directory.
+                if not self._reused(phase, holder):
+                    self._computed(phase, building)
+        self.result["costs"] = [cost.to_dict() for cost in self.calls.costs]
+        return rounded(self.result)
+
+    def _reused(self, phase: RunPhase, holder: RunPhase) -> bool:
+        made = self._product(holder)
+        found = self.artifacts.find_made(made.kind, made.artifact_id, holder.key) if made else None
+        if found is None:
+            return False
+        require_intact(found)
+        self.pending = []  # of rollouts whose cache another run has finished meanwhile
+        self.reporter.begin(phase.name)
+        event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
+        cost = recorded_cost(found.path, phase.name)
+        if cost is not None:
+            # What an earlier attempt of this run made was this run's work.
+            cost = cost.model_copy(update={"reused": found.record.run_id != self.record.run_id})
+            self.calls.costs.append(cost)
+            event["cost"] = cost.to_dict()
+        if phase is holder:
+            self._take(phase.name, found.artifact_id, found.path)
+        self.journal.append("phase", event)
+        return True
+
+    def _computed(self, phase: RunPhase, building: Path) -> None:
+        self.reporter.begin(phase.name)
+        made = self._product(phase)
+        event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
+        written = tree_bytes(checkpoints_of(self.directory, phase.name))
+        require_disk(self.directory, self.disk(phase.name) - written, phase.name)
+        first = self.calls.loading_seconds is None
+        cost = self.calls.compute(phase.name, building)
+        if first and self.calls.loading_seconds is not None:
+            self.pending.append(self._start_cost(self.calls.loading_seconds))
+        self.pending.append(self._phase_cost(phase.name, cost))
+        if made is None:
+            if phase.name == "sample":
+                self.result |= sampled(building)
+            else:
+                self.calls.paths[ROLLOUTS] = building
+        else:
+            write_atomic(building / COST_FILE, ArtifactCosts(phases=self.pending).to_json(indent=2) + "\n")
+            artifact = self.artifacts.publish(
+                made.kind,
+                building,
+                artifact_id=made.artifact_id,
+                key=phase.key,
+                run_id=self.record.run_id,
+                check_fence=self.journal.check_fence,
+            )
+            self.pending = []
+            self._take(phase.name, artifact.artifact_id, artifact.path)
+            event["artifact_id"] = artifact.artifact_id
+            if phase.name == "score":
+                shutil.rmtree(self.calls.paths.pop(ROLLOUTS), ignore_errors=True)
+        self.calls.costs.append(cost)
+        self.journal.append("phase", {**event, "cost": cost.to_dict()})
+        shutil.rmtree(checkpoints_of(self.directory, phase.name), ignore_errors=True)
+
+    def _building(self, phase: RunPhase) -> Path:
+        """Where the phase builds; rollouts and scores in directories that the next run with the same key goes on in."""
+        if phase.name in RESUMABLE:
+            name = f"{phase.name}-{phase.key[:KEY_DIGITS]}"
+            held = self.artifacts.resumable_directory("cache", name, self.reporter.should_stop)
+            building = self.held.enter_context(held)
+            if building is None:
+                raise run_cancelled()
+            return building
+        made = self._product(phase)
+        if made is None:  # in the run's own directory, which a suspended earlier attempt may still write to
+            return self.directory / f"{phase.name}-{self.journal.attempt}"
+        building = self.artifacts.new_building_directory(made.kind)
+        self.held.callback(shutil.rmtree, building, ignore_errors=True)
+        # A model is named by its directory in its own lineage, so it is built under the name that it keeps.
+        named = building / made.artifact_id
+        named.mkdir(mode=0o700)
+        return named
+
+    def _product(self, phase: RunPhase) -> Product | None:
+        return product(phase.name, phase.key, self.record.request.recipe.distill.method)
+
+    def _start_cost(self, loading_seconds: float) -> PhaseCost:
+        cost = StageCost(stage=PROCESS_START, seconds=self.launch_seconds + loading_seconds)
+        return PhaseCost(work=PROCESS_START, device=self.device, expected_flops=0.0, cost=cost)
+
+    def _phase_cost(self, name: PhaseName, cost: StageCost) -> PhaseCost:
+        method = self.record.request.recipe.distill.method
+        return PhaseCost(work=work_name(name, method), device=self.device, expected_flops=self.flops(name), cost=cost)
+
+    def _take(self, name: PhaseName, artifact_id: str, path: Path) -> None:
+        """Make a phase's artifact an input of the next ones and a part of the result."""
+        role, paths = PUBLISHED[name].role, self.calls.paths
+        if name == "sft":
+            paths["base"], paths["student"] = paths["student"], path
+        paths[role] = path
+        self.result["artifacts"][role] = artifact_id
+        self.result["paths"][role] = str(path)
+        if name in ("sft", "distill") and (path / TRAINING_FILE).is_file():
+            self.result.setdefault("training", {})[name] = json.loads((path / TRAINING_FILE).read_bytes())
+        if name == "benchmark":
+            self.result.update(report_figures(BenchmarkReport.from_json((path / REPORT_FILE).read_bytes())))
+
+
+def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:
+    """Raise ResourceError `not_enough_disk` where a phase is expected to write more than the disk has free."""
+    free = free_disk(directory)
+    if needed > free:
+        raise ResourceError(
+            "not_enough_disk",
+            f"Phase {phase} writes up to {needed / 2**30:.2f} GiB; the disk has {free / 2**30:.2f} GiB free.",
+            value=directory,
+            fix="Free disk space (opd-mcp gc shows what nobody needs), then call resume_run to go on.",
+        )
+
+
+def run_cancelled() -> RunError:
+    """The error of a run that was asked to stop."""
+    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on.")

@@ -1,0 +1,66 @@
+"""The figures of a report, and the texts of a sample, as a run's result shows them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
+from opd_mcp.schemas.texts import shortened
+
+SAMPLES_FILE = "samples.json"
+
+
+def report_figures(report: BenchmarkReport) -> dict[str, Any]:
+    """Scores by model and the paired differences; absent figures are left out."""
+    figures: dict[str, Any] = {"scores": {score.name: score_figures(score) for score in report.models}}
+    if report.comparisons:
+        figures["comparisons"] = [
+            {
+                "candidate": comparison.candidate,
+                "baseline": comparison.baseline,
+                "accuracy_difference": _interval(comparison.accuracy_difference),
+            }
+            for comparison in report.comparisons
+        ]
+    return figures
+
+
+def score_figures(score: ModelScore) -> dict[str, Any]:
+    """One model's figures, intervals as [value, low, high]."""
+    figures: dict[str, Any] = {
+        "mean_response_tokens": score.mean_response_tokens,
+        "truncated_fraction": score.truncated_fraction,
+        "eos_rate": score.eos_rate,
+    }
+    named = {
+        "greedy_accuracy": score.greedy_accuracy,
+        "sampled_accuracy": score.sampled_accuracy,
+        "reverse_kl": score.reverse_kl,
+    }
+    figures |= {name: _interval(value) for name, value in named.items() if value is not None}
+    if score.pass_at_k:
+        figures["pass_at_k"] = score.pass_at_k
+    return figures
+
+
+def sampled(output: Path) -> dict[str, Any]:
+    """The result of a sample: each response cut to size, and the path of the file that has them whole."""
+    file = output / SAMPLES_FILE
+    samples = [
+        {**sample, "prompt": shortened(sample["prompt"], 160), "response": shortened(sample["response"], 700)}
+        for sample in json.loads(file.read_bytes())
+    ]
+    return {"samples": samples, "artifacts": {}, "paths": {"samples": str(file)}}
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """A JSON-ready value with its numbers cut to so many significant digits; the files keep them all."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    return [rounded(item, digits) for item in value] if isinstance(value, list) else value
+
+
+def _interval(value: Estimate95) -> list[float]:
+    return [value.value, value.low, value.high]

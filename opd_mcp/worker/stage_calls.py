@@ -1,0 +1,253 @@
+"""How each phase calls its stage: which of the run's inputs and earlier results it is given."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from opd_mcp.engine.context import (
+    BenchmarkInputs,
+    Context,
+    DistillInputs,
+    ResponsesInputs,
+    RolloutInputs,
+    SampleInputs,
+    ScoreInputs,
+    SftInputs,
+    TeacherInputs,
+)
+from opd_mcp.identity.data import PromptRow, read_prompts
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.recipes import (
+    BenchmarkRecipe,
+    DistillRecipe,
+    ResponsesRecipe,
+    RolloutRecipe,
+    SampleRecipe,
+    ScoreRecipe,
+    SftRecipe,
+)
+from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
+from opd_mcp.schemas.runs import ModelInput, PhaseName, RunRecord
+from opd_mcp.store.run_view import RunView
+from opd_mcp.store.runs import CHECKPOINTS
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class Stages(Protocol):
+    """The engine's stages (`opd_mcp.engine.stages` describes each), or a stand-in for them."""
+
+    def generate_responses(
+        self, section: ResponsesRecipe, inputs: ResponsesInputs, output: Path, context: Context
+    ) -> StageCost: ...
+
+    def sft(self, section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -> TrainingSummary: ...
+
+    def rollout(self, section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost: ...
+
+    def check_teacher(self, section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> None: ...
+
+    def score(self, section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Context) -> StageCost: ...
+
+    def distill(
+        self, section: DistillRecipe, inputs: DistillInputs, output: Path, context: Context
+    ) -> TrainingSummary: ...
+
+    def benchmark(
+        self, section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context
+    ) -> BenchmarkReport: ...
+
+    def sample(self, section: SampleRecipe, inputs: SampleInputs, output: Path, context: Context) -> StageCost: ...
+
+
+@dataclass
+class StageCalls:
+    """Calls stages for one run; `paths` holds what is known so far by role, `costs` what earlier phases took."""
+
+    record: RunRecord
+    directory: Path
+    context: Context
+    load_stages: Callable[[], Stages]
+    paths: dict[str, Path] = field(default_factory=dict)
+    costs: list[StageCost] = field(default_factory=list)
+    loading_seconds: float | None = None
+    """What loading the stages took; None until a phase had to be computed."""
+
+    def __post_init__(self) -> None:
+        inputs = self.record.request.inputs
+        for role in ("student", "teacher", "model", "prompts", "sft_prompts", "eval_prompts", "responses", "cache"):
+            given = getattr(inputs, role)
+            if given is not None and given.path is not None:
+                self.paths[role] = Path(given.path)
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The stages, loaded when the first phase has to be computed: a run that reuses everything needs none."""
+        begun = time.perf_counter()
+        stages = self.load_stages()
+        self.loading_seconds = time.perf_counter() - begun
+        return stages
+
+    def compute(self, name: PhaseName, output: Path) -> StageCost:
+        """Run the stage of a phase into an empty or new directory; raises what the stage raises."""
+        context = replace(self.context, checkpoints=checkpoints_of(self.directory, name))
+        recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
+        match name:
+            case "generate_responses":
+                prompts = paths.get("sft_prompts") or paths["prompts"]
+                responses = ResponsesInputs(teacher=paths["teacher"], prompts=prompts)
+                cost = stages.generate_responses(recipe.responses, responses, output, context)
+            case "sft":
+                cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
+            case "rollout":
+                if self._remote() is not None:  # its identity is checked before the work, not after it
+                    stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
+                rollouts = RolloutInputs(
+                    student=paths["student"],
+                    prompts=paths["prompts"],
+                    tokenizer=paths.get("teacher"),
+                    eval_prompts=paths.get("eval_prompts"),
+                )
+                cost = stages.rollout(recipe.rollout, rollouts, output, context)
+            case "score":
+                scored = ScoreInputs(rollouts=paths["rollouts"], **self._scorer())
+                cost = stages.score(recipe.score, scored, output, context)
+            case "distill":
+                cost = training_cost(name, stages.distill(recipe.distill, self._distill(), output, context))
+            case "sample":
+                shown = SampleInputs(model=paths["model"], prompts=paths["prompts"])
+                cost = stages.sample(recipe.sample, shown, output, context)
+            case _:
+                cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
+        return cost
+
+    def _scorer(self) -> dict[str, Any]:
+        """The fields of TeacherInputs."""
+        return {
+            "student": self.paths["student"],
+            "teacher": self.paths.get("teacher"),
+            "remote": self._remote(),
+            "sft_teacher": self._claim(),
+            "sft_teacher_path": self._sft_teacher_path(),
+            "allow_teacher_mismatch": self.record.request.inputs.allow_teacher_mismatch,
+        }
+
+    def _remote(self) -> RemoteTeacher | None:
+        teacher = self.record.request.inputs.teacher
+        return RemoteTeacher(name=teacher.reference, url=teacher.url) if teacher and teacher.url else None
+
+    def _sft_teacher_path(self) -> Path | None:
+        if "base" in self.paths:  # fine-tuned in this run, on this teacher's responses
+            return self.paths.get("teacher")
+        known = self.record.request.inputs.sft_teacher_path
+        return Path(known) if known else None
+
+    def _sft(self) -> SftInputs:
+        paths, responses = self.paths, self.record.request.inputs.responses
+        own = paths["responses"] / TOKENIZER_FOLDER
+        return SftInputs(
+            student=paths["student"],
+            responses=paths["responses"],
+            sft_teacher=responses.sft_teacher if responses else None,
+            tokenizer=own if own.is_dir() else paths.get("teacher"),
+        )
+
+    def _distill(self) -> DistillInputs:
+        request, paths = self.record.request, self.paths
+        student, allowed = paths["student"], request.inputs.allow_teacher_mismatch
+        if request.recipe.distill.method == "lightning":
+            return DistillInputs(
+                student=student, cache=paths["cache"], sft_teacher=self._claim(), allow_teacher_mismatch=allowed
+            )
+        return DistillInputs(
+            student=student,
+            teacher=paths["teacher"],
+            prompts=paths["prompts"],
+            rollout=request.recipe.rollout,
+            sft_teacher=self._claim(),
+            allow_teacher_mismatch=allowed,
+        )
+
+    def _benchmark(self) -> BenchmarkInputs:
+        return BenchmarkInputs(
+            models=self._benchmarked(),
+            prompts=self._benchmark_prompts(),
+            recipe_hash=self.record.request.recipe.content_hash(),
+            teacher=self.paths.get("teacher"),
+            costs=self.costs,
+            alerts=RunView(self.directory).refresh().alerts,
+        )
+
+    def _benchmarked(self) -> dict[str, Path]:
+        paths, inputs = self.paths, self.record.request.inputs
+        if inputs.model is not None:
+            models = [inputs.model, *inputs.baselines]
+            return dict(zip(model_names(models), [Path(str(model.path)) for model in models], strict=True))
+        if "model" in paths:
+            return {"distilled": paths["model"], "sft": paths["student"]}
+        return {"sft": paths["student"], "base": paths["base"]}
+
+    def _benchmark_prompts(self) -> Path:
+        inputs = self.record.request.inputs
+        if inputs.eval_prompts is not None or inputs.model is not None:
+            return self.paths.get("eval_prompts") or self.paths["prompts"]
+        # Training prompts prove no accuracy: without their answers only the reverse KL is measured on them.
+        rows = read_prompts(self.paths["prompts"])[: self.record.request.recipe.benchmark.kl_prompts]
+        file = self.directory / "reverse_kl_prompts.jsonl"
+        self.context.check_fence()
+        write_atomic(file, "".join(_without_answer(row) for row in rows))
+        return file
+
+    def _claim(self) -> TeacherClaim | None:
+        """Whose responses the student is said to be fine-tuned on; after an SFT phase its own lineage says it."""
+        student = self.record.request.inputs.student
+        return student.sft_teacher if student and "base" not in self.paths else None
+
+
+def checkpoints_of(run: Path, phase: str) -> Path:
+    """Where a phase of a run keeps its checkpoints."""
+    return run / CHECKPOINTS / phase
+
+
+def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:
+    """A training stage's summary in the form that all stages' costs have."""
+    return StageCost(
+        stage=name,
+        seconds=summary.seconds,
+        tokens=summary.trained_tokens,
+        steps=summary.steps,
+        tokens_per_second=summary.trained_tokens / summary.seconds if summary.seconds > 0 else None,
+        device=summary.device,
+    )
+
+
+def report_cost(report: BenchmarkReport) -> StageCost:
+    """What a benchmark took, in the form that all stages' costs have."""
+    return StageCost(
+        stage="benchmark",
+        seconds=sum(model.seconds for model in report.models),
+        tokens=sum(model.tokens for model in report.models),
+        device=report.hardware,
+    )
+
+
+def model_names(models: list[ModelInput]) -> list[str]:
+    """A name for each model, of its artifact or its directory, made unique by a number."""
+    names: list[str] = []
+    for model in models:
+        base = model.artifact_id or model.hub_id or Path(str(model.path)).name
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _without_answer(row: PromptRow) -> str:
+    content = {"prompt": row.prompt} if row.prompt is not None else {"messages": list(row.messages or ())}
+    return json.dumps({"id": row.id, **content}, ensure_ascii=False) + "\n"

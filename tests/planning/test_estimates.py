@@ -1,0 +1,175 @@
+"""Costs: more work costs more, and what was measured here counts before what is assumed."""
+
+from pathlib import Path
+
+import pytest
+
+from opd_mcp.devices.hardware import Target
+from opd_mcp.identity.models import inspect_model
+from opd_mcp.planning.estimates import ASSUMED_START_SECONDS, Estimator, resource_findings
+from opd_mcp.planning.measured_speeds import (
+    COST_FILE,
+    PROCESS_START,
+    ArtifactCosts,
+    PhaseCost,
+    measured_costs,
+    work_name,
+)
+from opd_mcp.planning.workload import DataSize, model_shape, phase_work
+from opd_mcp.schemas.memory import ModelShape, micro_tokens
+from opd_mcp.schemas.plans import MethodEstimate
+from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.runs import RunPhase
+
+SMALL = ModelShape(10**6, layers=2, hidden=64, query_width=64, kv_width=64, intermediate=128, vocab=1000)
+LARGE = ModelShape(10**7, layers=4, hidden=256, query_width=256, kv_width=256, intermediate=512, vocab=1000)
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
+DATA = DataSize(prompts=1000, prompt_tokens=10.0, sft_prompts=500, eval_prompts=100)
+CPU = Target("cpu", "1 CPU thread", 8 << 30)
+PHASES = [RunPhase(name=name, key=name) for name in ("rollout", "score", "distill", "benchmark")]
+
+
+def estimator(measured=(), **overrides):
+    recipe = resolve_recipe("demo", {key.replace("__", "."): value for key, value in overrides.items()})
+    return Estimator(recipe, SMALL, LARGE, DATA, CPU, measured)
+
+
+def measurement(name: str, flops: float, seconds: float, device: str = "cpu") -> PhaseCost:
+    return PhaseCost(work=name, device=device, expected_flops=flops, cost=StageCost(stage="x", seconds=seconds))
+
+
+@pytest.mark.parametrize("phase", ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"])
+def test_a_larger_model_is_more_work_and_memory(phase):
+    recipe = resolve_recipe("demo", {})
+    small = phase_work(phase, recipe, SMALL, SMALL, DATA, "lightning")
+    large = phase_work(phase, recipe, LARGE, LARGE, DATA, "lightning")
+    assert large.flops > small.flops > 0
+    assert large.memory > small.memory > 0
+
+
+def test_training_flops_are_six_a_parameter_and_token():
+    work = estimator(distill__steps=10, distill__batch_size=4, rollout__sampling__max_new_tokens=90)
+    assert work.work("distill", "lightning").flops == 6 * SMALL.parameters * 10 * 4 * 100
+
+
+def test_live_pays_for_generation_and_the_teacher_at_every_step():
+    lightning = estimator().work("distill", "lightning")
+    live = estimator().work("distill", "live")
+    assert live.flops > lightning.flops
+    assert live.passes > 5 * lightning.passes
+    assert live.memory > lightning.memory
+
+
+def test_what_was_measured_here_replaces_what_is_assumed():
+    work = estimator().work("distill", "lightning")
+    measured = [measurement("distill:lightning", work.flops / 2, 50.0), measurement("distill:live", work.flops, 1.0)]
+    phase = estimator(measured).method("lightning", PHASES).phases[3]
+    assert (phase.seconds, phase.basis.split(";")[0]) == (100.0, "measured in 1 earlier run(s) on cpu")
+    for useless in (
+        measurement("distill:lightning", work.flops, 1.0, device="cuda"),
+        measurement("distill:lightning", work.flops * 1000, 1.0),
+    ):
+        assert "assumed" in estimator([useless]).method("lightning", PHASES).phases[3].basis
+
+
+def test_the_start_of_the_process_is_an_item_of_its_own():
+    """Assumed until earlier runs have measured it; it is part of the sum."""
+    assumed = estimator().method("lightning", PHASES)
+    assert (assumed.phases[0].phase, assumed.phases[0].seconds) == (PROCESS_START, ASSUMED_START_SECONDS)
+    assert assumed.phases[0].basis.startswith("assumed: 8 s")
+    known = [measurement(PROCESS_START, 0.0, seconds) for seconds in (3.0, 90.0, 4.0)]
+    measured = estimator(known).method("lightning", PHASES)
+    assert measured.phases[0].seconds == 4.0
+    assert measured.phases[0].basis.startswith("measured in 3 earlier run(s)")
+    assert measured.seconds == pytest.approx(assumed.seconds - ASSUMED_START_SECONDS + 4.0)
+
+
+def test_measurements_come_from_the_artifacts_and_damaged_ones_are_passed_over(tmp_path):
+    for name, text in (("a", ArtifactCosts(phases=[measurement("sft", 1.0, 1.0)]).to_json()), ("b", "{")):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        (tmp_path / "model" / name / COST_FILE).write_text(text)
+    assert [cost.work for cost in measured_costs(tmp_path)] == ["sft"]
+
+
+def test_satisfied_phases_cost_nothing():
+    done = [phase.model_copy(update={"satisfied_by": "x"}) for phase in PHASES]
+    estimate = estimator().method("lightning", done)
+    assert (estimate.seconds, estimate.flops, estimate.disk_bytes, estimate.phases) == (0, 0, 0, [])
+
+
+def test_findings_compare_with_what_is_free():
+    estimate = MethodEstimate(
+        method="live",
+        flops=1,
+        seconds=1,
+        peak_memory_bytes=3 << 30,
+        disk_bytes=5 << 30,
+        memory_basis="",
+        disk_basis="",
+        phases=[],
+    )
+    assert resource_findings(estimate, CPU, 6 << 30) == []
+    tight = resource_findings(estimate, Target("cpu", "1 CPU thread", 1 << 30), 4 << 30)
+    assert [finding.code for finding in tight] == ["not_enough_memory", "not_enough_disk"]
+    assert "3 GiB" in tight[0].message
+
+
+def test_only_distillation_differs_by_method():
+    assert (work_name("sft", "live"), work_name("distill", "live")) == ("sft", "distill:live")
+
+
+# 8-bit moments: 2.03125 bytes a parameter, 8 in the embedding, which is 64,000 of the million parameters here.
+@pytest.mark.parametrize(
+    ("precision", "saved"),
+    [
+        ("split_master", 24 + 4),
+        ("bf16_stochastic", 18 + 2),
+        pytest.param("fp32_master_8bit", 3 * (4 + 0.064 * 8 + 1.90125) + 4, marks=pytest.mark.needs("torchao")),
+    ],
+)
+def test_narrow_weights_need_less_memory_and_less_disk(precision, saved):
+    narrow = {"distill__optimizer__precision": precision}
+    phases = [phase for phase in PHASES if phase.name == "distill"]
+    estimate, wide = estimator(**narrow).method("lightning", phases), estimator().method("lightning", phases)
+    assert estimate.peak_memory_bytes < wide.peak_memory_bytes
+    assert estimate.disk_bytes == saved * SMALL.parameters + (16 << 20)
+
+
+def test_a_device_that_is_too_small_for_all_activations_gets_checkpointing_and_the_plan_says_so():
+    recipe = resolve_recipe("demo", {"distill.micro_batch_tokens": 8192})
+    phases = [phase for phase in PHASES if phase.name == "distill"]
+    roomy = Estimator(recipe, SMALL, LARGE, DATA, CPU).method("lightning", phases)
+    assert "activation checkpointing" not in roomy.memory_basis
+    target = Target("cpu", "1 CPU thread", roomy.peak_memory_bytes - (1 << 20))
+    tight = Estimator(recipe, SMALL, LARGE, DATA, target).method("lightning", phases)
+    assert tight.peak_memory_bytes < roomy.peak_memory_bytes
+    assert "activation checkpointing" in tight.memory_basis
+
+
+def test_the_plan_counts_a_training_as_the_engine_does():
+    """The example's student: its shape from its files here, from the loaded model there."""
+    import torch
+
+    from opd_mcp.engine.models.loading import load_model
+    from opd_mcp.engine.runtime import Runtime
+    from opd_mcp.engine.training.activations import step_memory
+
+    recipe = resolve_recipe("demo", {})
+    shape = model_shape(inspect_model(EXAMPLE / "student"))
+    work = phase_work("distill", recipe, shape, shape, DATA, "lightning")
+    runtime = Runtime(torch.device("cpu"), torch.float32, seed=0)
+    model = load_model(EXAMPLE / "student", runtime, for_training=True).model
+    section, length = recipe.distill, int(DATA.prompt_tokens) + recipe.rollout.sampling.max_new_tokens
+    tokens = micro_tokens(section.micro_batch_tokens, length, section.batch_size * length)
+    ours = step_memory(
+        model, section.optimizer.precision, section.activation_checkpointing, tokens=tokens, runtime=runtime
+    )
+    assert (work.memory, work.checkpointing) == (ours.total, ours.policy)
+
+
+def test_the_largest_checkpoints_are_part_of_the_disk_and_are_named():
+    estimate = estimator().method("lightning", PHASES)
+    without = estimator().method("lightning", [phase for phase in PHASES if phase.name != "distill"])
+    assert estimate.disk_bytes - without.disk_bytes == (36 + 4) * SMALL.parameters + (16 << 20)
+    assert "34.3 MiB for a training phase's checkpoints" in estimate.disk_basis

@@ -1,0 +1,246 @@
+"""Plans: teacher consistency, what is already there, what blocks, and what it costs."""
+
+import json
+
+import pytest
+
+from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, PathError, PlanError, ResourceError
+from opd_mcp.schemas.requests import StartDistillation
+from opd_mcp.server.render.runs import plan_text
+
+NEEDS_SFT = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
+HAS_SFT = ["rollout", "score", "distill", "benchmark"]
+
+
+def names(plan):
+    return [phase.name for phase in plan.phases]
+
+
+def codes(findings):
+    return [finding.code for finding in findings]
+
+
+def test_a_plain_student_gets_its_sft_on_this_teacher_first(service, world):
+    plan = service.plan(world.plan_arguments(sft_prompts=world.prompts("sft")))
+    assert names(plan) == NEEDS_SFT
+    assert (plan.consistency.status, plan.consistency.basis) == ("consistent", "by_construction")
+    assert plan.blocking == []
+    assert plan.next_action == f"Call start_distillation(plan_id='{plan.plan_id}')"
+    assert plan.sample[0] == "1+0=?"
+
+
+@pytest.mark.parametrize(
+    ("method", "phases"),
+    [
+        ("live", ["generate_responses", "sft", "distill", "benchmark"]),
+        ("sft", ["generate_responses", "sft", "benchmark"]),
+    ],
+)
+def test_the_method_decides_the_phases(service, world, method, phases):
+    assert names(service.plan(world.plan_arguments(method=method))) == phases
+
+
+def test_a_student_of_this_teacher_is_consistent_and_proven(service, world, sft_student):
+    plan = service.plan(world.plan_arguments(student=sft_student(world.teacher)))
+    assert names(plan) == HAS_SFT
+    assert (plan.consistency.status, plan.consistency.basis) == ("consistent", "proven")
+
+
+def test_a_student_of_another_teacher_is_stopped_with_both_identities(service, world, sft_student):
+    student = sft_student(world.other_teacher)
+    plan = service.plan(world.plan_arguments(student=student))
+    assert codes(plan.blocking) == ["teacher_mismatch"]
+    finding = plan.blocking[0]
+    assert plan.consistency.teacher.label() in finding.message
+    assert plan.consistency.sft_teacher.label() in finding.message
+    assert "allow_teacher_mismatch=True" in finding.fix
+    before = service.list_runs().total
+    with pytest.raises(PlanError, match=r"plan_blocked.*teacher_mismatch.*teacher_other_style@.*teacher@"):
+        service.start_distillation(world.start_arguments(student=student))
+    assert service.list_runs().total == before
+
+
+def test_a_mismatch_can_be_allowed_and_is_said_and_recorded(service, world, sft_student, finished):
+    student = sft_student(world.other_teacher)
+    plan = service.plan(world.plan_arguments(student=student, allow_teacher_mismatch=True))
+    assert plan.blocking == []
+    assert "teacher_mismatch" in codes(plan.warnings)
+    assert plan.consistency.mismatch_allowed
+    started = service.start_distillation(world.start_arguments(student=student, allow_teacher_mismatch=True))
+    assert finished(service, started.run_id).state == "succeeded"
+    assert service.store.record(started.run_id).request.inputs.allow_teacher_mismatch
+
+
+def test_a_declared_teacher_is_asserted_never_proven(service, world):
+    for declared in (world.teacher, "teacher"):
+        plan = service.plan(world.plan_arguments(declared_teacher=declared))
+        assert names(plan) == HAS_SFT
+        assert (plan.consistency.status, plan.consistency.basis) == ("consistent", "asserted")
+        assert "lineage_asserted" in codes(plan.warnings)
+
+
+def test_a_declared_teacher_that_is_another_one_is_a_mismatch(service, world):
+    for declared in (world.other_teacher, "some-other-model"):
+        plan = service.plan(world.plan_arguments(declared_teacher=declared))
+        assert codes(plan.blocking) == ["teacher_mismatch"]
+
+
+def test_tokenizers_that_differ_are_refused_with_the_first_token(service, world):
+    student = world.copy_of(world.student, "student")
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["@"] = vocabulary.pop("7")
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConsistencyError, match=r"tokenizer_mismatch.*'7'.*'@'"):
+        service.plan(world.plan_arguments(student=str(student)))
+
+
+def test_a_plan_says_what_it_assumes_about_the_prompts(service, world):
+    plan = service.plan(world.plan_arguments())
+    assert codes(plan.warnings) == ["sft_prompts_default", "no_eval_prompts"]
+    overlapping = world.plan_arguments(sft_prompts=world.prompts("sft", start=90), eval_prompts=world.prompts(start=3))
+    found = {finding.code: finding.message for finding in service.plan(overlapping).warnings}
+    assert "6 of 6" in found["eval_overlap"]
+    without = world.file("no-answers.jsonl", '{"prompt": "9+9=?"}\n')
+    assert "no_answers" in codes(service.plan(world.plan_arguments(eval_prompts=without)).warnings)
+
+
+def test_what_earlier_runs_made_is_satisfied_and_costs_nothing(service, world, finished):
+    before = service.plan(world.plan_arguments(overrides={"sft.steps": 3, "distill.steps": 3}))
+    finished(service, service.start_distillation(world.start_arguments()).run_id)
+    after = service.plan(world.plan_arguments(overrides={"sft.steps": 3, "distill.steps": 3}))
+    assert after.plan_id == before.plan_id
+    assert all(phase.satisfied_by for phase in after.phases)
+    assert after.estimates[0].seconds == 0
+    live = next(estimate for estimate in after.estimates if estimate.method == "live")
+    assert [phase.phase for phase in live.phases] == ["process_start", "distill", "benchmark"]
+
+
+def test_live_and_lightning_stand_side_by_side_with_their_basis(service, world):
+    plan = service.plan(world.plan_arguments())
+    by_method = {estimate.method: estimate for estimate in plan.estimates}
+    assert list(by_method) == ["lightning", "live"]
+    assert [phase.phase for phase in by_method["lightning"].phases] == ["process_start", *NEEDS_SFT]
+    flops = {name: {phase.phase: phase.flops for phase in found.phases} for name, found in by_method.items()}
+    assert flops["live"]["distill"] > flops["lightning"]["distill"]
+    for estimate in plan.estimates:
+        assert estimate.memory_basis
+        assert estimate.disk_basis
+        assert all("assumed" in phase.basis for phase in estimate.phases)
+        assert estimate.peak_memory_bytes > 0
+
+
+def test_what_does_not_fit_blocks_the_plan_with_numbers(service, world):
+    huge = {"sft.micro_batch_tokens": 10**9, "sft.batch_size": 10**6, "rollout.count": 10**9}
+    plan = service.plan(world.plan_arguments(overrides=huge))
+    assert codes(plan.blocking) == ["not_enough_memory", "not_enough_disk"]
+    assert "GiB" in plan.blocking[0].message
+    assert plan.blocking[0].fix in plan.next_action
+
+
+def test_the_top_k_estimator_gets_a_cache_that_holds_its_k(service, world):
+    plan = service.plan(world.plan_arguments(preset="quick", estimator="topk_reverse_kl"))
+    assert (plan.recipe.score.topk, plan.recipe.distill.topk) == (8, 8)
+    sampled = service.plan(world.plan_arguments(preset="quick"))
+    assert sampled.recipe.score.topk == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"distill.step": 3}, r"unknown_override.*distill\.steps"),
+        ({"distill.steps": 0}, r"invalid_argument.*distill\.steps"),
+        ({"distill.method": "live"}, "contradicts the argument method"),
+        ({"distill.estimator": "topk_reverse_kl"}, "contradicts the argument estimator"),
+    ],
+)
+def test_overrides_are_checked(service, world, overrides, message):
+    with pytest.raises(ArgumentError, match=message):
+        service.plan(world.plan_arguments(overrides=overrides))
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_the_start(service, world, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ResourceError, match="device_unavailable"):
+        service.plan(world.plan_arguments(overrides={"runtime.device": "cuda"}))
+
+
+def test_models_of_the_hub_are_planned_with_what_is_not_known_yet(service, world):
+    plan = service.plan(world.plan_arguments(teacher="org/teacher", declared_teacher="org/teacher"))
+    assert names(plan) == ["fetch", *HAS_SFT]
+    assert plan.consistency.status == "unknown"
+    assert "checked_after_fetch" in codes(plan.warnings)
+    assert plan.estimates == []
+
+
+BAD_DATA = {
+    "empty.jsonl": ("", DataError, "empty_data"),
+    "malformed.jsonl": ('{"prompt": "1+1=?"}\n{"prompt": \n', DataError, r"malformed_line.*malformed\.jsonl line 2"),
+    "fieldless.jsonl": ('{"prompt": "1+1=?"}\n{"text": "x"}\n', DataError, r"missing_field.*line 2"),
+    "data.csv": ("prompt\n1+1=?\n", DataError, "unknown_format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+@pytest.mark.parametrize("role", ["prompts", "sft_prompts", "eval_prompts"])
+def test_bad_data_is_one_error_and_nothing_starts(service, world, name, role):
+    content, error, message = BAD_DATA[name]
+    with pytest.raises(error, match=message):
+        service.start_distillation(world.start_arguments(**{role: world.file(name, content)}))
+    assert service.list_runs().total == 0
+
+
+def test_a_plan_is_its_id_and_starts_once(service, world, busy_machine):
+    arguments = world.plan_arguments()
+    plan = service.plan(arguments)
+    assert service.plan(arguments).plan_id == plan.plan_id
+    first = service.start_distillation(StartDistillation(plan_id=plan.plan_id))
+    again = world.service().start_distillation(StartDistillation(plan_id=plan.plan_id))
+    by_arguments = service.start_distillation(StartDistillation(**arguments.model_dump()))
+    assert {first.run_id} == {again.run_id, by_arguments.run_id}
+    with pytest.raises(ArgumentError, match="given beside it: preset"):
+        service.start_distillation(StartDistillation(plan_id=plan.plan_id, preset="paper"))
+    service.cancel(first.run_id)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("student", r"student\.identity\.weights"), ("prompts", r"prompts\.sha256"), ("teacher", r"not_found")],
+)
+def test_a_plan_that_no_longer_matches_names_what_changed(service, world, change, named):
+    student, teacher = world.copy_of(world.student, "student"), world.copy_of(world.teacher, "teacher")
+    plan = service.plan(world.plan_arguments(student=str(student), teacher=str(teacher)))
+    if change == "student":
+        weights = bytearray((student / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (student / "model.safetensors").write_bytes(weights)
+    elif change == "prompts":
+        world.prompts(count=7)
+    else:
+        teacher.rename(teacher.with_name("moved"))
+    with pytest.raises((PlanError, PathError), match=named) as caught:
+        service.start_distillation(StartDistillation(plan_id=plan.plan_id))
+    assert caught.value.code in {"plan_changed", "not_found"}
+    assert service.list_runs().total == 0
+
+
+def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
+    prompts = world.root / "data" / "odd.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("1+1=?", "1+1=?", "2+2=?", "1" * 300)))
+    evaluation = world.root / "data" / "odd-eval.jsonl"
+    evaluation.write_text('{"prompt": "1+1=?", "answer": "2"}\n{"prompt": " 2 + 2 = ? ", "answer": "4"}\n')
+    overrides = {"prompting.max_prompt_tokens": 100}
+    arguments = world.plan_arguments(prompts=str(prompts), eval_prompts=str(evaluation), overrides=overrides)
+    plan = service.plan(arguments)
+    assert plan.hygiene.to_dict() == {
+        "prompts": 4,
+        "over_long_prompts": 1,
+        "duplicate_prompts": 1,
+        "eval_overlap_exact": 2,  # both copies of 1+1=?
+        "eval_overlap_normalised": 3,
+    }
+    assert "prompts: 4, over-long 1, duplicates 1, in the evaluation set 2 exactly, 3 normalised" in plan_text(plan)
+    found = {warning.code: warning.message for warning in plan.warnings}
+    assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]
+    assert "1 of 4 prompts are over 100 tokens" in found["over_long_prompts"]
+    assert "2 of 2 eval prompts are also training prompts (1 to the letter" in found["eval_overlap"]

@@ -1,0 +1,30 @@
+"""The real worker with the stand-in stages; takes the same command line as `opd-mcp worker`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from opd_mcp.worker.main import main
+from opd_mcp.worker.watchdog import WatchSettings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def load_stages():
+    import stand_in_stages
+
+    return stand_in_stages
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_id")
+    parser.add_argument("--workspace", type=Path)
+    parser.add_argument("--lock-fd", type=int)
+    parser.add_argument("--lease-folder", type=Path)
+    parser.add_argument("--cpu-slots", type=int)
+    parser.add_argument("--stall-seconds", type=float, default=60.0)
+    given = parser.parse_args()
+    folders = {"lease_folder": given.lease_folder, "cpu_slots": given.cpu_slots}
+    watch = WatchSettings(floor=given.stall_seconds, poll=0.02)
+    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages, watch=watch))

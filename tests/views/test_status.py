@@ -1,0 +1,185 @@
+"""ETA and next steps, from journals as workers write them."""
+
+import time
+
+import pytest
+
+from opd_mcp.schemas.runs import Failure, RunRecord
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.run_view import RunView, seconds_of
+from opd_mcp.store.runs import RunLock, cancel_requested_at, request_cancel
+from opd_mcp.views.status import costs_by_stage, next_action, remaining_seconds, status_of
+
+
+@pytest.fixture
+def record(service, world, busy_machine) -> RunRecord:
+    """A queued run's record with round expectations."""
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    expected = dict.fromkeys(["generate_responses", "sft", "rollout", "score", "distill", "benchmark"], 10.0)
+    service.cancel(run_id)
+    return service.store.record(run_id).model_copy(update={"expected_phase_seconds": expected})
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """A journal whose run is alive."""
+    (tmp_path / "run").mkdir()
+    lock = RunLock.acquire(tmp_path / "run")
+    with JournalWriter(tmp_path / "run" / "journal.jsonl", 1) as writer:
+        yield writer
+    lock.release()
+
+
+def view_of(tmp_path) -> RunView:
+    return RunView(tmp_path / "run").refresh()
+
+
+def finished(journal, phase: str, seconds: float, *, reused: bool = False) -> None:
+    journal.append("phase", {"phase": phase, "event": "started"})
+    cost = {"stage": phase, "seconds": seconds, "reused": reused}
+    journal.append("phase", {"phase": phase, "event": "reused" if reused else "finished", "cost": cost})
+
+
+def test_the_rest_is_the_current_pace_plus_what_is_expected_of_later_phases(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    finished(journal, "generate_responses", 20.0)
+    journal.append("phase", {"phase": "sft", "event": "started"})
+    view = view_of(tmp_path)
+    started = seconds_of(view.phase_started_at)
+    # Responses took twice what was expected, so everything else counts twice.
+    assert remaining_seconds(view, record, started + 5.0) == pytest.approx(15.0 + 4 * 20.0)
+    journal.append("progress", {"done": 1, "total": 101, "unit": "steps"})
+    time.sleep(0.05)
+    journal.append("progress", {"done": 2, "total": 101, "unit": "steps"})
+    view.refresh()
+    now = seconds_of(view.updated_at)
+    assert remaining_seconds(view, record, now) == pytest.approx(view.progress.eta_s + 80.0)
+
+
+def test_a_reused_phase_says_nothing_about_the_pace(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    finished(journal, "generate_responses", 500.0, reused=True)
+    assert remaining_seconds(view_of(tmp_path), record, time.time()) == pytest.approx(50.0)
+
+
+def test_a_phase_that_counts_in_parts_goes_by_what_is_expected(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    for phase in ("generate_responses", "sft", "rollout", "score", "distill"):
+        finished(journal, phase, 10.0)
+    journal.append("phase", {"phase": "benchmark", "event": "started"})
+    for done in (1, 500):
+        journal.append("progress", {"done": done, "total": 500, "unit": "greedy responses of distilled"})
+        time.sleep(0.01)
+    view = view_of(tmp_path)
+    assert remaining_seconds(view, record, seconds_of(view.phase_started_at) + 4.0) == pytest.approx(6.0)
+
+
+def test_what_is_not_known_is_absent(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    journal.append("phase", {"phase": "sft", "event": "started"})
+    view = view_of(tmp_path)
+    assert remaining_seconds(view, record.model_copy(update={"expected_phase_seconds": {}}), time.time()) is None
+    # Longer than expected and without a pace of its own: nobody can say.
+    assert remaining_seconds(view, record, seconds_of(view.phase_started_at) + 11.0) is None
+    status = status_of(view, record.model_copy(update={"expected_phase_seconds": {}}), None)
+    assert (status.eta_s, status.next_check_s) == (None, 15.0)
+    assert "eta_s" not in status.to_dict()
+
+
+def test_the_next_check_follows_the_eta_within_limits(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    for seconds, check in ((0.1, 5.0), (20.0, 120.0), (1000.0, 300.0)):
+        expected = dict.fromkeys(record.expected_phase_seconds, seconds)
+        status = status_of(view_of(tmp_path), record.model_copy(update={"expected_phase_seconds": expected}), None)
+        assert status.next_check_s == pytest.approx(check, abs=1)
+
+
+def test_a_finished_run_shows_no_phase_and_no_next_check(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    journal.append("phase", {"phase": "sft", "event": "started"})
+    journal.append("state", {"state": "succeeded"})
+    status = status_of(view_of(tmp_path), record, None)
+    assert (status.phase, status.progress, status.next_check_s, status.eta_s) == (None, None, None, None)
+    assert status.elapsed_s >= 0
+
+
+def test_a_cancel_request_is_pending_until_the_run_has_ended(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    assert status_of(view_of(tmp_path), record, None).cancel_requested is None
+    request_cancel(tmp_path / "run")
+    status = status_of(view_of(tmp_path), record, None)
+    assert status.cancel_requested == cancel_requested_at(tmp_path / "run")
+    assert (status.state, status.eta_s, status.next_check_s) == ("running", None, 5.0)
+    assert "cancellation is pending" in status.next_action
+    assert "get_run_status" in status.next_action
+    journal.append("state", {"state": "cancelled"})
+    ended = status_of(view_of(tmp_path), record, None)
+    assert (ended.cancel_requested, ended.next_action) == (None, f"Call resume_run(run_id='{record.run_id}')")
+
+
+def test_a_run_whose_teacher_was_away_is_to_be_resumed(tmp_path, journal, record):
+    failure = Failure(code="teacher_unreachable", cause="No answer.", fix="See that it is up, then call resume_run.")
+    journal.append("state", {"state": "running"})
+    journal.append("error", failure.to_dict())
+    journal.append("state", {"state": "failed"})
+    assert next_action(view_of(tmp_path), record) == f"Call resume_run(run_id='{record.run_id}')"
+
+
+def test_alerts_pass_through(tmp_path, journal, record):
+    journal.append("alert", {"code": "loss_grows", "message": "The loss grows."})
+    assert status_of(view_of(tmp_path), record, None).alerts[0].code == "loss_grows"
+
+
+def test_an_alert_that_a_resumed_run_raises_again_stands_once_at_its_last_time(tmp_path, journal, record):
+    told = [("loss_grows", "The loss grows."), ("step_stalled", "5 s"), ("loss_grows", "The loss grows.")]
+    for code, message in told:
+        journal.append("alert", {"code": code, "message": message})
+    with JournalWriter(tmp_path / "run" / "journal.jsonl", 2) as second:
+        last = second.append("alert", {"code": "loss_grows", "message": "The loss grows."})
+        second.append("alert", {"code": "step_stalled", "message": "7 s"})
+    view = view_of(tmp_path)
+    assert len(view.alerts) == 5, "the journal keeps them all"
+    alerts = status_of(view, record, None).alerts
+    assert [(alert.code, alert.message) for alert in alerts] == [
+        ("step_stalled", "5 s"),
+        ("loss_grows", "The loss grows."),
+        ("step_stalled", "7 s"),
+    ]
+    assert alerts[1].time == last.time
+
+
+def test_a_phase_that_a_later_attempt_takes_over_counts_once_for_the_pace(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    finished(journal, "generate_responses", 40.0)
+    finished(journal, "sft", 20.0)
+    finished(journal, "generate_responses", 40.0, reused=True)  # as runs before told it
+    finished(journal, "sft", 20.0)
+    view = view_of(tmp_path)
+    assert [(cost.stage, cost.reused) for cost in costs_by_stage(view)] == [
+        ("generate_responses", False),
+        ("sft", False),
+    ]
+    assert remaining_seconds(view, record, time.time()) == pytest.approx(4 * 30.0), "60 s for what 20 s were expected"
+
+
+def test_each_ended_kind_names_the_next_call(tmp_path, journal, record):
+    journal.append("state", {"state": "succeeded"})
+    view = view_of(tmp_path)
+    calls = {
+        "generate": "start_sft",
+        "sft": "build_teacher_cache",
+        "cache": "start_distillation",
+        "distill": "benchmark_student",
+    }
+    for kind, call in calls.items():
+        ended = record.model_copy(update={"request": record.request.model_copy(update={"kind": kind})})
+        assert next_action(view, ended).startswith(f"Call {call}(")
+
+
+@pytest.mark.parametrize(("difference", "said"), [([-0.1, -0.15, -0.05], True), ([-0.02, -0.06, 0.02], False)])
+def test_a_result_below_its_baseline_is_said(tmp_path, journal, record, difference, said):
+    comparison = {"candidate": "distilled", "baseline": "sft", "accuracy_difference": difference}
+    journal.append("state", {"state": "running"})
+    journal.append("result", {"comparisons": [comparison]})
+    journal.append("state", {"state": "succeeded"})
+    assert next_action(view_of(tmp_path), record).startswith("Beware: distilled is less accurate than sft") == said
