@@ -9,6 +9,7 @@ from typing import Any
 from chaos_damage import Damage, answer, fresh_copy, run_trials
 from chaos_workload import Place
 
+from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.requests import ListArtifacts, StartDistillation
 from opd_mcp.service import JobService
@@ -79,7 +80,8 @@ def reused(place: Place, run_id: str) -> Any:
     started = service.store.start_once(record)
     assert started.lock is not None
     with tempfile.TemporaryDirectory() as leases:  # this process stays, and its leases with it
-        worker.main(place.root / "home", "again", started.lock.descriptor, Path(leases), 1, no_stages)
+        settings = worker.WorkerSettings(LeaseFolder(Path(leases), 1), load_stages=no_stages)
+        worker.main(place.root / "home", "again", started.lock.descriptor, settings)
     status = service.status("again")
     said = {"state": status.state, "error": status.error and status.error.code}
     return {**said, "alerts": [alert.code for alert in status.alerts], **(status.result or {})}

@@ -24,8 +24,9 @@ def main(plan_file: Path, log: Path, rest: list[str]) -> None:
         patch_native_writers(points)
         return stages
 
-    worker.main.__defaults__ = tuple(  # the command line gives no stages of its own
-        engine_over_failpoints if value is load else value for value in worker.main.__defaults__ or ()
+    made = worker.WorkerSettings.__init__
+    made.__defaults__ = tuple(  # the command line gives no stages of its own
+        engine_over_failpoints if value is load else value for value in made.__defaults__ or ()
     )
     sys.argv = ["opd-mcp", "worker", *rest]
     from opd_mcp.cli import main as command_line

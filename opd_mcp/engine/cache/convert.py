@@ -1,6 +1,6 @@
 """From the paper authors' Parquet to a teacher cache, with the list of what it lacks.
 
-Their rows: `prompt`, and `metadata` with `response_tokens`, `loss_mask` and `teacher_log_probs`, one value a response
+Their rows: `prompt`, and `metadata` with `response_tokens`, `loss_mask` and `teacher_log_probs`, one value per response
 token. Rollouts went through text there, so the stop token is gone, and nothing says who drew or scored them.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_mcp.engine.cache.manifest import MANIFEST_FILE, RolloutTally, write_manifest
+from opd_mcp.engine.cache.manifest import RolloutTally, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, write_shard
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.encoding import prompt_ids
@@ -19,6 +19,7 @@ from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
 from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
 from opd_mcp.identity.data import PromptRow
 from opd_mcp.identity.files import file_sha256, publish_directory
+from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model, text_hash
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, ScoreStatistics, Shard
 from opd_mcp.schemas.errors import ArgumentError, DataError

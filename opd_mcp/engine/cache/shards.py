@@ -1,4 +1,4 @@
-"""Parquet shards of sequences: exact token ids and log-probs, BYTE_STREAM_SPLIT + zstd, a CRC a row.
+"""Parquet shards of sequences: exact token ids and log-probs, BYTE_STREAM_SPLIT + zstd, a CRC per row.
 
 Readable by `datasets.load_dataset("parquet", …)` and by pyarrow alone. pyarrow is imported when a shard is touched, so
 that training on data in memory needs none.

@@ -75,7 +75,7 @@ def grouped_rows(
 def packed_groups(lengths: NDArray[np.int64], indices: NDArray[np.int64], micro_batch_tokens: int) -> list[Group]:
     """`indices` in groups of at most `micro_batch_tokens` tokens (a longer row goes alone), by first-fit decreasing.
 
-    Rows of a group stand in falling order of length, equal ones in the order given.
+    Rows of a group are in falling order of length, equal ones in the order given.
     """
     ordered = indices[np.argsort(-lengths[indices], kind="stable")]
     groups: list[list[int]] = []

@@ -11,7 +11,7 @@ from opd_mcp.engine.runtime import TooSlow, processor_seconds
 from opd_mcp.identity.data import PromptRow, ResponseRow
 from opd_mcp.schemas.errors import ArgumentError, DataError
 
-# Far above what a template and a tokenizer take for a prompt.
+# far above what a template and a tokenizer take for a prompt
 TEMPLATE_SECONDS = 20.0
 TEMPLATE_SECONDS_A_PROMPT = 0.05
 MAX_PROMPT_CHARACTERS = 8 << 20
@@ -71,7 +71,7 @@ def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase, context: Cont
             messages, add_generation_prompt=True, tokenize=False, **context.prompting.chat_template_kwargs
         )
     )
-    if len(text) > MAX_PROMPT_CHARACTERS:  # the tokenizer's native code would go on beyond any limit of time
+    if len(text) > MAX_PROMPT_CHARACTERS:  # the tokenizer's native code would run beyond any limit of time
         raise DataError(
             "too_large",
             f"The chat template makes {len(text)} characters of a prompt, over {MAX_PROMPT_CHARACTERS}.",

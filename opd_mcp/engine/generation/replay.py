@@ -2,7 +2,7 @@
 
 A step is some thousand short kernels, which Python launches more slowly than the GPU runs them. A graph has fixed
 shapes, so keys and values lie in buffers with room for the next SEGMENT tokens. At a segment's end rows that have ended
-are dropped, room is made, and the step is recorded anew.
+are dropped, room is made, and the step is recorded again.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 SEGMENT = 256
 # attention kernels want the mask's rows aligned
 ALIGNMENT = 64
-# steps between two looks at whether all rows have ended; a look waits for the GPU
+# steps between two checks whether all rows have ended; a check waits for the GPU
 LOOK_EVERY = 16
 # below this a recording costs more than it saves
 LEAST_STEPS = 8
@@ -130,8 +130,8 @@ class Recording:
     def try_step(self, step: Callable[[], None]) -> None:
         """Take one step; the first time find out whether it waits for the GPU, which cannot be recorded.
 
-        A recording that fails leaves torch's generators and allocator in the middle of it, so none is tried in vain.
-        What a step does before it waits is done once more: it writes the same values to the same addresses.
+        A recording that fails leaves torch's generators and allocator in an undefined state, so it is not even tried.
+        What a step does before it waits is done again: it writes the same values to the same addresses.
         """
         if self.possible is None:
             before = torch.cuda.get_sync_debug_mode()

@@ -22,7 +22,7 @@ from opd_mcp.engine.models.embeddings import embedded
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch without it: SDPA a document there too
+except ImportError:  # torch without it: SDPA per document there too
     varlen_attn = None  # type: ignore[assignment]
 
 PACKED = "opd_packed"
@@ -38,7 +38,7 @@ SPARE_SCORES = 16384
 class Documents:
     """Lengths of the documents that lie end to end in one packed row of T tokens, on `device`.
 
-    Not frozen: torch's compiler looks into frozen dataclasses, and would compile anew for each number of documents.
+    Not frozen: torch's compiler looks into frozen dataclasses, and would compile again for each number of documents.
     """
 
     lengths: list[int]
@@ -311,7 +311,7 @@ def packed_hidden(
 
 
 def padded_hidden(model: PreTrainedModel, input_ids: Tensor, documents: Documents) -> Tensor:
-    """Last hidden states [T, H] of the same ids, computed as one padded row a document."""
+    """Last hidden states [T, H] of the same ids, computed as one padded row per document."""
     lengths = torch.tensor(documents.lengths, device=input_ids.device)
     inside = torch.arange(int(lengths.max()), device=input_ids.device)[None] < lengths[:, None]
     padded = torch.zeros(inside.shape, dtype=torch.long, device=input_ids.device).masked_scatter(inside, input_ids)

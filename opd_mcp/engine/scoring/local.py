@@ -78,7 +78,7 @@ class Teacher(Protocol):
         """V of its head, padding included."""
 
     def score(self, sequences: Sequences, topk: int) -> ScoredRows:
-        """Scores of every row; raises OpdError when no row can be scored any more."""
+        """Scores of every row; raises OpdError when the teacher has become unusable."""
 
     def close(self) -> None:
         """Close its connections."""
@@ -111,7 +111,7 @@ class LocalTeacher:
 
 
 def open_local(path: Path, runtime: Runtime, micro_batch_tokens: int) -> LocalTeacher:
-    """The teacher in a model directory; raises as `load_model`."""
+    """The teacher in a model directory; raises what `load_model` raises."""
     model = load_model(path, runtime)
     return LocalTeacher(model, full_identity(path), model.vocab_size, micro_batch_tokens, runtime)
 

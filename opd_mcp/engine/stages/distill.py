@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_mcp.engine.cache.flat import open_flat
-from opd_mcp.engine.cache.manifest import read_manifest
 from opd_mcp.engine.context import Context, DistillInputs
 from opd_mcp.engine.data.batches import StepData, StepsFrom, shuffled_batches, stored_batches
 from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
@@ -38,7 +37,7 @@ from opd_mcp.engine.training.watches import DistillWatch
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data import prompts_hash, read_prompts
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim

@@ -20,14 +20,7 @@ from opd_mcp.engine.cache.building import (
     note_path,
     open_build,
 )
-from opd_mcp.engine.cache.manifest import (
-    MANIFEST_FILE,
-    RolloutRecord,
-    ScoreTally,
-    read_manifest,
-    read_record,
-    write_manifest,
-)
+from opd_mcp.engine.cache.manifest import RolloutRecord, ScoreTally, read_record, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, compacted, read_shard, widened, write_shard
 from opd_mcp.engine.context import Context, ScoreInputs, TeacherInputs, require_going
 from opd_mcp.engine.data.sequences import TRUNCATED, Sequences
@@ -50,7 +43,7 @@ from opd_mcp.identity.consistency import (
     require_behaviour,
     require_consistent,
 )
-from opd_mcp.identity.lineage import LINEAGE_FILE
+from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard, TeacherDelta

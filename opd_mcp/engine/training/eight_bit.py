@@ -1,7 +1,7 @@
 """AdamW on float32 weights whose moments are torchao's block-wise 8-bit codes; needs the extra `int8`.
 
 torchao's own step compiles a kernel for each shape, which needs a compiler at run time. This one runs torchao's
-arithmetic as it stands, a part of a weight at a time, so that its temporaries stay small on every device.
+arithmetic unchanged, a part of a weight at a time, so that its temporaries stay small on every device.
 """
 
 from collections.abc import Iterable

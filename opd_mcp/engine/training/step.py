@@ -44,7 +44,7 @@ class Stopwatch:
         self._seconds[name] += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """The parts' seconds, and start anew; waits for the device on CUDA."""
+        """The parts' seconds since the last reading; waits for the device on CUDA."""
         if self._events:
             torch.cuda.synchronize()
             for name, begin, end in self._events:

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.convert import converted
 from opd_mcp.engine.cache.flat import FLAT_FILE, FlatProblem, open_flat, read_flat
-from opd_mcp.engine.cache.manifest import read_cache, read_manifest, write_manifest
+from opd_mcp.engine.cache.manifest import read_cache, write_manifest
 from opd_mcp.engine.cache.merge import merged
 from opd_mcp.engine.cache.verify import value_problems, verified
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.batches import shuffled_batches
 from opd_mcp.engine.runtime import generator_for
 from opd_mcp.engine.scoring.local import rescorer
-from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, IntegrityError
 from opd_mcp.server.render.caches import manifest_lines

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.cache.manifest import read_cache, read_manifest, read_rollouts
+from opd_mcp.engine.cache.manifest import read_cache, read_rollouts
 from opd_mcp.engine.cache.verify import verified
 from opd_mcp.engine.context import SilentReporter
 from opd_mcp.engine.scoring import server as scorer
 from opd_mcp.engine.scoring.connection import Access, Patience
 from opd_mcp.engine.scoring.remote import open_remote
 from opd_mcp.engine.scoring.server import TeacherService
+from opd_mcp.identity.lineage import read_manifest
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, IntegrityError, OpdError
 from opd_mcp.schemas.identity import RemoteTeacher
 

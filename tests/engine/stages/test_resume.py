@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from opd_mcp.engine.cache.building import BUILD_FILE
-from opd_mcp.engine.cache.manifest import read_manifest
 from opd_mcp.engine.cache.verify import verified
+from opd_mcp.identity.lineage import read_manifest
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, RunError
 
 KILLS = Path(__file__).resolve().parents[3] / "tools" / "kill_cache_build.py"

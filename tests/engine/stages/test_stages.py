@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.cache.manifest import read_cache, read_manifest
+from opd_mcp.engine.cache.manifest import read_cache
 from opd_mcp.engine.context import (
     BenchmarkInputs,
     Context,
@@ -24,7 +24,7 @@ from opd_mcp.engine.context import (
 )
 from opd_mcp.engine.models.loading import copy_tokenizer
 from opd_mcp.identity.consistency import asserted_claim
-from opd_mcp.identity.lineage import read_lineage, verified_lineage
+from opd_mcp.identity.lineage import read_lineage, read_manifest, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, OpdError, RunError
 from opd_mcp.schemas.recipes import Recipe
