@@ -40,23 +40,8 @@ class Reporter(Protocol):
         """Whether the stage should stop; it then raises RunError `run_cancelled` at its next step."""
 
 
-class SilentReporter:
+class SilentReporter(Reporter):
     """A reporter for library use and tests: it reports nothing and never stops."""
-
-    def phase(self, name: str) -> None:
-        """Ignored."""
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        """Ignored."""
-
-    def metric(self, step: int, values: Mapping[str, float]) -> None:
-        """Ignored."""
-
-    def alert(self, code: str, message: str) -> None:
-        """Ignored."""
-
-    def resumed(self, step: int) -> None:
-        """Ignored."""
 
     def position(self) -> int:
         """Nothing was kept."""

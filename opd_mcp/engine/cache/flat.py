@@ -58,7 +58,7 @@ def open_flat(cache: Path) -> Sequences:
 
 
 def read_flat(cache: Path) -> Sequences:
-    """The rows as read-only maps, without prompts' ids and finish reasons; every byte is checked; raises FlatProblem."""
+    """The rows as read-only maps without prompts' ids and finish reasons, each byte checked; raises FlatProblem."""
     file = cache / FLAT_FILE
     header = _header(file)
     if header["manifest"] != hashlib.sha256((cache / MANIFEST_FILE).read_bytes()).hexdigest():
