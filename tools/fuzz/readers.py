@@ -37,7 +37,7 @@ from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.planning.checks import mean_prompt_tokens
-from opd_mcp.planning.workload import DataSize, model_shape, phase_work
+from opd_mcp.planning.workload import DataSize, Workload, model_shape
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
@@ -120,8 +120,9 @@ def model_targets(root: Path) -> list[Target]:
 
     def look() -> None:
         size = model_shape(inspect_model(model))
+        workload = Workload(Recipe(), size, teacher, DataSize(10, 5.0, 10, 10))
         for phase in ("sft", "rollout", "score", "distill", "benchmark"):
-            phase_work(phase, Recipe(), size, teacher, DataSize(10, 5.0, 10, 10), "live")
+            workload.work(phase)
         mean_prompt_tokens(model, prompts)
         verified_lineage(model, full=True)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from opd_mcp.devices.hardware import Target
-from opd_mcp.planning.memory import memory_shortage, with_claims
+from opd_mcp.planning.admission import memory_shortage, with_claims
 from opd_mcp.schemas.errors import OpdError, ResourceError
 from opd_mcp.schemas.requests import GenerateTeacherResponses
 

@@ -1,23 +1,117 @@
-"""Quotas of a workspace: what a start or a resume is refused for, or will be, and how long a run has had its device."""
+"""What a start or a resume is refused for: too little memory or disk, and the quotas of the workspace."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from opd_mcp.planning.memory import active_records
+import psutil
+from pydantic import ValidationError
+
+from opd_mcp.devices.hardware import Target, gpus
 from opd_mcp.planning.workload import expected_disk
-from opd_mcp.schemas.errors import ResourceError
-from opd_mcp.schemas.plans import Finding
+from opd_mcp.schemas.errors import IntegrityError, ResourceError
+from opd_mcp.schemas.plans import Finding, MethodEstimate
 from opd_mcp.schemas.runs import RunRecord, RunRequest
 from opd_mcp.schemas.setup import Quotas
+from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.run_view import seconds_of
 from opd_mcp.store.runs import JOURNAL_FILE
-from opd_mcp.store.settings import SETTINGS_FILE, read_settings
 from opd_mcp.store.store import Store
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.worker_process import WORKER_FILE, WorkerProcess
+from opd_mcp.store.workspace import SETTINGS_FILE, Workspace, read_settings
 
 HOUR = 3600.0
+MEMORY_OVERRIDE: dict[str, Any] = {
+    "distill.micro_batch_tokens": 4096,
+    "sft.micro_batch_tokens": 4096,
+    "score.micro_batch_tokens": 4096,
+    "rollout.batch_size": 32,
+}
+RESUME_WAYS_OUT = {
+    "not_enough_memory": "Call resume_run once memory is free, or start again with lower micro_batch_tokens, "
+    "rollout.batch_size or max_new_tokens; finished phases whose settings stay are reused.",
+    "not_enough_disk": "Free disk space (opd-mcp gc shows what is unused), then call resume_run.",
+}
+
+
+def with_claims(target: Target, store: Store, cpu_slots: int) -> Target:
+    """The target with what active runs of the workspace are still expected to take there.
+
+    A GPU is one run's alone, so nobody claims a part of it. On the CPU as many runs work at a time as there are slots:
+    the largest others count, each with what it was expected to need and does not hold yet.
+    """
+    if target.kind != "cpu":
+        return target
+    records, all_on_cpu = active_records(store), not gpus()
+    there = [record for record in records if all_on_cpu or record.request.recipe.runtime.device == "cpu"]
+    claims = [unclaimed(store, record) for record in there]
+    return replace(target, claimed=sum(sorted(claims, reverse=True)[: cpu_slots - 1]))
+
+
+def active_records(store: Store) -> list[RunRecord]:
+    """The records of the active runs; one that cannot be read claims nothing."""
+    records = []
+    for run_id in store.active_runs():
+        with suppress(IntegrityError):
+            records.append(store.record(run_id))
+    return records
+
+
+def unclaimed(store: Store, record: RunRecord) -> int:
+    """Bytes that a run is expected to need and that its worker does not hold yet; 0 for a run without an estimate."""
+    held = 0
+    try:
+        worker = WorkerProcess.from_json((store.workspace.run(record.run_id) / WORKER_FILE).read_bytes())
+        process = psutil.Process(worker.pid)
+        if process.create_time() == worker.started:
+            held = process.memory_info().rss
+    except (OSError, ValidationError, psutil.Error):
+        held = 0  # a worker that is about to begin
+    return max((record.expected_memory_bytes or 0) - held, 0)
+
+
+def memory_shortage(needed: int, target: Target) -> Finding | None:
+    """What is said when a run needs more than the target has: the numbers, and the overrides that lower the need."""
+    if needed <= target.memory - target.claimed:
+        return None
+    claimed = f", and active runs are expected to take {byte_size(target.claimed)} more" if target.claimed else ""
+    return Finding(
+        code="not_enough_memory",
+        message=f"It needs about {byte_size(needed)} of memory; {target.name} has {byte_size(target.memory)} "
+        f"free{claimed}.",
+        fix="Lower distill.micro_batch_tokens, sft.micro_batch_tokens, rollout.batch_size or max_new_tokens by "
+        "overrides, choose smaller models, or wait until memory is free.",
+    )
+
+
+def resource_findings(estimate: MethodEstimate, target: Target, disk_free: int) -> list[Finding]:
+    """What the device or the disk is too small for."""
+    shortage = memory_shortage(estimate.peak_memory_bytes, target)
+    findings = [shortage] if shortage else []
+    if estimate.disk_bytes > disk_free:
+        findings.append(
+            Finding(
+                code="not_enough_disk",
+                message=f"It writes up to {byte_size(estimate.disk_bytes)}; the workspace's disk has "
+                f"{byte_size(disk_free)} free.",
+                fix="Free disk space, move the workspace (OPD_HOME), or lower rollout.count or score.topk.",
+            )
+        )
+    return findings
+
+
+def require_room(estimate: MethodEstimate | None, target: Target, disk_free: int, resumed: str | None = None) -> None:
+    """Raise ResourceError `not_enough_memory` or `not_enough_disk` where a run does not fit; `resumed` is its id.
+
+    None: a model of the run is still to be fetched, and nothing is known.
+    """
+    for finding in resource_findings(estimate, target, disk_free) if estimate else ():
+        fix = RESUME_WAYS_OUT[finding.code] if resumed else finding.fix
+        raise ResourceError(finding.code, finding.message, value=resumed, fix=fix)
 
 
 def admission(store: Store, record: RunRecord) -> Callable[[], None]:
@@ -40,7 +134,7 @@ def admission(store: Store, record: RunRecord) -> Callable[[], None]:
     return admit
 
 
-def foretold(store: Store, request: RunRequest, seconds: float | None) -> list[Finding]:
+def quota_findings(store: Store, request: RunRequest, seconds: float | None) -> list[Finding]:
     """What a start of a planned request would be refused for now, with the numbers.
 
     One whose run is active already is refused nothing: a start gives that run.
