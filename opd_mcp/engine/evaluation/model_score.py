@@ -1,10 +1,8 @@
 """Scores of one model on prompts: greedy accuracy, avg@n, pass@k, reverse KL, lengths.
 
-An answer is extracted by a regular expression, or is the whole response, and compared exactly. The reverse KL is exact
-over the vocabulary on given sequences.
+A grader says which answers are right. The reverse KL is exact over the vocabulary on given sequences.
 """
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,26 +22,27 @@ from opd_mcp.engine.generation.generator import draw_rollouts
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.loading import LoadedModel, load_tokenizer
-from opd_mcp.engine.runtime import Runtime, TooSlow, processor_seconds, seed_for
+from opd_mcp.engine.runtime import Runtime, seed_for
+from opd_mcp.grading.grade import Tally
+from opd_mcp.grading.graders import Grader
 from opd_mcp.identity.data import PromptRow
-from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
 from opd_mcp.schemas.reports import Estimate95, ModelScore
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
+# between two checks whether the run should stop
+GRADED_AT_ONCE = 64
 TILE_BYTES = 256 * 2**20
 MICRO_BATCH_TOKENS = 16384
-# Far above what a linear pattern takes; a backtracking one takes years.
-PATTERN_SECONDS = 5.0
-PATTERN_SECONDS_A_RESPONSE = 0.01
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What every model of a benchmark is measured on: the prompts, how, and the teacher of the reverse KL, if any."""
+    """What every model of a benchmark is measured on: the prompts, how, the grader of answers, the teacher, if any."""
 
     settings: BenchmarkRecipe
     rows: Sequence[PromptRow]
+    grader: Grader
     teacher: LoadedModel | None
     runtime: Runtime
     context: Context
@@ -83,6 +82,7 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
         sampled_accuracy=sampled,
         pass_at_k=passes or None,
         reverse_kl=divergence,
+        answers=measured.tally.counts() if answered else None,
         mean_response_tokens=float(everything.response_lengths().mean()),
         truncated_fraction=float((reasons == TRUNCATED).mean()),
         eos_rate=float((reasons == EOS).mean()),
@@ -94,9 +94,10 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
 
 @dataclass
 class _Measured:
-    """Every response drawn for one model, and the correctness of the greedy ones [P]."""
+    """Every response drawn for one model, the correctness of the greedy ones [P], and what grading counted."""
 
     drawn: list[Sequences] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
     greedy_correct: NDArray[np.float64] | None = None
 
 
@@ -131,21 +132,28 @@ class _Drawer:
         measured.drawn.append(drawn)
         return drawn
 
-    def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences) -> NDArray[np.float64]:
+    def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences, tally: Tally) -> NDArray[np.float64]:
         """1.0 where the response's answer is right [N]."""
-        tokenizer = load_tokenizer(self.model.path)
-        pattern = compiled_pattern(self.task.settings.answer_pattern)
+        tokenizer, context = load_tokenizer(self.model.path), self.task.context
         texts = tokenizer.batch_decode(
             [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
         )
-        return np.array(correctness(texts, [prompt.row.answer or "" for prompt in prompts], pattern), dtype=np.float64)
+        golds = [prompt.row.answer or "" for prompt in prompts]
+        right = np.zeros(len(texts))
+        for row, grade in enumerate(self.task.grader.grades(texts, golds)):
+            if row % GRADED_AT_ONCE == 0:
+                require_going(context)
+                context.reporter.progress(row, len(texts), f"responses of {self.name} graded")
+            tally.add(texts[row], grade)
+            right[row] = grade.correct
+        return right
 
     def greedy_accuracy(
         self, prompts: Sequence[EncodedPrompt], measured: _Measured
     ) -> tuple[Estimate95, NDArray[np.float64]]:
         """Accuracy of the greedy response."""
         sampling = Sampling(temperature=0, max_new_tokens=self.task.settings.sampling.max_new_tokens)
-        correct = self.correctness(prompts, self.responses(prompts, sampling, "greedy", measured))
+        correct = self.correctness(prompts, self.responses(prompts, sampling, "greedy", measured), measured.tally)
         return wilson(int(correct.sum()), len(correct)), correct
 
     def sampled_accuracy(
@@ -155,7 +163,7 @@ class _Drawer:
         n = self.task.settings.samples_per_prompt
         repeated = [prompt for prompt in prompts for _ in range(n)]
         drawn = self.responses(repeated, self.task.settings.sampling, "sampled", measured)
-        correct = self.correctness(repeated, drawn).reshape(len(prompts), n)
+        correct = self.correctness(repeated, drawn, measured.tally).reshape(len(prompts), n)
         passes = {
             str(k): float(np.mean([pass_at_k(n, int(count), k) for count in correct.sum(axis=1)]))
             for k in PASS_AT
@@ -204,50 +212,3 @@ def reverse_kl_sums(
             totals.index_add_(0, batch.sequence[rows], divergence)
         sums[group] = totals.cpu().numpy()
     return sums
-
-
-def compiled_pattern(pattern: str | None) -> re.Pattern[str] | None:
-    """The pattern, checked: valid, with at most one group. Raises ArgumentError `invalid_argument`."""
-    if pattern is None:
-        return None
-    fix = "Set 'benchmark.answer_pattern' to a valid regular expression with one group, e.g. '#(\\d+)'."
-    try:
-        compiled = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ArgumentError(
-            "invalid_argument", f"The answer pattern is invalid: {error}.", value=pattern, fix=fix
-        ) from error
-    if compiled.groups > 1:
-        raise ArgumentError("invalid_argument", "The answer pattern has several groups.", value=pattern, fix=fix)
-    return compiled
-
-
-def extracted_answer(response: str, pattern: re.Pattern[str] | None) -> str | None:
-    """The last match's group (or whole match), stripped; the whole response without a pattern; None without a match."""
-    if pattern is None:
-        return response.strip()
-    matches = list(pattern.finditer(response))
-    return matches[-1].group(pattern.groups).strip() if matches else None
-
-
-def is_correct(response: str, answer: str, pattern: re.Pattern[str] | None) -> bool:
-    """Whether the response's answer equals the expected one."""
-    return extracted_answer(response, pattern) == answer.strip()
-
-
-def correctness(responses: Sequence[str], answers: Sequence[str], pattern: re.Pattern[str] | None) -> list[bool]:
-    """Whether each response's answer equals the expected one.
-
-    Raises ArgumentError `too_slow` for a pattern that backtracks for ever: it would hold the worker beyond any cancel.
-    """
-    limit = PATTERN_SECONDS + PATTERN_SECONDS_A_RESPONSE * len(responses)
-    try:
-        with processor_seconds(limit):
-            return [is_correct(response, answer, pattern) for response, answer in zip(responses, answers, strict=True)]
-    except TooSlow:
-        raise ArgumentError(
-            "too_slow",
-            f"The answer pattern took more than {limit:.1f} s on {len(responses)} responses.",
-            value=pattern.pattern if pattern else None,
-            fix="Set 'benchmark.answer_pattern' to one without nested repeats, e.g. '#(\\d+)' and not '(\\d+)+$'.",
-        ) from None

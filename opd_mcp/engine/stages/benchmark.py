@@ -5,10 +5,13 @@ from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.evaluation.intervals import paired_difference
-from opd_mcp.engine.evaluation.model_score import Measurement, Scored, compiled_pattern, score_model
+from opd_mcp.engine.evaluation.model_score import Measurement, Scored, score_model
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.provenance import Provenance, record_lineage
 from opd_mcp.engine.runtime import hardware_name, open_runtime
+from opd_mcp.grading.golds import recipe_grader
+from opd_mcp.grading.grade import answers_text
+from opd_mcp.grading.graders import grader_for
 from opd_mcp.identity.data import prompts_hash, read_prompts
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
@@ -23,18 +26,20 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     Writes report.json and report.md, with what earlier stages took and alerted.
     """
     runtime = open_runtime(context.runtime)
-    compiled_pattern(section.answer_pattern)
     rows = read_prompts(inputs.prompts)
     chosen = rows[: section.limit]
+    grader_name, reason = recipe_grader(section, [row.answer for row in chosen if row.answer is not None])
+    grader = grader_for(grader_name, pattern=section.answer_pattern, allow_code=section.allow_code)
     teacher = load_model(inputs.teacher, runtime) if inputs.teacher else None
-    task = Measurement(section, chosen, teacher, runtime, context)
+    task = Measurement(section, chosen, grader, teacher, runtime, context)
     scored: dict[str, Scored] = {}
     warnings = model_warnings(context, teacher)
     for name, path in inputs.models.items():
         context.reporter.phase(f"measuring {name}")
         model = load_model(path, runtime)
         warnings += model_warnings(context, model)
-        scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
+        with grader:
+            scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
     candidate = next(iter(inputs.models))
     lineage = verified_lineage(inputs.models[candidate])
     report = BenchmarkReport(
@@ -43,6 +48,8 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         prompts_sha256=prompts_hash(rows),
         prompts=len(chosen),
         prompts_with_answer=sum(row.answer is not None for row in chosen),
+        grader=grader_name,
+        grader_reason=reason,
         teacher=teacher.facts.identity if teacher else None,
         models=[entry.score for entry in scored.values()],
         comparisons=_comparisons(candidate, scored),
@@ -90,6 +97,9 @@ def report_markdown(report: BenchmarkReport) -> str:
         f"({c.accuracy_difference.basis})."
         for c in report.comparisons
     ]
+    if report.grader and report.prompts_with_answer:
+        lines += ["", f"Answers graded by `{report.grader}`: {report.grader_reason}."]
+        lines += [f"- {answers_text(model.name, model.answers)}" for model in report.models if model.answers]
     if report.teacher:
         lines += ["", f"Reverse KL to {report.teacher.label()}: {_kl_basis(report)}."]
     if report.teacher_mismatch_allowed:

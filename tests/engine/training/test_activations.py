@@ -138,7 +138,7 @@ def test_a_layer_keeps_what_the_estimate_says(precision: str, dtype: str, autoca
 
 
 def test_compiled_layers_are_counted_with_less_under_autocast_only() -> None:
-    """On a GPU their step's peak is 0.94 to 0.97 of the estimate: `tools/check_gpu.py`."""
+    """On a GPU their step's peak is 0.94 to 0.97 of the estimate: `tools/gpu/check.py`."""
     shape = ModelShape.of(10**9, 128, SHAPE.get)
 
     def estimate(compiled: bool, dtype: str) -> int:
