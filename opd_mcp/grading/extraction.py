@@ -2,6 +2,9 @@
 
 import re
 
+from opd_mcp.grading.grade import Grade
+from opd_mcp.schemas.errors import ArgumentError
+
 # A brace that a box opened, any other brace, and what a backslash hides.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s+(\w+)|\\.|[{}]", re.DOTALL)
 _STATED = re.compile(
@@ -61,3 +64,34 @@ def last_code(text: str) -> str | None:
     """The last fenced block that names Python or no language."""
     blocks = [body for language, body in _FENCE.findall(text) if language.lower() in ("", "py", "python", "python3")]
     return blocks[-1] if blocks else None
+
+
+def compiled_pattern(pattern: str | None) -> re.Pattern[str] | None:
+    """The pattern, checked: valid, with at most one group. Raises ArgumentError `invalid_argument`."""
+    if pattern is None:
+        return None
+    fix = "Set 'benchmark.answer_pattern' to a valid regular expression with one group, e.g. '#(\\d+)'."
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ArgumentError(
+            "invalid_argument", f"The answer pattern is invalid: {error}.", value=pattern, fix=fix
+        ) from error
+    if compiled.groups > 1:
+        raise ArgumentError("invalid_argument", "The answer pattern has several groups.", value=pattern, fix=fix)
+    return compiled
+
+
+def extracted_answer(response: str, pattern: re.Pattern[str] | None) -> str | None:
+    """The last match's group (or whole match), stripped; the whole response without a pattern; None without a match."""
+    if pattern is None:
+        return response.strip()
+    matches = list(pattern.finditer(response))
+    # A group that took no part in its match is no answer.
+    return found.strip() if matches and (found := matches[-1].group(pattern.groups)) is not None else None
+
+
+def by_pattern(response: str, gold: str, pattern: re.Pattern[str] | None) -> Grade:
+    """Whether the response's answer equals the expected one."""
+    answer = extracted_answer(response, pattern)
+    return Grade(answer == gold.strip(), answer)

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opd_mcp.grading.equivalence import is_words
 from opd_mcp.grading.extraction import last_boxed
 from opd_mcp.grading.graders import Grader
 from opd_mcp.grading.numeric import parsed_number
-from opd_mcp.grading.styles import choice_letter
-from opd_mcp.grading.tasks import task_entry
+from opd_mcp.grading.package_graders import is_words, task_entry
+from opd_mcp.grading.rules import choice_letter
 from opd_mcp.grading.unit_tests import unit_tests
 from opd_mcp.schemas.errors import DataError
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName

@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from types import TracebackType
 
-from opd_mcp.grading import styles
-from opd_mcp.grading.equivalence import settled
+from opd_mcp.grading import rules as styles
+from opd_mcp.grading.child import GradingChild, Limits
+from opd_mcp.grading.extraction import compiled_pattern
 from opd_mcp.grading.grade import Grade
-from opd_mcp.grading.parent import GradingChild, Limits
-from opd_mcp.grading.patterns import compiled_pattern
+from opd_mcp.grading.package_graders import settled
 from opd_mcp.grading.unit_tests import CodeLimits, code_grade, require_sandbox
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.recipes import GraderName

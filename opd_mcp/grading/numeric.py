@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from opd_mcp.grading.normalisation import unwrapped, without_brackets
+from opd_mcp.grading.spelling import unwrapped, without_brackets
 
 # Longer digit strings are no answers, and arithmetic on them takes time.
 LONGEST = 400

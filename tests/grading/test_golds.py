@@ -4,8 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from opd_mcp.grading.golds import chosen_grader, gold_problems, recipe_grader
-from opd_mcp.grading.grade import WHAT_IT_DOES, Grade
-from opd_mcp.grading.tally import Tally, answers_text
+from opd_mcp.grading.grade import WHAT_IT_DOES, Grade, Tally, answers_text
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mcp.grading import styles
-from opd_mcp.grading.equivalence import settled
+from opd_mcp.grading import rules as styles
+from opd_mcp.grading.child import Limits
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.grading.parent import Limits
+from opd_mcp.grading.package_graders import settled
 from opd_mcp.schemas.errors import ArgumentError, DataError
 
 PAIRS = Path(__file__).resolve().parents[2] / "tools" / "bench" / "grader_pairs.jsonl"
@@ -123,7 +123,7 @@ def test_a_task_scores_by_its_entry(grader):
 
 
 def test_an_answer_that_is_no_entry_is_an_error():
-    from opd_mcp.grading.tasks import task_entry
+    from opd_mcp.grading.package_graders import task_entry
 
     with pytest.raises(DataError, match="missing_field"):
         task_entry("42")

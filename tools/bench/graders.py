@@ -12,9 +12,9 @@ import json
 import time
 from pathlib import Path
 
+from opd_mcp.grading.child import Limits
 from opd_mcp.grading.golds import chosen_grader
 from opd_mcp.grading.graders import Grader, grader_for
-from opd_mcp.grading.parent import Limits
 
 PAIRS = Path(__file__).resolve().parent / "grader_pairs.jsonl"
 LIMITS = Limits(cpu_seconds=3.0)

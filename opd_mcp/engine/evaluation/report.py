@@ -1,6 +1,6 @@
 """The report as a table that a person reads."""
 
-from opd_mcp.grading.tally import answers_text
+from opd_mcp.grading.grade import answers_text
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
 
 

@@ -4,8 +4,8 @@ import re
 
 from opd_mcp.grading.extraction import after_thinking, last_boxed, last_marked, stated_answers
 from opd_mcp.grading.grade import Grade
-from opd_mcp.grading.normalisation import latex_key, text_key, unwrapped
 from opd_mcp.grading.numeric import LONGEST, Number, numbers_in, parsed_number, same_number
+from opd_mcp.grading.spelling import latex_key, text_key, unwrapped
 
 _OPERATORS = re.compile(r"[\^*/+√]|\\(?:sqrt|pi|frac)|[A-Za-z]\s*-")
 _LIST = re.compile(r"\band\b|\bor\b")
