@@ -17,10 +17,19 @@ from opd_mcp.planning.quotas import admission
 from opd_mcp.planning.references import References
 from opd_mcp.planning.run_records import expected_cost, new_record
 from opd_mcp.planning.run_requests import Composer
-from opd_mcp.schemas.answers import ArtifactList, DashboardFeed, DeletedArtifact, LogPage, MetricsReport
+from opd_mcp.schemas.answers import (
+    ArtifactList,
+    DashboardFeed,
+    DeletedArtifact,
+    Limits,
+    LogPage,
+    MetricsReport,
+    SetupReport,
+)
 from opd_mcp.schemas.cache import CacheInspection
 from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
 from opd_mcp.schemas.identity import ArtifactKind
+from opd_mcp.schemas.next_action import next_call, plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.requests import (
@@ -45,7 +54,7 @@ from opd_mcp.schemas.runs import (
     RunState,
     RunStatus,
 )
-from opd_mcp.schemas.setup import Limits, SetupReport
+from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.logs import log_page
 from opd_mcp.store.plans import read_arguments, read_plan, save_plan
 from opd_mcp.store.roots import AllowedRoots
@@ -60,8 +69,9 @@ from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.dashboard import dashboard_feed
 from opd_mcp.views.metrics import metrics_report
+from opd_mcp.views.run_views import RunViews
 from opd_mcp.views.setup import setup_report
-from opd_mcp.views.status import Views, snapshot_of, status_of, wait_token_of
+from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
 
 LATEST = "latest"
 TAKEN_UP_SECONDS = 15.0
@@ -82,7 +92,7 @@ class JobService:
         self._references = References(self.store, self.roots, self._models, self.settings.teacher_hosts)
         self._planner = Planner(self._references, self._find_artifact, self._target)
         self._composer = Composer(self._references, self._find_artifact)
-        self._views = Views(workspace)
+        self._views = RunViews(workspace)
         self._starting = threading.Lock()
         self._children = Children()
 
@@ -169,7 +179,7 @@ class JobService:
     def deletion_question(self, artifact_id: str) -> Question:
         """What the user must agree to before an artifact is deleted; raises UnknownIdError `unknown_artifact`."""
         record = self.store.artifacts.get(artifact_id).record
-        return deletion_question(artifact_id, record.kind, f"{record.bytes / 2**20:.1f} MiB")
+        return deletion_question(artifact_id, record.kind, byte_size(record.bytes))
 
     def inspect_cache(self, reference: str) -> CacheInspection:
         """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""
@@ -236,7 +246,8 @@ class JobService:
                 "run_not_active",
                 f"The run has ended: {before}.",
                 value=run_id,
-                fix="Call list_runs(state='running') to see what is active.",
+                fix="See which runs are active.",
+                call=next_call("list_runs", state="running"),
             )
         request_cancel(run_directory(self.workspace, run_id))
         return self._views.read(run_id, snapshot_of)
@@ -312,7 +323,8 @@ class JobService:
             "plan_changed",
             f"What was planned is no longer there as it was; changed: {', '.join(changed)}.",
             value=saved.plan_id,
-            fix=f"Look at the new plan and call start_distillation(plan_id='{now.plan_id}').",
+            fix="Look at the new plan, then start it.",
+            call=next_call("start_distillation", plan_id=now.plan_id),
         )
 
     def _existing(self, run_id: str) -> str:
@@ -324,7 +336,8 @@ class JobService:
                 "unknown_run",
                 "There is no run in this workspace yet.",
                 value=run_id,
-                fix="Call plan_distillation, then start_distillation.",
+                fix="Plan a distillation and start it.",
+                call=plan_call(),
             )
         return latest
 
@@ -359,7 +372,7 @@ def require_cache_arguments(arguments: StartDistillation) -> None:
 
 
 def require_nothing_but_plan(arguments: StartDistillation) -> None:
-    """Raise ArgumentError `invalid_argument` for arguments beside plan_id that would change the plan."""
+    """Raise ArgumentError `invalid_argument` for arguments next to plan_id that would change the plan."""
     fields = type(arguments).model_fields
     given = [
         name
@@ -369,7 +382,7 @@ def require_nothing_but_plan(arguments: StartDistillation) -> None:
     if given:
         raise ArgumentError(
             "invalid_argument",
-            f"A plan_id stands for all its arguments; given beside it: {', '.join(sorted(given))}.",
+            f"A plan_id stands for all its arguments; given next to it: {', '.join(sorted(given))}.",
             fix="Give plan_id alone (and benchmark), or leave plan_id out.",
         )
 
@@ -382,4 +395,5 @@ def require_unblocked(plan: Plan) -> None:
             " ".join(f"[{finding.code}] {finding.message}" for finding in plan.blocking),
             value=plan.plan_id,
             fix=" ".join(finding.fix for finding in plan.blocking),
+            call=next((finding.call for finding in plan.blocking if finding.call), None),
         )

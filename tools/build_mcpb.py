@@ -8,15 +8,12 @@ manifest's tools are those that the server registers.
 import argparse
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import opd_mcp
-from opd_mcp.server.tools import all_specs
-from opd_mcp.service import JobService
-from opd_mcp.store.roots import AllowedRoots
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.server.tools.table import offered_tools
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "examples" / "claude_desktop" / "manifest.json"
@@ -26,9 +23,9 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 def manifest() -> dict[str, Any]:
     """The template with version and tools filled in; tools for an app's page alone are not listed."""
-    with tempfile.TemporaryDirectory() as folder:
-        specs = all_specs(JobService(Workspace(Path(folder)), AllowedRoots([])))
-    shown = [spec for spec in specs if (spec.meta or {}).get("ui", {}).get("visibility") != ["app"]]
+    shown = [
+        spec for spec in offered_tools(ServerSettings()) if (spec.meta or {}).get("ui", {}).get("visibility") != ["app"]
+    ]
     found: dict[str, Any] = json.loads(TEMPLATE.read_text(encoding="utf-8"))
     found["version"] = opd_mcp.__version__
     found["tools"] = [{"name": spec.name, "description": spec.description} for spec in shown]

@@ -62,11 +62,11 @@ class Estimator:
             peak_memory_bytes=peak,
             disk_bytes=products + checkpoints,
             memory_basis=f"computed for phase {heaviest}: weights, optimizer, activations and logits of its largest "
-            f"batch, plus {PROCESS_BYTES >> 20} MiB for the process{_recomputed(works[heaviest])}"
+            f"batch, plus {byte_size(PROCESS_BYTES)} for the process{_recomputed(works[heaviest])}"
             if heaviest
             else "nothing is left to compute",
             disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed, and "
-            f"{checkpoints / 2**20:.1f} MiB for a training phase's checkpoints, which go when it ends",
+            f"{byte_size(checkpoints)} for a training phase's checkpoints, which go when it ends",
             phases=estimates,
         )
 

@@ -77,4 +77,6 @@ def require_memory(record: RunRecord, target: Target) -> None:
     """Raise ResourceError `not_enough_memory` for a new run that the target has no room for."""
     shortage = memory_shortage(record.expected_memory_bytes or 0, target)
     if shortage is not None:
-        raise ResourceError(shortage.code, shortage.message, value=record.request.kind, fix=shortage.fix)
+        raise ResourceError(
+            shortage.code, shortage.message, value=record.request.kind, fix=shortage.fix, call=shortage.call
+        )

@@ -17,15 +17,17 @@ from opd_mcp.planning.estimates import Estimator, resource_findings
 from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.measured_speeds import measured_costs
 from opd_mcp.planning.phases import FindArtifact, distillation_phases, with_satisfied
-from opd_mcp.planning.quotas import foretold
+from opd_mcp.planning.quotas import quota_findings
 from opd_mcp.planning.references import References, ResolvedModel
 from opd_mcp.planning.run_requests import distillation_recipe, method_recipe
 from opd_mcp.planning.workload import data_size, model_shape
 from opd_mcp.schemas.base import content_hash
+from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunKind, RunPhase, RunRequest
+from opd_mcp.schemas.texts import shortened
 
 SAMPLE_ROWS = 3
 SAMPLE_CHARACTERS = 160
@@ -63,7 +65,7 @@ class Planner:
         plan_id = f"plan-{content_hash(fingerprint(arguments, schema, recipe, phases))[:12]}"
         kind: RunKind = "sft" if arguments.method == "sft" else "distill"
         request = RunRequest(kind=kind, recipe=recipe, inputs=schema, phases=phases, plan_id=plan_id)
-        quota = foretold(self.references.store, request, mine.seconds if mine else None)
+        quota = quota_findings(self.references.store, request, mine.seconds if mine else None)
         return Plan(
             plan_id=plan_id,
             method=arguments.method,
@@ -72,7 +74,7 @@ class Planner:
             phases=[PlannedPhase.model_validate(phase.model_dump()) for phase in phases],
             consistency=verdict,
             estimates=estimates,
-            sample=[_shortened(row.text()) for row in inputs.prompts.rows[:SAMPLE_ROWS]],
+            sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.rows[:SAMPLE_ROWS]],
             hygiene=hygiene,
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
@@ -147,15 +149,12 @@ class Planner:
         return estimates
 
 
-def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> str:
+def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan."""
     if blocking:
-        return f"Resolve {blocking[0].code} ({blocking[0].fix}) and call plan_distillation again."
-    return quota[0].fix if quota else f"Call start_distillation(plan_id='{plan_id}')"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[: SAMPLE_CHARACTERS - 1]}…"
+        why = f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}"
+        return plan_call(why)
+    return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
 
 
 def fingerprint(

@@ -6,9 +6,9 @@ from pathlib import Path
 from opd_mcp.planning.memory import active_records
 from opd_mcp.planning.workload import expected_disk
 from opd_mcp.schemas.errors import ResourceError
+from opd_mcp.schemas.next_action import NextAction, next_call, resume_call
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.runs import RunRecord, RunRequest
-from opd_mcp.schemas.setup import Quotas
+from opd_mcp.schemas.runs import Quotas, RunRecord, RunRequest
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.run_view import seconds_of
@@ -34,23 +34,23 @@ def admission(store: Store, record: RunRecord) -> Callable[[], None]:
             raise out_of_hours(store.workspace, directory)
         # A run that is being resumed holds its own lock already.
         active = [run_id for run_id in _active_runs(quotas, store) if run_id != record.run_id]
-        for error in _exceeded(quotas, record.request, record.expected_seconds, size, active, "call again"):
+        for error in _exceeded(quotas, record.request, record.expected_seconds, size, active, None):
             raise error
 
     return admit
 
 
-def foretold(store: Store, request: RunRequest, seconds: float | None) -> list[Finding]:
+def quota_findings(store: Store, request: RunRequest, seconds: float | None) -> list[Finding]:
     """What a start of a planned request would be refused for now, with the numbers.
 
     One whose run is active already is refused nothing: a start gives that run.
     """
     quotas = read_settings(store.workspace).quotas
-    active, again = _active_runs(quotas, store), f"call start_distillation(plan_id='{request.plan_id}')"
+    active, again = _active_runs(quotas, store), next_call("start_distillation", plan_id=request.plan_id)
     errors = list(_exceeded(quotas, request, seconds, _workspace_bytes(quotas, store), active, again))
     if errors and any(record.request.plan_id == request.plan_id for record in active_records(store)):
         return []
-    return [Finding(code=error.code, message=error.message, fix=error.fix) for error in errors]
+    return [Finding.of_error(error) for error in errors]
 
 
 def device_seconds(records: Iterable[JournalRecord]) -> float:
@@ -80,11 +80,16 @@ def out_of_hours(workspace: Workspace, directory: Path) -> ResourceError:
     """The error of a run that has had its device for as long as it may."""
     used, hours = used_seconds(directory) / HOUR, read_settings(workspace).quotas.max_gpu_hours
     message = f"The run has held its device for {used:.4g} h; max_gpu_hours is {hours}."
-    return _refusal("max_gpu_hours", message, f"{used:.4g} h", "call resume_run")
+    return _refusal("max_gpu_hours", message, f"{used:.4g} h", resume_call(directory.name))
 
 
 def _exceeded(
-    quotas: Quotas, request: RunRequest, seconds: float | None, size: int, active: Sequence[str], again: str
+    quotas: Quotas,
+    request: RunRequest,
+    seconds: float | None,
+    size: int,
+    active: Sequence[str],
+    again: NextAction | None,
 ) -> Iterator[ResourceError]:
     """An error for each quota that a run would break; `size` is what the workspace holds in bytes."""
     hours = (seconds or 0.0) / HOUR
@@ -115,6 +120,6 @@ def _workspace_bytes(quotas: Quotas, store: Store) -> int:
     return tree_bytes(store.workspace.root) if quotas.max_bytes is not None else 0
 
 
-def _refusal(name: str, message: str, value: object, again: str, other_way: str = "") -> ResourceError:
-    fix = f"{other_way}raise quotas.{name} in the workspace's {SETTINGS_FILE}, then {again}."
-    return ResourceError("quota_exceeded", message, value=value, fix=fix[0].upper() + fix[1:])
+def _refusal(name: str, message: str, value: object, again: NextAction | None, other_way: str = "") -> ResourceError:
+    fix = f"{other_way}raise quotas.{name} in the workspace's {SETTINGS_FILE}; then make the call again."
+    return ResourceError("quota_exceeded", message, value=value, fix=fix[0].upper() + fix[1:], call=again)

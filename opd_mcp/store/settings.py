@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import ArgumentError, nearest
-from opd_mcp.schemas.setup import Quotas, WorkspaceSettings
+from opd_mcp.schemas.runs import Quotas, WorkspaceSettings
 from opd_mcp.store.workspace import Workspace
 
 SETTINGS_FILE = "settings.toml"

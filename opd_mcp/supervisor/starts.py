@@ -4,6 +4,7 @@ from opd_mcp.devices.hardware import Target, free_disk
 from opd_mcp.planning.estimates import resource_findings
 from opd_mcp.planning.phases import FindArtifact, with_satisfied
 from opd_mcp.schemas.errors import ResourceError
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.files import tree_bytes
@@ -11,9 +12,9 @@ from opd_mcp.store.runs import CHECKPOINTS
 from opd_mcp.store.workspace import Workspace
 
 WAYS_OUT = {
-    "not_enough_memory": "Call resume_run once memory is free, or start again with lower micro_batch_tokens, "
+    "not_enough_memory": "Resume the run once memory is free, or start again with lower micro_batch_tokens, "
     "rollout.batch_size or max_new_tokens; finished phases whose settings stay are reused.",
-    "not_enough_disk": "Free disk space (opd-mcp gc shows what nobody needs), then call resume_run.",
+    "not_enough_disk": "Free disk space (opd-mcp gc shows what is unused), then resume the run.",
 }
 
 
@@ -33,4 +34,5 @@ def require_room(record: RunRecord, estimate: MethodEstimate | None, target: Tar
         return
     room = free_disk(workspace.root) + tree_bytes(workspace.run(record.run_id) / CHECKPOINTS)
     for finding in resource_findings(estimate, target, room):
-        raise ResourceError(finding.code, finding.message, value=record.run_id, fix=WAYS_OUT[finding.code])
+        fix, call = WAYS_OUT[finding.code], resume_call(record.run_id)
+        raise ResourceError(finding.code, finding.message, value=record.run_id, fix=fix, call=call)

@@ -30,7 +30,7 @@ def read_manifest(directory: Path) -> CacheManifest:
             "not_a_cache",
             "This directory has no teacher cache's manifest.json.",
             value=directory,
-            fix="Give a cache id, or a directory that build_teacher_cache made.",
+            fix="Give a cache id, or the directory of a teacher cache.",
         )
     try:
         return CacheManifest.from_json(path.read_bytes())

@@ -10,6 +10,7 @@ from typing import Any
 
 from opd_mcp.identity.remote import checked_url
 from opd_mcp.schemas.errors import ResourceError, RunError
+from opd_mcp.schemas.next_action import resume_call
 
 MAX_ERROR_CHARACTERS = 200
 
@@ -64,7 +65,12 @@ class Server:
         pause, why = self.patience.first_pause_s, ""
         for attempt in range(self.patience.attempts):
             if self.stopped.is_set() or self.should_stop():
-                raise RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on.")
+                raise RunError(
+                    "run_cancelled",
+                    "The run was asked to stop.",
+                    fix="Resume the run to go on.",
+                    call=resume_call(),
+                )
             try:
                 return self._once(method, path, body, max_bytes)
             except _Retry as retry:
@@ -77,7 +83,8 @@ class Server:
             "teacher_unreachable",
             f"The teacher's server gave no usable answer in {self.patience.attempts} attempts; the last: {why}.",
             value=self.url,
-            fix="See that the server is up and reachable, then call resume_run to go on: finished shards are kept.",
+            fix="See that the server is up and reachable, then resume the run: finished shards are kept.",
+            call=resume_call(),
         )
 
     def close(self) -> None:

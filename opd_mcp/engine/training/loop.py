@@ -27,6 +27,7 @@ from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.memory import TrainingMemory, micro_tokens
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import ActivationCheckpointing, Normalize, OptimizerRecipe
 from opd_mcp.schemas.reports import Throughput, TrainingSummary
 
@@ -237,7 +238,9 @@ def require_going(context: Context) -> None:
 
 def run_cancelled() -> RunError:
     """The error of a stage that was asked to stop."""
-    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on from there.")
+    return RunError(
+        "run_cancelled", "The run was asked to stop.", fix="Resume the run to go on from there.", call=resume_call()
+    )
 
 
 def _means(history: list[Metrics]) -> Metrics:
