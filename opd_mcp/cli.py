@@ -296,12 +296,17 @@ def worker(
     cpu_slots: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
+    from opd_mcp.devices.leases import LeaseFolder
+    from opd_mcp.devices.settings import JobSettings
     from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
+    from opd_mcp.worker.main import WorkerSettings
     from opd_mcp.worker.main import main as work
 
     root, key, secrets = workspace or workspace_root(), os.environ.get(TEACHER_KEY), environment_secrets(os.environ)
     sys.stdout = RedactingStream(sys.stdout, secrets)
-    raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key, secrets=secrets))
+    defaults = JobSettings()
+    leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
+    raise typer.Exit(work(root, run_id, lock_fd, WorkerSettings(leases, key, secrets)))
 
 
 def show(found: Shown, as_json: bool, text: Callable[[Shown], str]) -> None:

@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "opd_mcp"
 ALLOWED = {
     "schemas": set(),
     "identity": {"schemas"},
-    "engine": {"schemas", "identity"},
+    "grading": {"schemas"},
+    "engine": {"schemas", "identity", "grading"},
     "store": {"schemas", "identity"},
     "devices": {"schemas", "identity", "store"},
-    "planning": {"schemas", "identity", "store", "devices"},
+    "planning": {"schemas", "identity", "grading", "store", "devices"},
     "supervisor": {"schemas", "identity", "store", "devices", "planning"},
     "worker": {"schemas", "identity", "store", "devices", "planning"},
     "views": {"schemas", "identity", "store", "devices", "planning", "supervisor"},
@@ -30,7 +31,8 @@ MACHINE_LEARNING = {"torch", "transformers", "datasets"}
 FORBIDDEN = {
     "schemas": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"},
     "identity": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"},
-    "engine": {"mcp", "typer"},
+    "grading": {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy", "sympy", "math_verify"},
+    "engine": {"mcp", "typer", "math_verify"},
     "store": {*MACHINE_LEARNING, "mcp", "pyarrow", "numpy"},
     **{
         layer: {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"}

@@ -17,7 +17,6 @@ from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.prompts import encode_prompts
 from opd_mcp.engine.data.responses import response_sequences
-from opd_mcp.engine.evaluation.answers import compiled_pattern
 from opd_mcp.engine.evaluation.benchmark import Scored, score_model
 from opd_mcp.engine.evaluation.intervals import paired_difference
 from opd_mcp.engine.evaluation.report import report_markdown
@@ -32,6 +31,8 @@ from opd_mcp.engine.training.loop import LoopSettings, train
 from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective, sft_metrics
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
 from opd_mcp.engine.training.watches import DistillWatch
+from opd_mcp.grading.golds import recipe_grader
+from opd_mcp.grading.graders import grader_for
 from opd_mcp.identity.consistency import proven_claim
 from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
 from opd_mcp.identity.files import write_atomic
@@ -253,9 +254,10 @@ def benchmark(
     Writes report.json and report.md, with what earlier stages took and alerted.
     """
     runtime = open_runtime(context.runtime)
-    compiled_pattern(recipe.answer_pattern)
     rows = read_prompts(prompts)
     chosen = rows[: recipe.limit]
+    grader_name, reason = recipe_grader(recipe, [row.answer for row in chosen if row.answer is not None])
+    grader = grader_for(grader_name, pattern=recipe.answer_pattern, allow_code=recipe.allow_code)
     teacher_model = load_model(teacher, runtime) if teacher else None
     scored: dict[str, Scored] = {}
     warnings = model_warnings(context, teacher_model)
@@ -263,16 +265,18 @@ def benchmark(
         context.reporter.phase(f"measuring {name}")
         model = load_model(path, runtime)
         warnings += model_warnings(context, model)
-        scored[name] = score_model(
-            name,
-            model,
-            chosen,
-            recipe,
-            context,
-            runtime,
-            teacher=teacher_model,
-            eos_token_ids=adopt_tokenizer(path, context.prompting).eos_token_ids,
-        )
+        with grader:
+            scored[name] = score_model(
+                name,
+                model,
+                chosen,
+                recipe,
+                context,
+                runtime,
+                grader=grader,
+                teacher=teacher_model,
+                eos_token_ids=adopt_tokenizer(path, context.prompting).eos_token_ids,
+            )
     candidate = next(iter(models))
     lineage = verified_lineage(models[candidate])
     report = BenchmarkReport(
@@ -281,6 +285,8 @@ def benchmark(
         prompts_sha256=prompts_hash(rows),
         prompts=len(chosen),
         prompts_with_answer=sum(row.answer is not None for row in chosen),
+        grader=grader_name,
+        grader_reason=reason,
         teacher=teacher_model.facts.identity if teacher_model else None,
         models=[entry.score for entry in scored.values()],
         comparisons=_comparisons(candidate, scored),

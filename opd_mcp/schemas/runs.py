@@ -174,15 +174,15 @@ class RunStatus(Schema):
     queue_position: int | None = None
     waits_for: str | None = None
     cancel_requested: str | None = Field(None, description="when; pending until the state is cancelled")
-    eta_s: float | None = Field(None, description="seconds to the end of the run, all phases")
+    eta_s: float | None = Field(None, description="seconds to the end of all phases")
     elapsed_s: float | None = None
     metrics: dict[str, MetricTrend] = Field(default_factory=dict, description="of this phase")
     alerts: list[Alert] = Field(default_factory=list)
-    result: dict[str, Any] | None = Field(None, description="artifact ids, paths and the report's figures")
+    result: dict[str, Any] | None = Field(None, description="artifact ids, paths, figures")
     error: Failure | None = None
     unchanged: bool = False
     next_check_s: float | None = None
-    next_action: NextAction = Field(description="`tool` with its `arguments`, and `why`")
+    next_action: NextAction = Field(description="tool, arguments, why")
 
 
 class RunRow(Schema):

@@ -164,6 +164,36 @@ def test_benchmark_measures_candidate_and_baselines_on_the_same_prompts(made: Ma
     assert "| student |" in text
     assert "- 2026-08-01T10:00:00.000Z `rollouts_stale`: The student has moved." in text
     assert BenchmarkReport.from_json((made.root / "report" / "report.json").read_bytes()).alerts == report.alerts
+    assert (report.grader, report.grader_reason) == ("regex", "the recipe has an answer_pattern")
+
+
+def test_without_a_pattern_the_answers_choose_the_grader_and_the_report_counts_what_it_could_not_read(
+    made: Made,
+) -> None:
+    recipe = made.recipe.benchmark.model_copy(update={"answer_pattern": None, "samples_per_prompt": 0, "limit": 8})
+    cut = recipe.model_copy(
+        update={"grader": "boxed", "sampling": recipe.sampling.model_copy(update={"max_new_tokens": 1})}
+    )
+    chosen, named = (
+        stages.benchmark(
+            settings,
+            models={"teacher": made.teacher},
+            prompts=made.prompts,
+            output=made.root / f"report-{settings.grader}",
+            context=made.context,
+            recipe_hash="abc",
+        )
+        for settings in (recipe, cut)
+    )
+    assert (chosen.grader, chosen.grader_reason) == ("number", "every answer is a number")
+    assert chosen.models[0].greedy_accuracy.value > 0.9, "its answer is the last number of a response"
+    assert chosen.models[0].answers.without_answer == 0
+    counts = named.models[0].answers
+    assert (named.grader, counts.responses, counts.without_answer) == ("boxed", 8, 8)
+    assert len(counts.examples) == 3
+    text = (made.root / "report-boxed" / "report.md").read_text()
+    assert "Answers graded by `boxed`: named by the recipe." in text
+    assert "teacher: 8 of 8 responses had no extractable answer; they end: `" in text
 
 
 @pytest.mark.parametrize(

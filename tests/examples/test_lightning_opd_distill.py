@@ -144,7 +144,7 @@ def test_held_out_prompts_have_answers_and_were_seen_nowhere(examples):
 def test_the_form_of_answers_is_learned_from_the_teachers_responses(examples, response, answer):
     from distill_inputs import answer_pattern
 
-    from opd_mcp.engine.evaluation.answers import compiled_pattern, extracted_answer
+    from opd_mcp.grading.extraction import compiled_pattern, extracted_answer
 
     labelled = ResponseRow(PromptRow(id="0", prompt="?", answer=answer), response=response)
     assert extracted_answer(response, compiled_pattern(answer_pattern([labelled]))) == answer

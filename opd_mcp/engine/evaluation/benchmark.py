@@ -10,25 +10,29 @@ from numpy.typing import NDArray
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.prompts import EncodedPrompt, encode_prompts
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
-from opd_mcp.engine.evaluation.answers import compiled_pattern, correctness
 from opd_mcp.engine.evaluation.divergence import reverse_kl_sums
 from opd_mcp.engine.evaluation.intervals import mean_over_prompts, pass_at_k, per_token_mean, wilson
 from opd_mcp.engine.generation.rollouts import draw_rollouts
 from opd_mcp.engine.models.loading import LoadedModel, load_tokenizer
 from opd_mcp.engine.runtime import Runtime, seed_for
 from opd_mcp.engine.training.loop import require_going
+from opd_mcp.grading.grade import Tally
+from opd_mcp.grading.graders import Grader
 from opd_mcp.identity.data import PromptRow
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
 from opd_mcp.schemas.reports import Estimate95, ModelScore
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
+# Between two looks at whether the run shall stop.
+GRADED_AT_ONCE = 64
 
 
 @dataclass
 class _Measured:
-    """Every response drawn for one model, and the correctness of the greedy ones [P]."""
+    """Every response drawn for one model, the correctness of the greedy ones [P], and what grading counted."""
 
     drawn: list[Sequences] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
     greedy_correct: NDArray[np.float64] | None = None
 
 
@@ -48,13 +52,14 @@ def score_model(
     context: Context,
     runtime: Runtime,
     *,
+    grader: Grader,
     teacher: LoadedModel | None,
     eos_token_ids: Sequence[int],
 ) -> Scored:
     """Measure one model on `rows`; accuracy only on rows with an answer, reverse KL only with a teacher."""
     started = time.perf_counter()
     prompts = encode_prompts(rows, load_tokenizer(model.path), context)
-    draw = _Drawer(name, model, recipe, context, runtime, eos_token_ids)
+    draw = _Drawer(name, model, recipe, context, runtime, eos_token_ids, grader)
     measured = _Measured()
     answered = [prompt for prompt in prompts if prompt.row.answer is not None]
     greedy = sampled = divergence = None
@@ -76,6 +81,7 @@ def score_model(
         sampled_accuracy=sampled,
         pass_at_k=passes or None,
         reverse_kl=divergence,
+        answers=measured.tally.counts() if answered else None,
         mean_response_tokens=float(everything.response_lengths().mean()),
         truncated_fraction=float((reasons == TRUNCATED).mean()),
         eos_rate=float((reasons == EOS).mean()),
@@ -95,6 +101,7 @@ class _Drawer:
     context: Context
     runtime: Runtime
     eos_token_ids: Sequence[int]
+    grader: Grader
 
     def responses(
         self, prompts: Sequence[EncodedPrompt], sampling: Sampling, scope: str, measured: _Measured
@@ -117,21 +124,28 @@ class _Drawer:
         measured.drawn.append(drawn)
         return drawn
 
-    def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences) -> NDArray[np.float64]:
+    def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences, tally: Tally) -> NDArray[np.float64]:
         """1.0 where the response's answer is right [N]."""
         tokenizer = load_tokenizer(self.model.path)
-        pattern = compiled_pattern(self.recipe.answer_pattern)
         texts = tokenizer.batch_decode(
             [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
         )
-        return np.array(correctness(texts, [prompt.row.answer or "" for prompt in prompts], pattern), dtype=np.float64)
+        golds = [prompt.row.answer or "" for prompt in prompts]
+        right = np.zeros(len(texts))
+        for row, grade in enumerate(self.grader.grades(texts, golds)):
+            if row % GRADED_AT_ONCE == 0:
+                require_going(self.context)
+                self.context.reporter.progress(row, len(texts), f"responses of {self.name} graded")
+            tally.add(texts[row], grade)
+            right[row] = grade.correct
+        return right
 
     def greedy_accuracy(
         self, prompts: Sequence[EncodedPrompt], measured: _Measured
     ) -> tuple[Estimate95, NDArray[np.float64]]:
         """Accuracy of the greedy response."""
         sampling = Sampling(temperature=0, max_new_tokens=self.recipe.sampling.max_new_tokens)
-        correct = self.correctness(prompts, self.responses(prompts, sampling, "greedy", measured))
+        correct = self.correctness(prompts, self.responses(prompts, sampling, "greedy", measured), measured.tally)
         return wilson(int(correct.sum()), len(correct)), correct
 
     def sampled_accuracy(
@@ -141,7 +155,7 @@ class _Drawer:
         n = self.recipe.samples_per_prompt
         repeated = [prompt for prompt in prompts for _ in range(n)]
         drawn = self.responses(repeated, self.recipe.sampling, "sampled", measured)
-        correct = self.correctness(repeated, drawn).reshape(len(prompts), n)
+        correct = self.correctness(repeated, drawn, measured.tally).reshape(len(prompts), n)
         passes = {
             str(k): float(np.mean([pass_at_k(n, int(count), k) for count in correct.sum(axis=1)]))
             for k in PASS_AT

@@ -1,5 +1,6 @@
 """The report as a table that a person reads."""
 
+from opd_mcp.grading.grade import answers_text
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
 
 
@@ -21,6 +22,9 @@ def report_markdown(report: BenchmarkReport) -> str:
         f"({c.accuracy_difference.basis})."
         for c in report.comparisons
     ]
+    if report.grader and report.prompts_with_answer:
+        lines += ["", f"Answers graded by `{report.grader}`: {report.grader_reason}."]
+        lines += [f"- {answers_text(model.name, model.answers)}" for model in report.models if model.answers]
     if report.teacher:
         lines += ["", f"Reverse KL to {report.teacher.label()}: {_kl_basis(report)}."]
     if report.teacher_mismatch_allowed:

@@ -1,6 +1,6 @@
 """A plan in words: phases, costs, settings, and what stands in its way."""
 
-from opd_mcp.planning.measured_speeds import PROCESS_START
+from opd_mcp.planning.estimates import PROCESS_START
 from opd_mcp.schemas.next_action import advice_text
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.texts import byte_size, duration

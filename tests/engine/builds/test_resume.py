@@ -13,11 +13,11 @@ from opd_mcp.engine.cache.manifest import read_manifest
 from opd_mcp.engine.cache.verify import verified
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, RunError
 
-KILLS = Path(__file__).resolve().parents[3] / "tools" / "kill_cache_build.py"
+KILLS = Path(__file__).resolve().parents[3] / "tools" / "chaos" / "cache_builds.py"
 
 
 def test_sigkill_anywhere_loses_one_shard_at_most_and_changes_nothing():
-    # 3 moments here; `python tools/kill_cache_build.py --points 20` takes a minute or two more
+    # 3 moments here; `python tools/chaos/cache_builds.py --points 20` takes a minute or two more
     command = [sys.executable, str(KILLS), "--points", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -73,7 +73,7 @@ def test_values_can_be_written_in_the_operands_dtype_beside_the_logits() -> None
     exact = (logits.double() - logits.double().amax(dim=1, keepdim=True)).exp()
     assert (logits == before).all(), "the logits are only read"
     torch.testing.assert_close(sums.outside.double()[:, 0], exact.sum(dim=1), rtol=1e-6, atol=0)
-    # the interpreter cuts bf16 off where the device rounds to the nearest: tools/check_gpu.py holds it to 2⁻⁸
+    # the interpreter cuts bf16 off where the device rounds to the nearest: tools/gpu/check.py holds it to 2⁻⁸
     torch.testing.assert_close(values.double(), exact, rtol=2**-7, atol=0)
     assert (values[exact == 1] == 1).all(), "the likeliest token's exponential is exact in bf16"
 
