@@ -43,6 +43,7 @@ from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatist
 from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
 from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import Lineage
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe, Sampling
 from opd_mcp.schemas.requests import PlanDistillation
@@ -215,7 +216,7 @@ def workspace_targets(root: Path) -> list[Target]:
 
     plan = Plan(
         plan_id="plan-1", method="lightning", inputs=RunInputs(), recipe=Recipe(), phases=[],
-        consistency=ConsistencyVerdict(status="unknown"), estimates=[], next_action="start",
+        consistency=ConsistencyVerdict(status="unknown"), estimates=[], next_action=NextAction(why="start"),
     )  # fmt: skip
     save_plan(workspace, plan, PlanDistillation(student="/s", teacher="/t", prompts=["1+1=?"]))
     plan_file, arguments_file = (workspace.plans / f"plan-1{suffix}" for suffix in (".json", ".arguments"))
