@@ -14,7 +14,7 @@ from opd_mcp.engine.teachers.local import score_sequences
 from opd_mcp.engine.training.batches import stored_batches
 from opd_mcp.engine.training.loop import LoopSettings, train
 from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_metrics, distill_objective, sft_metrics
-from opd_mcp.identity.data import read_prompts
+from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.schemas.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,7 +33,8 @@ from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective,
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
 from opd_mcp.engine.training.watches import DistillWatch
 from opd_mcp.identity.consistency import proven_claim
-from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
+from opd_mcp.identity.data.reading import read_prompts, read_responses
+from opd_mcp.identity.data.rows import ResponseRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens

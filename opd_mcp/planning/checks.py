@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.identity.consistency import consistency, require_consistent
-from opd_mcp.identity.data import PromptRow, eval_overlap
+from opd_mcp.identity.data.overlap import eval_overlap
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene

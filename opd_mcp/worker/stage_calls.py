@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from opd_mcp.identity.data import PromptRow, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary

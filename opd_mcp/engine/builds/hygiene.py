@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_mcp.engine.data.sequences import TRUNCATED, Sequences
-from opd_mcp.identity.data import PromptRow, eval_overlap, read_prompts
+from opd_mcp.identity.data.overlap import eval_overlap
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.schemas.cache import Hygiene
 from opd_mcp.schemas.recipes import ScoreRecipe
 

@@ -22,7 +22,8 @@ from opd_mcp.engine.provenance import full_identity
 from opd_mcp.engine.runtime import Runtime, open_runtime
 from opd_mcp.engine.teachers.local import score_sequences
 from opd_mcp.engine.training.loop import require_going
-from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.schemas.cache import BuildLayout, EngineGap
 from opd_mcp.schemas.recipes import RolloutRecipe
 from opd_mcp.schemas.reports import StageCost

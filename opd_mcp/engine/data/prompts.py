@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.limits import TooSlow, processor_seconds
-from opd_mcp.identity.data import PromptRow
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.schemas.errors import ArgumentError, DataError
 
 # Far above what a template and a tokenizer take for a prompt.

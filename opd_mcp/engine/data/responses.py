@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.prompts import prompt_ids
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
-from opd_mcp.identity.data import ResponseRow
+from opd_mcp.identity.data.rows import ResponseRow
 from opd_mcp.schemas.errors import DataError
 
 

@@ -11,7 +11,8 @@ from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
 from opd_mcp.engine.provenance import full_identity
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
-from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.schemas.errors import ConsistencyError

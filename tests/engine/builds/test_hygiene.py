@@ -12,7 +12,7 @@ from opd_mcp.engine.cache.statistics import RolloutTally
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.teachers.teacher import RowScores
-from opd_mcp.identity.data import eval_overlap, normalised
+from opd_mcp.identity.data.overlap import eval_overlap, normalised
 from opd_mcp.schemas.errors import RunError
 
 
