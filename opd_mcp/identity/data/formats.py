@@ -4,25 +4,30 @@ import csv
 import gzip
 import io
 import json
-import struct
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from opd_mcp.identity.data.chunks import (
+    MAX_ROW_BYTES,
+    MAX_ROWS,
+    BadRow,
+    Chunk,
+    Row,
+    damaged,
+    open_pyarrow,
+    short,
+    too_large,
+)
 from opd_mcp.identity.data.sources import Format, Source
-from opd_mcp.schemas.errors import DataError, IntegrityError, ResourceError
+from opd_mcp.identity.data.tables import SelectColumns, arrow_chunks, parquet_chunks
+from opd_mcp.schemas.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20
-MAX_ROWS = 5_000_000
-# Parquet: a tiny file may stand for a huge one, so what it says of itself is looked at before it is decoded.
-MAX_ROW_BYTES = 16 << 20
-MAX_COLUMN_BYTES = 1 << 30
-BATCH_BYTES = 1 << 29
-BATCH_ROWS = 1024
 # A JSON object that holds the rows in one list is decoded as a whole.
 MAX_OBJECT_BYTES = 64 << 20
 # Text packs by 3 to 20; what unpacks to more than this share of a large file is no text.
@@ -31,29 +36,8 @@ MAX_UNPACKED_RATIO = 200
 RATIO_FREE_BYTES = 64 << 20
 CHUNK_ROWS = 512
 READ_BYTES = 1 << 20
-
-Row = dict[str, Any]
-SelectColumns = Callable[[Sequence[str]], Sequence[str]]
-"""From the columns that a table has to those that are to be read; raises when it cannot be used."""
-
-
-class BadRow(ValueError):
-    """A row that cannot be used: `code` as in the error tree, `why` in a few words, `fix` one next step."""
-
-    def __init__(self, code: str, why: str, fix: str) -> None:
-        super().__init__(why)
-        self.code = code
-        self.why = why
-        self.fix = fix
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Rows of one file, each with its line (of text) or its number (of a table), from 1."""
-
-    file: Path
-    lines: Sequence[int]
-    rows: list[Row | BadRow]
+# How spreadsheets and pandas write a whole number in a column that has gaps.
+_WHOLE = re.compile(r"\A(-?\d{1,15})\.0\Z")
 
 
 def read_chunks(source: Source, select: SelectColumns) -> Iterator[Chunk]:
@@ -67,8 +51,8 @@ def read_chunks(source: Source, select: SelectColumns) -> Iterator[Chunk]:
         "json": _json_chunks,
         "csv": partial(_csv_chunks, delimiter=","),
         "tsv": partial(_csv_chunks, delimiter="\t"),
-        "parquet": partial(_parquet_chunks, select=select),
-        "arrow": partial(_arrow_chunks, select=select),
+        "parquet": partial(parquet_chunks, select=select),
+        "arrow": partial(arrow_chunks, select=select),
     }
     count = 0
     for file in source.files:
@@ -77,29 +61,6 @@ def read_chunks(source: Source, select: SelectColumns) -> Iterator[Chunk]:
             if count > MAX_ROWS:
                 raise too_large(file, f"more than {MAX_ROWS} rows")
             yield chunk
-
-
-def table_header(source: Source) -> tuple[int, list[str]] | None:
-    """(rows, column names) of Parquet files from their footers; None for other formats; raises as `read_chunks`."""
-    if source.format != "parquet":
-        return None
-    rows = 0
-    names: list[str] = []
-    for file in source.files:
-        with _open_parquet(file) as opened:
-            rows += opened.metadata.num_rows
-            names = names or opened.schema_arrow.names
-    return rows, names
-
-
-def too_large(path: Path, what: str) -> DataError:
-    """The error for data beyond a limit."""
-    return DataError(
-        "too_large",
-        f"{path.name} holds {what}.",
-        value=path,
-        fix="Give a part of it; runs cycle through their prompts.",
-    )
 
 
 def malformed(path: Path, line: int, why: str, *, fix: str) -> DataError:
@@ -139,11 +100,17 @@ def _open_text(path: Path) -> Iterator[BinaryIO]:
     with path.open("rb") as file:
         try:
             unpacked = (
-                gzip.GzipFile(fileobj=file) if suffix == ".gz" else _pyarrow(path).CompressedInputStream(file, "zstd")
+                gzip.GzipFile(fileobj=file)
+                if suffix == ".gz"
+                else open_pyarrow(path).CompressedInputStream(file, "zstd")
             )
-            yield io.BufferedReader(_BoundedStream(path, unpacked), READ_BYTES)
+            yield io.BufferedReader(_BoundedStream(path, packed), READ_BYTES)
         except (EOFError, zlib.error, OSError, MemoryError) as error:
-            raise _damaged(path, f"{suffix} file", error) from error
+            raise damaged(path, f"{suffix} file", error) from error
+
+
+def _zstd(path: Path, file: BinaryIO) -> Any:
+    return open_pyarrow(path).CompressedInputStream(file, "zstd")
 
 
 def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
@@ -312,7 +279,7 @@ def _csv_chunks(path: Path, delimiter: str) -> Iterator[Chunk]:
 def _row_of_fields(row: dict[Any, Any]) -> Row | BadRow:
     if None in row:
         return BadRow("malformed_line", "more fields than the header names", "Quote fields that hold the separator.")
-    return {name: value for name, value in row.items() if value}
+    return {name: _WHOLE.sub(r"\1", value) for name, value in row.items() if value}
 
 
 def _in_chunks(path: Path, rows: Iterator[Row | BadRow]) -> Iterator[Chunk]:
@@ -324,149 +291,3 @@ def _in_chunks(path: Path, rows: Iterator[Row | BadRow]) -> Iterator[Chunk]:
             number, some = number + len(some), []
     if some:
         yield Chunk(path, range(number + 1, number + 1 + len(some)), some)
-
-
-def _parquet_chunks(path: Path, select: SelectColumns) -> Iterator[Chunk]:
-    with _open_parquet(path) as file:
-        rows_at_once = _batch_rows(path, file.metadata)
-        wanted = [name for name in file.schema_arrow.names if name in set(select(file.schema_arrow.names))]
-        yield from _table_chunks(path, file.iter_batches(batch_size=rows_at_once, columns=wanted))
-
-
-def _arrow_chunks(path: Path, select: SelectColumns) -> Iterator[Chunk]:
-    """Rows of an Arrow stream, the format of `save_to_disk`; Arrow IPC files (Feather) are refused."""
-    pyarrow = _pyarrow(path)
-    try:
-        with pyarrow.memory_map(str(path)) as mapped:
-            _require_unpacked_stream(path, pyarrow, mapped)
-            mapped.seek(0)
-            with pyarrow.ipc.open_stream(mapped) as reader:
-                wanted = [name for name in reader.schema.names if name in set(select(reader.schema.names))]
-                yield from _table_chunks(path, (_checked(batch).select(wanted) for batch in reader))
-    except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
-        raise _damaged(path, "Arrow stream", error) from error
-
-
-def _checked(batch: Any) -> Any:
-    batch.validate(full=True)  # offsets in the file are believed otherwise, and may lead out of it
-    return batch
-
-
-def _table_chunks(path: Path, batches: Iterator[Any]) -> Iterator[Chunk]:
-    number = 0
-    for whole in batches:
-        for start in range(0, max(whole.num_rows, 1), BATCH_ROWS):
-            batch = whole.slice(start, BATCH_ROWS)
-            if batch.nbytes > MAX_ROW_BYTES and any(
-                batch.slice(row, 1).nbytes > MAX_ROW_BYTES for row in range(batch.num_rows)
-            ):
-                raise too_large(path, f"a row of more than {MAX_ROW_BYTES} bytes, after row {number}")
-            yield Chunk(path, range(number + 1, number + 1 + batch.num_rows), _dictionaries(batch))
-            number += batch.num_rows
-
-
-def _dictionaries(batch: Any) -> list[Row | BadRow]:
-    names = batch.schema.names
-    if not names:
-        return [{} for _ in range(batch.num_rows)]
-    values = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-    if any(column.null_count for column in batch.columns):
-        return [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in values]
-    return [dict(zip(names, row, strict=True)) for row in values]
-
-
-def _batch_rows(path: Path, metadata: Any) -> int:
-    """Rows to decode at a time, so that they fit into memory even if each is as long as its whole column."""
-    if metadata.num_rows > MAX_ROWS:
-        raise too_large(path, f"{metadata.num_rows} rows, more than {MAX_ROWS}")
-    largest = 1
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            largest = max(largest, column.total_uncompressed_size, 8 * column.num_values)
-    if largest > MAX_COLUMN_BYTES:
-        raise too_large(path, f"a column of {largest} bytes in one row group, more than {MAX_COLUMN_BYTES}")
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
-
-
-@contextmanager
-def _open_parquet(path: Path) -> Iterator[Any]:
-    pyarrow = _pyarrow(path)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    # Decoding meets text that is not UTF-8, and dates and lengths that Python or this machine do not have.
-    except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
-        raise _damaged(path, "Parquet file", error) from error
-
-
-def _require_unpacked_stream(path: Path, pyarrow: Any, mapped: Any) -> None:
-    """Raise DataError for packed batches: how much they unpack to is known only when memory holds it."""
-    if mapped.read(6) == b"ARROW1":
-        raise DataError(
-            "unknown_format",
-            f"{path.name} is an Arrow IPC file (Feather), not a stream as save_to_disk writes it.",
-            value=path,
-            fix="Write the table as Parquet.",
-        )
-    mapped.seek(0)
-    with pyarrow.ipc.MessageReader.open_stream(mapped) as messages:
-        for message in messages:
-            if message.type != "schema" and _is_packed(message.metadata.to_pybytes()):
-                raise DataError(
-                    "unknown_format",
-                    f"{path.name} holds packed batches.",
-                    value=path,
-                    fix="Write the table as Parquet.",
-                )
-
-
-def _is_packed(metadata: bytes) -> bool:
-    """Whether a message names a compression: in its flatbuffer, Message.header → RecordBatch.compression."""
-
-    def field(table: int, index: int) -> int:
-        """Where the field of a table is; 0 when it is absent."""
-        fields = table - struct.unpack_from("<i", metadata, table)[0]
-        size = struct.unpack_from("<H", metadata, fields)[0]
-        entry = 4 + 2 * index
-        offset = struct.unpack_from("<H", metadata, fields + entry)[0] if entry < size else 0
-        return table + offset if offset else 0
-
-    def pointed(position: int) -> int:
-        return position + int(struct.unpack_from("<I", metadata, position)[0])
-
-    try:
-        header = field(pointed(0), 2)
-        kind = metadata[field(pointed(0), 1)]
-        batch = pointed(header) if header else 0
-        if kind == 2 and batch:  # a dictionary batch holds a record batch
-            inner = field(batch, 1)
-            batch = pointed(inner) if inner else 0
-        return bool(batch) and field(batch, 3) != 0
-    except (struct.error, IndexError):
-        return True  # what cannot be read is not believed
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ResourceError(
-            "missing_package", "Reading this format needs pyarrow.", value=path, fix="Install pyarrow, or give JSONL."
-        ) from error
-    return pyarrow
-
-
-def _damaged(path: Path, kind: str, error: Exception) -> IntegrityError:
-    return IntegrityError(
-        "damaged_file",
-        f"{path.name} is not a readable {kind} ({short(error)}).",
-        value=path,
-        fix="Write or copy the file again.",
-    )
-
-
-def short(error: Exception) -> str:
-    """The first line of an exception's text."""
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -12,7 +12,8 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from opd_mcp.identity.data.formats import BadRow, Row, read_chunks, table_header
+from opd_mcp.identity.data.chunks import BadRow, Row
+from opd_mcp.identity.data.formats import read_chunks
 from opd_mcp.identity.data.rows import PromptRow, ResponseRow
 from opd_mcp.identity.data.shapes import (
     PROMPT_SHAPES,
@@ -30,6 +31,7 @@ from opd_mcp.identity.data.shapes import (
     value_at,
 )
 from opd_mcp.identity.data.sources import Source, source_of
+from opd_mcp.identity.data.tables import table_header
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.data import SkippedRow, UnderstoodData
 from opd_mcp.schemas.errors import DataError, nearest

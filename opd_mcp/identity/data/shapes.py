@@ -10,7 +10,7 @@ from itertools import repeat
 from math import isnan
 from typing import Any, Literal
 
-from opd_mcp.identity.data.formats import BadRow, Row
+from opd_mcp.identity.data.chunks import BadRow, Row
 from opd_mcp.identity.data.rows import PromptRow, ResponseRow, Turns
 from opd_mcp.identity.data.turns import answer_text, before_answer, is_turns, turns_of
 from opd_mcp.schemas.errors import ArgumentError, nearest
@@ -238,7 +238,7 @@ def response_row(shape: Shape, row: Row, index: int) -> ResponseRow:
     if response is None and ids is None:
         raise missing(shape.response or "response")
     prompt = prompt_row(shape, row, index)
-    if prompt.messages and _turns_at(shape, row) != prompt.messages:
+    if prompt.messages and _ends_answered(value_at(row, shape.key)):
         raise BadRow(
             "malformed_line",
             f"{shape.key} ends with the assistant's turn, and there is a response as well",

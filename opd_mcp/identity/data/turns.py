@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from opd_mcp.identity.data.formats import BadRow
+from opd_mcp.identity.data.chunks import BadRow
 from opd_mcp.identity.data.rows import Turns
 
 # ShareGPT's names for the roles that templates know.

@@ -251,7 +251,8 @@ def test_a_small_parquet_that_stands_for_a_huge_one_is_refused(tmp_path):
 
 
 def test_a_parquet_with_more_rows_than_are_read_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("opd_mcp.identity.data.formats.MAX_ROWS", 10)
+    for module in ("formats", "tables"):
+        monkeypatch.setattr(f"opd_mcp.identity.data.{module}.MAX_ROWS", 10)
     pq.write_table(pa.table({"prompt": ["x"] * 11}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="too_large"):
         read_prompts(tmp_path / "rows.parquet")
