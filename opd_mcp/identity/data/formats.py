@@ -99,12 +99,8 @@ def _open_text(path: Path) -> Iterator[BinaryIO]:
         return
     with path.open("rb") as file:
         try:
-            unpacked = (
-                gzip.GzipFile(fileobj=file)
-                if suffix == ".gz"
-                else open_pyarrow(path).CompressedInputStream(file, "zstd")
-            )
-            yield io.BufferedReader(_BoundedStream(path, packed), READ_BYTES)
+            unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else _zstd(path, file)
+            yield io.BufferedReader(_BoundedStream(path, unpacked), READ_BYTES)
         except (EOFError, zlib.error, OSError, MemoryError) as error:
             raise damaged(path, f"{suffix} file", error) from error
 
