@@ -219,11 +219,11 @@ def cache_verify(
 
     directory, rescore = cache_directory(cache), None
     if teacher is not None:
-        from opd_mcp.engine.teachers.teacher import rescorer
+        from opd_mcp.engine.scoring.local import rescorer
 
         rescore = rescorer(teacher)
     elif teacher_url is not None:
-        from opd_mcp.engine.teachers.http import remote_rescorer
+        from opd_mcp.engine.scoring.remote import remote_rescorer
         from opd_mcp.identity.lineage import read_manifest
         from opd_mcp.schemas.identity import RemoteTeacher
 
@@ -277,10 +277,9 @@ def serve_teacher(
     max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence.", min=2)] = 32768,
 ) -> None:
     """Serve a model's log-probs: token ids in, log-probs and top-k out; the key is in OPD_TEACHER_KEY."""
-    from opd_mcp.engine.teachers.scorer import Limits
-    from opd_mcp.engine.teachers.serve import serve
+    from opd_mcp.engine.scoring.server import RequestLimits, serve
 
-    serve(model, host, port, os.environ.get(TEACHER_KEY), threads, Limits(queue=queue, length=max_length))
+    serve(model, host, port, os.environ.get(TEACHER_KEY), threads, RequestLimits(queue=queue, length=max_length))
 
 
 @app.command(hidden=True)
@@ -292,12 +291,17 @@ def worker(
     cpu_slots: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
+    from opd_mcp.devices.leases import LeaseFolder
+    from opd_mcp.devices.settings import JobSettings
     from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
+    from opd_mcp.worker.main import WorkerSettings
     from opd_mcp.worker.main import main as work
 
     root, key, secrets = workspace or workspace_root(), os.environ.get(TEACHER_KEY), environment_secrets(os.environ)
     sys.stdout = RedactingStream(sys.stdout, secrets)
-    raise typer.Exit(work(root, run_id, lock_fd, lease_folder, cpu_slots, teacher_key=key, secrets=secrets))
+    defaults = JobSettings()
+    leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
+    raise typer.Exit(work(root, run_id, lock_fd, WorkerSettings(leases, key, secrets)))
 
 
 def show(found: Shown, as_json: bool, text: Callable[[Shown], str]) -> None:

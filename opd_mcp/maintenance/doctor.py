@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.texts import byte_size
 from opd_mcp.service import JobService
 from opd_mcp.views.setup import example_paths, settings_problem
 
@@ -39,7 +40,7 @@ def checks(service: JobService) -> Iterator[Check]:
     yield Check("workspace", os.access(root, os.W_OK), str(root), "Set OPD_HOME to a folder that you may write to.")
     free = free_disk(root)
     fix = "Free disk space, or move the workspace with OPD_HOME."
-    yield Check("disk", free >= MIN_FREE_BYTES, f"{free / 2**30:.1f} GiB free", fix)
+    yield Check("disk", free >= MIN_FREE_BYTES, f"{byte_size(free)} free", fix)
     yield _settings(service)
     yield _index(service)
     damaged = [f"{problem.value}: {problem.message}" for problem in service.store.damaged()]

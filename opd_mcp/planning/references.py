@@ -99,6 +99,14 @@ class References:
         )
         return ResolvedModel(resolved, facts)
 
+    def sft_student(self, reference: str, declared_teacher: str | None) -> ResolvedModel:
+        """As `model`, with `declared_teacher` as its SFT teacher where no lineage names one."""
+        student = self.model(reference)
+        if student.input.sft_teacher is not None or declared_teacher is None:
+            return student
+        claim = self.claim(declared_teacher)
+        return ResolvedModel(student.input.model_copy(update={"sft_teacher": claim}), student.facts)
+
     def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
         """A teacher that a server at `url` scores for; its files are used where the reference means some that are here.
 

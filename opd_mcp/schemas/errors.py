@@ -17,7 +17,8 @@ OpdError
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed
 ├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
-│                                  missing_package · teacher_unreachable · teacher_refused
+│                                  missing_package · teacher_unreachable · teacher_refused · grader_failed ·
+│                                  sandbox_unavailable
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    worker_terminated · attempt_superseded · same_request_active · run_starting ·
                                    bad_number · bad_rows

@@ -1,10 +1,11 @@
 """The SQLite index over runs and artifacts: for listing and for starting once; every row is rebuilt from the files."""
 
 import fcntl
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -152,6 +153,16 @@ class Index:
                 "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
                 " WHERE kind = coalesce(?, kind) AND key = coalesce(?, key) ORDER BY created_at, artifact_id",
                 (kind, key),
+            ).fetchall()
+        return [IndexedArtifact(*row) for row in rows]
+
+    def artifacts_of_keys(self, keys: Collection[str]) -> list[IndexedArtifact]:
+        """Rows of the artifacts that were made by these keys, oldest first."""
+        with self.reading() as database:
+            rows = database.execute(
+                "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
+                " WHERE key IN (SELECT value FROM json_each(?)) ORDER BY created_at, artifact_id",
+                (json.dumps(list(keys)),),
             ).fetchall()
         return [IndexedArtifact(*row) for row in rows]
 

@@ -73,7 +73,7 @@ class Store:
             raise
         return StartedRun(record.run_id, lock)
 
-    def resume(self, run_id: str, admit: Callable[[RunRecord], None] = lambda record: None) -> StartedRun:
+    def resume(self, run_id: str, admit: Callable[[], None] = lambda: None) -> StartedRun:
         """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
 
         Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
@@ -102,7 +102,7 @@ class Store:
                         value=run_id,
                         fix=f"Follow that one with get_run_status(run_id='{other}').",
                     )
-                admit(record)
+                admit()
                 withdraw_cancel(view.directory)
                 attempt = begin_attempt(lock)
                 insert_run(database, indexed_run(record))

@@ -4,7 +4,7 @@ import re
 import signal
 from pathlib import Path
 
-from opd_mcp.planning.memory import MEMORY_OVERRIDE
+from opd_mcp.planning.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.runs import Failure
 from opd_mcp.store.logs import log_tail

@@ -13,9 +13,8 @@ from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.runs import RunKind, RunState
 from opd_mcp.schemas.setup import ActiveRun, Device, ExamplePaths, Quotas, SetupReport
 from opd_mcp.store.roots import AllowedRoots
-from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, read_settings
 
 ACTIVE: tuple[RunState, ...] = ("running", "queued")
 MAX_ACTIVE_RUNS = 20

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_mcp.planning.memory import MEMORY_OVERRIDE
+from opd_mcp.planning.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.runs import Failure
 from opd_mcp.schemas.texts import byte_size

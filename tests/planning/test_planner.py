@@ -244,3 +244,22 @@ def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
     assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]
     assert "1 of 4 prompts are over 100 tokens" in found["over_long_prompts"]
     assert "2 of 2 eval prompts are also training prompts (1 to the letter" in found["eval_overlap"]
+
+
+def test_a_start_uses_the_plan_that_was_made_while_its_files_stay_what_they_are(world, service, monkeypatch, finished):
+    """The plan of a start is made once; a file that changes in between is seen all the same."""
+    made, plan = [], service._planner.plan
+    monkeypatch.setattr(type(service._planner), "plan", lambda self, arguments: made.append(1) or plan(arguments))
+    prompts = world.prompts()
+    arguments = world.start_arguments(prompts=prompts)
+    assert service.start_question(arguments, gpu_hours=8.0) is None
+    run = service.start_distillation(arguments)
+    assert len(made) == 1
+    assert service.start_distillation(arguments).run_id == run.run_id
+    service.cancel(run.run_id)
+    finished(service, run.run_id)
+    world.prompts(count=7)
+    other = service.start_distillation(arguments)
+    assert len(made) == 2
+    assert service.store.record(other.run_id).request.inputs.prompts.rows == 7
+    service.cancel(other.run_id)

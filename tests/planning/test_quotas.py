@@ -13,8 +13,8 @@ from opd_mcp.server.render.runs import setup_text
 from opd_mcp.store.journal import read_journal
 from opd_mcp.store.run_view import seconds_of
 from opd_mcp.store.runs import JOURNAL_FILE
-from opd_mcp.store.settings import SETTINGS_FILE, read_settings
 from opd_mcp.store.worker_process import WORKER_FILE, WorkerProcess
+from opd_mcp.store.workspace import SETTINGS_FILE, read_settings
 
 
 def settle(service, text):

@@ -137,3 +137,48 @@ def test_a_benchmark_names_its_models_and_keeps_their_names_apart(world, service
 def test_a_start_with_too_little_says_what_is_missing(service, given):
     with pytest.raises(ArgumentError, match=r"Missing: .*prompts.*plan_id"):
         service.start_distillation(StartDistillation(**given))
+
+
+CONTRADICTIONS = [
+    ({"distill.estimator": "topk_reverse_kl"}, {}, "distill.estimator", "estimator='sampled'"),
+    ({"distill.method": "live"}, {}, "distill.method", "method='lightning'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "changes", "key", "argument"), CONTRADICTIONS)
+def test_an_override_that_contradicts_an_argument_is_one_error_that_names_both(
+    world, service, cached, overrides, changes, key, argument
+):
+    """From a cache as from a plan's arguments: neither silently wins."""
+    student, cache_id = cached
+    for arguments in (from_cache(student, cache_id, overrides=overrides), world.start_arguments(overrides=overrides)):
+        with pytest.raises(ArgumentError, match=rf"invalid_argument.*{key}.*contradicts.*{argument}"):
+            service.start_distillation(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "overridden"),
+    [("topk", 4, 16), ("dtype", "float32", "float16"), ("on_truncated", "keep", "drop")],
+)
+def test_a_caches_arguments_and_overrides_agree_or_are_refused(world, service, sft_student, name, given, overridden):
+    student, key = sft_student(world.teacher), f"score.{name}"
+    with pytest.raises(ArgumentError, match=f"{key}=.*{overridden}.*contradicts.*{name}=.*{given}"):
+        service.build_teacher_cache(world.cache_arguments(student, **{name: given}, overrides={key: overridden}))
+    run = service.build_teacher_cache(world.cache_arguments(student, **{name: given}, overrides={key: given}))
+    assert service.store.record(run.run_id).request.recipe.score.to_dict()[name] == given
+    service.cancel(run.run_id)
+
+
+def test_samples_per_prompt_and_its_override_agree_or_are_refused(world, service, finished):
+    given = {"model": world.student, "prompts": world.prompts(), "preset": "demo", "samples_per_prompt": 2}
+    with pytest.raises(ArgumentError, match=r"benchmark.samples_per_prompt=8 contradicts.*samples_per_prompt=2"):
+        service.benchmark_student(BenchmarkStudent(**given, overrides={"benchmark.samples_per_prompt": 8}))
+    run = service.benchmark_student(BenchmarkStudent(**given))
+    assert service.store.record(run.run_id).request.recipe.benchmark.samples_per_prompt == 2
+    service.cancel(run.run_id)
+
+
+def test_a_cache_that_is_too_small_for_the_estimator_by_an_override_is_refused(world, service):
+    changes = {"estimator": "topk_reverse_kl", "overrides": {"score.topk": 4, "distill.topk": 8}}
+    with pytest.raises(ArgumentError, match=r"score.topk=4 contradicts distill.topk=8"):
+        service.plan(world.plan_arguments(**changes))

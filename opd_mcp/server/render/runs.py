@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from opd_mcp.planning.measured_speeds import PROCESS_START
+from opd_mcp.planning.estimates import PROCESS_START
 from opd_mcp.schemas.answers import GarbageReport
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
