@@ -17,7 +17,7 @@ from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import distill_metrics, sft_metrics
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.data import read_prompts
+from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.schemas.recipes import Recipe
 from tools import EXAMPLE, ROOT
 

@@ -25,7 +25,7 @@ from opd_mcp.engine.models.loading import LoadedModel, load_tokenizer
 from opd_mcp.engine.runtime import Runtime, seed_for
 from opd_mcp.grading.grade import Tally
 from opd_mcp.grading.graders import Grader
-from opd_mcp.identity.data import PromptRow
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
 from opd_mcp.schemas.reports import Estimate95, ModelScore
 
