@@ -355,11 +355,11 @@ def main() -> None:
     except OpdError as error:
         fail(error)
     except OSError as error:
-        from opd_mcp.store.files import disk_full, is_disk_full
+        from opd_mcp.store.files import expected_failure, workspace_failure
 
-        if not is_disk_full(error):
-            raise
-        fail(disk_full(error))
+        if expected := expected_failure(error) or workspace_failure(error, workspace_root()):
+            fail(expected)
+        raise
 
 
 def error_line(error: "OpdError") -> str:

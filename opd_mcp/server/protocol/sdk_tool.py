@@ -31,7 +31,7 @@ from opd_mcp.server.protocol.waiting import StatusCalls
 from opd_mcp.server.serve import ServerSettings
 from opd_mcp.server.tools.spec import ToolSpec
 from opd_mcp.service import JobService
-from opd_mcp.store.files import disk_full, is_disk_full
+from opd_mcp.store.files import expected_failure, workspace_failure
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,25 @@ class _RawArguments(ArgModelBase):
 
 
 @contextmanager
-def readable_errors(tool: str, outgoing: Outgoing) -> Iterator[None]:
-    """Turn whatever is raised inside into a ToolError that a model can act on, in one line and without secrets."""
+def readable_errors(tool: str, outgoing: Outgoing, service: JobService) -> Iterator[None]:
+    """Turn whatever is raised inside into a ToolError that a model can act on, in one line and without secrets.
+
+    Cancellation and the end of the process pass.
+    """
     try:
         yield
     except OpdError as error:
         raise ToolError(outgoing.line(str(error))) from error
     except (ToolError, MCPError):
         raise
-    except Exception as error:
-        if is_disk_full(error):
-            raise ToolError(outgoing.line(str(disk_full(error)))) from error
+    except BaseException as error:
+        expected = expected_failure(error)
+        if expected is None and isinstance(error, OSError):
+            expected = workspace_failure(error, service.workspace.root)
+        if expected is not None:
+            raise ToolError(outgoing.line(str(expected))) from error
+        if not isinstance(error, Exception):
+            raise
         logger.exception("Tool %s failed", tool)
         raise ToolError(
             f"[internal_error] {type(error).__name__} inside {tool}. "
@@ -85,11 +93,11 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
         return answer, spec.text
 
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
-        with readable_errors(spec.name, outgoing):
+        with readable_errors(spec.name, outgoing, service):
             return outgoing.result(*await answered(parse(arguments), context))
 
     async def ask(arguments: dict[str, Any], context: Context) -> Consent | Elicit[Consent]:
-        with readable_errors(spec.name, outgoing):
+        with readable_errors(spec.name, outgoing, service):
             assert spec.ask is not None
             request = parse(arguments)
             question = await to_thread.run_sync(spec.ask, service, request, settings)
@@ -98,7 +106,7 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
     async def call_if_agreed(
         arguments: dict[str, Any], context: Context, consent: Annotated[ElicitationResult[Consent], Resolve(ask)]
     ) -> CallToolResult:
-        with readable_errors(spec.name, outgoing):
+        with readable_errors(spec.name, outgoing, service):
             require_agreed(consent)
         return await call(arguments, context)
 
