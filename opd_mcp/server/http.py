@@ -141,7 +141,7 @@ def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess, se
         try:
             found = await to_thread.run_sync(service.dashboard, chosen)
         except OpdError as error:
-            return JSONResponse({"error": outgoing.line(str(error))}, status_code=404)
+            return JSONResponse({"error": outgoing.error(error)}, status_code=404)
         return JSONResponse(outgoing.values(found), headers={"Cache-Control": "no-store"})
 
     app = server.streamable_http_app(host=access.host, transport_security=access.security())

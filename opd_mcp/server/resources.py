@@ -96,9 +96,9 @@ async def _read(service: JobService, outgoing: Outgoing, read: Callable[[Store, 
     try:
         return outgoing.document(await to_thread.run_sync(read, service.store, reference))
     except UnknownIdError as error:
-        raise ResourceNotFoundError(outgoing.line(str(error))) from error
+        raise ResourceNotFoundError(outgoing.error(error)) from error
     except OpdError as error:
-        raise ResourceError(outgoing.line(str(error))) from error
+        raise ResourceError(outgoing.error(error)) from error
 
 
 class RunWatcher:

@@ -54,7 +54,7 @@ def readable_errors(tool: str, outgoing: Outgoing, service: JobService) -> Itera
     try:
         yield
     except OpdError as error:
-        raise ToolError(outgoing.line(str(error))) from error
+        raise ToolError(outgoing.error(error)) from error
     except (ToolError, MCPError):
         raise
     except BaseException as error:
@@ -62,7 +62,7 @@ def readable_errors(tool: str, outgoing: Outgoing, service: JobService) -> Itera
         if expected is None and isinstance(error, OSError):
             expected = workspace_failure(error, service.workspace.root)
         if expected is not None:
-            raise ToolError(outgoing.line(str(expected))) from error
+            raise ToolError(outgoing.error(expected)) from error
         if not isinstance(error, Exception):
             raise
         logger.exception("Tool %s failed", tool)
