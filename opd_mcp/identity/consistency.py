@@ -46,7 +46,7 @@ def consistency(teacher: ModelIdentity, sft_teacher: TeacherClaim | None, *, all
     if sft_teacher is None:
         return ConsistencyVerdict(status="unknown", teacher=teacher, mismatch_allowed=allowed)
     if sft_teacher.identity is not None and "named" not in (teacher.remote, sft_teacher.identity.remote):
-        same = sft_teacher.identity.same_weights(teacher)
+        same = sft_teacher.identity.same_model(teacher)
     else:
         same = _short_name(sft_teacher.name) == _short_name(teacher.name)
     return ConsistencyVerdict(
@@ -92,7 +92,7 @@ def delta_by_construction(teacher: ModelIdentity, sft_teacher: TeacherClaim | No
     """Δ = 0 without a sample, where the SFT teacher is proven to be this teacher, which runs here; None elsewhere."""
     if sft_teacher is None or sft_teacher.basis != "proven" or sft_teacher.identity is None or teacher.remote:
         return None
-    if not sft_teacher.identity.same_weights(teacher):
+    if not sft_teacher.identity.same_model(teacher):
         return None
     label = sft_teacher.identity.label()
     return TeacherDelta(sft_teacher=label, basis="by_construction", rows=0, tokens=0, mean_abs=0, over_one_nat=0)
@@ -100,7 +100,7 @@ def delta_by_construction(teacher: ModelIdentity, sft_teacher: TeacherClaim | No
 
 def require_behaviour(cache_behaviour: ModelIdentity, student: ModelIdentity) -> None:
     """Raise ConsistencyError `behaviour_mismatch` unless the student is the policy that drew the cache's rollouts."""
-    if cache_behaviour.same_weights(student):
+    if cache_behaviour.same_model(student):
         return
     raise ConsistencyError(
         "behaviour_mismatch",

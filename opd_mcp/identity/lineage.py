@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.files import bounded_bytes, file_sha256, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest
@@ -14,6 +14,8 @@ from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
 
 LINEAGE_FILE = "lineage.json"
 MANIFEST_FILE = "manifest.json"
+MAX_LINEAGE_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 64 << 20
 PROOF_NEEDED: frozenset[ArtifactKind] = frozenset({"model", "responses", "cache"})
 RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.json to use it without proof."
 
@@ -29,7 +31,7 @@ def read_lineage(directory: Path) -> Lineage | None:
     if not file.is_file():
         return None
     try:
-        return Lineage.from_json(file.read_bytes())
+        return Lineage.from_json(bounded_bytes(file, MAX_LINEAGE_BYTES))
     except ValidationError as error:
         raise IntegrityError(
             "damaged_file", f"lineage.json cannot be used ({first_problem(error)}).", value=file, fix=RESTORE
@@ -68,7 +70,7 @@ def read_manifest(path: Path, reference: object = None) -> CacheManifest:
             fix="Give the cache_id that build_teacher_cache answered.",
         )
     try:
-        return CacheManifest.from_json(file.read_bytes())
+        return CacheManifest.from_json(bounded_bytes(file, MAX_MANIFEST_BYTES))
     except ValidationError as error:
         raise IntegrityError(
             "damaged_file",
@@ -95,14 +97,17 @@ def _require_file(directory: Path, name: str, sha256: str) -> None:
 
 
 def _require_model(directory: Path, written: ModelIdentity, found: ModelIdentity, *, full: bool) -> None:
-    compared = {
-        "the weights": (written.weights, found.weights),
-        "tokenizer.json": (written.tokenizer, found.tokenizer),
-        "the chat template": (written.chat_template, found.chat_template),
-        "the special tokens": (written.special_tokens, found.special_tokens),
+    names = {
+        "weights": "the weights",
+        "configuration": "config.json",
+        "tokenizer": "tokenizer.json",
+        "chat_template": "the chat template",
+        "special_tokens": "the special tokens",
+        "encoding": "how tokenizer.json makes ids of text",
     }
-    for what, (before, now) in compared.items():
-        if before != now:
+    differing = written.differences(found)
+    for name, what in names.items():
+        if name in differing:
             raise _mismatch(directory, f"{what} in this directory changed after lineage.json was written")
     if full and written.weights_full is not None and full_weights_hash(directory) != written.weights_full:
         raise _mismatch(directory, "the weights in this directory changed after lineage.json was written")

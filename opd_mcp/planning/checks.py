@@ -50,6 +50,19 @@ def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) 
         require_same_tokens(teacher.facts.path, student.facts.path)
 
 
+def judge_files(inputs: PlanInputs, found: Findings) -> None:
+    """Warn of what a model's directory holds that other programs would load and this one does not."""
+    for role, model in (("teacher", inputs.teacher), ("student", inputs.student)):
+        if model.facts is not None and model.facts.unused:
+            found.warn(
+                "files_unused",
+                f"The {role}'s tokenizer is built from tokenizer.json and one chat template alone; not used: "
+                f"{'; '.join(model.facts.unused)}.",
+                "Nothing has to be done, unless one of these was meant; then save it into tokenizer.json or "
+                "chat_template.jinja.",
+            )
+
+
 def judge_consistency(
     arguments: PlanDistillation, inputs: PlanInputs, found: Findings
 ) -> tuple[bool, ConsistencyVerdict]:

@@ -101,6 +101,6 @@ def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdent
 
 def _has(lineage: Lineage, role: str, model: ModelIdentity) -> bool:
     return any(
-        parent.role == role and parent.identity is not None and parent.identity.same_weights(model)
+        parent.role == role and parent.identity is not None and parent.identity.same_model(model)
         for parent in lineage.parents
     )

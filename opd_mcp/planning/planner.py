@@ -9,6 +9,7 @@ from opd_mcp.planning.checks import (
     PlanInputs,
     judge_consistency,
     judge_evaluation,
+    judge_files,
     judge_prompts,
     mean_prompt_tokens,
     require_matching_tokenizers,
@@ -51,6 +52,7 @@ class Planner:
         require_matching_tokenizers(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
         schema = self._schema(arguments, inputs, sft, found)
+        judge_files(inputs, found)
         judge_evaluation(inputs, found)
         hygiene = judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
         phases = self._phases(recipe, schema, arguments.method, sft)

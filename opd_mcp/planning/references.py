@@ -124,7 +124,7 @@ class References:
         for model in candidates:
             if model.path and Path(model.path).is_dir():
                 identity = self.models.inspect_model(Path(model.path)).identity
-                if identity.same_weights(claim.identity):
+                if identity.same_model(claim.identity):
                     return model.path
         return None
 

@@ -177,7 +177,7 @@ class Composer:
             teacher = self.references.model(reference)
             named = cache.manifest.teacher.remote == "named"  # its weights were never seen
             identity = teacher.input.identity
-            if identity and not named and not identity.same_weights(cache.manifest.teacher):
+            if identity and not named and not identity.same_model(cache.manifest.teacher):
                 raise ConsistencyError(
                     "teacher_mismatch",
                     f"The teacher cache holds log-probs of {cache.manifest.teacher.label()}, "
@@ -191,7 +191,7 @@ class Composer:
         if path is None or not Path(path).is_dir():
             return None
         teacher = self.references.model(path)
-        same = teacher.input.identity and teacher.input.identity.same_weights(cache.manifest.teacher)
+        same = teacher.input.identity and teacher.input.identity.same_model(cache.manifest.teacher)
         return teacher.input if same else None
 
     def _prompts_of(self, cache: ResolvedCache) -> DataInput | None:

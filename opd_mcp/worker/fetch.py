@@ -121,10 +121,12 @@ def _present_model(
         return model  # a server's model is proven by asking it
     path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id), check_fence)
     facts = inspect_model(path)
-    if model.identity is not None and not model.identity.same_weights(facts.identity):
+    changed = model.identity.differences(facts.identity) if model.identity is not None else set()
+    if model.identity is not None and changed:
         raise IntegrityError(
             "input_changed",
-            f"The model is {facts.identity.label()} now and was {model.identity.label()} when the run was started.",
+            f"The model is {facts.identity.label()} now and was {model.identity.label()} when the run was started; "
+            f"changed: {', '.join(sorted(changed))}.",
             value=path,
             fix="Start again, with the model that is meant.",
         )

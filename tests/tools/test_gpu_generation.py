@@ -57,7 +57,7 @@ def test_each_variant_draws_to_the_limit_or_to_a_stop_token(gpu_generation, mode
     model.destroy_cached_continuous_batching_manager()
 
 
-def test_the_twin_has_the_same_weights_under_sdpa(gpu_generation, model) -> None:
+def test_the_twin_has_the_same_model_under_sdpa(gpu_generation, model) -> None:
     from opd_mcp.engine.models.attention import use_packed_attention
 
     ids = torch.arange(8)[None]
