@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from opd_mcp.identity.signatures import MadeHere, everywhere
 from opd_mcp.schemas.recipes import CheckpointRecipe, PromptingRecipe, RuntimeRecipe
 
 
@@ -72,5 +73,8 @@ class Context:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     checkpoints: Path | None = None
     """Where a training stage keeps its checkpoints and finds those of an earlier attempt; None: nowhere."""
+    made_here: MadeHere = everywhere
+    """Whether a directory's lineage proves its claims. A workspace asks its key. Who calls the stages as a library, and
+    says nothing, vouches for every directory that it names."""
     check_fence: Callable[[], None] = lambda: None
     """Raises once somebody else has taken over: asked right before a write that others see, from any thread."""

@@ -32,7 +32,7 @@ from opd_mcp.engine.training.loop import LoopSettings, train
 from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective, sft_metrics
 from opd_mcp.engine.training.sources import CacheSource, LiveSource, open_cache, open_live
 from opd_mcp.engine.training.watches import DistillWatch
-from opd_mcp.identity.consistency import proven_claim
+from opd_mcp.identity.consistency import proven_claim, vouched
 from opd_mcp.identity.data import ResponseRow, prompts_hash, read_prompts, read_responses
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
@@ -122,8 +122,7 @@ def sft(
     `sft_teacher` is used for responses without lineage; `tokenizer` overrides the one saved with the responses.
     """
     runtime = open_runtime(context.runtime)
-    lineage = verified_lineage(responses) if responses.is_dir() else None
-    claim = (lineage.sft_teacher if lineage else None) or sft_teacher
+    claim = claim_of(responses, sft_teacher, context) if responses.is_dir() else sft_teacher
     saved = responses / "tokenizer"
     adopted = adopt_tokenizer(tokenizer or (saved if saved.is_dir() else student), context.prompting)
     require_same_tokens(adopted.path, student)
@@ -179,11 +178,13 @@ def distill(
     ConsistencyError for a cache of another teacher or behaviour policy, IntegrityError for a damaged one.
     """
     runtime = open_runtime(context.runtime)
-    claim = claim_of(student, sft_teacher)
+    claim = claim_of(student, sft_teacher, context)
     source: CacheSource | LiveSource
     if recipe.method == "lightning":
         assert cache is not None, "lightning distills from a teacher cache"
         source = open_cache(recipe, cache, student, claim, allowed=allow_teacher_mismatch, context=context)
+        # Whose log-probs these are is as little proven as the cache's own lineage.
+        claim = vouched(claim, made_here=context.made_here(cache))
         model, teacher_model = load_model(student, runtime, for_training=True), None
         steps = stored_batches(
             source.sequences,
@@ -275,6 +276,7 @@ def benchmark(
         )
     candidate = next(iter(models))
     lineage = verified_lineage(models[candidate])
+    claim = vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(models[candidate]))
     report = BenchmarkReport(
         recipe=recipe,
         seed=runtime.seed,
@@ -287,7 +289,7 @@ def benchmark(
         hardware=hardware_name(runtime.device),
         recipe_hash=recipe_hash,
         teacher_mismatch_allowed=bool(lineage and lineage.teacher_mismatch_allowed),
-        teacher_basis=lineage.sft_teacher.basis if lineage and lineage.sft_teacher else None,
+        teacher_basis=claim.basis if claim else None,
         costs=list(costs),
         alerts=list(alerts),
         warnings=list(dict.fromkeys(warnings)),

@@ -40,7 +40,7 @@ DECIDES_NOTHING = frozenset(
 )
 """Besides these, keys that begin with an underscore."""
 # What every class of transformers has, and saves only where it is another value.
-COMMON_DEFAULTS = {
+COMMON_DEFAULTS: dict[str, Any] = {
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
     "cross_attention_hidden_size": None,

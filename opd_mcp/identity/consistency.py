@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.lineage import file_lineage, verified_lineage
 from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.signatures import MadeHere
 from opd_mcp.schemas.cache import TeacherDelta
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
@@ -23,21 +24,30 @@ def asserted_claim(declared: ModelIdentity | str) -> TeacherClaim:
     return TeacherClaim(basis="asserted", name=declared.name, identity=declared)
 
 
+def vouched(claim: TeacherClaim | None, *, made_here: bool) -> TeacherClaim | None:
+    """A lineage's claim as far as it goes: what a lineage that was not made here proves is only asserted."""
+    if claim is None or made_here:
+        return claim
+    return claim.model_copy(update={"basis": "asserted"})
+
+
 def sft_teacher(
     path: Path,
     declared: ModelIdentity | str | None = None,
     *,
+    made_here: MadeHere,
     inspect: Callable[[Path], ModelFacts] = inspect_model,
 ) -> TeacherClaim | None:
-    """Whose responses a model or data set comes from: its lineage's claim, proven now, else the declared one.
+    """Whose responses a model or data set comes from: its lineage's claim, held against its files, else the declared.
 
-    `path` is a directory, or a data file whose directory has a lineage that names it. `inspect` may be a cache's.
-    Raises IntegrityError `lineage_mismatch` when the files are not those of the lineage.
+    The claim is proven where `made_here` says so of the directory, else asserted. `path` is a directory, or a data
+    file whose directory has a lineage that names it. `inspect` may be a cache's. Raises IntegrityError
+    `lineage_mismatch` when the files are not those of the lineage.
     """
-    lineage = verified_lineage(path if path.is_dir() else path.parent, inspect=inspect)
-    covered = lineage is not None and (path.is_dir() or path.name in lineage.files)
-    if lineage is not None and covered and lineage.sft_teacher is not None:
-        return lineage.sft_teacher
+    whole = path.is_dir()
+    lineage = verified_lineage(path, inspect=inspect) if whole else file_lineage(path)
+    if lineage is not None and lineage.sft_teacher is not None:
+        return vouched(lineage.sft_teacher, made_here=made_here(path if whole else path.parent))
     return None if declared is None else asserted_claim(declared)
 
 

@@ -17,6 +17,8 @@ MANIFEST_FILE = "manifest.json"
 MAX_LINEAGE_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 64 << 20
 PROOF_NEEDED: frozenset[ArtifactKind] = frozenset({"model", "responses", "cache"})
+# Files of an artifact lie in it or in one folder of it; links are followed no deeper when a reference is checked.
+MAX_DEPTH = 3
 RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.json to use it without proof."
 
 
@@ -59,6 +61,18 @@ def verified_lineage(
     return lineage
 
 
+def file_lineage(file: Path) -> Lineage | None:
+    """The lineage next to a data file, proven for that file alone; None where there is none, or it names others only.
+
+    No other file is opened. Raises IntegrityError `lineage_mismatch` or `damaged_file`.
+    """
+    lineage = read_lineage(file.parent)
+    if lineage is None or file.name not in lineage.files:
+        return None
+    _require_file(file.parent, file.name, lineage.files[file.name])
+    return lineage
+
+
 def read_manifest(path: Path, reference: object = None) -> CacheManifest:
     """The manifest in a cache's directory; raises PathError `not_a_cache`, IntegrityError `damaged_file`."""
     file = path / MANIFEST_FILE
@@ -89,6 +103,8 @@ def _require_file(directory: Path, name: str, sha256: str) -> None:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file outside of its directory ({name})")
+    if len(parts.parts) > MAX_DEPTH:
+        raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file that lies too deep ({name})")
     file = directory / parts
     if not file.is_file():
         raise _mismatch(file, f"{name} is missing")

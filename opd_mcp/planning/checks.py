@@ -96,8 +96,9 @@ def judge_consistency(
     elif claim.basis == "asserted":
         found.warn(
             "lineage_asserted",
-            f"That the student was fine-tuned on responses of {claim.label()} is asserted by you, not proven.",
-            "Give a student made by start_sft, or one without declared_teacher, to have it proven.",
+            f"That the student was fine-tuned on responses of {claim.label()} is asserted, not proven: by you, or by a "
+            "lineage.json that this workspace did not write.",
+            "Give a student that start_sft made in this workspace to have it proven.",
         )
     return False, verdict
 

@@ -1,7 +1,6 @@
 """From the arguments of a start tool to a run's request: recipe, resolved inputs and keyed phases."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from opd_mcp.devices.hardware import target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
@@ -187,17 +186,17 @@ class Composer:
                 )
             return teacher.input
         made_by = self._inputs_of(cache)
-        path = made_by.teacher.path if made_by and made_by.teacher else None
-        if path is None or not Path(path).is_dir():
+        path = self.references.allowed(made_by.teacher.path if made_by and made_by.teacher else None)
+        if path is None or not path.is_dir():
             return None
-        teacher = self.references.model(path)
+        teacher = self.references.model(str(path))
         same = teacher.input.identity and teacher.input.identity.same_model(cache.manifest.teacher)
         return teacher.input if same else None
 
     def _prompts_of(self, cache: ResolvedCache) -> DataInput | None:
         made_by = self._inputs_of(cache)
         prompts = made_by.prompts if made_by else None
-        return prompts if prompts and prompts.path and Path(prompts.path).exists() else None
+        return prompts if prompts and self.references.allowed(prompts.path) else None
 
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None

@@ -150,7 +150,7 @@ def run_phases(
     launch_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """The result of all phases; the stages are loaded when a phase has to be computed, not before."""
-    record = prepared_record(store.workspace, record, journal, reporter)
+    record = prepared_record(store, record, journal, reporter)
     from opd_mcp.engine.context import Context
 
     recipe = record.request.recipe
@@ -166,6 +166,7 @@ def run_phases(
         reporter=reporter,
         teacher_key=teacher_key,
         checkpoint=recipe.checkpoint,
+        made_here=store.artifacts.made_here,
         check_fence=journal.check_fence,
     )
     pipeline = Pipeline(

@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
-from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
+from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent, vouched
 from opd_mcp.identity.data import prompts_hash, read_prompts
 from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
@@ -75,7 +75,7 @@ def score(
     if (rollouts / "taken_up").exists():
         (output / "taken_up").touch()
     identity, behaviour = inspect_model(teacher).identity, inspect_model(student).identity
-    claim = claim_of(student) or sft_teacher
+    claim = claim_of(student, context) or sft_teacher
     require_consistent(identity, claim, allowed=allow_teacher_mismatch)
     manifest = CacheManifest(
         teacher=identity,
@@ -115,7 +115,7 @@ def distill(recipe, *, student, output, context, cache=None, teacher=None, promp
         manifest = CacheManifest.from_json((cache / "manifest.json").read_bytes())
         require_behaviour(manifest.behaviour, inspect_model(student).identity)
     steps(context, recipe.steps)
-    return trained(student, output, sft_teacher=claim_of(student) or claims["sft_teacher"])
+    return trained(student, output, sft_teacher=claim_of(student, context) or claims["sft_teacher"])
 
 
 def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=None, costs=(), alerts=()):
@@ -206,9 +206,9 @@ def trained(student: Path, output: Path, *, sft_teacher):
     return summary
 
 
-def claim_of(student: Path):
+def claim_of(student: Path, context):
     lineage = read_lineage(student)
-    return lineage.sft_teacher if lineage else None
+    return vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(student))
 
 
 def cost(stage, tokens):

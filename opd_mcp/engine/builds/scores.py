@@ -83,7 +83,7 @@ def score(
     if isinstance(scorer, LocalTeacher):
         model_warnings(context, scorer.model)
     try:
-        claim = claim_of(student, sft_teacher)
+        claim = claim_of(student, sft_teacher, context)
         require_consistent(scorer.identity, claim, allowed=allow_teacher_mismatch)
         begun = begun_build(output)
         open_build(output, _build_record(recipe, record, scorer, runtime, allow_teacher_mismatch, begun))
@@ -115,7 +115,7 @@ def check_teacher(
         require_same_tokens(teacher, student)
     scorer = open_teacher(recipe, teacher, remote, student, open_runtime(context.runtime), context)
     scorer.close()
-    require_consistent(scorer.identity, claim_of(student, sft_teacher), allowed=allow_teacher_mismatch)
+    require_consistent(scorer.identity, claim_of(student, sft_teacher, context), allowed=allow_teacher_mismatch)
 
 
 def open_teacher(
