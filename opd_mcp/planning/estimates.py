@@ -4,26 +4,27 @@ Time is what runs of this workspace have measured on the same kind of device, wh
 follows from the stated assumptions below.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
+from pydantic import ValidationError
+
 from opd_mcp.devices.hardware import Target
-from opd_mcp.planning.measured_speeds import PROCESS_START, PhaseCost, assumed_speed, work_name
-from opd_mcp.planning.memory import memory_shortage
+from opd_mcp.identity.models import ModelFacts
 from opd_mcp.planning.workload import (
     PROCESS_BYTES,
-    DataSize,
     Room,
     Work,
-    checkpoint_disk,
-    phase_disk,
-    phase_work,
+    Workload,
+    workload_of,
 )
-from opd_mcp.schemas.memory import ModelShape
-from opd_mcp.schemas.plans import Finding, MethodEstimate, PhaseEstimate
+from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.plans import MethodEstimate, PhaseEstimate
 from opd_mcp.schemas.recipes import Method, Recipe
-from opd_mcp.schemas.runs import PhaseName, RunPhase
+from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRequest
 from opd_mcp.schemas.texts import byte_size
 
 MEASUREMENTS_USED = 5
@@ -32,48 +33,53 @@ COMPARABLE_FACTOR = 30.0
 ASSUMED_START_SECONDS = 8.0
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """Estimates for one pair of models and one set of prompts on one device."""
+class PhaseCost(Schema):
+    """One phase as it was estimated and as it went; `cost.json` of an artifact holds those that made it."""
 
-    recipe: Recipe
-    student: ModelShape
-    teacher: ModelShape
-    data: DataSize
+    work: str
+    device: str
+    expected_flops: float
+    cost: StageCost
+
+
+class ArtifactCosts(Schema):
+    """`cost.json`: what the phases that made an artifact took."""
+
+    phases: list[PhaseCost]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What the phases of a workload cost on one device, by what was measured there or is assumed."""
+
+    workload: Workload
     target: Target
     measured: Sequence[PhaseCost] = ()
 
-    def method(self, method: Method, phases: Sequence[RunPhase]) -> MethodEstimate:
+    def estimate(self, method: Method, phases: Sequence[RunPhase]) -> MethodEstimate:
         """The cost of those phases that no artifact satisfies."""
-        pending = [phase for phase in phases if phase.satisfied_by is None]
-        works = {phase.name: self.work(phase.name, method) for phase in pending}
-        estimates = [self._phase(name, work, method) for name, work in works.items()]
+        workload = self.workload
+        works = {phase.name: workload.work(phase.name) for phase in phases if phase.satisfied_by is None}
+        estimates = [self._phase(name, work) for name, work in works.items()]
         if estimates:
             estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
         peak = (works[heaviest].memory if heaviest else 0) + PROCESS_BYTES
-        recipe = self.recipe
-        products = sum(phase_disk(name, recipe, self.student, self.data) for name in works)
-        checkpoints = max((checkpoint_disk(name, recipe, self.student) for name in works), default=0)
+        checkpoints = max(map(workload.checkpoint_disk, works), default=0)
         return MethodEstimate(
             method=method,
             flops=sum(estimate.flops for estimate in estimates),
             seconds=sum(estimate.seconds for estimate in estimates),
             peak_memory_bytes=peak,
-            disk_bytes=products + checkpoints,
+            disk_bytes=sum(map(workload.disk, works)) + checkpoints,
             memory_basis=f"computed for phase {heaviest}: weights, optimizer, activations and logits of its largest "
-            f"batch, plus {PROCESS_BYTES >> 20} MiB for the process{_recomputed(works[heaviest])}"
+            f"batch, plus {byte_size(PROCESS_BYTES)} for the process{_recomputed(works[heaviest])}"
             if heaviest
             else "nothing is left to compute",
             disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed, and "
-            f"{checkpoints / 2**20:.1f} MiB for a training phase's checkpoints, which go when it ends",
+            f"{byte_size(checkpoints)} for a training phase's checkpoints, which go when it ends",
             phases=estimates,
         )
-
-    def work(self, name: PhaseName, method: Method) -> Work:
-        """The work of one phase."""
-        room = Room(self.target.kind, max(self.target.memory - PROCESS_BYTES, 0))
-        return phase_work(name, self.recipe, self.student, self.teacher, self.data, method, room)
 
     def _start(self) -> PhaseEstimate:
         known = [cost.cost.seconds for cost in self.measured if cost.work == PROCESS_START]
@@ -87,17 +93,17 @@ class Estimator:
             else f"assumed: {ASSUMED_START_SECONDS:g} s to start Python and import torch and transformers",
         )
 
-    def _phase(self, name: PhaseName, work: Work, method: Method) -> PhaseEstimate:
+    def _phase(self, name: PhaseName, work: Work) -> PhaseEstimate:
         if name == "fetch":
             return PhaseEstimate(phase=name, flops=0.0, seconds=0.0, basis="the download is not estimated")
-        rates = self._measured_rates(work_name(name, method), work)
+        rates = self._measured_rates(work_name(name, self.workload.recipe.distill.method), work)
         if rates:
             seconds, source = (
                 work.flops / median(rates),
                 f"measured in {len(rates)} earlier run(s) on {self.target.kind}",
             )
         else:
-            seconds, source = self._assumed_seconds(name, work, method)
+            seconds, source = self._assumed_seconds(name, work)
         return PhaseEstimate(
             phase=name,
             flops=work.flops,
@@ -116,32 +122,85 @@ class Estimator:
         ]
         return comparable[:MEASUREMENTS_USED]
 
-    def _assumed_seconds(self, name: PhaseName, work: Work, method: Method) -> tuple[float, str]:
-        speed = assumed_speed(self.target, self.recipe)
-        generates = name in ("generate_responses", "rollout", "benchmark") or (name == "distill" and method == "live")
+    def _assumed_seconds(self, name: PhaseName, work: Work) -> tuple[float, str]:
+        workload = self.workload
+        speed = assumed_speed(self.target, workload.recipe)
+        live = name == "distill" and workload.recipe.distill.method == "live"
+        generates = live or name in ("generate_responses", "rollout", "benchmark")
         rate = speed.generation if generates else speed.scoring if name == "score" else speed.training
-        layers = self.teacher.layers if name in ("generate_responses", "score") else self.student.layers
-        seconds = max(work.flops / rate, work.passes * layers * speed.layer_seconds)
+        model = workload.teacher if name in ("generate_responses", "score") else workload.student
+        seconds = max(work.flops / rate, work.passes * model.layers * speed.layer_seconds)
         return seconds, f"assumed: {speed.label}, and {speed.layer_seconds * 1e6:.0f} µs a layer and pass at least"
 
 
-def resource_findings(estimate: MethodEstimate, target: Target, disk_free: int) -> list[Finding]:
-    """What the device or the disk is too small for."""
-    shortage = memory_shortage(estimate.peak_memory_bytes, target)
-    findings = [shortage] if shortage else []
-    if estimate.disk_bytes > disk_free:
-        findings.append(
-            Finding(
-                code="not_enough_disk",
-                message=f"It writes up to {byte_size(estimate.disk_bytes)}; the workspace's disk has "
-                f"{byte_size(disk_free)} free.",
-                fix="Free disk space, move the workspace (OPD_HOME), or lower rollout.count or score.topk.",
-            )
-        )
-    return findings
+def estimate_of(
+    request: RunRequest, target: Target, measured: Sequence[PhaseCost], inspect: Callable[[Path], ModelFacts]
+) -> MethodEstimate | None:
+    """What a run takes on the target, by earlier measured costs; None while a model of it is still to be fetched."""
+    room = Room(target.kind, max(target.memory - PROCESS_BYTES, 0))
+    workload = workload_of(request.recipe, request.inputs, room, inspect)
+    if workload is None:
+        return None
+    method: Method = "sft" if request.kind == "sft" else request.recipe.distill.method
+    return CostModel(workload, target, measured).estimate(method, request.phases)
 
 
 def _recomputed(work: Work) -> str:
     if work.checkpointing in (None, "none"):
         return ""
     return f"; {work.checkpointing} activation checkpointing, since it would not fit without or the recipe asks for it"
+
+
+COST_FILE = "cost.json"
+MEASUREMENTS_READ = 60
+PROCESS_START = "process_start"
+
+
+def work_name(phase: str, method: str) -> str:
+    """What measured costs are compared by: the phase, and for `distill` its method as well."""
+    return f"{phase}:{method}" if phase == "distill" else phase
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Assumed operations a second by kind of work, and the seconds that one layer's forward pass takes at least."""
+
+    generation: float
+    training: float
+    scoring: float
+    layer_seconds: float
+    label: str
+
+
+def assumed_speed(target: Target, recipe: Recipe) -> Speed:
+    """What is assumed of a device on which nothing was measured yet."""
+    if target.kind == "cpu":
+        each = recipe.runtime.threads * 1e9
+        label = f"{target.name} at 20 GFLOP/s a thread (generating 8, scoring 40)"
+        return Speed(8 * each, 20 * each, 40 * each, 2.5e-4, label)
+    if recipe.runtime.dtype == "bfloat16":
+        # about half of the operations a second that an H200 did (docs/performance.md), and its time a layer when steps
+        # are replayed: which GPU it will be is not known
+        return Speed(1e13, 2e14, 3e14, 1.5e-4, f"{target.name} at 200 TFLOP/s (generating 10, scoring 300)")
+    return Speed(2e12, 2e13, 3e13, 1.5e-4, f"{target.name} at 20 TFLOP/s (generating 2, scoring 30)")
+
+
+def measured_costs(artifacts: Path) -> list[PhaseCost]:
+    """The newest phase costs recorded with the artifacts `<kind>/<id>/cost.json` below the folder."""
+    found = [(path.stat().st_mtime, path) for path in artifacts.glob(f"*/*/{COST_FILE}")]
+    costs: list[PhaseCost] = []
+    for _, path in sorted(found, reverse=True)[:MEASUREMENTS_READ]:
+        try:
+            costs += ArtifactCosts.from_json(path.read_bytes()).phases
+        except (OSError, ValidationError):
+            continue  # a hint for estimates only: another version's file is as good as none
+    return costs
+
+
+def recorded_cost(artifact: Path, name: PhaseName) -> StageCost | None:
+    """What a phase took when it made this artifact; None when its cost.json does not say."""
+    try:
+        costs = ArtifactCosts.from_json((artifact / COST_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return next((known.cost for known in costs.phases if known.cost.stage == name), None)

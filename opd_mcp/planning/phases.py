@@ -5,7 +5,7 @@ rules and its inputs. An input that an earlier phase makes counts as the artifac
 key, so keys are known before anything ran, and equal keys find each other's results.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,6 @@ from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.identity import ArtifactKind, ModelIdentity
 from opd_mcp.schemas.recipes import Method, Recipe
 from opd_mcp.schemas.runs import DataInput, ModelInput, PhaseName, RunInputs, RunPhase
-
-FindArtifact = Callable[[ArtifactKind, str], str | None]
-"""From an artifact's kind and key to its id, when the workspace has it."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,9 @@ class PhaseChain:
         return key
 
 
-def distillation_phases(recipe: Recipe, inputs: RunInputs, method: Method, *, sft: bool, benchmark: bool) -> PhaseChain:
+def distillation_phases(
+    recipe: Recipe, inputs: RunInputs, method: Method, *, sft: bool, benchmark: bool
+) -> list[RunPhase]:
     """The phases of a distillation; `sft` says whether the student must first be fine-tuned on the teacher."""
     chain = PhaseChain(recipe, inputs)
     if sft:
@@ -185,15 +184,17 @@ def distillation_phases(recipe: Recipe, inputs: RunInputs, method: Method, *, sf
         chain.distill()
     if benchmark:
         chain.benchmark()
-    return chain
+    return chain.phases
 
 
-def with_satisfied(phases: Iterable[RunPhase], method: str, find: FindArtifact) -> list[RunPhase]:
-    """The phases, each with the artifact that already holds its result; rollouts are held by their cache."""
+def with_satisfied(phases: Iterable[RunPhase], made: Mapping[str, str]) -> list[RunPhase]:
+    """The phases, each with the artifact that already holds its result; rollouts are held by their cache.
+
+    `made` has the ids of artifacts by the key of what made them.
+    """
     marked: list[RunPhase] = []
     for phase in phases:
-        made = product(phase.name, phase.key, method)
-        found = find(made.kind, phase.key) if made else None
+        found = made.get(phase.key) if phase.name in PUBLISHED else None
         if phase.name == "score" and found and marked and marked[-1].name == "rollout":
             marked[-1] = marked[-1].model_copy(update={"satisfied_by": found})
         marked.append(phase.model_copy(update={"satisfied_by": found}))

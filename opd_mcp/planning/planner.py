@@ -1,9 +1,13 @@
 """Plans: inputs resolved, phases keyed, consistency judged, costs estimated; nothing is started."""
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from opd_mcp.devices.hardware import Target, free_disk
+from opd_mcp.identity.files import path_signature
+from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
@@ -12,21 +16,22 @@ from opd_mcp.planning.checks import (
     judge_files,
     judge_prompts,
     mean_prompt_tokens,
+    measured_cache,
     require_matching_tokenizers,
+    with_measures,
 )
-from opd_mcp.planning.estimates import Estimator, resource_findings
-from opd_mcp.planning.measured_caches import measured_cache, with_measures
-from opd_mcp.planning.measured_speeds import measured_costs
-from opd_mcp.planning.phases import FindArtifact, distillation_phases, with_satisfied
-from opd_mcp.planning.quotas import foretold
-from opd_mcp.planning.references import References, ResolvedModel
-from opd_mcp.planning.run_requests import distillation_recipe, method_recipe
-from opd_mcp.planning.workload import data_size, model_shape
+from opd_mcp.planning.estimates import estimate_of, measured_costs
+from opd_mcp.planning.phases import distillation_phases, with_satisfied
+from opd_mcp.planning.references import References
+from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.schemas.base import content_hash
+from opd_mcp.schemas.errors import PlanError
+from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.runs import RunInputs, RunKind, RunPhase, RunRequest
+from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunPhase, RunRequest
+from opd_mcp.schemas.texts import shortened
 
 SAMPLE_ROWS = 3
 SAMPLE_CHARACTERS = 160
@@ -37,7 +42,7 @@ class Planner:
     """Makes plans within one workspace."""
 
     references: References
-    find_artifact: FindArtifact
+    builder: RequestBuilder
     target_of: Callable[[RuntimeRecipe], Target]
 
     def plan(self, arguments: PlanDistillation) -> Plan:
@@ -45,7 +50,7 @@ class Planner:
 
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
-        recipe = distillation_recipe(arguments)
+        recipe, method = distillation_recipe(arguments), arguments.method
         target = self.target_of(recipe.runtime)
         found = Findings()
         inputs = self._inputs(arguments)
@@ -55,26 +60,26 @@ class Planner:
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
         hygiene = judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
-        phases = self._phases(recipe, schema, arguments.method, sft)
+        requests = self._requests(recipe, schema, method, sft)
+        phases = requests[method].phases
         cache = measured_cache(self.references.store.artifacts, schema, phases)
-        verdict = with_measures(verdict, cache, schema, phases, arguments.method, found)
-        estimates = self._estimates(recipe, schema, inputs, arguments.method, sft, target)
-        mine = next((estimate for estimate in estimates if estimate.method == arguments.method), None)
+        verdict = with_measures(verdict, cache, requests[method], found)
+        estimates = self._estimates(requests, target)
+        mine = next((estimate for estimate in estimates if estimate.method == method), None)
         if mine is not None:
             found.blocking += resource_findings(mine, target, free_disk(self.references.workspace.root))
         plan_id = f"plan-{content_hash(fingerprint(arguments, schema, recipe, phases))[:12]}"
-        kind: RunKind = "sft" if arguments.method == "sft" else "distill"
-        request = RunRequest(kind=kind, recipe=recipe, inputs=schema, phases=phases, plan_id=plan_id)
-        quota = foretold(self.references.store, request, mine.seconds if mine else None)
+        request = requests[method].model_copy(update={"plan_id": plan_id})
+        quota = quota_findings(self.references.store, request, mine.seconds if mine else None)
         return Plan(
             plan_id=plan_id,
-            method=arguments.method,
+            method=method,
             inputs=schema,
             recipe=recipe,
             phases=[PlannedPhase.model_validate(phase.model_dump()) for phase in phases],
             consistency=verdict,
             estimates=estimates,
-            sample=[_shortened(row.text()) for row in inputs.prompts.rows[:SAMPLE_ROWS]],
+            sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.rows[:SAMPLE_ROWS]],
             hygiene=hygiene,
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
@@ -84,13 +89,11 @@ class Planner:
 
     def _inputs(self, arguments: PlanDistillation) -> PlanInputs:
         references = self.references
-        student, teacher = references.model(arguments.student), references.model(arguments.teacher)
+        student = references.sft_student(arguments.student, arguments.declared_teacher)
+        teacher = references.model(arguments.teacher)
         prompts = references.prompts(arguments.prompts)
         sft_prompts = None if arguments.sft_prompts is None else references.prompts(arguments.sft_prompts)
         eval_prompts = None if arguments.eval_prompts is None else references.prompts(arguments.eval_prompts)
-        if student.input.sft_teacher is None and arguments.declared_teacher is not None:
-            claim = references.claim(arguments.declared_teacher)
-            student = ResolvedModel(student.input.model_copy(update={"sft_teacher": claim}), student.facts)
         schema = RunInputs(
             student=student.input,
             teacher=teacher.input,
@@ -124,40 +127,63 @@ class Planner:
             )
         return inputs.schema.model_copy(update=update)
 
-    def _phases(self, recipe: Recipe, schema: RunInputs, method: Method, sft: bool) -> list[RunPhase]:
-        chain = distillation_phases(recipe, schema, method, sft=sft, benchmark=True)
-        return with_satisfied(chain.phases, method, self.find_artifact)
+    def _requests(self, recipe: Recipe, inputs: RunInputs, method: Method, sft: bool) -> dict[Method, RunRequest]:
+        """By method, what it would run: the asked one, and the two to compare it with.
 
-    def _estimates(
-        self, recipe: Recipe, schema: RunInputs, inputs: PlanInputs, method: Method, sft: bool, target: Target
-    ) -> list[MethodEstimate]:
-        if inputs.student.facts is None or inputs.teacher.facts is None:
-            return []
-        estimator = Estimator(
-            recipe=recipe,
-            student=model_shape(inputs.student.facts),
-            teacher=model_shape(inputs.teacher.facts),
-            data=data_size(schema),
-            target=target,
-            measured=measured_costs(self.references.workspace.artifacts),
-        )
-        estimates = []
+        A start that was asked for "sft" would need the SFT for the two others as well.
+        """
+        requests = {}
         for name in dict.fromkeys((method, "lightning", "live")):
             other = method_recipe(recipe, name)
-            # A start that was asked for "sft" would need the SFT for the two others as well.
-            estimates.append(estimator.method(name, self._phases(other, schema, name, sft)))
+            phases = distillation_phases(other, inputs, name, sft=sft, benchmark=True)
+            requests[name] = RunRequest(kind=kind_of(name), recipe=other, inputs=inputs, phases=phases)
+        made = self.builder.artifacts.made_by([phase.key for asked in requests.values() for phase in asked.phases])
+        return {
+            name: asked.model_copy(update={"phases": with_satisfied(asked.phases, made)})
+            for name, asked in requests.items()
+        }
+
+    def _estimates(self, requests: Mapping[Method, RunRequest], target: Target) -> list[MethodEstimate]:
+        measured = measured_costs(self.references.workspace.artifacts)
+        estimates = []
+        for name, request in requests.items():
+            estimate = estimate_of(request, target, measured, self.references.models.inspect_model)
+            if estimate is not None:
+                estimates.append(estimate.model_copy(update={"method": name}))
         return estimates
 
 
-def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> str:
+class PlanMemory:
+    """The plans that were made last, each known for as long as no file that it read has changed."""
+
+    def __init__(self, size: int = 16) -> None:
+        self._plans: OrderedDict[str, tuple[Plan, str]] = OrderedDict()
+        self._size = size
+
+    def keep(self, arguments: PlanDistillation, plan: Plan) -> None:
+        """Remember what was planned for the arguments."""
+        self._plans[arguments.content_hash()] = plan, files_signature(plan.inputs)
+        while len(self._plans) > self._size:
+            self._plans.popitem(last=False)
+
+    def unblocked(self, arguments: PlanDistillation) -> Plan | None:
+        """The plan for these arguments where nothing stood in its way and all it read is as it was."""
+        plan, signature = self._plans.get(arguments.content_hash(), (None, ""))
+        return plan if plan and not plan.blocking and signature == files_signature(plan.inputs) else None
+
+
+def files_signature(inputs: RunInputs) -> str:
+    """What changes with any file of a run's inputs: names, sizes and times, not contents."""
+    sources = [getattr(inputs, name) for name in type(inputs).model_fields]
+    paths = [source.path for source in sources if isinstance(source, ModelInput | DataInput) and source.path]
+    return content_hash([path_signature(Path(path)) for path in paths])
+
+
+def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan."""
     if blocking:
-        return f"Resolve {blocking[0].code} ({blocking[0].fix}) and call plan_distillation again."
-    return quota[0].fix if quota else f"Call start_distillation(plan_id='{plan_id}')"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[: SAMPLE_CHARACTERS - 1]}…"
+        return plan_call(f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}")
+    return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
 
 
 def fingerprint(
@@ -188,3 +214,15 @@ def _differences(path: str, before: object, after: object) -> list[str]:
         names = dict.fromkeys([*before, *after])
         return [found for name in names for found in _differences(f"{path}.{name}", before.get(name), after.get(name))]
     return [path]
+
+
+def require_unblocked(plan: Plan) -> None:
+    """Raise PlanError `plan_blocked` with what blocks a plan."""
+    if plan.blocking:
+        raise PlanError(
+            "plan_blocked",
+            " ".join(f"[{finding.code}] {finding.message}" for finding in plan.blocking),
+            value=plan.plan_id,
+            fix=" ".join(finding.fix for finding in plan.blocking),
+            call=next((finding.call for finding in plan.blocking if finding.call), None),
+        )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
-from opd_mcp.identity.data import PromptRow, prompts_hash, read_prompts, read_responses_header
+from opd_mcp.identity.data.reading import read_prompts, read_responses_header
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
@@ -17,6 +18,7 @@ from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, OpdError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import RECORD_FILE, run_ids
@@ -99,6 +101,14 @@ class References:
         )
         return ResolvedModel(resolved, facts)
 
+    def sft_student(self, reference: str, declared_teacher: str | None) -> ResolvedModel:
+        """As `model`, with `declared_teacher` as its SFT teacher where no lineage names one."""
+        student = self.model(reference)
+        if student.input.sft_teacher is not None or declared_teacher is None:
+            return student
+        claim = self.claim(declared_teacher)
+        return ResolvedModel(student.input.model_copy(update={"sft_teacher": claim}), student.facts)
+
     def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
         """A teacher that a server at `url` scores for; its files are used where the reference means some that are here.
 
@@ -168,7 +178,7 @@ class References:
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
-            sha256=file_sha256(header.file),
+            sha256=header.sha256,
             rows=header.rows,
             sft_teacher=claim,
         )
@@ -256,7 +266,8 @@ class References:
                 "unknown_artifact",
                 f"Run {run_id} has made no {kind}" + (f", but: {', '.join(products)}." if products else " yet."),
                 value=run_id,
-                fix=f"Call get_run_status(run_id='{run_id}', wait_seconds=25) and wait until it has succeeded.",
+                fix="Wait until the run has succeeded.",
+                call=next_call("get_run_status", run_id=run_id, wait_seconds=25),
             )
         return _Place(artifact.path, artifact.artifact_id)
 
@@ -274,8 +285,9 @@ class References:
             "This is neither an absolute path, nor an artifact or run of this workspace, nor a Hub id.",
             value=reference,
             nearest=nearest(reference, known),
-            fix="Give an absolute path below an allowed root (inspect_setup lists them), an artifact id, a run id, "
-            "or for a model a Hub id (org/name).",
+            fix="Give an absolute path below an allowed root, an artifact id, a run id, or for a model a Hub id "
+            "(org/name); the set-up lists the roots.",
+            call=next_call("inspect_setup"),
         )
 
     def _hub_id(self, reference: str) -> str | None:

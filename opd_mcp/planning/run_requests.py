@@ -1,15 +1,21 @@
-"""From the arguments of a start tool to a run's request: recipe, resolved inputs and keyed phases."""
+"""From a tool's arguments, a plan or a cache to a run: its request (recipe, inputs, keyed phases) and its record."""
 
+import platform
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from opd_mcp.devices.hardware import target_of
+import opd_mcp
+from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
-from opd_mcp.planning.phases import FindArtifact, PhaseChain, distillation_phases, with_satisfied
+from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.plans import Plan
-from opd_mcp.schemas.recipes import Method, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.plans import MethodEstimate, Plan
+from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -20,48 +26,53 @@ from opd_mcp.schemas.requests import (
     StartSft,
 )
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunKind, RunRequest
+from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunKind, RunPhase, RunRecord, RunRequest
+from opd_mcp.store.artifacts import ArtifactStore
+from opd_mcp.store.journal import utc_now
+from opd_mcp.store.workspace import new_id
+
+RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+NAME_CHARACTERS = 32
+PLAN_ONLY = {"plan_id", "benchmark", "confirm"}
 
 
 @dataclass(frozen=True)
-class Composer:
-    """Composes requests within one workspace; raises OpdError for anything that must not be started."""
+class RequestBuilder:
+    """Builds run requests within one workspace; raises OpdError for anything that must not be started."""
 
     references: References
-    find_artifact: FindArtifact
+    artifacts: ArtifactStore
 
     def responses(self, arguments: GenerateTeacherResponses) -> RunRequest:
         """The teacher answers prompts."""
-        recipe = checked_recipe(arguments.preset, arguments.overrides)
+        recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments.prompts, teacher))
-        return self._request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses())
+        return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
         """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared."""
-        recipe = checked_recipe(arguments.preset, arguments.overrides)
+        recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
         responses = self.references.responses(arguments.responses, arguments.declared_teacher)
         inputs = RunInputs(student=student.input, responses=responses, declared_teacher=arguments.declared_teacher)
-        return self._request("sft", recipe, inputs, PhaseChain(recipe, inputs).sft())
+        return self.request("sft", recipe, inputs, PhaseChain(recipe, inputs).sft().phases)
 
     def cache(self, arguments: BuildTeacherCache) -> RunRequest:
         """The SFT student's rollouts are drawn and scored.
 
         Raises ConsistencyError `teacher_mismatch`, `lineage_missing` or `tokenizer_mismatch`.
         """
-        recipe = checked_recipe(arguments.preset, arguments.overrides)
-        given = {name: getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
-        update = {name: value for name, value in given.items() if value is not None}
-        recipe = recipe.model_copy(update={"score": recipe.score.model_copy(update=update)})
+        given = {f"score.{name}": getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
+        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
         if arguments.teacher_url is None:
             teacher = self.references.model(arguments.teacher)
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
-        student = self._sft_student(arguments.student, arguments.declared_teacher)
+        student = self.references.sft_student(arguments.student, arguments.declared_teacher)
         require_matching_tokenizers(teacher, student)
+        allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
-            allowed = arguments.allow_teacher_mismatch
             require_consistent(teacher.input.identity, student.input.sft_teacher, allowed=allowed)
         inputs = RunInputs(
             student=student.input,
@@ -69,25 +80,33 @@ class Composer:
             prompts=self._prompts(arguments.prompts, teacher if teacher.facts else student),
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
-            allow_teacher_mismatch=arguments.allow_teacher_mismatch,
+            allow_teacher_mismatch=allowed,
         )
-        return self._request("cache", recipe, inputs, PhaseChain(recipe, inputs).cache_of_rollouts())
+        return self.request("cache", recipe, inputs, PhaseChain(recipe, inputs).cache_of_rollouts().phases)
 
     def from_plan(self, plan: Plan, *, benchmark: bool) -> RunRequest:
-        """What an unblocked plan stands for."""
-        inputs, sft = plan.inputs, any(phase.name == "sft" for phase in plan.phases)
-        chain = distillation_phases(plan.recipe, inputs, plan.method, sft=sft, benchmark=benchmark)
-        request = self._request("sft" if plan.method == "sft" else "distill", plan.recipe, inputs, chain)
-        return request.model_copy(update={"plan_id": plan.plan_id})
+        """What an unblocked plan stands for, with or without the benchmark that ends it."""
+        kept = [phase for phase in plan.phases if benchmark or phase.name != "benchmark"]
+        phases = [RunPhase(name=phase.name, key=phase.key, satisfied_by=phase.satisfied_by) for phase in kept]
+        kind = kind_of(plan.method)
+        return RunRequest(kind=kind, recipe=plan.recipe, inputs=plan.inputs, phases=phases, plan_id=plan.plan_id)
 
     def from_cache(self, arguments: StartDistillation) -> RunRequest:
         """The student is distilled from a cache of its own rollouts.
 
         Raises ConsistencyError `behaviour_mismatch`, `teacher_mismatch` or `lineage_missing`.
         """
-        recipe = self._cache_recipe(arguments)
+        if arguments.method != "lightning":
+            raise ArgumentError(
+                "invalid_argument",
+                "A teacher cache is for the method 'lightning'.",
+                value=arguments.method,
+                fix="Leave out method, or leave out cache_id and give teacher and prompts.",
+            )
+        recipe = distillation_recipe(arguments)
+        target_of(recipe.runtime)
         cache = self.references.cache(str(arguments.cache_id))
-        student = self._sft_student(str(arguments.student), arguments.declared_teacher)
+        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
         allowed = arguments.allow_teacher_mismatch
         if student.input.identity is not None:
             require_behaviour(cache.manifest.behaviour, student.input.identity)
@@ -108,15 +127,13 @@ class Composer:
         # Without answers and without the teacher at hand there is nothing to measure.
         measurable = evaluation is not None or (teacher is not None and inputs.prompts is not None)
         benchmark = arguments.benchmark and measurable
-        chain = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
-        return self._request("distill", recipe, inputs, chain)
+        phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
+        return self.request("distill", recipe, inputs, phases)
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
         """A model and its baselines are measured on prompts."""
-        recipe = checked_recipe(arguments.preset, arguments.overrides)
-        if arguments.samples_per_prompt is not None:
-            section = recipe.benchmark.model_copy(update={"samples_per_prompt": arguments.samples_per_prompt})
-            recipe = recipe.model_copy(update={"benchmark": section})
+        given = {"benchmark.samples_per_prompt": arguments.samples_per_prompt}
+        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
@@ -129,46 +146,28 @@ class Composer:
             teacher=teacher.input if teacher else None,
             prompts=self._prompts(arguments.prompts, model),
         )
-        return self._request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark())
+        return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
     def sample(self, arguments: SampleModel) -> RunRequest:
         """A model answers a few prompts."""
-        recipe = checked_recipe("quick", {"runtime.seed": arguments.seed})
+        recipe = usable_recipe("quick", {"runtime.seed": arguments.seed})
         sampling = Sampling(
             temperature=arguments.temperature, top_p=arguments.top_p, max_new_tokens=arguments.max_new_tokens
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments.prompts, model))
-        return self._request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample())
+        return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
-    def _request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, chain: PhaseChain) -> RunRequest:
-        phases = with_satisfied(chain.phases, recipe.distill.method, self.find_artifact)
-        return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=phases)
+    def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
+        """The request, each phase with the artifact that already holds its result."""
+        made = self.artifacts.made_by([phase.key for phase in phases])
+        return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=with_satisfied(phases, made))
 
     def _prompts(self, value: str | list[str], model: ResolvedModel) -> DataInput:
         prompts = self.references.prompts(value)
         mean = mean_prompt_tokens(model.facts.path, prompts.rows) if model.facts else None
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
-
-    def _sft_student(self, reference: str, declared_teacher: str | None) -> ResolvedModel:
-        student = self.references.model(reference)
-        if student.input.sft_teacher is not None or declared_teacher is None:
-            return student
-        claim = self.references.claim(declared_teacher)
-        return ResolvedModel(student.input.model_copy(update={"sft_teacher": claim}), student.facts)
-
-    def _cache_recipe(self, arguments: StartDistillation) -> Recipe:
-        if arguments.method != "lightning":
-            raise ArgumentError(
-                "invalid_argument",
-                "A teacher cache is for the method 'lightning'.",
-                value=arguments.method,
-                fix="Leave out method, or leave out cache_id and give teacher and prompts.",
-            )
-        recipe = checked_recipe(arguments.preset, arguments.overrides)
-        distill = recipe.distill.model_copy(update={"estimator": arguments.estimator})
-        return method_recipe(recipe.model_copy(update={"distill": distill}), "lightning")
 
     def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:
         """The cache's teacher: as given, or where the run that made the cache had it, if it is still the same."""
@@ -202,11 +201,74 @@ class Composer:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None
 
 
-def checked_recipe(preset: str, overrides: dict[str, object]) -> Recipe:
-    """The resolved recipe, for a device that is there; raises ArgumentError, or ResourceError `device_unavailable`."""
-    recipe = resolve_recipe(preset, overrides)  # type: ignore[arg-type]
+def usable_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
+    """The resolved recipe, for a device that is there; `given` is what arguments of the tool say of recipe keys.
+
+    Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
+    """
+    recipe = requested_recipe(preset, overrides, given or {})
     target_of(recipe.runtime)
     return recipe
+
+
+def requested_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
+    """The preset with the overrides, and with what arguments say by dotted key; None stands for an absent argument.
+
+    Raises ArgumentError: `invalid_argument` where an override contradicts an argument, and as `resolve_recipe`.
+    """
+    said = {key: value for key, value in given.items() if value is not None}
+    require_no_contradiction(overrides, said)
+    return resolve_recipe(preset, {**overrides, **said})
+
+
+def require_no_contradiction(overrides: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Raise ArgumentError `invalid_argument` for an override whose key an argument sets to something else."""
+    for key, value in said.items():
+        if overrides.get(key, value) != value:
+            name = key.rpartition(".")[2]
+            raise ArgumentError(
+                "invalid_argument",
+                f"The override {key}={overrides[key]!r} contradicts the argument {name}={value!r}.",
+                value=overrides[key],
+                fix=f"Leave out the override and give {name}=….",
+            )
+
+
+def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Recipe:
+    """The resolved recipe of a distillation, with its method and estimator.
+
+    Raises ArgumentError: `invalid_argument` for an override that contradicts an argument or another override, and as
+    `resolve_recipe`.
+    """
+    overrides, estimator = arguments.overrides, arguments.estimator
+    require_no_contradiction(overrides, {"distill.method": arguments.method})
+    recipe = requested_recipe(arguments.preset, overrides, {"distill.estimator": estimator})
+    recipe = method_recipe(recipe, arguments.method)
+    if "score.topk" in overrides and recipe.score.topk != overrides["score.topk"]:
+        raise ArgumentError(
+            "invalid_argument",
+            f"The override score.topk={overrides['score.topk']!r} contradicts distill.topk={recipe.distill.topk}: "
+            f"{estimator} trains on the teacher's top {recipe.distill.topk} tokens.",
+            value=overrides["score.topk"],
+            fix="Leave out score.topk, or lower distill.topk.",
+        )
+    return recipe
+
+
+def method_recipe(recipe: Recipe, method: Method) -> Recipe:
+    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on."""
+    if method == "sft":
+        return recipe
+    distill = recipe.distill.model_copy(update={"method": method})
+    update: dict[str, object] = {"distill": distill}
+    if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:
+        update["score"] = recipe.score.model_copy(update={"topk": distill.topk})
+    return recipe.model_copy(update=update)
+
+
+def kind_of(method: Method) -> RunKind:
+    """The kind of a run of a method."""
+    return "sft" if method == "sft" else "distill"
 
 
 def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
@@ -222,31 +284,93 @@ def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
         )
 
 
-def distillation_recipe(arguments: PlanDistillation) -> Recipe:
-    """The resolved recipe with the method and estimator applied.
-
-    Raises ArgumentError: `unknown_override`, or `invalid_argument` for an override that contradicts an argument.
-    """
-    for key, argument in (("distill.method", arguments.method), ("distill.estimator", arguments.estimator)):
-        if arguments.overrides.get(key, argument) != argument:
-            name = key.removeprefix("distill.")
-            raise ArgumentError(
-                "invalid_argument",
-                f"The override {key} contradicts the argument {name}={argument!r}.",
-                value=arguments.overrides[key],
-                fix=f"Leave out the override and give {name}=….",
-            )
-    recipe = resolve_recipe(arguments.preset, arguments.overrides)
-    recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"estimator": arguments.estimator})})
-    return method_recipe(recipe, arguments.method)
+def new_record(request: RunRequest, target: Target, estimate: MethodEstimate | None) -> RunRecord:
+    """A record with a fresh id, for a run on the target; no estimate while a model is still to be fetched."""
+    return RunRecord(
+        run_id=new_id(run_label(request)),
+        created_at=utc_now(),
+        request_hash=request_hash(request.kind, request.phases),
+        request=request,
+        versions=installed_versions(),
+        hardware=f"{target.name}, {platform.machine()}, {platform.system()}",
+        expected_seconds=estimate.seconds if estimate else None,
+        expected_memory_bytes=estimate.peak_memory_bytes if estimate else None,
+        expected_phase_seconds={phase.phase: phase.seconds for phase in estimate.phases} if estimate else {},
+        trace_context=current_trace(),
+    )
 
 
-def method_recipe(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on."""
-    if method == "sft":
-        return recipe
-    distill = recipe.distill.model_copy(update={"method": method})
-    update: dict[str, object] = {"distill": distill}
-    if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:
-        update["score"] = recipe.score.model_copy(update={"topk": distill.topk})
-    return recipe.model_copy(update=update)
+def run_label(request: RunRequest) -> str:
+    """The readable part of a run's id: what it does, and to which model."""
+    inputs = request.inputs
+    model = inputs.student or inputs.model or inputs.teacher
+    prefix = request.recipe.distill.method if request.kind == "distill" else request.kind
+    return f"{prefix}-{model_label(model)[:NAME_CHARACTERS]}"
+
+
+def model_label(model: ModelInput | None) -> str:
+    """A model's short name: its artifact, else the last part of its Hub id or path."""
+    if model is None:
+        return "run"
+    return model.artifact_id or (model.hub_id or model.path or model.reference).rstrip("/").rsplit("/", 1)[-1]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    found = {"opd-mcp": opd_mcp.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # an extra that is not installed decides nothing
+    return found
+
+
+def current_trace() -> dict[str, str]:
+    """The W3C trace context of the present span; empty where nothing is traced."""
+    from opentelemetry import propagate
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return carrier
+
+
+def plan_arguments(arguments: StartDistillation) -> PlanDistillation:
+    """The plan's arguments in those of a start; raises ArgumentError `invalid_argument` naming what is missing."""
+    missing = [name for name in ("student", "teacher", "prompts") if getattr(arguments, name) is None]
+    if missing:
+        raise ArgumentError(
+            "invalid_argument",
+            f"Missing: {', '.join(missing)}.",
+            fix="Give plan_id, or student + teacher + prompts, or student + cache_id.",
+        )
+    values = {name: getattr(arguments, name) for name in PlanDistillation.model_fields}
+    return PlanDistillation(**values)
+
+
+def require_cache_arguments(arguments: StartDistillation) -> None:
+    """Raise ArgumentError `invalid_argument` for a start from a cache without a student, or with what is of no use."""
+    if arguments.student is None:
+        raise ArgumentError("invalid_argument", "cache_id needs a student.", fix="Give the cache's student as well.")
+    if arguments.sft_prompts is not None:
+        raise ArgumentError(
+            "invalid_argument",
+            "sft_prompts have no use with cache_id: the cache's student has had its SFT.",
+            fix="Leave out sft_prompts.",
+        )
+
+
+def require_nothing_but_plan(arguments: StartDistillation) -> None:
+    """Raise ArgumentError `invalid_argument` for arguments next to plan_id that would change the plan."""
+    fields = type(arguments).model_fields
+    given = [
+        name
+        for name in arguments.model_fields_set - PLAN_ONLY
+        if getattr(arguments, name) != fields[name].get_default(call_default_factory=True)
+    ]
+    if given:
+        raise ArgumentError(
+            "invalid_argument",
+            f"A plan_id stands for all its arguments; given next to it: {', '.join(sorted(given))}.",
+            fix="Give plan_id alone (and benchmark), or leave plan_id out.",
+        )

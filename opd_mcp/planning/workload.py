@@ -4,6 +4,7 @@ Lengths are upper bounds (every response uses all its new tokens), so the same s
 run and measured throughput carries over from one run to the next.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -19,7 +20,7 @@ from opd_mcp.schemas.memory import (
     training_memory,
     weight_bytes,
 )
-from opd_mcp.schemas.recipes import DistillRecipe, Recipe, SftRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, Recipe, Sampling, SftRecipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
 
 PROCESS_BYTES = 700 << 20
@@ -54,7 +55,7 @@ class DataSize:
 
 @dataclass(frozen=True)
 class Work:
-    """One phase: operations, forward passes one after the other, peak memory in bytes, and training's checkpointing."""
+    """One phase: operations, forward passes in sequence, peak memory in bytes, and training's checkpointing."""
 
     flops: float
     passes: float
@@ -62,27 +63,165 @@ class Work:
     checkpointing: CheckpointingPolicy | None = None
 
 
-def phase_work(
-    name: PhaseName,
+@dataclass(frozen=True)
+class Workload:
+    """The work of a run's phases: its recipe, its two models, its data, and the device they meet."""
+
+    recipe: Recipe
+    student: ModelShape
+    teacher: ModelShape
+    data: DataSize
+    room: Room = Room()
+
+    def work(self, name: PhaseName) -> Work:
+        """The work of one phase; a fetch counts as none."""
+        works = {
+            "generate_responses": self._responses,
+            "sft": self._sft,
+            "rollout": self._rollout,
+            "score": self._scoring,
+            "distill": self._distillation,
+            "benchmark": self._benchmark,
+            "sample": self._sample,
+        }
+        return works[name]() if name in works else Work(0.0, 0.0, 0)
+
+    def disk(self, name: PhaseName) -> int:
+        """Bytes that the phase's artifact takes, before compression."""
+        recipe, data = self.recipe, self.data
+        match name:
+            case "generate_responses":
+                rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
+                return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
+            case "sft" | "distill":
+                section = recipe.sft if name == "sft" else recipe.distill
+                return saved_bytes(section.optimizer.precision) * self.student.parameters + (16 << 20)
+            case "rollout" | "score":
+                # Ids and the student's log-probs; then the teacher's, with its top k.
+                token = 8 if name == "rollout" else 12 + 8 * recipe.score.topk
+                new_tokens = recipe.rollout.sampling.max_new_tokens
+                return int(self._rollouts * (4 * data.prompt_tokens + token * new_tokens))
+            case _:
+                return 1 << 20
+
+    def checkpoint_disk(self, name: PhaseName) -> int:
+        """Bytes of a training phase's checkpoints, weights and optimizer state: two that are kept, one being written.
+
+        They are removed when the phase has ended.
+        """
+        if name not in ("sft", "distill"):
+            return 0
+        precision = (self.recipe.sft if name == "sft" else self.recipe.distill).optimizer.precision
+        return 3 * (weight_bytes(precision) * self.student.parameters + optimizer_bytes(precision, self.student))
+
+    @property
+    def _rollouts(self) -> int:
+        return self.recipe.rollout.count or self.data.prompts
+
+    @property
+    def _value_bytes(self) -> int:
+        return 2 if self.recipe.runtime.dtype == "bfloat16" else 4
+
+    def _generation(self, model: ModelShape, rows: int, batch: int, sampling: Sampling) -> Work:
+        batch, new_tokens = min(batch, max(rows, 1)), sampling.max_new_tokens
+        length = self.data.prompt_tokens + new_tokens
+        keys_and_values = 2 * batch * length * model.layers * model.kv_width * self._value_bytes
+        memory = model.parameters * self._value_bytes + keys_and_values + LOGIT_COPIES * 4 * batch * model.vocab
+        return Work(2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens, int(memory))
+
+    def _forward_memory(self, model: ModelShape, tokens: float) -> int:
+        activations = ACTIVATIONS_PER_WIDTH * model.hidden * self._value_bytes
+        logits = min(tokens * 4 * model.vocab, TILE_BYTES[self.room.device])
+        return int(tokens * activations + 2 * logits)
+
+    def _training(self, section: SftRecipe | DistillRecipe, length: float, room: Room) -> Work:
+        tokens = section.batch_size * length
+        memory = training_memory(
+            self.student,
+            precision=section.optimizer.precision,
+            checkpointing=section.activation_checkpointing,
+            tokens=micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens)),
+            dtype=self.recipe.runtime.dtype,
+            device=room.device,
+            room=room.memory,
+        )
+        passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
+        flops = 6.0 * self.student.parameters * section.steps * tokens
+        return Work(flops, passes, memory.total, memory.policy)
+
+    def _responses(self) -> Work:
+        section = self.recipe.responses
+        rows = min(section.limit or self.data.sft_prompts, self.data.sft_prompts)
+        return self._generation(self.teacher, rows, section.batch_size, section.sampling)
+
+    def _sft(self) -> Work:
+        new_tokens = self.recipe.responses.sampling.max_new_tokens
+        length = min(self.data.prompt_tokens + new_tokens, self.recipe.sft.max_length)
+        return self._training(self.recipe.sft, length, self.room)
+
+    def _rollout(self) -> Work:
+        section = self.recipe.rollout
+        return self._generation(self.student, self._rollouts, section.batch_size, section.sampling)
+
+    def _sample(self) -> Work:
+        return self._generation(self.student, self.data.prompts, 8, self.recipe.sample.sampling)
+
+    def _scoring(self) -> Work:
+        budget, parameters = self.recipe.score.micro_batch_tokens, self.student.parameters + self.teacher.parameters
+        tokens = self._rollouts * (self.data.prompt_tokens + self.recipe.rollout.sampling.max_new_tokens)
+        memory = parameters * self._value_bytes + self._forward_memory(self.teacher, min(budget, tokens))
+        return Work(2.0 * parameters * tokens, 2 * ceil(tokens / budget), memory)
+
+    def _distillation(self) -> Work:
+        section, teacher = self.recipe.distill, self.teacher
+        length = self.data.prompt_tokens + self.recipe.rollout.sampling.max_new_tokens
+        if section.method == "lightning":
+            return self._training(section, length, self.room)
+        rows, room = section.batch_size, self.room
+        rollouts = self._generation(self.student, rows, rows, self.recipe.rollout.sampling)
+        micro = min(section.micro_batch_tokens, rows * length)
+        # The student trains next to the resident teacher and its own generation cache.
+        resident = teacher.parameters * self._value_bytes + self._forward_memory(teacher, micro) + rollouts.memory
+        training = self._training(section, length, Room(room.device, max(room.memory - resident, 0)))
+        scoring_passes = ceil(rows * length / section.micro_batch_tokens)
+        return Work(
+            training.flops + section.steps * (rollouts.flops + 2.0 * teacher.parameters * rows * length),
+            training.passes + section.steps * (rollouts.passes + scoring_passes),
+            training.memory + resident,
+            training.checkpointing,
+        )
+
+    def _benchmark(self) -> Work:
+        section, data, student = self.recipe.benchmark, self.data, self.student
+        available = data.eval_prompts or min(section.kl_prompts, data.prompts)
+        prompts = min(section.limit or available, available)
+        rows = prompts * (1 + section.samples_per_prompt)
+        answers = self._generation(student, rows, section.batch_size, section.sampling)
+        kl = self._generation(student, min(section.kl_prompts, prompts), section.batch_size, section.sampling)
+        scored = 1 + (self.teacher.parameters + student.parameters) / student.parameters
+        return Work(
+            data.models * (answers.flops + kl.flops * scored),
+            data.models * (answers.passes + kl.passes),
+            answers.memory + self.teacher.parameters * self._value_bytes,
+        )
+
+
+def workload_of(
     recipe: Recipe,
-    student: ModelShape,
-    teacher: ModelShape,
-    data: DataSize,
-    method: str,
+    inputs: RunInputs,
     room: Room | None = None,
-) -> Work:
-    """The work of one phase, on a device with `room` (a CPU with memory enough by default); a fetch counts as none."""
-    room = room or Room()
-    works = {
-        "generate_responses": lambda: _answering(recipe, teacher, data),
-        "sft": lambda: _tuning(recipe, student, data, room),
-        "rollout": lambda: _rolling_out(recipe, student, data),
-        "score": lambda: _scoring(recipe, student, teacher, data, room),
-        "distill": lambda: _distilling(recipe, student, teacher, data, method, room),
-        "benchmark": lambda: _benchmarking(recipe, student, teacher, data),
-        "sample": lambda: _generation(recipe, student, data.prompts, 8, data, recipe.sample.sampling.max_new_tokens),
-    }
-    return works[name]() if name in works else Work(0.0, 0.0, 0)
+    inspect: Callable[[Path], ModelFacts] = inspect_model,
+) -> Workload | None:
+    """The workload of a run whose models are here; None while one is still to be fetched.
+
+    A run with one model counts it as both. `inspect` may be a cache's; without `room`, memory is no limit.
+    """
+    first, second = inputs.student or inputs.model, inputs.teacher
+    student, teacher = first or second, second or first
+    if student is None or teacher is None or student.path is None or teacher.path is None:
+        return None
+    own, scoring = model_shape(inspect(Path(student.path))), model_shape(inspect(Path(teacher.path)))
+    return Workload(recipe, own, scoring, data_size(inputs), room or Room())
 
 
 def data_size(inputs: RunInputs) -> DataSize:
@@ -97,149 +236,11 @@ def data_size(inputs: RunInputs) -> DataSize:
     )
 
 
-def expected_flops(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> float:
-    """The operations of a phase of a run whose models are here; 0.0 for a run without models."""
-    from_path = [inputs.student or inputs.model or inputs.teacher, inputs.teacher or inputs.student or inputs.model]
-    student, teacher = (inspect_model(Path(model.path)) if model and model.path else None for model in from_path)
-    if student is None or teacher is None:
-        return 0.0
-    sizes = model_shape(student), model_shape(teacher)
-    return phase_work(name, recipe, *sizes, data_size(inputs), recipe.distill.method).flops
-
-
-def phase_disk(name: PhaseName, recipe: Recipe, student: ModelShape, data: DataSize) -> int:
-    """Bytes that the phase's artifact takes, before compression."""
-    match name:
-        case "generate_responses":
-            rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
-            return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
-        case "sft" | "distill":
-            section = recipe.sft if name == "sft" else recipe.distill
-            return saved_bytes(section.optimizer.precision) * student.parameters + (16 << 20)
-        case "rollout" | "score":
-            rows = recipe.rollout.count or data.prompts
-            # Ids and the student's log-probs; then the teacher's, with its top k.
-            token = 8 if name == "rollout" else 12 + 8 * recipe.score.topk
-            return int(rows * (4 * data.prompt_tokens + token * recipe.rollout.sampling.max_new_tokens))
-        case _:
-            return 1 << 20
-
-
 def expected_disk(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> int:
-    """The bytes that a phase of a run whose models are here writes; 0 for a run without models."""
+    """The bytes that a phase of a run writes; 0 for a run whose model is not here yet."""
     known = inputs.student or inputs.model or inputs.teacher
     if known is None or known.path is None:
         return 0
-    student = model_shape(inspect_model(Path(known.path)))
-    return phase_disk(name, recipe, student, data_size(inputs)) + checkpoint_disk(name, recipe, student)
-
-
-def checkpoint_disk(name: PhaseName, recipe: Recipe, student: ModelShape) -> int:
-    """Bytes that a training phase's checkpoints take while it runs: the two that are kept, and the one being written.
-
-    Weights and optimizer state. They are removed when the phase has ended.
-    """
-    if name not in ("sft", "distill"):
-        return 0
-    precision = (recipe.sft if name == "sft" else recipe.distill).optimizer.precision
-    return 3 * (weight_bytes(precision) * student.parameters + optimizer_bytes(precision, student))
-
-
-def _answering(recipe: Recipe, teacher: ModelShape, data: DataSize) -> Work:
-    rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
-    new_tokens = recipe.responses.sampling.max_new_tokens
-    return _generation(recipe, teacher, rows, recipe.responses.batch_size, data, new_tokens)
-
-
-def _tuning(recipe: Recipe, student: ModelShape, data: DataSize, room: Room) -> Work:
-    length = min(data.prompt_tokens + recipe.responses.sampling.max_new_tokens, recipe.sft.max_length)
-    return _training(recipe, student, recipe.sft, length, room)
-
-
-def _rolling_out(recipe: Recipe, student: ModelShape, data: DataSize) -> Work:
-    rows, new_tokens = recipe.rollout.count or data.prompts, recipe.rollout.sampling.max_new_tokens
-    return _generation(recipe, student, rows, recipe.rollout.batch_size, data, new_tokens)
-
-
-def _generation(recipe: Recipe, model: ModelShape, rows: int, batch: int, data: DataSize, new_tokens: int) -> Work:
-    batch = min(batch, max(rows, 1))
-    length = data.prompt_tokens + new_tokens
-    values = _value_bytes(recipe)
-    keys_and_values = 2 * batch * length * model.layers * model.kv_width * values
-    memory = model.parameters * values + keys_and_values + LOGIT_COPIES * 4 * batch * model.vocab
-    return Work(2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens, int(memory))
-
-
-def _forward_memory(recipe: Recipe, model: ModelShape, tokens: float, room: Room) -> int:
-    activations = ACTIVATIONS_PER_WIDTH * model.hidden * _value_bytes(recipe)
-    logits = min(tokens * 4 * model.vocab, TILE_BYTES[room.device])
-    return int(tokens * activations + 2 * logits)
-
-
-def _training(recipe: Recipe, model: ModelShape, section: SftRecipe | DistillRecipe, length: float, room: Room) -> Work:
-    tokens = section.batch_size * length
-    memory = training_memory(
-        model,
-        precision=section.optimizer.precision,
-        checkpointing=section.activation_checkpointing,
-        tokens=micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens)),
-        dtype=recipe.runtime.dtype,
-        device=room.device,
-        room=room.memory,
-    )
-    passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
-    return Work(6.0 * model.parameters * section.steps * tokens, passes, memory.total, memory.policy)
-
-
-def _scoring(recipe: Recipe, student: ModelShape, teacher: ModelShape, data: DataSize, room: Room) -> Work:
-    rows = recipe.rollout.count or data.prompts
-    tokens = rows * (data.prompt_tokens + recipe.rollout.sampling.max_new_tokens)
-    micro = min(recipe.score.micro_batch_tokens, tokens)
-    models = (student.parameters + teacher.parameters) * _value_bytes(recipe)
-    memory = models + _forward_memory(recipe, teacher, micro, room)
-    passes = 2 * ceil(tokens / recipe.score.micro_batch_tokens)
-    return Work(2.0 * (teacher.parameters + student.parameters) * tokens, passes, memory)
-
-
-def _distilling(
-    recipe: Recipe, student: ModelShape, teacher: ModelShape, data: DataSize, method: str, room: Room
-) -> Work:
-    section = recipe.distill
-    length = data.prompt_tokens + recipe.rollout.sampling.max_new_tokens
-    if method == "lightning":
-        return _training(recipe, student, section, length, room)
-    rows = section.batch_size
-    rollouts = _generation(recipe, student, rows, rows, data, recipe.rollout.sampling.max_new_tokens)
-    micro = min(section.micro_batch_tokens, rows * length)
-    teacher_memory = teacher.parameters * _value_bytes(recipe) + _forward_memory(recipe, teacher, micro, room)
-    beside = teacher_memory + rollouts.memory
-    training = _training(recipe, student, section, length, Room(room.device, max(room.memory - beside, 0)))
-    scoring_passes = ceil(rows * length / section.micro_batch_tokens)
-    return Work(
-        training.flops + section.steps * (rollouts.flops + 2.0 * teacher.parameters * rows * length),
-        training.passes + section.steps * (rollouts.passes + scoring_passes),
-        # The student trains beside the resident teacher and its own generation cache.
-        training.memory + beside,
-        training.checkpointing,
-    )
-
-
-def _benchmarking(recipe: Recipe, student: ModelShape, teacher: ModelShape, data: DataSize) -> Work:
-    section = recipe.benchmark
-    available = data.eval_prompts or min(section.kl_prompts, data.prompts)
-    prompts = min(section.limit or available, available)
-    new_tokens = section.sampling.max_new_tokens
-    answers = _generation(
-        recipe, student, prompts * (1 + section.samples_per_prompt), section.batch_size, data, new_tokens
-    )
-    kl = _generation(recipe, student, min(section.kl_prompts, prompts), section.batch_size, data, new_tokens)
-    scored = 1 + (teacher.parameters + student.parameters) / student.parameters
-    return Work(
-        data.models * (answers.flops + kl.flops * scored),
-        data.models * (answers.passes + kl.passes),
-        answers.memory + teacher.parameters * _value_bytes(recipe),
-    )
-
-
-def _value_bytes(recipe: Recipe) -> int:
-    return 2 if recipe.runtime.dtype == "bfloat16" else 4
+    shape = model_shape(inspect_model(Path(known.path)))
+    workload = Workload(recipe, shape, shape, data_size(inputs))
+    return workload.disk(name) + workload.checkpoint_disk(name)

@@ -1,8 +1,8 @@
 """Recipes: every setting of every stage, resolved, as data."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from opd_mcp.schemas.base import Schema
 
@@ -14,6 +14,7 @@ OnTruncated = Literal["keep", "drop", "cap"]
 Preset = Literal["quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
+GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -122,15 +123,38 @@ class BenchmarkRecipe(Schema):
 
     samples_per_prompt: Annotated[int, Field(ge=0, le=64)] = Field(4, description="0: greedy accuracy only")
     sampling: Sampling = Sampling(temperature=0.6, top_p=0.95, max_new_tokens=4096)
+    grader: GraderName | Literal["auto"] = Field(
+        "auto",
+        description="how an answer is found and compared; 'auto': 'regex' with an answer_pattern, else what fits the "
+        "expected answers",
+    )
     answer_pattern: str | None = Field(
         None,
         max_length=500,
-        description="regular expression; its first group, at its last match in the response, is the answer. "
-        "Default: the whole response, stripped",
+        description="regular expression for the grader 'regex'; its first group, at its last match in the response, is "
+        "the answer, compared exactly",
+    )
+    allow_code: bool = Field(
+        False,
+        description="whether the grader 'code' may run programs that a model wrote: without network, files read-only, "
+        "under limits of time and memory",
     )
     limit: PositiveInt | None = None
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")
     batch_size: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _one_way_to_grade(self) -> Self:
+        if self.grader == "regex" and self.answer_pattern is None:
+            raise ValueError("the grader 'regex' needs benchmark.answer_pattern")
+        if self.grader not in ("regex", "auto") and self.answer_pattern is not None:
+            raise ValueError(
+                f"benchmark.answer_pattern is for the grader 'regex', not '{self.grader}': set it to null, or leave "
+                "benchmark.grader out"
+            )
+        if self.grader == "code" and not self.allow_code:
+            raise ValueError("the grader 'code' runs programs that a model wrote: benchmark.allow_code must be true")
+        return self
 
 
 class CheckpointRecipe(Schema):

@@ -7,7 +7,7 @@ from pydantic import Field
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.memory import CheckpointingPolicy
-from opd_mcp.schemas.recipes import BenchmarkRecipe, Precision
+from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName, Precision
 from opd_mcp.schemas.runs import Alert
 
 MetricValue = float | int
@@ -71,6 +71,15 @@ class Throughput(Schema):
     seconds: dict[str, float] = Field(description="data, forward (with head), backward, optimizer, logging")
 
 
+class GradedAnswers(Schema):
+    """How many responses were graded, and how many of them held no answer that the grader could find."""
+
+    responses: int
+    without_answer: int
+    timed_out: int = Field(0, description="responses whose grading went over its limits; they count as wrong")
+    examples: list[str] = Field(default_factory=list, description="ends of up to three responses without an answer")
+
+
 class ModelScore(Schema):
     """One model's quality on the evaluation prompts."""
 
@@ -82,6 +91,7 @@ class ModelScore(Schema):
     reverse_kl: Estimate95 | None = Field(
         None, description="exact KL(student‖teacher) per token on fresh student samples at T = 1, nats"
     )
+    answers: GradedAnswers | None = Field(None, description="over the greedy and the sampled responses")
     mean_response_tokens: float
     truncated_fraction: float
     eos_rate: float
@@ -106,6 +116,8 @@ class BenchmarkReport(Schema):
     prompts_sha256: str
     prompts: int
     prompts_with_answer: int
+    grader: GraderName | None = None
+    grader_reason: str | None = Field(None, description="why this grader: named, by its pattern, or by the answers")
     teacher: ModelIdentity | None = None
     models: list[ModelScore]
     comparisons: list[Comparison] = Field(default_factory=list)

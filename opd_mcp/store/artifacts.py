@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,6 +176,16 @@ class ArtifactStore:
         """The oldest artifact of a kind that was made by exactly this; None when there is none on the disk."""
         return next(iter(self.list(kind, key=key)), None)
 
+    def made_by(self, keys: Collection[str]) -> dict[str, str]:
+        """The ids of readable artifacts by the keys that made them, the oldest of a key; one question to the index."""
+        found: dict[str, str] = {}
+        for row in self.index.artifacts_of_keys(keys):
+            path = self.workspace.artifacts_of(row.kind) / row.artifact_id
+            with suppress(IntegrityError):
+                if row.key not in found and (path / ARTIFACT_FILE).is_file() and read_artifact(path):
+                    found[row.key] = row.artifact_id
+        return found
+
     def find_made(self, kind: ArtifactKind, artifact_id: str, key: str) -> Artifact | None:
         """The artifact that was made by exactly this, also one whose maker died before it stood in the index.
 
@@ -295,7 +305,7 @@ def require_intact(artifact: Artifact) -> None:
                 "damaged_file",
                 f"{name} of {artifact.artifact_id} is missing or not what was written.",
                 value=file,
-                fix="Restore the file from a copy; or move this directory away, and resume_run makes it anew.",
+                fix="Restore the file from a copy; or move this directory away, and a resumed run makes it anew.",
             )
 
 

@@ -1,10 +1,11 @@
 """The SQLite index over runs and artifacts: for listing and for starting once; every row is rebuilt from the files."""
 
 import fcntl
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -155,6 +156,16 @@ class Index:
             ).fetchall()
         return [IndexedArtifact(*row) for row in rows]
 
+    def artifacts_of_keys(self, keys: Collection[str]) -> list[IndexedArtifact]:
+        """Rows of the artifacts that were made by these keys, oldest first."""
+        with self.reading() as database:
+            rows = database.execute(
+                "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
+                " WHERE key IN (SELECT value FROM json_each(?)) ORDER BY created_at, artifact_id",
+                (json.dumps(list(keys)),),
+            ).fetchall()
+        return [IndexedArtifact(*row) for row in rows]
+
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         try:
@@ -167,7 +178,7 @@ class Index:
                 "not_enough_disk",
                 f"The disk is full: nothing was written ({error}).",
                 value=self.path.parent,
-                fix="Free disk space (opd-mcp gc shows what nobody needs), then call again.",
+                fix="Free disk space (opd-mcp gc shows what is unused), then make the call again.",
             ) from error
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of a busy or full disk, or of a mistake

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import psutil
 
 from opd_mcp.devices.hardware import free_disk, gpu_slot, gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder
-from opd_mcp.devices.settings import JobSettings
-from opd_mcp.planning.quotas import out_of_hours, seconds_left
-from opd_mcp.planning.workload import expected_disk, expected_flops
+from opd_mcp.planning.admission import out_of_hours, seconds_left
+from opd_mcp.planning.workload import expected_disk, workload_of
 from opd_mcp.schemas.errors import OpdError, RunError
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
 from opd_mcp.store.files import is_disk_full
@@ -35,10 +36,9 @@ from opd_mcp.store.runs import (
     taken_up,
     use_reserve,
 )
-from opd_mcp.store.settings import read_settings
 from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import note_start
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, read_settings
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
 from opd_mcp.worker.journal_reporter import JournalReporter
@@ -49,8 +49,6 @@ from opd_mcp.worker.watchdog import WatchSettings, watching
 
 logger = logging.getLogger(__name__)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
-WATCH = WatchSettings()
 
 
 def engine_stages() -> Stages:
@@ -63,20 +61,21 @@ def engine_stages() -> Stages:
     return stages
 
 
-def main(
-    workspace_root: Path,
-    run_id: str,
-    lock_fd: int | None = None,
-    lease_folder: Path | None = None,
-    cpu_slots: int | None = None,
-    load_stages: Callable[[], Stages] = engine_stages,
-    teacher_key: str | None = None,
-    watch: WatchSettings = WATCH,
-    secrets: tuple[str, ...] = (),
-) -> int:
-    """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed. `teacher_key` is for a remote teacher.
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What its launcher gives a worker: `teacher_key` for a remote teacher, `secrets` to keep out of the journal."""
 
-    `secrets` are kept out of the journal.
+    leases: LeaseFolder
+    teacher_key: str | None = field(default=None, repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    load_stages: Callable[[], Stages] = engine_stages
+    watch: WatchSettings = field(default_factory=WatchSettings)
+
+
+def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: WorkerSettings) -> int:
+    """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed.
+
+    `lock_fd` is the run's lock as the launcher handed it down; None: it is taken here, for a new attempt.
     Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
     """
     workspace = Workspace(workspace_root)
@@ -86,102 +85,120 @@ def main(
         begin_attempt(lock)
     else:
         lock = RunLock.adopt(directory, lock_fd)
-    defaults = JobSettings()
-    leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     with lock, logging_to_stderr(), taken_up(lock) as journal:
-        journal.secrets = secrets
-        return work(Store(workspace), directory, journal, leases, load_stages, teacher_key, watch)
+        journal.secrets = settings.secrets
+        return RunWorker(Store(workspace), directory, journal, settings).work()
 
 
-def work(
-    store: Store,
-    directory: Path,
-    journal: JournalWriter,
-    leases: LeaseFolder,
-    load_stages: Callable[[], Stages],
-    teacher_key: str | None = None,
-    watch: WatchSettings = WATCH,
-) -> int:
-    """Queue, run and end the run of a directory whose lock is held; every way out leaves a final state."""
-    reporter = JournalReporter(journal, directory)
-    with reporter.ending_on_sigterm(), watching(reporter.pulse, reporter.alert, watch):
-        return _worked(store, directory, journal, reporter, leases, load_stages, teacher_key)
+class RunWorker:
+    """One attempt at a run whose lock is held; every way out leaves a final state."""
 
+    def __init__(self, store: Store, directory: Path, journal: JournalWriter, settings: WorkerSettings) -> None:
+        self.store = store
+        self.directory = directory
+        self.journal = journal
+        self.settings = settings
+        self.reporter = JournalReporter(journal, directory)
 
-def _worked(
-    store: Store,
-    directory: Path,
-    journal: JournalWriter,
-    reporter: JournalReporter,
-    leases: LeaseFolder,
-    load_stages: Callable[[], Stages],
-    teacher_key: str | None,
-) -> int:
-    launch_seconds = time.time() - psutil.Process().create_time()
-    try:
-        journal.check_fence()
-        note_start(directory, journal.attempt)
-        record = read_record(directory)
-        quotas = read_settings(store.workspace).quotas
-        lease = device_lease(record.request.recipe.runtime, leases, directory.name, reporter)
-        prepare_environment(record.request.recipe.runtime, lease, store.workspace.compiled)
-        journal.append("state", {"state": "running"})
-        reporter.limit(seconds_left(quotas, directory))
+    def work(self) -> int:
+        """Queue, run and end the run; the exit status."""
+        reporter = self.reporter
+        with reporter.ending_on_sigterm(), watching(reporter.pulse, reporter.alert, self.settings.watch):
+            try:
+                self.journal.append("result", self._result())
+                return self._end("succeeded")
+            except Exception as error:
+                return self._end_by(error)
+
+    def _result(self) -> dict[str, Any]:
+        """The result of all phases, which are computed once the run has its device."""
+        launch_seconds = time.time() - psutil.Process().create_time()
+        self.journal.check_fence()
+        note_start(self.directory, self.journal.attempt)
+        record = read_record(self.directory)
+        quotas = read_settings(self.store.workspace).quotas
+        runtime = record.request.recipe.runtime
+        lease = device_lease(runtime, self.settings.leases, self.directory.name, self.reporter)
+        prepare_environment(runtime, lease, self.store.workspace.compiled)
+        self.journal.append("state", {"state": "running"})
+        self.reporter.limit(seconds_left(quotas, self.directory))
         with run_span(record):
-            kind = device_kind(lease)
-            result = run_phases(
-                store, directory, record, journal, reporter, kind, load_stages, teacher_key, launch_seconds
+            record = prepared_record(self.store, record, self.journal, self.reporter)
+            return self._pipeline(record, device_kind(lease), launch_seconds).run()
+
+    def _pipeline(self, record: RunRecord, device: str, launch_seconds: float) -> Pipeline:
+        """The run's phases; the stages are loaded when a phase has to be computed, not before."""
+        from opd_mcp.engine.context import Context
+
+        recipe, inputs = record.request.recipe, record.request.inputs
+        workload = workload_of(recipe, inputs)
+
+        def loaded() -> Stages:
+            stages = self.settings.load_stages()
+            take_over_libraries()
+            return stages
+
+        context = Context(
+            runtime=recipe.runtime,
+            prompting=recipe.prompting,
+            reporter=self.reporter,
+            teacher_key=self.settings.teacher_key,
+            checkpoint=recipe.checkpoint,
+            made_here=self.store.artifacts.made_here,
+            check_fence=self.journal.check_fence,
+        )
+        return Pipeline(
+            record=record,
+            directory=self.directory,
+            artifacts=self.store.artifacts,
+            journal=self.journal,
+            reporter=self.reporter,
+            calls=StageCalls(record, self.directory, context, loaded),
+            device=device,
+            flops=lambda name: workload.work(name).flops if workload else 0.0,
+            disk=lambda name: expected_disk(name, recipe, inputs),
+            launch_seconds=launch_seconds,
+        )
+
+    def _end_by(self, error: Exception) -> int:
+        """The exit status after the final state that an exception leads to; none for an attempt that is superseded."""
+        try:
+            self.journal.check_fence()
+        except RunError as fence:  # another attempt owns this run by now, whatever else went wrong here
+            logger.warning("%s", fence)
+            return 1
+        if not isinstance(error, OpdError):
+            logger.error("The run failed", exc_info=error)
+            return self._fail(error)
+        cause = self._stop_cause() if error.code == "run_cancelled" else error
+        return self._end("cancelled") if cause is None else self._fail(cause)
+
+    def _stop_cause(self) -> OpdError | None:
+        """Why a run stopped that no user asked to stop; None when a user did."""
+        if self.reporter.terminated:
+            return RunError(
+                "worker_terminated",
+                "The worker was told to end (SIGTERM): somebody stopped it, or the machine was shutting down.",
+                fix="Resume the run: it goes on from its last checkpoint; a phase without one yet begins anew.",
+                call=resume_call(),
             )
-        journal.append("result", result)
-        return _ended(journal, "succeeded")
-    except Exception as error:
-        return _ended_by(error, store, directory, journal, reporter)
+        if self.reporter.out_of_time and not cancel_requested(self.directory):
+            return out_of_hours(self.store.workspace, self.directory)
+        return None
 
+    def _fail(self, error: Exception) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_disk_full(error):
+            use_reserve(self.directory)
+        disk = disk_figures(self.directory, self.reporter.current)
+        failure = failure_of(error, self.directory / LOG_FILE, memory_figures(self.directory), disk)
+        self.journal.append("error", failure.to_dict())
+        return self._end("failed")
 
-def run_phases(
-    store: Store,
-    directory: Path,
-    record: RunRecord,
-    journal: JournalWriter,
-    reporter: JournalReporter,
-    device: str,
-    load_stages: Callable[[], Stages],
-    teacher_key: str | None = None,
-    launch_seconds: float = 0.0,
-) -> dict[str, Any]:
-    """The result of all phases; the stages are loaded when a phase has to be computed, not before."""
-    record = prepared_record(store, record, journal, reporter)
-    from opd_mcp.engine.context import Context
-
-    recipe = record.request.recipe
-
-    def loaded() -> Stages:
-        stages = load_stages()
-        take_over_libraries()
-        return stages
-
-    context = Context(
-        runtime=recipe.runtime,
-        prompting=recipe.prompting,
-        reporter=reporter,
-        teacher_key=teacher_key,
-        checkpoint=recipe.checkpoint,
-        made_here=store.artifacts.made_here,
-        check_fence=journal.check_fence,
-    )
-    pipeline = Pipeline(
-        record=record,
-        directory=directory,
-        artifacts=store.artifacts,
-        journal=journal,
-        reporter=reporter,
-        calls=StageCalls(record, directory, context, loaded),
-        device=device,
-        flops=lambda name: expected_flops(name, recipe, record.request.inputs),
-        disk=lambda name: expected_disk(name, recipe, record.request.inputs),
-        launch_seconds=launch_seconds,
-    )
-    return pipeline.run()
+    def _end(self, state: RunState) -> int:
+        self.journal.append("state", {"state": state})
+        return int(state == "failed")
 
 
 def device_lease(runtime: RuntimeRecipe, leases: LeaseFolder, owner: str, reporter: JournalReporter) -> Lease:
@@ -225,24 +242,6 @@ def run_span(record: RunRecord) -> Iterator[None]:
         yield
 
 
-def stop_cause(store: Store, directory: Path, reporter: JournalReporter) -> OpdError | None:
-    """Why a run stopped that no user asked to stop; None when a user did."""
-    if reporter.terminated:
-        return worker_terminated()
-    if reporter.out_of_time and not cancel_requested(directory):
-        return out_of_hours(store.workspace, directory)
-    return None
-
-
-def worker_terminated() -> RunError:
-    """The error of a run whose process was told to end."""
-    return RunError(
-        "worker_terminated",
-        "The worker was told to end (SIGTERM): somebody stopped it, or the machine was shutting down.",
-        fix="Call resume_run to go on from the last checkpoint; a phase without one yet begins anew.",
-    )
-
-
 def disk_figures(directory: Path, phase: PhaseName | None) -> DiskFigures:
     """What the phase was expected to write, and what is free for it now."""
     needed = 0
@@ -263,36 +262,3 @@ def memory_figures(directory: Path) -> MemoryFigures:
     except OpdError:
         expected = None  # a run.json that cannot be read is what the failure itself tells of
     return MemoryFigures(peak, expected)
-
-
-def _ended_by(
-    error: Exception, store: Store, directory: Path, journal: JournalWriter, reporter: JournalReporter
-) -> int:
-    """The exit status after the final state that an exception leads to; none for an attempt that is superseded."""
-    try:
-        journal.check_fence()
-    except RunError as fence:  # nothing of this run is this process's any more, whatever else went wrong for it
-        logger.warning("%s", fence)
-        return 1
-    if not isinstance(error, OpdError):
-        logger.error("The run failed", exc_info=error)
-        return _failed(journal, reporter, directory, error)
-    stopped = error.code == "run_cancelled"
-    cause = stop_cause(store, directory, reporter) if stopped else error
-    return _ended(journal, "cancelled") if cause is None else _failed(journal, reporter, directory, cause)
-
-
-def _failed(journal: JournalWriter, reporter: JournalReporter, directory: Path, error: Exception) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if is_disk_full(error):
-        use_reserve(directory)
-    disk = disk_figures(directory, reporter.current)
-    failure = failure_of(error, directory / LOG_FILE, memory_figures(directory), disk)
-    journal.append("error", failure.to_dict())
-    return _ended(journal, "failed")
-
-
-def _ended(journal: JournalWriter, state: RunState) -> int:
-    journal.append("state", {"state": state})
-    return int(state == "failed")

@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.planning.measured_speeds import (
+from opd_mcp.planning.estimates import (
     COST_FILE,
     PROCESS_START,
     ArtifactCosts,
@@ -20,8 +20,10 @@ from opd_mcp.planning.measured_speeds import (
 )
 from opd_mcp.planning.phases import KEY_DIGITS, PUBLISHED, RESUMABLE, Product, product
 from opd_mcp.schemas.errors import ResourceError, RunError
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
+from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.artifacts import ArtifactStore, require_intact
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
@@ -178,12 +180,13 @@ def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:
     if needed > free:
         raise ResourceError(
             "not_enough_disk",
-            f"Phase {phase} writes up to {needed / 2**30:.2f} GiB; the disk has {free / 2**30:.2f} GiB free.",
+            f"Phase {phase} writes up to {byte_size(needed)}; the disk has {byte_size(free)} free.",
             value=directory,
-            fix="Free disk space (opd-mcp gc shows what nobody needs), then call resume_run to go on.",
+            fix="Free disk space (opd-mcp gc shows what is unused), then resume the run.",
+            call=resume_call(),
         )
 
 
 def run_cancelled() -> RunError:
     """The error of a run that was asked to stop."""
-    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on.")
+    return RunError("run_cancelled", "The run was asked to stop.", fix="Resume the run to go on.", call=resume_call())

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BUILD = Path(__file__).resolve().parents[2] / "tools" / "build_mcpb.py"
+BUILD = Path(__file__).resolve().parents[2] / "tools" / "docs" / "mcpb.py"
 
 
 def test_the_bundle_is_valid_and_packs(node, tmp_path):

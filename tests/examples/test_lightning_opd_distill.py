@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import Context, ResponsesInputs
 from opd_mcp.identity.consistency import sft_teacher
-from opd_mcp.identity.data import PROMPT_COLUMNS, PromptRow, ResponseRow
+from opd_mcp.identity.data.rows import PROMPT_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.signatures import below
 from opd_mcp.schemas.errors import ResourceError
@@ -53,7 +53,7 @@ def other_responses(examples: Path, prompts: Path, output: Path) -> Path:
     """Responses whose lineage proves that another teacher gave them."""
     recipe = ResponsesRecipe(sampling=Sampling(max_new_tokens=64))
     teacher = examples / "arithmetic" / "teacher_other_style"
-    stages.generate_responses(recipe, teacher=teacher, prompts=prompts, output=output, context=Context())
+    stages.generate_responses(recipe, ResponsesInputs(teacher=teacher, prompts=prompts), output, Context())
     return output
 
 
@@ -145,7 +145,7 @@ def test_held_out_prompts_have_answers_and_were_seen_nowhere(examples):
 def test_the_form_of_answers_is_learned_from_the_teachers_responses(examples, response, answer):
     from distill_inputs import answer_pattern
 
-    from opd_mcp.engine.evaluation.answers import compiled_pattern, extracted_answer
+    from opd_mcp.grading.extraction import compiled_pattern, extracted_answer
 
     labelled = ResponseRow(PromptRow(id="0", prompt="?", answer=answer), response=response)
     assert extracted_answer(response, compiled_pattern(answer_pattern([labelled]))) == answer

@@ -6,16 +6,18 @@ import pytest
 
 from opd_mcp.devices.hardware import Target
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.planning.estimates import ASSUMED_START_SECONDS, Estimator, resource_findings
-from opd_mcp.planning.measured_speeds import (
+from opd_mcp.planning.admission import resource_findings
+from opd_mcp.planning.estimates import (
+    ASSUMED_START_SECONDS,
     COST_FILE,
     PROCESS_START,
     ArtifactCosts,
+    CostModel,
     PhaseCost,
     measured_costs,
     work_name,
 )
-from opd_mcp.planning.workload import DataSize, model_shape, phase_work
+from opd_mcp.planning.workload import PROCESS_BYTES, DataSize, Room, Workload, model_shape
 from opd_mcp.schemas.memory import ModelShape, micro_tokens
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.reports import StageCost
@@ -32,7 +34,11 @@ PHASES = [RunPhase(name=name, key=name) for name in ("rollout", "score", "distil
 
 def estimator(measured=(), **overrides):
     recipe = resolve_recipe("demo", {key.replace("__", "."): value for key, value in overrides.items()})
-    return Estimator(recipe, SMALL, LARGE, DATA, CPU, measured)
+    return cost_on(recipe, CPU, measured)
+
+
+def cost_on(recipe, target, measured=()):
+    return CostModel(Workload(recipe, SMALL, LARGE, DATA, Room("cpu", target.memory - PROCESS_BYTES)), target, measured)
 
 
 def measurement(name: str, flops: float, seconds: float, device: str = "cpu") -> PhaseCost:
@@ -42,44 +48,43 @@ def measurement(name: str, flops: float, seconds: float, device: str = "cpu") ->
 @pytest.mark.parametrize("phase", ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"])
 def test_a_larger_model_is_more_work_and_memory(phase):
     recipe = resolve_recipe("demo", {})
-    small = phase_work(phase, recipe, SMALL, SMALL, DATA, "lightning")
-    large = phase_work(phase, recipe, LARGE, LARGE, DATA, "lightning")
+    small, large = (Workload(recipe, shape, shape, DATA).work(phase) for shape in (SMALL, LARGE))
     assert large.flops > small.flops > 0
     assert large.memory > small.memory > 0
 
 
 def test_training_flops_are_six_a_parameter_and_token():
-    work = estimator(distill__steps=10, distill__batch_size=4, rollout__sampling__max_new_tokens=90)
-    assert work.work("distill", "lightning").flops == 6 * SMALL.parameters * 10 * 4 * 100
+    costs = estimator(distill__steps=10, distill__batch_size=4, rollout__sampling__max_new_tokens=90)
+    assert costs.workload.work("distill").flops == 6 * SMALL.parameters * 10 * 4 * 100
 
 
 def test_live_pays_for_generation_and_the_teacher_at_every_step():
-    lightning = estimator().work("distill", "lightning")
-    live = estimator().work("distill", "live")
+    lightning = estimator().workload.work("distill")
+    live = estimator(distill__method="live").workload.work("distill")
     assert live.flops > lightning.flops
     assert live.passes > 5 * lightning.passes
     assert live.memory > lightning.memory
 
 
 def test_what_was_measured_here_replaces_what_is_assumed():
-    work = estimator().work("distill", "lightning")
+    work = estimator().workload.work("distill")
     measured = [measurement("distill:lightning", work.flops / 2, 50.0), measurement("distill:live", work.flops, 1.0)]
-    phase = estimator(measured).method("lightning", PHASES).phases[3]
+    phase = estimator(measured).estimate("lightning", PHASES).phases[3]
     assert (phase.seconds, phase.basis.split(";")[0]) == (100.0, "measured in 1 earlier run(s) on cpu")
     for useless in (
         measurement("distill:lightning", work.flops, 1.0, device="cuda"),
         measurement("distill:lightning", work.flops * 1000, 1.0),
     ):
-        assert "assumed" in estimator([useless]).method("lightning", PHASES).phases[3].basis
+        assert "assumed" in estimator([useless]).estimate("lightning", PHASES).phases[3].basis
 
 
 def test_the_start_of_the_process_is_an_item_of_its_own():
     """Assumed until earlier runs have measured it; it is part of the sum."""
-    assumed = estimator().method("lightning", PHASES)
+    assumed = estimator().estimate("lightning", PHASES)
     assert (assumed.phases[0].phase, assumed.phases[0].seconds) == (PROCESS_START, ASSUMED_START_SECONDS)
     assert assumed.phases[0].basis.startswith("assumed: 8 s")
     known = [measurement(PROCESS_START, 0.0, seconds) for seconds in (3.0, 90.0, 4.0)]
-    measured = estimator(known).method("lightning", PHASES)
+    measured = estimator(known).estimate("lightning", PHASES)
     assert measured.phases[0].seconds == 4.0
     assert measured.phases[0].basis.startswith("measured in 3 earlier run(s)")
     assert measured.seconds == pytest.approx(assumed.seconds - ASSUMED_START_SECONDS + 4.0)
@@ -94,7 +99,7 @@ def test_measurements_come_from_the_artifacts_and_damaged_ones_are_passed_over(t
 
 def test_satisfied_phases_cost_nothing():
     done = [phase.model_copy(update={"satisfied_by": "x"}) for phase in PHASES]
-    estimate = estimator().method("lightning", done)
+    estimate = estimator().estimate("lightning", done)
     assert (estimate.seconds, estimate.flops, estimate.disk_bytes, estimate.phases) == (0, 0, 0, [])
 
 
@@ -131,7 +136,7 @@ def test_only_distillation_differs_by_method():
 def test_narrow_weights_need_less_memory_and_less_disk(precision, saved):
     narrow = {"distill__optimizer__precision": precision}
     phases = [phase for phase in PHASES if phase.name == "distill"]
-    estimate, wide = estimator(**narrow).method("lightning", phases), estimator().method("lightning", phases)
+    estimate, wide = estimator(**narrow).estimate("lightning", phases), estimator().estimate("lightning", phases)
     assert estimate.peak_memory_bytes < wide.peak_memory_bytes
     assert estimate.disk_bytes == saved * SMALL.parameters + (16 << 20)
 
@@ -139,10 +144,10 @@ def test_narrow_weights_need_less_memory_and_less_disk(precision, saved):
 def test_a_device_that_is_too_small_for_all_activations_gets_checkpointing_and_the_plan_says_so():
     recipe = resolve_recipe("demo", {"distill.micro_batch_tokens": 8192})
     phases = [phase for phase in PHASES if phase.name == "distill"]
-    roomy = Estimator(recipe, SMALL, LARGE, DATA, CPU).method("lightning", phases)
+    roomy = cost_on(recipe, CPU).estimate("lightning", phases)
     assert "activation checkpointing" not in roomy.memory_basis
     target = Target("cpu", "1 CPU thread", roomy.peak_memory_bytes - (1 << 20))
-    tight = Estimator(recipe, SMALL, LARGE, DATA, target).method("lightning", phases)
+    tight = cost_on(recipe, target).estimate("lightning", phases)
     assert tight.peak_memory_bytes < roomy.peak_memory_bytes
     assert "activation checkpointing" in tight.memory_basis
 
@@ -153,11 +158,11 @@ def test_the_plan_counts_a_training_as_the_engine_does():
 
     from opd_mcp.engine.models.loading import load_model
     from opd_mcp.engine.runtime import Runtime
-    from opd_mcp.engine.training.memory import step_memory
+    from opd_mcp.engine.training.activations import step_memory
 
     recipe = resolve_recipe("demo", {})
     shape = model_shape(inspect_model(EXAMPLE / "student"))
-    work = phase_work("distill", recipe, shape, shape, DATA, "lightning")
+    work = Workload(recipe, shape, shape, DATA).work("distill")
     runtime = Runtime(torch.device("cpu"), torch.float32, seed=0)
     model = load_model(EXAMPLE / "student", runtime, for_training=True).model
     section, length = recipe.distill, int(DATA.prompt_tokens) + recipe.rollout.sampling.max_new_tokens
@@ -169,7 +174,7 @@ def test_the_plan_counts_a_training_as_the_engine_does():
 
 
 def test_the_largest_checkpoints_are_part_of_the_disk_and_are_named():
-    estimate = estimator().method("lightning", PHASES)
-    without = estimator().method("lightning", [phase for phase in PHASES if phase.name != "distill"])
+    estimate = estimator().estimate("lightning", PHASES)
+    without = estimator().estimate("lightning", [phase for phase in PHASES if phase.name != "distill"])
     assert estimate.disk_bytes - without.disk_bytes == (36 + 4) * SMALL.parameters + (16 << 20)
     assert "34.3 MiB for a training phase's checkpoints" in estimate.disk_basis

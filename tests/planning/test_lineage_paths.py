@@ -137,11 +137,11 @@ def test_what_an_earlier_run_was_given_is_held_against_the_roots_of_now(world, s
     status = finished(service, service.start_distillation(world.start_arguments(teacher=teacher)).run_id)
     cache, student = status.result["artifacts"]["cache"], status.result["artifacts"]["sft"]
     other, opened_before = narrower(world), len(opened)
-    request = other._composer.from_cache(StartDistillation(student=student, cache_id=cache, preset="demo"))
+    request = other._builder.from_cache(StartDistillation(student=student, cache_id=cache, preset="demo"))
     assert (request.inputs.teacher, request.inputs.prompts) == (None, None)
     assert [path for path in opened[opened_before:] if "/data/" in path] == []
     assert (
-        service._composer.from_cache(
+        service._builder.from_cache(
             StartDistillation(student=student, cache_id=cache, preset="demo")
         ).inputs.teacher.path
         == teacher

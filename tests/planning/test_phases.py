@@ -24,8 +24,8 @@ def data(name: str, **fields: object) -> DataInput:
 
 def keys(given: RunInputs, method: str = "lightning", **overrides: object) -> dict[str, str]:
     recipe = resolve_recipe("demo", {key.replace("__", "."): value for key, value in overrides.items()})
-    chain = distillation_phases(recipe, given, method, sft=True, benchmark=True)
-    return {phase.name: phase.key for phase in chain.phases}
+    phases = distillation_phases(recipe, given, method, sft=True, benchmark=True)
+    return {phase.name: phase.key for phase in phases}
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_where_a_model_lies_and_how_it_is_called_does_not_matter():
 
 def test_an_artifact_stands_for_the_phase_that_made_it():
     recipe = resolve_recipe("demo", {})
-    whole = distillation_phases(recipe, inputs(), "lightning", sft=True, benchmark=False).phases
+    whole = distillation_phases(recipe, inputs(), "lightning", sft=True, benchmark=False)
     made = product("sft", whole[1].key).artifact_id
     proven = TeacherClaim(basis="proven", name="teacher")
     student = model("anything", artifact_id=made, sft_teacher=proven)
-    rest = distillation_phases(recipe, inputs(student=student), "lightning", sft=False, benchmark=False).phases
+    rest = distillation_phases(recipe, inputs(student=student), "lightning", sft=False, benchmark=False)
     assert [phase.key for phase in rest] == [phase.key for phase in whole[2:]]
 
 
@@ -72,9 +72,9 @@ def test_what_is_asserted_or_allowed_is_part_of_the_cache():
 def test_rollouts_are_satisfied_by_their_cache():
     chain = PhaseChain(resolve_recipe("demo", {}), inputs()).cache_of_rollouts()
     cache_id = cache_id_of(chain.phases)
-    found = with_satisfied(chain.phases, "lightning", lambda kind, key: cache_id if kind == "cache" else None)
+    found = with_satisfied(chain.phases, {chain.phases[-1].key: cache_id})
     assert [phase.satisfied_by for phase in found] == [cache_id, cache_id]
-    assert [phase.satisfied_by for phase in with_satisfied(found, "lightning", lambda kind, key: None)] == [None, None]
+    assert [phase.satisfied_by for phase in with_satisfied(found, {})] == [None, None]
 
 
 def test_a_model_of_the_hub_is_fetched_first():
@@ -84,6 +84,6 @@ def test_a_model_of_the_hub_is_fetched_first():
 
 def test_the_request_hash_is_of_kind_and_keys_only():
     phases = PhaseChain(resolve_recipe("demo", {}), inputs()).generate_responses().phases
-    satisfied = with_satisfied(phases, "lightning", lambda kind, key: "responses-1")
+    satisfied = with_satisfied(phases, {phases[0].key: "responses-1"})
     assert request_hash("generate", phases) == request_hash("generate", satisfied)
     assert request_hash("generate", phases) != request_hash("sft", phases)

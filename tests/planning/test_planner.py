@@ -6,7 +6,7 @@ import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, PathError, PlanError, ResourceError
 from opd_mcp.schemas.requests import StartDistillation
-from opd_mcp.server.render.runs import plan_text
+from opd_mcp.server.render.plans import plan_text
 
 NEEDS_SFT = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
 HAS_SFT = ["rollout", "score", "distill", "benchmark"]
@@ -25,7 +25,7 @@ def test_a_plain_student_gets_its_sft_on_this_teacher_first(service, world):
     assert names(plan) == NEEDS_SFT
     assert (plan.consistency.status, plan.consistency.basis) == ("consistent", "by_construction")
     assert plan.blocking == []
-    assert plan.next_action == f"Call start_distillation(plan_id='{plan.plan_id}')"
+    assert plan.next_action.call_text() == f"Call start_distillation(plan_id='{plan.plan_id}')"
     assert plan.sample[0] == "1+0=?"
 
 
@@ -135,7 +135,7 @@ def test_what_does_not_fit_blocks_the_plan_with_numbers(service, world):
     plan = service.plan(world.plan_arguments(overrides=huge))
     assert codes(plan.blocking) == ["not_enough_memory", "not_enough_disk"]
     assert "GiB" in plan.blocking[0].message
-    assert plan.blocking[0].fix in plan.next_action
+    assert plan.blocking[0].fix in plan.next_action.why
 
 
 def test_the_top_k_estimator_gets_a_cache_that_holds_its_k(service, world):
@@ -198,7 +198,7 @@ def test_a_plan_is_its_id_and_starts_once(service, world, busy_machine):
     again = world.service().start_distillation(StartDistillation(plan_id=plan.plan_id))
     by_arguments = service.start_distillation(StartDistillation(**arguments.model_dump()))
     assert {first.run_id} == {again.run_id, by_arguments.run_id}
-    with pytest.raises(ArgumentError, match="given beside it: preset"):
+    with pytest.raises(ArgumentError, match="given next to it: preset"):
         service.start_distillation(StartDistillation(plan_id=plan.plan_id, preset="paper"))
     service.cancel(first.run_id)
 
@@ -244,3 +244,22 @@ def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
     assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]
     assert "1 of 4 prompts are over 100 tokens" in found["over_long_prompts"]
     assert "2 of 2 eval prompts are also training prompts (1 to the letter" in found["eval_overlap"]
+
+
+def test_a_start_uses_the_plan_that_was_made_while_its_files_stay_what_they_are(world, service, monkeypatch, finished):
+    """The plan of a start is made once; a file that changes in between is seen all the same."""
+    made, plan = [], service._planner.plan
+    monkeypatch.setattr(type(service._planner), "plan", lambda self, arguments: made.append(1) or plan(arguments))
+    prompts = world.prompts()
+    arguments = world.start_arguments(prompts=prompts)
+    assert service.start_question(arguments, gpu_hours=8.0) is None
+    run = service.start_distillation(arguments)
+    assert len(made) == 1
+    assert service.start_distillation(arguments).run_id == run.run_id
+    service.cancel(run.run_id)
+    finished(service, run.run_id)
+    world.prompts(count=7)
+    other = service.start_distillation(arguments)
+    assert len(made) == 2
+    assert service.store.record(other.run_id).request.inputs.prompts.rows == 7
+    service.cancel(other.run_id)

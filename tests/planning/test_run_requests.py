@@ -60,7 +60,7 @@ def test_a_cache_finds_its_teacher_and_prompts_for_the_report(world, service, ca
     bare = service.start_distillation(from_cache(student, cache_id, benchmark=False))
     status = finished(service, bare.run_id)
     assert status.phases_done == ["distill"]
-    assert status.next_action.startswith(f"Call benchmark_student(model='{bare.run_id}'")
+    assert (status.next_action.tool, status.next_action.arguments["model"]) == ("benchmark_student", bare.run_id)
 
 
 def test_what_does_not_go_with_a_cache_is_refused(world, service, cached):
@@ -102,7 +102,7 @@ def test_an_sft_student_of_declared_responses_carries_the_assertion(world, servi
     )
     assert run.run_id.startswith("sft-student-")
     status = finished(service, run.run_id)
-    assert status.next_action.startswith("Call build_teacher_cache(teacher=")
+    assert (status.next_action.tool, status.next_action.missing) == ("build_teacher_cache", ["teacher", "prompts"])
     plan = service.plan(world.plan_arguments(student=run.run_id))
     assert plan.consistency.basis == "asserted"
 
@@ -112,7 +112,8 @@ def test_responses_know_what_to_do_with_them(world, service, finished):
         GenerateTeacherResponses(teacher=world.teacher, prompts=["1+1=?"], preset="demo")
     )
     assert run.run_id.startswith("generate-teacher-")
-    assert finished(service, run.run_id).next_action == f"Call start_sft(student='…', responses='{run.run_id}')"
+    step = finished(service, run.run_id).next_action
+    assert step.call_text() == f"Call start_sft(student='…', responses='{run.run_id}')"
 
 
 def test_a_benchmark_names_its_models_and_keeps_their_names_apart(world, service, finished):
@@ -137,3 +138,48 @@ def test_a_benchmark_names_its_models_and_keeps_their_names_apart(world, service
 def test_a_start_with_too_little_says_what_is_missing(service, given):
     with pytest.raises(ArgumentError, match=r"Missing: .*prompts.*plan_id"):
         service.start_distillation(StartDistillation(**given))
+
+
+CONTRADICTIONS = [
+    ({"distill.estimator": "topk_reverse_kl"}, "distill.estimator", "estimator='sampled'"),
+    ({"distill.method": "live"}, "distill.method", "method='lightning'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "argument"), CONTRADICTIONS)
+def test_an_override_that_contradicts_an_argument_is_one_error_that_names_both(
+    world, service, cached, overrides, key, argument
+):
+    """From a cache as from a plan's arguments: neither silently wins."""
+    student, cache_id = cached
+    for arguments in (from_cache(student, cache_id, overrides=overrides), world.start_arguments(overrides=overrides)):
+        with pytest.raises(ArgumentError, match=rf"invalid_argument.*{key}.*contradicts.*{argument}"):
+            service.start_distillation(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "overridden"),
+    [("topk", 4, 16), ("dtype", "float32", "float16"), ("on_truncated", "keep", "drop")],
+)
+def test_a_caches_arguments_and_overrides_agree_or_are_refused(world, service, sft_student, name, given, overridden):
+    student, key = sft_student(world.teacher), f"score.{name}"
+    with pytest.raises(ArgumentError, match=f"{key}=.*{overridden}.*contradicts.*{name}=.*{given}"):
+        service.build_teacher_cache(world.cache_arguments(student, **{name: given}, overrides={key: overridden}))
+    run = service.build_teacher_cache(world.cache_arguments(student, **{name: given}, overrides={key: given}))
+    assert service.store.record(run.run_id).request.recipe.score.to_dict()[name] == given
+    service.cancel(run.run_id)
+
+
+def test_samples_per_prompt_and_its_override_agree_or_are_refused(world, service, finished):
+    given = {"model": world.student, "prompts": world.prompts(), "preset": "demo", "samples_per_prompt": 2}
+    with pytest.raises(ArgumentError, match=r"benchmark.samples_per_prompt=8 contradicts.*samples_per_prompt=2"):
+        service.benchmark_student(BenchmarkStudent(**given, overrides={"benchmark.samples_per_prompt": 8}))
+    run = service.benchmark_student(BenchmarkStudent(**given))
+    assert service.store.record(run.run_id).request.recipe.benchmark.samples_per_prompt == 2
+    service.cancel(run.run_id)
+
+
+def test_a_cache_that_is_too_small_for_the_estimator_by_an_override_is_refused(world, service):
+    changes = {"estimator": "topk_reverse_kl", "overrides": {"score.topk": 4, "distill.topk": 8}}
+    with pytest.raises(ArgumentError, match=r"score.topk=4 contradicts distill.topk=8"):
+        service.plan(world.plan_arguments(**changes))

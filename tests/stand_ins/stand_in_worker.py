@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from opd_mcp.worker.main import main
+from opd_mcp.devices.leases import LeaseFolder
+from opd_mcp.worker.main import WorkerSettings, main
 from opd_mcp.worker.watchdog import WatchSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     parser.add_argument("--cpu-slots", type=int)
     parser.add_argument("--stall-seconds", type=float, default=60.0)
     given = parser.parse_args()
-    folders = {"lease_folder": given.lease_folder, "cpu_slots": given.cpu_slots}
+    leases = LeaseFolder(given.lease_folder, given.cpu_slots)
     watch = WatchSettings(floor=given.stall_seconds, poll=0.02)
-    sys.exit(main(given.workspace, given.run_id, given.lock_fd, **folders, load_stages=load_stages, watch=watch))
+    settings = WorkerSettings(leases, load_stages=load_stages, watch=watch)
+    sys.exit(main(given.workspace, given.run_id, given.lock_fd, settings))

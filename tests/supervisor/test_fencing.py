@@ -13,7 +13,7 @@ from opd_mcp.schemas.runs import ACTIVE_STATES
 from opd_mcp.service import JobService
 from opd_mcp.store.runs import RunLock, begin_attempt, taken_up
 from opd_mcp.store.worker_process import note_start
-from opd_mcp.worker.main import engine_stages, work
+from opd_mcp.worker.main import RunWorker, WorkerSettings
 
 SLEEPING_WORKER = Path(__file__).parents[1] / "stand_ins" / "sleeping_worker.py"
 MANY_CHECKPOINTS = {"sft.steps": 20, "sft.batch_size": 2, "checkpoint.steps": 2}
@@ -122,7 +122,7 @@ def test_a_worker_that_slept_before_it_began_notes_nothing(superseded, service, 
     directory, _, journal = superseded
     note_start(directory, 3)
     before = tree(directory)
-    assert work(service.store, directory, journal, leases, engine_stages) == 1
+    assert RunWorker(service.store, directory, journal, WorkerSettings(leases)).work() == 1
     assert tree(directory) == before
 
 

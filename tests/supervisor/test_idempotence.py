@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from opd_mcp import service as service_module
+from opd_mcp.supervisor import launch
 
 SERVER = """
     import sys
@@ -59,16 +59,16 @@ def test_twenty_equal_starts_from_four_processes_are_one_run(world, service, bus
 
 def test_no_answer_rests_on_a_start_that_may_still_die(world, service, finished, monkeypatch):
     """The first caller has made the run and dies before its worker lives; the second one must not have trusted it."""
-    made, killed, launch = threading.Event(), threading.Event(), service_module.launch_worker
+    made, killed, launched = threading.Event(), threading.Event(), launch.launch_worker
 
     def dies_on_the_way(workspace, lock, settings):
-        monkeypatch.setattr(service_module, "launch_worker", launch)
+        monkeypatch.setattr(launch, "launch_worker", launched)
         made.set()
         killed.wait(30)
         lock.release()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(service_module, "launch_worker", dies_on_the_way)
+    monkeypatch.setattr(launch, "launch_worker", dies_on_the_way)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(service.start_distillation, world.start_arguments())
         assert made.wait(30)

@@ -1,0 +1,51 @@
+"""The README's tables come from what the server registers, and a stale one is noticed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_mcp.server.resources import PARTS
+
+ROOT = Path(__file__).resolve().parents[3]
+TOOLS = "<!-- tools:start -->\n<!-- tools:end -->\n"
+EMPTY = f"# Title\n\n{TOOLS}\n<!-- resources:start -->\n<!-- resources:end -->\n\nThe rest.\n"
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "docs" / "readme_table.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_tables_are_written_between_the_markers_and_then_checks(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(EMPTY)
+    stale = run_tool("--check", str(readme))
+    assert stale.returncode == 1
+    assert "out of date" in stale.stderr
+    assert readme.read_text() == EMPTY
+
+    assert run_tool(str(readme)).returncode == 0
+    text = readme.read_text()
+    assert "| `plan_distillation` | `student`, `teacher`, `prompts`, `sft_prompts?`" in text
+    assert "| `inspect_setup` | – |" in text
+    assert "| `opd://recipe-keys` | `text/markdown` | Every key that overrides may name. |" in text
+    assert all(f"| `opd://runs/{{run_id}}/{part}` |" in text for part in PARTS)
+    assert "| `opd://artifacts/{artifact_id}/lineage` |" in text
+    assert text.startswith("# Title")
+    assert text.endswith("The rest.\n")
+    assert run_tool("--check", str(readme)).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["# Title\n", TOOLS])
+def test_a_file_without_markers_is_refused(tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert run_tool(str(readme)).returncode != 0
+    assert readme.read_text() == text
+
+
+def test_the_readme_is_up_to_date():
+    done = run_tool("--check")
+    assert done.returncode == 0, done.stderr
