@@ -13,6 +13,7 @@ from opd_mcp.planning.checks import (
     PlanInputs,
     judge_consistency,
     judge_evaluation,
+    judge_files,
     judge_prompts,
     mean_prompt_tokens,
     measured_cache,
@@ -56,6 +57,7 @@ class Planner:
         require_matching_tokenizers(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
         schema = self._schema(arguments, inputs, sft, found)
+        judge_files(inputs, found)
         judge_evaluation(inputs, found)
         hygiene = judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
