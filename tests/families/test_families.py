@@ -1,4 +1,4 @@
-"""Each family from text to a distilled student: what is shown, what is learnt and what is saved is what its template says."""
+"""Each family from text to a distilled student: what is shown, learnt and saved is what its template says."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,12 @@ SHORT = {
 }
 QUESTION = {"role": "user", "content": "What is 12 + 30?"}
 ANSWER = {"role": "assistant", "content": "It is 42."}
-CHAT = [QUESTION, ANSWER, {"role": "user", "content": "And twice that?"}, {"role": "assistant", "content": "84, I think."}]
+CHAT = [
+    QUESTION,
+    ANSWER,
+    {"role": "user", "content": "And twice that?"},
+    {"role": "assistant", "content": "84, I think."},
+]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +112,11 @@ def test_a_chat_is_learnt_as_the_template_writes_it(pair, adopted, theirs, conte
 
 
 def test_tool_calls_are_learnt_where_the_template_has_them(pair, adopted, theirs, context, tmp_path):
-    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add_numbers", "arguments": '{"a": 12, "b": 30}'}}
+    call = {
+        "id": "abcdefghi",
+        "type": "function",
+        "function": {"name": "add_numbers", "arguments": '{"a": 12, "b": 30}'},
+    }
     rows = [{"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]}, {"messages": CHAT}]
     found = targets_of(tmp_path, rows, adopted, context, train_turns="last")
     if pair.family.package in ("llama3_1", "gemma3"):  # these templates drop calls, so the row is left out
@@ -162,8 +171,9 @@ def _require_whole(pair, path: Path, theirs: PreTrainedTokenizerBase, adopted: A
     assert not any(torch.isnan(parameter).any() for parameter in model.parameters())
     assert model.state_dict().keys() == before.state_dict().keys()
     assert sorted(model.generation_config.eos_token_id) == sorted(adopted.eos_token_ids)
-    saved = json.loads((path / "generation_config.json").read_text())
-    assert saved == {**json.loads((pair.student / "generation_config.json").read_text()), **{"eos_token_id": saved["eos_token_id"]}} 
+    saved, original = (json.loads((model / "generation_config.json").read_text()) for model in (path, pair.student))
+    assert {**saved, "eos_token_id": None} == {**original, "eos_token_id": None}
+    assert (path / "preprocessor_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     ids = shown(tokenizer, [QUESTION], to_answer=True)
     assert ids == shown(theirs, [QUESTION], to_answer=True)
