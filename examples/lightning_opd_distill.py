@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from opd_mcp.engine.context import BenchmarkInputs, DistillInputs, RolloutInputs, ScoreInputs, SftInputs
 from opd_mcp.schemas.errors import ArgumentError, OpdError
 
 if TYPE_CHECKING:
@@ -163,48 +164,48 @@ def distill(arguments: argparse.Namespace, console: Console) -> None:
         with reporter.stage("1/5 SFT"):
             sft_summary = stages.sft(
                 recipe.sft,
-                student=inputs.student,
-                responses=inputs.responses,
-                output=sft_student,
-                context=context,
-                sft_teacher=inputs.claim,
-                tokenizer=inputs.tokenizer,
+                SftInputs(
+                    student=inputs.student,
+                    responses=inputs.responses,
+                    sft_teacher=inputs.claim,
+                    tokenizer=inputs.tokenizer,
+                ),
+                sft_student,
+                context,
             )
         reporter.say(trained(sft_summary))
         with reporter.stage("2/5 rollouts"):
             drawn = stages.rollout(
                 recipe.rollout,
-                student=sft_student,
-                prompts=inputs.prompts,
-                output=work / "rollouts",
-                context=context,
-                tokenizer=inputs.teacher,
+                RolloutInputs(student=sft_student, prompts=inputs.prompts, tokenizer=inputs.teacher),
+                work / "rollouts",
+                context,
             )
         with reporter.stage("3/5 teacher scores"):
             scored = stages.score(
                 recipe.score,
-                teacher=inputs.teacher,
-                student=sft_student,
-                rollouts=work / "rollouts",
-                output=work / "cache",
-                context=context,
+                ScoreInputs(teacher=inputs.teacher, student=sft_student, rollouts=work / "rollouts"),
+                work / "cache",
+                context,
             )
         reporter.say(f"  {drawn.tokens} tokens drawn in {drawn.seconds:.1f} s and scored in {scored.seconds:.1f} s")
         with reporter.stage("4/5 distillation"):
             summary = stages.distill(
-                recipe.distill, student=sft_student, cache=work / "cache", output=student, context=context
+                recipe.distill, DistillInputs(student=sft_student, cache=work / "cache"), student, context
             )
         reporter.say(trained(summary))
         with reporter.stage("5/5 report"):
             stages.benchmark(
                 recipe.benchmark,
-                models={"distilled": student, "sft": sft_student},
-                teacher=inputs.teacher,
-                prompts=inputs.eval_prompts,
-                output=student / "report",
-                context=context,
-                recipe_hash=recipe.content_hash(),
-                costs=[training_cost("sft", sft_summary), drawn, scored, training_cost("distill", summary)],
+                BenchmarkInputs(
+                    models={"distilled": student, "sft": sft_student},
+                    teacher=inputs.teacher,
+                    prompts=inputs.eval_prompts,
+                    recipe_hash=recipe.content_hash(),
+                    costs=[training_cost("sft", sft_summary), drawn, scored, training_cost("distill", summary)],
+                ),
+                student / "report",
+                context,
             )
         write_atomic(student / "report" / "recipe.json", recipe.to_json(indent=2) + "\n")
         publish_directory(student, output)

@@ -223,11 +223,11 @@ def cache_verify(
 
     directory, rescore = cache_directory(cache), None
     if teacher is not None:
-        from opd_mcp.engine.teachers.teacher import rescorer
+        from opd_mcp.engine.scoring.local import rescorer
 
         rescore = rescorer(teacher)
     elif teacher_url is not None:
-        from opd_mcp.engine.teachers.http import remote_rescorer
+        from opd_mcp.engine.scoring.remote import remote_rescorer
         from opd_mcp.identity.lineage import read_manifest
         from opd_mcp.schemas.identity import RemoteTeacher
 
@@ -281,10 +281,9 @@ def serve_teacher(
     max_length: Annotated[int, typer.Option(help="Tokens of the longest sequence.", min=2)] = 32768,
 ) -> None:
     """Serve a model's log-probs: token ids in, log-probs and top-k out; the key is in OPD_TEACHER_KEY."""
-    from opd_mcp.engine.teachers.scorer import Limits
-    from opd_mcp.engine.teachers.serve import serve
+    from opd_mcp.engine.scoring.server import RequestLimits, serve
 
-    serve(model, host, port, os.environ.get(TEACHER_KEY), threads, Limits(queue=queue, length=max_length))
+    serve(model, host, port, os.environ.get(TEACHER_KEY), threads, RequestLimits(queue=queue, length=max_length))
 
 
 @app.command(hidden=True)

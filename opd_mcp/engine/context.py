@@ -1,15 +1,23 @@
-"""What every stage is given besides its recipe section: the runtime, the prompting rules, and a reporter."""
+"""What a stage is given besides its section of the recipe: its inputs, and the context that all stages share.
 
-from collections.abc import Callable, Mapping
+Imports no torch: a worker makes these before it loads the engine.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from opd_mcp.schemas.recipes import CheckpointRecipe, PromptingRecipe, RuntimeRecipe
+from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.next_action import resume_call
+from opd_mcp.schemas.recipes import CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
+from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.runs import Alert
 
 
 class Reporter(Protocol):
-    """Where a stage tells how it is going; a stage knows nothing of runs, databases or MCP."""
+    """Where a stage reports its progress; a stage knows nothing of runs, databases or MCP."""
 
     def phase(self, name: str) -> None:
         """A part of the stage begins."""
@@ -21,35 +29,20 @@ class Reporter(Protocol):
         """Named values at a training step."""
 
     def alert(self, code: str, message: str) -> None:
-        """Something the user should know while the stage goes on."""
+        """Something the user should know while the stage runs."""
 
     def resumed(self, step: int) -> None:
-        """Training goes on after this step of an earlier attempt; what was told of later steps counts no more."""
+        """Training continues after this step of an earlier attempt; what was reported of later steps is void."""
 
     def position(self) -> int:
-        """Make all that was told so far durable, and say how far that is."""
+        """Make everything reported so far durable; the position up to which it is."""
 
     def should_stop(self) -> bool:
-        """Whether the stage shall stop; it then raises RunError `run_cancelled` at its next step."""
+        """Whether the stage should stop; it then raises RunError `run_cancelled` at its next step."""
 
 
-class SilentReporter:
-    """A reporter for library use and tests: says nothing, never stops."""
-
-    def phase(self, name: str) -> None:
-        """Nothing is said."""
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        """Nothing is said."""
-
-    def metric(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing is said."""
-
-    def alert(self, code: str, message: str) -> None:
-        """Nothing is said."""
-
-    def resumed(self, step: int) -> None:
-        """Nothing is said."""
+class SilentReporter(Reporter):
+    """A reporter for library use and tests: it reports nothing and never stops."""
 
     def position(self) -> int:
         """Nothing was kept."""
@@ -68,9 +61,115 @@ class Context:
     prompting: PromptingRecipe = field(default_factory=PromptingRecipe)
     reporter: Reporter = field(default_factory=SilentReporter)
     teacher_key: str | None = field(default=None, repr=False)
-    """The bearer token of a remote teacher; from the environment, by way of the command line, into no file."""
+    """The bearer token of a remote teacher; it is written to no file."""
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     checkpoints: Path | None = None
     """Where a training stage keeps its checkpoints and finds those of an earlier attempt; None: nowhere."""
     check_fence: Callable[[], None] = lambda: None
-    """Raises once somebody else has taken over: asked right before a write that others see, from any thread."""
+    """Raises once another worker owns the run: called right before a write that others see, from any thread."""
+
+
+def require_going(context: Context) -> None:
+    """Raise RunError `run_cancelled` if the user asked to stop."""
+    if context.reporter.should_stop():
+        raise run_cancelled()
+
+
+def run_cancelled() -> RunError:
+    """The error of a stage that was asked to stop."""
+    return RunError(
+        "run_cancelled", "The run was asked to stop.", fix="Resume the run to go on from there.", call=resume_call()
+    )
+
+
+def counter(context: Context, total: int, unit: str, before: int = 0) -> Callable[[int], None]:
+    """A listener for the end of a batch: reports `before` + done of `total`; raises RunError `run_cancelled`."""
+
+    def on_batch(done: int) -> None:
+        context.reporter.progress(before + done, total, unit)
+        require_going(context)
+
+    return on_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsesInputs:
+    """Of `stages.generate_responses`: the teacher's directory and the SFT prompts."""
+
+    teacher: Path
+    prompts: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftInputs:
+    """Of `stages.sft`: `sft_teacher` counts for responses without lineage, `tokenizer` before the saved one."""
+
+    student: Path
+    responses: Path
+    sft_teacher: TeacherClaim | None = None
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutInputs:
+    """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold."""
+
+    student: Path
+    prompts: Path
+    tokenizer: Path | None = None
+    eval_prompts: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherInputs:
+    """Of `stages.check_teacher`: who is to score which student; the teacher is a directory, a server, or both.
+
+    `sft_teacher` counts for a student without lineage; `sft_teacher_path` is the directory that Δ is measured with.
+    """
+
+    student: Path
+    teacher: Path | None = None
+    remote: RemoteTeacher | None = None
+    sft_teacher: TeacherClaim | None = None
+    sft_teacher_path: Path | None = None
+    allow_teacher_mismatch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInputs(TeacherInputs):
+    """Of `stages.score`: the directory that `stages.rollout` filled, and who is to score it."""
+
+    rollouts: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillInputs:
+    """Of `stages.distill`: `cache` for the method lightning; `teacher`, `prompts` and `rollout` for live."""
+
+    student: Path
+    cache: Path | None = None
+    teacher: Path | None = None
+    prompts: Path | None = None
+    rollout: RolloutRecipe | None = None
+    sft_teacher: TeacherClaim | None = None
+    allow_teacher_mismatch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkInputs:
+    """Of `stages.benchmark`: models by name, the candidate first; what earlier stages took and alerted."""
+
+    models: Mapping[str, Path]
+    prompts: Path
+    recipe_hash: str
+    teacher: Path | None = None
+    costs: Sequence[StageCost] = ()
+    alerts: Sequence[Alert] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleInputs:
+    """Of `stages.sample`: a model's directory and the prompts it answers."""
+
+    model: Path
+    prompts: Path

@@ -1,15 +1,22 @@
-"""Lineage of what a stage made: its inputs' identities, its recipe, its files."""
+"""What a finished stage says of its output: lineage (the inputs' identities, settings, files) and cost."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.runtime import hardware_name
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.identity.models import full_weights_hash, inspect_model
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity, Parent, TeacherClaim
+from opd_mcp.schemas.reports import StageCost
 
 RECORDED_PACKAGES = ("opd-mcp", "torch", "transformers", "numpy")
 
@@ -30,37 +37,40 @@ def tokenizer_files(artifact: Path) -> list[str]:
     return [f"tokenizer/{path.name}" for path in sorted((artifact / "tokenizer").iterdir())]
 
 
-def record_lineage(
-    output: Path,
-    *,
-    kind: ArtifactKind,
-    stage: str,
-    section: Schema,
-    context: Context,
-    parents: Sequence[Parent],
-    files: Sequence[str] = (),
-    **claims: Any,
-) -> Lineage:
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artifact comes from: its kind, the stage with its settings, the inputs, and the files to hash."""
+
+    kind: ArtifactKind
+    stage: str
+    settings: Schema
+    parents: Sequence[Parent]
+    files: Sequence[str] = ()
+
+
+def record_lineage(output: Path, made: Provenance, context: Context, **claims: Any) -> Lineage:
     """Write `output`/lineage.json for a finished stage; a model directory's own identity is added."""
     lineage = Lineage(
-        kind=kind,
-        stage=stage,
+        kind=made.kind,
+        stage=made.stage,
         recipe={
-            stage: section.to_dict(),
+            made.stage: made.settings.to_dict(),
             "runtime": context.runtime.to_dict(),
             "prompting": context.prompting.to_dict(),
         },
-        model=full_identity(output) if kind == "model" else None,
-        parents=list(parents),
-        files=data_hashes(output, list(files)),
-        versions={name: version(name) for name in RECORDED_PACKAGES if _installed(name)},
+        model=full_identity(output) if made.kind == "model" else None,
+        parents=list(made.parents),
+        files=data_hashes(output, list(made.files)),
+        versions={name: version(name) for name in RECORDED_PACKAGES if find_spec(name.replace("-", "_")) is not None},
         **claims,
     )
     write_lineage(output, lineage)
     return lineage
 
 
-def _installed(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name.replace("-", "_")) is not None
+def stage_cost(stage: str, started: float, tokens: int, device: torch.device, *, earlier: float = 0.0) -> StageCost:
+    """The cost of a stage that ends now; `earlier` are the seconds of interrupted calls whose work was kept."""
+    seconds = time.perf_counter() - started + earlier
+    return StageCost(
+        stage=stage, seconds=seconds, tokens=tokens, tokens_per_second=tokens / seconds, device=hardware_name(device)
+    )

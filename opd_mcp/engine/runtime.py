@@ -1,23 +1,31 @@
-"""Device, threads and seeded generators: everything that decides a run's bits besides its data."""
+"""The process that computes: device, threads, seeded generators, how fast it is, its memory, limits on its time."""
 
 import ctypes
 import hashlib
 import platform
+import resource
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 
+PEAK_SIZE = {"cpu": 512, "cuda": 8192}
 # glibc's number of the setting, and bytes: a lower size costs more page faults than it saves (docs/performance.md)
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 << 20
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The resolved place of computation."""
+    """The device, the dtype and the seed of a computation."""
 
     device: torch.device
     dtype: torch.dtype
@@ -29,22 +37,22 @@ class Runtime:
         return self.dtype is not torch.float32
 
 
-def open_runtime(recipe: RuntimeRecipe) -> Runtime:
-    """The runtime that the recipe asks for; sets torch's thread count for this process.
+def open_runtime(settings: RuntimeRecipe) -> Runtime:
+    """The runtime that the settings ask for; sets torch's thread count for this process.
 
     Raises ResourceError `device_unavailable` if CUDA is asked for and absent.
     """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise ResourceError(
             "device_unavailable",
             "This machine has no usable CUDA device.",
-            value=recipe.device,
+            value=settings.device,
             fix="Set 'runtime.device' to 'cpu' or 'auto'.",
         )
-    use_cuda = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
-    torch.set_num_threads(recipe.threads)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
-    return Runtime(torch.device("cuda" if use_cuda else "cpu"), dtype, recipe.seed)
+    use_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    torch.set_num_threads(settings.threads)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    return Runtime(torch.device("cuda" if use_cuda else "cpu"), dtype, settings.seed)
 
 
 def return_large_blocks() -> None:
@@ -74,3 +82,62 @@ def hardware_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square matmul on the device, the best of a few."""
+    size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
+    # random values: constant ones switch fewer transistors, and a GPU then clocks higher than it ever does in training
+    left = torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        _wait(device)
+        started = time.perf_counter()
+        torch.mm(left, left)
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's allocated peak on CUDA, this process's largest resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch failed for want of memory, on either device."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+class TooSlow(Exception):
+    """The work took more processor time than it was given."""
+
+
+@contextmanager
+def processor_seconds(limit: float) -> Iterator[None]:
+    """Raise TooSlow inside when this process has spent `limit` seconds of processor time there.
+
+    Python's matcher and interpreter both look at signals as they go; a main thread alone gets them, so work in
+    another thread is not limited. Waiting and a suspended machine do not count.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

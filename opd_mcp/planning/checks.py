@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
-from opd_mcp.identity.data import PromptRow, eval_overlap
+from opd_mcp.identity.data.overlap import eval_overlap
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher
-from opd_mcp.identity.data import PromptRow, prompts_hash, read_prompts, read_responses_header
+from opd_mcp.identity.data.reading import read_prompts, read_responses_header
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
@@ -165,7 +166,7 @@ class References:
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
-            sha256=file_sha256(header.file),
+            sha256=header.sha256,
             rows=header.rows,
             sft_teacher=claim,
         )

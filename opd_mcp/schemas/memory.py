@@ -1,7 +1,7 @@
 """How many bytes a training step holds: one arithmetic for the plan (jobs) and for the engine's choices.
 
 The bytes of a layer's activations are what autograd was seen to keep for packed Qwen3 layers; other classes differ by a
-few values a token. `tests/engine/training/test_memory.py` measures them again.
+few values a token. `tests/engine/training/test_activations.py` measures them again.
 """
 
 from collections.abc import Callable

@@ -2,15 +2,36 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from opd_mcp.identity.data import PromptRow, read_prompts
+from opd_mcp.engine.context import (
+    BenchmarkInputs,
+    Context,
+    DistillInputs,
+    ResponsesInputs,
+    RolloutInputs,
+    SampleInputs,
+    ScoreInputs,
+    SftInputs,
+    TeacherInputs,
+)
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.recipes import (
+    BenchmarkRecipe,
+    DistillRecipe,
+    ResponsesRecipe,
+    RolloutRecipe,
+    SampleRecipe,
+    ScoreRecipe,
+    SftRecipe,
+)
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
 from opd_mcp.schemas.runs import ModelInput, PhaseName, RunRecord
 from opd_mcp.store.run_view import RunView
@@ -20,16 +41,29 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 class Stages(Protocol):
-    """The engine's stages, or a stand-in for them."""
+    """The engine's stages (`opd_mcp.engine.stages` describes each), or a stand-in for them."""
 
-    generate_responses: Callable[..., StageCost]
-    sft: Callable[..., TrainingSummary]
-    rollout: Callable[..., StageCost]
-    check_teacher: Callable[..., None]
-    score: Callable[..., StageCost]
-    distill: Callable[..., TrainingSummary]
-    benchmark: Callable[..., BenchmarkReport]
-    sample: Callable[..., StageCost]
+    def generate_responses(
+        self, section: ResponsesRecipe, inputs: ResponsesInputs, output: Path, context: Context
+    ) -> StageCost: ...
+
+    def sft(self, section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -> TrainingSummary: ...
+
+    def rollout(self, section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost: ...
+
+    def check_teacher(self, section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> None: ...
+
+    def score(self, section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Context) -> StageCost: ...
+
+    def distill(
+        self, section: DistillRecipe, inputs: DistillInputs, output: Path, context: Context
+    ) -> TrainingSummary: ...
+
+    def benchmark(
+        self, section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context
+    ) -> BenchmarkReport: ...
+
+    def sample(self, section: SampleRecipe, inputs: SampleInputs, output: Path, context: Context) -> StageCost: ...
 
 
 @dataclass
@@ -38,7 +72,7 @@ class StageCalls:
 
     record: RunRecord
     directory: Path
-    context: Any
+    context: Context
     load_stages: Callable[[], Stages]
     paths: dict[str, Path] = field(default_factory=dict)
     costs: list[StageCost] = field(default_factory=list)
@@ -63,47 +97,46 @@ class StageCalls:
     def compute(self, name: PhaseName, output: Path) -> StageCost:
         """Run the stage of a phase into an empty or new directory; raises what the stage raises."""
         context = replace(self.context, checkpoints=checkpoints_of(self.directory, name))
-        recipe, paths, common = self.record.request.recipe, self.paths, {"output": output, "context": context}
+        recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
-                return self.stages.generate_responses(
-                    recipe.responses, teacher=paths["teacher"], prompts=prompts, **common
-                )
+                responses = ResponsesInputs(teacher=paths["teacher"], prompts=prompts)
+                cost = stages.generate_responses(recipe.responses, responses, output, context)
             case "sft":
-                return training_cost(name, self._sft(common))
+                cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
             case "rollout":
-                if self._remote() is not None:  # who it is, is asked before the work, not after it
-                    self.stages.check_teacher(recipe.score, context=context, **self._scorer(), **self._claims())
-                return self.stages.rollout(
-                    recipe.rollout,
+                if self._remote() is not None:  # its identity is checked before the work, not after it
+                    stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
+                rollouts = RolloutInputs(
                     student=paths["student"],
                     prompts=paths["prompts"],
                     tokenizer=paths.get("teacher"),
-                    **common,
-                    **({"eval_prompts": paths["eval_prompts"]} if "eval_prompts" in paths else {}),
+                    eval_prompts=paths.get("eval_prompts"),
                 )
+                cost = stages.rollout(recipe.rollout, rollouts, output, context)
             case "score":
-                return self.stages.score(
-                    recipe.score, rollouts=paths["rollouts"], **self._scorer(), **self._claims(), **common
-                )
+                scored = ScoreInputs(rollouts=paths["rollouts"], **self._scorer())
+                cost = stages.score(recipe.score, scored, output, context)
             case "distill":
-                return training_cost(name, self._distill(common))
+                cost = training_cost(name, stages.distill(recipe.distill, self._distill(), output, context))
+            case "sample":
+                shown = SampleInputs(model=paths["model"], prompts=paths["prompts"])
+                cost = stages.sample(recipe.sample, shown, output, context)
             case _:
-                return self._sample(common) if name == "sample" else self._benchmark(common)
-
-    def _sample(self, common: Mapping[str, Any]) -> StageCost:
-        recipe, paths = self.record.request.recipe.sample, self.paths
-        return self.stages.sample(recipe, model=paths["model"], prompts=paths["prompts"], **common)
+                cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
+        return cost
 
     def _scorer(self) -> dict[str, Any]:
-        """Student and teacher, and where they apply the server and the SFT teacher's own directory."""
-        scorer: dict[str, Any] = {"student": self.paths["student"], "teacher": self.paths.get("teacher")}
-        if (remote := self._remote()) is not None:
-            scorer["remote"] = remote
-        if (path := self._sft_teacher_path()) is not None:
-            scorer["sft_teacher_path"] = path
-        return scorer
+        """The fields of TeacherInputs."""
+        return {
+            "student": self.paths["student"],
+            "teacher": self.paths.get("teacher"),
+            "remote": self._remote(),
+            "sft_teacher": self._claim(),
+            "sft_teacher_path": self._sft_teacher_path(),
+            "allow_teacher_mismatch": self.record.request.inputs.allow_teacher_mismatch,
+        }
 
     def _remote(self) -> RemoteTeacher | None:
         teacher = self.record.request.inputs.teacher
@@ -115,52 +148,40 @@ class StageCalls:
         known = self.record.request.inputs.sft_teacher_path
         return Path(known) if known else None
 
-    def _sft(self, common: Mapping[str, Any]) -> TrainingSummary:
+    def _sft(self) -> SftInputs:
         paths, responses = self.paths, self.record.request.inputs.responses
         own = paths["responses"] / TOKENIZER_FOLDER
-        return self.stages.sft(
-            self.record.request.recipe.sft,
+        return SftInputs(
             student=paths["student"],
             responses=paths["responses"],
             sft_teacher=responses.sft_teacher if responses else None,
             tokenizer=own if own.is_dir() else paths.get("teacher"),
-            **common,
         )
 
-    def _distill(self, common: Mapping[str, Any]) -> TrainingSummary:
-        recipe, paths = self.record.request.recipe, self.paths
-        claims = self._claims()
-        if recipe.distill.method == "lightning":
-            return self.stages.distill(
-                recipe.distill, student=paths["student"], cache=paths["cache"], **claims, **common
+    def _distill(self) -> DistillInputs:
+        request, paths = self.record.request, self.paths
+        student, allowed = paths["student"], request.inputs.allow_teacher_mismatch
+        if request.recipe.distill.method == "lightning":
+            return DistillInputs(
+                student=student, cache=paths["cache"], sft_teacher=self._claim(), allow_teacher_mismatch=allowed
             )
-        return self.stages.distill(
-            recipe.distill,
-            student=paths["student"],
+        return DistillInputs(
+            student=student,
             teacher=paths["teacher"],
             prompts=paths["prompts"],
-            rollout=recipe.rollout,
-            **claims,
-            **common,
+            rollout=request.recipe.rollout,
+            sft_teacher=self._claim(),
+            allow_teacher_mismatch=allowed,
         )
 
-    def _benchmark(self, common: Mapping[str, Any]) -> StageCost:
-        request = self.record.request
-        report = self.stages.benchmark(
-            request.recipe.benchmark,
+    def _benchmark(self) -> BenchmarkInputs:
+        return BenchmarkInputs(
             models=self._benchmarked(),
             prompts=self._benchmark_prompts(),
+            recipe_hash=self.record.request.recipe.content_hash(),
             teacher=self.paths.get("teacher"),
             costs=self.costs,
             alerts=RunView(self.directory).refresh().alerts,
-            recipe_hash=request.recipe.content_hash(),
-            **common,
-        )
-        return StageCost(
-            stage="benchmark",
-            seconds=sum(model.seconds for model in report.models),
-            tokens=sum(model.tokens for model in report.models),
-            device=report.hardware,
         )
 
     def _benchmarked(self) -> dict[str, Path]:
@@ -183,12 +204,10 @@ class StageCalls:
         write_atomic(file, "".join(_without_answer(row) for row in rows))
         return file
 
-    def _claims(self) -> dict[str, Any]:
-        inputs = self.record.request.inputs
-        claim: TeacherClaim | None = None
-        if "base" not in self.paths:  # after an SFT phase the lineage of the student itself says it
-            claim = inputs.student.sft_teacher if inputs.student else None
-        return {"sft_teacher": claim, "allow_teacher_mismatch": inputs.allow_teacher_mismatch}
+    def _claim(self) -> TeacherClaim | None:
+        """Whose responses the student is said to be fine-tuned on; after an SFT phase its own lineage says it."""
+        student = self.record.request.inputs.student
+        return student.sft_teacher if student and "base" not in self.paths else None
 
 
 def checkpoints_of(run: Path, phase: str) -> Path:
@@ -205,6 +224,16 @@ def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:
         steps=summary.steps,
         tokens_per_second=summary.trained_tokens / summary.seconds if summary.seconds > 0 else None,
         device=summary.device,
+    )
+
+
+def report_cost(report: BenchmarkReport) -> StageCost:
+    """What a benchmark took, in the form that all stages' costs have."""
+    return StageCost(
+        stage="benchmark",
+        seconds=sum(model.seconds for model in report.models),
+        tokens=sum(model.tokens for model in report.models),
+        device=report.hardware,
     )
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import Context, ResponsesInputs
 from opd_mcp.identity.consistency import sft_teacher
-from opd_mcp.identity.data import PROMPT_COLUMNS, PromptRow, ResponseRow
+from opd_mcp.identity.data.rows import PROMPT_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import ResponsesRecipe, Sampling
@@ -52,7 +52,7 @@ def other_responses(examples: Path, prompts: Path, output: Path) -> Path:
     """Responses whose lineage proves that another teacher gave them."""
     recipe = ResponsesRecipe(sampling=Sampling(max_new_tokens=64))
     teacher = examples / "arithmetic" / "teacher_other_style"
-    stages.generate_responses(recipe, teacher=teacher, prompts=prompts, output=output, context=Context())
+    stages.generate_responses(recipe, ResponsesInputs(teacher=teacher, prompts=prompts), output, Context())
     return output
 
 

@@ -158,7 +158,7 @@ def test_the_plan_counts_a_training_as_the_engine_does():
 
     from opd_mcp.engine.models.loading import load_model
     from opd_mcp.engine.runtime import Runtime
-    from opd_mcp.engine.training.memory import step_memory
+    from opd_mcp.engine.training.activations import step_memory
 
     recipe = resolve_recipe("demo", {})
     shape = model_shape(inspect_model(EXAMPLE / "student"))

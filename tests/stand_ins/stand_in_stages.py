@@ -15,7 +15,8 @@ import warnings
 from pathlib import Path
 
 from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
-from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import CacheManifest, EngineGap, RolloutStatistics, ScoreStatistics
@@ -29,33 +30,33 @@ library.addHandler(logging.StreamHandler())  # as transformers does when it is i
 library.propagate = False
 
 
-def generate_responses(recipe, *, teacher, prompts, output, context):
-    rows = read_prompts(prompts)[: recipe.limit]
+def generate_responses(section, inputs, output, context):
+    rows = read_prompts(inputs.prompts)[: section.limit]
     lines = [json.dumps({"id": row.id, "prompt": row.text(), "response": "#1"}) for row in rows]
     (output / "responses.jsonl").write_text("\n".join(lines) + "\n")
-    claim = proven_claim(inspect_model(teacher).identity)
+    claim = proven_claim(inspect_model(inputs.teacher).identity)
     files = data_hashes(output, ["responses.jsonl"])
     write_lineage(output, Lineage(kind="responses", stage="responses", recipe={}, sft_teacher=claim, files=files))
     return cost("generate_responses", len(rows))
 
 
-def sft(recipe, *, student, responses, output, context, sft_teacher=None, tokenizer=None):
-    if recipe.optimizer.learning_rate == 777:
+def sft(section, inputs, output, context):
+    if section.optimizer.learning_rate == 777:
         make_noise(context)
-    if recipe.optimizer.learning_rate in (666, 777):
+    if section.optimizer.learning_rate in (666, 777):
         raise ZeroDivisionError("the learning rate of the beast")
-    if recipe.optimizer.learning_rate == 28:
+    if section.optimizer.learning_rate == 28:
         raise OSError(28, "No space left on device", str(output))
-    steps(context, recipe.steps)
-    if recipe.optimizer.learning_rate == 555:
+    steps(context, section.steps)
+    if section.optimizer.learning_rate == 555:
         stand_still(context)
-    lineage = read_lineage(responses) if responses.is_dir() else None
-    return trained(student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or sft_teacher)
+    lineage = read_lineage(inputs.responses) if inputs.responses.is_dir() else None
+    return trained(inputs.student, output, sft_teacher=(lineage.sft_teacher if lineage else None) or inputs.sft_teacher)
 
 
-def rollout(recipe, *, student, prompts, output, context, tokenizer=None, eval_prompts=None):
+def rollout(section, inputs, output, context):
     output.mkdir(exist_ok=True)
-    rows = read_prompts(prompts)
+    rows = read_prompts(inputs.prompts)
     if (output / "rollouts.json").exists():
         (output / "taken_up").touch()
     (output / "rollouts.json").write_text(json.dumps({"rows": len(rows), "prompts": prompts_hash(rows)}))
@@ -63,9 +64,8 @@ def rollout(recipe, *, student, prompts, output, context, tokenizer=None, eval_p
     return cost("rollout", len(rows))
 
 
-def score(
-    recipe, *, teacher, student, rollouts, output, context, sft_teacher, allow_teacher_mismatch, sft_teacher_path=None
-):
+def score(section, inputs, output, context):
+    rollouts = inputs.rollouts
     drawn = json.loads((rollouts / "rollouts.json").read_text())
     fatal = output.parent / "die-once"
     if fatal.exists():
@@ -74,9 +74,9 @@ def score(
         os.kill(os.getpid(), signal.SIGKILL)
     if (rollouts / "taken_up").exists():
         (output / "taken_up").touch()
-    identity, behaviour = inspect_model(teacher).identity, inspect_model(student).identity
-    claim = claim_of(student) or sft_teacher
-    require_consistent(identity, claim, allowed=allow_teacher_mismatch)
+    identity, behaviour = inspect_model(inputs.teacher).identity, inspect_model(inputs.student).identity
+    claim = claim_of(inputs.student) or inputs.sft_teacher
+    require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     manifest = CacheManifest(
         teacher=identity,
         behaviour=behaviour,
@@ -85,7 +85,7 @@ def score(
         sampling={"temperature": 1.0},
         seed=0,
         eos_token_ids=[1],
-        topk=recipe.topk,
+        topk=section.topk,
         dtype="float32",
         vocab_size=24,
         shards=[],
@@ -110,25 +110,25 @@ def score(
     return cost("score", 10)
 
 
-def distill(recipe, *, student, output, context, cache=None, teacher=None, prompts=None, rollout=None, **claims):
-    if recipe.method == "lightning":
-        manifest = CacheManifest.from_json((cache / "manifest.json").read_bytes())
-        require_behaviour(manifest.behaviour, inspect_model(student).identity)
-    steps(context, recipe.steps)
-    return trained(student, output, sft_teacher=claim_of(student) or claims["sft_teacher"])
+def distill(section, inputs, output, context):
+    if section.method == "lightning":
+        manifest = CacheManifest.from_json((inputs.cache / "manifest.json").read_bytes())
+        require_behaviour(manifest.behaviour, inspect_model(inputs.student).identity)
+    steps(context, section.steps)
+    return trained(inputs.student, output, sft_teacher=claim_of(inputs.student) or inputs.sft_teacher)
 
 
-def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=None, costs=(), alerts=()):
-    rows = read_prompts(prompts)
+def benchmark(section, inputs, output, context):
+    rows = read_prompts(inputs.prompts)
     answered = sum(row.answer is not None for row in rows)
     accuracy = Estimate95(value=0.5, low=0.4, high=0.6, samples=answered, basis="stand-in") if answered else None
     report = BenchmarkReport(
-        recipe=recipe,
+        recipe=section,
         seed=0,
         prompts_sha256=prompts_hash(rows),
         prompts=len(rows),
         prompts_with_answer=answered,
-        teacher=inspect_model(teacher).identity if teacher else None,
+        teacher=inspect_model(inputs.teacher).identity if inputs.teacher else None,
         models=[
             ModelScore(
                 name=name,
@@ -140,22 +140,22 @@ def benchmark(recipe, *, models, prompts, output, context, recipe_hash, teacher=
                 seconds=0.1,
                 tokens=10,
             )
-            for name, path in models.items()
+            for name, path in inputs.models.items()
         ],
         hardware="stand-in",
-        recipe_hash=recipe_hash,
-        costs=list(costs),
-        alerts=list(alerts),
+        recipe_hash=inputs.recipe_hash,
+        costs=list(inputs.costs),
+        alerts=list(inputs.alerts),
     )
     (output / "report.json").write_text(report.to_json())
     return report
 
 
-def sample(recipe, *, model, prompts, output, context):
+def sample(section, inputs, output, context):
     output.mkdir()
     rows = [
         {"prompt": row.text(), "response": "#1" * 1000, "tokens": 2, "finish_reason": "eos"}
-        for row in read_prompts(prompts)
+        for row in read_prompts(inputs.prompts)
     ]
     (output / "samples.json").write_text(json.dumps(rows))
     return cost("sample", 2 * len(rows))

@@ -29,9 +29,8 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.engine.cache.flat import open_flat, read_flat, write_flat
-from opd_mcp.engine.cache.manifest import write_manifest
-from opd_mcp.engine.cache.shards import read_shard, write_shard
-from opd_mcp.engine.cache.statistics import RolloutTally, compacted
+from opd_mcp.engine.cache.manifest import RolloutTally, write_manifest
+from opd_mcp.engine.cache.shards import compacted, read_shard, write_shard
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.schemas.cache import CacheManifest, ScoreStatistics
 from opd_mcp.schemas.identity import ModelIdentity

@@ -25,14 +25,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.data.batches import StepData
 from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.models.loading import load_model
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.checkpoints import COST_FACTOR, Checkpoints
-from opd_mcp.engine.training.loop import LoopSettings, StepData, train
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, sft_metrics
+from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.optim import build_optimizer
-from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.engine.training.step import StepSettings, accumulate_gradients, sft_metrics
 from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
 from opd_mcp.store.journal import JournalWriter
@@ -98,7 +99,10 @@ def logging_costs(steps: int = 60) -> dict[str, float]:
         reporter = TimedReporter(journal, Path(folder))
         started = time.thread_time()
         train(
-            model, settings, lambda first: repeat(data), SFT_OBJECTIVE, sft_metrics, runtime, Context(reporter=reporter)
+            model,
+            TrainingTask(settings, lambda first: repeat(data), SFT_OBJECTIVE, sft_metrics),
+            runtime,
+            Context(reporter=reporter),
         )
         seconds = time.thread_time() - started
     return {
@@ -163,15 +167,7 @@ def rows() -> Iterator[StepData]:
 
 def step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, data: StepData, runtime: Runtime) -> None:
     """One optimizer step."""
-    accumulate_gradients(
-        model,
-        data.sequences,
-        data.indices,
-        SFT_OBJECTIVE,
-        normalize="token",
-        micro_batch_tokens=4096,
-        runtime=runtime,
-    )
+    accumulate_gradients(model, data, SFT_OBJECTIVE, StepSettings("token", 4096, runtime))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

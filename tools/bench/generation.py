@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import generate, left_padded
 from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.schemas.recipes import Sampling
@@ -43,15 +44,7 @@ def generation_variants(*, quick: bool) -> dict[str, Callable[[], None]]:
     )
 
     def ours() -> None:
-        generate(
-            packing,
-            prompts,
-            Sampling(max_new_tokens=limit),
-            eos_token_ids=STOPS,
-            batch_size=BATCH,
-            seed=0,
-            scope="bench",
-        )
+        generate(packing, prompts, GenerationSettings(Sampling(max_new_tokens=limit), STOPS, BATCH, 0, "bench"))
 
     def hf_generate() -> None:
         torch.manual_seed(0)

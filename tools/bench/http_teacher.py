@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.manifest import read_cache
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import Context, RolloutInputs, ScoreInputs
 from opd_mcp.identity.consistency import asserted_claim
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.identity import RemoteTeacher
@@ -51,20 +51,14 @@ def compared(folder: Path, remote: RemoteTeacher, key: str, rows: int) -> dict[s
     teacher, student = EXAMPLE / "teacher", EXAMPLE / "student"
     context = Context(recipe.runtime, recipe.prompting, teacher_key=key)
     stages.rollout(
-        recipe.rollout, student=student, prompts=EXAMPLE / "opd.jsonl", output=folder / "rollouts", context=context
+        recipe.rollout, RolloutInputs(student=student, prompts=EXAMPLE / "opd.jsonl"), folder / "rollouts", context
     )
     answer: dict[str, float] = {"rows": rows}
     for name, where in (("local", {"teacher": teacher}), ("http", {"remote": remote})):
         started = time.perf_counter()
-        stages.score(
-            recipe.score,
-            student=student,
-            rollouts=folder / "rollouts",
-            output=folder / name,
-            context=context,
-            sft_teacher=asserted_claim(inspect_model(teacher).identity),
-            **where,
-        )
+        claim = asserted_claim(inspect_model(teacher).identity)
+        inputs = ScoreInputs(student=student, rollouts=folder / "rollouts", sft_teacher=claim, **where)
+        stages.score(recipe.score, inputs, folder / name, context)
         answer[f"{name}_seconds"] = round(time.perf_counter() - started, 2)
     (_, local), (_, http) = read_cache(folder / "local"), read_cache(folder / "http")
     answer["tokens"] = len(local.response_ids)

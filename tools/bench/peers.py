@@ -16,13 +16,11 @@ from torch.nn.functional import linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from opd_mcp.engine.data.batches import Batch, build_batch
-from opd_mcp.engine.data.packing import packed_groups
+from opd_mcp.engine.data.batches import Batch, StepData, build_batch, packed_groups
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.losses.rows import Sampled
-from opd_mcp.engine.models.attention import hidden_rows, packed_hidden
-from opd_mcp.engine.models.documents import Documents
-from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.engine.losses.objectives import Sampled
+from opd_mcp.engine.models.attention import Documents, hidden_rows, packed_hidden
+from opd_mcp.engine.training.step import StepSettings, accumulate_gradients
 from tools.bench.cases import RUNTIME, Case
 
 CLIP = 10.0
@@ -32,13 +30,7 @@ Step = Callable[[PreTrainedModel, Sequences, Case], None]
 def ours(model: PreTrainedModel, data: Sequences, case: Case) -> None:
     """The engine's own step."""
     accumulate_gradients(
-        model,
-        data,
-        np.arange(len(data)),
-        Sampled(CLIP),
-        normalize="token",
-        micro_batch_tokens=case.budget,
-        runtime=RUNTIME,
+        model, StepData(data, np.arange(len(data))), Sampled(CLIP), StepSettings("token", case.budget, RUNTIME)
     )
 
 

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import Context, RolloutInputs, ScoreInputs
 from opd_mcp.identity.consistency import asserted_claim
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import CacheManifest
@@ -39,15 +39,12 @@ def build(folder: Path) -> None:
     teacher, student, prompts = EXAMPLE / "teacher", EXAMPLE / "student", EXAMPLE / "opd.jsonl"
     claim = asserted_claim(inspect_model(teacher).identity)
     rollouts = folder / "rollouts"
-    stages.rollout(recipe.rollout, student=student, prompts=prompts, output=rollouts, context=context)
+    stages.rollout(recipe.rollout, RolloutInputs(student=student, prompts=prompts), rollouts, context)
     stages.score(
         recipe.score,
-        teacher=teacher,
-        student=student,
-        rollouts=rollouts,
-        output=folder / "cache",
-        context=context,
-        sft_teacher=claim,
+        ScoreInputs(teacher=teacher, student=student, rollouts=rollouts, sft_teacher=claim),
+        folder / "cache",
+        context,
     )
 
 

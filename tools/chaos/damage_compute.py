@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from opd_mcp.engine.context import DistillInputs, SftInputs
 from opd_mcp.schemas.recipes import CheckpointRecipe, DistillRecipe, Recipe, SftRecipe
 from opd_mcp.schemas.reports import TrainingSummary
 from tools import EXAMPLE
@@ -133,7 +134,7 @@ class Trial:
         from opd_mcp.engine import stages
 
         output = self._output()
-        summary = stages.distill(recipe, student=student, cache=cache, output=output, context=self.context)
+        summary = stages.distill(recipe, DistillInputs(student=student, cache=cache), output, self.context)
         return self._made(output, summary)
 
     def fine_tuned(self, recipe: SftRecipe, responses: Path, checkpoints: Path | None = None) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Trial:
         saved = CheckpointRecipe(steps=CHECKPOINT_STEPS)
         context = replace(self.context, checkpoints=checkpoints, checkpoint=saved)
         output = self._output()
-        summary = stages.sft(recipe, student=EXAMPLE / "student", responses=responses, output=output, context=context)
+        summary = stages.sft(recipe, SftInputs(student=EXAMPLE / "student", responses=responses), output, context)
         return self._made(output, summary)
 
     def _output(self) -> Path:

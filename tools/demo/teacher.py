@@ -19,11 +19,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opd_mcp.engine.data.batches import StepData
 from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import generate
-from opd_mcp.engine.losses.rows import CrossEntropy
+from opd_mcp.engine.losses.objectives import CrossEntropy
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.engine.training.step import StepSettings, accumulate_gradients
 from opd_mcp.schemas.recipes import Sampling
 from tools import EXAMPLE
 from tools.demo.task import EOS, build_tokenizer, model_config, random_problem, solution
@@ -39,11 +41,7 @@ def greedy_accuracy(model, tokenizer, prompts: list[str], separator: str) -> flo
     rows = generate(
         model,
         [prompt_tokens(tokenizer, prompt) for prompt in prompts],
-        Sampling(temperature=0, max_new_tokens=64),
-        eos_token_ids=[tokenizer.eos_token_id],
-        batch_size=512,
-        seed=0,
-        scope="greedy",
+        GenerationSettings(Sampling(temperature=0, max_new_tokens=64), [tokenizer.eos_token_id], 512, 0, "greedy"),
     )
     texts = [tokenizer.decode(row.response_ids) for row in rows]
     return float(np.mean([text == solution(p, separator) + EOS for text, p in zip(texts, prompts, strict=True)]))
@@ -91,12 +89,9 @@ def main() -> None:
             group["lr"] = arguments.learning_rate * warm * (1 - step / arguments.most_steps)
         result = accumulate_gradients(
             model,
-            sequences,
-            np.arange(len(sequences)),
+            StepData(sequences, np.arange(len(sequences))),
             CrossEntropy(),
-            normalize="token",
-            micro_batch_tokens=1 << 20,
-            runtime=runtime,
+            StepSettings("token", 1 << 20, runtime),
         )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

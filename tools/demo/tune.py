@@ -29,7 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.demo import TOPK_STEPS
 from opd_mcp.engine import stages
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import (
+    BenchmarkInputs,
+    Context,
+    DistillInputs,
+    ResponsesInputs,
+    RolloutInputs,
+    ScoreInputs,
+    SftInputs,
+)
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.reports import BenchmarkReport, TrainingSummary
@@ -82,11 +90,12 @@ class SeedFolder:
     def sft(self) -> Path:
         """The SFT student."""
         recipe = self.recipe
+        responses_of = ResponsesInputs(teacher=_TEACHER, prompts=EXAMPLE / "sft.jsonl")
         responses = self._made(
             "responses",
-            partial(stages.generate_responses, recipe.responses, teacher=_TEACHER, prompts=EXAMPLE / "sft.jsonl"),
+            partial(stages.generate_responses, recipe.responses, responses_of),
         )
-        return self._made("sft", partial(stages.sft, recipe.sft, student=self.student, responses=responses))
+        return self._made("sft", partial(stages.sft, recipe.sft, SftInputs(student=self.student, responses=responses)))
 
     def sft_outcome(self) -> Outcome:
         """The SFT student's outcome."""
@@ -97,15 +106,19 @@ class SeedFolder:
         student, prompts = self.sft(), EXAMPLE / "opd.jsonl"
         rollouts = self._made(
             "rollouts",
-            partial(stages.rollout, self.recipe.rollout, student=student, prompts=prompts, tokenizer=_TEACHER),
+            partial(
+                stages.rollout,
+                self.recipe.rollout,
+                RolloutInputs(student=student, prompts=prompts, tokenizer=_TEACHER),
+            ),
         )
         cache = self._made(
             "cache",
-            partial(stages.score, self.recipe.score, student=student, rollouts=rollouts, teacher=_TEACHER),
+            partial(stages.score, self.recipe.score, ScoreInputs(student=student, rollouts=rollouts, teacher=_TEACHER)),
         )
         for name in (arm, f"{arm}-report"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        model = self._made(arm, partial(stages.distill, recipe.distill, student=student, cache=cache))
+        model = self._made(arm, partial(stages.distill, recipe.distill, DistillInputs(student=student, cache=cache)))
         return self._outcome(arm, model)
 
     def _outcome(self, arm: str, model: Path) -> Outcome:
@@ -113,9 +126,11 @@ class SeedFolder:
         measure = partial(
             stages.benchmark,
             recipe,
-            models={arm: model},
-            prompts=EXAMPLE / "tune.jsonl",
-            recipe_hash=self.recipe.content_hash(),
+            BenchmarkInputs(
+                models={arm: model},
+                prompts=EXAMPLE / "tune.jsonl",
+                recipe_hash=self.recipe.content_hash(),
+            ),
         )
         report = BenchmarkReport.from_json((self._made(f"{arm}-report", measure) / "report.json").read_text("utf-8"))
         summary = TrainingSummary.from_json((model / "training.json").read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from opd_mcp.engine.cache.manifest import read_cache
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.data.sequences import build_sequences
-from opd_mcp.identity.data import read_prompts, read_responses, read_responses_header
+from opd_mcp.identity.data.reading import read_prompts, read_responses, read_responses_header
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model

@@ -7,9 +7,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from opd_mcp.engine.models import attention, documents
-from opd_mcp.engine.models.attention import packed_attention
-from opd_mcp.engine.models.documents import Documents
+from opd_mcp.engine.models import attention
+from opd_mcp.engine.models.attention import Documents, packed_attention
 from tools.gpu.timing import Check, median_seconds
 
 DOCUMENTS, ROUNDS = 2, 5
@@ -53,10 +52,10 @@ def attention_speeds(device: torch.device, length: int, heads: int, shared: int,
 
     leaves = [states(heads), states(shared), states(shared)]
     direction = torch.randn(1, DOCUMENTS * length, heads, width, generator=generator).to(device, torch.bfloat16)
-    limits = {"sdpa_a_document": documents.LONG_DOCUMENT, "variable_length": DOCUMENTS * length + 1}
+    limits = {"sdpa_a_document": attention.LONG_DOCUMENT, "variable_length": DOCUMENTS * length + 1}
 
     def run(limit: int) -> None:
-        with patch.object(documents, "LONG_DOCUMENT", limit), patch.object(attention, "LONG_DOCUMENT", limit):
+        with patch.object(attention, "LONG_DOCUMENT", limit):
             packed = Documents([length] * DOCUMENTS, device)
             output, _ = packed_attention(torch.nn.Module(), *leaves, None, documents=packed)
             torch.autograd.grad(output, leaves, direction)

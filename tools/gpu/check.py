@@ -23,18 +23,16 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opd_mcp.engine.data.batches import build_batch
-from opd_mcp.engine.data.packing import packed_groups
+from opd_mcp.engine.data.batches import StepData, build_batch, packed_groups
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
-from opd_mcp.engine.losses.head import row_scores
-from opd_mcp.engine.losses.rows import Sampled
+from opd_mcp.engine.losses.linear_head import row_scores
+from opd_mcp.engine.losses.objectives import Sampled
 from opd_mcp.engine.models.attention import hidden_rows, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers, decoder_layers, is_compiled
-from opd_mcp.engine.models.rows import model_head
-from opd_mcp.engine.runtime import Runtime, hardware_name
-from opd_mcp.engine.training.memory import checkpointed_activations, step_memory
-from opd_mcp.engine.training.step import accumulate_gradients
-from opd_mcp.engine.training.throughput import matmul_peak, training_flops
+from opd_mcp.engine.models.embeddings import model_head
+from opd_mcp.engine.runtime import Runtime, hardware_name, matmul_peak
+from opd_mcp.engine.training.activations import checkpointed_activations, step_memory
+from opd_mcp.engine.training.step import StepSettings, accumulate_gradients, training_flops
 from tools.gpu.attention import attention_checks, attention_speeds
 from tools.gpu.demo import distilled_accuracies
 from tools.gpu.generation import generation_speeds
@@ -144,7 +142,7 @@ def speed(name: str, shape: Shape, runtime: Runtime, peak: float, *, tiny: bool)
 
     def ours() -> None:
         accumulate_gradients(
-            model, data, np.arange(rows), Sampled(10.0), normalize="token", micro_batch_tokens=budget, runtime=runtime
+            model, StepData(data, np.arange(rows)), Sampled(10.0), StepSettings("token", budget, runtime)
         )
 
     def plain() -> None:

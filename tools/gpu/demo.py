@@ -4,16 +4,20 @@ import itertools
 import tomllib
 
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.prompts import encode_prompts
-from opd_mcp.engine.evaluation.benchmark import score_model
-from opd_mcp.engine.generation.rollouts import draw_rollouts
+from opd_mcp.engine.data.batches import stored_batches
+from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.evaluation.model_score import Measurement, score_model
+from opd_mcp.engine.generation.batch_state import GenerationSettings
+from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, distill_objective
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.teachers.local import score_sequences
-from opd_mcp.engine.training.batches import stored_batches
-from opd_mcp.engine.training.loop import LoopSettings, train
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_metrics, distill_objective, sft_metrics
-from opd_mcp.identity.data import read_prompts
+from opd_mcp.engine.scoring.local import score_sequences
+from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.step import distill_metrics, sft_metrics
+from opd_mcp.grading.golds import recipe_grader
+from opd_mcp.grading.graders import grader_for
+from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.schemas.recipes import Recipe
 from tools import EXAMPLE, ROOT
 
@@ -29,29 +33,24 @@ def distilled_accuracies(runtime: Runtime, *, share: float = 1.0) -> dict[str, f
 
     def draw(policy: LoadedModel, name: str, count: int, section: object, scope: str) -> object:
         prompts = encode_prompts(read_prompts(EXAMPLE / name), adopted.tokenizer, context)
-        return draw_rollouts(
-            policy,
-            list(itertools.islice(itertools.cycle(prompts), count)),
-            section.sampling,
-            eos_token_ids=adopted.eos_token_ids,
-            batch_size=section.batch_size,
-            seed=runtime.seed,
-            scope=scope,
-            valid_vocab=policy.facts.tokens,
+        settings = GenerationSettings(
+            section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, policy.facts.tokens
         )
+        return draw_rollouts(policy, list(itertools.islice(itertools.cycle(prompts), count)), settings)
 
     def fit(section: object, data: object, objective: object, measure: object, normalize: str) -> None:
         steps = max(1, int(section.steps * share))
         settings = LoopSettings(steps, section.optimizer, normalize, section.micro_batch_tokens)
         rows = stored_batches(data, steps=steps, batch_size=section.batch_size, seed=runtime.seed, scope=normalize)
-        train(student.model, settings, rows, objective, measure, runtime, context)
+        train(student.model, TrainingTask(settings, rows, objective, measure), runtime, context)
 
     def accuracy(name: str) -> float:
         settings = recipe.benchmark.model_copy(update={"samples_per_prompt": 0})
         rows = read_prompts(EXAMPLE / "tune.jsonl")  # eval.jsonl is for final results, not for a check that runs often
-        scored = score_model(
-            name, student, rows, settings, context, runtime, teacher=None, eos_token_ids=adopted.eos_token_ids
-        )
+        grader_name, _ = recipe_grader(settings, [row.answer for row in rows if row.answer is not None])
+        with grader_for(grader_name, pattern=settings.answer_pattern) as grader:
+            task = Measurement(settings, rows, grader, None, runtime, context)
+            scored = score_model(name, student, adopted.eos_token_ids, task)
         return scored.score.greedy_accuracy.value
 
     responses = draw(teacher, "sft.jsonl", recipe.responses.limit or 350, recipe.responses, "responses")

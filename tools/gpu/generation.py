@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
 from opd_mcp.engine.generation import generator
+from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import generate, left_padded
-from opd_mcp.engine.models.rows import head_logits
+from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.schemas.recipes import Sampling
 from tools.gpu.timing import Check, synchronize
 
@@ -94,9 +95,7 @@ def our_variant(model: PreTrainedModel, prompts: list[list[int]], stops: list[in
     sampling = Sampling(temperature=1.0, max_new_tokens=work.new_tokens)
 
     def run(seed: int) -> int:
-        drawn = generate(
-            model, prompts, sampling, eos_token_ids=stops, batch_size=work.rows, seed=seed, scope="generation"
-        )
+        drawn = generate(model, prompts, GenerationSettings(sampling, stops, work.rows, seed, "generation"))
         return sum(len(response.response_ids) for response in drawn)
 
     return run
@@ -117,7 +116,7 @@ def worst_logprob(model: PreTrainedModel, prompts: list[list[int]]) -> float:
     """The largest deviation of a response's log-probs from those of a forward pass over prompt and response."""
     prompts, worst = prompts[:4], 0.0
     sampling = Sampling(temperature=1.0, max_new_tokens=40)
-    drawn = generate(model, prompts, sampling, eos_token_ids=[0], batch_size=4, seed=0, scope="log-probs")
+    drawn = generate(model, prompts, GenerationSettings(sampling, [0], 4, 0, "log-probs"))
     for prompt, row in zip(prompts, drawn, strict=True):
         ids = torch.tensor([prompt + row.response_ids], device=model.device)
         with torch.no_grad():

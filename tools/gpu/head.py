@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from opd_mcp.engine.losses.head import one_pass_losses, row_scores
-from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
-from opd_mcp.engine.losses.tiles import Head, exponentials
+from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_scores
+from opd_mcp.engine.losses.logit_tiles import Head, exponentials
+from opd_mcp.engine.losses.objectives import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
 from opd_mcp.schemas.memory import TILE_BYTES
 from tools.gpu.timing import Check, median_seconds
 
@@ -93,7 +93,7 @@ def _results(
     head.weight.requires_grad_()
     weights = torch.ones(len(leaf), dtype=torch.float64, device=leaf.device)
     losses = one_pass_losses(
-        head, leaf, targets, weights, columns, objective, main_grad=main_grad, tile_bytes=_some_rows()
+        head, leaf, LossRows(targets, weights, columns), objective, main_grad=main_grad, tile_bytes=_some_rows()
     )
     return [losses.logprobs, torch.autograd.grad(losses.total, leaf)[0], main_grad]
 
@@ -132,7 +132,9 @@ def head_speeds(device: torch.device, width: int, vocab: int, rounds: int = 5) -
         columns = {"teacher_logprobs": torch.full((rows,), -11.0, device=device)}
         head.weight.requires_grad_()
         leaf = hidden.clone().requires_grad_()
-        return lambda: one_pass_losses(head, leaf, targets, weights, columns, Sampled(10.0), main_grad=main_grad)
+        return lambda: one_pass_losses(
+            head, leaf, LossRows(targets, weights, columns), Sampled(10.0), main_grad=main_grad
+        )
 
     plain = heads["torch"]
     runs: dict[str, Callable[[], object]] = {f"tile, {name}": over_the_tile(head) for name, head in heads.items()}
@@ -162,7 +164,7 @@ def head_peers(device: torch.device, width: int, vocab: int, rows: int, rounds: 
     def ours() -> None:
         main_grad = torch.zeros(vocab, width, device=device)
         losses = one_pass_losses(
-            Head(weight, operands=dtype), hidden, targets, weights, {}, CrossEntropy(), main_grad=main_grad
+            Head(weight, operands=dtype), hidden, LossRows(targets, weights, {}), CrossEntropy(), main_grad=main_grad
         )
         losses.total.backward()
 

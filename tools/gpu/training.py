@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context, SilentReporter
+from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.training.batches import stored_batches
-from opd_mcp.engine.training.loop import LoopSettings, train
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, sft_metrics
+from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe, Precision
 from tools.gpu.timing import Check
@@ -79,7 +80,7 @@ def trained(
     context = Context(reporter=reporter, checkpoints=folder, checkpoint=CheckpointRecipe(steps=5))
     batches = stored_batches(rows, steps=STEPS, batch_size=8, seed=runtime.seed, scope="training")
     settings = LoopSettings(STEPS, optimizer, "token", 400)
-    train(model, settings, batches, SFT_OBJECTIVE, sft_metrics, runtime, context)
+    train(model, TrainingTask(settings, batches, SFT_OBJECTIVE, sft_metrics), runtime, context)
     return parameters(model), reporter.losses
 
 

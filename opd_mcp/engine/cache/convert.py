@@ -1,6 +1,6 @@
 """From the paper authors' Parquet to a teacher cache, with the list of what it lacks.
 
-Their rows: `prompt`, and `metadata` with `response_tokens`, `loss_mask` and `teacher_log_probs`, one value a response
+Their rows: `prompt`, and `metadata` with `response_tokens`, `loss_mask` and `teacher_log_probs`, one value per response
 token. Rollouts went through text there, so the stop token is gone, and nothing says who drew or scored them.
 """
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from opd_mcp.engine.cache.manifest import MANIFEST_FILE, write_manifest
+from opd_mcp.engine.cache.manifest import RolloutTally, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, write_shard
-from opd_mcp.engine.cache.statistics import RolloutTally
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.prompts import prompt_ids
+from opd_mcp.engine.data.encoding import prompt_ids
 from opd_mcp.engine.data.sequences import EOS, build_sequences
 from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
-from opd_mcp.engine.provenance import full_identity, record_lineage
-from opd_mcp.identity.data import PromptRow
+from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import file_sha256, publish_directory
+from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model, text_hash
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, ScoreStatistics, Shard
 from opd_mcp.schemas.errors import ArgumentError, DataError
@@ -93,16 +93,9 @@ def converted(source: Path, output: Path, *, student: Path, teacher_name: str) -
         lacks=PROVENANCE if ended else ["EOS", *PROVENANCE],
     )
     write_manifest(building, manifest)
-    record_lineage(
-        building,
-        kind="cache",
-        stage="convert",
-        section=ScoreRecipe(),
-        context=Context(),
-        parents=[Parent(role="prompts", sha256=manifest.prompts_sha256)],
-        files=[MANIFEST_FILE],
-        sft_teacher=claim,
-    )
+    parents = [Parent(role="prompts", sha256=manifest.prompts_sha256)]
+    made = Provenance("cache", "convert", ScoreRecipe(), parents, [MANIFEST_FILE])
+    record_lineage(building, made, Context(), sft_teacher=claim)
     publish_directory(building, output)
     return manifest
 

@@ -1,4 +1,4 @@
-"""The teacher cache as one memory-mapped file: decoded once, checked at every opening, made again when it is stale.
+"""The teacher cache as one memory-mapped file: decoded once, checked at each opening, made again when it is stale.
 
 Layout: 4096 bytes of header (magic, length and crc32 of a JSON text, the text), then the arrays, each at a multiple of
 64 bytes. The JSON names the manifest's sha256, the crc32 of all that follows, and each array's place.
@@ -11,17 +11,16 @@ import os
 import secrets
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_mcp.engine.cache.manifest import MANIFEST_FILE, read_manifest
 from opd_mcp.engine.cache.shards import read_shard, read_shards
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.identity.files import fsync_directory
+from opd_mcp.identity.lineage import MANIFEST_FILE, read_manifest
 from opd_mcp.schemas.cache import CacheManifest
 
 FLAT_FILE = "flat.bin"
@@ -33,11 +32,12 @@ DTYPES = {"prompt_ids": "<i4", "prompt_offsets": "<i8", "response_ids": "<i4", "
 COLUMN_DTYPES = {"teacher_logprobs": "<f4", "behaviour_logprobs": "<f4", "topk_ids": "<i4", "topk_logprobs": "<f4"}
 
 
-@dataclass(frozen=True)
 class FlatProblem(Exception):
     """Why a flat file cannot be used as it is; it is derived, so the answer is to make it again."""
 
-    why: str
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
 
 
 def open_flat(cache: Path) -> Sequences:
@@ -58,7 +58,7 @@ def open_flat(cache: Path) -> Sequences:
 
 
 def read_flat(cache: Path) -> Sequences:
-    """The rows as read-only memory maps, every byte checked; raises FlatProblem. Prompt ids and reasons stay behind."""
+    """The rows as read-only maps without prompts' ids and finish reasons, each byte checked; raises FlatProblem."""
     file = cache / FLAT_FILE
     header = _header(file)
     if header["manifest"] != hashlib.sha256((cache / MANIFEST_FILE).read_bytes()).hexdigest():

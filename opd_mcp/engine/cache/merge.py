@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd_mcp.engine.cache.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from opd_mcp.engine.cache.manifest import RolloutTally, ScoreTally, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, read_shard
-from opd_mcp.engine.cache.statistics import RolloutTally, ScoreTally
 from opd_mcp.identity.files import publish_directory
-from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
+from opd_mcp.identity.lineage import MANIFEST_FILE, data_hashes, read_manifest, verified_lineage, write_lineage
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError

@@ -1,4 +1,4 @@
-"""Parquet shards of sequences: exact token ids and log-probs, BYTE_STREAM_SPLIT + zstd, a CRC a row.
+"""Parquet shards of sequences: exact token ids and log-probs, BYTE_STREAM_SPLIT + zstd, a CRC per row.
 
 Readable by `datasets.load_dataset("parquet", …)` and by pyarrow alone. pyarrow is imported when a shard is touched, so
 that training on data in memory needs none.
@@ -21,6 +21,8 @@ from opd_mcp.schemas.errors import IntegrityError
 
 # ids too are split into byte planes: the high planes of token ids are nearly constant (docs/cache.md has the numbers)
 ZSTD_LEVEL = 1
+# below this float16 has no finite neighbour worth keeping, and an advantage is clipped long before
+LEAST_FLOAT16_LOGPROB = -1e4
 TOKEN_COLUMNS = ("teacher_logprobs", "behaviour_logprobs", "topk_ids", "topk_logprobs")
 
 
@@ -61,7 +63,7 @@ def write_shard(
         use_dictionary=["finish_reason"],
         column_encoding={_leaf(table.schema.field(name)): "BYTE_STREAM_SPLIT" for name in split},
     )
-    # Arrow's pool keeps what a shard needed: it would lie beside the next shard's scoring
+    # Arrow's pool keeps what a shard needed: it would add to the memory of the next shard's scoring
     del table, columns
     pa.default_memory_pool().release_unused()
     with partial.open("rb") as file:
@@ -131,6 +133,18 @@ def widened(sequences: Sequences) -> Sequences:
     """The rows with float16 columns as float32: what is read is always float32."""
     small = {name: values for name, values in sequences.columns.items() if values.dtype == np.float16}
     return sequences.with_columns(**{name: values.astype(np.float32) for name, values in small.items()})
+
+
+def compacted(sequences: Sequences, dtype: str) -> tuple[Sequences, int]:
+    """Float columns in the stored dtype, and how many values were clamped to fit float16."""
+    if dtype == "float32":
+        return sequences, 0
+    clamped, columns = 0, {}
+    for name, values in sequences.columns.items():
+        if values.dtype.kind == "f":
+            clamped += int(np.count_nonzero(np.less(values, LEAST_FLOAT16_LOGPROB)))
+            columns[name] = np.maximum(values, LEAST_FLOAT16_LOGPROB).astype(np.float16)
+    return sequences.with_columns(**columns), clamped
 
 
 def read_shards(directory: Path, shards: Sequence[Shard]) -> Sequences:

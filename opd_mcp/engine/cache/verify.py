@@ -8,16 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_mcp.engine.cache.flat import FLAT_FILE, FlatProblem, read_flat
-from opd_mcp.engine.cache.manifest import read_manifest
 from opd_mcp.engine.cache.shards import ContentHash, read_shard
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
-from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import IntegrityError, OpdError
 
 ROUNDING = 1e-4
-# what storing may add to a log-prob that was right: float16 keeps 11 bits
+# what storing may add to a correct log-prob: float16 keeps 11 bits
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 RELATIVE = {"float32": 1e-5, "float16": 2**-11}
 
@@ -47,7 +46,7 @@ class Verification(Schema):
 
 
 def verified(cache: Path, rescore: Rescore | None = None, *, sample: int = 16) -> Verification:
-    """Everything that is wrong with a cache; with `rescore`, so many rows are compared with the teacher."""
+    """Everything that is wrong with a cache; with `rescore`, `sample` rows are compared with the teacher."""
     try:
         manifest = read_manifest(cache)
     except OpdError as error:
@@ -76,7 +75,7 @@ def verified(cache: Path, rescore: Rescore | None = None, *, sample: int = 16) -
         try:
             read_flat(cache)
         except FlatProblem as problem:
-            problems.append(f"{FLAT_FILE}: {problem.why}; training makes it anew")
+            problems.append(f"{FLAT_FILE}: {problem.why}; training makes it again")
     rescored, largest = 0, None
     if rescore is not None and parts:
         chosen = sampled_rows(concatenate(parts), sample)
@@ -118,8 +117,7 @@ def value_problems(rows: Sequences, manifest: CacheManifest) -> list[str]:
 
 def sampled_rows(rows: Sequences, count: int) -> Sequences:
     """Up to `count` rows, evenly spread."""
-    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))
-    return concatenate([rows.slice(place, place + 1) for place in places.tolist()])
+    return rows.take(np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)))
 
 
 def _compared(chosen: Sequences, rescore: Rescore, manifest: CacheManifest, problems: list[str]) -> float:

@@ -1,6 +1,6 @@
-"""Micro-batches: rows laid end to end, with the places that predict their response tokens."""
+"""Batches: the rows of each step, the micro-batches they are cut into, and a micro-batch's rows laid end to end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,15 +9,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.runtime import generator_for
+
+# the row numbers of one micro-batch
+Group = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
     """B sequences laid end to end, T tokens, R of them response tokens.
 
-    `input_ids` [T]; `lengths` of the B sequences; `rows` [R] places that predict the response tokens `targets` [R];
-    `sequence` [R] the sequence of each; `columns` per-token values [R] or [R, k]; `places` [R] the tokens' places among
-    all response tokens of the data set; `indices` [B] its rows.
+    `input_ids` [T]; `lengths` of the B sequences; `rows` [R] positions that predict the response tokens `targets` [R];
+    `sequence` [R] the sequence of each; `columns` per-token values [R] or [R, k]; `positions` [R] the tokens' positions
+    among all response tokens of the data set; `indices` [B] its rows.
     """
 
     input_ids: Tensor
@@ -26,7 +30,7 @@ class Batch:
     targets: Tensor
     sequence: Tensor
     columns: dict[str, Tensor]
-    places: NDArray[np.int64]
+    positions: NDArray[np.int64]
     indices: NDArray[np.int64]
 
 
@@ -35,19 +39,22 @@ def build_batch(sequences: Sequences, indices: NDArray[np.int64], device: torch.
     lengths, counts = sequences.lengths()[indices], sequences.response_lengths()[indices]
     prompts = lengths - counts
     assert (prompts > 0).all(), "a response is predicted from at least one prompt token"
-    places = ranges(sequences.response_offsets[indices], counts)
+    positions = ranges(sequences.response_offsets[indices], counts)
     starts = np.cumsum(lengths) - lengths
     input_ids = np.empty(int(lengths.sum()), dtype=np.int64)
     input_ids[ranges(starts, prompts)] = sequences.prompt_ids[ranges(sequences.prompt_offsets[indices], prompts)]
-    input_ids[ranges(starts + prompts, counts)] = sequences.response_ids[places]
+    input_ids[ranges(starts + prompts, counts)] = sequences.response_ids[positions]
     return Batch(
         torch.from_numpy(input_ids).to(device),
         lengths.tolist(),
         torch.from_numpy(ranges(starts + prompts - 1, counts)).to(device),
-        torch.from_numpy(sequences.response_ids[places].astype(np.int64)).to(device),
+        torch.from_numpy(sequences.response_ids[positions].astype(np.int64)).to(device),
         torch.from_numpy(np.repeat(np.arange(len(indices)), counts)).to(device),
-        {name: torch.from_numpy(np.ascontiguousarray(v[places])).to(device) for name, v in sequences.columns.items()},
-        places,
+        {
+            name: torch.from_numpy(np.ascontiguousarray(v[positions])).to(device)
+            for name, v in sequences.columns.items()
+        },
+        positions,
         indices,
     )
 
@@ -56,6 +63,45 @@ def ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.i
     """start, start + 1, … of every pair, laid end to end."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+
+
+def grouped_rows(
+    lengths: NDArray[np.int64], indices: NDArray[np.int64], micro_batch_tokens: int, *, packed: bool
+) -> list[Group]:
+    """`indices` in micro-batches of at most `micro_batch_tokens` tokens, padding counted where rows are not packed."""
+    return (packed_groups if packed else bucketed_groups)(lengths, indices, micro_batch_tokens)
+
+
+def packed_groups(lengths: NDArray[np.int64], indices: NDArray[np.int64], micro_batch_tokens: int) -> list[Group]:
+    """`indices` in groups of at most `micro_batch_tokens` tokens (a longer row goes alone), by first-fit decreasing.
+
+    Rows of a group are in falling order of length, equal ones in the order given.
+    """
+    ordered = indices[np.argsort(-lengths[indices], kind="stable")]
+    groups: list[list[int]] = []
+    room = np.empty(len(ordered), dtype=np.int64)
+    for row in ordered.tolist():
+        length = int(lengths[row])
+        fits = room[: len(groups)] >= length
+        place = int(fits.argmax()) if fits.any() else len(groups)
+        if place == len(groups):
+            groups.append([])
+            room[place] = micro_batch_tokens
+        groups[place].append(row)
+        room[place] -= length
+    return [np.asarray(group, dtype=np.int64) for group in groups]
+
+
+def bucketed_groups(lengths: NDArray[np.int64], indices: NDArray[np.int64], micro_batch_tokens: int) -> list[Group]:
+    """`indices` in groups of like length; each with padding is within `micro_batch_tokens` (a long row goes alone)."""
+    ordered = indices[np.argsort(-lengths[indices], kind="stable")]
+    groups: list[Group] = []
+    start = 0
+    while start < len(ordered):
+        rows = max(1, micro_batch_tokens // max(1, int(lengths[ordered[start]])))
+        groups.append(ordered[start : start + rows])
+        start += rows
+    return groups
 
 
 def shuffled_batches(
@@ -78,3 +124,29 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[NDArr
     """All row numbers in batches of similar length, longest first."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@dataclass(frozen=True)
+class StepData:
+    """The rows of one optimizer step, with the seconds it took to generate and to score them (0 from a cache)."""
+
+    sequences: Sequences
+    indices: NDArray[np.int64]
+    seconds_generation: float = 0.0
+    seconds_scoring: float = 0.0
+
+
+# the data of all steps from one on, so that a resumed loop gets what it would have got
+StepsFrom = Callable[[int], Iterator[StepData]]
+
+
+def stored_batches(sequences: Sequences, *, steps: int, batch_size: int, seed: int, scope: str) -> StepsFrom:
+    """Shuffled epochs over stored rows."""
+
+    def steps_from(first: int) -> Iterator[StepData]:
+        generator, size = generator_for(seed, scope, "order"), min(batch_size, len(sequences))
+        for indices in shuffled_batches(len(sequences), size, steps, generator, first=first):
+            # copied together: a cache is a memory-mapped file, and a step reads its own rows only
+            yield StepData(sequences.take(indices), np.arange(len(indices)))
+
+    return steps_from

@@ -1,4 +1,4 @@
-"""Prompts with their responses, flat in memory: one array a column, offsets a row."""
+"""Prompts with their responses, flat in memory: one array per column, offsets per row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

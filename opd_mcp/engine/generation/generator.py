@@ -2,48 +2,64 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opd_mcp.engine.data.batches import length_sorted_batches
-from opd_mcp.engine.generation.drawing import Drawing, Generated
-from opd_mcp.engine.generation.kv_cache import roomy_cache
+from opd_mcp.engine.data.encoding import EncodedPrompt
+from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
 from opd_mcp.engine.generation.replay import draw_replayed, replays
-from opd_mcp.engine.models.rows import head_logits
+from opd_mcp.engine.models.embeddings import head_logits
+from opd_mcp.engine.models.kv_cache import roomy_cache
+from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import generator_for
-from opd_mcp.schemas.recipes import Sampling
 
 # dropping rows copies the KV cache: worth it once this share of the rows is done
 FINISHED_SHARE_TO_DROP = 0.125
+
+
+def draw_rollouts(
+    policy: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    settings: GenerationSettings,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Sequences:
+    """One response of `policy` per prompt, with its log-probs (T = 1, untruncated) in `behaviour_logprobs`.
+
+    Cached and live rollouts are drawn by this one function.
+    """
+    drawn = generate(policy.model, [prompt.ids for prompt in prompts], settings, on_batch)
+    return build_sequences(
+        [prompt.ids for prompt in prompts],
+        [row.response_ids for row in drawn],
+        columns={
+            "behaviour_logprobs": np.fromiter((value for row in drawn for value in row.logprobs), dtype=np.float32)
+        },
+        finish_reasons=[row.finish_reason for row in drawn],
+        prompt_row_ids=[prompt.row.id for prompt in prompts],
+    )
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    eos_token_ids: Sequence[int],
-    batch_size: int,
-    seed: int,
-    scope: str,
-    valid_vocab: int | None = None,
+    settings: GenerationSettings,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Generated]:
-    """One response for each prompt, in the prompts' order.
-
-    The random stream depends on seed, scope and the batch's number only. Ids at or above `valid_vocab` (a padded
-    vocabulary's tail) are never drawn. `on_batch` hears the rows done so far.
-    """
+    """One response for each prompt, in the prompts' order; `on_batch` is told the rows done so far."""
     was_training = model.training
     model.eval()
     vocab = len(model.get_output_embeddings().weight)
     results: dict[int, Generated] = {}
-    for number, rows in enumerate(length_sorted_batches([len(prompt) for prompt in prompts], batch_size)):
-        generator = generator_for(seed, scope, number, device=model.device)
-        drawing = Drawing(len(rows), vocab, sampling, eos_token_ids, generator, valid_vocab)
-        batch = _generate_batch(model, [prompts[row] for row in rows], drawing)
+    batches = length_sorted_batches([len(prompt) for prompt in prompts], settings.batch_size)
+    for number, rows in enumerate(batches):
+        generator = generator_for(settings.seed, settings.scope, number, device=model.device)
+        state = BatchState(len(rows), vocab, settings, generator)
+        batch = _generate_batch(model, [prompts[row] for row in rows], state)
         results.update(zip(rows.tolist(), batch, strict=True))
         on_batch(len(results))
     model.train(was_training)
@@ -61,37 +77,37 @@ def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
     return ids.to(device), mask.to(device)
 
 
-def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], drawing: Drawing) -> list[Generated]:
+def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], state: BatchState) -> list[Generated]:
     input_ids, mask = left_padded(prompts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = roomy_cache(model.config)
     output = model.get_decoder()(
         input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )
-    drawn = drawing.take(head_logits(model, output.last_hidden_state[:, -1]))
-    del output  # [B, L, H], which nobody needs any more
+    drawn = state.take(head_logits(model, output.last_hidden_state[:, -1]))
+    del output  # [B, L, H], unused from here on
     draw_rest = draw_replayed if replays(model, cache) else _draw_growing
-    draw_rest(model, cache, mask, positions[:, -1:], drawn, drawing)
-    return drawing.responses()
+    draw_rest(model, cache, mask, positions[:, -1:], drawn, state)
+    return state.responses()
 
 
 def _draw_growing(
-    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, drawing: Drawing
+    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, state: BatchState
 ) -> None:
     """The rest of a batch after its prefill, with a cache that grows and loses its finished rows."""
     decoder = model.get_decoder()
-    for _ in range(1, drawing.limit):
-        going = drawing.going()
+    for _ in range(1, state.limit):
+        going = state.going()
         count = int(going.sum())
         if count == 0:
             return
         positions, mask = positions + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if count <= len(going) * (1 - FINISHED_SHARE_TO_DROP):
-            places = going.nonzero()[:, 0]
-            cache.batch_select_indices(places)
-            drawing.keep(places)
-            drawn, positions, mask = drawn[places], positions[places], mask[places]
+            kept = going.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            state.keep(kept)
+            drawn, positions, mask = drawn[kept], positions[kept], mask[kept]
         output = decoder(
             input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        drawn = drawing.take(head_logits(model, output.last_hidden_state[:, -1]))
+        drawn = state.take(head_logits(model, output.last_hidden_state[:, -1]))

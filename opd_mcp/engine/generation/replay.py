@@ -2,7 +2,7 @@
 
 A step is some thousand short kernels, which Python launches more slowly than the GPU runs them. A graph has fixed
 shapes, so keys and values lie in buffers with room for the next SEGMENT tokens. At a segment's end rows that have ended
-are dropped, room is made, and the step is recorded anew.
+are dropped, room is made, and the step is recorded again.
 """
 
 import logging
@@ -14,18 +14,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from opd_mcp.engine.generation.drawing import Drawing
-from opd_mcp.engine.generation.kv_cache import RoomyLayer
+from opd_mcp.engine.generation.batch_state import BatchState
 from opd_mcp.engine.models.attention import packs
-from opd_mcp.engine.models.fixed_cache import FixedCache, FixedLayer
-from opd_mcp.engine.models.rows import head_logits
+from opd_mcp.engine.models.embeddings import head_logits
+from opd_mcp.engine.models.kv_cache import FixedCache, FixedLayer, RoomyLayer
 
 logger = logging.getLogger(__name__)
 
 SEGMENT = 256
 # attention kernels want the mask's rows aligned
 ALIGNMENT = 64
-# steps between two looks at whether all rows have ended; a look waits for the GPU
+# steps between two checks whether all rows have ended; a check waits for the GPU
 LOOK_EVERY = 16
 # below this a recording costs more than it saves
 LEAST_STEPS = 8
@@ -38,13 +37,13 @@ def replays(model: PreTrainedModel, cache: DynamicCache) -> bool:
 
 @dataclass
 class Segment:
-    """The buffers of steps with the same shapes: n rows, E places for keys and values.
+    """The buffers of steps with the same shapes: n rows, room for the keys and values of E tokens.
 
     `mask` [n, 1, 1, E] is added to the scores; `input_ids` and `positions` [n, 1] are those of the next token.
     """
 
     model: PreTrainedModel
-    drawing: Drawing
+    state: BatchState
     input_ids: Tensor
     positions: Tensor
     mask: Tensor
@@ -61,56 +60,54 @@ class Segment:
             past_key_values=self.cache,
             use_cache=True,
         )
-        drawn = self.drawing.take(head_logits(self.model, output.last_hidden_state[:, -1]))
+        drawn = self.state.take(head_logits(self.model, output.last_hidden_state[:, -1]))
         self.input_ids.copy_(drawn[:, None])
         self.positions += 1
         self.cursor += 1
 
-    def next(self, places: Tensor, filled: int, steps: int) -> "Segment":
-        """The same rows at `places` [m], their first `filled` places, and room for `steps` more tokens."""
+    def next(self, kept: Tensor, filled: int, steps: int) -> "Segment":
+        """The rows `kept` [m], the states of their first `filled` tokens, and room for `steps` more."""
         extent = -(-(filled + steps) // ALIGNMENT) * ALIGNMENT
-        mask = self.mask.new_full((len(places), 1, 1, extent), -torch.inf)
-        mask[..., :filled] = self.mask[places, :, :, :filled]
+        mask = self.mask.new_full((len(kept), 1, 1, extent), -torch.inf)
+        mask[..., :filled] = self.mask[kept, :, :, :filled]
         cache = FixedCache()
         for layer in self.cache.layers:
-            keys, values = (_with_room(states, places, filled, extent) for states in (layer.keys, layer.values))
+            keys, values = (_with_room(states, kept, filled, extent) for states in (layer.keys, layer.values))
             cache.layers.append(FixedLayer(keys, values, self.cursor))
             # the caller still has the old cache: so one layer is held twice at a time, not all
             layer.keys = layer.values = keys.new_empty(0)
-        self.drawing.keep(places)
-        return Segment(
-            self.model, self.drawing, self.input_ids[places], self.positions[places], mask, self.cursor, cache
-        )
+        self.state.keep(kept)
+        return Segment(self.model, self.state, self.input_ids[kept], self.positions[kept], mask, self.cursor, cache)
 
 
-def _with_room(states: Tensor, places: Tensor, filled: int, extent: int) -> Tensor:
-    # zeros, since a masked place still has a share of 0 in a sum
-    room = states.new_zeros(len(places), states.shape[1], extent, states.shape[3])
-    room[:, :, :filled] = states[places, :, :filled]
+def _with_room(states: Tensor, kept: Tensor, filled: int, extent: int) -> Tensor:
+    # zeros, since a masked token still has a share of 0 in a sum
+    room = states.new_zeros(len(kept), states.shape[1], extent, states.shape[3])
+    room[:, :, :filled] = states[kept, :, :filled]
     return room
 
 
 def draw_replayed(
-    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, drawing: Drawing
+    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, state: BatchState
 ) -> None:
     """Draw the rest of a batch after its prefill: prompt mask [B, L], last positions [B, 1], first tokens [B]."""
     filled, done = mask.shape[1], 1
     added = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]
     cursor = torch.tensor([filled], device=model.device)
-    segment = Segment(model, drawing, drawn[:, None], positions + 1, added, cursor, cache)
-    recording = Recording(drawing.generator)
-    while done < drawing.limit:
-        places = drawing.going().nonzero()[:, 0]
-        if len(places) == 0:
+    segment = Segment(model, state, drawn[:, None], positions + 1, added, cursor, cache)
+    recording = Recording(state.generator)
+    while done < state.limit:
+        kept = state.going().nonzero()[:, 0]
+        if len(kept) == 0:
             return
-        if len(places) == 1 < len(drawing.rows):
+        if len(kept) == 1 < len(state.rows):
             # compilers make code of their own for one row
-            places = torch.cat([places, (places + 1) % len(drawing.rows)])
-        steps = min(SEGMENT, drawing.limit - done)
-        segment = segment.next(places, filled, steps)
+            kept = torch.cat([kept, (kept + 1) % len(state.rows)])
+        steps = min(SEGMENT, state.limit - done)
+        segment = segment.next(kept, filled, steps)
         step, recorded = segment.step, steps >= LEAST_STEPS
         for number in range(steps):
-            if number and number % LOOK_EVERY == 0 and not drawing.going().any():
+            if number and number % LOOK_EVERY == 0 and not state.going().any():
                 return
             # the first step does what must not happen during a recording: compile and look for the fastest kernels
             if number == 1 and recorded:
@@ -133,8 +130,8 @@ class Recording:
     def try_step(self, step: Callable[[], None]) -> None:
         """Take one step; the first time find out whether it waits for the GPU, which cannot be recorded.
 
-        A recording that fails leaves torch's generators and allocator in the middle of it, so none is tried in vain.
-        What a step does before it waits is done once more: it writes the same values to the same places.
+        A recording that fails leaves torch's generators and allocator in an undefined state, so it is not even tried.
+        What a step does before it waits is done again: it writes the same values to the same addresses.
         """
         if self.possible is None:
             before = torch.cuda.get_sync_debug_mode()

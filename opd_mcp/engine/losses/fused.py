@@ -1,8 +1,8 @@
 """A Triton kernel for CUDA: a row's max, sum and exponentials in one launch, read twice and written once.
 
 Plain torch reads and writes a float32 tile seven times between the two matrix products; here it is read twice and
-written once, in the dtype of the products that follow. `tiles.py` is the reference. Under `TRITON_INTERPRET=1` the same
-kernel runs on the CPU, which is how it is tested.
+written once, in the dtype of the products that follow. `logit_tiles.py` is the reference. Under `TRITON_INTERPRET=1`
+the same kernel runs on the CPU, which is how it is tested.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,9 @@ documents go through torch's variable-length attention, but long ones have SDPA 
 """
 
 import inspect
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,62 +18,153 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from opd_mcp.engine.models.documents import LONG_DOCUMENT, Documents
-from opd_mcp.engine.models.embedding import embedded
+from opd_mcp.engine.models.embeddings import embedded
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch without it: SDPA a document there too
+except ImportError:  # torch without it: SDPA per document there too
     varlen_attn = None  # type: ignore[assignment]
 
 PACKED = "opd_packed"
 # cuDNN, SDPA's choice on Hopper, plans each new width for 0.1 s
 WIDTH_STEP = 128
+# On CUDA a document of this length fills a GPU, and SDPA has faster kernels for it than the variable-length attention.
+LONG_DOCUMENT = 1024
+# score entries of padding that cost as much as one more SDPA call (forward and backward) of a small model
+SPARE_SCORES = 16384
+
+
+@dataclass(eq=False)
+class Documents:
+    """Lengths of the documents that lie end to end in one packed row of T tokens, on `device`.
+
+    Not frozen: torch's compiler looks into frozen dataclasses, and would compile again for each number of documents.
+    """
+
+    lengths: list[int]
+    device: torch.device
+    _masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def cumulative(self) -> Tensor:
+        """Offsets int32 [N + 1]."""
+        return torch.tensor([0, *self.lengths], device=self.device).cumsum(0).to(torch.int32)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position ids [1, T], counted from 0 in each document."""
+        parts = [torch.arange(length) for length in self.lengths]
+        return torch.cat(parts)[None].to(self.device) if parts else torch.zeros(1, 0, dtype=torch.long)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, "Documents"]]:
+        """The row in parts [start, stop): each long document alone, and the short ones between two of them together."""
+        found: list[tuple[int, int, Documents]] = []
+        start = 0
+        for long, lengths in groupby(self.lengths, key=lambda length: length >= LONG_DOCUMENT):
+            together = list(lengths)
+            for part in [[length] for length in together] if long else [together]:
+                found.append((start, start + sum(part), Documents(part, self.device)))
+                start += sum(part)
+        return found
+
+    @cached_property
+    def groups(self) -> list["DocumentGroup"]:
+        """The documents as few padded attention calls."""
+        starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
+        groups = []
+        for first, last in attention_groups(self.lengths, SPARE_SCORES):
+            lengths = self.lengths[first:last]
+            width = max(lengths)
+            indices = torch.arange(width)[None] + torch.tensor(starts[first:last])[:, None]
+            inside = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+            even = bool(inside.all())
+            groups.append(
+                DocumentGroup(
+                    starts[first],
+                    starts[last],
+                    last - first,
+                    width,
+                    None if even else indices.clamp_max(starts[last] - 1).flatten().to(self.device),
+                    None if even else inside.flatten().nonzero()[:, 0].to(self.device),
+                )
+            )
+        return groups
+
+    def window_mask(self, width: int, window: int) -> Tensor:
+        """True where a query may look: [L, L], the last `window` positions up to itself."""
+        if (width, window) not in self._masks:
+            distance = torch.arange(width, device=self.device)[:, None] - torch.arange(width, device=self.device)[None]
+            self._masks[width, window] = (distance >= 0) & (distance < window)
+        return self._masks[width, window]
+
+
+def attention_groups(lengths: list[int], spare: int) -> list[tuple[int, int]]:
+    """Ranges [first, last) of consecutive documents that one padded attention call computes together.
+
+    A document joins its predecessors while the padding costs at most `spare` score entries or an eighth of the work:
+    below that a call of its own would cost more than the padding.
+    """
+    groups: list[tuple[int, int]] = []
+    first, widest, work = 0, 0, 0
+    for number, length in enumerate(lengths):
+        grown, total = max(widest, length), work + length * length
+        wasted = grown * grown * (number + 1 - first) - total
+        if number > first and wasted > max(spare, total // 8):
+            groups.append((first, number))
+            first, grown, total = number, length, length * length
+        widest, work = grown, total
+    return [*groups, (first, len(lengths))] if lengths else groups
+
+
+@dataclass(frozen=True)
+class DocumentGroup:
+    """N consecutive documents, tokens start … stop − 1, padded to one width; `indices`, `inside` if lengths differ."""
+
+    start: int
+    stop: int
+    documents: int
+    width: int
+    indices: Tensor | None
+    inside: Tensor | None
+
+    def padded(self, states: Tensor) -> Tensor:
+        """States [h, T, d] of the packed row as [N, h, L, d]."""
+        chosen = states[:, self.start : self.stop] if self.indices is None else states.index_select(1, self.indices)
+        return chosen.unflatten(1, (self.documents, self.width)).transpose(0, 1)
+
+    def unpadded(self, states: Tensor) -> Tensor:
+        """The inverse: [N, h, L, d] as [tokens, h, d]."""
+        flat = states.transpose(1, 2).flatten(0, 1)
+        return flat if self.inside is None else flat.index_select(0, self.inside)
 
 
 @torch.compiler.disable
 def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    *,
-    documents: Documents | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention output [1, T, h, d] of query [1, h, T, d] and key, value [1, h_kv, T, d]; SDPA without `documents`.
+    """Attention output [1, T, h, d] of query [1, h, T, d] and key, value [1, h_kv, T, d] within each document.
 
+    `options` are transformers': `dropout`, `scaling`, `sliding_window`, …, and our `documents`; SDPA without those.
     Raises NotImplementedError for what changes scores in ways that neither call knows (soft caps, attention sinks).
     """
+    documents: Documents | None = options.pop("documents", None)
+    scaling, dropout = options.get("scaling"), options.get("dropout")
     if documents is None:
         if query.shape[2] == 1 and attention_mask is not None and query.shape[1] != key.shape[1] and not dropout:
             return _one_token(query, key, value, attention_mask, scaling), None
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
-    unknown = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
     if unknown or dropout:
         raise NotImplementedError(f"packed attention with {unknown or 'dropout'}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale, window = query.shape[-1] ** -0.5 if scaling is None else scaling, options.get("sliding_window")
     if torch.is_autocast_enabled(query.device.type):
         # norms with fp32 weights have widened queries and keys, not values
         narrow = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-        return _on_cuda(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
-    return _by_document(query[0], key[0], value[0], documents, scale, sliding_window)[None], None
+        return _on_cuda(query[0], key[0], value[0], documents, scale, window)[None], None
+    return _by_document(query[0], key[0], value[0], documents, scale, window)[None], None
 
 
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
@@ -187,7 +281,7 @@ def padding_warning(model: PreTrainedModel) -> str | None:
 def hidden_rows(
     model: PreTrainedModel, input_ids: Tensor, lengths: list[int], rows: Tensor, *, main_grad: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states [R, H] at the places `rows` [R] of documents that lie end to end in `input_ids` [T].
+    """Last hidden states [R, H] at the positions `rows` [R] of documents that lie end to end in `input_ids` [T].
 
     A model that does not pack gets them as right-padded rows: causal attention keeps the padding out of every earlier
     position, so no mask is needed. `main_grad` collects the gradient of a packing model's embeddings where it can.
@@ -217,7 +311,7 @@ def packed_hidden(
 
 
 def padded_hidden(model: PreTrainedModel, input_ids: Tensor, documents: Documents) -> Tensor:
-    """Last hidden states [T, H] of the same ids, computed as one padded row a document."""
+    """Last hidden states [T, H] of the same ids, computed as one padded row per document."""
     lengths = torch.tensor(documents.lengths, device=input_ids.device)
     inside = torch.arange(int(lengths.max()), device=input_ids.device)[None] < lengths[:, None]
     padded = torch.zeros(inside.shape, dtype=torch.long, device=input_ids.device).masked_scatter(inside, input_ids)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opd_mcp.engine.losses.kernels import kernel_problem
-from opd_mcp.engine.models.attention import packed_hidden, packs
-from opd_mcp.engine.models.documents import Documents
-from opd_mcp.engine.models.fixed_cache import FixedCache
+from opd_mcp.engine.losses.logit_tiles import kernel_problem
+from opd_mcp.engine.models.attention import Documents, packed_hidden, packs
+from opd_mcp.engine.models.kv_cache import FixedCache
 
 # compiling takes some ten seconds: a smaller model is done before it pays
 COMPILED_FROM = 50_000_000

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from opd_mcp.engine.models.attention import use_packed_attention
+from opd_mcp.engine.context import Context
+from opd_mcp.engine.losses.logit_tiles import kernel_problem
+from opd_mcp.engine.models.attention import padding_warning, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers
-from opd_mcp.engine.models.rows import head_logits
+from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelFacts, inspect_model
@@ -20,9 +22,11 @@ from opd_mcp.identity.tokenizers import eos_token_ids, token_map
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.recipes import PromptingRecipe
 
-# its bars would fill a worker's log; a stage's progress is told through its Reporter
+# its bars would fill a worker's log; a stage reports its progress through its Reporter
 disable_progress_bar()
 
+# what a model computes with besides its weights and tokenizer, which have hashes of their own
+MODEL_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -93,6 +97,28 @@ def _require_plain_head(model: PreTrainedModel, path: Path) -> None:
             value=path,
             fix="Use a model class whose logits are its head applied to its last hidden state.",
         )
+
+
+def model_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
+    """What makes these models slower than they could be, one sentence each, which are alerts as well.
+
+    `padded_rows`: a class that does not pack; on a GPU `plain_head`: the head's kernel does not run, and
+    `plain_layers`: the decoder layers are not compiled.
+    """
+    found: dict[str, str] = {}
+    for model in models:
+        if model is None:
+            continue
+        if (padding := padding_warning(model.model)) is not None:
+            found[padding] = "padded_rows"
+        device = model.model.device
+        if device.type == "cuda" and (problem := kernel_problem(device)) is not None:
+            found[f"The head runs in plain torch, without its kernel: {problem}."] = "plain_head"
+        if model.plain_layers is not None:
+            found[f"The decoder layers run in plain torch, more slowly: {model.plain_layers}."] = "plain_layers"
+    for warning, code in found.items():
+        context.reporter.alert(code, warning)
+    return list(found)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -29,13 +29,13 @@ RECORD_FILE = "checkpoint.json"
 MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE = "model.safetensors", "optimizer.safetensors", "random.safetensors"
 PREFIX, BUILDING_PREFIX, DAMAGED_PREFIX = "step-", ".building-", "damaged-"
 KEPT = 2
-# By time: at least so many times a checkpoint's own cost lies between two of them.
+# by time: at least this many times a checkpoint's own cost lies between two of them
 COST_FACTOR = 25.0
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one training stage: restored when it begins, saved beside it while it goes on.
+    """The checkpoints of one training stage: restored when it begins, saved in a thread while it runs.
 
     As a context manager it waits for the last save on the way out. `save` raises what an earlier save failed with.
     """
@@ -86,7 +86,7 @@ class Checkpoints:
         return time.monotonic() - self._last >= max(recipe.seconds, COST_FACTOR * self._cost)
 
     def save(self, state: LoopState, *, wait: bool = False) -> None:
-        """Copy everything now and write it beside the training; with `wait` it is on the disk when this returns."""
+        """Copy everything now and write it while training continues; with `wait`, write it before this returns."""
         self._settle()
         directory = self.context.checkpoints
         if directory is None or (directory / name_of(state.step)).is_dir():
@@ -154,7 +154,7 @@ class Checkpoints:
 
 
 def name_of(step: int) -> str:
-    """The directory's name of the checkpoint after so many steps."""
+    """The name of the directory of the checkpoint after this many steps."""
     return f"{PREFIX}{step:08d}"
 
 
@@ -172,7 +172,7 @@ def _write(
 ) -> float:
     """The seconds that the checkpoint took since `started`; raises what `check_fence` does, and then writes nothing.
 
-    The process may be suspended here for hours, and another one may have taken its place when it goes on.
+    The process may be suspended here for hours, and another one may have taken its place when it continues.
     """
     check_fence()
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -186,7 +186,7 @@ def _write(
         publish_directory(building, directory / name_of(record.state.step), check_fence)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
-        check_fence()  # whoever took over has removed what was being built: that, not the missing file, is the cause
+        check_fence()  # the next owner has removed what was being built: that, not the missing file, is the cause
         raise
     for old in saved_checkpoints(directory)[:-KEPT]:
         check_fence()

@@ -1,7 +1,7 @@
 """AdamW on float32 weights whose moments are torchao's block-wise 8-bit codes; needs the extra `int8`.
 
 torchao's own step compiles a kernel for each shape, which needs a compiler at run time. This one runs torchao's
-arithmetic as it stands, a part of a weight at a time, so that its temporaries stay small on every device.
+arithmetic unchanged, a part of a weight at a time, so that its temporaries stay small on every device.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,6 @@ from torchao.optim import AdamW8bit
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from opd_mcp.engine.training.optim import CHUNK
 from opd_mcp.schemas.memory import BLOCK
 from opd_mcp.schemas.recipes import OptimizerRecipe
 
@@ -23,13 +22,16 @@ SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 class EightBitAdamW(AdamW8bit):
     """AdamW8bit that steps without a compiler; `exact` weights, and those that torchao spares, keep float32 moments.
 
-    Embeddings must be exact: a token's row has no gradient in most steps, and where the second moment's code is 0 while
-    the first moment's is not, a step without a gradient divides by `eps` alone.
+    A step goes over `chunk` elements at a time, a multiple of a block. Embeddings must be exact: a token's row has no
+    gradient in most steps, and where the second moment's code is 0 while the first moment's is not, a step without a
+    gradient divides by `eps` alone.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], recipe: OptimizerRecipe, *, exact: Iterable[Tensor]) -> None:
-        super().__init__(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, block_size=BLOCK)
-        self._exact = frozenset(exact)
+    def __init__(
+        self, groups: list[dict[str, Any]], settings: OptimizerRecipe, *, exact: Iterable[Tensor], chunk: int
+    ) -> None:
+        super().__init__(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, block_size=BLOCK)
+        self._exact, self._chunk = frozenset(exact), chunk
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -64,8 +66,8 @@ class EightBitAdamW(AdamW8bit):
             state.update({name: self._new_buffer(weight, signed) for name, signed in SIGNED.items()})
         state["step"] += 1
         weights, gradients = weight.data.view(-1), weight.grad.reshape(-1)  # type: ignore[union-attr]
-        for start in range(0, len(weights), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(weights), self._chunk):
+            part = slice(start, start + self._chunk)
             single_param_adam(
                 weights[part],
                 gradients[part],

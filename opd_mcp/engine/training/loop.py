@@ -2,55 +2,42 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.losses.rows import RowObjective
+from opd_mcp.engine.context import Context, run_cancelled
+from opd_mcp.engine.data.batches import StepData, StepsFrom
+from opd_mcp.engine.losses.objectives import RowObjective
 from opd_mcp.engine.models.attention import packs
-from opd_mcp.engine.runtime import Runtime, hardware_name
+from opd_mcp.engine.runtime import Runtime, hardware_name, is_out_of_memory, matmul_peak, peak_memory
+from opd_mcp.engine.training.activations import checkpointed_activations, step_memory
 from opd_mcp.engine.training.checkpoints import Checkpoints
-from opd_mcp.engine.training.finite import FiniteGuard
-from opd_mcp.engine.training.memory import checkpointed_activations, step_memory
 from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at
-from opd_mcp.engine.training.step import StepResult, accumulate_gradients
-from opd_mcp.engine.training.stopwatch import Stopwatch
-from opd_mcp.engine.training.throughput import is_out_of_memory, matmul_peak, peak_memory, training_flops
+from opd_mcp.engine.training.step import (
+    Metrics,
+    StepResult,
+    StepSettings,
+    Stopwatch,
+    accumulate_gradients,
+    training_flops,
+)
+from opd_mcp.engine.training.watches import FiniteGuard
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.memory import TrainingMemory, micro_tokens
-from opd_mcp.schemas.next_action import resume_call
-from opd_mcp.schemas.recipes import ActivationCheckpointing, Normalize, OptimizerRecipe
+from opd_mcp.schemas.recipes import ActivationCheckpointing, DistillRecipe, Normalize, OptimizerRecipe, SftRecipe
 from opd_mcp.schemas.reports import Throughput, TrainingSummary
-
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class StepData:
-    """The rows of one optimizer step, with the seconds it took to generate and to score them (0 from a cache)."""
-
-    sequences: Sequences
-    indices: NDArray[np.int64]
-    seconds_generation: float = 0.0
-    seconds_scoring: float = 0.0
-
-
-# the data of all steps from one on, so that a resumed loop gets what it would have got
-StepsFrom = Callable[[int], Iterator[StepData]]
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop needs of a stage's recipe."""
+    """What the loop needs of a stage's settings."""
 
     steps: int
     optimizer: OptimizerRecipe
@@ -58,31 +45,42 @@ class LoopSettings:
     micro_batch_tokens: int
     activation_checkpointing: ActivationCheckpointing = "auto"
 
+    @classmethod
+    def of(cls, section: SftRecipe | DistillRecipe, normalize: Normalize) -> "LoopSettings":
+        """Those of a recipe's section."""
+        return cls(
+            section.steps, section.optimizer, normalize, section.micro_batch_tokens, section.activation_checkpointing
+        )
 
-def train(
-    model: PreTrainedModel,
-    settings: LoopSettings,
-    batches: StepsFrom,
-    objective: RowObjective,
-    measure: Callable[[StepResult], Metrics],
-    runtime: Runtime,
-    context: Context,
-) -> TrainingSummary:
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """What is trained on: the rows of each step, their loss, and the metrics of a step."""
+
+    settings: LoopSettings
+    steps: StepsFrom
+    objective: RowObjective
+    measure: Callable[[StepResult], Metrics]
+
+
+def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context) -> TrainingSummary:
     """Take `settings.steps` optimizer steps, those of an earlier attempt's checkpoint included, and say what they did.
 
     Raises RunError `run_cancelled` between steps when asked to stop, after a checkpoint; `bad_number` when loss or
     gradient stay not finite. In the end the model holds its master weights.
     """
+    settings = task.settings
     optimizer = build_optimizer(model, settings.optimizer, seed=runtime.seed)
     clock, guard = Stopwatch(runtime.device), FiniteGuard(context)
     peak = matmul_peak(runtime.device, runtime.dtype)
     memory: TrainingMemory | None = None
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(model, optimizer, _fingerprint(model, settings, objective), context)
+            Checkpoints(model, optimizer, _fingerprint(model, settings, task.objective), context)
         )
         state = checkpoints.restored() or LoopState(micro_batch_tokens=settings.micro_batch_tokens)
-        steps = batches(state.step)
+        step = StepSettings(settings.normalize, state.micro_batch_tokens, runtime)
+        steps = task.steps(state.step)
         while state.step < settings.steps:
             if context.reporter.should_stop():
                 checkpoints.save(state, wait=True)
@@ -95,12 +93,11 @@ def train(
             if memory is None:
                 memory = _memory(model, settings, data, state.micro_batch_tokens, runtime)
                 stack.enter_context(checkpointed_activations(model, memory.policy))
-            result, budget = _gradients(
-                model, data, objective, settings, state.micro_batch_tokens, runtime, clock, context
-            )
+            result, step = _gradients(model, data, task.objective, step, clock, context)
             with clock.part("optimizer"):
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clip)
-            metrics = {"loss": result.loss, **measure(result), "gradient_norm": float(norm), "learning_rate": rate}
+            measured = task.measure(result)
+            metrics = {"loss": result.loss, **measured, "gradient_norm": float(norm), "learning_rate": rate}
             try:
                 good = guard.is_good(state.step, metrics, data.sequences)
             except RunError:
@@ -119,7 +116,7 @@ def train(
             kept = max(1, settings.steps // 10)
             state = LoopState(
                 step=state.step + 1,
-                micro_batch_tokens=budget,
+                micro_batch_tokens=step.micro_batch_tokens,
                 tokens=state.tokens + result.tokens,
                 flops=state.flops + flops,
                 seconds=state.seconds + time.perf_counter() - started,
@@ -137,11 +134,11 @@ def train(
 
 
 def _memory(
-    model: PreTrainedModel, settings: LoopSettings, data: StepData, budget: int, runtime: Runtime
+    model: PreTrainedModel, settings: LoopSettings, data: StepData, micro_batch_tokens: int, runtime: Runtime
 ) -> TrainingMemory:
     """The estimate of a step like this one."""
     lengths = data.sequences.lengths()[data.indices]
-    tokens = micro_tokens(budget, int(lengths.max(initial=1)), int(lengths.sum()))
+    tokens = micro_tokens(micro_batch_tokens, int(lengths.max(initial=1)), int(lengths.sum()))
     precision, checkpointing = settings.optimizer.precision, settings.activation_checkpointing
     return step_memory(model, precision, checkpointing, tokens=tokens, runtime=runtime)
 
@@ -182,7 +179,7 @@ def _summary(
 
 
 def _fingerprint(model: PreTrainedModel, settings: LoopSettings, objective: RowObjective) -> str:
-    """What a checkpoint must have been written for to be gone on from."""
+    """What a checkpoint must have been written for, so that a training can continue from it."""
     shapes = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in model.named_parameters()]
     recipe = {**asdict(settings), "optimizer": settings.optimizer.to_dict()}
     return content_hash({"settings": recipe, "objective": repr(objective), "parameters": shapes})
@@ -192,55 +189,30 @@ def _gradients(
     model: PreTrainedModel,
     data: StepData,
     objective: RowObjective,
-    settings: LoopSettings,
-    budget: int,
-    runtime: Runtime,
+    settings: StepSettings,
     clock: Stopwatch,
     context: Context,
-) -> tuple[StepResult, int]:
-    """The step's gradient and the micro-batch budget it fitted in; out of memory, the step begins anew with half of it.
+) -> tuple[StepResult, StepSettings]:
+    """The step's gradient and the settings it fitted in; out of memory, the step begins again with half the tokens.
 
-    Normalisers are those of the whole step, so the gradient is the same whatever the budget.
+    Normalisers are those of the whole step, so the gradient is the same whatever the micro-batches.
     """
     while True:
         try:
-            result = accumulate_gradients(
-                model,
-                data.sequences,
-                data.indices,
-                objective,
-                normalize=settings.normalize,
-                micro_batch_tokens=budget,
-                runtime=runtime,
-                clock=clock,
-            )
+            return accumulate_gradients(model, data, objective, settings, clock=clock), settings
         except RuntimeError as error:
             longest = int(data.sequences.lengths()[data.indices].max(initial=1))
-            if not is_out_of_memory(error) or budget <= longest:
+            if not is_out_of_memory(error) or settings.micro_batch_tokens <= longest:
                 raise
-        else:
-            return result, budget
         model.zero_grad(set_to_none=True)
-        if runtime.device.type == "cuda":
+        if settings.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-        budget = max(longest, budget // 2)
+        settings = replace(settings, micro_batch_tokens=max(longest, settings.micro_batch_tokens // 2))
         context.reporter.alert(
             "micro_batch_halved",
-            f"Memory ran out: micro-batches hold {budget} tokens from here on, the gradient is the same.",
+            f"Memory ran out: micro-batches hold {settings.micro_batch_tokens} tokens from here on, the gradient is "
+            "the same.",
         )
-
-
-def require_going(context: Context) -> None:
-    """Raise RunError `run_cancelled` if the user asked to stop."""
-    if context.reporter.should_stop():
-        raise run_cancelled()
-
-
-def run_cancelled() -> RunError:
-    """The error of a stage that was asked to stop."""
-    return RunError(
-        "run_cancelled", "The run was asked to stop.", fix="Resume the run to go on from there.", call=resume_call()
-    )
 
 
 def _means(history: list[Metrics]) -> Metrics:

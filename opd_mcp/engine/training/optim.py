@@ -1,4 +1,4 @@
-"""AdamW on the weights that the recipe's precision keeps, and the learning-rate schedule.
+"""AdamW on the weights that the precision keeps, and the learning-rate schedule.
 
 `fp32_master`: float32 weights, moments and gradients; bf16 exists only inside autocast. `fp32_master_8bit`: the same
 with 8-bit moments (`eight_bit.py`). `split_master`: bf16 weights and the 16 bits that they lack, together the exact
@@ -22,39 +22,39 @@ CHUNK = 1 << 22
 
 
 def build_optimizer(
-    model: nn.Module, recipe: OptimizerRecipe, *, seed: int, section: str = "optimizer"
+    model: nn.Module, settings: OptimizerRecipe, *, seed: int, section: str = "optimizer"
 ) -> torch.optim.Optimizer:
-    """AdamW for the model, whose weights are turned into what the recipe's precision keeps; decay on matrices only.
+    """AdamW for the model, whose weights are turned into what the precision keeps; decay on matrices only.
 
     `seed` is that of stochastic rounding. Raises ArgumentError `lossy_precision` or ResourceError `missing_package`,
     naming the recipe's `section`.
     """
-    require_kept_updates(recipe, section)
-    require_package(recipe, section)
+    require_kept_updates(settings, section)
+    require_package(settings, section)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if recipe.precision == "fp32_master":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps, fused=True)
-    if recipe.precision == "fp32_master_8bit":
+    if settings.precision == "fp32_master":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)
+    if settings.precision == "fp32_master_8bit":
         from opd_mcp.engine.training.eight_bit import EightBitAdamW  # torchao is there only with its extra
 
         embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-        return EightBitAdamW(groups, recipe, exact=embeddings)
-    return NarrowAdamW(groups, recipe, seed=seed)
+        return EightBitAdamW(groups, settings, exact=embeddings, chunk=CHUNK)
+    return NarrowAdamW(groups, settings, seed=seed)
 
 
 class NarrowAdamW(torch.optim.Optimizer):
-    """AdamW in float32 arithmetic on bf16 weights and moments; state a parameter: step, moments, `low` of a split.
+    """AdamW in float32 arithmetic on bf16 weights and moments; state per parameter: step, moments, `low` of a split.
 
     The random stream of stochastic rounding follows from the seed and the step's number, so it needs no saving.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], recipe: OptimizerRecipe, *, seed: int) -> None:
-        super().__init__(groups, {"lr": recipe.learning_rate, "betas": recipe.betas, "eps": recipe.eps})
-        self._precision, self._seed = recipe.precision, seed
+    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerRecipe, *, seed: int) -> None:
+        super().__init__(groups, {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps})
+        self._precision, self._seed = settings.precision, seed
         for weight in self._weights():
             master = weight.data.float()
             state = self.state[weight]
@@ -136,16 +136,16 @@ def joined(high: Tensor, low: Tensor) -> Tensor:
 
 
 def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor:
-    """bf16 of float32 values: one of the two neighbours, the nearer one oftener, so that the mean is the value."""
+    """bf16 of float32 values: one of the two neighbours, the nearer one more often, so that the mean is the value."""
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = values.contiguous().view(torch.int32) + noise
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def learning_rate_at(step: int, steps: int, recipe: OptimizerRecipe) -> float:
+def learning_rate_at(step: int, steps: int, settings: OptimizerRecipe) -> float:
     """The rate of step 0 … steps − 1: linear warm-up, then constant, linear to zero, or cosine to zero."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[recipe.schedule]
-    return recipe.learning_rate * factor
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    factors = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return settings.learning_rate * factors[settings.schedule]

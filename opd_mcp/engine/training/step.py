@@ -1,26 +1,67 @@
-"""One optimizer step over micro-batches; the result does not depend on how the step is cut."""
+"""One optimizer step over micro-batches: its gradient, which does not depend on how it is cut, and its metrics."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_mcp.engine.data.batches import Batch, build_batch
-from opd_mcp.engine.data.packing import grouped_rows
-from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.losses.head import one_pass_losses, row_scores
-from opd_mcp.engine.losses.rows import RowObjective
-from opd_mcp.engine.losses.weights import token_weights
+from opd_mcp.engine.data.batches import Batch, StepData, build_batch, grouped_rows
+from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_scores
+from opd_mcp.engine.losses.objectives import RowObjective, clipped_advantage, token_weights
 from opd_mcp.engine.models.attention import hidden_rows, packs
-from opd_mcp.engine.models.rows import model_head
+from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.training.gradients import main_gradient
-from opd_mcp.engine.training.stopwatch import Stopwatch
-from opd_mcp.schemas.recipes import Normalize
+from opd_mcp.schemas.recipes import DistillRecipe, Normalize
+
+Metrics = dict[str, float]
+
+
+class Stopwatch:
+    """Seconds of each named part since the last reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what happens inside towards the part."""
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+            return
+        started = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """The parts' seconds since the last reading; waits for the device on CUDA."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, begin, end in self._events:
+                self._seconds[name] += begin.elapsed_time(end) / 1000
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        self._events.clear()
+        return seconds
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed: its normaliser, the tokens of a micro-batch, device and dtype."""
+
+    normalize: Normalize
+    micro_batch_tokens: int
+    runtime: Runtime
 
 
 @dataclass(frozen=True)
@@ -52,26 +93,24 @@ class StepResult:
 
 def accumulate_gradients(
     model: PreTrainedModel,
-    sequences: Sequences,
-    indices: NDArray[np.int64],
+    data: StepData,
     objective: RowObjective,
+    settings: StepSettings,
     *,
-    normalize: Normalize,
-    micro_batch_tokens: int,
-    runtime: Runtime,
     reweigh: Reweigh | None = None,
     clock: Stopwatch | None = None,
 ) -> StepResult:
-    """Add the gradient of the weighted loss over the rows `indices` to the parameters' gradients.
+    """Add the gradient of the weighted loss over the step's rows to the parameters' gradients.
 
     Normalisers are taken over the whole step first, so micro-batches only decide memory. With `reweigh` a first pass
     over all log-probs gives each token a factor, held constant: that is how sequence- and batch-scoped weights work.
     """
+    sequences, runtime = data.sequences, settings.runtime
     clock = clock or Stopwatch(runtime.device)
-    weights = token_weights(torch.from_numpy(sequences.response_lengths()[indices]), normalize)
+    indices = torch.from_numpy(data.indices)
     weight_of_row = torch.zeros(len(sequences), dtype=torch.float64)
-    weight_of_row[torch.from_numpy(indices)] = weights
-    factors = None if reweigh is None else _first_pass(model, sequences, indices, reweigh, micro_batch_tokens, runtime)
+    weight_of_row[indices] = token_weights(torch.from_numpy(sequences.response_lengths())[indices], settings.normalize)
+    factors = None if reweigh is None else _first_pass(model, data, reweigh, settings)
     head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
     head_grad, embedding_grad = main_gradient(head.weight), main_gradient(model.get_input_embeddings().weight)
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
@@ -79,7 +118,7 @@ def accumulate_gradients(
     columns: dict[str, list[Tensor]] = {}
     lengths: list[int] = []
     first = 0
-    for batch in _batches(model, sequences, indices, micro_batch_tokens, runtime, clock):
+    for batch in _micro_batches(model, data, settings, clock):
         with clock.part("forward"):
             token_weight = weight_of_row[torch.from_numpy(batch.indices)].to(runtime.device)[batch.sequence]
             if factors is not None:
@@ -87,9 +126,8 @@ def accumulate_gradients(
                 first += len(batch.rows)
             with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
                 hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows, main_grad=embedding_grad)
-            losses = one_pass_losses(
-                head, hidden, batch.targets, token_weight, batch.columns, objective, main_grad=head_grad
-            )
+            rows = LossRows(batch.targets, token_weight, batch.columns)
+            losses = one_pass_losses(head, hidden, rows, objective, main_grad=head_grad)
         with clock.part("backward"):
             torch.autograd.backward(losses.total)
         total += losses.total.detach()
@@ -104,38 +142,37 @@ def accumulate_gradients(
     return StepResult(float(total), joined, stored, len(joined), tuple(lengths))
 
 
-def _batches(
-    model: PreTrainedModel,
-    sequences: Sequences,
-    indices: NDArray[np.int64],
-    micro_batch_tokens: int,
-    runtime: Runtime,
-    clock: Stopwatch,
-) -> Iterator[Batch]:
-    counts = sequences.response_lengths()
+def main_gradient(weight: Tensor) -> Tensor | None:
+    """The weight's `.grad`, float32 or wider, zeros at first; None for a frozen weight.
+
+    Narrower weights were given a float32 gradient by the optimizer (optim.py), so that autograd sums in it as well.
+    """
+    if not weight.requires_grad:
+        return None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return weight.grad
+
+
+def _micro_batches(model: PreTrainedModel, data: StepData, settings: StepSettings, clock: Stopwatch) -> Iterator[Batch]:
+    sequences, counts = data.sequences, data.sequences.response_lengths()
     with clock.part("data"):
-        groups = grouped_rows(sequences.lengths(), indices, micro_batch_tokens, packed=packs(model))
+        groups = grouped_rows(sequences.lengths(), data.indices, settings.micro_batch_tokens, packed=packs(model))
     for group in groups:
         if counts[group].sum() == 0:
             continue
         with clock.part("data"):
-            batch = build_batch(sequences, group, runtime.device)
+            batch = build_batch(sequences, group, settings.runtime.device)
         yield batch
 
 
 @torch.no_grad()
-def _first_pass(
-    model: PreTrainedModel,
-    sequences: Sequences,
-    indices: NDArray[np.int64],
-    reweigh: Reweigh,
-    micro_batch_tokens: int,
-    runtime: Runtime,
-) -> Tensor:
+def _first_pass(model: PreTrainedModel, data: StepData, reweigh: Reweigh, settings: StepSettings) -> Tensor:
     """The factors [R] in the order of the step's micro-batches."""
+    runtime = settings.runtime
     head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
     logprobs, rows, columns = [], [], []
-    for batch in _batches(model, sequences, indices, micro_batch_tokens, runtime, Stopwatch(runtime.device)):
+    for batch in _micro_batches(model, data, settings, Stopwatch(runtime.device)):
         with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
             hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)
         logprobs.append(row_scores(head, hidden, batch.targets).logprobs)
@@ -145,3 +182,51 @@ def _first_pass(
         return torch.empty(0)
     stored = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
     return reweigh(StepTokens(torch.cat(logprobs), torch.cat(rows), stored)).detach()
+
+
+def training_flops(model: PreTrainedModel, lengths: Sequence[int], response_tokens: int) -> float:
+    """Operations that one step needs, forward and backward; recomputation is not counted.
+
+    Six per parameter and token of the body, six per head parameter and response token, and causal attention's scores.
+    Of a mixture of experts all experts are counted: an upper bound.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.numel()
+    table = model.get_input_embeddings().weight
+    body = model.num_parameters() - table.numel()
+    if model.get_output_embeddings().weight is not table:
+        body -= head
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scores = 6 * config.num_hidden_layers * config.num_attention_heads * width * sum(n * n for n in lengths)
+    return float(6 * body * sum(lengths) + 6 * head * response_tokens + scores)
+
+
+def sft_metrics(result: StepResult) -> Metrics:
+    """Mean token log-prob of the teacher's responses."""
+    return {"mean_logprob": float(result.logprobs.mean())} if result.tokens else {}
+
+
+def distill_metrics(result: StepResult, settings: DistillRecipe) -> Metrics:
+    """Reverse KL on the rollouts' tokens (k1, k3), advantage, drift from the behaviour policy.
+
+    On live rollouts, and in the first step on cached ones, k1 and k3 estimate KL(π_θ‖π_T); later cached steps measure
+    them on the behaviour policy's tokens. Definitions: docs/method.md.
+    """
+    if not result.tokens:
+        return {}
+    student = result.logprobs.double()
+    teacher = result.columns["teacher_logprobs"].double()
+    difference = teacher - student
+    advantage = clipped_advantage(student, teacher, settings.advantage_clip)
+    metrics = {
+        "reverse_kl_k1": float(-difference.mean()),
+        "reverse_kl_k3": float((difference.clamp(max=20).exp() - difference - 1).mean()),
+        "advantage_mean": float(advantage.mean()),
+        "advantage_abs": float(advantage.abs().mean()),
+        "advantage_clipped": float((difference.abs() > settings.advantage_clip).double().mean()),
+    }
+    if "behaviour_logprobs" in result.columns:  # a converted cache has none
+        ratio = (student - result.columns["behaviour_logprobs"].double()).clamp(-20, 20).exp()
+        share = ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)
+        metrics |= {"drift_mean": float(ratio.mean()), "effective_sample_share": float(share)}
+    return metrics

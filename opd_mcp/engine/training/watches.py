@@ -1,14 +1,25 @@
-"""Watches on a distillation's metrics: each alerts once, when what the last steps trained on has lost its meaning."""
+"""What watches a training: no step that is not finite moves the weights, and a distillation's metrics raise alerts.
 
+A few bad steps are skipped, then training ends with its last good weights. `DistillWatch` alerts once for each of its
+metrics, when what the last steps trained on has lost its meaning.
+"""
+
+import json
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.training.loop import Metrics
-from opd_mcp.engine.training.objectives import distill_metrics
-from opd_mcp.engine.training.step import StepResult
+from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.schemas.checkpoints import LoopState
+from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe
 
+MAX_SKIPPED = 3
+MAX_SAVED_ROWS = 256
 WATCHED_STEPS = 10
 # A clip that binds on most tokens has replaced the teacher's judgement by its sign.
 CLIPPED_SHARE = 0.5
@@ -17,6 +28,71 @@ CLIPPED_SHARE = 0.5
 # the mean of ten steps is judged. In `opd-mcp demo`, seeds 0 and 1, its lowest values were 0.19 and 0.26 (sampled) and
 # 0.46 and 0.49 (top-k) with the SFT's own teacher, and 0.02 and 0.04 with another one, whose student forgot the task.
 EFFECTIVE_SHARE = 0.1
+
+
+@dataclass
+class FiniteGuard:
+    """Counts bad steps in a row; their rows are saved next to the checkpoints."""
+
+    context: Context
+    skipped: int = 0
+
+    def is_good(self, step: int, metrics: dict[str, float], rows: Sequences) -> bool:
+        """Whether the step may move the weights.
+
+        Raises RunError `bad_number`, naming the values and the file of the rows, after three skipped steps in a row.
+        """
+        bad = {name: value for name, value in metrics.items() if not np.isfinite(value)}
+        if not bad:
+            self.skipped = 0
+            return True
+        saved = self._saved(step, rows)
+        if self.skipped < MAX_SKIPPED:
+            self.skipped += 1
+            self.context.reporter.alert(
+                "step_skipped",
+                f"Step {step + 1} gave {_named(bad)}; it is skipped and the weights stay as they are{saved}.",
+            )
+            return False
+        raise RunError(
+            "bad_number",
+            f"Steps {step - MAX_SKIPPED + 1} to {step + 1} gave numbers that are not finite; none of them changed the "
+            f"weights, and the last good ones are in the newest checkpoint{saved}.",
+            value=_named(bad),
+            fix="Start again with a lower learning rate ('sft.optimizer.learning_rate' or "
+            "'distill.optimizer.learning_rate'), or look at the rows of these steps.",
+        )
+
+    def last_good(self, state: LoopState) -> LoopState:
+        """The state before the bad steps: weights and optimizer have not moved since."""
+        return state.model_copy(update={"step": state.step - self.skipped})
+
+    def _saved(self, step: int, rows: Sequences) -> str:
+        """Where the step's rows are, as the end of a sentence; nothing where there is no place for them."""
+        if self.context.checkpoints is None:
+            return ""
+        self.context.checkpoints.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = self.context.checkpoints / f"bad-step-{step + 1:08d}.jsonl"
+        lines = [json.dumps(_row(rows, row)) + "\n" for row in range(min(len(rows), MAX_SAVED_ROWS))]
+        write_atomic(file, "".join(lines))
+        return f"; its rows: {file}"
+
+
+def _row(rows: Sequences, row: int) -> dict[str, object]:
+    columns = {name: rows.column(name, row).astype(float) for name in rows.columns}
+    return {
+        "prompt_ids": rows.prompt(row).tolist(),
+        "response_ids": rows.response(row).tolist(),
+        "finite": bool(all(np.isfinite(values).all() for values in columns.values())),
+        **{
+            name: [value if np.isfinite(value) else str(value) for value in values.ravel().tolist()]
+            for name, values in columns.items()
+        },
+    }
+
+
+def _named(bad: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in bad.items())
 
 
 @dataclass
@@ -47,21 +123,21 @@ class Watch:
 class DistillWatch:
     """The metrics of a distillation step; alerts once for a clip that binds and once for rollouts that are stale."""
 
-    def __init__(self, recipe: DistillRecipe, context: Context) -> None:
-        self._recipe, self._reporter = recipe, context.reporter
+    def __init__(self, settings: DistillRecipe, context: Context) -> None:
+        self._settings, self._reporter = settings, context.reporter
         # the forward KL has no advantage, so its clip means nothing
-        pointless = recipe.estimator == "topk_forward_kl"
+        pointless = settings.estimator == "topk_forward_kl"
         self._clip = Watch("advantage_clipped", 0.0, CLIPPED_SHARE, above=True, told=pointless)
         self._drift = Watch("effective_sample_share", 1.0, EFFECTIVE_SHARE, above=False)
 
     def __call__(self, result: StepResult) -> Metrics:
         """`distill_metrics` of the step."""
-        metrics = distill_metrics(result, self._recipe)
+        metrics = distill_metrics(result, self._settings)
         if self._clip.is_bad(metrics):
             self._reporter.alert(
                 "advantages_clipped",
                 f"Over the last {WATCHED_STEPS} steps {self._clip.mean:.0%} of the tokens had an advantage beyond the "
-                f"clip of ±{self._recipe.advantage_clip:g}, so only its sign counts there. The teacher finds most of "
+                f"clip of ±{self._settings.advantage_clip:g}, so only its sign counts there. The teacher finds most of "
                 "these rollouts very unlikely: look at the teacher, its chat template and the SFT; or "
                 "distill.advantage_clip is too small.",
             )
@@ -71,6 +147,6 @@ class DistillWatch:
                 f"Over the last {WATCHED_STEPS} steps effective_sample_share was {self._drift.mean:.3f}: the student "
                 "is so far from the policy that drew the rollouts that they say little about what it writes now. Take "
                 "fewer distill.steps or a lower learning rate, or build a teacher cache of new rollouts from the "
-                "distilled student and go on from it.",
+                "distilled student and continue from it.",
             )
         return metrics

@@ -9,8 +9,7 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mcp.engine.cache.shards import read_shard, read_shards, read_texts, write_shard
-from opd_mcp.engine.cache.statistics import compacted
+from opd_mcp.engine.cache.shards import compacted, read_shard, read_shards, read_texts, write_shard
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.schemas.errors import IntegrityError
 

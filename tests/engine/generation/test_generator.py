@@ -1,6 +1,7 @@
 """Bulk generation against transformers' own, and its log-probs against a forward pass."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.generation import generator
-from opd_mcp.engine.generation.drawing import Generated
+from opd_mcp.engine.generation.batch_state import Generated, GenerationSettings
 from opd_mcp.engine.generation.generator import generate
-from opd_mcp.engine.losses.rows import target_logprobs
+from opd_mcp.engine.losses.objectives import target_logprobs
 from opd_mcp.schemas.recipes import Sampling
 
 VOCAB, EOS = 13, 1
@@ -24,8 +25,8 @@ def model(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 
 
 def drawn(model: PreTrainedModel, prompts: list[list[int]], **changes: object) -> list[Generated]:
-    settings: dict = {"eos_token_ids": [EOS], "batch_size": 8, "seed": 0, "scope": "test"}
-    return generate(model, prompts, changes.pop("sampling", Sampling(max_new_tokens=12)), **(settings | changes))
+    settings = GenerationSettings(Sampling(max_new_tokens=12), [EOS], batch_size=8, seed=0, scope="test")
+    return generate(model, prompts, replace(settings, **changes))
 
 
 def test_greedy_equals_transformers_generate(model: PreTrainedModel) -> None:

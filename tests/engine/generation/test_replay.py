@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.generation import generator, replay
-from opd_mcp.engine.generation.drawing import Generated
+from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
 from opd_mcp.engine.generation.generator import generate
 from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.schemas.recipes import Sampling
@@ -35,7 +35,7 @@ def fixed_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drawn(model: PreTrainedModel, **changes: object) -> list[Generated]:
     sampling = Sampling(**({"max_new_tokens": LIMIT} | changes))
-    return generate(model, PROMPTS, sampling, eos_token_ids=[EOS, 2], batch_size=30, seed=0, scope="test")
+    return generate(model, PROMPTS, GenerationSettings(sampling, [EOS, 2], 30, 0, "test"))
 
 
 def test_the_same_greedy_responses_whatever_the_segments(
@@ -70,13 +70,13 @@ def test_same_seed_same_rollouts(model: PreTrainedModel, fixed_buffers: None) ->
 def test_finished_rows_are_dropped_at_a_segments_end(
     model: PreTrainedModel, fixed_buffers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, take = [], generator.Drawing.take
+    rows, take = [], BatchState.take
 
-    def noting(drawing: generator.Drawing, logits: torch.Tensor) -> torch.Tensor:
+    def noting(state: BatchState, logits: torch.Tensor) -> torch.Tensor:
         rows.append(len(logits))
-        return take(drawing, logits)
+        return take(state, logits)
 
-    monkeypatch.setattr(generator.Drawing, "take", noting)
+    monkeypatch.setattr(BatchState, "take", noting)
     drawn(model)
     segments = [rows[start : start + 5] for start in range(1, len(rows), 5)]
     assert all(len(set(segment)) == 1 for segment in segments)

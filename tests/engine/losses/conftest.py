@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_mcp.engine.losses.rows import LEAST_TAIL_MASS, target_logprobs
+from opd_mcp.engine.losses.objectives import LEAST_TAIL_MASS, target_logprobs
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_mcp.engine.losses.head import one_pass_losses, row_scores
-from opd_mcp.engine.losses.kernels import kernel_problem
-from opd_mcp.engine.losses.rows import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
-from opd_mcp.engine.losses.tiles import Head, exponentials
+from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_scores
+from opd_mcp.engine.losses.logit_tiles import Head, exponentials, kernel_problem
+from opd_mcp.engine.losses.objectives import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
 
 pytest.importorskip("triton", reason="make test-extras: Triton is not installed")
 from opd_mcp.engine.losses import fused
@@ -106,7 +105,7 @@ def test_loss_and_gradients_equal_autograd_in_float64(
     leaves = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
     head = Head(weight, bias, softcap, kernel=True)
     two_rows = 2 * vocab * 4
-    ours = one_pass_losses(head, hidden, targets, row_weights, columns, OBJECTIVES[name], tile_bytes=two_rows)
+    ours = one_pass_losses(head, hidden, LossRows(targets, row_weights, columns), OBJECTIVES[name], tile_bytes=two_rows)
     assert ours.total.item() == pytest.approx(plain.item(), rel=1e-5)
     for gradient, reference in zip(torch.autograd.grad(ours.total, leaves), expected, strict=True):
         assert (gradient - reference).abs().max() <= 1e-5 * reference.abs().max()

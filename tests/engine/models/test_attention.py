@@ -16,6 +16,7 @@ from transformers import (
 
 from opd_mcp.engine.models import attention
 from opd_mcp.engine.models.attention import (
+    Documents,
     hidden_rows,
     packed_attention,
     packed_hidden,
@@ -23,7 +24,6 @@ from opd_mcp.engine.models.attention import (
     padded_hidden,
     use_packed_attention,
 )
-from opd_mcp.engine.models.documents import Documents
 
 SIZES = {
     "vocab_size": 97,

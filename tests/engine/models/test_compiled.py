@@ -16,9 +16,8 @@ from transformers import (
 )
 
 from opd_mcp.engine.models import attention, compiled
-from opd_mcp.engine.models.attention import packed_hidden, use_packed_attention
+from opd_mcp.engine.models.attention import Documents, packed_hidden, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers, compiled_or_problem, is_compiled
-from opd_mcp.engine.models.documents import Documents
 
 SIZES = {
     "vocab_size": 97,

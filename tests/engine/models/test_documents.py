@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mcp.engine.models import attention, documents
-from opd_mcp.engine.models.documents import Documents, attention_groups
+from opd_mcp.engine.models import attention
+from opd_mcp.engine.models.attention import Documents, attention_groups
 
 CPU = torch.device("cpu")
 
@@ -20,8 +20,8 @@ def test_runs_are_long_documents_alone_and_the_short_ones_between_them(lengths: 
     assert [0, *(stop for _, stop, _ in runs)] == [*(start for start, _, _ in runs), sum(lengths)]
     for start, stop, part in runs:
         assert stop - start == sum(part.lengths)
-        assert len(part.lengths) == 1 or max(part.lengths) < documents.LONG_DOCUMENT
-    short = [max(part.lengths) < documents.LONG_DOCUMENT for _, _, part in runs]
+        assert len(part.lengths) == 1 or max(part.lengths) < attention.LONG_DOCUMENT
+    short = [max(part.lengths) < attention.LONG_DOCUMENT for _, _, part in runs]
     assert not any(a and b for a, b in pairwise(short)), "short neighbours share a call"
 
 
@@ -31,8 +31,7 @@ def test_long_documents_alone_give_what_all_in_one_call_give(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], shared: int
 ) -> None:
     """What CUDA does, with the CPU's attention in place of the variable-length kernel; widths are rounded up to 16."""
-    for module in (documents, attention):
-        monkeypatch.setattr(module, "LONG_DOCUMENT", 32)
+    monkeypatch.setattr(attention, "LONG_DOCUMENT", 32)
     monkeypatch.setattr(attention, "WIDTH_STEP", 16)
     monkeypatch.setattr(attention, "_variable_length", attention._by_document)
     generator = torch.Generator().manual_seed(0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
+from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.loading import TOKENIZER_FILES, load_model
-from opd_mcp.engine.models.rows import head_logits
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.schemas.errors import PathError
 

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context, SilentReporter
+from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.training.batches import stored_batches
 from opd_mcp.engine.training.checkpoints import KEPT, MODEL_FILE, OPTIMIZER_FILE, RECORD_FILE, saved_checkpoints
-from opd_mcp.engine.training.loop import LoopSettings, train
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, sft_metrics
+from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
@@ -79,7 +80,7 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
             check_fence=check_fence,
         )
         steps = stored_batches(rows, steps=settings.steps, batch_size=6, seed=3, scope="test")
-        return model, train(model, settings, steps, SFT_OBJECTIVE, sft_metrics, runtime, context)
+        return model, train(model, TrainingTask(settings, steps, SFT_OBJECTIVE, sft_metrics), runtime, context)
 
     return run
 

@@ -18,7 +18,6 @@ pytest.importorskip("torchao", reason="make test-extras: torchao is not installe
 from torchao.optim import AdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from opd_mcp.engine.training import eight_bit
 from opd_mcp.engine.training.eight_bit import EightBitAdamW
 
 pytestmark = pytest.mark.needs("torchao")
@@ -26,8 +25,8 @@ RECIPE = OptimizerRecipe(learning_rate=1e-3, precision="fp32_master_8bit")
 VOCAB, ROW = 512, 128
 
 
-def optimizer_of(weights: list[nn.Parameter]) -> EightBitAdamW:
-    return EightBitAdamW([{"params": weights, "weight_decay": 0.1}], RECIPE, exact=[])
+def optimizer_of(weights: list[nn.Parameter], chunk: int = 1 << 22) -> EightBitAdamW:
+    return EightBitAdamW([{"params": weights, "weight_decay": 0.1}], RECIPE, exact=[], chunk=chunk)
 
 
 def random_weights(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -46,13 +45,12 @@ def moments(optimizer: torch.optim.Optimizer, number: int) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("chunk", [512, 1 << 22])
-def test_a_step_is_the_librarys_own_to_the_bit(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_a_step_is_the_librarys_own_to_the_bit(chunk: int) -> None:
     """Whole blocks, a weight that is not a multiple of a block, a small one, and one without a gradient."""
-    monkeypatch.setattr(eight_bit, "CHUNK", chunk)
     shapes = ((64, 132), (4099,), (32,), (64, 64))
     ours, theirs = random_weights(*shapes), random_weights(*shapes)
     reference = AdamW8bit(theirs, lr=1e-3, betas=RECIPE.betas, eps=RECIPE.eps, weight_decay=0.1)
-    optimizer = optimizer_of(ours)
+    optimizer = optimizer_of(ours, chunk)
     for step in range(5):
         for weights, each in ((ours, optimizer), (theirs, reference)):
             give_gradients(weights[:3], step)

@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context, SilentReporter
+from opd_mcp.engine.data.batches import StepData
 from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.losses.objectives import distill_objective
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.checkpoints import saved_checkpoints
-from opd_mcp.engine.training.loop import LoopSettings, StepData, train
-from opd_mcp.engine.training.objectives import distill_metrics, distill_objective
+from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.step import distill_metrics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Precision
 
@@ -51,7 +53,7 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, tmp_pa
         settings = LoopSettings(6, optimizer, "token", 1000)
         context = Context(reporter=reporter, checkpoints=tmp_path)
         measure = lambda result: distill_metrics(result, RECIPE)  # noqa: E731
-        train(model, settings, steps, distill_objective(RECIPE), measure, runtime, context)
+        train(model, TrainingTask(settings, steps, distill_objective(RECIPE), measure), runtime, context)
         return model
 
     return run

@@ -8,12 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context, SilentReporter
+from opd_mcp.engine.data.batches import StepData
 from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, RowObjective
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training import loop
-from opd_mcp.engine.training.loop import LoopSettings, StepData, train
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, sft_metrics
-from opd_mcp.engine.training.throughput import training_flops
+from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.step import StepResult, StepSettings, Stopwatch, sft_metrics, training_flops
 from opd_mcp.schemas.recipes import OptimizerRecipe
 from opd_mcp.schemas.reports import TrainingSummary
 
@@ -28,7 +29,9 @@ class ListeningReporter(SilentReporter):
         self.alerts.append(code)
 
 
-def trained(model: PreTrainedModel, runtime: Runtime, reporter: SilentReporter, budget: int) -> TrainingSummary:
+def trained(
+    model: PreTrainedModel, runtime: Runtime, reporter: SilentReporter, micro_batch_tokens: int
+) -> TrainingSummary:
     rng = np.random.default_rng(0)
     rows = [[rng.integers(2, VOCAB, size=size).tolist() for size in (3, 5, 2, 8)] for _ in range(2)]
     data = StepData(build_sequences(*rows), np.arange(4))
@@ -37,9 +40,9 @@ def trained(model: PreTrainedModel, runtime: Runtime, reporter: SilentReporter, 
         while True:
             yield data
 
-    settings = LoopSettings(STEPS, OptimizerRecipe(learning_rate=1e-3), "token", budget)
+    settings = LoopSettings(STEPS, OptimizerRecipe(learning_rate=1e-3), "token", micro_batch_tokens)
     context = Context(reporter=reporter)
-    return train(model, settings, same_rows, SFT_OBJECTIVE, sft_metrics, runtime, context)
+    return train(model, TrainingTask(settings, same_rows, SFT_OBJECTIVE, sft_metrics), runtime, context)
 
 
 def test_throughput_names_tokens_operations_peak_memory_and_time(
@@ -68,9 +71,11 @@ def test_out_of_memory_halves_the_micro_batches_and_ends_with_the_same_weights(
     trained(plain, runtime, SilentReporter(), 1000)
     whole = loop.accumulate_gradients
 
-    def with_little_memory(model: PreTrainedModel, *args: object, micro_batch_tokens: int, **kwargs: object) -> object:
-        result = whole(model, *args, micro_batch_tokens=micro_batch_tokens, **kwargs)
-        if micro_batch_tokens > 20:
+    def with_little_memory(
+        model: PreTrainedModel, data: StepData, objective: RowObjective, settings: StepSettings, clock: Stopwatch
+    ) -> StepResult:
+        result = whole(model, data, objective, settings, clock=clock)
+        if settings.micro_batch_tokens > 20:
             raise torch.OutOfMemoryError("CUDA out of memory.")  # after gradients were begun
         return result
 

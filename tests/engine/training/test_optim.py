@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from opd_mcp.engine.data.batches import StepData
 from opd_mcp.engine.data.sequences import build_sequences
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.training.optim import (
     NarrowAdamW,
     build_optimizer,
@@ -19,7 +20,7 @@ from opd_mcp.engine.training.optim import (
     split,
     stochastically_rounded,
 )
-from opd_mcp.engine.training.step import accumulate_gradients
+from opd_mcp.engine.training.step import StepSettings, accumulate_gradients
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.memory import ModelShape, optimizer_bytes, weight_bytes
 from opd_mcp.schemas.recipes import OptimizerRecipe
@@ -135,9 +136,7 @@ def test_a_split_training_is_float32_adamw_with_bf16_moments_to_the_bit(
     rows = build_sequences(*([rng.integers(2, 13, size=n).tolist() for n in (3, 5, 2, 8)] for _ in range(2)))
 
     def gradients(model: PreTrainedModel) -> None:
-        accumulate_gradients(
-            model, rows, np.arange(4), SFT_OBJECTIVE, normalize="token", micro_batch_tokens=12, runtime=runtime
-        )
+        accumulate_gradients(model, StepData(rows, np.arange(4)), SFT_OBJECTIVE, StepSettings("token", 12, runtime))
 
     ours, twin = (tiny_model(13, seed=0, dtype=torch.float32, initializer_range=0.3) for _ in range(2))
     masters = [nn.Parameter(weight.detach().clone()) for weight in twin.parameters()]

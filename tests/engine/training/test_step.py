@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from opd_mcp.engine.data.batches import StepData
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
-from opd_mcp.engine.losses import tiles
+from opd_mcp.engine.losses import logit_tiles as tiles
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, distill_objective
 from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.training.objectives import SFT_OBJECTIVE, distill_objective
-from opd_mcp.engine.training.step import StepTokens, accumulate_gradients
+from opd_mcp.engine.training.step import StepSettings, StepTokens, accumulate_gradients
 from opd_mcp.schemas.recipes import DistillRecipe
 
 VOCAB = 13
@@ -42,12 +43,9 @@ def gradients_of(
     model.zero_grad()
     result = accumulate_gradients(
         model,
-        sequences,
-        np.arange(len(sequences)),
+        StepData(sequences, np.arange(len(sequences))),
         distill_objective(DistillRecipe(advantage_clip=1.0)),
-        normalize=normalize,
-        micro_batch_tokens=micro_batch_tokens,
-        runtime=runtime,
+        StepSettings(normalize, micro_batch_tokens, runtime),
     )
     return result.loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -91,13 +89,7 @@ def test_gradient_equals_plain_autograd_row_by_row(
     """SFT on response tokens only, each row alone and unpadded through transformers' own forward."""
     model.zero_grad()
     accumulate_gradients(
-        model,
-        sequences,
-        np.arange(len(sequences)),
-        SFT_OBJECTIVE,
-        normalize="token",
-        micro_batch_tokens=10_000,
-        runtime=runtime,
+        model, StepData(sequences, np.arange(len(sequences))), SFT_OBJECTIVE, StepSettings("token", 10_000, runtime)
     )
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -116,23 +108,20 @@ def test_gradient_equals_plain_autograd_row_by_row(
 def test_step_reports_log_probs_with_their_columns_in_one_order(
     model: PreTrainedModel, sequences: Sequences, runtime: Runtime
 ) -> None:
-    places = sequences.with_columns(teacher_logprobs=np.arange(len(sequences.response_ids), dtype=np.float32))
+    numbered = sequences.with_columns(teacher_logprobs=np.arange(len(sequences.response_ids), dtype=np.float32))
     objective = distill_objective(DistillRecipe())
     results = [
         accumulate_gradients(
             model,
-            places,
-            np.arange(len(sequences)),
+            StepData(numbered, np.arange(len(sequences))),
             objective,
-            normalize="sample",
-            micro_batch_tokens=budget,
-            runtime=runtime,
+            StepSettings("sample", micro_batch_tokens, runtime),
         )
-        for budget in (1, 10_000)
+        for micro_batch_tokens in (1, 10_000)
     ]
-    by_place = [dict(zip(r.columns["teacher_logprobs"].tolist(), r.logprobs.tolist(), strict=True)) for r in results]
-    assert by_place[0].keys() == by_place[1].keys()
-    assert all(by_place[0][k] == pytest.approx(by_place[1][k], abs=1e-6) for k in by_place[0])
+    by_position = [dict(zip(r.columns["teacher_logprobs"].tolist(), r.logprobs.tolist(), strict=True)) for r in results]
+    assert by_position[0].keys() == by_position[1].keys()
+    assert all(by_position[0][k] == pytest.approx(by_position[1][k], abs=1e-6) for k in by_position[0])
 
 
 def test_sequence_scoped_weights_take_a_first_pass_and_stay_constant(
@@ -148,16 +137,13 @@ def test_sequence_scoped_weights_take_a_first_pass_and_stay_constant(
         total = torch.zeros_like(count).index_add_(0, step.sequence, step.logprobs.exp())
         return (total / count.clamp_min(1))[step.sequence]
 
-    for budget in (1, 10_000):
+    for micro_batch_tokens in (1, 10_000):
         model.zero_grad()
         accumulate_gradients(
             model,
-            sequences,
-            np.arange(len(sequences)),
+            StepData(sequences, np.arange(len(sequences))),
             SFT_OBJECTIVE,
-            normalize="token",
-            micro_batch_tokens=budget,
-            runtime=runtime,
+            StepSettings("token", micro_batch_tokens, runtime),
             reweigh=mean_probability,
         )
         ours = [p.grad.clone() for p in model.parameters()]

@@ -1,0 +1,214 @@
+"""Scores of one model on prompts: greedy accuracy, avg@n, pass@k, reverse KL, lengths.
+
+The reverse KL is exact over the vocabulary on given sequences.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opd_mcp.engine.context import Context, require_going
+from opd_mcp.engine.data.batches import build_batch, grouped_rows
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
+from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
+from opd_mcp.engine.evaluation.intervals import mean_over_prompts, pass_at_k, per_token_mean, wilson
+from opd_mcp.engine.generation.batch_state import GenerationSettings
+from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.models.attention import hidden_rows, packs
+from opd_mcp.engine.models.embeddings import head_logits
+from opd_mcp.engine.models.loading import LoadedModel, load_tokenizer
+from opd_mcp.engine.runtime import Runtime, seed_for
+from opd_mcp.grading.grade import Tally
+from opd_mcp.grading.graders import Grader
+from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
+from opd_mcp.schemas.reports import Estimate95, ModelScore
+
+PASS_AT = (1, 2, 4, 8, 16, 32, 64)
+TILE_BYTES = 256 * 2**20
+MICRO_BATCH_TOKENS = 16384
+# Between two looks at whether the run shall stop.
+GRADED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What every model of a benchmark is measured on: the prompts, how, and the teacher of the reverse KL, if any."""
+
+    settings: BenchmarkRecipe
+    rows: Sequence[PromptRow]
+    grader: Grader
+    teacher: LoadedModel | None
+    runtime: Runtime
+    context: Context
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's score, and per-prompt greedy correctness [P] for paired comparisons."""
+
+    score: ModelScore
+    greedy_correct: NDArray[np.float64] | None
+
+
+def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], task: Measurement) -> Scored:
+    """Measure one model; accuracy only on rows with an answer, reverse KL only with a teacher."""
+    started, settings = time.perf_counter(), task.settings
+    prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)
+    draw = _Drawer(name, model, eos_token_ids, task)
+    measured = _Measured()
+    answered = [prompt for prompt in prompts if prompt.row.answer is not None]
+    greedy = sampled = divergence = None
+    passes: dict[str, float] = {}
+    if answered:
+        greedy, measured.greedy_correct = draw.greedy_accuracy(answered, measured)
+        if settings.samples_per_prompt:
+            sampled, passes = draw.sampled_accuracy(answered, measured)
+    if task.teacher is not None:
+        divergence = draw.reverse_kl(prompts[: settings.kl_prompts], task.teacher, measured)
+    if not measured.drawn:
+        draw.responses(prompts, settings.sampling, "sampled", measured)
+    everything = concatenate(measured.drawn)
+    reasons = np.asarray(everything.finish_reasons)
+    score = ModelScore(
+        name=name,
+        identity=model.facts.identity,
+        greedy_accuracy=greedy,
+        sampled_accuracy=sampled,
+        pass_at_k=passes or None,
+        reverse_kl=divergence,
+        answers=measured.tally.counts() if answered else None,
+        mean_response_tokens=float(everything.response_lengths().mean()),
+        truncated_fraction=float((reasons == TRUNCATED).mean()),
+        eos_rate=float((reasons == EOS).mean()),
+        seconds=time.perf_counter() - started,
+        tokens=len(everything.response_ids),
+    )
+    return Scored(score, measured.greedy_correct)
+
+
+@dataclass
+class _Measured:
+    """Every response drawn for one model, the correctness of the greedy ones [P], and what grading counted."""
+
+    drawn: list[Sequences] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    greedy_correct: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class _Drawer:
+    """Draws and judges responses of one model."""
+
+    name: str
+    model: LoadedModel
+    eos_token_ids: Sequence[int]
+    task: Measurement
+
+    def responses(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, scope: str, measured: _Measured
+    ) -> Sequences:
+        """One response per prompt, kept for the length statistics."""
+        task = self.task
+        require_going(task.context)
+        settings = GenerationSettings(
+            sampling,
+            self.eos_token_ids,
+            task.settings.batch_size,
+            task.runtime.seed,
+            f"benchmark/{scope}",
+            self.model.facts.tokens,
+        )
+
+        def on_batch(done: int) -> None:
+            task.context.reporter.progress(done, len(prompts), f"{scope} responses of {self.name}")
+
+        drawn = draw_rollouts(self.model, prompts, settings, on_batch)
+        measured.drawn.append(drawn)
+        return drawn
+
+    def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences, tally: Tally) -> NDArray[np.float64]:
+        """1.0 where the response's answer is right [N]."""
+        tokenizer = load_tokenizer(self.model.path)
+        texts = tokenizer.batch_decode(
+            [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
+        )
+        golds = [prompt.row.answer or "" for prompt in prompts]
+        right = np.zeros(len(texts))
+        for row, grade in enumerate(self.task.grader.grades(texts, golds)):
+            if row % GRADED_AT_ONCE == 0:
+                require_going(self.task.context)
+                self.task.context.reporter.progress(row, len(texts), f"responses of {self.name} graded")
+            tally.add(texts[row], grade)
+            right[row] = grade.correct
+        return right
+
+    def greedy_accuracy(
+        self, prompts: Sequence[EncodedPrompt], measured: _Measured
+    ) -> tuple[Estimate95, NDArray[np.float64]]:
+        """Accuracy of the greedy response."""
+        sampling = Sampling(temperature=0, max_new_tokens=self.task.settings.sampling.max_new_tokens)
+        correct = self.correctness(prompts, self.responses(prompts, sampling, "greedy", measured), measured.tally)
+        return wilson(int(correct.sum()), len(correct)), correct
+
+    def sampled_accuracy(
+        self, prompts: Sequence[EncodedPrompt], measured: _Measured
+    ) -> tuple[Estimate95, dict[str, float]]:
+        """avg@n and unbiased pass@k over n samples per prompt."""
+        n = self.task.settings.samples_per_prompt
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        drawn = self.responses(repeated, self.task.settings.sampling, "sampled", measured)
+        correct = self.correctness(repeated, drawn, measured.tally).reshape(len(prompts), n)
+        passes = {
+            str(k): float(np.mean([pass_at_k(n, int(count), k) for count in correct.sum(axis=1)]))
+            for k in PASS_AT
+            if k <= n
+        }
+        return mean_over_prompts(correct.mean(axis=1), n), passes
+
+    def reverse_kl(self, prompts: Sequence[EncodedPrompt], teacher: LoadedModel, measured: _Measured) -> Estimate95:
+        """Exact KL(student‖teacher) per token on fresh samples at temperature 1."""
+        sampling = Sampling(temperature=1.0, max_new_tokens=self.task.settings.sampling.max_new_tokens)
+        drawn = self.responses(prompts, sampling, "reverse-KL", measured)
+        return per_token_mean(
+            reverse_kl_sums(self.model, teacher, drawn, self.task.runtime),
+            drawn.response_lengths().astype(np.float64),
+            seed=seed_for(self.task.runtime.seed, "bootstrap") % 2**32,
+            basis="exact over the vocabulary, one fresh student sample a prompt at temperature 1",
+        )
+
+
+def reverse_kl_rows(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(π_θ‖π_T) [R] over the ids that both know, each renormalised to them; logits [R, V] and [R, V']."""
+    shared = min(student_logits.shape[1], teacher_logits.shape[1])
+    student = torch.log_softmax(student_logits[:, :shared].double(), dim=-1)
+    teacher = torch.log_softmax(teacher_logits[:, :shared].double(), dim=-1)
+    return (student.exp() * (student - teacher)).sum(dim=-1)
+
+
+@torch.no_grad()
+def reverse_kl_sums(
+    student: LoadedModel, teacher: LoadedModel, sequences: Sequences, runtime: Runtime
+) -> NDArray[np.float64]:
+    """Σ_t KL(π_θ‖π_T) of each sequence [N], in nats."""
+    sums = np.zeros(len(sequences), dtype=np.float64)
+    tile = max(1, TILE_BYTES // (8 * 4 * max(student.vocab_size, teacher.vocab_size)))
+    packed, everything = packs(student.model) and packs(teacher.model), np.arange(len(sequences))
+    for group in grouped_rows(sequences.lengths(), everything, MICRO_BATCH_TOKENS, packed=packed):
+        batch = build_batch(sequences, group, runtime.device)
+        student_hidden = hidden_rows(student.model, batch.input_ids, batch.lengths, batch.rows)
+        teacher_hidden = hidden_rows(teacher.model, batch.input_ids, batch.lengths, batch.rows)
+        totals = torch.zeros(len(group), dtype=torch.float64, device=runtime.device)
+        for start in range(0, len(batch.rows), tile):
+            rows = slice(start, start + tile)
+            divergence = reverse_kl_rows(
+                head_logits(student.model, student_hidden[rows]), head_logits(teacher.model, teacher_hidden[rows])
+            )
+            totals.index_add_(0, batch.sequence[rows], divergence)
+        sums[group] = totals.cpu().numpy()
+    return sums

@@ -1,0 +1,105 @@
+"""The responses of one batch while they grow, and how the next token of each is drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_mcp.engine.data.sequences import EOS, TRUNCATED
+from opd_mcp.schemas.recipes import Sampling
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One response: token ids with the stop token, their log-probs (T = 1, untruncated), and why it ended."""
+
+    response_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How responses are drawn; the random stream depends on seed, scope and the number of the batch only.
+
+    Ids at or above `valid_vocab` (a padded vocabulary's tail) are never drawn.
+    """
+
+    sampling: Sampling
+    eos_token_ids: Sequence[int]
+    batch_size: int
+    seed: int
+    scope: str
+    valid_vocab: int | None = None
+
+
+class BatchState:
+    """Tokens and log-probs [B, limit] drawn so far, and the rows [n] of the batch that are still in work.
+
+    A row in work that has ended continues to be drawn until it is dropped with `keep`; those tokens are no part of its
+    response. Every value stays on the device, so that no step waits for the host.
+    """
+
+    def __init__(self, rows: int, vocab: int, settings: GenerationSettings, generator: torch.Generator) -> None:
+        self.sampling, self.valid_vocab, self.generator = settings.sampling, settings.valid_vocab, generator
+        self.limit = settings.sampling.max_new_tokens
+        device = generator.device
+        self.tokens = torch.zeros(rows, self.limit, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, self.limit, device=device)
+        self.lengths = torch.full((rows,), self.limit, device=device)
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.rows = torch.arange(rows, device=device)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        stops = [token for token in settings.eos_token_ids if 0 <= token < vocab]
+        self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self.is_stop[torch.tensor(stops, dtype=torch.long, device=device)] = True
+
+    def take(self, logits: Tensor) -> Tensor:
+        """Draw and record the next token of each row in work from fp32 logits [n, V]; the tokens [n]."""
+        drawn = draw_tokens(logits[:, : self.valid_vocab], self.sampling, self.generator)
+        of_drawn = torch.log_softmax(logits, dim=-1).gather(1, drawn[:, None])[:, 0].float()
+        self.tokens.index_put_((self.rows, self.step), drawn)
+        self.logprobs.index_put_((self.rows, self.step), of_drawn)
+        self.step += 1
+        stopped = self.stopped[self.rows]
+        ends = self.is_stop[drawn] & ~stopped
+        self.lengths.index_copy_(0, self.rows, torch.where(ends, self.step, self.lengths[self.rows]))
+        self.stopped.index_copy_(0, self.rows, stopped | ends)
+        return drawn
+
+    def going(self) -> Tensor:
+        """Which of the rows in work [n] have not ended."""
+        return ~self.stopped[self.rows]
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop all rows in work but these, given by their numbers [m] among them."""
+        self.rows = self.rows[kept]
+
+    def responses(self) -> list[Generated]:
+        """The batch's responses, each up to and with its first stop token."""
+        ids, logprobs = self.tokens.tolist(), self.logprobs.tolist()
+        ends = zip(self.lengths.tolist(), self.stopped.tolist(), strict=True)
+        return [
+            Generated(ids[row][:length], logprobs[row][:length], EOS if ended else TRUNCATED)
+            for row, (length, ended) in enumerate(ends)
+        ]
+
+
+def draw_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Token ids [B] drawn from fp32 logits [B, V] at the given temperature and top-p; temperature 0 is greedy."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        probabilities = nucleus(probabilities, sampling.top_p)
+    # argmax of p / Exp(1) is an exact categorical draw, and far cheaper than multinomial for a large V
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(dim=-1)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Probabilities [B, V] with everything outside the smallest set of mass ≥ top_p set to zero (not renormalised)."""
+    ordered, order = probabilities.sort(dim=-1, descending=True)
+    mass_before = ordered.cumsum(dim=-1) - ordered
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(mass_before >= top_p, 0.0))

@@ -1,0 +1,154 @@
+"""Row-scoped objectives: each token's loss depends on its own logits only, so its gradient is known with them.
+
+Every one of them reads the log-probs of a few ids of its row (`ids`) and of the rest of the vocabulary taken together,
+and its gradient with respect to the logits is `common · softmax` outside those ids and explicit values on them. That is
+all that the one-pass head (linear_head.py) needs. A_t = clip(log π_T − log π_θ, −τ, τ) with stop-gradient (Lightning
+OPD, arXiv 2604.13010, §3); the top-k divergences add one tail bucket, without which the truncated sum is no divergence.
+`token_weights` says how token losses add up to the loss of one optimizer step.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opd_mcp.schemas.recipes import DistillRecipe, Normalize
+
+# the least teacher mass outside its top k that float32 log-probs can still tell from rounding
+LEAST_TAIL_MASS = 1e-6
+
+Columns = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """Per row [C]: the loss, and its gradient: `common` · softmax outside the row's ids, `at_ids` [C, k] on them."""
+
+    loss: Tensor
+    common: Tensor
+    at_ids: Tensor
+
+
+class RowObjective(Protocol):
+    """A loss of one row of logits, with its gradient."""
+
+    def ids(self, targets: Tensor, columns: Columns) -> Tensor:
+        """The distinct ids [C, k] whose own log-probs the loss reads, k < V."""
+
+    def terms(self, own: Tensor, rest: Tensor, columns: Columns) -> RowTerms:
+        """Loss and gradient from log π_θ of the ids `own` [C, k] and of all other ids together `rest` [C]."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """−log π_θ(target)."""
+
+    def ids(self, targets: Tensor, columns: Columns) -> Tensor:
+        """The targets."""
+        return targets[:, None]
+
+    def terms(self, own: Tensor, rest: Tensor, columns: Columns) -> RowTerms:
+        """Softmax minus one-hot; 1 − π(target) is the rest's mass, which does not cancel."""
+        return RowTerms(-own[:, 0], torch.ones_like(rest), -rest.exp()[:, None])
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """−A_t · log π_θ(a_t): the paper's one-sample policy gradient, w ≡ 1; reads `teacher_logprobs` [C]."""
+
+    advantage_clip: float
+
+    def ids(self, targets: Tensor, columns: Columns) -> Tensor:
+        """The sampled tokens."""
+        return targets[:, None]
+
+    def terms(self, own: Tensor, rest: Tensor, columns: Columns) -> RowTerms:
+        """A_t times the terms of the cross entropy: nothing flows through the advantage."""
+        advantage = clipped_advantage(own[:, 0], columns["teacher_logprobs"], self.advantage_clip)
+        return RowTerms(-advantage * own[:, 0], advantage, -(advantage * rest.exp())[:, None])
+
+
+@dataclass(frozen=True)
+class TopkReverseKl:
+    """KL(π_θ‖π_T) over the teacher's k tokens and one bucket for the rest; reads `topk_ids`, `topk_logprobs`.
+
+    Each bucket's log-ratio is clipped to [−τ, τ] under a stop-gradient: the gradient is the expectation of `Sampled`'s
+    over the buckets, and without the clip that of the divergence itself.
+    """
+
+    k: int
+    advantage_clip: float = math.inf
+
+    def ids(self, targets: Tensor, columns: Columns) -> Tensor:
+        """The teacher's k likeliest tokens."""
+        return columns["topk_ids"][:, : self.k].long()
+
+    def terms(self, own: Tensor, rest: Tensor, columns: Columns) -> RowTerms:
+        """p_j (log-ratio of j's bucket − their mean under π_θ) for every j."""
+        teacher, teacher_rest = teacher_buckets(columns["topk_logprobs"][:, : self.k], own.dtype)
+        ratio = -clipped_advantage(own, teacher, self.advantage_clip)
+        ratio_rest = -clipped_advantage(rest, teacher_rest, self.advantage_clip)
+        loss = (own.exp() * ratio).sum(dim=-1) + rest.exp() * ratio_rest
+        return RowTerms(loss, ratio_rest - loss, own.exp() * (ratio - loss[:, None]))
+
+
+@dataclass(frozen=True)
+class TopkForwardKl:
+    """KL(π_T‖π_θ) over the teacher's k tokens and one bucket for the rest; reads `topk_ids`, `topk_logprobs`."""
+
+    k: int
+
+    def ids(self, targets: Tensor, columns: Columns) -> Tensor:
+        """The teacher's k likeliest tokens."""
+        return columns["topk_ids"][:, : self.k].long()
+
+    def terms(self, own: Tensor, rest: Tensor, columns: Columns) -> RowTerms:
+        """The teacher's whole mass times p_j, minus its mass on j; the bucket's is shared as the student shares it."""
+        teacher, teacher_rest = teacher_buckets(columns["topk_logprobs"][:, : self.k], own.dtype)
+        loss = (teacher.exp() * (teacher - own)).sum(dim=-1) + teacher_rest.exp() * (teacher_rest - rest)
+        mass = teacher.exp().sum(dim=-1) + teacher_rest.exp()
+        return RowTerms(loss, mass - (teacher_rest - rest).exp(), mass[:, None] * own.exp() - teacher.exp())
+
+
+SFT_OBJECTIVE = CrossEntropy()
+
+
+def distill_objective(settings: DistillRecipe) -> RowObjective:
+    """The estimator of the settings as a loss of one row of logits with its gradient."""
+    if settings.estimator == "sampled":
+        return Sampled(settings.advantage_clip)
+    if settings.estimator == "topk_reverse_kl":
+        return TopkReverseKl(settings.topk, settings.advantage_clip)
+    return TopkForwardKl(settings.topk)
+
+
+def teacher_buckets(topk_logprobs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probs of the teacher's tokens [C, k] and of everything outside them [C]."""
+    outside = 1 - topk_logprobs.double().exp().sum(dim=-1)
+    return topk_logprobs.to(dtype), outside.clamp_min(LEAST_TAIL_MASS).log().to(dtype)
+
+
+def clipped_advantage(logprobs: Tensor, teacher_logprobs: Tensor, advantage_clip: float) -> Tensor:
+    """A_t = clip(log π_T − log π_θ, −τ, τ), elementwise."""
+    return (teacher_logprobs.to(logprobs.dtype) - logprobs).clamp(-advantage_clip, advantage_clip)
+
+
+def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log π(target) [R] of logits [R, V]."""
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def token_weights(response_lengths: Tensor, normalize: Normalize) -> Tensor:
+    """Weight of each sequence's tokens [N] for a step over `response_lengths` [N]; all tokens' weights sum to one.
+
+    `sample`: each sequence counts alike, its tokens share its weight (what the published numbers were trained with);
+    `token`: each token counts alike. Sequences without tokens weigh nothing. float64.
+    """
+    lengths = response_lengths.to(torch.float64)
+    counted = (lengths > 0).to(torch.float64)
+    if normalize == "sample":
+        return counted / (counted.sum() * lengths.clamp_min(1)).clamp_min(1)
+    return counted / lengths.sum().clamp_min(1)

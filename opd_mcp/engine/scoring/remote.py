@@ -1,0 +1,319 @@
+"""A teacher at a URL: vLLM, SGLang, or our own `opd-mcp serve-teacher`, proven by a probe before any row is sent."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.provenance import full_identity
+from opd_mcp.engine.scoring.connection import Access, Refusal, Server
+from opd_mcp.engine.scoring.dialects import (
+    PATHS,
+    TOKENS_PATH,
+    TOKENS_SPAN,
+    Dialect,
+    TokenScores,
+    WireError,
+    read_answer,
+    request_body,
+    require_same_texts,
+)
+from opd_mcp.engine.scoring.local import ScoredRows, TeacherScores
+from opd_mcp.identity.models import text_hash
+from opd_mcp.identity.tokenizers import (
+    eos_token_ids,
+    map_difference,
+    mismatch_error,
+    special_token_names,
+    special_tokens_hash,
+    token_map,
+    token_map_hash,
+)
+from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
+from opd_mcp.schemas.identity import ModelIdentity, RemoteTeacher
+
+PROBE_TOKENS = 16
+PROBE_TOLERANCE = 0.05  # nats; far above rounding in bf16, far below another model or temperature
+WRONG_ANSWERS = 3
+BYTES_PER_ENTRY = 160
+MOST_TOKENS = 1 << 22  # no vocabulary is larger, whatever a server says
+
+
+@dataclass(frozen=True)
+class RemoteScorer:
+    """A proven remote teacher; `model` is its name on the server, ids at or above `tokens` mean nothing."""
+
+    server: Server
+    dialect: Dialect
+    model: str
+    tokens: int
+    max_length: int | None
+    concurrency: int
+    identity: ModelIdentity
+    vocab_size: int
+
+    def score(self, sequences: Sequences, topk: int) -> ScoredRows:
+        """Scores of every row, `concurrency` requests at a time; rows that the server cannot score are refused."""
+        total = len(sequences.response_ids)
+        logprobs = np.zeros(total, dtype=np.float32)
+        topk_ids = np.zeros((total, topk), dtype=np.int32) if topk else None
+        topk_logprobs = np.zeros((total, topk), dtype=np.float32) if topk else None
+        refused: dict[int, str] = {}
+
+        def one(row: int) -> None:
+            prompt, response = sequences.prompt(row).tolist(), sequences.response(row).tolist()
+            if not response:
+                return
+            answer = self.row_scores(prompt + response, len(prompt), topk)
+            if isinstance(answer, str):
+                refused[row] = answer
+                return
+            here = slice(*sequences.response_offsets[row : row + 2])
+            logprobs[here] = answer.logprobs
+            if topk_ids is not None and topk_logprobs is not None:
+                topk_ids[here], topk_logprobs[here] = answer.topk_ids, answer.topk_logprobs
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(one, row) for row in range(len(sequences))]
+            done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+            if pending:  # one failed for good: the others would only wait for the same server
+                self.server.stopped.set()
+                for future in pending:
+                    future.cancel()
+            errors = [error for future in done if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return ScoredRows(TeacherScores(logprobs, topk_ids, topk_logprobs), refused)
+
+    def row_scores(self, ids: Sequence[int], start: int, topk: int, temperature: float = 1.0) -> TokenScores | str:
+        """The scores of `ids[start:]`, or the reason why the server cannot give them."""
+        if self.max_length is not None and len(ids) + 1 > self.max_length:
+            return "longer than the server's context"
+        body = request_body(self.dialect, self.model, ids, start, topk, temperature)
+        reason = ""
+        for _ in range(WRONG_ANSWERS):
+            try:
+                limit = (1 << 20) + len(ids) * (topk + 2) * BYTES_PER_ENTRY
+                answer = self.server.ask("POST", PATHS[self.dialect], body, max_bytes=limit)
+                scores = read_answer(self.dialect, answer, ids, start, topk)
+            except WireError as error:
+                reason = str(error)
+                continue
+            except Refusal as refusal:
+                if refusal.status in (401, 403, 404):
+                    raise _refused(self.server, refusal) from refusal
+                return f"server refused: HTTP {refusal.status}"
+            if any(token >= self.tokens for best in scores.topk_ids for token in best):
+                return "top token outside the vocabulary"
+            return scores
+        return reason
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.server.close()
+
+
+def open_remote(
+    remote: RemoteTeacher,
+    tokenizer: Path,
+    *,
+    files: Path | None = None,
+    concurrency: int = 8,
+    topk: int = 0,
+    access: Access | None = None,
+) -> RemoteScorer:
+    """The teacher at a URL, once it has shown who it is.
+
+    `tokenizer` is a directory with the tokens that ids mean here; `files` the teacher's own directory where it is also
+    here. Raises ResourceError `teacher_unreachable` or `teacher_refused`, ConsistencyError `tokenizer_mismatch`, or
+    `teacher_untrue` for a server that is not the declared model or scales log-probs by a temperature.
+    """
+    server = Server(remote.url, access)
+    try:
+        entry = _served_model(server, remote.name)
+        dialect: Dialect = {"sglang": "sglang", "opd-mcp": "opd-mcp"}.get(str(entry.get("owned_by")), "vllm")  # type: ignore[assignment]
+        tokens = token_map(tokenizer)
+        identity = _identity(server, remote, entry, tokens, tokenizer, files)
+        if dialect != "opd-mcp":
+            require_same_texts(server, dialect, str(entry["id"]), tokenizer, probe_ids(max(tokens) + 1))
+        length = entry.get("max_model_len")
+        teacher = RemoteScorer(
+            server=server,
+            dialect=dialect,
+            model=str(entry["id"]),
+            tokens=max(tokens) + 1,
+            max_length=length if type(length) is int else None,
+            concurrency=concurrency,
+            identity=identity,
+            vocab_size=int(entry.get("opd_vocab_size") or max(tokens) + 1),
+        )
+        probe = _probed(teacher, topk)
+    except BaseException:
+        server.close()
+        raise
+    return replace(teacher, identity=identity.model_copy(update={"probe": probe}))
+
+
+def remote_rescorer(
+    remote: RemoteTeacher, tokenizer: Path, key: str | None
+) -> Callable[[Sequences, int], NDArray[np.float32]]:
+    """What `cache verify` asks for: from rows and k to the log-probs that a server gives them.
+
+    It raises as `open_remote`, and RunError `bad_rows` for a row that the server cannot score.
+    """
+
+    def rescored(rows: Sequences, topk: int) -> NDArray[np.float32]:
+        teacher = open_remote(remote, tokenizer, access=Access(key))
+        try:
+            result = teacher.score(rows, 0)
+        finally:
+            teacher.close()
+        if result.refused:
+            row, reason = next(iter(result.refused.items()))
+            raise RunError(
+                "bad_rows",
+                f"The server cannot score a row of this cache: {reason}.",
+                value=rows.prompt_row_ids[row],
+                fix="See that the server serves the cache's teacher, with room for its longest row.",
+            )
+        return result.scores.logprobs
+
+    return rescored
+
+
+def probe_ids(tokens: int) -> list[int]:
+    """The fixed sequence that a remote teacher is asked about: spread over the vocabulary, its last id included."""
+    return [(index * 7919 + 11) % tokens for index in range(PROBE_TOKENS - 1)] + [tokens - 1]
+
+
+def same_probe(first: Sequence[float] | None, second: Sequence[float] | None) -> bool:
+    """Whether two probes can be of one model: equal but for rounding."""
+    if first is None or second is None:
+        return first is second
+    return len(first) == len(second) and all(abs(a - b) <= PROBE_TOLERANCE for a, b in zip(first, second, strict=True))
+
+
+def _served_model(server: Server, name: str) -> dict[str, Any]:
+    try:
+        listed = server.ask("GET", "/v1/models")
+    except Refusal as refusal:
+        raise _refused(server, refusal) from refusal
+    data = listed.get("data") if isinstance(listed, dict) else None
+    entries = [entry for entry in (data if isinstance(data, list) else []) if isinstance(entry, dict) and "id" in entry]
+    short = name.rstrip("/").rsplit("/", 1)[-1].casefold()
+    for entry in entries:
+        if str(entry["id"]) == name or str(entry["id"]).rstrip("/").rsplit("/", 1)[-1].casefold() == short:
+            return entry
+    raise ConsistencyError(
+        "teacher_untrue",
+        f"The server at teacher_url does not serve {name}.",
+        value=name,
+        nearest=[str(entry["id"]) for entry in entries][:3],
+        fix="Give as teacher a model that the server lists under /v1/models.",
+    )
+
+
+def _identity(
+    server: Server,
+    remote: RemoteTeacher,
+    entry: dict[str, Any],
+    tokens: dict[int, str],
+    tokenizer: Path,
+    files: Path | None,
+) -> ModelIdentity:
+    served = None
+    if isinstance(entry.get("opd_identity"), dict):
+        try:
+            served = ModelIdentity.model_validate(entry["opd_identity"])
+        except ValidationError as error:
+            raise _untrue(remote, "its identity cannot be read") from error
+        if served.tokenizer != token_map_hash(tokens):
+            difference = map_difference(_served_tokens(server, remote), tokens)
+            if difference is None:
+                raise _untrue(remote, "its tokens are not those of the hash that it gives")
+            raise mismatch_error(difference, remote.url)
+    if files is not None:
+        local = full_identity(files)
+        if served is not None and not served.same_weights(local):
+            raise _untrue(remote, f"it serves {served.label()}, the files here are {local.label()}")
+        return local.model_copy(update={"remote": "served"})
+    if served is not None:
+        return served.model_copy(update={"remote": "served"})
+    return ModelIdentity(
+        name=remote.name,
+        weights=text_hash(f"named:{remote.name}"),
+        tokenizer=token_map_hash(tokens),
+        special_tokens=special_tokens_hash(eos_token_ids(tokenizer, tokens), special_token_names(tokenizer)),
+        remote="named",
+    )
+
+
+def _served_tokens(server: Server, remote: RemoteTeacher) -> dict[int, str]:
+    """The id → token map that `serve-teacher` gives, in pieces that stay small for any vocabulary."""
+    tokens: dict[int, str] = {}
+    start, total = 0, 1
+    try:
+        while start < min(total, MOST_TOKENS):
+            answer = server.ask("GET", f"{TOKENS_PATH}?start={start}&count={TOKENS_SPAN}")
+            tokens |= {id_: str(token) for id_, token in enumerate(answer["tokens"], start) if token is not None}
+            start, total = start + TOKENS_SPAN, int(answer["total"])
+    except Refusal as refusal:
+        raise _refused(server, refusal) from refusal
+    except (KeyError, TypeError, ValueError) as error:
+        raise _untrue(remote, "it does not say what its ids mean") from error
+    return tokens
+
+
+def _probed(teacher: RemoteScorer, topk: int) -> list[float]:
+    ids = probe_ids(teacher.tokens)
+    answers = [teacher.row_scores(ids, 1, topk, temperature) for temperature in (1.0, 0.5)]
+    for answer in answers:
+        if isinstance(answer, str):
+            raise ConsistencyError(
+                "teacher_untrue",
+                f"The server cannot score the probe sequence, which ends with the vocabulary's last id: {answer}.",
+                value=teacher.server.url,
+                fix="See that the server allows prompt log-probs of so many top tokens (vLLM: --max-logprobs), and "
+                "that the student has the teacher's tokenizer.",
+            )
+    plain, other = (answer.logprobs for answer in answers if not isinstance(answer, str))
+    if not same_probe(plain, other):
+        raise ConsistencyError(
+            "teacher_untrue",
+            "The server scales prompt log-probs by the sampling temperature, so they are not the model's own.",
+            value=teacher.server.url,
+            fix="Serve raw log-probs (vLLM: --logprobs-mode raw_logprobs; SGLang: its default).",
+        )
+    if any(value > 1e-4 for value in plain):
+        raise ConsistencyError(
+            "teacher_untrue",
+            "The server's log-probs are above 0.",
+            value=max(plain),
+            fix="See what is served at teacher_url; these are no log-probs.",
+        )
+    return plain
+
+
+def _untrue(remote: RemoteTeacher, why: str) -> ConsistencyError:
+    return ConsistencyError(
+        "teacher_untrue",
+        f"The server is not the teacher {remote.name}: {why}.",
+        value=remote.url,
+        fix="Give the URL of the declared teacher, or the teacher that is served there.",
+    )
+
+
+def _refused(server: Server, refusal: Refusal) -> ResourceError:
+    hint = "Set OPD_TEACHER_KEY to the server's key where opd-mcp is started." if refusal.status in (401, 403) else ""
+    return ResourceError(
+        "teacher_refused",
+        f"The teacher's server refused the request ({refusal}).",
+        value=server.url,
+        fix=hint or "Give teacher_url as the server's base address, e.g. http://host:8000.",
+    )

@@ -1,0 +1,189 @@
+"""Distillation: the SFT student trained towards the teacher, from a teacher cache or from a live teacher.
+
+Both methods share loop, estimator, generator and settings (Lightning OPD, arXiv 2604.13010). What is learnt from is
+opened and checked before any step.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_mcp.engine.cache.flat import open_flat
+from opd_mcp.engine.context import Context, DistillInputs
+from opd_mcp.engine.data.batches import StepData, StepsFrom, shuffled_batches, stored_batches
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
+from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.generation.batch_state import GenerationSettings
+from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.losses.objectives import distill_objective
+from opd_mcp.engine.models.loading import (
+    MODEL_FILES,
+    AdoptedTokenizer,
+    LoadedModel,
+    adopt_tokenizer,
+    load_model,
+    model_warnings,
+    save_model,
+)
+from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage
+from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
+from opd_mcp.engine.scoring.local import score_sequences
+from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.watches import DistillWatch
+from opd_mcp.identity.consistency import require_behaviour, require_consistent
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.lineage import read_manifest, verified_lineage
+from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
+from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe
+from opd_mcp.schemas.reports import TrainingSummary
+
+
+def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context: Context) -> TrainingSummary:
+    """Train the SFT student towards the teacher: `lightning` from `cache`, `live` from `teacher`, `prompts`, `rollout`.
+
+    Raises ConsistencyError for a cache of another teacher or behaviour policy, IntegrityError for a damaged one.
+    """
+    student, runtime = inputs.student, open_runtime(context.runtime)
+    claim = claim_of(student, inputs.sft_teacher)
+    source: CacheSource | LiveSource
+    if section.method == "lightning":
+        source = open_cache(section, inputs, claim, context)
+        model, teacher = load_model(student, runtime, for_training=True), None
+        steps = stored_batches(
+            source.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="distill"
+        )
+    else:
+        assert inputs.teacher is not None, "live distillation queries a teacher"
+        assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
+        source = open_live(inputs, claim, context)
+        model = load_model(student, runtime, for_training=True)
+        teacher = load_model(inputs.teacher, runtime)
+        steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
+    model_warnings(context, model, teacher)
+    settings = LoopSettings.of(section, section.normalize)
+    task = TrainingTask(settings, steps, distill_objective(section), DistillWatch(section, context))
+    summary = train(model.model, task, runtime, context)
+    save_model(model.model, output, source.adopted)
+    write_atomic(output / "training.json", summary.to_json(indent=2))
+    parents = [Parent(role="student", identity=full_identity(student)), *source.parents]
+    record_lineage(
+        output,
+        Provenance("model", "distill", section, parents, MODEL_FILES),
+        context,
+        sft_teacher=claim,
+        distilled_from=source.teacher,
+        teacher_mismatch_allowed=inputs.allow_teacher_mismatch,
+    )
+    return summary
+
+
+@dataclass(frozen=True)
+class CacheSource:
+    """An opened teacher cache."""
+
+    sequences: Sequences
+    teacher: ModelIdentity
+    adopted: AdoptedTokenizer
+    parents: list[Parent]
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """Prompts for rollouts that a live teacher will score."""
+
+    prompts: list[EncodedPrompt]
+    teacher: ModelIdentity
+    adopted: AdoptedTokenizer
+    parents: list[Parent]
+
+
+def open_cache(
+    section: DistillRecipe, inputs: DistillInputs, claim: TeacherClaim | None, context: Context
+) -> CacheSource:
+    """The cache's rows, proven to belong to this student and its SFT teacher.
+
+    Raises ConsistencyError `behaviour_mismatch`, `teacher_mismatch`, `lineage_missing`, or `topk_missing` for a cache
+    with fewer teacher tokens than the estimator needs; IntegrityError `damaged_file` or `lineage_mismatch`.
+    """
+    cache = inputs.cache
+    assert cache is not None, "lightning distills from a teacher cache"
+    verified_lineage(cache)
+    manifest = read_manifest(cache)
+    require_behaviour(manifest.behaviour, full_identity(inputs.student))
+    require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
+    if section.estimator != "sampled" and manifest.topk < section.topk:
+        raise ConsistencyError(
+            "topk_missing",
+            f"The estimator needs the teacher's top {section.topk}, the cache holds its top {manifest.topk}.",
+            value=manifest.topk,
+            fix=f"Build the cache with topk={section.topk}, or use estimator='sampled'.",
+        )
+    parents = [
+        Parent(role="teacher", identity=manifest.teacher),
+        Parent(role="cache", sha256=manifest.content_hash()),
+    ]
+    adopted = adopt_tokenizer(cache / "tokenizer", context.prompting)
+    return CacheSource(open_flat(cache), manifest.teacher, adopted, parents)
+
+
+def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Context) -> LiveSource:
+    """The prompts as the teacher's template encodes them, once teacher and student are proven to fit.
+
+    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch` or `lineage_missing`.
+    """
+    assert inputs.teacher is not None, "live distillation queries a teacher"
+    assert inputs.prompts is not None, "live distillation draws rollouts for prompts"
+    require_same_tokens(inputs.teacher, inputs.student)
+    identity = full_identity(inputs.teacher)
+    require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
+    adopted = adopt_tokenizer(inputs.teacher, context.prompting)
+    rows = read_prompts(inputs.prompts)
+    parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
+    return LiveSource(encode_prompts(rows, adopted.tokenizer, context), identity, adopted, parents)
+
+
+def live_batches(
+    student: LoadedModel,
+    teacher: LoadedModel,
+    source: LiveSource,
+    section: DistillRecipe,
+    rollout: RolloutRecipe,
+    runtime: Runtime,
+) -> StepsFrom:
+    """Each step's rollouts drawn from the student as it is then, scored by the teacher at once.
+
+    A step's random stream follows from the seed and the step's number, so a resumed run draws what it would have drawn.
+    """
+    valid_vocab, prompts = min(student.facts.tokens, teacher.facts.tokens), source.prompts
+
+    def step_data(step: int, indices: NDArray[np.int64]) -> StepData:
+        started = time.perf_counter()
+        eos, scope = source.adopted.eos_token_ids, f"live/{step}"
+        settings = GenerationSettings(rollout.sampling, eos, rollout.batch_size, runtime.seed, scope, valid_vocab)
+        sequences = draw_rollouts(student, [prompts[row] for row in indices], settings)
+        generated = time.perf_counter()
+        scores = score_sequences(
+            teacher,
+            sequences,
+            topk=section.topk if section.estimator != "sampled" else 0,
+            micro_batch_tokens=section.micro_batch_tokens,
+            runtime=runtime,
+            valid_vocab=valid_vocab,
+        )
+        rows, scored = sequences.with_columns(**scores.columns()), time.perf_counter()
+        return StepData(rows, np.arange(len(rows)), generated - started, scored - generated)
+
+    def steps_from(first: int) -> Iterator[StepData]:
+        generator, size = generator_for(runtime.seed, "live", "order"), min(section.batch_size, len(prompts))
+        batches = shuffled_batches(len(prompts), size, section.steps, generator, first=first)
+        return (step_data(step, indices) for step, indices in enumerate(batches, start=first))
+
+    return steps_from

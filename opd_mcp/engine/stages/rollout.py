@@ -1,0 +1,124 @@
+"""The student's own rollouts, shard by shard, resumed where an earlier call stopped."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from opd_mcp.engine.cache.building import ShardNote, built_shard, open_build
+from opd_mcp.engine.cache.manifest import RECORD_FILE, RolloutRecord, RolloutTally, read_record, write_record
+from opd_mcp.engine.cache.shards import write_shard
+from opd_mcp.engine.context import Context, RolloutInputs, counter, require_going
+from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.generation.batch_state import GenerationSettings
+from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model
+from opd_mcp.engine.provenance import full_identity, stage_cost
+from opd_mcp.engine.runtime import Runtime, open_runtime
+from opd_mcp.engine.scoring.local import score_sequences
+from opd_mcp.identity.data.overlap import eval_overlap
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash
+from opd_mcp.schemas.cache import BuildLayout, EngineGap, Hygiene
+from opd_mcp.schemas.recipes import RolloutRecipe
+from opd_mcp.schemas.reports import StageCost
+
+GAP_ROWS = 16
+
+
+def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost:
+    """The student's own rollouts in shards.
+
+    `output` may hold what an interrupted call made: its finished shards are kept. Raises IntegrityError
+    `input_changed` when that call had another student, other prompts or other settings.
+    """
+    started = time.perf_counter()
+    runtime = open_runtime(context.runtime)
+    adopted = adopt_tokenizer(inputs.tokenizer or inputs.student, context.prompting)
+    rows = read_prompts(inputs.prompts)
+    encoded = encode_prompts(rows, adopted.tokenizer, context)
+    count = section.count or len(encoded)
+    layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
+    behaviour = full_identity(inputs.student)
+    open_build(
+        output,
+        {
+            "student": behaviour.to_dict(),
+            "prompts": prompts_hash(rows),
+            "sampling": section.sampling.to_dict(),
+            "layout": layout.to_dict(),
+            "eos_token_ids": list(adopted.eos_token_ids),
+            "prompting": context.prompting.to_dict(),
+            "dtype": str(runtime.dtype),
+        },
+    )
+    if (output / RECORD_FILE).is_file():
+        return stage_cost("rollout", started, read_record(output).statistics.response_tokens, runtime.device)
+    model = load_model(inputs.student, runtime)
+    shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
+    for number, first in enumerate(range(0, count, section.shard_rows)):
+        require_going(context)
+        chosen = [encoded[row % len(encoded)] for row in range(first, min(first + section.shard_rows, count))]
+        path, scope = output / f"rollouts-{number:05d}.parquet", f"rollout/{number}"
+        settings = GenerationSettings(
+            section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, model.facts.tokens
+        )
+        draw = partial(
+            draw_rollouts, model, chosen, settings, on_batch=counter(context, count, "rollouts", before=first)
+        )
+        drawn, note, kept = built_shard(path, partial(_drawn, draw, path, context))
+        earlier += note.seconds if kept else 0.0
+        context.reporter.progress(first + len(drawn), count, "rollouts")
+        tally.add(drawn)
+        shards.append(note.shard)
+        gap = gap or engine_gap(model, drawn, runtime)
+    statistics = tally.statistics()
+    adopted.save(output / "tokenizer")
+    write_record(
+        output,
+        RolloutRecord(
+            behaviour=behaviour,
+            prompts_sha256=prompts_hash(rows),
+            sampling=section.sampling,
+            seed=runtime.seed,
+            eos_token_ids=list(adopted.eos_token_ids),
+            shards=shards,
+            layout=layout,
+            statistics=statistics,
+            hygiene=prompt_hygiene(rows, len(encoded), inputs.eval_prompts),
+            engine_gap=gap,
+        ),
+    )
+    return stage_cost("rollout", started, statistics.response_tokens, model.device, earlier=earlier)
+
+
+def _drawn(draw: Callable[[], Sequences], path: Path, context: Context) -> tuple[Sequences, ShardNote]:
+    begun = time.perf_counter()
+    drawn = draw()
+    shard = write_shard(path, drawn, check_fence=context.check_fence)
+    return drawn, ShardNote(shard=shard, seconds=time.perf_counter() - begun)
+
+
+def prompt_hygiene(rows: list[PromptRow], usable: int, evaluation: Path | None) -> Hygiene:
+    """Counts over the prompts; `usable` of them have a length that fits."""
+    texts = [row.text() for row in rows]
+    overlap = {} if evaluation is None else eval_overlap(texts, [row.text() for row in read_prompts(evaluation)])
+    return Hygiene(
+        prompts=len(rows),
+        over_long_prompts=len(rows) - usable,
+        duplicate_prompts=len(texts) - len(set(texts)),
+        **overlap,
+    )
+
+
+def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime) -> EngineGap | None:
+    """How far the generator's log-probs are from the scorer's, on the first rows; None when they hold no token."""
+    sample = drawn.slice(0, min(GAP_ROWS, len(drawn)))
+    if len(sample.response_ids) == 0:
+        return None
+    scores = score_sequences(model, sample, topk=0, micro_batch_tokens=4096, runtime=runtime)
+    difference = np.abs(scores.logprobs.astype(np.float64) - sample.columns["behaviour_logprobs"].astype(np.float64))
+    return EngineGap(tokens=len(difference), mean=float(difference.mean()), largest=float(difference.max()))

@@ -1,0 +1,310 @@
+"""The teacher cache: the teacher's log-probs of every rollout token, shard by shard, and the manifest to prove it."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_mcp.engine.cache.building import (
+    BadRow,
+    ShardNote,
+    begun_build,
+    built_shard,
+    close_build,
+    note_path,
+    open_build,
+)
+from opd_mcp.engine.cache.manifest import RolloutRecord, ScoreTally, read_record, write_manifest
+from opd_mcp.engine.cache.shards import ContentHash, compacted, read_shard, widened, write_shard
+from opd_mcp.engine.context import Context, ScoreInputs, TeacherInputs, require_going
+from opd_mcp.engine.data.sequences import TRUNCATED, Sequences
+from opd_mcp.engine.models.loading import adopt_tokenizer, model_warnings
+from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage, stage_cost, tokenizer_files
+from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
+from opd_mcp.engine.scoring.connection import Access
+from opd_mcp.engine.scoring.local import LocalTeacher, Teacher, open_local
+from opd_mcp.engine.scoring.remote import open_remote, same_probe
+from opd_mcp.identity.consistency import (
+    delta_by_construction,
+    proven_claim,
+    require_behaviour,
+    require_consistent,
+)
+from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
+from opd_mcp.identity.models import inspect_model
+from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard, TeacherDelta
+from opd_mcp.schemas.errors import DataError, RunError
+from opd_mcp.schemas.identity import Parent, TeacherClaim
+from opd_mcp.schemas.recipes import ScoreRecipe
+from opd_mcp.schemas.reports import StageCost
+
+BAD_SHARE = 0.01
+DELTA_ROWS = 32
+
+
+def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Context) -> StageCost:
+    """The teacher cache: rollouts with the teacher's log-probs, and the manifest.
+
+    `output` may hold what an interrupted call made. With `sft_teacher_path` Δ is measured. Raises ConsistencyError
+    `tokenizer_mismatch`, `teacher_mismatch`, `lineage_missing` or `behaviour_mismatch`; IntegrityError `input_changed`
+    for another teacher than the build was begun with; RunError `bad_rows` when over 1 % of the rows cannot be scored.
+    """
+    started = time.perf_counter()
+    runtime = open_runtime(context.runtime)
+    return_large_blocks()
+    record = read_record(inputs.rollouts)
+    require_behaviour(record.behaviour, full_identity(inputs.student))
+    teacher = open_teacher(section, inputs, runtime, context)
+    if isinstance(teacher, LocalTeacher):
+        model_warnings(context, teacher.model)
+    try:
+        claim = claim_of(inputs.student, inputs.sft_teacher)
+        require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
+        build = _CacheBuild(section, inputs, output, context, runtime, teacher, record, claim)
+        open_build(output, build.record(begun_build(output)))
+        earlier = 0.0
+        if not (output / LINEAGE_FILE).is_file():
+            shards = build.shards()
+            earlier = shards.earlier
+            build.finish(shards)
+    finally:
+        teacher.close()
+    close_build(output)
+    return stage_cost("score", started, read_manifest(output).tokens, runtime.device, earlier=earlier)
+
+
+def check_teacher(section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> None:
+    """Ask a remote teacher who it is, before any work for it; raises what `score` would raise after the rollouts."""
+    teacher = open_teacher(section, inputs, open_runtime(context.runtime), context)
+    teacher.close()
+    claim = claim_of(inputs.student, inputs.sft_teacher)
+    require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
+
+
+def open_teacher(section: ScoreRecipe, inputs: TeacherInputs, runtime: Runtime, context: Context) -> Teacher:
+    """The teacher that scores: the remote one where there is one, proven by its probe, else the one here.
+
+    Raises ConsistencyError `tokenizer_mismatch` for a teacher's directory with other tokens than the student.
+    """
+    if inputs.teacher is not None:
+        require_same_tokens(inputs.teacher, inputs.student)
+    if inputs.remote is not None:
+        return open_remote(
+            inputs.remote,
+            inputs.teacher or inputs.student,
+            files=inputs.teacher,
+            concurrency=section.concurrency,
+            topk=section.topk,
+            access=Access(context.teacher_key, should_stop=context.reporter.should_stop),
+        )
+    assert inputs.teacher is not None, "a teacher is a directory or a server"
+    return open_local(inputs.teacher, runtime, section.micro_batch_tokens)
+
+
+@dataclass
+class _ScoredShards:
+    """What all shards together say; `sample` are the first rows, `earlier` the seconds of shards that were kept."""
+
+    notes: list[ShardNote] = field(default_factory=list)
+    tally: ScoreTally = field(default_factory=ScoreTally)
+    content: ContentHash = field(default_factory=ContentHash)
+    sample: Sequences = field(default_factory=Sequences.empty)
+    earlier: float = 0.0
+
+
+@dataclass(frozen=True)
+class _CacheBuild:
+    """The scoring of all rollouts of one record by one teacher."""
+
+    section: ScoreRecipe
+    inputs: ScoreInputs
+    output: Path
+    context: Context
+    runtime: Runtime
+    teacher: Teacher
+    rollouts: RolloutRecord
+    claim: TeacherClaim | None
+
+    def record(self, begun: dict[str, Any]) -> dict[str, Any]:
+        """What fixes the build; `begun` is what an interrupted call began it with."""
+        how = {"micro_batch_tokens", "concurrency"}
+        teacher = self.teacher.identity.to_dict()
+        before = begun.get("teacher", {}).get("probe")
+        if before is not None and same_probe(before, self.teacher.identity.probe):
+            teacher["probe"] = before  # a server's rounding may differ from day to day
+        return {
+            "teacher": teacher,
+            "rollouts": [shard.sha256 for shard in self.rollouts.shards],
+            "recipe": self.section.model_dump(mode="json", exclude=how, exclude_none=True),
+            "dtype": str(self.runtime.dtype),
+            "allow_teacher_mismatch": self.inputs.allow_teacher_mismatch,
+        }
+
+    def shards(self) -> _ScoredShards:
+        """All shards, made where they are missing."""
+        built, done = _ScoredShards(), 0
+        total = sum(shard.rows for shard in self.rollouts.shards)
+        for number, shard in enumerate(self.rollouts.shards):
+            require_going(self.context)
+            path = self.output / f"shard-{number:05d}.parquet"
+            rows, note, kept = built_shard(path, partial(self._scored, shard, path))
+            built.earlier += note.seconds if kept else 0.0
+            built.notes.append(note)
+            built.tally.add(rows, note.clamped)
+            built.content.add(rows)
+            if number == 0:
+                built.sample = rows.take(np.arange(min(DELTA_ROWS, len(rows))))  # a slice would hold the whole shard
+            done += shard.rows
+            del rows  # they would be in memory together with the next shard's
+            self.context.reporter.progress(done, total, "scored rollouts")
+            _require_good(built.notes, total, self.output)
+        if not any(note.shard.tokens for note in built.notes):
+            raise DataError(
+                "empty_data",
+                "No rollout is left to train on.",
+                value=total,
+                fix="Set 'score.on_truncated' to 'keep', or raise 'rollout.sampling.max_new_tokens'.",
+            )
+        return built
+
+    def _scored(self, shard: Shard, path: Path) -> tuple[Sequences, ShardNote]:
+        begun = time.perf_counter()
+        drawn = read_shard(self.inputs.rollouts / shard.file, sha256=shard.sha256)
+        sequences, dropped, capped = without_truncated(drawn, self.section)
+        result = self.teacher.score(sequences, self.section.topk)
+        bad = result.bad_rows(sequences)
+        scored = sequences.with_columns(**result.scores.columns())
+        if bad:
+            scored = scored.take(np.array([row for row in range(len(sequences)) if row not in bad], dtype=np.int64))
+        small, clamped = compacted(scored, self.section.dtype)
+        note = ShardNote(
+            shard=write_shard(path, small, check_fence=self.context.check_fence),
+            seconds=time.perf_counter() - begun,
+            clamped=clamped,
+            truncated_dropped=dropped,
+            truncated_capped=capped,
+            bad_rows=[BadRow(prompt_id=sequences.prompt_row_ids[row], reason=why) for row, why in sorted(bad.items())],
+        )
+        return widened(small), note
+
+    def teacher_delta(self, sample: Sequences) -> TeacherDelta | None:
+        """Δ between the SFT teacher and the scorer: 0 where they are proven the same, else measured on a sample.
+
+        None where the SFT teacher's directory is not known, or the sample holds no token.
+        """
+        path = self.inputs.sft_teacher_path
+        known = delta_by_construction(self.teacher.identity, self.claim)
+        if known is None and path is not None:
+            known = delta_by_construction(self.teacher.identity, proven_claim(inspect_model(path).identity))
+        if known is not None or path is None or len(sample.response_ids) == 0:
+            return known
+        local = open_local(path, self.runtime, self.section.micro_batch_tokens)
+        theirs = local.score(sample, 0).scores.logprobs.astype(np.float64)
+        difference = np.abs(theirs - sample.columns["teacher_logprobs"].astype(np.float64))
+        return TeacherDelta(
+            sft_teacher=local.identity.label(),
+            rows=len(sample),
+            tokens=len(difference),
+            mean_abs=float(difference.mean()),
+            over_one_nat=float((difference > 1).mean()),
+        )
+
+    def finish(self, built: _ScoredShards) -> None:
+        """Write the tokenizer, the manifest and the lineage."""
+        record, section, output = self.rollouts, self.section, self.output
+        delta = self.teacher_delta(built.sample)
+        adopt_tokenizer(self.inputs.rollouts / "tokenizer", self.context.prompting).save(output / "tokenizer")
+        write_manifest(
+            output,
+            CacheManifest(
+                teacher=self.teacher.identity,
+                behaviour=record.behaviour,
+                sft_teacher=self.claim,
+                teacher_mismatch_allowed=self.inputs.allow_teacher_mismatch,
+                prompts_sha256=record.prompts_sha256,
+                sampling=record.sampling,
+                seed=record.seed,
+                eos_token_ids=record.eos_token_ids,
+                topk=section.topk,
+                dtype=section.dtype,
+                vocab_size=self.teacher.vocab_size,
+                shards=[note.shard for note in built.notes],
+                content_sha256=built.content.hexdigest(),
+                layout=record.layout,
+                rollouts=record.statistics,
+                scores=built.tally.statistics(),
+                hygiene=_hygiene(record.hygiene, section, built.notes),
+                engine_gap=record.engine_gap,
+                teacher_delta=delta,
+            ),
+        )
+        parents = [
+            Parent(role="teacher", identity=self.teacher.identity),
+            Parent(role="student", identity=record.behaviour),
+            Parent(role="prompts", sha256=record.prompts_sha256),
+        ]
+        record_lineage(
+            output,
+            Provenance("cache", "score", section, parents, [MANIFEST_FILE, *tokenizer_files(output)]),
+            self.context,
+            sft_teacher=self.claim,
+            teacher_mismatch_allowed=self.inputs.allow_teacher_mismatch,
+        )
+
+
+def without_truncated(sequences: Sequences, settings: ScoreRecipe) -> tuple[Sequences, int, int]:
+    """The rows as the settings want truncated ones, and how many were dropped and capped."""
+    truncated = np.asarray(sequences.finish_reasons) == TRUNCATED
+    if settings.on_truncated == "keep" or not truncated.any():
+        return sequences, 0, 0
+    if settings.on_truncated == "drop":
+        return sequences.take(np.flatnonzero(~truncated)), int(truncated.sum()), 0
+    lengths = sequences.response_lengths()
+    limit = np.full(len(sequences), settings.cap_tokens or 0) if settings.cap_tokens else (lengths + 1) // 2
+    kept = np.where(truncated, np.minimum(lengths, limit), lengths)
+    capped = int((kept < lengths).sum())
+    return _cut(sequences, kept), 0, capped
+
+
+def _cut(sequences: Sequences, lengths: NDArray[np.int64]) -> Sequences:
+    starts = sequences.response_offsets[:-1]
+    positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    columns = {name: values[positions] for name, values in sequences.columns.items()}
+    return replace(sequences, response_ids=sequences.response_ids[positions], response_offsets=offsets, columns=columns)
+
+
+def _require_good(notes: Sequence[ShardNote], total: int, output: Path) -> None:
+    reasons = Counter(row.reason for note in notes for row in note.bad_rows)
+    bad = sum(reasons.values())
+    if bad <= BAD_SHARE * total:
+        return
+    # Once the cause is gone these rows deserve another try, so their shards do not count as finished.
+    for note in notes:
+        if note.bad_rows:
+            note_path(output / note.shard.file).unlink(missing_ok=True)
+    reason, count = reasons.most_common(1)[0]
+    raise RunError(
+        "bad_rows",
+        f"{bad} of {total} rollouts cannot be scored, more than {BAD_SHARE:.0%}; most often ({count}): {reason}.",
+        value=next(row.prompt_id for note in notes for row in note.bad_rows if row.reason == reason),
+        fix="Remove the cause and start again; finished shards without such rows are kept.",
+    )
+
+
+def _hygiene(before: Hygiene, section: ScoreRecipe, notes: Sequence[ShardNote]) -> Hygiene:
+    return before.model_copy(
+        update={
+            "on_truncated": section.on_truncated,
+            "truncated_dropped": sum(note.truncated_dropped for note in notes),
+            "truncated_capped": sum(note.truncated_capped for note in notes),
+            "quarantined": dict(Counter(row.reason for note in notes for row in note.bad_rows)),
+        }
+    )

@@ -1,0 +1,20 @@
+"""Exact reverse KL against torch's own, and over padded vocabularies."""
+
+import pytest
+import torch
+
+from opd_mcp.engine.evaluation.model_score import reverse_kl_rows
+
+
+def test_equals_torch_kl_div() -> None:
+    student, teacher = torch.randn(2, 6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.kl_div(
+        teacher.log_softmax(-1), student.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert (reverse_kl_rows(student, teacher) - expected).abs().max() < 1e-12
+
+
+def test_padding_of_one_vocabulary_is_left_out() -> None:
+    student = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([student, torch.randn(6, 3, dtype=torch.float64)], dim=1)
+    assert reverse_kl_rows(student, padded).abs().max().item() == pytest.approx(0, abs=1e-12)

@@ -1,0 +1,141 @@
+"""One request, asked again where that can help: which answers that is, and how long the pauses are."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from opd_mcp.engine.scoring.connection import Access, Patience, Refusal, Server
+from opd_mcp.schemas.errors import ResourceError, RunError
+from opd_mcp.schemas.next_action import resume_call
+
+GOOD = (200, {}, b'{"fine": true}')
+BUSY = (503, {}, b"busy")
+
+
+class Pauses(threading.Event):
+    """An event that notes how long it was asked to wait, and does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout)
+        return self.is_set()
+
+
+class Scripted(ThreadingHTTPServer):
+    """Gives the answers of a script, (status, headers, content), one a request, and keeps the headers it was sent."""
+
+    daemon_threads = True
+
+    def __init__(self, script) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.script, self.seen = list(script), []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.seen.append(dict(self.headers))
+        status, headers, content = self.server.script.pop(0)
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def client():
+    """`client(script)`: a scripted server and a client of it."""
+    servers = []
+
+    def made(script, **given) -> tuple[Scripted, Server]:
+        servers.append(Scripted(script))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        patience = Patience(timeout_s=10, attempts=5, first_pause_s=1, longest_pause_s=6)
+        url = f"http://127.0.0.1:{servers[-1].server_port}/v1"
+        return servers[-1], Server(url, Access("the-key", patience, **given), Pauses())
+
+    yield made
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_key_goes_as_a_bearer_token_and_shows_in_no_repr(client):
+    served, server = client([GOOD])
+    assert server.ask("GET", "/v1/models") == {"fine": True}
+    assert served.seen[0]["Authorization"] == "Bearer the-key"
+    assert "the-key" not in repr(server) + repr(server.access)
+
+
+def test_pauses_grow_up_to_a_limit(client):
+    _, server = client([BUSY, BUSY, BUSY, BUSY, GOOD])
+    server.ask("GET", "/")
+    bounds = [(0.5, 1), (1, 2), (2, 4), (3, 6)]
+    assert all(low <= pause <= high for pause, (low, high) in zip(server.stopped.seconds, bounds, strict=True))
+
+
+def test_retry_after_is_heeded_within_the_limit(client):
+    _, server = client([(429, {"Retry-After": "3"}, b""), (429, {"Retry-After": "9999"}, b""), GOOD])
+    server.ask("GET", "/")
+    assert server.stopped.seconds == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ((500, {}, b""), "HTTP 500"),
+        ((429, {}, b""), "HTTP 429"),
+        ((200, {}, b"<html>"), "not JSON"),
+        ((200, {}, json.dumps("x" * 200).encode()), "too long"),
+    ],
+)
+def test_what_stays_wrong_is_one_error_with_the_last_reason(client, answer, why):
+    served, server = client([answer] * 5)
+    with pytest.raises(ResourceError, match=rf"teacher_unreachable.*5 attempts.*{why}"):
+        server.ask("GET", "/", max_bytes=100)
+    assert served.script == []
+
+
+def test_a_server_that_is_away_has_one_way_out_to_resume(client):
+    _, server = client([(500, {}, b"")] * 5)
+    with pytest.raises(ResourceError, match="teacher_unreachable") as caught:
+        server.ask("GET", "/")
+    assert caught.value.call == resume_call()
+    assert "start" not in caught.value.fix
+
+
+def test_a_refusal_is_not_asked_again(client):
+    served, server = client([(400, {}, b"no, the-key!"), GOOD])
+    with pytest.raises(Refusal, match="HTTP 400: no, …!") as caught:
+        server.ask("GET", "/")
+    assert caught.value.status == 400
+    assert len(served.seen) == 1
+
+
+def test_a_redirect_is_not_followed(client):
+    served, server = client([(302, {"Location": "/elsewhere"}, b""), GOOD])
+    with pytest.raises(Refusal, match="HTTP 302"):
+        server.ask("GET", "/")
+    assert len(served.seen) == 1
+
+
+def test_no_proxy_of_the_environment_is_used(client, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert client([GOOD])[1].ask("GET", "/") == {"fine": True}
+
+
+def test_a_run_that_shall_stop_asks_no_more(client):
+    served, server = client([GOOD], should_stop=lambda: True)
+    with pytest.raises(RunError, match="run_cancelled"):
+        server.ask("GET", "/")
+    assert served.seen == []

@@ -1,0 +1,84 @@
+"""A build that is interrupted goes on where it was, ends with the same content, and refuses other inputs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_mcp.engine.cache.building import BUILD_FILE
+from opd_mcp.engine.cache.verify import verified
+from opd_mcp.identity.lineage import read_manifest
+from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, RunError
+
+KILLS = Path(__file__).resolve().parents[3] / "tools" / "chaos" / "cache_builds.py"
+
+
+def test_sigkill_anywhere_loses_one_shard_at_most_and_changes_nothing():
+    # 3 moments here; `python tools/chaos/cache_builds.py --points 20` takes a minute or two more
+    command = [sys.executable, str(KILLS), "--points", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["killed"] == 3
+    assert answer["killed_in"] == ["rollout", "score"]
+    assert len(set(answer["contents"])) == 1
+    assert answer["shards_made_twice"] == 0
+
+
+def test_stopped_rollouts_go_on_and_keep_their_shards(build, stopping, drawn):
+    with pytest.raises(RunError, match="run_cancelled"):
+        build.rollouts("rollouts", context=build.context(reporter=stopping(after=4)))
+    kept = {path: path.stat().st_mtime_ns for path in (build.root / "rollouts").glob("*.parquet")}
+    assert 0 < len(kept) < 5
+    rollouts = build.rollouts("rollouts")
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    for shard in drawn.glob("*.parquet"):
+        assert (rollouts / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_stopped_cache_goes_on_and_has_the_same_content(build, stopping, drawn, finished, content):
+    with pytest.raises(RunError, match="run_cancelled"):
+        build.cache(drawn, "cache", context=build.context(reporter=stopping(after=2)))
+    assert not (build.root / "cache" / "manifest.json").exists()
+    cache = build.cache(drawn, "cache")
+    assert content(cache) == content(finished)
+    assert not list(cache.glob("*.done.json"))
+    assert not (cache / BUILD_FILE).exists()
+    assert verified(cache).problems == []
+
+
+def test_a_damaged_shard_of_a_build_is_made_again(build, stopping, drawn, finished, content):
+    with pytest.raises(RunError):
+        build.cache(drawn, "cache", context=build.context(reporter=stopping(after=3)))
+    shard = build.root / "cache" / "shard-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    assert content(build.cache(drawn, "cache")) == content(finished)
+
+
+def test_another_teacher_may_not_go_on_with_a_build(build, stopping, drawn, tmp_path):
+    with pytest.raises(RunError):
+        build.cache(drawn, "cache", context=build.context(reporter=stopping(after=2)))
+    swapped = Path(shutil.copytree(build.teacher, tmp_path / "swapped"))
+    weights = bytearray((swapped / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (swapped / "model.safetensors").write_bytes(weights)
+    with pytest.raises(IntegrityError, match=r"input_changed.*another teacher"):
+        build.cache(drawn, "cache", teacher=swapped, allow_teacher_mismatch=True)
+    with pytest.raises(ConsistencyError, match="teacher_mismatch"):
+        build.cache(drawn, "cache", teacher=swapped)
+
+
+def test_another_seed_may_not_go_on_with_rollouts(build, stopping):
+    with pytest.raises(RunError):
+        build.rollouts("rollouts", context=build.context(reporter=stopping(after=4)))
+    other = build.recipe.rollout.model_copy(update={"batch_size": 3})
+    with pytest.raises(IntegrityError, match=r"input_changed.*another layout"):
+        build.rollouts("rollouts", recipe=other)
+
+
+def test_the_manifest_fixes_seed_and_layout(finished):
+    layout = read_manifest(finished).layout
+    assert (layout.rows, layout.shard_rows, layout.seed) == (40, 8, 0)
