@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
+from opd_mcp.schemas.data import UnderstoodData
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Recipe
 
@@ -39,6 +40,8 @@ class DataInput(Schema):
     rows: int | None = None
     rows_with_answer: int | None = None
     mean_prompt_tokens: float | None = None
+    columns: dict[str, str] | None = Field(None, description="fields by part, as the caller named them")
+    understood: UnderstoodData | None = Field(None, description="how it was read; absent for data still to be fetched")
     sft_teacher: TeacherClaim | None = None
 
 
