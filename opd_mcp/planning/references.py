@@ -19,6 +19,7 @@ from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import RECORD_FILE, run_ids
@@ -302,7 +303,8 @@ class References:
                 "unknown_artifact",
                 f"Run {run_id} has made no {kind}" + (f", but: {', '.join(products)}." if products else " yet."),
                 value=run_id,
-                fix=f"Call get_run_status(run_id='{run_id}', wait_seconds=25) and wait until it has succeeded.",
+                fix="Wait until the run has succeeded.",
+                call=next_call("get_run_status", run_id=run_id, wait_seconds=25),
             )
         return _Place(artifact.path, artifact.artifact_id)
 
@@ -320,8 +322,9 @@ class References:
             "This is neither an absolute path, nor an artifact or run of this workspace, nor a Hub id.",
             value=reference,
             nearest=nearest(reference, known),
-            fix="Give an absolute path below an allowed root (inspect_setup lists them), an artifact id, a run id, "
-            "or a Hub id (org/name, for data also org/name:configuration@split).",
+            fix="Give an absolute path below an allowed root, an artifact id, a run id, or a Hub id (org/name, of data "
+            "org/name:configuration@split); the set-up lists the roots.",
+            call=next_call("inspect_setup"),
         )
 
     def _hub_id(self, reference: str) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import Context, RolloutInputs, ScoreInputs
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.engine.runtime import Runtime
@@ -83,11 +83,9 @@ def write_rollouts(scratch: Path, *, rows: int) -> None:
         recipe = RolloutRecipe(sampling=Sampling(max_new_tokens=64), count=count, batch_size=rows, shard_rows=rows)
         stages.rollout(
             recipe,
-            student=EXAMPLE / "student",
-            prompts=EXAMPLE / "opd.jsonl",
-            output=scratch / name,
-            context=CONTEXT,
-            tokenizer=EXAMPLE / "teacher",
+            RolloutInputs(student=EXAMPLE / "student", prompts=EXAMPLE / "opd.jsonl", tokenizer=EXAMPLE / "teacher"),
+            scratch / name,
+            CONTEXT,
         )
 
 
@@ -97,12 +95,14 @@ def scoring_run(scratch: Path, variant: str) -> Callable[[], None]:
     def score() -> None:
         stages.score(
             ScoreRecipe(topk=8),
-            teacher=EXAMPLE / "teacher",
-            student=EXAMPLE / "student",
-            rollouts=scratch / variant,
-            output=scratch / f"cache-{variant}",
-            context=CONTEXT,
-            allow_teacher_mismatch=True,
+            ScoreInputs(
+                teacher=EXAMPLE / "teacher",
+                student=EXAMPLE / "student",
+                rollouts=scratch / variant,
+                allow_teacher_mismatch=True,
+            ),
+            scratch / f"cache-{variant}",
+            CONTEXT,
         )
 
     return score

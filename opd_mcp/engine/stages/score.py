@@ -25,14 +25,7 @@ from opd_mcp.engine.cache.shards import ContentHash, compacted, read_shard, wide
 from opd_mcp.engine.context import Context, ScoreInputs, TeacherInputs, require_going
 from opd_mcp.engine.data.sequences import TRUNCATED, Sequences
 from opd_mcp.engine.models.loading import adopt_tokenizer, model_warnings
-from opd_mcp.engine.provenance import (
-    Provenance,
-    claim_of,
-    full_identity,
-    record_lineage,
-    stage_cost,
-    tokenizer_files,
-)
+from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage, stage_cost, tokenizer_files
 from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.scoring.connection import Access
 from opd_mcp.engine.scoring.local import LocalTeacher, Teacher, open_local

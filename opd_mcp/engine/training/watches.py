@@ -14,9 +14,9 @@ from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe
+from opd_mcp.schemas.reports import LoopState
 
 MAX_SKIPPED = 3
 MAX_SAVED_ROWS = 256
@@ -146,7 +146,7 @@ class DistillWatch:
                 "rollouts_stale",
                 f"Over the last {WATCHED_STEPS} steps effective_sample_share was {self._drift.mean:.3f}: the student "
                 "is so far from the policy that drew the rollouts that they say little about what it writes now. Take "
-                "fewer distill.steps or a lower learning rate, or draw new rollouts from the distilled student "
-                "(build_teacher_cache) and continue from it.",
+                "fewer distill.steps or a lower learning rate, or build a teacher cache of new rollouts from the "
+                "distilled student and continue from it.",
             )
         return metrics

@@ -8,13 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from opd_mcp.engine.evaluation.intervals import (
-    mean_over_prompts,
-    paired_difference,
-    pass_at_k,
-    per_token_mean,
-    wilson,
-)
+from opd_mcp.engine.evaluation.intervals import mean_over_prompts, paired_difference, pass_at_k, per_token_mean, wilson
 
 
 def test_wilson_known_values() -> None:

@@ -186,11 +186,9 @@ def test_without_a_pattern_the_answers_choose_the_grader_and_the_report_counts_w
     chosen, named = (
         stages.benchmark(
             settings,
-            models={"teacher": made.teacher},
-            prompts=made.prompts,
-            output=made.root / f"report-{settings.grader}",
-            context=made.context,
-            recipe_hash="abc",
+            BenchmarkInputs(models={"teacher": made.teacher}, prompts=made.prompts, recipe_hash="abc"),
+            made.root / f"report-{settings.grader}",
+            made.context,
         )
         for settings in (recipe, cut)
     )
