@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import opd_mcp
@@ -184,7 +183,7 @@ class RequestBuilder:
             teacher = self.references.model(reference)
             named = cache.manifest.teacher.remote == "named"  # its weights were never seen
             identity = teacher.input.identity
-            if identity and not named and not identity.same_weights(cache.manifest.teacher):
+            if identity and not named and not identity.same_model(cache.manifest.teacher):
                 raise ConsistencyError(
                     "teacher_mismatch",
                     f"The teacher cache holds log-probs of {cache.manifest.teacher.label()}, "
@@ -194,17 +193,17 @@ class RequestBuilder:
                 )
             return teacher.input
         made_by = self._inputs_of(cache)
-        path = made_by.teacher.path if made_by and made_by.teacher else None
-        if path is None or not Path(path).is_dir():
+        path = self.references.allowed(made_by.teacher.path if made_by and made_by.teacher else None)
+        if path is None or not path.is_dir():
             return None
-        teacher = self.references.model(path)
-        same = teacher.input.identity and teacher.input.identity.same_weights(cache.manifest.teacher)
+        teacher = self.references.model(str(path))
+        same = teacher.input.identity and teacher.input.identity.same_model(cache.manifest.teacher)
         return teacher.input if same else None
 
     def _prompts_of(self, cache: ResolvedCache) -> DataInput | None:
         made_by = self._inputs_of(cache)
         prompts = made_by.prompts if made_by else None
-        return prompts if prompts and prompts.path and Path(prompts.path).exists() else None
+        return prompts if prompts and self.references.allowed(prompts.path) else None
 
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None
