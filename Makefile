@@ -2,8 +2,8 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients bench bench-checkpoints bench-server gpu chaos fuzz fuzz-readers prove-cache
-.PHONY: docs bundle check format clean
+.PHONY: demo test test-extras test-clients bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers prove-cache
+.PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
@@ -27,6 +27,9 @@ bench-server: .venv/fresh
 bench-checkpoints: .venv/fresh
 	$(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
+bench-graders: .venv/fresh
+	$(BIN)/python tools/bench/graders.py $(ARGS)
+
 gpu: .venv/fresh
 	$(BIN)/python tools/gpu/check.py $(ARGS)
 
@@ -42,6 +45,9 @@ fuzz-readers: .venv/fresh
 # The README's tables of tools and resources.
 docs: .venv/fresh
 	$(BIN)/python tools/docs/readme_table.py $(ARGS)
+
+journeys: .venv/fresh
+	$(BIN)/python tools/docs/journeys.py $(ARGS)
 
 # The folder of the Claude Desktop bundle; it must not exist yet.
 bundle: .venv/fresh

@@ -12,14 +12,8 @@ from opd_mcp.engine.data.encoding import encode_prompts, response_sequences
 from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.grading.extraction import compiled_pattern, extracted_answer
 from opd_mcp.identity.consistency import require_consistent, sft_teacher
-from opd_mcp.identity.data import (
-    PROMPT_COLUMNS,
-    RESPONSE_COLUMNS,
-    PromptRow,
-    ResponseRow,
-    read_prompts,
-    read_responses,
-)
+from opd_mcp.identity.data.reading import read_prompts, read_responses
+from opd_mcp.identity.data.rows import PROMPT_COLUMNS, RESPONSE_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import HUB_ID

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from opd_mcp.schemas.base import Schema
+    from opd_mcp.schemas.errors import OpdError
     from opd_mcp.service import JobService
 
 app = typer.Typer(
@@ -26,7 +27,6 @@ app = typer.Typer(
 )
 # the bearer token of a remote teacher, and of serve-teacher's own callers
 TEACHER_KEY = "OPD_TEACHER_KEY"
-ADVICE = ("next: ", "fix: ", "ALERT ")
 Shown = TypeVar("Shown", bound="Schema")
 AsJson = Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")]
 
@@ -56,7 +56,7 @@ def serve(
     ] = None,
     allow_teacher_host: Annotated[
         list[str] | None,
-        typer.Option(help="A host beside this machine that a teacher_url may name; repeatable."),
+        typer.Option(help="A host besides this machine that a teacher_url may name; repeatable."),
     ] = None,
     allow_delete: Annotated[bool, typer.Option(help="Offer delete_artifact.")] = False,
     confirm_gpu_hours: Annotated[
@@ -100,9 +100,10 @@ def status(
 ) -> None:
     """Show where a run stands."""
     from opd_mcp.server.render.runs import status_text
+    from opd_mcp.server.tools.table import command_text
 
     found = open_service().status(run_id)
-    show(found, as_json, status_text)
+    show(found, as_json, lambda found: status_text(found, command_text))
 
 
 @app.command()
@@ -133,18 +134,20 @@ def list_runs(
 def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], as_json: AsJson = False) -> None:
     """Ask an active run to stop."""
     from opd_mcp.server.render.runs import cancel_text
+    from opd_mcp.server.tools.table import command_text
 
     found = open_service().cancel(run_id)
-    show(found, as_json, cancel_text)
+    show(found, as_json, lambda found: cancel_text(found, command_text))
 
 
 @app.command()
 def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], as_json: AsJson = False) -> None:
-    """Take a failed, cancelled or lost run up again from its last checkpoint."""
+    """Resume a failed, cancelled or lost run from its last checkpoint."""
     from opd_mcp.server.render.runs import snapshot_text
+    from opd_mcp.server.tools.table import command_text
 
     found = open_service().resume(run_id)
-    show(found, as_json, snapshot_text)
+    show(found, as_json, lambda found: snapshot_text(found, command_text))
 
 
 @app.command()
@@ -152,18 +155,19 @@ def doctor(
     repair: Annotated[bool, typer.Option(help="Rebuild the index from the run directories.")] = False,
 ) -> None:
     """Check the set-up and say how to fix what is wrong."""
-    from opd_mcp.commands import in_commands
     from opd_mcp.maintenance.doctor import checks
+    from opd_mcp.schemas.next_action import advice_text
+    from opd_mcp.server.tools.table import command_text
 
     service = open_service()
     if repair:
         for problem in service.store.rebuild():
-            typer.echo(in_commands(str(problem)), err=True)
+            typer.echo(problem.text(command_text), err=True)
     found = list(checks(service))
     for check in found:
         typer.echo(f"{'ok ' if check.well else 'BAD'} {check.name}: {check.found}")
         if not check.well:
-            typer.echo(f"    fix: {in_commands(check.fix)}")
+            typer.echo(f"    fix: {advice_text(check.fix, check.call, command_text)}")
     raise typer.Exit(int(not all(check.well for check in found)))
 
 
@@ -178,9 +182,9 @@ def gc(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what nobody needs: abandoned builds, checkpoints of succeeded runs, temporary files."""
+    """Remove what is unused: abandoned builds, checkpoints of succeeded runs, temporary files."""
     from opd_mcp.maintenance.gc import collected
-    from opd_mcp.server.render.runs import garbage_text
+    from opd_mcp.server.render.workspace import garbage_text
 
     found = collected(open_service().store, remove=not dry_run, older_than_days=older_than, artifacts=artifacts)
     show(found, as_json, garbage_text)
@@ -305,14 +309,8 @@ def worker(
 
 
 def show(found: Shown, as_json: bool, text: Callable[[Shown], str]) -> None:
-    """Print a record as JSON, or as its text, with commands where advice in it names tools."""
-    from opd_mcp.commands import in_commands
-
-    if as_json:
-        typer.echo(found.to_json())
-    else:
-        lines = text(found).splitlines()
-        typer.echo("\n".join(in_commands(line) if line.startswith(ADVICE) else line for line in lines))
+    """Print a record as JSON, or as its text."""
+    typer.echo(found.to_json() if as_json else text(found))
 
 
 def workspace_root() -> Path:
@@ -344,7 +342,6 @@ def main() -> None:
 
     Whatever is written is for its owner alone, and holds no secret of the environment.
     """
-    from opd_mcp.commands import in_commands
     from opd_mcp.schemas.errors import OpdError
     from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
 
@@ -353,15 +350,21 @@ def main() -> None:
     try:
         app()
     except OpdError as error:
-        typer.echo(in_commands(str(error)), err=True)
-        sys.exit(1)
+        fail(error)
     except OSError as error:
         from opd_mcp.store.files import disk_full, is_disk_full
 
         if not is_disk_full(error):
             raise
-        typer.echo(in_commands(str(disk_full(error))), err=True)
-        sys.exit(1)
+        fail(disk_full(error))
+
+
+def fail(error: "OpdError") -> NoReturn:
+    """Print an expected failure on stderr, with commands for its calls, and end with exit status 1."""
+    from opd_mcp.server.tools.table import command_text
+
+    typer.echo(error.text(command_text), err=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

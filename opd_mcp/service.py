@@ -18,10 +18,19 @@ from opd_mcp.planning.run_requests import (
     require_cache_arguments,
     require_nothing_but_plan,
 )
-from opd_mcp.schemas.answers import ArtifactList, DashboardFeed, DeletedArtifact, LogPage, MetricsReport
+from opd_mcp.schemas.answers import (
+    ArtifactList,
+    DashboardFeed,
+    DeletedArtifact,
+    Limits,
+    LogPage,
+    MetricsReport,
+    SetupReport,
+)
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.cache import CacheInspection
 from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
+from opd_mcp.schemas.next_action import next_call, plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
@@ -45,7 +54,6 @@ from opd_mcp.schemas.runs import (
     RunState,
     RunStatus,
 )
-from opd_mcp.schemas.setup import Limits, SetupReport
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.logs import log_page
 from opd_mcp.store.plans import read_arguments, read_plan, save_plan
@@ -59,8 +67,9 @@ from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.dashboard import dashboard_feed
 from opd_mcp.views.metrics import metrics_report
+from opd_mcp.views.run_views import RunViews
 from opd_mcp.views.setup import setup_report
-from opd_mcp.views.status import Views, snapshot_of, status_of, wait_token_of
+from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
 
 LATEST = "latest"
 Arguments = TypeVar("Arguments", bound=Schema)
@@ -81,7 +90,7 @@ class JobService:
         self._supervisor = Supervisor(self.store, self.leases, self.settings, models)
         self._planner = Planner(self._references, self._builder, self._supervisor.target)
         self._plans = PlanMemory()
-        self._views = Views(workspace)
+        self._views = RunViews(workspace)
         self._planning = threading.Lock()
 
     def setup(self) -> SetupReport:
@@ -221,7 +230,8 @@ class JobService:
                 "run_not_active",
                 f"The run has ended: {before}.",
                 value=run_id,
-                fix="Call list_runs(state='running') to see what is active.",
+                fix="See which runs are active.",
+                call=next_call("list_runs", state="running"),
             )
         request_cancel(run_directory(self.workspace, run_id))
         return self._views.read(run_id, snapshot_of)
@@ -268,7 +278,8 @@ class JobService:
             "plan_changed",
             f"What was planned is no longer there as it was; changed: {', '.join(changed)}.",
             value=saved.plan_id,
-            fix=f"Look at the new plan and call start_distillation(plan_id='{now.plan_id}').",
+            fix="Look at the new plan, then start it.",
+            call=next_call("start_distillation", plan_id=now.plan_id),
         )
 
     def _existing(self, run_id: str) -> str:
@@ -280,6 +291,7 @@ class JobService:
                 "unknown_run",
                 "There is no run in this workspace yet.",
                 value=run_id,
-                fix="Call plan_distillation, then start_distillation.",
+                fix="Plan a distillation and start it.",
+                call=plan_call(),
             )
         return latest

@@ -58,15 +58,19 @@ def test_an_unknown_run_is_one_line_on_stderr_and_status_1(opd_mcp, command):
     assert done.stdout == ""
     assert done.stderr.startswith("[unknown_run]")
     assert len(done.stderr.splitlines()) == 1
-    assert "Run opd-mcp list to see the run ids" in done.stderr
+    assert "Run opd-mcp list" in done.stderr
 
 
 def test_the_next_step_of_a_run_is_a_command_and_its_log_is_shown_as_it_is(opd_mcp, lost_run):
     shown = opd_mcp("status", lost_run).stdout
-    assert "fix: Run opd-mcp resume RUN_ID to go on" in shown
-    assert f"next: Run opd-mcp resume {lost_run}" in shown
+    assert (
+        f"it goes on from its last checkpoint; a phase without one yet begins anew. Run opd-mcp resume {lost_run}"
+        in shown
+    )
+    assert f"next: The run is lost; it resumes from its last checkpoint. Run opd-mcp resume {lost_run}" in shown
     assert "log: somebody called resume_run" in shown
-    assert "resume_run(run_id=" in opd_mcp("status", lost_run, "--json").stdout
+    step = json.loads(opd_mcp("status", lost_run, "--json").stdout)["next_action"]
+    assert (step["tool"], step["arguments"]) == ("resume_run", {"run_id": lost_run})
     assert opd_mcp("logs", lost_run, "--tail", "1").stdout == "somebody called resume_run\n"
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.runs import Alert
@@ -76,7 +77,9 @@ def require_going(context: Context) -> None:
 
 def run_cancelled() -> RunError:
     """The error of a stage that was asked to stop."""
-    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on from there.")
+    return RunError(
+        "run_cancelled", "The run was asked to stop.", fix="Resume the run to go on from there.", call=resume_call()
+    )
 
 
 def counter(context: Context, total: int, unit: str, before: int = 0) -> Callable[[int], None]:

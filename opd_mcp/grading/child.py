@@ -127,7 +127,7 @@ class GradingChild:
         self._process, self._unread = None, b""
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "opd_mcp.grading.child", *self._arguments]
+        command = [sys.executable, "-P", "-m", "opd_mcp.grading.child", *self._arguments]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -136,7 +136,7 @@ class GradingChild:
             raise ResourceError(
                 "grader_failed",
                 "The grading process does not start.",
-                value=" ".join(command[1:4]),
+                value=" ".join(command[2:5]),
                 fix=f"Run it by hand to see why: python -m opd_mcp.grading.child {self._arguments[0]} 5 2147483648",
             )
         return self._process

@@ -24,6 +24,7 @@ _UNIT = (
     r"(?:\^\{?\\circ\}?|°[CF]?|\s*\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}(?:\^\{?\d\}?)?|"
     r"\s*(?P<unit>[A-Za-z][A-Za-z.'\s/-]+)(?:\^\{?\d\}?)?)?"
 )
+_PLAIN = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _WHOLE = re.compile(rf"{_SIGN}{_NUMBER}{_SCALE}{_PERCENT}{_UNIT}")
 _INSIDE = re.compile(rf"(?<![\w.)\]}}{{\\^])(?<!\{{-)(?:{_SIGN}){_NUMBER}{_SCALE}{_PERCENT}(?!\d)")
 # After a number these make it a part of something else: 2x, 2\pi, 2^3, 3(4), 5/x.
@@ -59,6 +60,8 @@ def parsed_number(text: str) -> Number | None:
     """The number that the whole text is, with a name before it (`x = 5`) or a unit behind it; None where it is none."""
     if len(text) > LONGEST:
         return None
+    if _PLAIN.fullmatch(text):  # most answers, at a tenth of the time
+        return Number(Fraction(text), digits=len(text.partition(".")[2]) or None)
     text = without_brackets(unwrapped(_tidied(_NAME.sub("", unwrapped(text)))))
     match = _WHOLE.fullmatch(text)
     if match is None or ((unit := match["unit"]) and (len(unit.strip()) < 2 or _NO_UNIT.search(unit))):

@@ -65,7 +65,7 @@ def read_manifest(path: Path, reference: object = None) -> CacheManifest:
             "not_a_cache",
             f"This is not a teacher cache: it has no {MANIFEST_FILE}.",
             value=reference or path,
-            fix="Give the cache_id that build_teacher_cache answered.",
+            fix="Give the cache_id that the build of the cache answered.",
         )
     try:
         return CacheManifest.from_json(file.read_bytes())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.service import JobService
 from opd_mcp.views.setup import example_paths, settings_problem
@@ -19,12 +20,13 @@ MIN_FREE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `fix` says what to do when it is not well."""
+    """One thing that was looked at; `fix` and `call` say what to do when it is not well."""
 
     name: str
     well: bool
     found: str
     fix: str = ""
+    call: NextAction | None = None
 
 
 def checks(service: JobService) -> Iterator[Check]:
@@ -57,7 +59,11 @@ def checks(service: JobService) -> Iterator[Check]:
 
 def _settings(service: JobService) -> Check:
     problem = settings_problem(service.workspace)
-    return Check("settings", False, problem.message, problem.fix) if problem else Check("settings", True, "readable")
+    return (
+        Check("settings", False, problem.message, problem.fix, problem.call)
+        if problem
+        else Check("settings", True, "readable")
+    )
 
 
 def _index(service: JobService) -> Check:
@@ -65,6 +71,6 @@ def _index(service: JobService) -> Check:
     try:
         indexed = {row.run_id for row in service.store.index.runs()}
     except OpdError as error:
-        return Check("index", False, error.message, error.fix)
+        return Check("index", False, error.message, error.fix, error.call)
     on_disk = {path.name for path in service.workspace.runs.iterdir() if (path / "run.json").is_file()}
     return Check("index", on_disk <= indexed, f"{len(on_disk)} runs, {len(on_disk & indexed)} of them indexed", fix)

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from opd_mcp.devices.hardware import Target, gpus
 from opd_mcp.planning.workload import expected_disk
 from opd_mcp.schemas.errors import IntegrityError, ResourceError
+from opd_mcp.schemas.next_action import NextAction, next_call, resume_call
 from opd_mcp.schemas.plans import Finding, MethodEstimate
-from opd_mcp.schemas.runs import RunRecord, RunRequest
-from opd_mcp.schemas.setup import Quotas
+from opd_mcp.schemas.runs import Quotas, RunRecord, RunRequest
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalReader, JournalRecord
@@ -32,9 +32,9 @@ MEMORY_OVERRIDE: dict[str, Any] = {
     "rollout.batch_size": 32,
 }
 RESUME_WAYS_OUT = {
-    "not_enough_memory": "Call resume_run once memory is free, or start again with lower micro_batch_tokens, "
+    "not_enough_memory": "Resume the run once memory is free, or start again with lower micro_batch_tokens, "
     "rollout.batch_size or max_new_tokens; finished phases whose settings stay are reused.",
-    "not_enough_disk": "Free disk space (opd-mcp gc shows what is unused), then call resume_run.",
+    "not_enough_disk": "Free disk space (opd-mcp gc shows what is unused), then resume the run.",
 }
 
 
@@ -111,7 +111,8 @@ def require_room(estimate: MethodEstimate | None, target: Target, disk_free: int
     """
     for finding in resource_findings(estimate, target, disk_free) if estimate else ():
         fix = RESUME_WAYS_OUT[finding.code] if resumed else finding.fix
-        raise ResourceError(finding.code, finding.message, value=resumed, fix=fix)
+        call = resume_call(resumed) if resumed else finding.call
+        raise ResourceError(finding.code, finding.message, value=resumed, fix=fix, call=call)
 
 
 def admission(store: Store, record: RunRecord) -> Callable[[], None]:
@@ -128,7 +129,7 @@ def admission(store: Store, record: RunRecord) -> Callable[[], None]:
             raise out_of_hours(store.workspace, directory)
         # A run that is being resumed holds its own lock already.
         active = [run_id for run_id in _active_runs(quotas, store) if run_id != record.run_id]
-        for error in _exceeded(quotas, record.request, record.expected_seconds, size, active, "call again"):
+        for error in _exceeded(quotas, record.request, record.expected_seconds, size, active, None):
             raise error
 
     return admit
@@ -140,11 +141,11 @@ def quota_findings(store: Store, request: RunRequest, seconds: float | None) -> 
     One whose run is active already is refused nothing: a start gives that run.
     """
     quotas = read_settings(store.workspace).quotas
-    active, again = _active_runs(quotas, store), f"call start_distillation(plan_id='{request.plan_id}')"
+    active, again = _active_runs(quotas, store), next_call("start_distillation", plan_id=request.plan_id)
     errors = list(_exceeded(quotas, request, seconds, _workspace_bytes(quotas, store), active, again))
     if errors and any(record.request.plan_id == request.plan_id for record in active_records(store)):
         return []
-    return [Finding(code=error.code, message=error.message, fix=error.fix) for error in errors]
+    return [Finding.of_error(error) for error in errors]
 
 
 def device_seconds(records: Iterable[JournalRecord]) -> float:
@@ -174,11 +175,16 @@ def out_of_hours(workspace: Workspace, directory: Path) -> ResourceError:
     """The error of a run that has had its device for as long as it may."""
     used, hours = used_seconds(directory) / HOUR, read_settings(workspace).quotas.max_gpu_hours
     message = f"The run has held its device for {used:.4g} h; max_gpu_hours is {hours}."
-    return _refusal("max_gpu_hours", message, f"{used:.4g} h", "call resume_run")
+    return _refusal("max_gpu_hours", message, f"{used:.4g} h", resume_call(directory.name))
 
 
 def _exceeded(
-    quotas: Quotas, request: RunRequest, seconds: float | None, size: int, active: Sequence[str], again: str
+    quotas: Quotas,
+    request: RunRequest,
+    seconds: float | None,
+    size: int,
+    active: Sequence[str],
+    again: NextAction | None,
 ) -> Iterator[ResourceError]:
     """An error for each quota that a run would break; `size` is what the workspace holds in bytes."""
     hours = (seconds or 0.0) / HOUR
@@ -209,6 +215,6 @@ def _workspace_bytes(quotas: Quotas, store: Store) -> int:
     return tree_bytes(store.workspace.root) if quotas.max_bytes is not None else 0
 
 
-def _refusal(name: str, message: str, value: object, again: str, other_way: str = "") -> ResourceError:
-    fix = f"{other_way}raise quotas.{name} in the workspace's {SETTINGS_FILE}, then {again}."
-    return ResourceError("quota_exceeded", message, value=value, fix=fix[0].upper() + fix[1:])
+def _refusal(name: str, message: str, value: object, again: NextAction | None, other_way: str = "") -> ResourceError:
+    fix = f"{other_way}raise quotas.{name} in the workspace's {SETTINGS_FILE}; then make the call again."
+    return ResourceError("quota_exceeded", message, value=value, fix=fix[0].upper() + fix[1:], call=again)

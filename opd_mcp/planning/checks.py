@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
-from opd_mcp.identity.data import PromptRow, eval_overlap
+from opd_mcp.identity.data.overlap import eval_overlap
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
+from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
 from opd_mcp.schemas.recipes import Method
 from opd_mcp.schemas.requests import PlanDistillation
@@ -41,9 +43,9 @@ class Findings:
     blocking: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
 
-    def warn(self, code: str, message: str, fix: str) -> None:
+    def warn(self, code: str, message: str, fix: str, call: NextAction | None = None) -> None:
         """Add a warning."""
-        self.warnings.append(Finding(code=code, message=message, fix=fix))
+        self.warnings.append(Finding(code=code, message=message, fix=fix, call=call))
 
 
 def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) -> None:
@@ -88,7 +90,7 @@ def judge_consistency(
         found.warn(
             "lineage_asserted",
             f"That the student was fine-tuned on responses of {claim.label()} is asserted by you, not proven.",
-            "Give a student made by start_sft, or one without declared_teacher, to have it proven.",
+            "To have it proven, give a student whose SFT was a run of this project.",
         )
     return False, verdict
 
@@ -99,9 +101,9 @@ def _add_mismatch(verdict: ConsistencyVerdict, allowed: bool, found: Findings) -
         require_consistent(verdict.teacher, verdict.sft_teacher, allowed=False)
     except ConsistencyError as error:
         if allowed:
-            found.warn(error.code, f"{error.message} You allowed it; the report records it.", error.fix)
+            found.warn(error.code, f"{error.message} You allowed it; the report records it.", error.fix, error.call)
         else:
-            found.blocking.append(Finding(code=error.code, message=error.message, fix=error.fix))
+            found.blocking.append(Finding.of_error(error))
 
 
 def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
@@ -178,7 +180,8 @@ def judge_rollouts(manifest: CacheManifest, cache_id: str, found: Findings) -> N
             "rollouts_empty",
             f"{statistics.empty_responses} of {statistics.rows} rollouts in {cache_id} hold no token but the end; they "
             "teach when to stop, nothing else.",
-            f"Look at some with inspect_cache(cache='{cache_id}'); a student that often ends at once needs more SFT.",
+            "Look at some rows; a student that often ends at once needs more SFT.",
+            next_call("inspect_cache", cache=cache_id),
         )
     if hygiene.quarantined:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in hygiene.quarantined.items())

@@ -25,6 +25,7 @@ from opd_mcp.planning.references import References
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PlanError
+from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
@@ -176,11 +177,11 @@ def files_signature(inputs: RunInputs) -> str:
     return content_hash([path_signature(Path(path)) for path in paths])
 
 
-def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> str:
+def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan."""
     if blocking:
-        return f"Resolve {blocking[0].code} ({blocking[0].fix}) and call plan_distillation again."
-    return quota[0].fix if quota else f"Call start_distillation(plan_id='{plan_id}')"
+        return plan_call(f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}")
+    return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
 
 
 def fingerprint(
@@ -221,4 +222,5 @@ def require_unblocked(plan: Plan) -> None:
             " ".join(f"[{finding.code}] {finding.message}" for finding in plan.blocking),
             value=plan.plan_id,
             fix=" ".join(finding.fix for finding in plan.blocking),
+            call=next((finding.call for finding in plan.blocking if finding.call), None),
         )

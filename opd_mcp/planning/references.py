@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher
-from opd_mcp.identity.data import PromptRow, prompts_hash, read_prompts, read_responses_header
+from opd_mcp.identity.data.reading import read_prompts, read_responses_header
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
@@ -16,6 +17,7 @@ from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import RECORD_FILE, run_ids
@@ -164,7 +166,7 @@ class References:
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
-            sha256=file_sha256(header.file),
+            sha256=header.sha256,
             rows=header.rows,
             sft_teacher=claim,
         )
@@ -246,7 +248,8 @@ class References:
                 "unknown_artifact",
                 f"Run {run_id} has made no {kind}" + (f", but: {', '.join(products)}." if products else " yet."),
                 value=run_id,
-                fix=f"Call get_run_status(run_id='{run_id}', wait_seconds=25) and wait until it has succeeded.",
+                fix="Wait until the run has succeeded.",
+                call=next_call("get_run_status", run_id=run_id, wait_seconds=25),
             )
         return _Place(artifact.path, artifact.artifact_id)
 
@@ -264,8 +267,9 @@ class References:
             "This is neither an absolute path, nor an artifact or run of this workspace, nor a Hub id.",
             value=reference,
             nearest=nearest(reference, known),
-            fix="Give an absolute path below an allowed root (inspect_setup lists them), an artifact id, a run id, "
-            "or for a model a Hub id (org/name).",
+            fix="Give an absolute path below an allowed root, an artifact id, a run id, or for a model a Hub id "
+            "(org/name); the set-up lists the roots.",
+            call=next_call("inspect_setup"),
         )
 
     def _hub_id(self, reference: str) -> str | None:

@@ -362,7 +362,7 @@ def require_cache_arguments(arguments: StartDistillation) -> None:
 
 
 def require_nothing_but_plan(arguments: StartDistillation) -> None:
-    """Raise ArgumentError `invalid_argument` for arguments beside plan_id that would change the plan."""
+    """Raise ArgumentError `invalid_argument` for arguments next to plan_id that would change the plan."""
     fields = type(arguments).model_fields
     given = [
         name
@@ -372,6 +372,6 @@ def require_nothing_but_plan(arguments: StartDistillation) -> None:
     if given:
         raise ArgumentError(
             "invalid_argument",
-            f"A plan_id stands for all its arguments; given beside it: {', '.join(sorted(given))}.",
+            f"A plan_id stands for all its arguments; given next to it: {', '.join(sorted(given))}.",
             fix="Give plan_id alone (and benchmark), or leave plan_id out.",
         )

@@ -1,4 +1,4 @@
-"""What the tools that look at runs and artifacts answer: metrics, logs, artifacts."""
+"""What the tools that look answer: the set-up, metrics, logs, artifacts, the dashboard; and what gc removes."""
 
 from typing import Any, Literal
 
@@ -6,8 +6,10 @@ from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
+from opd_mcp.schemas.next_action import NextAction
+from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.reports import StageCost
-from opd_mcp.schemas.runs import Alert, Progress, RunKind, RunRow, RunState
+from opd_mcp.schemas.runs import Alert, Progress, Quotas, RunKind, RunRow, RunState
 
 
 class MetricSeries(Schema):
@@ -79,7 +81,7 @@ class DeletedArtifact(Schema):
 
     artifact_id: str
     freed_bytes: int
-    next_action: str
+    next_action: NextAction
 
 
 class ShownPhase(Schema):
@@ -125,7 +127,7 @@ class DashboardFeed(Schema):
 
 
 class Leftover(Schema):
-    """Something that nobody needs."""
+    """Something that is unused."""
 
     kind: Literal["build", "deleted", "temporary", "checkpoints", "index", "artifact"]
     path: str
@@ -139,3 +141,64 @@ class GarbageReport(Schema):
     bytes: int
     items: list[Leftover]
     kept: list[str] = Field(default_factory=list, description="what could not be judged, and why")
+
+
+class Device(Schema):
+    """Something a run computes on; `slots` runs fit at a time, `slots_busy` of them are taken."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    uuid: str | None = Field(None, description="GPU UUID, the key of its lease")
+    total_memory_bytes: int
+    free_memory_bytes: int
+    slots: int
+    slots_busy: int = 0
+
+
+class ActiveRun(Schema):
+    """A queued or running run, in short."""
+
+    run_id: str
+    kind: str
+    state: str
+    phase: str | None = None
+
+
+class Limits(Schema):
+    """What one call may ask for."""
+
+    wait_seconds: int = 25
+    inline_prompts: int = 200
+    inline_prompt_characters: int = 20_000
+    baselines: int = 8
+    list_limit: int = 100
+
+
+class ExamplePaths(Schema):
+    """Absolute paths of the embedded arithmetic task."""
+
+    teacher: str
+    teacher_other_style: str
+    student: str
+    prompts_sft: str
+    prompts_opd: str
+    prompts_tune: str
+    prompts_eval: str
+
+
+class SetupReport(Schema):
+    """The answer of `inspect_setup`."""
+
+    version: str
+    python: str
+    devices: list[Device]
+    free_disk_bytes: int
+    workspace: str
+    allowed_roots: list[str]
+    active_runs: list[ActiveRun] = Field(default_factory=list)
+    limits: Limits = Limits()
+    quotas: Quotas = Quotas()
+    problem: Finding | None = None
+    presets: list[str] = Field(default_factory=lambda: ["quick", "paper", "demo"])
+    example: ExamplePaths | None = None
+    next_action: NextAction

@@ -26,41 +26,62 @@ OpdError
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 from opd_mcp.schemas.redaction import redacted
+
+if TYPE_CHECKING:  # so that an error alone does not load pydantic
+    from opd_mcp.schemas.next_action import CallText, NextAction
 
 
 class OpdError(Exception):
     """A failure that says what happened, which value caused it and what to do next.
 
     `code` is one of the names in this module's tree, `message` one sentence, `value` the offending value,
-    `nearest` valid values close to it, and `fix` one next step.
+    `nearest` valid values close to it, `fix` one next step in words, and `call` the tool call that belongs to it.
     """
 
-    def __init__(self, code: str, message: str, *, fix: str, value: object = None, nearest: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        fix: str,
+        value: object = None,
+        nearest: Iterable[str] = (),
+        call: "NextAction | None" = None,
+    ) -> None:
         self.code = code
         # Messages quote exceptions and values that others wrote; no border behind this one sees more of them.
         self.message = redacted(message)
         self.fix = fix
+        self.call = call
         self.value = None if value is None else redacted(str(value)[:4096])[:500]
         self.nearest = [redacted(name) for name in nearest]
         super().__init__(str(self))
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, call_text: "CallText | None" = None) -> str:
+        """The error in one line; `call_text` words its call for a reader who is not an agent."""
         parts = [f"[{self.code}] {self.message}"]
         if self.value is not None:
             parts.append(f"Got: {self.value!r}.")
         if self.nearest:
             parts.append(f"Nearest: {', '.join(self.nearest)}.")
         parts.append(f"Fix: {self.fix}")
+        if self.call is not None:
+            parts.append(call_text(self.call) if call_text else self.call.call_text())
         return " ".join(parts)
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return _rebuild, (type(self), self.code, self.message, self.fix, self.value, self.nearest)
+        rest = {"fix": self.fix, "value": self.value, "nearest": self.nearest, "call": self.call}
+        return _rebuild, (type(self), self.code, self.message, rest)
 
 
-def _rebuild(kind: type[OpdError], code: str, message: str, fix: str, value: object, nearest: list[str]) -> OpdError:
-    return kind(code, message, fix=fix, value=value, nearest=nearest)
+def _rebuild(kind: type[OpdError], code: str, message: str, rest: dict[str, Any]) -> OpdError:
+    return kind(code, message, **rest)
 
 
 class InputError(OpdError, ValueError):

@@ -1,12 +1,14 @@
 """Plans: what would run, on what basis, and what stands in the way."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.cache import EngineGap, PromptHygiene, RolloutStatistics, TeacherDelta
+from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
 
@@ -47,6 +49,12 @@ class Finding(Schema):
     code: str
     message: str
     fix: str
+    call: NextAction | None = None
+
+    @classmethod
+    def of_error(cls, error: OpdError) -> Self:
+        """What an error would say, as a finding."""
+        return cls(code=error.code, message=error.message, fix=error.fix, call=error.call)
 
 
 class ConsistencyVerdict(Schema):
@@ -81,4 +89,4 @@ class Plan(Schema):
     rollouts: RolloutStatistics | None = None
     blocking: list[Finding] = Field(default_factory=list)
     warnings: list[Finding] = Field(default_factory=list)
-    next_action: str
+    next_action: NextAction

@@ -1,5 +1,7 @@
 """The arguments of the tools; the server publishes these models as its input schemas, flat."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StringConstraints
@@ -18,24 +20,53 @@ Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
     Field(description="reference to JSONL/Parquet prompts, or up to 200 inline"),
 ]
-MAX_VALUES, MAX_DEPTH, MAX_CHARACTERS = 1000, 8, 2000
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much a JSON-ready value may hold: levels of nesting, values, characters of one text and of all together."""
+
+    depth: int
+    values: int
+    text: int
+    characters: int
+
+
+OVERRIDE_BOUNDS = Bounds(depth=8, values=1_000, text=2_000, characters=2_000_000)
+
+
+def levels(value: Any) -> Iterator[list[Any]]:
+    """A JSON-ready value level by level, so that depth costs no stack: the value, then what it holds, and so on."""
+    level = [value]
+    while level:
+        yield level
+        nested = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [inner for part in nested for inner in part]
+
+
+def excess(value: Any, bounds: Bounds) -> str | None:
+    """What of a JSON-ready value goes beyond the bounds; None for one within them."""
+    values = characters = 0
+    for depth, level in enumerate(levels(value), start=1):
+        values += len(level)
+        if values > bounds.values or depth > bounds.depth:
+            return f"more than {bounds.values} values, or nested deeper than {bounds.depth} levels"
+        texts = [part for part in level if isinstance(part, str)]
+        texts += [str(key) for part in level if isinstance(part, dict) for key in part]
+        if any(len(text) > bounds.text for text in texts):
+            return f"a text of more than {bounds.text} characters"
+        characters += sum(map(len, texts))
+        if characters > bounds.characters:
+            return f"more than {bounds.characters} characters"
+    return None
 
 
 def bounded(value: Any) -> Any:
     """The JSON-ready value; raises ValueError for one that is too large, too deep, or holds too long a text."""
-    values, count, level = [value], 0, 0
-    while values:
-        count, level = count + len(values), level + 1
-        if count > MAX_VALUES or level > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_VALUES} values, or nested deeper than {MAX_DEPTH}")
-        texts = [part for part in values if isinstance(part, str)]
-        texts += [str(key) for part in values if isinstance(part, dict) for key in part]
-        if any(len(text) > MAX_CHARACTERS for text in texts):
-            raise ValueError(f"a text of more than {MAX_CHARACTERS} characters")
-        if any(isinstance(part, int) and abs(part) >= 1 << 63 for part in values):
-            raise ValueError("a number of more than 64 bits")
-        nested = [part.values() if isinstance(part, dict) else part for part in values if isinstance(part, dict | list)]
-        values = [inner for part in nested for inner in part]
+    if found := excess(value, OVERRIDE_BOUNDS):
+        raise ValueError(found)
+    if any(isinstance(part, int) and abs(part) >= 1 << 63 for level in levels(value) for part in level):
+        raise ValueError("a number of more than 64 bits")
     return value
 
 
@@ -218,7 +249,7 @@ class GetRunMetrics(Schema):
         list[Annotated[str, StringConstraints(max_length=100)]],
         Field(max_length=20, description="e.g. 'distill.reverse_kl_k1' or 'reverse_kl_k1'; default: all"),
     ] = Field(default_factory=list)
-    max_points: Annotated[int, Field(ge=2, le=200, description="points a series")] = 40
+    max_points: Annotated[int, Field(ge=2, le=200, description="points per series")] = 40
 
 
 class GetRunLogs(Schema):

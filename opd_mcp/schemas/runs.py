@@ -6,6 +6,7 @@ from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import Recipe
 
 RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample"]
@@ -93,6 +94,20 @@ class RunRecord(Record):
     trace_context: dict[str, str] = Field(default_factory=dict, description="W3C trace context of the tool call")
 
 
+class Quotas(Schema):
+    """Bounds on what the runs of a workspace may take; absent means unbounded."""
+
+    max_running_runs: int | None = Field(None, ge=1, description="runs that are queued or running at a time")
+    max_gpu_hours: float | None = Field(None, gt=0, description="hours that one run holds its device, all attempts")
+    max_bytes: int | None = Field(None, ge=1, description="size of the whole workspace")
+
+
+class WorkspaceSettings(Schema):
+    """The settings file of a workspace."""
+
+    quotas: Quotas = Quotas()
+
+
 class Progress(Schema):
     """Where the current phase stands."""
 
@@ -104,11 +119,12 @@ class Progress(Schema):
 
 
 class Failure(Schema):
-    """Why a run failed and what to do."""
+    """Why a run failed and what to do; `call` belongs to the fix."""
 
     code: str
     cause: str
     fix: str
+    call: NextAction | None = None
     override: dict[str, Any] | None = Field(None, description="suggested override for the next start")
     log_tail: list[str] = Field(default_factory=list)
 
@@ -140,7 +156,7 @@ class RunSnapshot(Schema):
     cache_id: str | None = Field(None, description="id that the teacher cache of this run has or will have")
     result: dict[str, Any] | None = Field(None, description="of an ended run")
     error: Failure | None = None
-    next_action: str
+    next_action: NextAction
 
 
 class RunStatus(Schema):
@@ -158,15 +174,15 @@ class RunStatus(Schema):
     queue_position: int | None = None
     waits_for: str | None = None
     cancel_requested: str | None = Field(None, description="when; pending until the state is cancelled")
-    eta_s: float | None = Field(None, description="seconds to the end of the run, all phases")
+    eta_s: float | None = Field(None, description="seconds to the end of all phases")
     elapsed_s: float | None = None
     metrics: dict[str, MetricTrend] = Field(default_factory=dict, description="of this phase")
     alerts: list[Alert] = Field(default_factory=list)
-    result: dict[str, Any] | None = Field(None, description="artifact ids, paths and the report's figures")
+    result: dict[str, Any] | None = Field(None, description="artifact ids, paths, figures")
     error: Failure | None = None
     unchanged: bool = False
     next_check_s: float | None = None
-    next_action: str
+    next_action: NextAction = Field(description="tool, arguments, why")
 
 
 class RunRow(Schema):

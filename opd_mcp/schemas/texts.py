@@ -1,10 +1,18 @@
 """Texts and numbers as people read them: cut to size, bytes, durations."""
 
 
-def shortened(text: str, characters: int) -> str:
-    """The text, or its beginning and how many characters follow."""
+def shortened(text: str, characters: int, advice: str = "") -> str:
+    """The text, or its beginning with how many characters follow, and what to do about them."""
     left = len(text) - characters
-    return text if left <= 0 else f"{text[:characters]}… ({left} more characters)"
+    if left <= 0:
+        return text
+    return f"{text[:characters]}… ({left} more characters{advice and f'; {advice}'})"
+
+
+def shortened_bytes(text: str, size: int) -> str:
+    """The text, or as much of its beginning as fits with an ellipsis into so many bytes of UTF-8."""
+    content = text.encode(errors="replace")
+    return text if len(content) <= size else f"{content[: size - 3].decode(errors='ignore')}…"
 
 
 def byte_size(count: float) -> str:

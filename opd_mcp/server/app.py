@@ -1,4 +1,4 @@
-"""The MCP server over a JobService: `build_server(service)`; how it is served is serve.py's concern."""
+"""The MCP server over a JobService: `build_server(service)`; serve.py says how it is served."""
 
 import logging
 import sys
@@ -7,15 +7,16 @@ from mcp.server import MCPServer
 from mcp.server.caching import CacheHint
 
 import opd_mcp
+from opd_mcp.server.dashboard_app import dashboard_app
 from opd_mcp.server.guidance import INSTRUCTIONS, add_prompts
+from opd_mcp.server.protocol.sdk_tool import sdk_tool
 from opd_mcp.server.protocol.tasks import RunTasks, TasksExtension
-from opd_mcp.server.protocol.tool_spec import tool_from_spec
 from opd_mcp.server.resources import RunWatcher, add_resources
 from opd_mcp.server.serve import ServerSettings
-from opd_mcp.server.tools import DEFAULTS, all_specs
-from opd_mcp.server.tools.dashboard import dashboard_app
+from opd_mcp.server.tools.table import offered_tools
 from opd_mcp.service import JobService
 
+DEFAULTS = ServerSettings()
 STATIC = CacheHint(ttl_ms=3_600_000, scope="public")
 """For what never changes while a server runs."""
 
@@ -24,7 +25,7 @@ def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MC
     """The server with all tools; it holds no state of a run, so any number of them may share a workspace."""
     # Before MCPServer: its own rich handler takes seconds to print a first traceback.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    specs = all_specs(service, settings)
+    specs = offered_tools(settings)
     starting = frozenset(spec.name for spec in specs if spec.starts_run)
     watcher = RunWatcher(service)
     server: MCPServer = MCPServer(
@@ -32,7 +33,7 @@ def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MC
         title="Lightning OPD distillation",
         version=opd_mcp.__version__,
         instructions=INSTRUCTIONS,
-        tools=[tool_from_spec(spec, settings.secrets) for spec in specs],
+        tools=[sdk_tool(spec, service, settings) for spec in specs],
         extensions=[TasksExtension(RunTasks(service, starting, settings.secrets)), dashboard_app()],
         log_level="WARNING",
         lifespan=watcher.lifespan,

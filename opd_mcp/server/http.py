@@ -1,4 +1,4 @@
-"""The HTTP application: who may speak to it, and the routes beside `/mcp`: `/health`, `/dashboard`.
+"""The HTTP application: who may speak to it, and the routes next to `/mcp`: `/health`, `/dashboard`.
 
 Every request but `/health` must name an allowed host (421) and, from a browser, an allowed origin (403), and must carry
 the bearer token where there is one (401). A browser gets to the dashboard with `/dashboard?token=…` once; after that a
@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import opd_mcp
 from opd_mcp.schemas.errors import ArgumentError, OpdError
 from opd_mcp.schemas.redaction import redacted, redacted_values
+from opd_mcp.server.dashboard_app import dashboard_html
 from opd_mcp.server.protocol.json_schema import structured
-from opd_mcp.server.tools.dashboard import dashboard_html
 from opd_mcp.service import JobService
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")

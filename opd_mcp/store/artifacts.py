@@ -277,7 +277,7 @@ def require_intact(artifact: Artifact) -> None:
                 "damaged_file",
                 f"{name} of {artifact.artifact_id} is missing or not what was written.",
                 value=file,
-                fix="Restore the file from a copy; or move this directory away, and resume_run makes it anew.",
+                fix="Restore the file from a copy; or move this directory away, and a resumed run makes it anew.",
             )
 
 

@@ -43,7 +43,7 @@ def disk_full(error: BaseException) -> ResourceError:
     return ResourceError(
         "not_enough_disk",
         f"The disk is full: nothing was begun ({str(error)[:300]}).",
-        fix="Free disk space (opd-mcp gc shows what nobody needs), then call again.",
+        fix="Free disk space (opd-mcp gc shows what is unused), then make the call again.",
     )
 
 

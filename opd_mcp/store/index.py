@@ -178,7 +178,7 @@ class Index:
                 "not_enough_disk",
                 f"The disk is full: nothing was written ({error}).",
                 value=self.path.parent,
-                fix="Free disk space (opd-mcp gc shows what nobody needs), then call again.",
+                fix="Free disk space (opd-mcp gc shows what is unused), then make the call again.",
             ) from error
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of a busy or full disk, or of a mistake

@@ -29,6 +29,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.redaction import redacted_values
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.runs import Failure, PhaseName, RunState
@@ -232,7 +233,8 @@ class JournalWriter:
                     "attempt_superseded",
                     f"Attempt {self.attempt} of this run has lost the right to write.",
                     value=self.path.parent.name,
-                    fix="Follow the run with get_run_status: a newer attempt works on it, or resume_run begins one.",
+                    fix="Follow the run: a newer attempt works on it, or a resume begins one.",
+                    call=next_call("get_run_status", run_id=self.path.parent.name),
                 )
 
     def _superseded(self) -> bool:

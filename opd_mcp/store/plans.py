@@ -1,13 +1,14 @@
 """Plans, one file each, so that a `plan_id` means the same plan in every process."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
+from opd_mcp.schemas.next_action import plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.store.workspace import Workspace, is_id
@@ -15,9 +16,18 @@ from opd_mcp.store.workspace import Workspace, is_id
 Content = TypeVar("Content", bound=Schema)
 
 
+def _with_next_action_as_data(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 held the next call as a sentence."""
+    plan = values.get("plan")
+    if not isinstance(plan, dict):
+        return values
+    return {**values, "plan": {**plan, "next_action": {"why": plan.get("next_action")}}}
+
+
 class SavedPlan(Record):
     """`plans/<plan_id>.json`."""
 
+    upgrades = (_with_next_action_as_data,)
     plan: Plan
 
 
@@ -36,7 +46,8 @@ def read_plan(workspace: Workspace, plan_id: str) -> Plan:
         "There is no such plan in this workspace.",
         value=plan_id,
         nearest=nearest(plan_id, [path.stem for path in workspace.plans.glob("*.json")]),
-        fix="Call plan_distillation and use the plan_id of its answer.",
+        fix="Plan a distillation and give the plan_id of the answer.",
+        call=plan_call(),
     )
 
 
@@ -62,5 +73,6 @@ def _read(kind: type[Content], file: Path) -> Content:
             "damaged_file",
             f"The plan cannot be used ({why}).",
             value=file,
-            fix="Call plan_distillation again with the same arguments.",
+            fix="Plan again with the same arguments.",
+            call=plan_call(),
         ) from error

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from opd_mcp.identity.files import fsync_directory, write_atomic
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.journal import JournalWriter, next_attempt, utc_text
 from opd_mcp.store.workspace import Workspace, is_id
@@ -85,7 +86,8 @@ def run_directory(workspace: Workspace, run_id: str) -> Path:
         "There is no such run in this workspace.",
         value=run_id,
         nearest=nearest(run_id, run_ids(workspace)),
-        fix="Call list_runs to see the run ids, or give 'latest'.",
+        fix="Give 'latest', or the id of a run that is listed.",
+        call=next_call("list_runs"),
     )
 
 
@@ -160,7 +162,8 @@ class RunLock:
                     "run_locked",
                     "Another process is working on this run.",
                     value=directory.name,
-                    fix="Follow it with get_run_status, or stop it with cancel_run.",
+                    fix="Follow the run, or cancel it.",
+                    call=next_call("get_run_status", run_id=directory.name),
                 )
             time.sleep(0.005)
 

@@ -9,6 +9,7 @@ from that line on, earlier attempts are fenced off: their writers refuse, and re
 """
 
 from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import FINAL_STATES, RunState
 
 TRANSITIONS: dict[RunState, frozenset[RunState]] = {
@@ -39,5 +40,6 @@ def require_resumable(state: RunState, run_id: str) -> None:
             "run_not_active",
             f"The run has ended: {state}. There is nothing to resume.",
             value=run_id,
-            fix=f"Call get_run_status(run_id='{run_id}') for its result.",
+            fix="Read its result.",
+            call=next_call("get_run_status", run_id=run_id),
         )

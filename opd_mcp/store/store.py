@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
@@ -100,7 +101,8 @@ class Store:
                         "same_request_active",
                         "Another run of the same request is active.",
                         value=run_id,
-                        fix=f"Follow that one with get_run_status(run_id='{other}').",
+                        fix="Follow that run.",
+                        call=next_call("get_run_status", run_id=other),
                     )
                 admit()
                 withdraw_cancel(view.directory)

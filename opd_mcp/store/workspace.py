@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import ArgumentError, PathError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.setup import Quotas, WorkspaceSettings
+from opd_mcp.schemas.runs import Quotas, WorkspaceSettings
 
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 

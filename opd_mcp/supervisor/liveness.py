@@ -6,6 +6,7 @@ from pathlib import Path
 
 from opd_mcp.planning.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import Failure
 from opd_mcp.store.logs import log_tail
 from opd_mcp.store.runs import LOG_FILE
@@ -24,12 +25,15 @@ class Loss(Schema):
 
 def lost_failure(directory: Path, attempt: int) -> Failure:
     """The failure of a run whose process ended without a final state, with its cause as far as it is known."""
-    loss, memory = loss_of(directory, attempt), " once memory is free, or start again with the suggested overrides"
+    loss = loss_of(directory, attempt)
+    fix = "Resume the run: it goes on from its last checkpoint; a phase without one yet begins anew."
+    if loss.out_of_memory:
+        fix += " Wait until memory is free, or start again with the suggested overrides."
     return Failure(
         code="worker_lost",
         cause=loss.cause,
-        fix="Call resume_run to go on from the last checkpoint; a phase without one yet begins anew"
-        f"{memory if loss.out_of_memory else ''}.",
+        fix=fix,
+        call=resume_call(directory.name),
         override=dict(MEMORY_OVERRIDE) if loss.out_of_memory else None,
         log_tail=log_tail(directory / LOG_FILE),
     )

@@ -16,6 +16,7 @@ from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.artifacts import ARTIFACT_FILE, BUILDING_PREFIX, Artifact
 from opd_mcp.store.index import IndexedArtifact
 from opd_mcp.store.store import Store
+from opd_mcp.views.next_steps import after_deletion
 
 MANIFEST_FILE = "manifest.json"
 
@@ -86,9 +87,7 @@ def delete_artifact(store: Store, artifact_id: str) -> DeletedArtifact:
     fsync_directory(gone.parent)
     store.index.remove_artifact(artifact_id)
     shutil.rmtree(gone, ignore_errors=True)
-    return DeletedArtifact(
-        artifact_id=artifact_id, freed_bytes=artifact.record.bytes, next_action="Call list_artifacts to see the rest."
-    )
+    return DeletedArtifact(artifact_id=artifact_id, freed_bytes=artifact.record.bytes, next_action=after_deletion())
 
 
 def dependents(store: Store, artifact: Artifact) -> Iterator[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from opd_mcp.identity.lineage import read_manifest
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, SampleRow
 from opd_mcp.schemas.errors import IntegrityError
+from opd_mcp.schemas.texts import shortened_bytes
 
 SAMPLE_ROWS = 2
 # bytes: a model's tokens are counted by them, and a Chinese character is one token as well as three bytes
@@ -60,8 +61,8 @@ def _row(row: dict[str, Any], tokenizer: Any) -> SampleRow:
         shown = [*range(FIRST_TOKENS), *range(len(ids) - LAST_TOKENS, len(ids))]  # type: ignore[assignment]
     teacher, student = row["teacher_logprobs"], row.get("behaviour_logprobs")
     return SampleRow(
-        prompt=_cut(tokenizer.decode(row["prompt_ids"], skip_special_tokens=False)),
-        response=_cut(tokenizer.decode(ids, skip_special_tokens=False)),
+        prompt=shortened_bytes(tokenizer.decode(row["prompt_ids"], skip_special_tokens=False), TEXT_BYTES),
+        response=shortened_bytes(tokenizer.decode(ids, skip_special_tokens=False), TEXT_BYTES),
         finish_reason=row["finish_reason"],
         response_tokens=len(ids),
         tokens=[_token(tokenizer, ids, place, teacher, student) for place in shown],
@@ -71,14 +72,9 @@ def _row(row: dict[str, Any], tokenizer: Any) -> SampleRow:
 def _token(
     tokenizer: Any, ids: list[int], place: int, teacher: list[float], student: list[float] | None
 ) -> tuple[str, float, float] | tuple[str, float]:
-    text = _cut(tokenizer.decode([ids[place]], skip_special_tokens=False), TOKEN_BYTES)
+    text = shortened_bytes(tokenizer.decode([ids[place]], skip_special_tokens=False), TOKEN_BYTES)
     logprob = round(float(teacher[place]), 4)
     return (text, logprob) if student is None else (text, logprob, round(float(student[place]), 4))
-
-
-def _cut(text: str, limit: int = TEXT_BYTES) -> str:
-    content = text.encode(errors="replace")
-    return text if len(content) <= limit else f"{content[: limit - 3].decode(errors='ignore')}…"
 
 
 def _damaged(file: Path) -> IntegrityError:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from opd_mcp.schemas.answers import Curve, DashboardFeed, DashboardRun, ShownPhase
+from opd_mcp.schemas.next_action import advice_text
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView
@@ -48,7 +49,9 @@ def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
         costs=costs_by_stage(view),
         scores=result.get("scores", {}),
         comparisons=result.get("comparisons", []),
-        error=f"[{failed.code}] {shortened(failed.cause, 300)} Fix: {failed.fix}" if failed else None,
+        error=f"[{failed.code}] {shortened(failed.cause, 300)} Fix: {advice_text(failed.fix, failed.call)}"
+        if failed
+        else None,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.errors import UnknownIdError
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.store.logs import log_page
 from opd_mcp.store.runs import LOG_FILE, run_directory
 from opd_mcp.store.store import Store
@@ -39,7 +40,8 @@ def report_markdown(store: Store, run_id: str) -> str:
             "unknown_artifact",
             "This run has no report yet.",
             value=run_id,
-            fix=f"Call get_run_status(run_id='{run_id}') and wait for its benchmark phase.",
+            fix="Wait for its benchmark phase.",
+            call=next_call("get_run_status", run_id=run_id),
         )
     folder = store.artifacts.get(artifact_id).path
     text = folder / REPORT_TEXT

@@ -8,13 +8,14 @@ import opd_mcp
 from opd_mcp.devices.hardware import available_memory, free_disk, gpus
 from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
+from opd_mcp.schemas.answers import ActiveRun, Device, ExamplePaths, SetupReport
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.runs import RunKind, RunState
-from opd_mcp.schemas.setup import ActiveRun, Device, ExamplePaths, Quotas, SetupReport
+from opd_mcp.schemas.runs import Quotas, RunKind, RunState
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace, read_settings
+from opd_mcp.views.next_steps import first_step
 
 ACTIVE: tuple[RunState, ...] = ("running", "queued")
 MAX_ACTIVE_RUNS = 20
@@ -35,9 +36,7 @@ def setup_report(store: Store, roots: AllowedRoots, leases: LeaseFolder, setting
         quotas=Quotas() if problem else read_settings(store.workspace).quotas,
         problem=problem,
         example=example,
-        next_action=f"Resolve {problem.code} ({problem.fix}) and call inspect_setup again."
-        if problem
-        else _first_call(example),
+        next_action=first_step(example, problem),
     )
 
 
@@ -46,7 +45,9 @@ def settings_problem(workspace: Workspace) -> Finding | None:
     try:
         read_settings(workspace)
     except OpdError as error:
-        return Finding(code=error.code, message=f"{error.message} Got: {error.value!r}.", fix=error.fix)
+        return Finding(
+            code=error.code, message=f"{error.message} Got: {error.value!r}.", fix=error.fix, call=error.call
+        )
     return None
 
 
@@ -102,13 +103,3 @@ def example_paths(settings: JobSettings) -> ExamplePaths | None:
 
 def _active_run(store: Store, run_id: str, kind: RunKind, state: RunState) -> ActiveRun:
     return ActiveRun(run_id=run_id, kind=kind, state=state, phase=store.view(run_id).phase)
-
-
-def _first_call(example: ExamplePaths | None) -> str:
-    if example is None:
-        return "Call plan_distillation(student='…', teacher='…', prompts='…')"
-    return (
-        f"Call plan_distillation(student='{example.student}', teacher='{example.teacher}', "
-        f"prompts='{example.prompts_opd}', sft_prompts='{example.prompts_sft}', "
-        f"eval_prompts='{example.prompts_eval}', preset='demo')"
-    )

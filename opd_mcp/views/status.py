@@ -1,28 +1,15 @@
-"""What a run's view and record say to its reader: snapshot, status, ETA, and the one next call."""
+"""What a run's view and record say to its reader: snapshot, status and ETA."""
 
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import TypeVar
 
 from opd_mcp.devices.leases import Place
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunRecord, RunSnapshot, RunState, RunStatus
 from opd_mcp.store.run_view import RunView, seconds_of
-from opd_mcp.store.runs import read_record, run_directory
-from opd_mcp.store.workspace import Workspace
 from opd_mcp.supervisor.liveness import lost_failure
+from opd_mcp.views.next_steps import next_action
 
-# Failures that the same run may get over; any other one comes back unless something is changed first.
-RESUME_HELPS = frozenset(
-    {
-        *("worker_lost", "worker_terminated", "internal_error", "launch_failed"),
-        *("not_enough_disk", "offline", "teacher_unreachable", "device_unavailable"),
-        *("quota_exceeded", "unknown_setting", "invalid_setting"),
-    }
-)
 MIN_CHECK_SECONDS = 5.0
 MAX_CHECK_SECONDS = 300.0
 UNKNOWN_CHECK_SECONDS = 15.0
@@ -50,7 +37,13 @@ def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> Ru
 
 def failure(view: RunView) -> Failure | None:
     """Why the run did not succeed, in its own words or, for a lost one, in ours."""
-    return lost_failure(view.directory, view.attempt) if view.state == "lost" else view.error
+    if view.state == "lost":
+        return lost_failure(view.directory, view.attempt)
+    error = view.error
+    if error is None or error.call is None:
+        return error
+    # A stage that fails does not know which run it was part of.
+    return error.model_copy(update={"call": error.call.filled(run_id=view.directory.name)})
 
 
 def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatus:
@@ -114,55 +107,6 @@ def remaining_seconds(view: RunView, record: RunRecord, now: float) -> float | N
     return current + pace * sum(expected[name] for name in later)
 
 
-def next_action(view: RunView, record: RunRecord) -> str:
-    """The one next call, ready to make."""
-    run_id = record.run_id
-    if view.state in ACTIVE_STATES:
-        call = f"Call get_run_status(run_id='{run_id}', wait_seconds=25)"
-        if view.cancel_requested is None:
-            return call
-        return f"A cancellation is pending, do not ask again. {call} until the state is cancelled"
-    if view.state != "succeeded":
-        fixed_first = view.state == "failed" and view.error is not None and view.error.code not in RESUME_HELPS
-        return view.error.fix if fixed_first and view.error else f"Call resume_run(run_id='{run_id}')"
-    return _worse_than_before(view) + _after_success(record, benchmarked="benchmark" in view.artifacts)
-
-
-def _worse_than_before(view: RunView) -> str:
-    """What must not go unsaid of a run that did what it was asked to: a result below its baseline, beyond chance."""
-    for comparison in (view.result or {}).get("comparisons", []):
-        difference, low, high = comparison["accuracy_difference"]
-        if high < 0:
-            return (
-                f"Beware: {comparison['candidate']} is less accurate than {comparison['baseline']} "
-                f"({difference:+.3f} [{low:.3f}, {high:.3f}]); see alerts and get_run_metrics before using it. "
-            )
-    return ""
-
-
-def _after_success(record: RunRecord, *, benchmarked: bool) -> str:
-    run_id, inputs = record.run_id, record.request.inputs
-    teacher = inputs.teacher.reference if inputs.teacher else "…"
-    match record.request.kind:
-        case "generate":
-            return f"Call start_sft(student='…', responses='{run_id}')"
-        case "sft":
-            return f"Call build_teacher_cache(teacher='{teacher}', student='{run_id}', prompts='…')"
-        case "cache":
-            student = inputs.student.reference if inputs.student else "…"
-            cache_id = cache_id_of(record.request.phases)
-            return f"Call start_distillation(student='{student}', cache_id='{cache_id}')"
-        case "distill" if not benchmarked:
-            return f"Call benchmark_student(model='{run_id}', prompts='…', teacher='{teacher}')"
-        case "sample":
-            return "Read result: `samples` holds the texts."
-        case _:
-            return (
-                "Read result: `scores` holds the evidence, `paths` the absolute paths of what was made; "
-                f"the whole report is the resource opd://runs/{run_id}/report"
-            )
-
-
 def _current_remaining(view: RunView, expected: dict[str, float], pace: float, now: float) -> float | None:
     if view.phase is None or view.phase in view.phases_done:
         return 0.0
@@ -204,29 +148,3 @@ def wait_token_of(view: RunView) -> str:
     """A short text that changes with state, phase, phases done and alerts."""
     state: RunState = view.state
     return f"{state}/{view.phase or '-'}/{len(view.phases_done)}/{view.alert_count}"
-
-
-MAX_VIEWS = 64
-Answer = TypeVar("Answer")
-
-
-class Views:
-    """The latest used views of a workspace's runs; safe to share between threads."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._views: OrderedDict[str, tuple[threading.Lock, RunView, RunRecord]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, run_id: str, answer: Callable[[RunView, RunRecord], Answer]) -> Answer:
-        """What `answer` makes of the refreshed view and the record; raises UnknownIdError `unknown_run`."""
-        with self._lock:
-            if run_id not in self._views:
-                directory = run_directory(self._workspace, run_id)
-                self._views[run_id] = (threading.Lock(), RunView(directory), read_record(directory))
-            self._views.move_to_end(run_id)
-            while len(self._views) > MAX_VIEWS:
-                self._views.popitem(last=False)
-            lock, view, record = self._views[run_id]
-        with lock:
-            return answer(view.refresh(), record)

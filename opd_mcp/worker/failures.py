@@ -5,6 +5,7 @@ from pathlib import Path
 
 from opd_mcp.planning.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import Failure
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.files import is_disk_full
@@ -47,12 +48,15 @@ def failure_of(
         return Failure(
             code="not_enough_disk",
             cause=f"The disk is full{f': {disk.text()}' if disk else ''} ({_first_line(error)}).",
-            fix="Free disk space (opd-mcp gc shows what nobody needs), then call resume_run to go on.",
+            fix="Free disk space (opd-mcp gc shows what is unused), then resume the run.",
+            call=resume_call(),
             log_tail=log_tail(log),
         )
     if isinstance(error, OpdError):
         given = f" Got: {error.value!r}." if error.value is not None else ""
-        return Failure(code=error.code, cause=f"{error.message}{given}", fix=error.fix, log_tail=log_tail(log))
+        return Failure(
+            code=error.code, cause=f"{error.message}{given}", fix=error.fix, call=error.call, log_tail=log_tail(log)
+        )
     if is_out_of_memory(error):
         return Failure(
             code="not_enough_memory",
@@ -64,7 +68,8 @@ def failure_of(
     return Failure(
         code="internal_error",
         cause=f"{type(error).__name__}: {_first_line(error)}",
-        fix="Read log_tail; resume_run goes on from the last checkpoint, if any. Report this if it comes back.",
+        fix="Read log_tail. A resumed run goes on from its last checkpoint, if any; report this if it comes back.",
+        call=resume_call(),
         log_tail=log_tail(log),
     )
 

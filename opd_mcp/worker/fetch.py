@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from opd_mcp.identity.consistency import require_consistent, sft_teacher
-from opd_mcp.identity.data import prompts_hash, read_prompts
-from opd_mcp.identity.data_files import data_file
+from opd_mcp.identity.data.reading import read_prompts, responses_sha256
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model
@@ -101,7 +101,7 @@ def _require_same_data(inputs: RunInputs) -> None:
         if prompts is not None and prompts.path is not None
     ]
     if inputs.responses is not None and inputs.responses.path is not None:
-        found.append((inputs.responses, file_sha256(data_file(Path(inputs.responses.path)))))
+        found.append((inputs.responses, responses_sha256(Path(inputs.responses.path))))
     if inputs.cache is not None and inputs.cache.path is not None:
         found.append((inputs.cache, file_sha256(Path(inputs.cache.path) / MANIFEST_FILE)))
     for data, sha256 in found:

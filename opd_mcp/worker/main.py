@@ -21,6 +21,7 @@ from opd_mcp.devices.leases import Lease, LeaseFolder
 from opd_mcp.planning.admission import out_of_hours, seconds_left
 from opd_mcp.planning.workload import expected_disk, workload_of
 from opd_mcp.schemas.errors import OpdError, RunError
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
 from opd_mcp.store.files import is_disk_full
@@ -177,7 +178,8 @@ class RunWorker:
             return RunError(
                 "worker_terminated",
                 "The worker was told to end (SIGTERM): somebody stopped it, or the machine was shutting down.",
-                fix="Call resume_run to go on from the last checkpoint; a phase without one yet begins anew.",
+                fix="Resume the run: it goes on from its last checkpoint; a phase without one yet begins anew.",
+                call=resume_call(),
             )
         if self.reporter.out_of_time and not cancel_requested(self.directory):
             return out_of_hours(self.store.workspace, self.directory)

@@ -20,6 +20,7 @@ from opd_mcp.planning.estimates import (
 )
 from opd_mcp.planning.phases import KEY_DIGITS, PUBLISHED, RESUMABLE, Product, product
 from opd_mcp.schemas.errors import ResourceError, RunError
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
 from opd_mcp.schemas.texts import byte_size
@@ -181,10 +182,11 @@ def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:
             "not_enough_disk",
             f"Phase {phase} writes up to {byte_size(needed)}; the disk has {byte_size(free)} free.",
             value=directory,
-            fix="Free disk space (opd-mcp gc shows what nobody needs), then call resume_run to go on.",
+            fix="Free disk space (opd-mcp gc shows what is unused), then resume the run.",
+            call=resume_call(),
         )
 
 
 def run_cancelled() -> RunError:
     """The error of a run that was asked to stop."""
-    return RunError("run_cancelled", "The run was asked to stop.", fix="Call resume_run to go on.")
+    return RunError("run_cancelled", "The run was asked to stop.", fix="Resume the run to go on.", call=resume_call())

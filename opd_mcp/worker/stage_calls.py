@@ -19,7 +19,8 @@ from opd_mcp.engine.context import (
     SftInputs,
     TeacherInputs,
 )
-from opd_mcp.identity.data import PromptRow, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (

@@ -95,7 +95,7 @@ def watching(pulse: Pulse, alert: Callable[[str, str], None], settings: WatchSet
                 alert(
                     "step_stalled",
                     f"The present step takes {stall.seconds:.1f} s by now; the median is {stall.median:.3g} s. "
-                    "The stacks of the worker are in its log (get_run_logs).",
+                    "The stacks of the worker are in its log.",
                 )
             except RunError:
                 return  # a newer attempt has begun, and this process will hear of it at its next step

@@ -25,13 +25,8 @@ class Agent:
         return result.structured_content, result.content[0].text, result.is_error
 
     async def follow(self, client, next_action):
-        """Make the call that an answer's next_action spells out."""
-        tool, listed = re.match(r"(?:.*?Call )?(\w+)\((.*?)\)", next_action, re.DOTALL).groups()
-        arguments = {
-            name: int(number) if number else text
-            for name, text, number in re.findall(r"(\w+)=(?:'([^']*)'|(\d+))", listed)
-        }
-        return await self.call(client, tool, **arguments)
+        """Make the call that an answer's next_action is."""
+        return await self.call(client, next_action["tool"], **next_action["arguments"])
 
 
 async def until_ended(agent, client, status):
@@ -46,7 +41,8 @@ async def test_the_workflow_takes_at_most_eight_calls(world, connect):
     async with connect() as client:
         with anyio.fail_after(240):
             setup, _, _ = await agent.call(client, "inspect_setup")
-            assert setup["next_action"].startswith("Call plan_distillation(")
+            assert setup["next_action"]["tool"] == "plan_distillation"
+            assert setup["next_action"]["arguments"]["preset"] == "demo"
             plan, _, failed = await agent.call(client, "plan_distillation", **world.plan_arguments())
             assert not failed
             started, _, _ = await agent.follow(client, plan["next_action"])

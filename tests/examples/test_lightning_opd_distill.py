@@ -9,7 +9,7 @@ import pytest
 from opd_mcp.engine import stages
 from opd_mcp.engine.context import Context, ResponsesInputs
 from opd_mcp.identity.consistency import sft_teacher
-from opd_mcp.identity.data import PROMPT_COLUMNS, PromptRow, ResponseRow
+from opd_mcp.identity.data.rows import PROMPT_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import ResponsesRecipe, Sampling

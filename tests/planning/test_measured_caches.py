@@ -3,7 +3,7 @@
 import pytest
 
 from opd_mcp.schemas.requests import StartDistillation
-from opd_mcp.server.render.runs import plan_text
+from opd_mcp.server.render.plans import plan_text
 
 SHORT = {"sft.steps": 3, "distill.steps": 3}
 

@@ -6,7 +6,7 @@ import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, PathError, PlanError, ResourceError
 from opd_mcp.schemas.requests import StartDistillation
-from opd_mcp.server.render.runs import plan_text
+from opd_mcp.server.render.plans import plan_text
 
 NEEDS_SFT = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
 HAS_SFT = ["rollout", "score", "distill", "benchmark"]
@@ -25,7 +25,7 @@ def test_a_plain_student_gets_its_sft_on_this_teacher_first(service, world):
     assert names(plan) == NEEDS_SFT
     assert (plan.consistency.status, plan.consistency.basis) == ("consistent", "by_construction")
     assert plan.blocking == []
-    assert plan.next_action == f"Call start_distillation(plan_id='{plan.plan_id}')"
+    assert plan.next_action.call_text() == f"Call start_distillation(plan_id='{plan.plan_id}')"
     assert plan.sample[0] == "1+0=?"
 
 
@@ -135,7 +135,7 @@ def test_what_does_not_fit_blocks_the_plan_with_numbers(service, world):
     plan = service.plan(world.plan_arguments(overrides=huge))
     assert codes(plan.blocking) == ["not_enough_memory", "not_enough_disk"]
     assert "GiB" in plan.blocking[0].message
-    assert plan.blocking[0].fix in plan.next_action
+    assert plan.blocking[0].fix in plan.next_action.why
 
 
 def test_the_top_k_estimator_gets_a_cache_that_holds_its_k(service, world):
@@ -198,7 +198,7 @@ def test_a_plan_is_its_id_and_starts_once(service, world, busy_machine):
     again = world.service().start_distillation(StartDistillation(plan_id=plan.plan_id))
     by_arguments = service.start_distillation(StartDistillation(**arguments.model_dump()))
     assert {first.run_id} == {again.run_id, by_arguments.run_id}
-    with pytest.raises(ArgumentError, match="given beside it: preset"):
+    with pytest.raises(ArgumentError, match="given next to it: preset"):
         service.start_distillation(StartDistillation(plan_id=plan.plan_id, preset="paper"))
     service.cancel(first.run_id)
 

@@ -8,8 +8,9 @@ import pytest
 
 from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.requests import StartDistillation
-from opd_mcp.server.render.runs import setup_text
+from opd_mcp.server.render.workspace import setup_text
 from opd_mcp.store.journal import read_journal
 from opd_mcp.store.run_view import seconds_of
 from opd_mcp.store.runs import JOURNAL_FILE
@@ -73,8 +74,8 @@ def test_a_plan_foretells_the_quota_that_its_start_would_break(world, service, b
     plan = service.plan(world.plan_arguments(teacher=world.other_teacher))
     [finding] = [warning for warning in plan.warnings if warning.code == "quota_exceeded"]
     assert finding.message == f"{first.run_id} is active, and max_running_runs lets 1 be active at a time."
-    assert plan.next_action == finding.fix
-    assert f"then call start_distillation(plan_id='{plan.plan_id}')" in finding.fix
+    assert plan.next_action == finding.call.with_why(finding.fix)
+    assert finding.call == next_call("start_distillation", plan_id=plan.plan_id)
     assert refused(service, StartDistillation(plan_id=plan.plan_id)).message == finding.message
     assert "quota_exceeded" not in [warning.code for warning in before.warnings]
     service.cancel(first.run_id)

@@ -17,15 +17,19 @@ from opd_mcp.schemas.answers import (
     DashboardFeed,
     DashboardRun,
     DeletedArtifact,
+    Device,
+    ExamplePaths,
     LogPage,
     MetricSeries,
     MetricsReport,
     RunMetrics,
+    SetupReport,
     ShownPhase,
 )
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, RolloutStatistics, SampleRow, ScoreStatistics
 from opd_mcp.schemas.errors import UnknownIdError
 from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, MethodEstimate, PhaseEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Sampling
 from opd_mcp.schemas.resolve import resolve_recipe
@@ -42,7 +46,6 @@ from opd_mcp.schemas.runs import (
     RunSnapshot,
     RunStatus,
 )
-from opd_mcp.schemas.setup import Device, ExamplePaths, SetupReport
 from opd_mcp.server.app import build_server
 from opd_mcp.service import JobService
 from opd_mcp.store.journal import JournalWriter
@@ -76,7 +79,7 @@ class ScriptedService:
             elapsed_s=100.5,
             metrics={"reverse_kl": MetricTrend(last=0.3125, trend="down"), "loss": MetricTrend(last=float("nan"))},
             next_check_s=10.0,
-            next_action="Call get_run_status with wait_seconds=25.",
+            next_action=next_call("get_run_status", "The run is running.", wait_seconds=25),
         )
 
     def _record(self, name: str, arguments: Any) -> None:
@@ -87,7 +90,9 @@ class ScriptedService:
 
     def _snapshot(self, name: str, kind: Any, arguments: Any) -> RunSnapshot:
         self._record(name, arguments)
-        return RunSnapshot(run_id=self.run.run_id, kind=kind, state="queued", next_action="Follow it.")
+        return RunSnapshot(
+            run_id=self.run.run_id, kind=kind, state="queued", next_action=next_call("get_run_status", "Follow it.")
+        )
 
     def setup(self) -> SetupReport:
         self._record("setup", None)
@@ -102,7 +107,7 @@ class ScriptedService:
             workspace="/home/user/.local/share/opd-mcp",
             allowed_roots=["/home/user/.local/share/opd-mcp", "/data"],
             example=ExamplePaths(**paths),
-            next_action="Plan the example.",
+            next_action=next_call("plan_distillation", "Plan the example."),
         )
 
     def plan(self, arguments: Any) -> Plan:
@@ -131,7 +136,7 @@ class ScriptedService:
             consistency=ConsistencyVerdict(status="consistent", basis="by_construction", teacher=teacher),
             estimates=estimates,
             warnings=[Finding(code="few_prompts", message="Only 3 prompts.", fix="Give more.")],
-            next_action="start_distillation(plan_id='plan-1')",
+            next_action=next_call("start_distillation", plan_id="plan-1"),
         )
 
     def generate_teacher_responses(self, arguments: Any) -> RunSnapshot:
@@ -181,7 +186,12 @@ class ScriptedService:
         self._record("status", run_id)
         if run_id not in ("latest", self.run.run_id):
             raise UnknownIdError(
-                "unknown_run", "There is no such run.", value=run_id, nearest=[self.run.run_id], fix="Call list_runs."
+                "unknown_run",
+                "There is no such run.",
+                value=run_id,
+                nearest=[self.run.run_id],
+                fix="List them.",
+                call=next_call("list_runs"),
             )
         return self.run
 
@@ -225,7 +235,9 @@ class ScriptedService:
 
     def delete_artifact(self, artifact_id: str) -> DeletedArtifact:
         self._record("delete_artifact", artifact_id)
-        return DeletedArtifact(artifact_id=artifact_id, freed_bytes=1 << 20, next_action="See the rest.")
+        return DeletedArtifact(
+            artifact_id=artifact_id, freed_bytes=1 << 20, next_action=next_call("list_artifacts", "See the rest.")
+        )
 
     def dashboard(self, run_ids: Any = ()) -> DashboardFeed:
         self._record("dashboard", run_ids)

@@ -17,13 +17,13 @@ async def test_a_request_is_pending_until_it_is_heeded(client, run):
     assert "cancel_requested" not in before
     text, asked = await call(client, "cancel_run", run_id=run_id)
     assert "cancel requested" in text
-    assert "cancellation is pending" in asked["next_action"]
+    assert "cancellation is pending" in asked["next_action"]["why"]
 
     text, pending = await call(client, "get_run_status", run_id=run_id)
     assert (pending["state"], pending["unchanged"]) == ("running", False)
     assert pending["cancel_requested"].endswith("Z")
     assert f"cancel requested at {pending['cancel_requested']}, pending" in text
-    assert "cancellation is pending" in pending["next_action"]
+    assert "cancellation is pending" in pending["next_action"]["why"]
 
     journal.append("state", {"state": "cancelled"})
     text, ended = await call(client, "get_run_status", run_id=run_id)
@@ -50,4 +50,4 @@ async def test_a_repeated_poll_and_an_expired_wait_say_it_too(client, run):
     assert status["unchanged"]
     assert len(text.encode()) <= 240
     assert "cancel requested, pending" in text
-    assert "cancellation is pending" in status["next_action"]
+    assert "cancellation is pending" in status["next_action"]["why"]

@@ -7,8 +7,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from opd_mcp.server.protocol.tool_spec import tool_from_spec
-from opd_mcp.server.tools import all_specs
+from opd_mcp.server.protocol.sdk_tool import sdk_tool
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.server.tools.table import offered_tools
 from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
@@ -18,10 +19,10 @@ SNAPSHOT = Path(__file__).with_name("tools_list.json")
 
 def listing(folder: Path) -> dict[str, dict[str, object]]:
     """Description, input and output schema by tool."""
-    specs = all_specs(JobService(Workspace(folder), AllowedRoots([])))
+    service, settings = JobService(Workspace(folder), AllowedRoots([])), ServerSettings()
     return {
         tool.name: {"description": tool.description, "input": tool.parameters, "output": tool.output_schema}
-        for tool in map(tool_from_spec, specs)
+        for tool in (sdk_tool(spec, service, settings) for spec in offered_tools(settings))
     }
 
 

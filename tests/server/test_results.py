@@ -1,6 +1,7 @@
 """A result's text: paths and evidence in a few lines, whatever else it holds cut to size."""
 
-from opd_mcp.server.render.runs import compact, result_lines
+from opd_mcp.server.render.parts import compact
+from opd_mcp.server.render.runs import result_lines
 
 RESULT = {
     "artifacts": {"model": "model-1", "report": "report-1"},
@@ -39,4 +40,4 @@ def test_a_result_of_another_shape_breaks_nothing():
 def test_a_large_value_is_cut_and_says_so():
     text = compact({"models": ["x" * 100] * 100})
     assert len(text) < 3100
-    assert "cut" in text
+    assert text.endswith("… (7312 more characters; the structured answer has all of it)")

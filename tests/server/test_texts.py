@@ -6,8 +6,10 @@ from opd_mcp.schemas.plans import PhaseEstimate
 from opd_mcp.schemas.resolve import recipe_keys
 from opd_mcp.schemas.runs import Failure, RunStatus
 from opd_mcp.schemas.texts import byte_size, duration
+from opd_mcp.server.render.plans import plan_text
 from opd_mcp.server.render.recipe_keys import recipe_keys_text
-from opd_mcp.server.render.runs import plan_text, setup_text, status_text, unchanged_text
+from opd_mcp.server.render.runs import status_text, unchanged_text
+from opd_mcp.server.render.workspace import setup_text
 
 
 def test_a_plan_names_its_id_phases_costs_and_warnings(service):
@@ -41,7 +43,7 @@ def test_an_estimate_says_how_much_of_it_is_the_start_of_the_process(service):
 
 
 def test_a_status_gives_one_advice_on_when_to_look_again(service):
-    """`next_check_s` is for programs that poll without waiting; beside wait_seconds=25 it would contradict."""
+    """`next_check_s` is for programs that poll without waiting; next to wait_seconds=25 it would contradict."""
     assert service.run.next_check_s is not None
     for text in (status_text(service.run), unchanged_text(service.run)):
         assert "next check" not in text

@@ -3,6 +3,7 @@
 import anyio
 import pytest
 
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.runs import Alert, RunStatus
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +28,7 @@ async def test_a_wait_ends_as_soon_as_the_phase_changes(connect, service):
             text, status = await text_and_status(client, wait_seconds=25)
     assert status.phase == "benchmark"
     assert not status.unchanged
-    assert "do not restart" not in status.next_action
+    assert "do not restart" not in status.next_action.why
     assert "benchmark" in text
 
 
@@ -39,7 +40,7 @@ async def test_leaving_the_queue_is_not_worth_a_call_but_the_first_phase_is(conn
         service.run = service.run.model_copy(update={"state": "running"})
         service.token = "running/-/0"
         _, status = await text_and_status(client, wait_seconds=0.5)
-        assert "do not restart" in status.next_action
+        assert "do not restart" in status.next_action.why
         service.run = service.run.model_copy(update={"phase": "sft"})
         service.token = "running/sft/0"
         with anyio.fail_after(10):
@@ -89,7 +90,7 @@ async def test_an_expired_wait_says_still_running(connect):
     async with connect() as client:
         text, status = await text_and_status(client, wait_seconds=0.3)
     assert status.state == "running"
-    assert "Still running; do not restart" in status.next_action
+    assert "Still running; do not restart" in status.next_action.why
     assert "do not restart" in text
 
 
@@ -105,7 +106,11 @@ async def test_a_wait_on_an_ended_run_returns_at_once(connect, service):
 async def test_a_repeated_poll_without_change_is_at_most_240_bytes(connect, service):
     long_id = "lightning-" + "x" * 180
     service.run = service.run.model_copy(
-        update={"run_id": long_id, "next_action": "a" * 300, "metrics": {"m" * 300: service.run.metrics["reverse_kl"]}}
+        update={
+            "run_id": long_id,
+            "next_action": NextAction(why="a" * 300),
+            "metrics": {"m" * 300: service.run.metrics["reverse_kl"]},
+        }
     )
     async with connect() as client:
         first, _ = await text_and_status(client)

@@ -15,7 +15,8 @@ import warnings
 from pathlib import Path
 
 from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
-from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import CacheManifest, EngineGap, RolloutStatistics, ScoreStatistics

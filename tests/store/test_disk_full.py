@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd_mcp.schemas.errors import ResourceError
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.requests import PlanDistillation
@@ -101,18 +102,18 @@ def test_a_plan_is_the_one_before_or_the_new_one(workspace, disk):
         phases=[],
         consistency=ConsistencyVerdict(status="unknown"),
         estimates=[],
-        next_action="before",
+        next_action=NextAction(why="before"),
     )
     arguments = PlanDistillation(student="a", teacher="b", prompts="c")
     save_plan(workspace, plan, arguments)
-    now = plan.model_copy(update={"next_action": "after"})
+    now = plan.model_copy(update={"next_action": NextAction(why="after")})
     for full_at in range(1, 50):
         with disk(full_at):
             try:
                 save_plan(workspace, now, arguments)
                 break
             except OSError:
-                assert read_plan(workspace, plan.plan_id).next_action in ("before", "after")
+                assert read_plan(workspace, plan.plan_id).next_action.why in ("before", "after")
     assert read_plan(workspace, plan.plan_id) == now
     assert not list(workspace.plans.glob(".*"))
 

@@ -1,8 +1,12 @@
 """Plans are kept under their ids."""
 
+import json
+
 import pytest
 
+from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
+from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.requests import PlanDistillation
@@ -20,7 +24,7 @@ def plan():
         phases=[],
         consistency=ConsistencyVerdict(status="unknown"),
         estimates=[],
-        next_action="start_distillation",
+        next_action=next_call("start_distillation"),
     )
 
 
@@ -59,3 +63,14 @@ def test_an_unknown_plan_names_the_nearest(workspace, plan, arguments, plan_id):
     with pytest.raises(UnknownIdError) as caught:
         read_plan(workspace, plan_id)
     assert (caught.value.code, caught.value.nearest) == ("unknown_plan", [plan.plan_id])
+
+
+def test_a_plan_of_version_1_keeps_its_next_step_as_a_sentence(workspace, plan, arguments):
+    save_plan(workspace, plan, arguments)
+    file = workspace.plans / f"{plan.plan_id}.json"
+    written = json.loads(file.read_text())
+    written["plan"]["next_action"] = "Call start_distillation(plan_id='p')"
+    written["schema_version"] = 1
+    written["self_sha256"] = content_hash({**written, "self_sha256": ""})
+    file.write_text(json.dumps(written))
+    assert read_plan(workspace, plan.plan_id).next_action == NextAction(why="Call start_distillation(plan_id='p')")

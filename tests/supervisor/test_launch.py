@@ -53,7 +53,7 @@ def test_a_resume_that_does_not_fit_into_memory_is_refused_as_a_start_is(world, 
     gpu(total=400, free=300)
     with pytest.raises(ResourceError, match=r"not_enough_memory.*needs about \d+ MiB.*has 300 MiB") as caught:
         service.resume(run_id)
-    assert "resume_run once memory is free" in caught.value.fix
+    assert (caught.value.call.tool, "once memory is free" in caught.value.fix) == ("resume_run", True)
     assert not_begun(service, run_id)
     gpu(total=80_000, free=80_000)
     service.resume(run_id)

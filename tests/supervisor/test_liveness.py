@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.store.runs import is_alive
 from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import CGROUPS, WorkerProcess, boot_id, note_start, oom_counter, oom_kills
@@ -50,7 +51,7 @@ def test_a_worker_that_a_signal_ended_is_lost_at_the_next_look_with_the_signal(s
     status = service.status(run_id)
     assert (status.state, status.error.code) == ("lost", "worker_lost")
     assert status.error.cause == f"The worker process was ended by signal {number} ({name})."
-    assert status.next_action == f"Call resume_run(run_id='{run_id}')"
+    assert status.next_action.call_text() == f"Call resume_run(run_id='{run_id}')"
     assert loss_of(directory, 1).cause == status.error.cause, "any other server reads the same"
     assert "no server saw how" in loss_of(directory, 2).cause, "another attempt's end says nothing"
 
@@ -103,7 +104,7 @@ def test_the_out_of_memory_killer_is_named_when_the_kernel_counted_it(service, r
         f"The kernel's out-of-memory killer ended {processes} of its control group meanwhile."
     )
     assert status.error.override["sft.micro_batch_tokens"] == 4096
-    assert "resume_run" in status.error.fix
+    assert status.error.call == resume_call(status.run_id)
     counted(7)
     assert service.status(run_id).error == status.error, "what is killed later is not counted"
 

@@ -64,7 +64,7 @@ def test_a_cancelled_run_forgets_the_request_to_stop(world, service, until, fini
     until(service, run_id, in_sft)
     service.cancel(run_id)
     status = finished(service, run_id)
-    assert (status.state, status.next_action) == ("cancelled", f"Call resume_run(run_id='{run_id}')")
+    assert (status.state, status.next_action.call_text()) == ("cancelled", f"Call resume_run(run_id='{run_id}')")
     assert [row.state for row in service.list_runs().rows] == ["cancelled"]
     service.resume(run_id)
     assert [row.state for row in service.list_runs().rows] in (["queued"], ["running"])
@@ -86,7 +86,7 @@ def test_bad_input_keeps_its_own_way_out(world, service, busy_machine, finished)
     world.prompts(count=7)
     busy_machine.release()
     status = finished(service, run_id)
-    assert (status.state, status.error.code, status.next_action) == ("failed", "input_changed", status.error.fix)
+    assert (status.state, status.error.code, status.next_action.why) == ("failed", "input_changed", status.error.fix)
 
 
 def test_a_run_is_not_resumed_beside_another_one_of_its_request(world, service, busy_machine, until, finished):

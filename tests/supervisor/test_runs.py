@@ -34,7 +34,7 @@ def made(status, role: str) -> str:
 def test_a_run_goes_through_all_phases_and_names_what_it_made(world, service, finished):
     arguments = world.start_arguments(sft_prompts=world.prompts("sft"), eval_prompts=world.prompts("eval", start=50))
     started = service.start_distillation(arguments)
-    assert started.next_action == f"Call get_run_status(run_id='{started.run_id}', wait_seconds=25)"
+    assert started.next_action.call_text() == f"Call get_run_status(run_id='{started.run_id}', wait_seconds=25)"
     status = finished(service, started.run_id)
     assert status.state == "succeeded", status
     assert status.phases_done == ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
@@ -44,7 +44,7 @@ def test_a_run_goes_through_all_phases_and_names_what_it_made(world, service, fi
     assert status.result["scores"]["distilled"]["greedy_accuracy"] == [0.5, 0.4, 0.6]
     assert [cost["stage"] for cost in status.result["costs"]] == status.phases_done
     assert status.metrics == {}
-    assert f"opd://runs/{started.run_id}/report" in status.next_action
+    assert f"opd://runs/{started.run_id}/report" in status.next_action.why
     assert not (directory_of(world, started.run_id) / "rollouts").exists()
     assert not list((world.root / "home" / "artifacts").glob("*/.building-*"))
 
@@ -178,7 +178,7 @@ def test_a_killed_worker_is_lost_and_frees_its_slot_and_request(world, service, 
     worker_of(run.run_id).kill()
     status = finished(service, run.run_id)
     assert (status.state, status.error.code) == ("lost", "worker_lost")
-    assert status.next_action == f"Call resume_run(run_id='{run.run_id}')"
+    assert status.next_action.call_text() == f"Call resume_run(run_id='{run.run_id}')"
     assert not leases.busy(leases.cpu_slot_names())
     assert [row.state for row in service.list_runs(state="lost").rows] == ["lost"]
     again = service.start_distillation(arguments)
@@ -198,7 +198,7 @@ def test_a_crash_in_a_stage_is_a_failed_run_with_the_end_of_its_log(world, servi
     assert "the learning rate of the beast" in status.error.cause
     assert any("ZeroDivisionError" in line for line in status.error.log_tail)
     assert len(status.error.log_tail) <= 15
-    assert status.next_action == f"Call resume_run(run_id='{run.run_id}')"
+    assert status.next_action.call_text() == f"Call resume_run(run_id='{run.run_id}')"
     assert not list((world.root / "home" / "artifacts").glob("*/.building-*"))
 
 
@@ -276,7 +276,7 @@ def test_a_full_disk_ends_a_run_with_the_amounts_and_a_way_on(world, service, fi
     status = finished(service, run_id)
     assert (status.state, status.error.code) == ("failed", "not_enough_disk")
     assert re.search(r"this phase needs about \d\S* \wiB in all, \d\S* \wiB are free", status.error.cause)
-    assert status.next_action == f"Call resume_run(run_id='{run_id}')"
+    assert status.next_action.call_text() == f"Call resume_run(run_id='{run_id}')"
     assert service.resume(run_id).state == "queued"
     assert finished(service, run_id).error.code == "not_enough_disk"
     assert service.store.view(run_id).attempt == 2

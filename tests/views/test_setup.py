@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from opd_mcp.maintenance.doctor import checks
-from opd_mcp.server.render.runs import setup_text
+from opd_mcp.schemas.next_action import next_call
+from opd_mcp.server.render.workspace import setup_text
 
 
 def test_setup_names_the_machine_the_roots_and_the_example(service, world, busy_machine):
@@ -16,7 +17,7 @@ def test_setup_names_the_machine_the_roots_and_the_example(service, world, busy_
     assert report.workspace in report.allowed_roots
     assert str(world.root / "data") in report.allowed_roots
     assert all(Path(path).exists() for path in report.example.to_dict().values())
-    assert report.example.teacher in report.next_action
+    assert report.example.teacher in report.next_action.arguments.values()
 
 
 def test_active_runs_are_listed(service, world, busy_machine):
@@ -42,5 +43,5 @@ def test_settings_that_cannot_be_read_are_a_part_of_the_answer_in_the_doctor_s_w
     doctor = next(check for check in checks(service) if check.name == "settings")
     assert (report.problem.message, report.problem.fix) == (doctor.found, doctor.fix)
     assert report.example == whole.example
-    assert report.next_action == f"Resolve {code} ({doctor.fix}) and call inspect_setup again."
+    assert report.next_action == next_call("inspect_setup", f"Resolve {code} and look again: {doctor.fix}")
     assert f"PROBLEM [{code}] {doctor.found} Fix: {doctor.fix}" in setup_text(report)

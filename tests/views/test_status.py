@@ -8,7 +8,8 @@ from opd_mcp.schemas.runs import Failure, RunRecord
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.store.runs import RunLock, cancel_requested_at, request_cancel
-from opd_mcp.views.status import costs_by_stage, next_action, remaining_seconds, status_of
+from opd_mcp.views.next_steps import next_action
+from opd_mcp.views.status import costs_by_stage, remaining_seconds, status_of
 
 
 @pytest.fixture
@@ -110,11 +111,14 @@ def test_a_cancel_request_is_pending_until_the_run_has_ended(tmp_path, journal, 
     status = status_of(view_of(tmp_path), record, None)
     assert status.cancel_requested == cancel_requested_at(tmp_path / "run")
     assert (status.state, status.eta_s, status.next_check_s) == ("running", None, 5.0)
-    assert "cancellation is pending" in status.next_action
-    assert "get_run_status" in status.next_action
+    assert "cancellation is pending" in status.next_action.why
+    assert status.next_action.tool == "get_run_status"
     journal.append("state", {"state": "cancelled"})
     ended = status_of(view_of(tmp_path), record, None)
-    assert (ended.cancel_requested, ended.next_action) == (None, f"Call resume_run(run_id='{record.run_id}')")
+    assert (ended.cancel_requested, ended.next_action.call_text()) == (
+        None,
+        f"Call resume_run(run_id='{record.run_id}')",
+    )
 
 
 def test_a_run_whose_teacher_was_away_is_to_be_resumed(tmp_path, journal, record):
@@ -122,7 +126,7 @@ def test_a_run_whose_teacher_was_away_is_to_be_resumed(tmp_path, journal, record
     journal.append("state", {"state": "running"})
     journal.append("error", failure.to_dict())
     journal.append("state", {"state": "failed"})
-    assert next_action(view_of(tmp_path), record) == f"Call resume_run(run_id='{record.run_id}')"
+    assert next_action(view_of(tmp_path), record).call_text() == f"Call resume_run(run_id='{record.run_id}')"
 
 
 def test_alerts_pass_through(tmp_path, journal, record):
@@ -173,7 +177,7 @@ def test_each_ended_kind_names_the_next_call(tmp_path, journal, record):
     }
     for kind, call in calls.items():
         ended = record.model_copy(update={"request": record.request.model_copy(update={"kind": kind})})
-        assert next_action(view, ended).startswith(f"Call {call}(")
+        assert next_action(view, ended).tool == call
 
 
 @pytest.mark.parametrize(("difference", "said"), [([-0.1, -0.15, -0.05], True), ([-0.02, -0.06, 0.02], False)])
@@ -182,4 +186,4 @@ def test_a_result_below_its_baseline_is_said(tmp_path, journal, record, differen
     journal.append("state", {"state": "running"})
     journal.append("result", {"comparisons": [comparison]})
     journal.append("state", {"state": "succeeded"})
-    assert next_action(view_of(tmp_path), record).startswith("Beware: distilled is less accurate than sft") == said
+    assert next_action(view_of(tmp_path), record).why.startswith("Beware: distilled is less accurate than sft") == said

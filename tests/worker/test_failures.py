@@ -3,6 +3,7 @@
 import pytest
 
 from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.supervisor.liveness import lost_failure
 from opd_mcp.worker.failures import MemoryFigures, failure_of, log_tail
 
@@ -47,4 +48,4 @@ def test_the_log_tail_is_the_last_useful_lines(tmp_path):
 
 
 def test_a_lost_worker_says_how_to_go_on(tmp_path):
-    assert "resume_run" in lost_failure(tmp_path, 1).fix
+    assert lost_failure(tmp_path, 1).call == resume_call(tmp_path.name)

@@ -9,8 +9,11 @@ A hang is a grade that takes much longer than the limits that the grader promise
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.grading.child import Limits
 from opd_mcp.grading.golds import chosen_grader

@@ -90,10 +90,10 @@ class SeedFolder:
     def sft(self) -> Path:
         """The SFT student."""
         recipe = self.recipe
-        asked = ResponsesInputs(teacher=_TEACHER, prompts=EXAMPLE / "sft.jsonl")
+        responses_of = ResponsesInputs(teacher=_TEACHER, prompts=EXAMPLE / "sft.jsonl")
         responses = self._made(
             "responses",
-            partial(stages.generate_responses, recipe.responses, asked),
+            partial(stages.generate_responses, recipe.responses, responses_of),
         )
         return self._made("sft", partial(stages.sft, recipe.sft, SftInputs(student=self.student, responses=responses)))
 
@@ -104,10 +104,18 @@ class SeedFolder:
     def distilled(self, arm: str, recipe: Recipe) -> Outcome:
         """The outcome of distilling from the shared cache with this recipe; replaces the arm's previous model."""
         student, prompts = self.sft(), EXAMPLE / "opd.jsonl"
-        drawn = RolloutInputs(student=student, prompts=prompts, tokenizer=_TEACHER)
-        rollouts = self._made("rollouts", partial(stages.rollout, self.recipe.rollout, drawn))
-        scored = ScoreInputs(student=student, rollouts=rollouts, teacher=_TEACHER)
-        cache = self._made("cache", partial(stages.score, self.recipe.score, scored))
+        rollouts = self._made(
+            "rollouts",
+            partial(
+                stages.rollout,
+                self.recipe.rollout,
+                RolloutInputs(student=student, prompts=prompts, tokenizer=_TEACHER),
+            ),
+        )
+        cache = self._made(
+            "cache",
+            partial(stages.score, self.recipe.score, ScoreInputs(student=student, rollouts=rollouts, teacher=_TEACHER)),
+        )
         for name in (arm, f"{arm}-report"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         model = self._made(arm, partial(stages.distill, recipe.distill, DistillInputs(student=student, cache=cache)))
@@ -115,10 +123,15 @@ class SeedFolder:
 
     def _outcome(self, arm: str, model: Path) -> Outcome:
         recipe = self.recipe.benchmark.model_copy(update={"samples_per_prompt": 0})
-        inputs = BenchmarkInputs(
-            models={arm: model}, prompts=EXAMPLE / "tune.jsonl", recipe_hash=self.recipe.content_hash()
+        measure = partial(
+            stages.benchmark,
+            recipe,
+            BenchmarkInputs(
+                models={arm: model},
+                prompts=EXAMPLE / "tune.jsonl",
+                recipe_hash=self.recipe.content_hash(),
+            ),
         )
-        measure = partial(stages.benchmark, recipe, inputs)
         report = BenchmarkReport.from_json((self._made(f"{arm}-report", measure) / "report.json").read_text("utf-8"))
         summary = TrainingSummary.from_json((model / "training.json").read_text(encoding="utf-8"))
         accuracy = report.models[0].greedy_accuracy

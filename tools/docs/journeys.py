@@ -23,15 +23,17 @@ from typing import Any
 import anyio
 from mcp import Client
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import opd_mcp
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.server.app import build_server
 from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
+from tools import EXAMPLE
 
 PACKAGE = str(Path(opd_mcp.__file__).parent)
-EXAMPLE = Path(opd_mcp.__file__).parents[1] / "examples" / "arithmetic"
 
 
 class Journey:

@@ -9,17 +9,14 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import opd_mcp
-from opd_mcp.server.tools import all_specs
-from opd_mcp.service import JobService
-from opd_mcp.store.roots import AllowedRoots
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.server.tools.table import offered_tools
 from tools import ROOT
 
 TEMPLATE = ROOT / "examples" / "claude_desktop" / "manifest.json"
@@ -29,9 +26,8 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 def manifest() -> dict[str, Any]:
     """The template with version and tools filled in, without the tools that only an app's page calls."""
-    with tempfile.TemporaryDirectory() as folder:
-        specs = all_specs(JobService(Workspace(Path(folder)), AllowedRoots([])))
-    shown = [spec for spec in specs if (spec.meta or {}).get("ui", {}).get("visibility") != ["app"]]
+    offered = offered_tools(ServerSettings())
+    shown = [spec for spec in offered if (spec.meta or {}).get("ui", {}).get("visibility") != ["app"]]
     found: dict[str, Any] = json.loads(TEMPLATE.read_text(encoding="utf-8"))
     found["version"] = opd_mcp.__version__
     found["tools"] = [{"name": spec.name, "description": spec.description} for spec in shown]

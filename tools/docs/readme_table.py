@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.server.app import build_server
 from opd_mcp.server.protocol.json_schema import input_schema
-from opd_mcp.server.tools import all_specs
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.server.tools.table import offered_tools
 from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
@@ -31,15 +32,15 @@ def tables() -> dict[str, str]:
     """The tables as Markdown, by the name in their markers."""
     with tempfile.TemporaryDirectory() as folder:
         service = JobService(Workspace(Path(folder)), AllowedRoots([]))
-        return {"tools": tools_table(service), "resources": anyio.run(resources_table, service)}
+        return {"tools": tools_table(), "resources": anyio.run(resources_table, service)}
 
 
-def tools_table(service: JobService) -> str:
-    """The table of tools: name, parameters (`?` when optional), what the tool does."""
+def tools_table() -> str:
+    """Name, parameters (with `?` when optional), what the tool does."""
     rows = ["| tool | parameters | what it does |", "|---|---|---|"]
     rows += [
         f"| `{spec.name}` | {_parameters(input_schema(spec.request))} | {_cell(spec.description)} |"
-        for spec in all_specs(service)
+        for spec in offered_tools(ServerSettings())
     ]
     return "\n".join(rows)
 

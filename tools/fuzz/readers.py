@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from opd_mcp.engine.cache.manifest import read_cache
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.data.sequences import build_sequences
-from opd_mcp.identity.data import read_prompts, read_responses, read_responses_header
+from opd_mcp.identity.data.reading import read_prompts, read_responses, read_responses_header
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
@@ -43,6 +43,7 @@ from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatist
 from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
 from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import Lineage
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe, Sampling
 from opd_mcp.schemas.requests import PlanDistillation
@@ -215,7 +216,7 @@ def workspace_targets(root: Path) -> list[Target]:
 
     plan = Plan(
         plan_id="plan-1", method="lightning", inputs=RunInputs(), recipe=Recipe(), phases=[],
-        consistency=ConsistencyVerdict(status="unknown"), estimates=[], next_action="start",
+        consistency=ConsistencyVerdict(status="unknown"), estimates=[], next_action=NextAction(why="start"),
     )  # fmt: skip
     save_plan(workspace, plan, PlanDistillation(student="/s", teacher="/t", prompts=["1+1=?"]))
     plan_file, arguments_file = (workspace.plans / f"plan-1{suffix}" for suffix in (".json", ".arguments"))

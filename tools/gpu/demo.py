@@ -17,7 +17,7 @@ from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import distill_metrics, sft_metrics
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.data import read_prompts
+from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.schemas.recipes import Recipe
 from tools import EXAMPLE, ROOT
 
@@ -33,11 +33,10 @@ def distilled_accuracies(runtime: Runtime, *, share: float = 1.0) -> dict[str, f
 
     def draw(policy: LoadedModel, name: str, count: int, section: object, scope: str) -> object:
         prompts = encode_prompts(read_prompts(EXAMPLE / name), adopted.tokenizer, context)
-        chosen = list(itertools.islice(itertools.cycle(prompts), count))
         settings = GenerationSettings(
             section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, policy.facts.tokens
         )
-        return draw_rollouts(policy, chosen, settings)
+        return draw_rollouts(policy, list(itertools.islice(itertools.cycle(prompts), count)), settings)
 
     def fit(section: object, data: object, objective: object, measure: object, normalize: str) -> None:
         steps = max(1, int(section.steps * share))
@@ -48,8 +47,8 @@ def distilled_accuracies(runtime: Runtime, *, share: float = 1.0) -> dict[str, f
     def accuracy(name: str) -> float:
         settings = recipe.benchmark.model_copy(update={"samples_per_prompt": 0})
         rows = read_prompts(EXAMPLE / "tune.jsonl")  # eval.jsonl is for final results, not for a check that runs often
-        name_of, _ = recipe_grader(settings, [row.answer for row in rows if row.answer is not None])
-        with grader_for(name_of, pattern=settings.answer_pattern, allow_code=settings.allow_code) as grader:
+        grader_name, _ = recipe_grader(settings, [row.answer for row in rows if row.answer is not None])
+        with grader_for(grader_name, pattern=settings.answer_pattern) as grader:
             task = Measurement(settings, rows, grader, None, runtime, context)
             scored = score_model(name, student, adopted.eos_token_ids, task)
         return scored.score.greedy_accuracy.value

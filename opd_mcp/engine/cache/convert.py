@@ -17,7 +17,7 @@ from opd_mcp.engine.data.encoding import prompt_ids
 from opd_mcp.engine.data.sequences import EOS, build_sequences
 from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
 from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
-from opd_mcp.identity.data import PromptRow
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model, text_hash

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.runtime import TooSlow, processor_seconds
-from opd_mcp.identity.data import PromptRow, ResponseRow
+from opd_mcp.identity.data.rows import PromptRow, ResponseRow
 from opd_mcp.schemas.errors import ArgumentError, DataError
 
 # far above what a template and a tokenizer take for a prompt

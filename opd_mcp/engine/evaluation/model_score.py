@@ -1,6 +1,6 @@
 """Scores of one model on prompts: greedy accuracy, avg@n, pass@k, reverse KL, lengths.
 
-A grader says which answers are right. The reverse KL is exact over the vocabulary on given sequences.
+The reverse KL is exact over the vocabulary on given sequences.
 """
 
 import time
@@ -25,20 +25,20 @@ from opd_mcp.engine.models.loading import LoadedModel, load_tokenizer
 from opd_mcp.engine.runtime import Runtime, seed_for
 from opd_mcp.grading.grade import Tally
 from opd_mcp.grading.graders import Grader
-from opd_mcp.identity.data import PromptRow
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
 from opd_mcp.schemas.reports import Estimate95, ModelScore
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
-# between two checks whether the run should stop
-GRADED_AT_ONCE = 64
 TILE_BYTES = 256 * 2**20
 MICRO_BATCH_TOKENS = 16384
+# Between two looks at whether the run shall stop.
+GRADED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What every model of a benchmark is measured on: the prompts, how, the grader of answers, the teacher, if any."""
+    """What every model of a benchmark is measured on: the prompts, how, and the teacher of the reverse KL, if any."""
 
     settings: BenchmarkRecipe
     rows: Sequence[PromptRow]
@@ -134,7 +134,7 @@ class _Drawer:
 
     def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences, tally: Tally) -> NDArray[np.float64]:
         """1.0 where the response's answer is right [N]."""
-        tokenizer, context = load_tokenizer(self.model.path), self.task.context
+        tokenizer = load_tokenizer(self.model.path)
         texts = tokenizer.batch_decode(
             [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
         )
@@ -142,8 +142,8 @@ class _Drawer:
         right = np.zeros(len(texts))
         for row, grade in enumerate(self.task.grader.grades(texts, golds)):
             if row % GRADED_AT_ONCE == 0:
-                require_going(context)
-                context.reporter.progress(row, len(texts), f"responses of {self.name} graded")
+                require_going(self.task.context)
+                self.task.context.reporter.progress(row, len(texts), f"responses of {self.name} graded")
             tally.add(texts[row], grade)
             right[row] = grade.correct
         return right

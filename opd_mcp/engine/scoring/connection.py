@@ -12,6 +12,7 @@ from typing import Any
 from opd_mcp.engine.context import run_cancelled
 from opd_mcp.identity.remote import checked_url
 from opd_mcp.schemas.errors import ResourceError
+from opd_mcp.schemas.next_action import resume_call
 
 MAX_ERROR_CHARACTERS = 200
 
@@ -81,7 +82,8 @@ class Server:
             "teacher_unreachable",
             f"The teacher's server gave no usable answer in {patience.attempts} attempts; the last: {why}.",
             value=self.url,
-            fix="See that the server is up and reachable, then call resume_run to go on: finished shards are kept.",
+            fix="See that the server is up and reachable, then resume the run: finished shards are kept.",
+            call=resume_call(),
         )
 
     def close(self) -> None:

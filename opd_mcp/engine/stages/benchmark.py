@@ -12,7 +12,8 @@ from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.grade import answers_text
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.schemas.identity import Parent

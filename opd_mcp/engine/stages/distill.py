@@ -35,7 +35,8 @@ from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.watches import DistillWatch
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
-from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens

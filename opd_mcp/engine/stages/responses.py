@@ -12,7 +12,8 @@ from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage, stage_cost, tokenizer_files
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.identity.consistency import proven_claim
-from opd_mcp.identity.data import prompts_hash, read_prompts
+from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import ResponsesRecipe
 from opd_mcp.schemas.reports import StageCost

@@ -11,7 +11,7 @@ from opd_mcp.engine.generation.generator import generate
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import stage_cost
 from opd_mcp.engine.runtime import open_runtime
-from opd_mcp.identity.data import read_prompts
+from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.recipes import SampleRecipe
 from opd_mcp.schemas.reports import StageCost

@@ -11,7 +11,7 @@ from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
-from opd_mcp.identity.data import read_responses
+from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens

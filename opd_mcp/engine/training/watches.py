@@ -146,7 +146,7 @@ class DistillWatch:
                 "rollouts_stale",
                 f"Over the last {WATCHED_STEPS} steps effective_sample_share was {self._drift.mean:.3f}: the student "
                 "is so far from the policy that drew the rollouts that they say little about what it writes now. Take "
-                "fewer distill.steps or a lower learning rate, or draw new rollouts from the distilled student "
-                "(build_teacher_cache) and continue from it.",
+                "fewer distill.steps or a lower learning rate, or build a teacher cache of new rollouts from the "
+                "distilled student and continue from it.",
             )
         return metrics

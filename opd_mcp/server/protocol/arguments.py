@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -10,14 +10,15 @@ from pydantic import ValidationError
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import ArgumentError, nearest
 from opd_mcp.schemas.redaction import holds_secret
+from opd_mcp.schemas.requests import Bounds, excess, levels
+from opd_mcp.schemas.texts import shortened
 from opd_mcp.server.protocol.json_schema import input_schema
 
 RequestT = TypeVar("RequestT", bound=Schema)
 _LITERAL_ERRORS = frozenset({"literal_error", "enum"})
 
-MAX_DEPTH = 16
-MAX_CHARACTERS = 5_000_000
-MAX_ITEMS = 100_000
+BOUNDS = Bounds(depth=16, values=100_000, text=5_000_000, characters=5_000_000)
+VALUE_CHARACTERS = 200
 
 
 def request_from_arguments(tool: str, model: type[RequestT], arguments: Mapping[str, Any]) -> RequestT:
@@ -38,13 +39,13 @@ def request_from_arguments(tool: str, model: type[RequestT], arguments: Mapping[
             )
     given = {name: _parsed(value) for name, value in arguments.items() if value is not None}
     for name, value in given.items():
-        if _exceeds(value):
+        if found := excess(value, BOUNDS):
             raise ArgumentError(
                 "invalid_argument",
-                f"Argument {name!r} is nested deeper than {MAX_DEPTH} levels or has over {MAX_CHARACTERS} characters.",
+                f"Argument {name!r} holds {found}.",
                 fix="Give less; long lists of prompts belong into a file.",
             )
-        if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
+        if any(isinstance(part, float) and not math.isfinite(part) for level in levels(value) for part in level):
             raise _invalid(model, name, "holds a number that is not finite", value)
     try:
         return model.model_validate(given)
@@ -76,10 +77,11 @@ def require_no_secret(request: Schema, secrets: Iterable[str]) -> None:
 
 def _invalid(model: type[Schema], name: str, reason: str, value: Any) -> ArgumentError:
     choices = input_schema(model)["properties"][name].get("enum", ())
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return ArgumentError(
         "invalid_argument",
         f"Argument {name!r} {reason}.",
-        value=_shortened(value),
+        value=shortened(text, VALUE_CHARACTERS),
         nearest=nearest(str(value), choices),
         fix=f"Give {name}: {_expected(model, name)}.",
     )
@@ -125,42 +127,3 @@ def _parsed(value: Any) -> Any:
     except (ValueError, RecursionError):
         return value
     return parsed if isinstance(parsed, list | dict) else value
-
-
-def _exceeds(value: Any) -> bool:
-    """Whether a value is nested too deeply or too large; looked at level by level, so that depth costs no stack."""
-    characters = items = 0
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for part in level:
-            if isinstance(part, str):
-                characters += len(part)
-            elif isinstance(part, Mapping):
-                characters += sum(len(str(key)) for key in part)
-                below.extend(part.values())
-            elif isinstance(part, list):
-                below.extend(part)
-        items += len(below)
-        if characters > MAX_CHARACTERS or items > MAX_ITEMS:
-            return True
-        if not below:
-            return False
-        level = below
-    return True
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for part in value.values():
-            yield from _leaves(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _leaves(part)
-    else:
-        yield value
-
-
-def _shortened(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 200 else text[:199] + "…"

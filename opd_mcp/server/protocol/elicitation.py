@@ -1,7 +1,6 @@
 """Asking the user, on both protocol eras; a client that cannot ask repeats an id in `confirm` instead."""
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 from mcp.server.elicitation import AcceptedElicitation, ElicitationResult
 from mcp.server.mcpserver import Context
@@ -18,17 +17,12 @@ class Consent(BaseModel):
     agreed: Annotated[bool, Field(description="Yes, go on.")]
 
 
-Ask = Callable[[Any], Awaitable[Question | None]]
-"""From a request to what must be asked about it, if anything; the same answer for the same request."""
-
-
-async def asked(ask: Ask, request: Any, context: Context) -> Consent | Elicit[Consent]:
+def asked(question: Question | None, confirm: str | None, context: Context) -> Consent | Elicit[Consent]:
     """The question for the user, or a yes where there is nothing to ask or `confirm` has answered it.
 
     Raises ArgumentError `confirm_needed` for a client that cannot ask.
     """
-    question = await ask(request)
-    if question is None or is_confirmed(question, request.confirm):
+    if question is None or is_confirmed(question, confirm):
         return Consent(agreed=True)
     if not can_ask(context):
         raise confirm_needed(question)

@@ -11,7 +11,6 @@ from mcp.server.mcpserver import Context
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.requests import GetRunStatus
 from opd_mcp.schemas.runs import ACTIVE_STATES, PhaseName, RunState, RunStatus
-from opd_mcp.server.protocol.tool_spec import Reply
 from opd_mcp.server.render.runs import status_text, unchanged_text
 from opd_mcp.service import JobService
 
@@ -65,8 +64,8 @@ class StatusCalls:
         self._service = service
         self._told: OrderedDict[tuple[str, str], _Told] = OrderedDict()
 
-    async def reply(self, request: GetRunStatus, context: Context) -> Reply:
-        """The run's status, at once or after a wait.
+    async def answer(self, request: GetRunStatus, context: Context) -> tuple[RunStatus, str]:
+        """The run's status and its text, at once or after a wait.
 
         Raises ArgumentError `wait_too_long`, and UnknownIdError `unknown_run`.
         """
@@ -80,14 +79,16 @@ class StatusCalls:
         status = await to_thread.run_sync(self._service.status, request.run_id)
         key = (_session(context), status.run_id)
         if request.wait_seconds == 0 or status.state not in ACTIVE_STATES:
-            return self._told_reply(key, status)
+            return self._told_answer(key, status)
         told = self._told.get(key)
         before = told.news if told else _News.of(status)
         status = await self._awaited(status, before, request.wait_seconds, context)
         if not _News.of(status).ends_wait(before):
-            advice = f"Still {status.state}; do not restart it. {status.next_action}"
-            status = status.model_copy(update={"next_action": advice})
-        return self._told_reply(key, status)
+            why = f"Still {status.state}; do not restart it."
+            if status.cancel_requested is not None:
+                why += f" {status.next_action.why}"
+            status = status.model_copy(update={"next_action": status.next_action.with_why(why)})
+        return self._told_answer(key, status)
 
     async def _awaited(self, status: RunStatus, before: _News, seconds: float, context: Context) -> RunStatus:
         """The status as soon as it differs enough from `before`, or when the time is over."""
@@ -109,18 +110,18 @@ class StatusCalls:
             await anyio.sleep(min(POLL_SECONDS, max(end - anyio.current_time(), 0)))
         return await to_thread.run_sync(self._service.status, run_id)
 
-    def _told_reply(self, key: tuple[str, str], status: RunStatus) -> Reply:
+    def _told_answer(self, key: tuple[str, str], status: RunStatus) -> tuple[RunStatus, str]:
         """In full when there is news (or, for an ended run, when the last full answer is a minute old)."""
         news, told = _News.of(status), self._told.get(key)
         recent = told is not None and time.monotonic() - told.at < REPEAT_SECONDS
         if told is not None and told.news == news and (status.state in ACTIVE_STATES or recent):
             status = status.model_copy(update={"unchanged": True})
-            return Reply(status, unchanged_text(status))
+            return status, unchanged_text(status)
         self._told[key] = _Told(news, time.monotonic())
         self._told.move_to_end(key)
         while len(self._told) > _MAX_TOLD:
             self._told.popitem(last=False)
-        return Reply(status, status_text(status))
+        return status, status_text(status)
 
 
 def _session(context: Context) -> str:

@@ -9,12 +9,14 @@ from opd_mcp.schemas.cache import (
     SampleRow,
     TeacherDelta,
 )
+from opd_mcp.schemas.texts import byte_size
 
 
 def inspection_text(found: CacheInspection) -> str:
     """Figures, counts and the two sample rows."""
     lines = [
-        f"{found.path}: {found.rows} rows, {found.tokens} response tokens, {found.shards} shards, {found.bytes} bytes",
+        f"{found.path}: {found.rows} rows, {found.tokens} response tokens, {found.shards} shards, "
+        f"{byte_size(found.bytes)}",
         *manifest_lines(found.manifest),
         *(line for number, row in enumerate(found.sample) for line in _row_lines(number, row)),
     ]
@@ -51,7 +53,7 @@ def manifest_lines(manifest: CacheManifest) -> list[str]:
 
 def _drawn_how(manifest: CacheManifest) -> str:
     if "seed" in manifest.lacks:
-        return ""  # a converted cache's fields hold defaults, nobody's settings
+        return ""  # a converted cache's fields hold defaults, no settings
     return f"seed {manifest.seed}, temperature {manifest.sampling.temperature}, "
 
 

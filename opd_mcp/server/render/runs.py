@@ -1,101 +1,38 @@
-"""The short texts that a model reads; programs read the structured answer beside them."""
+"""A run in words: its status, the lists of runs, and its result; programs read the structured answer."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from opd_mcp.planning.estimates import PROCESS_START
-from opd_mcp.schemas.answers import GarbageReport
-from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
-from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
-from opd_mcp.schemas.setup import SetupReport
-from opd_mcp.schemas.texts import byte_size, duration
+from opd_mcp.schemas.next_action import CallText, NextAction, advice_text
+from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, RunList, RunSnapshot, RunStatus
+from opd_mcp.schemas.texts import duration, shortened, shortened_bytes
 from opd_mcp.server.protocol.json_schema import known
-from opd_mcp.server.render.caches import measured_lines, prompts_text, rollouts_text
-from opd_mcp.server.render.recipe_keys import setting_lines
+from opd_mcp.server.render.parts import compact, facts, next_line
 
 UNCHANGED_BYTES = 240
 LIST_CHARACTERS = 6_000
 
 
-def setup_text(report: SetupReport) -> str:
-    """The machine, the workspace, the active runs and the example's paths."""
-    lines = [f"opd-mcp {report.version}, Python {report.python}"]
-    lines += [
-        f"{device.kind}: {device.name}, {byte_size(device.free_memory_bytes)} of "
-        f"{byte_size(device.total_memory_bytes)} memory free, {device.slots_busy}/{device.slots} slots busy"
-        for device in report.devices
-    ]
-    lines.append(f"workspace: {report.workspace} ({byte_size(report.free_disk_bytes)} free)")
-    lines.append(f"allowed roots: {', '.join(report.allowed_roots)}")
-    lines += [_line(run.run_id, run.kind, run.state, run.phase) for run in report.active_runs] or ["no active runs"]
-    lines.append(f"presets: {', '.join(report.presets)}; wait_seconds ≤ {report.limits.wait_seconds}")
-    lines += [f"quota: {name} = {value}" for name, value in report.quotas.to_dict().items()]
-    lines += _finding_lines("PROBLEM", [report.problem] if report.problem else [])
-    if report.example:
-        lines.append("example task:")
-        lines += [f"  {name}: {path}" for name, path in report.example.to_dict().items()]
-    return _text(lines, report.next_action)
-
-
-def garbage_text(report: GarbageReport) -> str:
-    """What was or would be removed, a line each, with the sum and what could not be judged."""
-    verb = "removed" if report.removed else "would remove"
-    lines = [f"{verb} {item.kind}: {item.path} ({byte_size(item.bytes)})" for item in report.items]
-    lines.append(f"{verb} {len(report.items)} in all, {byte_size(report.bytes)}")
-    if report.kept:
-        lines.append("builds and artifacts were kept, since what these would need is not known:")
-        lines += [f"  {reason}" for reason in report.kept]
-    return "\n".join(lines)
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan's id, phases, costs, settings and findings."""
-    lines = [f"plan_id: {plan.plan_id} ({plan.method}, preset {plan.recipe.preset})"]
-    phases = [phase.name + (f" (done: {phase.satisfied_by})" if phase.satisfied_by else "") for phase in plan.phases]
-    lines.append(f"phases: {' → '.join(phases)}")
-    basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
-    lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
-    lines += _plan_measures(plan)
-    lines += [_estimate_line(estimate) for estimate in plan.estimates]
-    lines += setting_lines(plan)
-    lines += _finding_lines("BLOCKING", plan.blocking)
-    lines += _finding_lines("warning", plan.warnings)
-    return _text(lines, plan.next_action)
-
-
-def _plan_measures(plan: Plan) -> list[str]:
-    """What is known of the data before anything runs, with the cache that it was measured in."""
-    verdict = plan.consistency
-    lines = [f"prompts: {prompts_text(plan.hygiene)}"]
-    lines += measured_lines(verdict.teacher_delta, verdict.engine_gap)
-    if verdict.measured_in and plan.rollouts:
-        lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
-    if verdict.not_measured:
-        lines.append(f"not known: {verdict.not_measured}")
-    return lines
-
-
-def cancel_text(snapshot: RunSnapshot) -> str:
+def cancel_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_text) -> str:
     """That the request is recorded, and the run as it still is."""
-    return "cancel requested; the run stops at its next step\n" + snapshot_text(snapshot)
+    return "cancel requested; the run stops at its next step\n" + snapshot_text(snapshot, call_text)
 
 
-def snapshot_text(snapshot: RunSnapshot) -> str:
+def snapshot_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_text) -> str:
     """One line on the run, and what to do next."""
-    line = _line(f"run_id: {snapshot.run_id}", snapshot.kind, snapshot.state, snapshot.phase, snapshot.progress)
+    line = facts(f"run_id: {snapshot.run_id}", snapshot.kind, snapshot.state, snapshot.phase, snapshot.progress)
     if snapshot.reused:
         line += "; reused: it was active already"
     lines = [line]
     if snapshot.cache_id:
         lines.append(f"cache_id: {snapshot.cache_id}")
-    return _text(lines, snapshot.next_action)
+    return "\n".join([*lines, next_line(snapshot.next_action, call_text)])
 
 
-def status_text(status: RunStatus) -> str:
+def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -> str:
     """Everything a model needs to go on: state, progress, metrics, alerts, and the result or the error."""
-    head = _line(f"run_id: {status.run_id}", status.kind, status.state, status.phase, status.progress)
+    head = facts(f"run_id: {status.run_id}", status.kind, status.state, status.phase, status.progress)
     times = [
         f"{len(status.phases_done)}/{status.phases_total} phases done",
         f"elapsed {duration(status.elapsed_s)}" if status.elapsed_s is not None else "",
@@ -113,13 +50,13 @@ def status_text(status: RunStatus) -> str:
     if status.result is not None:
         lines += result_lines(status.result)
     if status.error is not None:
-        lines += _failure_lines(status.error)
-    return _text(lines, status.next_action)
+        lines += _failure_lines(status.error, call_text)
+    return "\n".join([*filter(None, lines), next_line(status.next_action, call_text)])
 
 
 def unchanged_text(status: RunStatus) -> str:
     """The answer to a repeated poll, in at most 240 bytes; it stands on its own."""
-    text = _line(status.run_id[:80], status.phase, status.progress)
+    text = facts(status.run_id[:80], status.phase, status.progress)
     if status.state not in ACTIVE_STATES:
         return _bounded(f"{text}, {status.state}; unchanged since the last answer, in full again in a minute", [])
     extras = ["cancel requested, pending"] if status.cancel_requested is not None else []
@@ -133,7 +70,7 @@ def list_text(runs: RunList) -> str:
     room = LIST_CHARACTERS
     for number, row in enumerate(runs.rows):
         models = " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part)
-        line = _line(row.run_id, row.kind, row.state, row.created_at, models)
+        line = facts(row.run_id, row.kind, row.state, row.created_at, models)
         room -= len(line) + 1
         if room < 0:
             lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")
@@ -144,17 +81,6 @@ def list_text(runs: RunList) -> str:
     return "\n".join(lines)
 
 
-def _text(lines: Iterable[str], next_action: str) -> str:
-    return "\n".join([*(line for line in lines if line), f"next: {next_action}"])
-
-
-def _line(*parts: str | Progress | None) -> str:
-    """The parts that are known, e.g. `run-7f3a, distill, running, 120/400 steps`."""
-    return ", ".join(
-        f"{part.done}/{part.total} {part.unit}" if isinstance(part, Progress) else part for part in parts if part
-    )
-
-
 def _metrics(status: RunStatus) -> list[str]:
     return [
         f"{name} {metric.last:.4g}" + (f" {metric.trend}" if metric.trend else "")
@@ -163,24 +89,11 @@ def _metrics(status: RunStatus) -> list[str]:
     ]
 
 
-def _estimate_line(estimate: MethodEstimate) -> str:
-    start = next((phase for phase in estimate.phases if phase.phase == PROCESS_START), None)
-    of_it = f" (of it {duration(start.seconds)} process start, {start.basis.split(':')[0]})" if start else ""
-    return (
-        f"{estimate.method}: {duration(estimate.seconds)}{of_it}, {estimate.flops:.2g} FLOPs, "
-        f"{byte_size(estimate.peak_memory_bytes)} memory, {byte_size(estimate.disk_bytes)} disk"
-    )
-
-
-def _finding_lines(word: str, findings: Iterable[Finding]) -> list[str]:
-    return [f"{word} [{finding.code}] {finding.message} Fix: {finding.fix}" for finding in findings]
-
-
-def _failure_lines(error: Failure) -> list[str]:
-    lines = [f"error [{error.code}] {error.cause}", f"fix: {error.fix}"]
+def _failure_lines(error: Failure, call_text: CallText) -> list[str]:
+    lines = [f"error [{error.code}] {error.cause}", f"fix: {advice_text(error.fix, error.call, call_text)}"]
     if error.override:
         lines.append(f"suggested overrides: {compact(error.override)}")
-    return lines + [f"log: {line[:300]}" for line in error.log_tail[-15:]]
+    return lines + [f"log: {shortened(line, 300)}" for line in error.log_tail[-15:]]
 
 
 def _bounded(text: str, extras: Iterable[str]) -> str:
@@ -189,14 +102,11 @@ def _bounded(text: str, extras: Iterable[str]) -> str:
         longer = f"{text}, {extra}"
         if len(longer.encode()) <= UNCHANGED_BYTES:
             text = longer
-    return text.encode()[:UNCHANGED_BYTES].decode(errors="ignore")
-
-
-_MAX_CHARACTERS = 3000
+    return shortened_bytes(text, UNCHANGED_BYTES)
 
 
 def result_lines(result: Mapping[str, Any]) -> list[str]:
-    """Paths, scores with their 95 % intervals, differences, training steps and seconds a stage, then the rest."""
+    """Paths, scores with their 95 % intervals, differences, training steps and seconds per stage, then the rest."""
     result = known(dict(result))
     lines = [*_path_lines(result), *_score_lines(result), *_comparison_lines(result), *_training_lines(result)]
     if costs := _items(result, "costs"):
@@ -211,14 +121,6 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     if rest := {name: value for name, value in result.items() if name not in shown}:
         lines.append(compact(rest))
     return lines
-
-
-def compact(value: Any) -> str:
-    """The value as JSON without nulls or spaces, cut at 3000 characters with a word on where the rest is."""
-    text = json.dumps(known(value), ensure_ascii=False, separators=(",", ":"), default=str)
-    if len(text) <= _MAX_CHARACTERS:
-        return text
-    return text[:_MAX_CHARACTERS] + "… (cut; the structured answer has all of it)"
 
 
 def _path_lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from jinja2.exceptions import SecurityError
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.encoding import encode_prompts
 from opd_mcp.engine.models.loading import load_tokenizer
-from opd_mcp.identity.data import PromptRow
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.tokenizers import chat_template
 from opd_mcp.schemas.errors import ArgumentError, DataError, IntegrityError
 from opd_mcp.schemas.recipes import PromptingRecipe, RuntimeRecipe

@@ -8,6 +8,7 @@ import pytest
 
 from opd_mcp.engine.scoring.connection import Access, Patience, Refusal, Server
 from opd_mcp.schemas.errors import ResourceError, RunError
+from opd_mcp.schemas.next_action import resume_call
 
 GOOD = (200, {}, b'{"fine": true}')
 BUSY = (503, {}, b"busy")
@@ -109,7 +110,7 @@ def test_a_server_that_is_away_has_one_way_out_to_resume(client):
     _, server = client([(500, {}, b"")] * 5)
     with pytest.raises(ResourceError, match="teacher_unreachable") as caught:
         server.ask("GET", "/")
-    assert "then call resume_run to go on" in caught.value.fix
+    assert caught.value.call == resume_call()
     assert "start" not in caught.value.fix
 
 

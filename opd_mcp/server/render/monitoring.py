@@ -1,11 +1,13 @@
-"""The texts of the tools that list and look: metrics, logs, artifacts."""
+"""How training goes, in words: metrics, logs, and the dashboard for clients without pages."""
 
-from opd_mcp.schemas.answers import ArtifactList, DashboardFeed, DeletedArtifact, LogPage, MetricSeries, MetricsReport
-from opd_mcp.schemas.texts import byte_size
-from opd_mcp.server.render.runs import compact, result_lines
+from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport
+from opd_mcp.schemas.texts import shortened
+from opd_mcp.server.render.parts import compact
+from opd_mcp.server.render.runs import result_lines
 
 SHOWN_POINTS = 6
 MAX_CHARACTERS = 6_000
+SETTING_CHARACTERS = 200
 
 
 def metrics_text(report: MetricsReport) -> str:
@@ -17,11 +19,11 @@ def metrics_text(report: MetricsReport) -> str:
         ids = " | ".join(run.run_id for run in report.runs)
         lines.append(f"settings that differ ({ids}):")
         lines += [
-            f"  {name}: {' | '.join(compact(value)[:200] for value in values)}"
+            f"  {name}: {' | '.join(compact(value, SETTING_CHARACTERS) for value in values)}"
             for name, values in report.differences.items()
         ]
     lines += [f"left out: {note}" for note in report.dropped]
-    return cut("\n".join(lines), "ask for fewer keys or runs")
+    return shortened("\n".join(lines), MAX_CHARACTERS, "ask for fewer keys or runs")
 
 
 def series_line(series: MetricSeries) -> str:
@@ -40,23 +42,6 @@ def log_text(page: LogPage) -> str:
     return "\n".join([f"log of {page.run_id}:", *lines, *older])
 
 
-def artifacts_text(found: ArtifactList) -> str:
-    """One line an artifact."""
-    lines = [f"{len(found.rows)} of {found.total} artifacts"]
-    lines += [
-        f"{row.artifact_id}, {row.kind}, {byte_size(row.bytes)}, {row.created_at}, {row.path}" for row in found.rows
-    ]
-    lines += [f"{artifact_id}: its record is damaged, `opd-mcp doctor` says how" for artifact_id in found.damaged or []]
-    if found.next_cursor:
-        lines.append(f"next_cursor: {found.next_cursor}")
-    return cut("\n".join(lines), "the structured answer has all of it, or give a smaller limit")
-
-
-def deleted_text(deleted: DeletedArtifact) -> str:
-    """What is gone."""
-    return f"deleted {deleted.artifact_id}: {byte_size(deleted.freed_bytes)} freed\nnext: {deleted.next_action}"
-
-
 def dashboard_text(feed: DashboardFeed) -> str:
     """The same in words: state, phases, last values, alerts, and the comparison."""
     lines = [f"{len(feed.runs)} of {len(feed.listed)} runs" if feed.listed else "no runs yet"]
@@ -69,9 +54,4 @@ def dashboard_text(feed: DashboardFeed) -> str:
         lines += [f"  ALERT {alert.code}: {alert.message}" for alert in run.alerts]
         lines += [f"  {line}" for line in result_lines({"scores": run.scores, "comparisons": run.comparisons})]
         lines += [f"  {run.error}"] if run.error else []
-    return cut("\n".join(lines), "ask for fewer runs")
-
-
-def cut(text: str, advice: str) -> str:
-    """The text within its budget, and what to do about the rest."""
-    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}… (cut; {advice})"
+    return shortened("\n".join(lines), MAX_CHARACTERS, "ask for fewer runs")

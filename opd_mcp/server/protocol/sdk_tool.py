@@ -1,16 +1,16 @@
-"""One tool as this project declares it, and as the SDK wants it.
+"""A row of the table of tools as the SDK wants it.
 
 The SDK derives a tool from a function's signature, ignores unknown arguments, dumps nulls and prints every answer
-twice. A `ToolSpec` instead names its pydantic request and answer; the `Tool` built from it validates strictly,
-answers without nulls and turns every failure into one readable ToolError.
+twice. The `Tool` built here validates strictly, answers without nulls and turns every failure into one readable
+ToolError.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any
 
+from anyio import to_thread
 from mcp.server.elicitation import ElicitationResult
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
@@ -25,44 +25,15 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.redaction import redacted, redacted_values
 from opd_mcp.server.protocol.arguments import request_from_arguments, require_no_secret
-from opd_mcp.server.protocol.elicitation import Ask, Consent, asked, require_agreed
+from opd_mcp.server.protocol.elicitation import Consent, asked, require_agreed
 from opd_mcp.server.protocol.json_schema import input_schema, output_schema, structured
+from opd_mcp.server.protocol.waiting import StatusCalls
+from opd_mcp.server.serve import ServerSettings
+from opd_mcp.server.tools.spec import ToolSpec
+from opd_mcp.service import JobService
 from opd_mcp.store.files import disk_full, is_disk_full
 
 logger = logging.getLogger(__name__)
-RequestT = TypeVar("RequestT", bound=Schema)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A tool's answer: the record for programs, and the short text for the model."""
-
-    answer: Schema
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolSpec(Generic[RequestT]):
-    """A tool: its texts, its request and answer models, and the call that turns one into the other.
-
-    `explained` publishes the answer's descriptions and enumerations; elsewhere they would only repeat.
-    """
-
-    name: str
-    title: str
-    description: str
-    request: type[RequestT]
-    answer: type[Schema]
-    call: Callable[[RequestT, Context], Awaitable[Reply]]
-    read_only: bool
-    destructive: bool = False
-    idempotent: bool = True
-    open_world: bool = False
-    starts_run: bool = False
-    explained: bool = False
-    ask: Ask | None = None
-    opaque: frozenset[str] = frozenset()
-    meta: dict[str, Any] | None = None
 
 
 class _RawArguments(ArgModelBase):
@@ -93,29 +64,40 @@ def readable_errors(tool: str, secrets: Sequence[str] = ()) -> Iterator[None]:
         ) from None
 
 
-def tool_from_spec(spec: ToolSpec[Any], secrets: Sequence[str] = ()) -> Tool:
-    """The SDK's tool for a spec; one with `ask` asks the user first, and does nothing after a no.
+def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSettings) -> Tool:
+    """The SDK's tool for a row; one with `ask` asks the user first, and does nothing after a no.
 
     No answer holds one of the secrets, or what looks like one, and no request brings any into the records.
     """
+    secrets = settings.secrets
+    statuses = StatusCalls(service) if spec.waits else None
 
     def parse(arguments: dict[str, Any]) -> Any:
         request = request_from_arguments(spec.name, spec.request, arguments)
         require_no_secret(request, secrets)
         return request
 
+    async def answered(request: Any, context: Context) -> tuple[Schema, str]:
+        if statuses is not None:
+            return await statuses.answer(request, context)
+        # A thread is not cancelled with its caller: a start or a resume is done or not begun, never half.
+        answer = await to_thread.run_sync(spec.call, service, request)
+        return answer, spec.text(answer)
+
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
         with readable_errors(spec.name, secrets):
-            reply = await spec.call(parse(arguments), context)
+            answer, text = await answered(parse(arguments), context)
             return CallToolResult(
-                content=[TextContent(type="text", text=redacted(reply.text, secrets))],
-                structured_content=redacted_values(structured(reply.answer), secrets),
+                content=[TextContent(type="text", text=redacted(text, secrets))],
+                structured_content=redacted_values(structured(answer), secrets),
             )
 
     async def ask(arguments: dict[str, Any], context: Context) -> Consent | Elicit[Consent]:
         with readable_errors(spec.name, secrets):
             assert spec.ask is not None
-            return await asked(spec.ask, parse(arguments), context)
+            request = parse(arguments)
+            question = await to_thread.run_sync(spec.ask, service, request, settings)
+            return asked(question, request.confirm, context)
 
     async def call_if_agreed(
         arguments: dict[str, Any], context: Context, consent: Annotated[ElicitationResult[Consent], Resolve(ask)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd_mcp.identity.data import normalised
+from opd_mcp.identity.data.overlap import normalised
 
 
 @pytest.mark.parametrize(("one", "other"), [("1-2=?", "1*2=?"), ("1-2=?", "12=?"), ("4/2", "4%2")])

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opd_mcp.identity.data import prompts_hash, read_prompts, read_responses, read_responses_header
+from opd_mcp.identity.data.reading import read_prompts, read_responses, read_responses_header
+from opd_mcp.identity.data.rows import prompts_hash
+from opd_mcp.identity.data.scan import scan_prompts
 from opd_mcp.schemas.errors import DataError, IntegrityError, OpdError, PathError
 
 MESSAGES = [{"role": "user", "content": "1+1=?"}]
@@ -58,42 +60,68 @@ def test_blank_lines_crlf_and_a_byte_order_mark_are_fine(tmp_path):
     assert [row.prompt for row in read_prompts(file)] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("line", "code", "words"),
-    [
-        (b"{", "malformed_line", "not JSON"),
-        (b"[1]", "malformed_line", "a JSON list"),
-        (b"\xff\xfe", "malformed_line", "not JSON"),
-        (b"[" * 100_000, "malformed_line", "not JSON"),
-        (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', "malformed_line", "longer than"),
-        (b'{"prompt": 3}', "malformed_line", "prompt is not a text"),
-        (b'{"prompt": "\\ud800"}', "malformed_line", "surrogate"),
-        (b'{"prompt": "a", "answer": [1]}', "malformed_line", "answer"),
-        (b'{"prompt": "a", "answer": NaN}', "malformed_line", "answer"),
-        (b'{"prompt": "a", "messages": []}', "malformed_line", "both"),
-        (b'{"messages": []}', "malformed_line", "messages"),
-        (b'{"messages": [{"role": "user"}]}', "malformed_line", "no content"),
-        (b'{"messages": [{"role": "assistant", "content": "2"}]}', "malformed_line", "assistant"),
-        (b'{"question": "a"}', "missing_field", "`prompt` or `messages`"),
-        (b'{"prompt": ""}', "missing_field", "empty"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, code, words):
+BAD_LINES = [
+    (b"{", "malformed_line", "not JSON"),
+    (b"[1]", "malformed_line", "a JSON list"),
+    (b"\xff\xfe", "malformed_line", "not JSON"),
+    (b"[" * 100_000, "malformed_line", "not JSON"),
+    (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', "malformed_line", "longer than"),
+    (b'{"prompt": 3}', "malformed_line", "prompt is not a text"),
+    (b'{"prompt": "\\ud800"}', "malformed_line", "surrogate"),
+    (b'{"prompt": "a", "answer": [1]}', "malformed_line", "answer"),
+    (b'{"prompt": "a", "messages": []}', "malformed_line", "both"),
+    (b'{"messages": []}', "malformed_line", "messages"),
+    (b'{"messages": [{"role": "user"}]}', "malformed_line", "no content"),
+    (b'{"messages": [{"role": "assistant", "content": "2"}]}', "malformed_line", "assistant"),
+    (b'{"other": "a"}', "missing_field", "`prompt` or `messages`"),
+    (b'{"prompt": ""}', "missing_field", "empty"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "words"), BAD_LINES)
+def test_a_bad_line_is_skipped_counted_and_named(tmp_path, line, code, words):
     file = tmp_path / "p.jsonl"
-    file.write_bytes(b'{"prompt": "fine"}\n' + line + b"\n")
+    file.write_bytes(b'{"prompt": "fine"}\n' + line + b'\n{"prompt": "fine too"}')
+    assert [(row.id, row.prompt) for row in read_prompts(file)] == [("0", "fine"), ("2", "fine too")]
+    understood = scan_prompts(file).understood
+    assert (understood.rows, understood.skipped) == (2, 1)
+    assert understood.skipped_rows[0].place == "p.jsonl line 2"
+    assert words in understood.skipped_rows[0].reason
+    assert sum(understood.skipped_by_reason.values()) == 1
+
+
+@pytest.mark.parametrize(("line", "code", "words"), BAD_LINES[:-2])
+def test_a_file_of_bad_lines_is_one_error(tmp_path, line, code, words):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(line + b"\n" + line + b"\n")
     with pytest.raises(DataError, match=words) as caught:
         read_prompts(file)
     assert caught.value.code == code
-    assert caught.value.value == f"{file}:2"
+    assert caught.value.value == f"{file}:1"
+    assert "None of the 2 rows" in caught.value.message
 
 
-def test_a_parquet_row_without_a_prompt_is_named(tmp_path):
+def test_only_the_first_bad_rows_are_listed_and_all_are_counted(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n' + "broken\n" * 2000 + '{"prompt": ""}\n' * 30)
+    understood = scan_prompts(file).understood
+    assert len(understood.skipped_rows) == 5
+    assert understood.skipped == 2030
+    assert sorted(understood.skipped_by_reason.values()) == [30, 2000]
+
+
+def test_lines_that_only_make_sense_together_are_bad_rows(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"\n"answer": "1"}\n{"prompt": "b"}\n')
+    assert [row.prompt for row in read_prompts(file)] == ["b"]
+
+
+def test_a_parquet_row_without_a_prompt_is_skipped(tmp_path):
     pq.write_table(pa.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match="line 2") as caught:
-        read_prompts(tmp_path / "p.parquet")
-    assert caught.value.code == "missing_field"
-    pq.write_table(pa.table({"question": ["a"]}), tmp_path / "p.parquet")
-    with pytest.raises(DataError, match="line 1"):
+    understood = scan_prompts(tmp_path / "p.parquet").understood
+    assert (understood.rows, understood.skipped_rows[0].place) == (1, "p.parquet line 2")
+    pq.write_table(pa.table({"other": ["a"]}), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match="Fields found: other"):
         read_prompts(tmp_path / "p.parquet")
 
 
@@ -113,9 +141,9 @@ def test_a_missing_file_is_not_found_and_its_neighbour_named(tmp_path):
 
 
 def test_other_formats_are_refused(tmp_path):
-    (tmp_path / "p.csv").write_text("prompt\na\n")
-    with pytest.raises(DataError) as caught:
-        read_prompts(tmp_path / "p.csv")
+    (tmp_path / "p.xlsx").write_text("prompt\na\n")
+    with pytest.raises(DataError, match=r"\.jsonl, \.json, \.csv") as caught:
+        read_prompts(tmp_path / "p.xlsx")
     assert caught.value.code == "unknown_format"
 
 
@@ -131,7 +159,7 @@ def test_jsonl_needs_no_pyarrow(tmp_path):
     file = jsonl(tmp_path / "p.jsonl", {"prompt": "a"})
     script = (
         "import sys; from pathlib import Path; sys.modules['pyarrow'] = None\n"
-        "from opd_mcp.identity.data import read_prompts\n"
+        "from opd_mcp.identity.data.reading import read_prompts\n"
         "from opd_mcp.schemas.errors import ResourceError\n"
         "print(read_prompts(Path(sys.argv[1]))[0].prompt)\n"
         "Path(sys.argv[1] + '.parquet').touch()\n"
@@ -223,7 +251,8 @@ def test_a_small_parquet_that_stands_for_a_huge_one_is_refused(tmp_path):
 
 
 def test_a_parquet_with_more_rows_than_are_read_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("opd_mcp.identity.data_files.MAX_ROWS", 10)
+    for module in ("formats", "tables"):
+        monkeypatch.setattr(f"opd_mcp.identity.data.{module}.MAX_ROWS", 10)
     pq.write_table(pa.table({"prompt": ["x"] * 11}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="too_large"):
         read_prompts(tmp_path / "rows.parquet")

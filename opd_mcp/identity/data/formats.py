@@ -1,0 +1,289 @@
+"""Raw rows of data files, in chunks of dictionaries; a row that cannot be read is a `BadRow` in its place."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from opd_mcp.identity.data.chunks import (
+    MAX_ROW_BYTES,
+    MAX_ROWS,
+    BadRow,
+    Chunk,
+    Row,
+    damaged,
+    open_pyarrow,
+    short,
+    too_large,
+)
+from opd_mcp.identity.data.sources import Format, Source
+from opd_mcp.identity.data.tables import SelectColumns, arrow_chunks, parquet_chunks
+from opd_mcp.schemas.errors import DataError
+
+MAX_LINE_BYTES = 1 << 20
+# A JSON object that holds the rows in one list is decoded as a whole.
+MAX_OBJECT_BYTES = 64 << 20
+# Text packs by 3 to 20; what unpacks to more than this share of a large file is no text.
+MAX_UNPACKED_BYTES = 64 << 30
+MAX_UNPACKED_RATIO = 200
+RATIO_FREE_BYTES = 64 << 20
+CHUNK_ROWS = 512
+READ_BYTES = 1 << 20
+# How spreadsheets and pandas write a whole number in a column that has gaps.
+_WHOLE = re.compile(r"\A(-?\d{1,15})\.0\Z")
+
+
+def read_chunks(source: Source, select: SelectColumns) -> Iterator[Chunk]:
+    """The rows of a data set in order; tables hold only the columns that `select` names, and no nulls.
+
+    Raises DataError `too_large` or `malformed_line` (what no row can be told from), IntegrityError `damaged_file`,
+    ResourceError `missing_package` where pyarrow is needed and not installed.
+    """
+    readers: dict[Format, Callable[[Path], Iterator[Chunk]]] = {
+        "jsonl": _jsonl_chunks,
+        "json": _json_chunks,
+        "csv": partial(_csv_chunks, delimiter=","),
+        "tsv": partial(_csv_chunks, delimiter="\t"),
+        "parquet": partial(parquet_chunks, select=select),
+        "arrow": partial(arrow_chunks, select=select),
+    }
+    count = 0
+    for file in source.files:
+        for chunk in readers[source.format](file):
+            count += len(chunk.rows)
+            if count > MAX_ROWS:
+                raise too_large(file, f"more than {MAX_ROWS} rows")
+            yield chunk
+
+
+def malformed(path: Path, line: int, why: str, *, fix: str) -> DataError:
+    """The error for a line that makes the rest of a file unreadable."""
+    return DataError("malformed_line", f"{path.name} line {line}: {why}.", value=f"{path}:{line}", fix=fix)
+
+
+class _BoundedStream(io.RawIOBase):
+    """What a packed file unpacks to, refused beyond a sensible size."""
+
+    def __init__(self, path: Path, unpacked: Any) -> None:
+        self._path = path
+        self._unpacked = unpacked
+        self._limit = min(MAX_UNPACKED_BYTES, max(RATIO_FREE_BYTES, MAX_UNPACKED_RATIO * path.stat().st_size))
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._unpacked.read(len(buffer))
+        self._count += len(data)
+        if self._count > self._limit:
+            raise too_large(self._path, f"over {self._limit} bytes once it is unpacked")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a text file, unpacked where its name says that it is packed."""
+    suffix = path.suffix.lower()
+    if suffix not in (".gz", ".zst"):
+        with path.open("rb", buffering=READ_BYTES) as file:
+            yield file
+        return
+    with path.open("rb") as file:
+        try:
+            unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else _zstd(path, file)
+            yield io.BufferedReader(_BoundedStream(path, unpacked), READ_BYTES)
+        except (EOFError, zlib.error, OSError, MemoryError) as error:
+            raise damaged(path, f"{suffix} file", error) from error
+
+
+def _zstd(path: Path, file: BinaryIO) -> Any:
+    return open_pyarrow(path).CompressedInputStream(file, "zstd")
+
+
+def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
+    with _open_text(path) as file:
+        number = 0
+        for lines in _lines(file):
+            if number == 0:
+                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            numbers: Sequence[int] = range(number + 1, number + 1 + len(lines))
+            number += len(lines)
+            if number > MAX_ROWS:
+                raise too_large(path, f"more than {MAX_ROWS} lines")
+            rows = _rows_at_once(lines)
+            if rows is None:
+                numbers = [line for line, data in zip(numbers, lines, strict=True) if data.strip()]
+                rows = [_row_of_line(data) for data in lines if data.strip()]
+            yield Chunk(path, numbers, rows)
+
+
+def _lines(file: BinaryIO) -> Iterator[list[bytes]]:
+    """Lines without their ends, about READ_BYTES at a time; of one that is too long, its beginning."""
+    rest = b""
+    while block := file.read(READ_BYTES):
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()[: MAX_LINE_BYTES + 1]
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
+
+
+def _rows_at_once(lines: list[bytes]) -> list[Row | BadRow] | None:
+    """The rows of lines that are one object each, decoded by one call; None when they must be looked at one by one."""
+    if max(map(len, lines)) > MAX_LINE_BYTES:
+        return None
+    try:
+        rows = json.loads((b"[" + b",".join(lines) + b"]").decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    # A line that breaks off, completed by the next one, makes fewer rows than lines.
+    whole = len(rows) == len(lines) and set(map(type, rows)) == {dict}
+    return rows if whole else None
+
+
+def _row_of_line(data: bytes) -> Row | BadRow:
+    fix = "Write one JSON object per line, in UTF-8."
+    if len(data) > MAX_LINE_BYTES:
+        return BadRow("malformed_line", f"longer than {MAX_LINE_BYTES} bytes", "Split or drop this row.")
+    try:
+        row = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return BadRow("malformed_line", f"not JSON ({short(error)})", fix)
+    return row if isinstance(row, dict) else _not_an_object(row)
+
+
+def _not_an_object(value: object) -> BadRow:
+    return BadRow("malformed_line", f"a JSON {type(value).__name__}, not an object", "Write one JSON object per row.")
+
+
+def _json_chunks(path: Path) -> Iterator[Chunk]:
+    """Rows of a `.json` file: a list of objects, an object that holds such a list, or really JSON lines."""
+    with _open_text(path) as file:
+        head = file.readline(MAX_LINE_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
+    if not head.startswith(b"{"):
+        yield from _in_chunks(path, _listed_rows(path))
+    elif isinstance(_row_of_line(head), dict) and _has_more_lines(path):
+        yield from _jsonl_chunks(path)
+    else:
+        yield from _in_chunks(path, iter(_rows_in_object(path)))
+
+
+def _has_more_lines(path: Path) -> bool:
+    with _open_text(path) as file:
+        file.readline()
+        return bool(file.readline().strip())
+
+
+def _listed_rows(path: Path) -> Iterator[Row | BadRow]:
+    """The elements of one JSON list, decoded one by one, so that memory holds one of them at a time."""
+    fix = "Write one JSON list of objects, in UTF-8."
+    decode = json.JSONDecoder().raw_decode
+    with _open_text(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+        buffer, number, begun = text.read(READ_BYTES).lstrip(), 0, False
+        if not buffer:
+            return
+        while True:
+            buffer = buffer.lstrip()
+            if not begun and buffer[:1] != "[":
+                raise malformed(path, 1, "neither a JSON list nor an object", fix=fix)
+            if begun and buffer[:1] == "]":
+                return
+            if begun and number and buffer[:1] == ",":
+                buffer = buffer[1:].lstrip()
+            if not begun:
+                begun, buffer = True, buffer[1:].lstrip()
+                continue
+            try:
+                row, end = decode(buffer)
+                whole = buffer[end:].lstrip()[:1] in (",", "]") and buffer[end:].strip() != ""
+            except (ValueError, RecursionError) as error:
+                whole, problem = False, short(error)
+            else:
+                problem = "the list does not end"
+            if whole:
+                number += 1
+                buffer = buffer[end:]
+                yield row if isinstance(row, dict) else _not_an_object(row)
+                continue
+            more = text.read(READ_BYTES) if len(buffer) <= MAX_ROW_BYTES else ""
+            if not more:
+                raise malformed(path, number + 1, f"not JSON ({problem})", fix=fix)
+            buffer += more
+
+
+def _rows_in_object(path: Path) -> list[Row | BadRow]:
+    """The rows of a JSON object: of the one list of objects in it, else the object itself is one row."""
+    with _open_text(path) as file:
+        data = file.read(MAX_OBJECT_BYTES + 1)
+    if len(data) > MAX_OBJECT_BYTES:
+        raise too_large(path, f"a JSON object of more than {MAX_OBJECT_BYTES} bytes")
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise malformed(path, 1, f"not JSON ({short(error)})", fix="Write a JSON list of objects, in UTF-8.") from error
+    if not isinstance(value, dict):
+        return [_not_an_object(value)]
+    lists = {key: part for key, part in value.items() if isinstance(part, list) and any(type(i) is dict for i in part)}
+    if len(lists) > 1 and not {"prompt", "messages", "conversations"} & lists.keys():
+        raise DataError(
+            "unknown_format",
+            f"The object in {path.name} holds {len(lists)} lists of objects: {', '.join(lists)[:200]}.",
+            value=path,
+            fix="Give a file with one list of rows.",
+        )
+    if len(lists) == 1 and not {"prompt", "messages", "conversations"} & lists.keys():
+        return [item if isinstance(item, dict) else _not_an_object(item) for item in next(iter(lists.values()))]
+    return [value]
+
+
+def _csv_chunks(path: Path, delimiter: str) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # the module's own is 128 KiB, and known to the whole process only
+    with _open_text(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter)
+        numbers: list[int] = []
+        rows: list[Row | BadRow] = []
+        try:
+            for row in reader:
+                numbers.append(reader.line_num)
+                rows.append(_row_of_fields(row))
+                if len(rows) == CHUNK_ROWS:
+                    yield Chunk(path, numbers, rows)
+                    numbers, rows = [], []
+        except csv.Error as error:
+            raise malformed(
+                path,
+                reader.line_num,
+                f"not CSV ({short(error)}); perhaps a quote that never closes",
+                fix="Write the table again with every quote inside a field doubled, or give JSONL or Parquet.",
+            ) from error
+        if rows:
+            yield Chunk(path, numbers, rows)
+
+
+def _row_of_fields(row: dict[Any, Any]) -> Row | BadRow:
+    if None in row:
+        return BadRow("malformed_line", "more fields than the header names", "Quote fields that hold the separator.")
+    return {name: _WHOLE.sub(r"\1", value) for name, value in row.items() if value}
+
+
+def _in_chunks(path: Path, rows: Iterator[Row | BadRow]) -> Iterator[Chunk]:
+    number, some = 0, []
+    for row in rows:
+        some.append(row)
+        if len(some) == CHUNK_ROWS:
+            yield Chunk(path, range(number + 1, number + 1 + len(some)), some)
+            number, some = number + len(some), []
+    if some:
+        yield Chunk(path, range(number + 1, number + 1 + len(some)), some)

@@ -1,0 +1,143 @@
+"""What a plan needs of a prompts data set, taken in one pass and in bounded memory, however many rows there are."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from opd_mcp.identity.data.overlap import normalised_all
+from opd_mcp.identity.data.reading import Columns, RowReader
+from opd_mcp.identity.data.rows import PromptRow, PromptsHash
+from opd_mcp.identity.data.shapes import PROMPT_SHAPES, PromptParts, all_prompt_parts, prompt_parts
+from opd_mcp.schemas.data import UnderstoodData
+
+FIRST_ROWS = 8
+SAMPLED_ROWS = 64
+LONG_ROWS = 512
+# A text is kept for measuring up to here; what is longer is long by any limit.
+LONG_CHARACTERS = 1 << 16
+
+
+@dataclass(frozen=True)
+class PromptScan:
+    """Counts, hash and samples of prompts, and two 64-bit hashes per row, by which scans are compared."""
+
+    sha256: str
+    """As `prompts_hash` of all rows."""
+    understood: UnderstoodData
+    rows: int = 0
+    rows_with_answer: int = 0
+    first: tuple[PromptRow, ...] = ()
+    """The first rows, for showing."""
+    sample: tuple[PromptRow, ...] = ()
+    """Rows at even distances, 64 to 127 where there are as many."""
+    long_bytes: int = 0
+    long_rows: int = 0
+    """Rows with more than `long_bytes` bytes of text."""
+    long_texts: tuple[str, ...] = ()
+    """The texts of these rows, evenly drawn where there are many."""
+    texts: "array[int]" = field(default_factory=lambda: array("q"))
+    normal_texts: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def duplicates(self) -> int:
+        """Rows whose text stands in an earlier row."""
+        return self.rows - len(set(self.texts))
+
+    def overlap(self, evaluation: "PromptScan") -> dict[str, int]:
+        """How many prompts also stand in the evaluation set, as `eval_overlap` counts them."""
+        return overlap_of([self], [evaluation])
+
+
+def overlap_of(scans: Sequence[PromptScan], others: Sequence[PromptScan]) -> dict[str, int]:
+    """How many rows of `scans` also stand in one of `others`, as they are and normalised."""
+    exact: set[int] = set().union(*(other.texts for other in others))
+    found = sum(text in exact for scan in scans for text in scan.texts)
+    del exact  # a set of a million numbers takes as much memory as all else here
+    normal: set[int] = set().union(*(other.normal_texts for other in others))
+    return {
+        "eval_overlap_exact": found,
+        "eval_overlap_normalised": sum(text in normal for scan in scans for text in scan.normal_texts),
+    }
+
+
+def scan_prompts(path: Path, columns: Columns | None = None, *, long_bytes: int = 1 << 62) -> PromptScan:
+    """The scan of a data set's prompts, texts of more than `long_bytes` bytes counted; raises as `read_prompts`."""
+    reader = RowReader(path, PROMPT_SHAPES, prompt_parts, columns, all_prompt_parts)
+    scanner = _Scanner(long_bytes)
+    for batch in reader.batches():
+        scanner.add(batch)
+    return scanner.scan(reader.understood())
+
+
+def scan_of_rows(rows: Sequence[PromptRow], *, long_bytes: int = 1 << 62) -> PromptScan:
+    """The scan of prompts that are in memory."""
+    scanner = _Scanner(long_bytes)
+    scanner.add([(row.id, row.prompt, row.messages, row.answer) for row in rows])
+    return scanner.scan(UnderstoodData(shape="inline", rows=len(rows)))
+
+
+class _Scanner:
+    def __init__(self, long_bytes: int) -> None:
+        self.long_bytes = long_bytes
+        self.digest = PromptsHash()
+        self.rows = self.answers = self.long_rows = 0
+        self.first: list[PromptParts] = []
+        self.sample: list[PromptParts] = []
+        self.distance = 1
+        self.long_texts: list[str] = []
+        self.texts, self.normal_texts = array("q"), array("q")
+        self.random = Random(0)
+
+    def add(self, batch: list[PromptParts]) -> None:
+        """Take in the next rows."""
+        self.digest.add(batch)
+        self.first += batch[: FIRST_ROWS - len(self.first)]
+        start = -self.rows % self.distance
+        self.sample += batch[start :: self.distance]
+        while len(self.sample) >= 2 * SAMPLED_ROWS:
+            self.sample = self.sample[::2]
+            self.distance *= 2
+        if not batch:
+            return
+        _, prompts, messages, answers = zip(*batch, strict=True)
+        shown = wholes = list(prompts)
+        if messages.count(None) < len(batch):
+            rows = [PromptRow(*parts) for parts in batch]
+            shown, wholes = [row.text() for row in rows], [row.whole_text() for row in rows]
+        self.texts.extend(map(hash, shown))
+        self.normal_texts.extend(map(hash, normalised_all(shown)))
+        self.answers += len(batch) - answers.count(None)
+        self.rows += len(batch)
+        self._add_long(wholes)
+
+    def _add_long(self, texts: list[str]) -> None:
+        limit = self.long_bytes
+        if max(map(len, texts)) <= limit and all(map(str.isascii, texts)):
+            return
+        for text in texts:
+            if len(text) <= limit and (text.isascii() or len(text.encode(errors="replace")) <= limit):
+                continue
+            self.long_rows += 1
+            kept = text[: max(LONG_CHARACTERS, 32 * limit)]
+            if len(self.long_texts) < LONG_ROWS:
+                self.long_texts.append(kept)
+            elif (place := self.random.randrange(self.long_rows)) < LONG_ROWS:  # algorithm R
+                self.long_texts[place] = kept
+
+    def scan(self, understood: UnderstoodData) -> PromptScan:
+        """The scan of what was taken in."""
+        sample = self.sample if self.distance > 1 else self.sample[:SAMPLED_ROWS]
+        return PromptScan(
+            sha256=self.digest.hexdigest(),
+            understood=understood,
+            rows=self.rows,
+            rows_with_answer=self.answers,
+            first=tuple(PromptRow(*parts) for parts in self.first),
+            sample=tuple(PromptRow(*parts) for parts in sample),
+            long_bytes=self.long_bytes,
+            long_rows=self.long_rows,
+            long_texts=tuple(self.long_texts),
+            texts=self.texts,
+            normal_texts=self.normal_texts,
+        )

@@ -1,0 +1,159 @@
+"""Rows of Parquet files and Arrow streams, looked at before they are decoded: a small file may stand for a huge one."""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opd_mcp.identity.data.chunks import MAX_ROW_BYTES, MAX_ROWS, BadRow, Chunk, Row, damaged, open_pyarrow, too_large
+from opd_mcp.identity.data.sources import Source
+from opd_mcp.schemas.errors import DataError
+
+MAX_COLUMN_BYTES = 1 << 30
+BATCH_BYTES = 1 << 29
+BATCH_ROWS = 1024
+SelectColumns = Callable[[Sequence[str]], Sequence[str]]
+"""From the columns that a table has to those that are to be read; raises when it cannot be used."""
+
+
+def table_header(source: Source) -> tuple[int, list[str]] | None:
+    """(rows, column names) of Parquet files from their footers; None for other formats; raises as `read_chunks`."""
+    if source.format != "parquet":
+        return None
+    rows = 0
+    names: list[str] = []
+    for file in source.files:
+        with _open_parquet(file) as opened:
+            rows += opened.metadata.num_rows
+            names = names or opened.schema_arrow.names
+    return rows, names
+
+
+def parquet_chunks(path: Path, select: SelectColumns) -> Iterator[Chunk]:
+    """Rows of a Parquet file, in batches that fit into memory."""
+    with _open_parquet(path) as file:
+        rows_at_once = _batch_rows(path, file.metadata)
+        wanted = [name for name in file.schema_arrow.names if name in set(select(file.schema_arrow.names))]
+        yield from _table_chunks(path, file.iter_batches(batch_size=rows_at_once, columns=wanted))
+
+
+def arrow_chunks(path: Path, select: SelectColumns) -> Iterator[Chunk]:
+    """Rows of an Arrow stream, the format of `save_to_disk`; Arrow IPC files (Feather) are refused."""
+    pyarrow = open_pyarrow(path)
+    try:
+        with pyarrow.memory_map(str(path)) as mapped:
+            _require_unpacked_stream(path, pyarrow, mapped)
+            mapped.seek(0)
+            with pyarrow.ipc.open_stream(mapped) as reader:
+                wanted = [name for name in reader.schema.names if name in set(select(reader.schema.names))]
+                yield from _table_chunks(path, (_checked(batch).select(wanted) for batch in reader))
+    except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
+        raise damaged(path, "Arrow stream", error) from error
+
+
+def _checked(batch: Any) -> Any:
+    batch.validate(full=True)  # offsets in the file are believed otherwise, and may lead out of it
+    return batch
+
+
+def _table_chunks(path: Path, batches: Iterator[Any]) -> Iterator[Chunk]:
+    number = 0
+    for whole in batches:
+        for start in range(0, max(whole.num_rows, 1), BATCH_ROWS):
+            batch = whole.slice(start, BATCH_ROWS)
+            if batch.nbytes > MAX_ROW_BYTES and any(
+                batch.slice(row, 1).nbytes > MAX_ROW_BYTES for row in range(batch.num_rows)
+            ):
+                raise too_large(path, f"a row of more than {MAX_ROW_BYTES} bytes, after row {number}")
+            yield Chunk(path, range(number + 1, number + 1 + batch.num_rows), _dictionaries(batch))
+            number += batch.num_rows
+
+
+def _dictionaries(batch: Any) -> list[Row | BadRow]:
+    names = batch.schema.names
+    if not names:
+        return [{} for _ in range(batch.num_rows)]
+    values = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    if any(column.null_count for column in batch.columns):
+        return [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in values]
+    return [dict(zip(names, row, strict=True)) for row in values]
+
+
+def _batch_rows(path: Path, metadata: Any) -> int:
+    """Rows to decode at a time, so that they fit into memory even if each is as long as its whole column."""
+    if metadata.num_rows > MAX_ROWS:
+        raise too_large(path, f"{metadata.num_rows} rows, more than {MAX_ROWS}")
+    largest = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            largest = max(largest, column.total_uncompressed_size, 8 * column.num_values)
+    if largest > MAX_COLUMN_BYTES:
+        raise too_large(path, f"a column of {largest} bytes in one row group, more than {MAX_COLUMN_BYTES}")
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+
+
+@contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    pyarrow = open_pyarrow(path)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    # Decoding meets text that is not UTF-8, and dates and lengths that Python or this machine do not have.
+    except (pyarrow.ArrowException, OSError, UnicodeError, OverflowError, MemoryError) as error:
+        raise damaged(path, "Parquet file", error) from error
+
+
+def _require_unpacked_stream(path: Path, pyarrow: Any, mapped: Any) -> None:
+    """Raise DataError for packed batches: how much they unpack to is known only when memory holds it."""
+    if mapped.read(6) == b"ARROW1":
+        raise DataError(
+            "unknown_format",
+            f"{path.name} is an Arrow IPC file (Feather), not a stream as save_to_disk writes it.",
+            value=path,
+            fix="Write the table as Parquet.",
+        )
+    mapped.seek(0)
+    messages = pyarrow.ipc.MessageReader.open_stream(mapped)
+    for message in iter(partial(_next_message, messages), None):
+        if message.type != "schema" and _is_packed(message.metadata.to_pybytes()):
+            raise DataError(
+                "unknown_format",
+                f"{path.name} holds packed batches.",
+                value=path,
+                fix="Write the table as Parquet.",
+            )
+
+
+def _next_message(messages: Any) -> Any:
+    try:
+        return messages.read_next_message()
+    except StopIteration:
+        return None
+
+
+def _is_packed(metadata: bytes) -> bool:
+    """Whether a message names a compression: in its flatbuffer, Message.header → RecordBatch.compression."""
+
+    def field(table: int, index: int) -> int:
+        """Where the field of a table is; 0 when it is absent."""
+        fields = table - struct.unpack_from("<i", metadata, table)[0]
+        size = struct.unpack_from("<H", metadata, fields)[0]
+        entry = 4 + 2 * index
+        offset = struct.unpack_from("<H", metadata, fields + entry)[0] if entry < size else 0
+        return table + offset if offset else 0
+
+    def pointed(position: int) -> int:
+        return position + int(struct.unpack_from("<I", metadata, position)[0])
+
+    try:
+        header = field(pointed(0), 2)
+        kind = metadata[field(pointed(0), 1)]
+        batch = pointed(header) if header else 0
+        if kind == 2 and batch:  # a dictionary batch holds a record batch
+            inner = field(batch, 1)
+            batch = pointed(inner) if inner else 0
+        return bool(batch) and field(batch, 3) != 0
+    except (struct.error, IndexError):
+        return True  # what cannot be read is not believed

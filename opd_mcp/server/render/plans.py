@@ -1,0 +1,50 @@
+"""A plan in words: phases, costs, settings, and what stands in its way."""
+
+from opd_mcp.planning.estimates import PROCESS_START
+from opd_mcp.schemas.next_action import advice_text
+from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
+from opd_mcp.schemas.texts import byte_size, duration
+from opd_mcp.server.render.caches import measured_lines, prompts_text, rollouts_text
+from opd_mcp.server.render.parts import next_line
+from opd_mcp.server.render.recipe_keys import setting_lines
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan's id, phases, costs, settings and findings."""
+    lines = [f"plan_id: {plan.plan_id} ({plan.method}, preset {plan.recipe.preset})"]
+    phases = [phase.name + (f" (done: {phase.satisfied_by})" if phase.satisfied_by else "") for phase in plan.phases]
+    lines.append(f"phases: {' → '.join(phases)}")
+    basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
+    lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
+    lines += _plan_measures(plan)
+    lines += [_estimate_line(estimate) for estimate in plan.estimates]
+    lines += setting_lines(plan)
+    lines += [finding_text("BLOCKING", finding) for finding in plan.blocking]
+    lines += [finding_text("warning", finding) for finding in plan.warnings]
+    return "\n".join([*lines, next_line(plan.next_action)])
+
+
+def finding_text(word: str, finding: Finding) -> str:
+    """What was found, with the way out."""
+    return f"{word} [{finding.code}] {finding.message} Fix: {advice_text(finding.fix, finding.call)}"
+
+
+def _plan_measures(plan: Plan) -> list[str]:
+    """What is known of the data before anything runs, with the cache that it was measured in."""
+    verdict = plan.consistency
+    lines = [f"prompts: {prompts_text(plan.hygiene)}"]
+    lines += measured_lines(verdict.teacher_delta, verdict.engine_gap)
+    if verdict.measured_in and plan.rollouts:
+        lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
+    if verdict.not_measured:
+        lines.append(f"not known: {verdict.not_measured}")
+    return lines
+
+
+def _estimate_line(estimate: MethodEstimate) -> str:
+    start = next((phase for phase in estimate.phases if phase.phase == PROCESS_START), None)
+    of_it = f" (of it {duration(start.seconds)} process start, {start.basis.split(':')[0]})" if start else ""
+    return (
+        f"{estimate.method}: {duration(estimate.seconds)}{of_it}, {estimate.flops:.2g} FLOPs, "
+        f"{byte_size(estimate.peak_memory_bytes)} memory, {byte_size(estimate.disk_bytes)} disk"
+    )
