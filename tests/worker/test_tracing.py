@@ -2,7 +2,7 @@
 
 import pytest
 from mcp import Client
-from opd_mcp.planning.run_records import current_trace
+from opd_mcp.planning.run_requests import current_trace
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
