@@ -78,7 +78,7 @@ def prepared_record(store: Store, record: RunRecord, journal: JournalWriter, rep
     for number, model in enumerate(models):
         if reporter.should_stop():
             raise run_cancelled()
-        present.append(_present_model(store, model, journal.check_fence))
+        present.append(present_model(store, model, journal.check_fence))
         if fetches:
             reporter.progress(number + 1, len(models), "models")
     student, teacher, measured, *baselines = present
@@ -103,7 +103,8 @@ def _require_same_cache(cache: DataInput | None) -> None:
     )
 
 
-def _present_model(store: Store, model: ModelInput | None, check_fence: Callable[[], None]) -> ModelInput | None:
+def present_model(store: Store, model: ModelInput | None, check_fence: Callable[[], None]) -> ModelInput | None:
+    """The model with its files here, and what they are; raises IntegrityError `input_changed` for other ones now."""
     if model is None or (model.url is not None and model.path is None):
         return model  # a server's model is proven by asking it
     path = Path(model.path) if model.path else fetched_model(store.workspace, str(model.hub_id), check_fence)

@@ -81,7 +81,11 @@ FAMILIES = {
     "qwen2": (bpe_tokenizer, Qwen2Config, {"clean_up_tokenization_spaces": True}),
     "gpt2": (bpe_tokenizer, GPT2Config, {"added_tokens_decoder": {"1": {"content": "<|end|>", "special": True}}}),
     "unigram": (unigram_tokenizer, LlamaConfig, {"unk_token": "<unk>"}),
-    "image": (bpe_tokenizer, LlamaConfig, {"extra_special_tokens": {"image_token": "<|user|>"}}),
+    "image": (
+        bpe_tokenizer,
+        LlamaConfig,
+        {"extra_special_tokens": {"image_token": "<|user|>"}, "additional_special_tokens": None},
+    ),
 }
 
 
