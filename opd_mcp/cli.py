@@ -39,7 +39,7 @@ class Transport(StrEnum):
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0913  a command's options are its parameters
     allow_root: Annotated[
         list[Path] | None,
         typer.Option(help="A folder that clients may name paths below; repeatable.", exists=True, file_okay=False),

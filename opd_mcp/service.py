@@ -67,9 +67,8 @@ from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.dashboard import dashboard_feed
 from opd_mcp.views.metrics import metrics_report
-from opd_mcp.views.run_views import RunViews
 from opd_mcp.views.setup import setup_report
-from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
+from opd_mcp.views.status import RunViews, snapshot_of, status_of, wait_token_of
 
 LATEST = "latest"
 Arguments = TypeVar("Arguments", bound=Schema)

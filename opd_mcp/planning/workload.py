@@ -14,6 +14,7 @@ from opd_mcp.schemas.memory import (
     TILE_BYTES,
     CheckpointingPolicy,
     ModelShape,
+    StepSize,
     micro_tokens,
     optimizer_bytes,
     saved_bytes,
@@ -136,15 +137,9 @@ class Workload:
 
     def _training(self, section: SftRecipe | DistillRecipe, length: float, room: Room) -> Work:
         tokens = section.batch_size * length
-        memory = training_memory(
-            self.student,
-            precision=section.optimizer.precision,
-            checkpointing=section.activation_checkpointing,
-            tokens=micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens)),
-            dtype=self.recipe.runtime.dtype,
-            device=room.device,
-            room=room.memory,
-        )
+        micro = micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens))
+        step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device)
+        memory = training_memory(self.student, step, section.activation_checkpointing, room.memory)
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         flops = 6.0 * self.student.parameters * section.steps * tokens
         return Work(flops, passes, memory.total, memory.policy)

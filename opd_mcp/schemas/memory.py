@@ -83,29 +83,39 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
-def training_memory(
-    shape: ModelShape,
-    *,
-    precision: Precision,
-    checkpointing: ActivationCheckpointing,
-    tokens: int,
-    dtype: Literal["float32", "bfloat16"],
-    device: str,
-    room: int,
-    compiled: bool = False,
-) -> TrainingMemory:
-    """The memory of a step whose largest micro-batch holds `tokens`; `auto` takes the first policy that fits `room`.
+@dataclass(frozen=True)
+class StepSize:
+    """What decides the memory of a training step besides its model: `tokens` are those of the largest micro-batch.
 
     `compiled` layers keep less; a plan, which cannot know whether they will be, counts plain ones.
     """
+
+    precision: Precision
+    tokens: int
+    dtype: Literal["float32", "bfloat16"]
+    device: str
+    compiled: bool = False
+
+    @property
+    def arithmetic(self) -> str:
+        """In what the layers compute: float32, bf16 copies of float32 weights (autocast), or bf16 weights."""
+        if not keeps_float32(self.precision):
+            return "bf16"
+        return "autocast" if self.dtype == "bfloat16" else "float32"
+
+
+def training_memory(
+    shape: ModelShape, step: StepSize, checkpointing: ActivationCheckpointing, room: int
+) -> TrainingMemory:
+    """The memory of a step; `auto` takes the first checkpointing policy that fits `room`, in bytes."""
     policies = POLICIES if checkpointing == "auto" else (checkpointing,)
-    found = [_memory_with(policy, shape, precision, tokens, dtype, device, compiled) for policy in policies]
+    found = [_memory_with(policy, shape, step) for policy in policies]
     return next((memory for memory in found if memory.total <= USABLE_SHARE * room), found[-1])
 
 
-def micro_tokens(budget: int, longest: int, total: int) -> int:
-    """Tokens of a step's largest micro-batch: the budget, or a longer row; no more than the step has."""
-    return min(max(budget, longest), total)
+def micro_tokens(micro_batch_tokens: int, longest: int, total: int) -> int:
+    """Tokens of a step's largest micro-batch: the setting, or a longer row; no more than the step has."""
+    return min(max(micro_batch_tokens, longest), total)
 
 
 def keeps_float32(precision: Precision) -> bool:
@@ -135,34 +145,27 @@ def saved_bytes(precision: Precision) -> int:
     return 4 if keeps_float32(precision) or precision == "split_master" else 2
 
 
-def _memory_with(
-    policy: CheckpointingPolicy,
-    shape: ModelShape,
-    precision: Precision,
-    tokens: int,
-    dtype: str,
-    device: str,
-    compiled: bool,
-) -> TrainingMemory:
-    arithmetic = "bf16" if not keeps_float32(precision) else "autocast" if dtype == "bfloat16" else "float32"
+def _memory_with(policy: CheckpointingPolicy, shape: ModelShape, step: StepSize) -> TrainingMemory:
+    arithmetic, precision, tokens = step.arithmetic, step.precision, step.tokens
     narrow = arithmetic != "float32"
     # autocast keeps a bf16 copy of float32 weights until the backward is done
     copies = 2 if arithmetic == "autocast" else 0
-    tile = min(4 * tokens * shape.vocab, TILE_BYTES.get(device, TILE_BYTES["cpu"]))
+    tile = min(4 * tokens * shape.vocab, TILE_BYTES.get(step.device, TILE_BYTES["cpu"]))
     head_copy = 4 * shape.vocab * shape.hidden if narrow else 0
     return TrainingMemory(
         policy=policy,
         weights=(weight_bytes(precision) + copies) * shape.parameters,
         gradients=4 * shape.parameters,
         optimizer=optimizer_bytes(precision, shape),
-        activations=tokens * _token_bytes(policy, shape, arithmetic, compiled),
+        activations=tokens * _token_bytes(policy, shape, step),
         head=tile + (tile // 2 if narrow else 0) + head_copy + 12 * tokens * shape.hidden,
     )
 
 
-def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, arithmetic: str, compiled: bool) -> int:
+def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, step: StepSize) -> int:
+    arithmetic = step.arithmetic
     # what is computed again may run uncompiled
-    kind = "compiled_autocast" if compiled and arithmetic == "autocast" and policy == "none" else arithmetic
+    kind = "compiled_autocast" if step.compiled and arithmetic == "autocast" and policy == "none" else arithmetic
     whole = sum(width * each for width, each in zip(shape.widths(), LAYER_BYTES[kind], strict=True))
     if policy == "none":
         return (shape.layers + 1) * whole

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import opd_mcp
 from opd_mcp.schemas.errors import ArgumentError, OpdError
 from opd_mcp.schemas.redaction import redacted, redacted_values
-from opd_mcp.server.dashboard_app import dashboard_html
+from opd_mcp.server.app import dashboard_html
 from opd_mcp.server.protocol.json_schema import structured
 from opd_mcp.service import JobService
 

@@ -40,12 +40,12 @@ from opd_mcp.planning.checks import mean_prompt_tokens
 from opd_mcp.planning.workload import DataSize, Workload, model_shape
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
-from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
 from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe, Sampling
+from opd_mcp.schemas.reports import CheckpointRecord, LoopState
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
 from opd_mcp.store.artifacts import ArtifactRecord, read_artifact

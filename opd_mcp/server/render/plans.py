@@ -5,8 +5,8 @@ from opd_mcp.schemas.next_action import advice_text
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.texts import byte_size, duration
 from opd_mcp.server.render.caches import measured_lines, prompts_text, rollouts_text
-from opd_mcp.server.render.parts import next_line
 from opd_mcp.server.render.recipe_keys import setting_lines
+from opd_mcp.server.render.runs import next_line
 
 
 def plan_text(plan: Plan) -> str:

@@ -2,8 +2,8 @@
 
 from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact, GarbageReport, SetupReport
 from opd_mcp.schemas.texts import byte_size, shortened
-from opd_mcp.server.render.parts import facts, next_line
 from opd_mcp.server.render.plans import finding_text
+from opd_mcp.server.render.runs import facts, next_line
 
 LIST_CHARACTERS = 6_000
 
