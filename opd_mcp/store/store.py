@@ -55,7 +55,7 @@ class Store:
         """Create the run and take its lock, or find the active run of the same request.
 
         Identical starts from several processes at the same moment give one new run; the others are `reused`.
-        `admit` is asked in turn before a new run; what it raises refuses the start.
+        `admit` is called before a new run, one caller at a time; what it raises refuses the start.
         """
         lock: RunLock | None = None
         try:
@@ -78,7 +78,7 @@ class Store:
         """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
 
         Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
-        `same_request_active` while another run does the same, `run_locked` when its last attempt does not end.
+        `same_request_active` while another run has the same request, `run_locked` when its last attempt does not end.
         """
         view = self.view(run_id)
         if view.state in ACTIVE_STATES:
@@ -88,12 +88,12 @@ class Store:
         try:
             lock = RunLock.acquire(view.directory)
         except RunError:
-            if view.refresh().state in ACTIVE_STATES:  # somebody else resumed it meanwhile
+            if view.refresh().state in ACTIVE_STATES:  # another process resumed it meanwhile
                 return StartedRun(run_id, None)
             raise
         try:
             with self.index.writing() as database:
-                # Only now nobody else can end or resume it.
+                # Only from here on no other process can end or resume it.
                 require_resumable(state_of(view.refresh().written, alive=False), run_id)
                 other = self._active_run(database, record.request_hash, besides=run_id)
                 if other is not None:
@@ -119,7 +119,7 @@ class Store:
             return self._active_run(database, request_hash) is not None
 
     def view(self, run_id: str) -> RunView:
-        """The present state of a run; raises UnknownIdError `unknown_run`."""
+        """The current state of a run; raises UnknownIdError `unknown_run`."""
         return RunView(run_directory(self.workspace, run_id)).refresh()
 
     def record(self, run_id: str) -> RunRecord:
@@ -143,7 +143,7 @@ class Store:
         limit: int = 20,
         cursor: str | None = None,
     ) -> RunList:
-        """A page of runs, newest first; `total` counts all that match, on every page alike.
+        """A page of runs, newest first; `total` counts all that match and is the same on every page.
 
         Raises ArgumentError `invalid_argument` for a cursor that no list gave.
         """
@@ -155,12 +155,12 @@ class Store:
         return RunList(rows=page, total=len(rows), next_cursor=_cursor(page[-1]) if 0 < limit < len(rest) else None)
 
     def rebuild(self) -> list[IntegrityError]:
-        """Fill the index anew from the directories; answers what could not be read and is left out.
+        """Rebuild the index from the directories; returns what could not be read and is left out.
 
         Raises IntegrityError `damaged_file` when the index file itself cannot be opened.
         """
         problems: list[IntegrityError] = []
-        # The directories are read inside of the transaction, so that no run that starts meanwhile is forgotten.
+        # The directories are read inside the transaction, so that no run that starts meanwhile is missed.
         with self.index.writing() as database:
             database.execute("DELETE FROM runs")
             database.execute("DELETE FROM artifacts")
@@ -180,7 +180,7 @@ class Store:
         return problems
 
     def damaged(self) -> Iterator[IntegrityError]:
-        """What is wrong with runs and artifacts whose own files cannot be read."""
+        """What is wrong with runs and artifacts whose files cannot be read."""
         for directory in sorted(path for path in self.workspace.runs.iterdir() if path.is_dir()):
             try:
                 read_record(directory)

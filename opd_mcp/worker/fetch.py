@@ -1,4 +1,4 @@
-"""Models made present: the `fetch` phase brings a Hub model into the workspace, never a pickle."""
+"""The `fetch` phase: downloads a Hub model into the workspace, never a pickle."""
 
 import shutil
 from collections.abc import Callable
@@ -25,13 +25,13 @@ ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], None] = lambda: None) -> Path:
     """The local directory of a Hub model, downloaded unless it is already there.
 
-    `check_fence` is asked before the download becomes visible, and raises when it must not be.
-    Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not give out.
+    `check_fence` is called before the download becomes visible, and raises if it must not.
+    Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not release.
     """
     final = hub_directory(workspace, hub_id)
     if final.is_dir():
         return final
-    # Only now: the package is heavy, and most runs never fetch.
+    # Imported here: the package is heavy, and most runs never fetch.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -64,10 +64,10 @@ def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], N
 def prepared_record(
     workspace: Workspace, record: RunRecord, journal: JournalWriter, reporter: JournalReporter
 ) -> RunRecord:
-    """The run's record with Hub models fetched, and every input seen to be what it was at the start.
+    """The run's record with Hub models fetched, and every input checked to be unchanged since the start.
 
-    Raises IntegrityError `input_changed`, ConsistencyError for fetched models that do not belong together, and what
-    `fetched_model` raises.
+    Raises IntegrityError `input_changed`, ConsistencyError for fetched models that do not belong together, and the
+    errors of `fetched_model`.
     """
     inputs = record.request.inputs
     _require_same_data(inputs)
@@ -118,7 +118,7 @@ def _present_model(
     workspace: Workspace, model: ModelInput | None, check_fence: Callable[[], None]
 ) -> ModelInput | None:
     if model is None or (model.url is not None and model.path is None):
-        return model  # a server's model is proven by asking it
+        return model  # a server's model is checked by a probe
     path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id), check_fence)
     facts = inspect_model(path)
     if model.identity is not None and not model.identity.same_weights(facts.identity):
