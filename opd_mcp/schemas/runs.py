@@ -115,7 +115,7 @@ class Progress(Schema):
     total: int
     unit: str
     eta_s: float | None = None
-    rate: float | None = Field(None, description="units per second in this phase")
+    rate: float | None = Field(None, description="units a second in this phase")
 
 
 class Failure(Schema):
