@@ -16,7 +16,7 @@ from opd_mcp.schemas.runs import FINAL_STATES, RunKind, RunRecord, RunState
 from opd_mcp.store.files import free_bytes
 
 SCHEMA_VERSION = 2  # 2: artifacts by time
-# A larger index is not checked at every start.
+# Larger than this an index is not looked through at every start.
 CHECKED_BYTES = 64 << 20
 SMALL_BYTES = 1 << 20
 LATER_VERSION, EMPTY = "later", "empty"
@@ -39,7 +39,7 @@ CREATE INDEX artifacts_by_time ON artifacts (created_at, artifact_id);
 
 @dataclass(frozen=True)
 class IndexedRun:
-    """One row of `runs`; `final_state` is None until a process has seen the run end."""
+    """One row of `runs`; `final_state` is None while nobody has seen the run end."""
 
     run_id: str
     kind: RunKind
@@ -78,20 +78,20 @@ def indexed_run(record: RunRecord, final_state: RunState | None = None) -> Index
 
 
 class Index:
-    """Opens the database for each call, so it is safe in threads and processes; creates it when it is missing."""
+    """Opens the database for each call, so it is safe in threads and processes; makes it when there is none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection for queries; raises IntegrityError `damaged_file` when the file is not a database."""
+        """A connection for queries; raises IntegrityError `damaged_file` when the file is no database."""
         with self._connection() as database:
             yield database
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A connection inside BEGIN IMMEDIATE: one writer at a time across processes; rolled back on an exception."""
+        """A connection inside BEGIN IMMEDIATE: one writer of all processes at a time; rolled back on an exception."""
         with self._connection() as database:
             database.execute("BEGIN IMMEDIATE")
             try:
@@ -102,16 +102,16 @@ class Index:
             database.commit()
 
     def must_be_rebuilt(self) -> bool:
-        """Whether the index must be filled from the directories: it is missing, damaged or of an earlier version.
+        """Whether the index must be filled from the directories: there is none, an earlier version's, or a damaged one.
 
-        A damaged or earlier one is first renamed to `opd.sqlite.damaged-…` or `….version-1-…`. Raises IntegrityError
+        A damaged or earlier one is put aside as `opd.sqlite.damaged-…` or `….version-1-…` first. Raises IntegrityError
         `damaged_file` for one of a later version.
         """
         if not self.path.exists():
             return True
         problem = self._problem()
         if problem == EMPTY:
-            with self._turn():  # only one process creates it
+            with self._turn():  # whoever makes it has its turn now
                 problem = self._problem()
         if problem == LATER_VERSION:
             raise self._unusable("it was written by a later version of this program")
@@ -120,7 +120,7 @@ class Index:
         return problem is not None
 
     def set_final_state(self, run_id: str, look: Callable[[], RunState]) -> None:
-        """Record how a run ended; `look` is called inside the transaction, so a run resumed meanwhile stays open."""
+        """Remember how a run ended; `look` is asked inside of the transaction, so a run resumed by then is not shut."""
         with self.writing() as database:
             state = look()
             if state in FINAL_STATES:
@@ -142,7 +142,7 @@ class Index:
             insert_artifact(database, row)
 
     def remove_artifact(self, artifact_id: str) -> None:
-        """Remove the row of an artifact whose directory is gone."""
+        """Forget an artifact whose directory is gone."""
         with self.writing() as database:
             database.execute("DELETE FROM artifacts WHERE artifact_id = ?", (artifact_id,))
 
@@ -157,7 +157,7 @@ class Index:
         return [IndexedArtifact(*row) for row in rows]
 
     def artifacts_of_keys(self, keys: Collection[str]) -> list[IndexedArtifact]:
-        """Rows of the artifacts with these keys, oldest first."""
+        """Rows of the artifacts that were made by these keys, oldest first."""
         with self.reading() as database:
             rows = database.execute(
                 "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
@@ -181,7 +181,7 @@ class Index:
                 fix="Free disk space (opd-mcp gc shows what is unused), then make the call again.",
             ) from error
         except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:  # its subclasses mean a busy or full disk, or a mistake
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of a busy or full disk, or of a mistake
                 raise
             raise self._unusable(str(error)) from error
 
@@ -197,7 +197,7 @@ class Index:
                 [answer] = database.execute("PRAGMA quick_check(1)").fetchone()
                 return None if answer == "ok" else "damaged"
         except sqlite3.OperationalError:
-            raise  # busy, or a failing disk: no sign of damage
+            raise  # busy, or the disk: no sign of damage
         except sqlite3.DatabaseError:
             return "damaged"
 
@@ -234,7 +234,7 @@ class Index:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One process at a time: turning on WAL ignores the busy timeout, and so does renaming."""
+        """One process of all at a time: turning on WAL ignores the busy timeout, and so does renaming."""
         turn = os.open(self.path.with_name(self.path.name + ".create"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(turn, fcntl.LOCK_EX)
@@ -243,7 +243,7 @@ class Index:
             os.close(turn)
 
     def _disk_is_full(self, error: sqlite3.OperationalError) -> bool:
-        # SQLite reports a shared-memory file that cannot grow like any other failure of the disk.
+        # SQLite tells of a shared-memory file that cannot grow as of any other failure of the disk.
         told = error.sqlite_errorname
         return told == "SQLITE_FULL" or (told.startswith("SQLITE_IOERR") and free_bytes(self.path) < SMALL_BYTES)
 

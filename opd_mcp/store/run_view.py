@@ -132,7 +132,7 @@ class RunView:
             self.artifacts[name] = data["artifact_id"]
 
     def _rewind(self, step: int) -> None:
-        """Drop what an earlier attempt recorded of later steps."""
+        """Forget what an earlier attempt told of later steps."""
         if self.step is None or self.step <= step:
             return
         self.step = step

@@ -119,7 +119,7 @@ class Store:
             return self._active_run(database, request_hash) is not None
 
     def view(self, run_id: str) -> RunView:
-        """The current state of a run; raises UnknownIdError `unknown_run`."""
+        """The present state of a run; raises UnknownIdError `unknown_run`."""
         return RunView(run_directory(self.workspace, run_id)).refresh()
 
     def record(self, run_id: str) -> RunRecord:
@@ -155,12 +155,12 @@ class Store:
         return RunList(rows=page, total=len(rows), next_cursor=_cursor(page[-1]) if 0 < limit < len(rest) else None)
 
     def rebuild(self) -> list[IntegrityError]:
-        """Rebuild the index from the directories; returns what could not be read and is left out.
+        """Fill the index anew from the directories; answers what could not be read and is left out.
 
         Raises IntegrityError `damaged_file` when the index file itself cannot be opened.
         """
         problems: list[IntegrityError] = []
-        # The directories are read inside the transaction, so that no run that starts meanwhile is missed.
+        # The directories are read inside of the transaction, so that no run that starts meanwhile is forgotten.
         with self.index.writing() as database:
             database.execute("DELETE FROM runs")
             database.execute("DELETE FROM artifacts")

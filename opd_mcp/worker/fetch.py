@@ -64,10 +64,10 @@ def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], N
 def prepared_record(
     workspace: Workspace, record: RunRecord, journal: JournalWriter, reporter: JournalReporter
 ) -> RunRecord:
-    """The run's record with Hub models fetched, and every input checked to be unchanged since the start.
+    """The run's record with Hub models fetched, and every input seen to be what it was at the start.
 
-    Raises IntegrityError `input_changed`, ConsistencyError for fetched models that do not belong together, and the
-    errors of `fetched_model`.
+    Raises IntegrityError `input_changed`, ConsistencyError for fetched models that do not belong together, and what
+    `fetched_model` raises.
     """
     inputs = record.request.inputs
     _require_same_data(inputs)
@@ -118,7 +118,7 @@ def _present_model(
     workspace: Workspace, model: ModelInput | None, check_fence: Callable[[], None]
 ) -> ModelInput | None:
     if model is None or (model.url is not None and model.path is None):
-        return model  # a server's model is checked by a probe
+        return model  # a server's model is proven by asking it
     path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id), check_fence)
     facts = inspect_model(path)
     if model.identity is not None and not model.identity.same_weights(facts.identity):
