@@ -140,7 +140,7 @@ class GarbageReport(Schema):
     removed: bool
     bytes: int
     items: list[Leftover]
-    kept: list[str] = Field(default_factory=list, description="what could not be judged, and why")
+    kept: list[str] = Field(default_factory=list, description="what had to be kept, and why")
 
 
 class Device(Schema):

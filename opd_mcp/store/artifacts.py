@@ -8,18 +8,21 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from opd_mcp.identity.files import file_sha256, publish_directory, write_atomic
-from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.identity.lineage import LINEAGE_FILE, read_lineage
+from opd_mcp.identity.signatures import SIGNATURE_FILE
 from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.store.files import tree_bytes, tree_sha256
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
+from opd_mcp.store.lineage_key import WorkspaceKey, workspace_key
 from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
 
 ARTIFACT_FILE = "artifact.json"
@@ -68,6 +71,30 @@ class ArtifactStore:
         self.workspace = workspace
         self.index = index
 
+    @cached_property
+    def key(self) -> WorkspaceKey:
+        """What signs the lineages that are published here."""
+        return workspace_key(self.workspace)
+
+    def made_here(self, directory: Path) -> bool:
+        """Whether this workspace wrote a directory's lineage, wherever the directory lies now.
+
+        The key's signature says so. An artifact that was published before the workspace had a key has none; it counts
+        where it was published, as its record has the lineage's hash: who can write there can read the key as well.
+        """
+        if (directory / SIGNATURE_FILE).exists():
+            return self.key.key.signed(directory)
+        place = directory.resolve()
+        if place.parent.parent != self.workspace.artifacts or not (place / ARTIFACT_FILE).is_file():
+            return False
+        record, lineage = read_artifact(place).record, place / LINEAGE_FILE
+        return (
+            record.artifact_id == place.name
+            and record.created_at < self.key.created_at
+            and lineage.is_file()
+            and record.files.get(LINEAGE_FILE) == file_sha256(lineage)
+        )
+
     def new_building_directory(self, kind: ArtifactKind) -> Path:
         """An empty directory for a stage's output, on the file system where `publish` renames it."""
         directory = self.workspace.artifacts_of(kind) / (BUILDING_PREFIX + secrets.token_hex(6))
@@ -110,7 +137,7 @@ class ArtifactStore:
         run_id: str | None = None,
         check_fence: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """Turn a finished building directory into an artifact, durably; `check_fence` raises when it must not.
+        """Turn a finished building directory into an artifact, its lineage signed; `check_fence` raises if it must not.
 
         When another process published the same id with the same key first, its directory is kept and this one is
         removed. Raises IntegrityError `artifact_exists` when that id belongs to something else.
@@ -119,6 +146,7 @@ class ArtifactStore:
             raise ValueError(f"not an id: {artifact_id!r}")
         final = self.workspace.artifacts_of(kind) / artifact_id
         (building / ARTIFACT_FILE).unlink(missing_ok=True)  # of an earlier attempt that died just before its rename
+        self.key.key.sign(building)
         record = ArtifactRecord(
             artifact_id=artifact_id,
             kind=kind,

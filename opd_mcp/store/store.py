@@ -5,12 +5,13 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
+from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
 from opd_mcp.store.journal import read_journal
+from opd_mcp.store.pages import page_of
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import (
     JOURNAL_FILE,
@@ -118,9 +119,9 @@ class Store:
         with self.index.reading() as database:
             return self._active_run(database, request_hash) is not None
 
-    def view(self, run_id: str) -> RunView:
-        """The present state of a run; raises UnknownIdError `unknown_run`."""
-        return RunView(run_directory(self.workspace, run_id)).refresh()
+    def view(self, run_id: str, *, keep_series: bool = False) -> RunView:
+        """The present state of a run, with full series where they are wanted; raises UnknownIdError `unknown_run`."""
+        return RunView(run_directory(self.workspace, run_id), keep_series).refresh()
 
     def record(self, run_id: str) -> RunRecord:
         """The record of a run; raises UnknownIdError `unknown_run`, IntegrityError `damaged_file`."""
@@ -149,10 +150,8 @@ class Store:
         """
         indexed = [row for row in self.index.runs(kind=kind) if self._exists(row.run_id)]
         rows = [row for row in map(self._row, indexed) if state in {None, row.state}]
-        last_seen = None if cursor is None else _cursor_place(cursor)
-        rest = [row for row in rows if last_seen is None or (row.created_at, row.run_id) < last_seen]
-        page = rest[:limit]
-        return RunList(rows=page, total=len(rows), next_cursor=_cursor(page[-1]) if 0 < limit < len(rest) else None)
+        page, next_cursor = page_of(rows, lambda row: (row.created_at, row.run_id), limit, cursor)
+        return RunList(rows=page, total=len(rows), next_cursor=next_cursor)
 
     def rebuild(self) -> list[IntegrityError]:
         """Fill the index anew from the directories; answers what could not be read and is left out.
@@ -216,19 +215,3 @@ class Store:
             student=row.student,
             teacher=row.teacher,
         )
-
-
-def _cursor(row: RunRow) -> str:
-    return f"{row.created_at}/{row.run_id}"
-
-
-def _cursor_place(cursor: str) -> tuple[str, str]:
-    created_at, slash, run_id = cursor.partition("/")
-    if slash and created_at and run_id:
-        return created_at, run_id
-    raise ArgumentError(
-        "invalid_argument",
-        "This is not a cursor that list_runs gave.",
-        value=cursor,
-        fix="Give next_cursor of the page before, or leave out cursor to begin with the newest run.",
-    )

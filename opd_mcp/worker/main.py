@@ -123,7 +123,7 @@ class RunWorker:
         self.journal.append("state", {"state": "running"})
         self.reporter.limit(seconds_left(quotas, self.directory))
         with run_span(record):
-            record = prepared_record(self.store.workspace, record, self.journal, self.reporter)
+            record = prepared_record(self.store, record, self.journal, self.reporter)
             return self._pipeline(record, device_kind(lease), launch_seconds).run()
 
     def _pipeline(self, record: RunRecord, device: str, launch_seconds: float) -> Pipeline:
@@ -144,6 +144,7 @@ class RunWorker:
             reporter=self.reporter,
             teacher_key=self.settings.teacher_key,
             checkpoint=recipe.checkpoint,
+            made_here=self.store.artifacts.made_here,
             check_fence=self.journal.check_fence,
         )
         return Pipeline(
