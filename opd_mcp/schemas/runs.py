@@ -123,7 +123,7 @@ class RunRecord(Record):
 
 
 class Quotas(Schema):
-    """Bounds on what the runs of a workspace may take; absent means unbounded."""
+    """Limits on the runs of a workspace; absent means unlimited."""
 
     max_running_runs: int | None = Field(None, ge=1, description="runs that are queued or running at a time")
     max_gpu_hours: float | None = Field(None, gt=0, description="hours that one run holds its device, all attempts")
@@ -137,7 +137,7 @@ class WorkspaceSettings(Schema):
 
 
 class Progress(Schema):
-    """Where the current phase stands."""
+    """Progress of the current phase."""
 
     done: int
     total: int
@@ -158,14 +158,14 @@ class Failure(Schema):
 
 
 class MetricTrend(Schema):
-    """The latest value of a metric, and where it is going."""
+    """The latest value of a metric, and its trend."""
 
     last: float | None = None
     trend: Literal["up", "down", "flat"] | None = None
 
 
 class Alert(Schema):
-    """Something the caller should look at while the run goes on."""
+    """Something the caller should look at while the run continues."""
 
     time: str
     code: str

@@ -1,4 +1,4 @@
-"""Models made present: the `fetch` phase brings a Hub model into the workspace, never a pickle."""
+"""The `fetch` phase: downloads a Hub model into the workspace, never a pickle."""
 
 import shutil
 from collections.abc import Callable
@@ -25,13 +25,13 @@ ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], None] = lambda: None) -> Path:
     """The local directory of a Hub model, downloaded unless it is already there.
 
-    `check_fence` is asked before the download becomes visible, and raises when it must not be.
-    Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not give out.
+    `check_fence` is called before the download becomes visible, and raises if it must not.
+    Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not release.
     """
     final = hub_directory(workspace, hub_id)
     if final.is_dir():
         return final
-    # Only now: the package is heavy, and most runs never fetch.
+    # Imported here: the package is heavy, and most runs never fetch.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
