@@ -4,7 +4,7 @@ OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
 │   │                              unsafe_weights · unsupported_head · special_file · unsafe_folder ·
-│   │                              unsafe_config
+│   │                              unsafe_config · workspace_missing
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
 │   │                              too_large
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
@@ -18,7 +18,7 @@ OpdError
 │                                  artifact_exists · artifact_needed
 ├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused · grader_failed ·
-│                                  sandbox_unavailable
+│                                  sandbox_unavailable · workspace_busy · workspace_unusable
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    worker_terminated · attempt_superseded · same_request_active · run_starting ·
                                    bad_number · bad_rows

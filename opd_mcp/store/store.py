@@ -1,14 +1,16 @@
 """The whole memory in one object: workspace, index and artifacts, with starting once, listing and rebuilding."""
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
-from opd_mcp.store.artifacts import ArtifactStore, artifact_directories, artifact_row, read_artifact
+from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactStore, artifact_directories, artifact_row, read_artifact
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
 from opd_mcp.store.journal import read_journal
 from opd_mcp.store.pages import page_of
@@ -25,7 +27,7 @@ from opd_mcp.store.runs import (
     withdraw_cancel,
 )
 from opd_mcp.store.states import require_resumable, state_of
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class Store:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.index = Index(workspace.index)
+        self.index = Index(workspace.index, workspace.index_note, self._fill)
         self.artifacts = ArtifactStore(workspace, self.index)
-        if self.index.must_be_rebuilt() and (run_ids(workspace) or artifact_directories(workspace)):
-            self.rebuild()
+        self.index.check()
+        self._add_unindexed()
 
     def start_once(self, record: RunRecord, admit: Callable[[], None] = lambda: None) -> StartedRun:
         """Create the run and take its lock, or find the active run of the same request.
@@ -154,29 +156,8 @@ class Store:
         return RunList(rows=page, total=len(rows), next_cursor=next_cursor)
 
     def rebuild(self) -> list[IntegrityError]:
-        """Fill the index anew from the directories; answers what could not be read and is left out.
-
-        Raises IntegrityError `damaged_file` when the index file itself cannot be opened.
-        """
-        problems: list[IntegrityError] = []
-        # The directories are read inside of the transaction, so that no run that starts meanwhile is forgotten.
-        with self.index.writing() as database:
-            database.execute("DELETE FROM runs")
-            database.execute("DELETE FROM artifacts")
-            for run_id in run_ids(self.workspace):
-                directory = self.workspace.run(run_id)
-                try:
-                    state = RunView(directory).refresh().state
-                    final_state = state if state in FINAL_STATES else None
-                    insert_run(database, indexed_run(read_record(directory), final_state))
-                except IntegrityError as problem:
-                    problems.append(problem)
-            for path in artifact_directories(self.workspace):
-                try:
-                    insert_artifact(database, artifact_row(read_artifact(path).record))
-                except IntegrityError as problem:
-                    problems.append(problem)
-        return problems
+        """Fill the index anew from the directories; answers what could not be read and is left out."""
+        return self.index.rebuild()
 
     def damaged(self) -> Iterator[IntegrityError]:
         """What is wrong with runs and artifacts whose files cannot be read."""
@@ -187,6 +168,40 @@ class Store:
             except IntegrityError as problem:
                 yield problem
         yield from self.artifacts.damaged()
+
+    def _fill(self, database: sqlite3.Connection) -> list[IntegrityError]:
+        """Write the rows of all directories; what cannot be read is answered and left out."""
+        directories = [self.workspace.run(run_id) for run_id in run_ids(self.workspace)]
+        return self._insert(database, directories, artifact_directories(self.workspace))
+
+    def _insert(self, database: sqlite3.Connection, runs: list[Path], artifacts: list[Path]) -> list[IntegrityError]:
+        problems: list[IntegrityError] = []
+        for directory in runs:
+            try:
+                state = RunView(directory).refresh().state
+                final_state = state if state in FINAL_STATES else None
+                insert_run(database, indexed_run(read_record(directory), final_state))
+            except IntegrityError as problem:
+                problems.append(problem)
+        for path in artifacts:
+            try:
+                insert_artifact(database, artifact_row(read_artifact(path).record))
+            except IntegrityError as problem:
+                problems.append(problem)
+        return problems
+
+    def _add_unindexed(self) -> None:
+        """Add the directories that the index does not know: of a maker that died before it could tell the index."""
+        with self.index.reading() as database:
+            known = {
+                name for (name,) in database.execute("SELECT run_id FROM runs UNION SELECT artifact_id FROM artifacts")
+            }
+        runs = [path for path in _folders(self.workspace.runs) if path.name not in known and self._exists(path.name)]
+        folders = [path for kind in ARTIFACT_KINDS for path in _folders(self.workspace.artifacts_of(kind))]
+        artifacts = [path for path in folders if path.name not in known and (path / ARTIFACT_FILE).is_file()]
+        if runs or artifacts:
+            with self.index.writing() as database:
+                self._insert(database, runs, artifacts)
 
     def _exists(self, run_id: str) -> bool:
         return (self.workspace.run(run_id) / RECORD_FILE).is_file()
@@ -215,3 +230,7 @@ class Store:
             student=row.student,
             teacher=row.teacher,
         )
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [parent / name for name in sorted(os.listdir(parent)) if not name.startswith(".")]

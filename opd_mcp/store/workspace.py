@@ -70,6 +70,11 @@ class Workspace:
         """The SQLite index; may be deleted, it is rebuilt from the directories."""
         return self.root / "opd.sqlite"
 
+    @property
+    def index_note(self) -> Path:
+        """Which index is the true one, and the lock of its writers; it outlives the index."""
+        return self.root / "index.note"
+
     def artifacts_of(self, kind: ArtifactKind) -> Path:
         """Where artifacts of one kind are."""
         return self.artifacts / kind
