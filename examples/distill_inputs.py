@@ -8,7 +8,8 @@ from pathlib import Path
 
 from opd_mcp.cli import workspace_root
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.encoding import encode_prompts, response_sequences
+from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.data.targets import sft_targets
 from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.grading.extraction import compiled_pattern, extracted_answer
 from opd_mcp.identity.consistency import require_consistent, sft_teacher
@@ -84,13 +85,7 @@ def checked_inputs(references: Namespace, work: Path, made_here: MadeHere) -> In
     own = responses / "tokenizer"
     tokenizer = own if own.is_dir() else teacher
     adopted = adopt_tokenizer(tokenizer, context.prompting)
-    sequences = response_sequences(
-        response_rows,
-        adopted.tokenizer,
-        context,
-        eos_token_id=adopted.eos_token_ids[0],
-        max_length=SftRecipe().max_length,
-    )
+    sequences = sft_targets(response_rows, adopted, SftRecipe(), context).sequences
     training, held_out = split(read_prompts(prompts), {row.prompt.text() for row in response_rows})
     write_prompts(work / "prompts.jsonl", training, answers=False)
     write_prompts(work / "eval.jsonl", held_out or training, answers=bool(held_out))

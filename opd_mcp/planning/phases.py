@@ -108,6 +108,8 @@ class PhaseChain:
         """The student is fine-tuned on the responses; from here on it is the SFT student."""
         claim = _asserted(self.inputs.responses)
         parts = {"student": self.student, "responses": self.responses, "declared_teacher": claim}
+        if self.inputs.responses is not None and self.inputs.teacher is not None:
+            parts["tokenizer"] = _tokenizer_token(self.inputs.teacher)
         self.student = _product_id("sft", self._add("sft", parts, self.recipe.sft))
         return self
 

@@ -238,6 +238,14 @@ class References:
         facts = self.model(declared).facts
         return asserted_claim(facts.identity if facts else declared)
 
+    def declared_teacher(self, declared: str | None) -> ResolvedModel | None:
+        """The model that `declared_teacher` means, where its files are here; None for a mere name."""
+        if declared is None:
+            return None
+        hub_id = None if self._is_here(declared) else self._hub_id(declared)
+        fetched = hub_id is not None and hub_directory(self.workspace, hub_id).is_dir()
+        return self.model(declared) if fetched or self._is_here(declared) else None
+
     def inputs_of_artifact(self, artifact_id: str) -> RunInputs | None:
         """The inputs of the run that made an artifact; None when that run is not in this workspace."""
         artifact = self.store.artifacts.find(artifact_id)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import opd_mcp
@@ -26,7 +27,16 @@ from opd_mcp.schemas.requests import (
     StartSft,
 )
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunKind, RunPhase, RunRecord, RunRequest
+from opd_mcp.schemas.runs import (
+    TOKENIZER_FOLDER,
+    DataInput,
+    ModelInput,
+    RunInputs,
+    RunKind,
+    RunPhase,
+    RunRecord,
+    RunRequest,
+)
 from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.journal import utc_now
 from opd_mcp.store.workspace import new_id
@@ -51,12 +61,26 @@ class RequestBuilder:
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
-        """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared."""
+        """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared.
+
+        It adopts the tokenizer and template that came with the responses, else those of a declared teacher that is
+        here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's.
+        """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
         columns = columns_of(arguments.columns, "responses")
         responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
-        inputs = RunInputs(student=student.input, responses=responses, declared_teacher=arguments.declared_teacher)
+        teacher = None
+        if not (Path(str(responses.path)) / TOKENIZER_FOLDER).is_dir():
+            teacher = self.references.declared_teacher(arguments.declared_teacher)
+        if teacher is not None:
+            require_matching_tokenizers(teacher, student)
+        inputs = RunInputs(
+            student=student.input,
+            teacher=teacher.input if teacher else None,
+            responses=responses,
+            declared_teacher=arguments.declared_teacher,
+        )
         return self.request("sft", recipe, inputs, PhaseChain(recipe, inputs).sft().phases)
 
     def cache(self, arguments: BuildTeacherCache) -> RunRequest:

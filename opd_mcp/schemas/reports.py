@@ -35,6 +35,18 @@ class StageCost(Schema):
     reused: bool = False
 
 
+class SftRows(Schema):
+    """What became of the rows of an SFT data set; a chat gives one target for each assistant turn that is learnt."""
+
+    rows: int
+    targets: int = 0
+    truncated: int = Field(0, description="responses that the length limit cut")
+    too_long: int = Field(0, description="targets over sft.max_length tokens with their prompt")
+    empty: int = Field(0, description="rows without a prompt, or without a response")
+    refused: int = Field(0, description="chats that the template has no place for")
+    cut: int = Field(0, description="targets that had text after the end of the turn, which is not learnt")
+
+
 class TrainingSummary(Schema):
     """What a training stage did; step seconds exclude loading and saving."""
 
@@ -53,6 +65,7 @@ class TrainingSummary(Schema):
     )
     packed: bool = Field(True, description="false: rows were padded in length buckets, since the class does not pack")
     throughput: "Throughput | None" = None
+    sft_rows: SftRows | None = None
 
 
 class Throughput(Schema):

@@ -14,6 +14,8 @@ RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "los
 PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample"]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
+TOKENIZER_FOLDER = "tokenizer"
+"""Where responses, rollouts and caches keep the tokenizer and template that they were made with."""
 
 
 class ModelInput(Schema):

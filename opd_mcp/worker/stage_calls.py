@@ -33,11 +33,9 @@ from opd_mcp.schemas.recipes import (
     SftRecipe,
 )
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
-from opd_mcp.schemas.runs import ModelInput, PhaseName, RunRecord
+from opd_mcp.schemas.runs import TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
-
-TOKENIZER_FOLDER = "tokenizer"
 
 
 class Stages(Protocol):

@@ -1,4 +1,4 @@
-"""Loading and saving causal language models: safetensors only, no remote code, files on disk only."""
+"""Loading causal language models and tokenizers: safetensors only, no remote code, files on disk only."""
 
 import gc
 import json
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.data.templates import end_of_turn
 from opd_mcp.engine.losses.logit_tiles import kernel_problem
 from opd_mcp.engine.models.attention import padding_warning, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers
@@ -26,14 +27,20 @@ from opd_mcp.schemas.recipes import PromptingRecipe
 # its bars would fill a worker's log; a stage reports its progress through its Reporter
 disable_progress_bar()
 
+GENERATION_CONFIG = "generation_config.json"
 # what a model computes with besides its weights and tokenizer, which have hashes of their own
-MODEL_FILES = ("config.json", "generation_config.json")
+MODEL_FILES = ("config.json", GENERATION_CONFIG)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "added_tokens.json",
+    # the same tokenizer in older forms, which e.g. llama.cpp's converter reads
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
 )
 
 
@@ -148,15 +155,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def save_model(model: PreTrainedModel, output: Path, adopted: "AdoptedTokenizer") -> None:
-    """Write the model with the adopted tokenizer, template and EOS ids to `output`, as safetensors."""
-    output.mkdir(parents=True, exist_ok=True)
-    model.generation_config.eos_token_id = list(adopted.eos_token_ids)
-    model.config.eos_token_id = list(adopted.eos_token_ids)
-    model.save_pretrained(output)
-    copy_tokenizer(adopted.path, output)
-
-
 def copy_tokenizer(source: Path, output: Path) -> None:
     """Copy the tokenizer's files, the chat template among them, to `output`."""
     output.mkdir(parents=True, exist_ok=True)
@@ -168,29 +166,44 @@ def copy_tokenizer(source: Path, output: Path) -> None:
 
 @dataclass(frozen=True)
 class AdoptedTokenizer:
-    """The tokenizer, template and EOS ids that a run uses for teacher and student alike."""
+    """The tokenizer and template that a run uses for teacher and student alike, and where a response ends.
+
+    Any of `eos_token_ids` ends a response that is drawn; `end_of_turn`, one of them, ends a response that is taught.
+    Ids below `tokens` are in use.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
+    end_of_turn: int
+    tokens: int
     path: Path
 
     def save(self, output: Path) -> None:
-        """Write tokenizer files and EOS ids to `output`, from where `adopt_tokenizer` reads them again."""
+        """Write tokenizer files and stop ids to `output`, from where `adopt_tokenizer` reads them again."""
         copy_tokenizer(self.path, output)
-        write_atomic(output / "generation_config.json", json.dumps({"eos_token_id": list(self.eos_token_ids)}))
+        write_atomic(output / GENERATION_CONFIG, json.dumps({"eos_token_id": list(self.eos_token_ids)}))
 
 
 def adopt_tokenizer(path: Path, prompting: PromptingRecipe) -> AdoptedTokenizer:
-    """The tokenizer at `path` with the recipe's EOS ids, or the directory's own.
+    """The tokenizer at `path` with the ids that end a response: the recipe's, or all that its files name.
 
-    Raises PathError `not_a_model` if neither names one: without a stop token no response would end.
+    Those are the ids in generation_config.json (else config.json), the tokenizer's EOS token, and the token that the
+    chat template writes after an assistant's turn, which is the one that is taught; without a template it is the
+    tokenizer's EOS token.
+
+    Raises PathError `not_a_model` if nothing names one: without a stop token no response would end.
     """
-    eos = tuple(prompting.eos_token_ids or eos_token_ids(path, token_map(path)))
-    if not eos:
+    tokenizer, tokens = load_tokenizer(path), token_map(path)
+    own = tokenizer.eos_token_id
+    named = {*eos_token_ids(path, tokens), *([own] if own is not None else [])}
+    end = end_of_turn(tokenizer, named, prompting.chat_template_kwargs)
+    stops = tuple(prompting.eos_token_ids or sorted(named | ({end} if end is not None else set())))
+    if not stops:
         raise PathError(
             "not_a_model",
-            "No EOS id is named in generation_config.json, config.json or tokenizer_config.json.",
+            "No EOS id is named in generation_config.json, config.json, tokenizer_config.json or the chat template.",
             value=path,
             fix="Set the override 'prompting.eos_token_ids'.",
         )
-    return AdoptedTokenizer(load_tokenizer(path), eos, path)
+    taught = next((token_id for token_id in (end, own) if token_id in stops), stops[0])
+    return AdoptedTokenizer(tokenizer, stops, taught, max(tokens) + 1, path)

@@ -27,8 +27,8 @@ from opd_mcp.engine.models.loading import (
     adopt_tokenizer,
     load_model,
     model_warnings,
-    save_model,
 )
+from opd_mcp.engine.models.saving import SavedForm
 from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage
 from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
 from opd_mcp.engine.scoring.local import score_sequences
@@ -70,10 +70,12 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         teacher = load_model(inputs.teacher, runtime)
         steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
     model_warnings(context, model, teacher)
+    form = SavedForm.of(model, source.adopted, section.save_dtype)
+    form.try_out(model.model)
     settings = LoopSettings.of(section, section.normalize)
     task = TrainingTask(settings, steps, distill_objective(section), DistillWatch(section, context))
     summary = train(model.model, task, runtime, context)
-    save_model(model.model, output, source.adopted)
+    form.save(model.model, output)
     write_atomic(output / "training.json", summary.to_json(indent=2))
     parents = [Parent(role="student", identity=full_identity(student)), *source.parents]
     record_lineage(
