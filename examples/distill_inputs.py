@@ -15,11 +15,13 @@ from opd_mcp.identity.consistency import require_consistent, sft_teacher
 from opd_mcp.identity.data.reading import read_prompts, read_responses
 from opd_mcp.identity.data.rows import PROMPT_COLUMNS, RESPONSE_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.models import inspect_model
+from opd_mcp.identity.signatures import MadeHere, below
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import HUB_ID
 from opd_mcp.schemas.errors import DataError, ResourceError
 from opd_mcp.schemas.identity import TeacherClaim
 from opd_mcp.schemas.recipes import SftRecipe
+from opd_mcp.store.lineage_key import workspace_key
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.worker.fetch import fetched_model
 
@@ -57,7 +59,16 @@ class Inputs:
     answer_pattern: str | None
 
 
-def checked_inputs(references: Namespace, work: Path) -> Inputs:
+def own_lineages(work: Path) -> MadeHere:
+    """Whose lineages count as proven: those that this command writes below `work`, and those the workspace signed."""
+    written = below(work)
+    if not workspace_root().is_dir():
+        return written
+    key = workspace_key(Workspace(workspace_root())).key
+    return lambda directory: written(directory) or key.signed(directory)
+
+
+def checked_inputs(references: Namespace, work: Path, made_here: MadeHere) -> Inputs:
     """The inputs that the command line names, with prompt files in `work`; raises OpdError for what cannot be used."""
     student = model_directory(references.student_model_path)
     teacher = model_directory(references.teacher_model)
@@ -66,7 +77,7 @@ def checked_inputs(references: Namespace, work: Path) -> Inputs:
     inspect_model(student)
     identity = inspect_model(teacher).identity
     require_same_tokens(teacher, student)
-    claim = require_consistent(identity, sft_teacher(responses, identity)).sft_teacher
+    claim = require_consistent(identity, sft_teacher(responses, identity, made_here=made_here)).sft_teacher
     assert claim is not None, "a teacher was declared"
 
     context, response_rows = Context(), read_responses(responses)

@@ -46,7 +46,7 @@ class RunView:
     finished_at: str | None = None
     updated_at: str | None = None
     cancel_requested: str | None = None
-    """When a cancel was asked for that the worker has not heeded yet."""
+    """When a cancel was requested; None once the run has ended."""
     attempt: int = 0
     written: RunState = "queued"
     """The state that the journal ends with."""
@@ -63,7 +63,7 @@ class RunView:
 
     def refresh(self) -> "RunView":
         """Fold the new lines of the journal and look at the lock; returns itself."""
-        # The lock first: whatever a process wrote before it ended is then seen, and it is never called lost for it.
+        # The lock first: all that a process wrote before it ended is then seen; a finished run is never called lost.
         alive = is_alive(self.directory)
         self.fold()
         if self._reader.damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
@@ -90,7 +90,7 @@ class RunView:
 
     @property
     def metrics(self) -> dict[str, MetricTrend]:
-        """Of the phase begun last, each metric's latest value and trend; no value stands for one that is not finite."""
+        """Each metric's latest value and trend in the latest phase; the value is absent if it is not finite."""
         if self._measured_phase != self._begun_phase:
             return {}
         values = {
@@ -195,7 +195,7 @@ class RunView:
 
 
 def trend_of(values: list[float]) -> Literal["up", "down", "flat"] | None:
-    """Where a series goes: its later half against its earlier one, `flat` within the noise; None below four values."""
+    """A series' trend: its later half against its earlier one, `flat` within the noise; None below four values."""
     if len(values) < 4:
         return None
     half = len(values) // 2

@@ -56,7 +56,7 @@ class Store:
         """Create the run and take its lock, or find the active run of the same request.
 
         Identical starts from several processes at the same moment give one new run; the others are `reused`.
-        `admit` is asked in turn before a new run; what it raises refuses the start.
+        `admit` is called before a new run, one caller at a time; what it raises refuses the start.
         """
         lock: RunLock | None = None
         try:
@@ -79,7 +79,7 @@ class Store:
         """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
 
         Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
-        `same_request_active` while another run does the same, `run_locked` when its last attempt does not end.
+        `same_request_active` while another run has the same request, `run_locked` when its last attempt does not end.
         """
         view = self.view(run_id)
         if view.state in ACTIVE_STATES:
@@ -89,12 +89,12 @@ class Store:
         try:
             lock = RunLock.acquire(view.directory)
         except RunError:
-            if view.refresh().state in ACTIVE_STATES:  # somebody else resumed it meanwhile
+            if view.refresh().state in ACTIVE_STATES:  # another process resumed it meanwhile
                 return StartedRun(run_id, None)
             raise
         try:
             with self.index.writing() as database:
-                # Only now nobody else can end or resume it.
+                # Only from here on no other process can end or resume it.
                 require_resumable(state_of(view.refresh().written, alive=False), run_id)
                 other = self._active_run(database, record.request_hash, besides=run_id)
                 if other is not None:
@@ -144,7 +144,7 @@ class Store:
         limit: int = 20,
         cursor: str | None = None,
     ) -> RunList:
-        """A page of runs, newest first; `total` counts all that match, on every page alike.
+        """A page of runs, newest first; `total` counts all that match and is the same on every page.
 
         Raises ArgumentError `invalid_argument` for a cursor that no list gave.
         """
@@ -179,7 +179,7 @@ class Store:
         return problems
 
     def damaged(self) -> Iterator[IntegrityError]:
-        """What is wrong with runs and artifacts whose own files cannot be read."""
+        """What is wrong with runs and artifacts whose files cannot be read."""
         for directory in sorted(path for path in self.workspace.runs.iterdir() if path.is_dir()):
             try:
                 read_record(directory)

@@ -113,7 +113,7 @@ def is_parent(parent: Parent, artifact: Artifact) -> bool:
         return True
     if artifact.kind == "model" and parent.identity is not None:
         own = read_lineage(artifact.path)
-        return own is not None and own.model is not None and own.model.same_weights(parent.identity)
+        return own is not None and own.model is not None and own.model.same_model(parent.identity)
     if artifact.kind == "cache" and parent.role == "cache":
         manifest = CacheManifest.from_json((artifact.path / MANIFEST_FILE).read_bytes())
         return parent.sha256 == manifest.content_hash()

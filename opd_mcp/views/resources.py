@@ -49,10 +49,16 @@ def report_markdown(store: Store, run_id: str) -> str:
 
 
 def lineage_json(store: Store, artifact_id: str) -> str:
-    """An artifact's record and lineage; raises UnknownIdError `unknown_artifact`."""
+    """An artifact's record and lineage, `proven` where this workspace wrote it, else `asserted`.
+
+    Raises UnknownIdError `unknown_artifact`.
+    """
     artifact = store.artifacts.get(artifact_id)
     lineage = read_lineage(artifact.path)
-    content = {"artifact": artifact.record.to_dict(), "lineage": lineage.to_dict() if lineage else {}}
+    content: dict[str, object] = {"artifact": artifact.record.to_dict(), "lineage": {}}
+    if lineage is not None:
+        content["lineage"] = lineage.to_dict()
+        content["lineage_basis"] = "proven" if store.artifacts.made_here(artifact.path) else "asserted"
     return json.dumps(content, indent=2)
 
 

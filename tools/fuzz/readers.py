@@ -33,6 +33,7 @@ from opd_mcp.engine.cache.manifest import read_cache
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.identity.data.reading import read_prompts, read_responses, read_responses_header
+from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
@@ -115,7 +116,7 @@ def model_targets(root: Path) -> list[Target]:
     """The files of a model directory, and its lineage."""
     model = Path(shutil.copytree(EXAMPLE / "student", root / "model"))
     write_lineage(model, Lineage(kind="model", stage="sft", recipe={"a": 1}, model=inspect_model(model).identity))
-    prompts = read_prompts(EXAMPLE / "tune.jsonl")[:5]
+    scan = scan_of_rows(read_prompts(EXAMPLE / "tune.jsonl")[:5])
     teacher = model_shape(inspect_model(EXAMPLE / "teacher"))
 
     def look() -> None:
@@ -123,7 +124,7 @@ def model_targets(root: Path) -> list[Target]:
         workload = Workload(Recipe(), size, teacher, DataSize(10, 5.0, 10, 10))
         for phase in ("sft", "rollout", "score", "distill", "benchmark"):
             workload.work(phase)
-        mean_prompt_tokens(model, prompts)
+        mean_prompt_tokens(model, scan)
         verified_lineage(model, full=True)
 
     damages: dict[str, Damage] = dict.fromkeys(

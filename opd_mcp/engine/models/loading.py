@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from opd_mcp.engine.context import Context
@@ -16,10 +16,11 @@ from opd_mcp.engine.models.attention import padding_warning, use_packed_attentio
 from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.runtime import Runtime
+from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelFacts, inspect_model
-from opd_mcp.identity.tokenizers import eos_token_ids, token_map
-from opd_mcp.schemas.errors import PathError
+from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids, token_map
+from opd_mcp.schemas.errors import IntegrityError, PathError
 from opd_mcp.schemas.recipes import PromptingRecipe
 
 # its bars would fill a worker's log; a stage reports its progress through its Reporter
@@ -122,8 +123,29 @@ def model_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, from its files only."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    """The tokenizer at `path`, built of what its identity hashes: tokenizer.json, special tokens, one chat template.
+
+    No class, template or file that another file names is followed. Raises PathError `not_a_model` or `unsafe_config`,
+    IntegrityError `damaged_file`.
+    """
+    require_own_tokenizer(path)
+    special = special_tokens(path, token_map(path))
+    try:
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(path / TOKENIZER_FILE),
+            chat_template=chat_template(path),
+            model_specific_special_tokens=special.names,
+            extra_special_tokens=list(special.extra),
+            clean_up_tokenization_spaces=special.clean_up_spaces,
+            split_special_tokens=special.split,
+        )
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise IntegrityError(
+            "damaged_file",
+            f"{TOKENIZER_FILE} cannot be used ({error}).",
+            value=path / TOKENIZER_FILE,
+            fix="Save the tokenizer again with tokenizer.save_pretrained(DIR).",
+        ) from error
 
 
 def save_model(model: PreTrainedModel, output: Path, adopted: "AdoptedTokenizer") -> None:

@@ -7,13 +7,12 @@ from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.encoding import response_sequences
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.models.loading import MODEL_FILES, adopt_tokenizer, load_model, model_warnings, save_model
-from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
+from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.identity import Parent
@@ -25,7 +24,7 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     """Fine-tune the student on the teacher's response tokens; the model at `output` adopts the teacher's tokenizer."""
     student, responses = inputs.student, inputs.responses
     runtime = open_runtime(context.runtime)
-    lineage = verified_lineage(responses) if responses.is_dir() else None
+    claim = claim_of(responses, inputs.sft_teacher, context) if responses.is_dir() else inputs.sft_teacher
     saved = responses / "tokenizer"
     adopted = adopt_tokenizer(inputs.tokenizer or (saved if saved.is_dir() else student), context.prompting)
     require_same_tokens(adopted.path, student)
@@ -47,6 +46,5 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
         Parent(role="student", identity=full_identity(student)),
         Parent(role="responses", sha256=responses_hash),
     ]
-    claim = (lineage.sft_teacher if lineage else None) or inputs.sft_teacher
     record_lineage(output, Provenance("model", "sft", section, parents, MODEL_FILES), context, sft_teacher=claim)
     return summary
