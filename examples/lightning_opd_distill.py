@@ -121,7 +121,7 @@ class ProgressReporter:
         self._update(completed=done, total=total, unit=unit)
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
-        """The figures beside the bar."""
+        """The figures next to the bar."""
         self._update(note=", ".join(f"{label} {values[n]:.3f}" for n, label in SHOWN_METRICS.items() if n in values))
 
     def alert(self, code: str, message: str) -> None:
@@ -129,7 +129,7 @@ class ProgressReporter:
         self.say(f"! {message}")
 
     def should_stop(self) -> bool:
-        """Ctrl-C stops a command line; nobody else asks."""
+        """Never: Ctrl-C stops a command line."""
         return False
 
     def _update(self, **fields: Any) -> None:
@@ -137,7 +137,7 @@ class ProgressReporter:
 
 
 def distill(arguments: argparse.Namespace, console: Console) -> None:
-    """Run all stages in a hidden directory beside the output, and give the finished model its name at the end."""
+    """Run all stages in a hidden directory next to the output, and give the finished model its name at the end."""
     output = arguments.output_model_path.expanduser().absolute()
     if output.exists():
         raise ArgumentError(

@@ -72,7 +72,9 @@ def data_token(data: DataInput | None) -> Any:
         return None
     if data.artifact_id is not None and not data.artifact_id.startswith("prompts-"):
         return data.artifact_id
-    return data.sha256 or {"hub": data.hub_id}
+    if data.sha256 is not None:
+        return data.sha256
+    return {"hub": data.hub_id, "columns": data.columns} if data.columns else {"hub": data.hub_id}
 
 
 class PhaseChain:
@@ -86,7 +88,8 @@ class PhaseChain:
         self.responses: Any = data_token(inputs.responses)
         self.cache: Any = data_token(inputs.cache)
         self.distilled: Any = None
-        hub_ids = [model.hub_id for model in _models(inputs) if model.hub_id and model.path is None]
+        sources: list[ModelInput | DataInput] = [*_models(inputs), *data_sets(inputs).values()]
+        hub_ids = [source.hub_id for source in sources if source.hub_id and source.path is None]
         if hub_ids:
             self._add("fetch", {"hub_ids": hub_ids})
 
@@ -223,6 +226,12 @@ def _product_id(name: PhaseName, key: str, method: str = "lightning") -> str:
 def _asserted(source: ModelInput | DataInput | None) -> str | None:
     claim = source.sft_teacher if source else None
     return claim.label() if claim and claim.basis == "asserted" else None
+
+
+def data_sets(inputs: RunInputs) -> dict[str, DataInput]:
+    """A run's prompts and responses by role."""
+    roles = ("prompts", "sft_prompts", "eval_prompts", "responses")
+    return {role: data for role in roles if (data := getattr(inputs, role)) is not None}
 
 
 def _models(inputs: RunInputs) -> list[ModelInput]:

@@ -13,7 +13,7 @@ from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
-from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel
+from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
 from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
@@ -57,7 +57,7 @@ class RequestBuilder:
         """The teacher answers prompts."""
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
-        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments.prompts, teacher))
+        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher))
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
@@ -68,7 +68,8 @@ class RequestBuilder:
         """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
-        responses = self.references.responses(arguments.responses, arguments.declared_teacher)
+        columns = columns_of(arguments.columns, "responses")
+        responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
         teacher = None
         if not (Path(str(responses.path)) / TOKENIZER_FOLDER).is_dir():
             teacher = self.references.declared_teacher(arguments.declared_teacher)
@@ -101,7 +102,7 @@ class RequestBuilder:
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments.prompts, teacher if teacher.facts else student),
+            prompts=self._prompts(arguments, teacher if teacher.facts else student),
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
@@ -137,8 +138,10 @@ class RequestBuilder:
         require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
         require_topk(cache, recipe)
         teacher = self._teacher_of(cache, arguments.teacher)
-        evaluation = None if arguments.eval_prompts is None else self.references.prompts(arguments.eval_prompts).input
-        prompts = None if arguments.prompts is None else self.references.prompts(arguments.prompts).input
+        evaluation, prompts = (
+            None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
+            for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
+        )
         inputs = RunInputs(
             student=student.input,
             teacher=teacher,
@@ -168,7 +171,7 @@ class RequestBuilder:
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=self._prompts(arguments.prompts, model),
+            prompts=self._prompts(arguments, model),
         )
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
@@ -180,7 +183,7 @@ class RequestBuilder:
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
-        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments.prompts, model))
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
@@ -188,9 +191,14 @@ class RequestBuilder:
         made = self.artifacts.made_by([phase.key for phase in phases])
         return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=with_satisfied(phases, made))
 
-    def _prompts(self, value: str | list[str], model: ResolvedModel) -> DataInput:
-        prompts = self.references.prompts(value)
-        mean = mean_prompt_tokens(model.facts.path, prompts.rows) if model.facts else None
+    def _prompts(
+        self,
+        arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel,
+        model: ResolvedModel,
+    ) -> DataInput:
+        columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
+        prompts = self.references.prompts(arguments.prompts, columns)
+        mean = mean_prompt_tokens(model.facts.path, prompts.scan) if model.facts else None
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
 
     def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:

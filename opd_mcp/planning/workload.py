@@ -207,13 +207,15 @@ def workload_of(
     room: Room | None = None,
     inspect: Callable[[Path], ModelFacts] = inspect_model,
 ) -> Workload | None:
-    """The workload of a run whose models are here; None while one is still to be fetched.
+    """The workload of a run whose models and data are here; None while one is still to be fetched.
 
     A run with one model counts it as both. `inspect` may be a cache's; without `room`, memory is no limit.
     """
     first, second = inputs.student or inputs.model, inputs.teacher
     student, teacher = first or second, second or first
     if student is None or teacher is None or student.path is None or teacher.path is None:
+        return None
+    if any(data is not None and data.path is None for data in (inputs.prompts, inputs.sft_prompts, inputs.responses)):
         return None
     own, scoring = model_shape(inspect(Path(student.path))), model_shape(inspect(Path(teacher.path)))
     return Workload(recipe, own, scoring, data_size(inputs), room or Room())

@@ -50,7 +50,7 @@ class ModelIdentity(Schema):
 
 
 class RemoteTeacher(Schema):
-    """A teacher behind a URL. Its key is in the environment of whoever asks, and in no record."""
+    """A teacher behind a URL. Its key is in the caller's environment, never in a record."""
 
     name: str = Field(description="the model's name on the server, and its declared identity")
     url: str

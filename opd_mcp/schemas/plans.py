@@ -1,4 +1,4 @@
-"""Plans: what would run, on what basis, and what stands in the way."""
+"""Plans: what would run, on what basis, and what blocks it."""
 
 from typing import Literal, Self
 
@@ -31,7 +31,7 @@ class PhaseEstimate(Schema):
 
 
 class MethodEstimate(Schema):
-    """Cost of one method, all of its phases that are still to run."""
+    """Cost of one method: all phases that are still to run."""
 
     method: Literal["lightning", "live", "sft"]
     flops: float
@@ -53,7 +53,7 @@ class Finding(Schema):
 
     @classmethod
     def of_error(cls, error: OpdError) -> Self:
-        """What an error would say, as a finding."""
+        """An error as a finding."""
         return cls(code=error.code, message=error.message, fix=error.fix, call=error.call)
 
 
@@ -90,29 +90,3 @@ class Plan(Schema):
     blocking: list[Finding] = Field(default_factory=list)
     warnings: list[Finding] = Field(default_factory=list)
     next_action: NextAction
-
-
-class SkippedRow(Schema):
-    """A row that cannot be used."""
-
-    place: str = Field(description="file and line, or file and row of a table, from 1")
-    reason: str
-
-
-class UnderstoodData(Schema):
-    """How a data set was read."""
-
-    shape: str = Field(description="e.g. 'question/answer'; 'columns' where the caller named them; docs/data.md")
-    columns: dict[str, str] = Field(default_factory=dict, description="path of the field that each part is read from")
-    unused: list[str] = Field(default_factory=list, description="fields that are not read")
-    files: int = 1
-    rows: int = Field(0, description="rows that can be used")
-    skipped: int = Field(0, description="rows that cannot be used and are left out")
-    skipped_by_reason: dict[str, int] = Field(default_factory=dict)
-    skipped_rows: list[SkippedRow] = Field(default_factory=list, description="the first of them")
-    notes: list[str] = Field(default_factory=list)
-
-    @property
-    def skipped_share(self) -> float:
-        """Skipped rows as a share of all, from 0 to 1."""
-        return self.skipped / max(self.rows + self.skipped, 1)

@@ -40,7 +40,7 @@ class PromptingRecipe(Schema):
 
 
 class Sampling(Schema):
-    """How tokens are drawn; log-probs are always stored untruncated at temperature 1, whatever is set here."""
+    """How tokens are drawn; log-probs are always stored untruncated at temperature 1, regardless of these settings."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] = Field(1.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -174,7 +174,7 @@ class BenchmarkRecipe(Schema):
 
 
 class CheckpointRecipe(Schema):
-    """When training is saved on the way; decides nothing of the result, so it is in no phase's key."""
+    """When checkpoints are written; this does not affect the result, so it is in no phase's key."""
 
     steps: PositiveInt | None = Field(None, description="every so many steps; default: by time")
     seconds: PositiveFloat = Field(60.0, description="by time: this often at most, and never over 4 % of training time")
@@ -187,7 +187,7 @@ class SampleRecipe(Schema):
 
 
 class Recipe(Schema):
-    """The resolved recipe of a run, written beside its results."""
+    """The resolved recipe of a run, written next to its results."""
 
     preset: Preset = "quick"
     runtime: RuntimeRecipe = RuntimeRecipe()

@@ -1,4 +1,4 @@
-"""Reports: the numbers at the end, each with how it was obtained."""
+"""Reports: the final numbers, each with how it was obtained."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ class Estimate95(Schema):
 
 
 class StageCost(Schema):
-    """What one stage took."""
+    """Cost of one stage."""
 
     stage: str
     seconds: float
@@ -71,11 +71,11 @@ class TrainingSummary(Schema):
 class Throughput(Schema):
     """How fast a training stage was, and where its time went."""
 
-    tokens_per_second: float = Field(description="response tokens a second of the loop")
-    model_flops: float = Field(description="of all steps: 6 a parameter and token, plus attention; no recomputation")
+    tokens_per_second: float = Field(description="response tokens per second of the loop")
+    model_flops: float = Field(description="of all steps: 6 per parameter and token, plus attention; no recomputation")
     flops_per_second: float
     utilisation: float = Field(description="flops_per_second over matmul_peak")
-    matmul_peak: float = Field(description="operations a second of a large matmul in this run's dtype, same process")
+    matmul_peak: float = Field(description="operations per second of a large matmul in this run's dtype, same process")
     peak_memory_bytes: int
     estimated_memory_bytes: int | None = Field(
         None, description="weights, gradients, optimizer, activations and logits as the plan counts them, for this data"
@@ -85,7 +85,7 @@ class Throughput(Schema):
 
 
 class GradedAnswers(Schema):
-    """How many responses were graded, and how many of them held no answer that the grader could find."""
+    """How many responses were graded, and in how many of them the grader found no answer."""
 
     responses: int
     without_answer: int
@@ -113,7 +113,7 @@ class ModelScore(Schema):
 
 
 class Comparison(Schema):
-    """Candidate against baseline on the same prompts; the difference is paired by prompt."""
+    """Candidate compared with baseline on the same prompts; the difference is paired by prompt."""
 
     candidate: str
     baseline: str
@@ -144,7 +144,7 @@ class BenchmarkReport(Schema):
 
 
 class LoopState(Schema):
-    """Where a training loop stands between two steps; times in seconds, over all attempts."""
+    """The state of a training loop between two steps; times in seconds, over all attempts."""
 
     step: int = Field(0, description="steps taken; the next one is this step, counted from 0")
     micro_batch_tokens: int

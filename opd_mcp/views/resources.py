@@ -23,7 +23,7 @@ def recipe_json(store: Store, run_id: str) -> str:
 
 def metrics_json(store: Store, run_id: str) -> str:
     """A run's metrics in full length of 200 points; raises UnknownIdError `unknown_run`."""
-    return metrics_report([(store.record(run_id), store.view(run_id))], (), 200).to_json()
+    return metrics_report([(store.record(run_id), store.view(run_id, keep_series=True))], (), 200).to_json()
 
 
 def log_tail(store: Store, run_id: str) -> str:

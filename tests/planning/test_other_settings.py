@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from opd_mcp.schemas.errors import ConsistencyError
-from opd_mcp.schemas.requests import GenerateTeacherResponses, SampleModel
+from opd_mcp.schemas.errors import ConsistencyError, IntegrityError
+from opd_mcp.schemas.requests import SampleModel
+from opd_mcp.worker.fetch import present_model
 
 CHANGES = [
     {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
@@ -60,25 +61,22 @@ def test_its_samples_are_not_those_of_another_models_active_run(world, service, 
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "named"),
+    ("changed", "named"),
     [
-        ("config.json", {"rms_norm_eps": 0.1}, "configuration"),
-        ("generation_config.json", {"eos_token_id": [1, 5]}, "special_tokens"),
-        ("tokenizer_config.json", {"clean_up_tokenization_spaces": True}, "encoding"),
+        (("config.json", {"rms_norm_eps": 0.1}), "configuration"),
+        (("generation_config.json", {"eos_token_id": [1, 5]}), "special_tokens"),
+        (("tokenizer_config.json", {"clean_up_tokenization_spaces": True}), "encoding"),
     ],
 )
-def test_a_model_that_changed_while_its_run_was_queued_ends_the_run(
-    world, service, busy_machine, finished, file, change, named
-):
+def test_a_model_that_changed_since_its_run_was_asked_for_ends_the_run(world, service, changed, named):
+    file, change = changed
     model = world.copy_of(world.teacher, "changing")
-    arguments = GenerateTeacherResponses(teacher=str(model), prompts=world.prompts(), preset="demo")
-    run_id = service.generate_teacher_responses(arguments).run_id
+    asked = service._references.model(str(model)).input
     content = json.loads((model / file).read_text())
     (model / file).write_text(json.dumps({**content, **change}))
-    busy_machine.release()
-    status = finished(service, run_id)
-    assert (status.state, status.error.code) == ("failed", "input_changed")
-    assert named in status.error.cause
+    with pytest.raises(IntegrityError, match=f"changed: {named}") as caught:
+        present_model(service.store, asked, lambda: None)
+    assert caught.value.code == "input_changed"
 
 
 def test_what_a_teachers_directory_holds_and_is_not_used_is_said_in_the_plan(world, service):

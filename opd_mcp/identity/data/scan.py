@@ -10,7 +10,7 @@ from opd_mcp.identity.data.overlap import normalised_all
 from opd_mcp.identity.data.reading import Columns, RowReader
 from opd_mcp.identity.data.rows import PromptRow, PromptsHash
 from opd_mcp.identity.data.shapes import PROMPT_SHAPES, PromptParts, all_prompt_parts, prompt_parts
-from opd_mcp.schemas.plans import UnderstoodData
+from opd_mcp.schemas.runs import UnderstoodData
 
 FIRST_ROWS = 8
 SAMPLED_ROWS = 64
