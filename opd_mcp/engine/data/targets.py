@@ -164,18 +164,14 @@ def _call_names(turns: Sequence[Turn]) -> list[str]:
 
 
 def _forms(turns: Sequence[Turn]) -> list[list[dict[str, Any]]]:
-    """The turns in the forms that templates want tool calls in: arguments as an object, or as JSON text.
-
-    Some templates show calls only of a turn that has no content at all.
-    """
+    """The turns in the forms that templates want tool calls in: arguments as an object, or as JSON text."""
     if not any(turn.get("tool_calls") for turn in turns):
         return [[dict(turn) for turn in turns]]
-    forms = ((False, ""), (True, ""), (True, None), (False, None))
-    return [[_with_calls(turn, as_text=as_text, empty=empty) for turn in turns] for as_text, empty in forms]
+    return [[_with_calls(turn, as_text=as_text) for turn in turns] for as_text in (False, True)]
 
 
-def _with_calls(turn: Turn, *, as_text: bool, empty: str | None) -> dict[str, Any]:
-    """A turn with its calls' arguments as text or as object, and `empty` for content that is empty."""
+def _with_calls(turn: Turn, *, as_text: bool) -> dict[str, Any]:
+    """A turn with its calls' arguments as text or as object."""
     if not turn.get("tool_calls"):
         return dict(turn)
     calls = []
@@ -187,7 +183,7 @@ def _with_calls(turn: Turn, *, as_text: bool, empty: str | None) -> dict[str, An
         elif not as_text and isinstance(given, str):
             function["arguments"] = _parsed(given)
         calls.append({"type": "function", **call, "function": function} if "function" in call else function)
-    return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
+    return {**turn, "tool_calls": calls}
 
 
 def _function(call: Any) -> Any:
