@@ -24,7 +24,7 @@ Prompts = Annotated[
 Columns = Annotated[
     dict[Annotated[str, StringConstraints(max_length=60)], Annotated[str, StringConstraints(max_length=200)]],
     Field(max_length=30),
-    WithJsonSchema({"type": "object"}),
+    WithJsonSchema({"type": "object", "maxProperties": 30}),
 ]
 DescribedColumns = Annotated[
     Columns, Field(description="fields of the data, e.g. {'prompt': 'question', 'answer': 'meta.gold'}")

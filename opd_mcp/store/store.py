@@ -11,9 +11,8 @@ from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactStore, artifact_directories, artifact_row, read_artifact
-from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
+from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run, page_of
 from opd_mcp.store.journal import read_journal
-from opd_mcp.store.pages import page_of
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import (
     JOURNAL_FILE,

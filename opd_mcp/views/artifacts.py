@@ -14,8 +14,7 @@ from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import ArtifactKind, Parent
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.artifacts import ARTIFACT_FILE, BUILDING_PREFIX, Artifact
-from opd_mcp.store.index import IndexedArtifact
-from opd_mcp.store.pages import page_of
+from opd_mcp.store.index import IndexedArtifact, page_of
 from opd_mcp.store.store import Store
 from opd_mcp.views.next_steps import after_deletion
 
