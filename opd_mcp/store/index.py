@@ -123,7 +123,7 @@ Place = tuple[str, str]
 def page_of(
     rows: Sequence[Row], place: Callable[[Row], Place], limit: int, cursor: str | None
 ) -> tuple[list[Row], str | None]:
-    """At most `limit` rows after the cursor, and the cursor of the next page where there is one.
+    """At most `limit` rows after the cursor, and the cursor of the next page if there is one.
 
     Raises ArgumentError `invalid_argument` for a cursor that no page gave.
     """
