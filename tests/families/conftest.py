@@ -93,7 +93,8 @@ FAMILIES = {
         {"eos_token_id": [128001, 128008, 128009], "do_sample": True, "temperature": 0.6, "top_p": 0.9},
         {"eos_token_id": 128001, "do_sample": True, "temperature": 0.6, "top_p": 0.9},
         "<|eot_id|>",
-        frozenset({"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}),
+        # the package has the first release of the tokenizer, in which 128008 had no name yet
+        frozenset({"<|end_of_text|>", "<|reserved_special_token_4|>", "<|eot_id|>"}),
     ),
     "gemma3": Family(
         "gemma3",

@@ -115,7 +115,7 @@ class _Writer:
     def _written(self, turns: Sequence[Turn]) -> tuple[str, str]:
         """What the template shows before the assistant's last turn, and what that turn adds."""
         options = self.context.prompting.chat_template_kwargs
-        names = [str(_function(call).get("name", "")) for call in turns[-1].get("tool_calls") or ()]
+        earlier, names = _call_names(turns[:-1]), _call_names(turns[-1:])
         refusal: Exception = ValueError("the template leaves out the tool calls")
         for form in _forms(turns):
             try:
@@ -123,6 +123,8 @@ class _Writer:
                 whole = rendered(self.tokenizer, form, options, to_answer=False)
             except REFUSALS as error:
                 refusal = error
+                continue
+            if not all(name in before for name in earlier):
                 continue
             if whole.startswith(before) and all(name in whole[len(before) :] for name in names):
                 return before, whole[len(before) :]
@@ -155,15 +157,23 @@ def _after_opened_thinking(before: str, text: str) -> str:
     return text
 
 
+def _call_names(turns: Sequence[Turn]) -> list[str]:
+    return [str(_function(call).get("name", "")) for turn in turns for call in turn.get("tool_calls") or ()]
+
+
 def _forms(turns: Sequence[Turn]) -> list[list[dict[str, Any]]]:
-    """The turns in the forms that templates want tool calls in: arguments as an object, or as JSON text."""
+    """The turns in the forms that templates want tool calls in: arguments as an object, or as JSON text.
+
+    Some templates show calls only of a turn that has no content at all.
+    """
     if not any(turn.get("tool_calls") for turn in turns):
         return [[dict(turn) for turn in turns]]
-    return [[_with_calls(turn, as_text=as_text) for turn in turns] for as_text in (False, True)]
+    forms = ((False, ""), (True, ""), (True, None), (False, None))
+    return [[_with_calls(turn, as_text=as_text, empty=empty) for turn in turns] for as_text, empty in forms]
 
 
-def _with_calls(turn: Turn, *, as_text: bool) -> dict[str, Any]:
-    """A turn with its calls' arguments as text or object; as text it has no content where that is empty (DeepSeek)."""
+def _with_calls(turn: Turn, *, as_text: bool, empty: str | None) -> dict[str, Any]:
+    """A turn with its calls' arguments as text or as object, and `empty` for content that is empty."""
     if not turn.get("tool_calls"):
         return dict(turn)
     calls = []
@@ -175,7 +185,7 @@ def _with_calls(turn: Turn, *, as_text: bool) -> dict[str, Any]:
         elif not as_text and isinstance(given, str):
             function["arguments"] = _parsed(given)
         calls.append({"type": "function", **call, "function": function} if "function" in call else function)
-    return {**turn, "content": (turn["content"] or None) if as_text else turn["content"], "tool_calls": calls}
+    return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
 
 
 def _function(call: Any) -> Any:
