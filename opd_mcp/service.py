@@ -198,7 +198,7 @@ class JobService:
     def run_metrics(self, arguments: GetRunMetrics) -> MetricsReport:
         """Series, trend, diagnosis and differences of up to four runs, from their journals."""
         ids = dict.fromkeys(self._existing(run_id) for run_id in arguments.run_ids)
-        runs = [(self.store.record(run_id), self.store.view(run_id)) for run_id in ids]
+        runs = [(self.store.record(run_id), self.store.view(run_id, keep_series=True)) for run_id in ids]
         return metrics_report(runs, arguments.keys, arguments.max_points)
 
     def run_logs(self, arguments: GetRunLogs) -> LogPage:

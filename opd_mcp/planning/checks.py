@@ -57,6 +57,19 @@ def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) 
         require_same_tokens(teacher.facts.path, student.facts.path)
 
 
+def judge_files(inputs: PlanInputs, found: Findings) -> None:
+    """Warn of what a model's directory holds that other programs would load and this one does not."""
+    for role, model in (("teacher", inputs.teacher), ("student", inputs.student)):
+        if model.facts is not None and model.facts.unused:
+            found.warn(
+                "files_unused",
+                f"The {role}'s tokenizer is built from tokenizer.json and one chat template alone; not used: "
+                f"{'; '.join(model.facts.unused)}.",
+                "Nothing has to be done, unless one of these was meant; then save it into tokenizer.json or "
+                "chat_template.jinja.",
+            )
+
+
 def judge_consistency(
     arguments: PlanDistillation, inputs: PlanInputs, found: Findings
 ) -> tuple[bool, ConsistencyVerdict]:
@@ -90,8 +103,9 @@ def judge_consistency(
     elif claim.basis == "asserted":
         found.warn(
             "lineage_asserted",
-            f"That the student was fine-tuned on responses of {claim.label()} is asserted by you, not proven.",
-            "To have it proven, give a student whose SFT was a run of this project.",
+            f"That the student was fine-tuned on responses of {claim.label()} is asserted, not proven: by you, or by a "
+            "lineage.json that this workspace did not write.",
+            "To have it proven, give a student whose SFT was a run of this workspace.",
         )
     return False, verdict
 
@@ -254,7 +268,7 @@ class MeasuredCache:
 
 
 def measured_cache(artifacts: ArtifactStore, inputs: RunInputs, phases: Sequence[RunPhase]) -> MeasuredCache | None:
-    """The cache of these phases where it exists, else the newest one of the same student and teacher, by weights.
+    """The cache of these phases where it exists, else the newest one of the same student and teacher.
 
     A student that is still to be fine-tuned has none, and a cache of another plan that cannot be read is passed over.
     Raises IntegrityError `damaged_file` for the plan's own.
@@ -326,6 +340,6 @@ def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdent
 
 def _has(lineage: Lineage, role: str, model: ModelIdentity) -> bool:
     return any(
-        parent.role == role and parent.identity is not None and parent.identity.same_weights(model)
+        parent.role == role and parent.identity is not None and parent.identity.same_model(model)
         for parent in lineage.parents
     )

@@ -35,6 +35,8 @@ PUBLISHED: dict[str, Published] = {
 RESUMABLE: frozenset[PhaseName] = frozenset({"rollout", "score"})
 """Phases whose building directory outlives an interrupted run; its name is the phase and `KEY_DIGITS` of its key."""
 KEY_DIGITS = 32
+TOKENIZER_HASHES = ("tokenizer", "encoding", "chat_template", "special_tokens")
+"""The hashes of an identity that decide how prompts become ids."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class PhaseChain:
         """The student is fine-tuned on the responses; from here on it is the SFT student."""
         claim = _asserted(self.inputs.responses)
         parts = {"student": self.student, "responses": self.responses, "declared_teacher": claim}
+        if self.inputs.responses is not None and self.inputs.teacher is not None:
+            parts["tokenizer"] = _tokenizer_token(self.inputs.teacher)
         self.student = _product_id("sft", self._add("sft", parts, self.recipe.sft))
         return self
 
@@ -238,10 +242,10 @@ def _models(inputs: RunInputs) -> list[ModelInput]:
 def _identity_token(identity: ModelIdentity | None) -> dict[str, Any] | None:
     if identity is None:
         return None
-    return identity.model_dump(include={"weights", "tokenizer", "chat_template", "special_tokens"}, exclude_none=True)
+    return identity.model_dump(include={"weights", "configuration", *TOKENIZER_HASHES}, exclude_none=True)
 
 
 def _tokenizer_token(model: ModelInput | None) -> Any:
     if model is None or model.identity is None:
         return model_token(model)
-    return model.identity.model_dump(include={"tokenizer", "chat_template", "special_tokens"}, exclude_none=True)
+    return model.identity.model_dump(include=set(TOKENIZER_HASHES), exclude_none=True)

@@ -15,6 +15,7 @@ from opd_mcp.planning.checks import (
     judge_consistency,
     judge_data,
     judge_evaluation,
+    judge_files,
     judge_prompts,
     mean_prompt_tokens,
     measured_cache,
@@ -59,6 +60,7 @@ class Planner:
         sft, verdict = judge_consistency(arguments, inputs, found)
         schema = self._schema(arguments, inputs, sft, found)
         judge_data(inputs, found)
+        judge_files(inputs, found)
         judge_evaluation(inputs, found)
         hygiene = judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)

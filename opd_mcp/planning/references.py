@@ -3,21 +3,22 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opd_mcp.identity.consistency import asserted_claim, sft_teacher
+from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
 from opd_mcp.identity.data.reading import read_responses_header
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.data.scan import PromptScan, scan_of_rows, scan_prompts
 from opd_mcp.identity.data.sources import COMPRESSED, SUFFIXES, is_glob, matching_files
 from opd_mcp.identity.files import file_sha256
-from opd_mcp.identity.lineage import MANIFEST_FILE, read_manifest
+from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.schemas.cache import CacheManifest
-from opd_mcp.schemas.errors import ArgumentError, DataError, PathError, UnknownIdError, nearest
+from opd_mcp.schemas.errors import ArgumentError, DataError, OpdError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
@@ -102,7 +103,7 @@ class References:
             hub_id=hub_id,
             identity=facts.identity,
             artifact_id=place.artifact_id,
-            sft_teacher=sft_teacher(place.path, inspect=self.models.inspect_model),
+            sft_teacher=self._lineage_claim(place.path),
             parameters=facts.parameters,
         )
         return ResolvedModel(resolved, facts)
@@ -128,7 +129,10 @@ class References:
         return ResolvedModel(local.input.model_copy(update={"url": url}), local.facts)
 
     def path_of_claim(self, student: ModelInput, teacher: ModelInput) -> str | None:
-        """Where the student's SFT teacher is, if that is known: the teacher itself, or what made the student."""
+        """Where the student's SFT teacher is, if that is known: the teacher itself, or what made the student.
+
+        A place that only a lineage or an earlier run names is looked at below the allowed roots alone.
+        """
         claim = student.sft_teacher
         if claim is None or claim.identity is None:
             return None
@@ -139,10 +143,18 @@ class References:
         if claim.name.startswith("/"):
             candidates.append(ModelInput(reference=claim.name, path=claim.name))
         for model in candidates:
-            if model.path and Path(model.path).is_dir():
-                identity = self.models.inspect_model(Path(model.path)).identity
-                if identity.same_weights(claim.identity):
+            path = self.allowed(model.path)
+            if path is None:
+                continue
+            with suppress(OpdError):  # what cannot be used is not the teacher
+                if self.models.inspect_model(path).identity.same_model(claim.identity):
                     return model.path
+        return None
+
+    def allowed(self, path: str | None) -> Path | None:
+        """The real path, where there is something below the allowed roots; None, whatever is there, elsewhere."""
+        with suppress(PathError):
+            return None if path is None else self.roots.resolve(path)
         return None
 
     def prompts(
@@ -182,7 +194,7 @@ class References:
             return absent.model_copy(update={"sft_teacher": declared})
         mapped = None if place.artifact_id else columns
         header = read_responses_header(place.path, mapped)
-        claim = sft_teacher(place.path, inspect=self.models.inspect_model) or declared
+        claim = self._lineage_claim(place.path) or declared
         return DataInput(
             reference=reference,
             path=str(place.path),
@@ -213,7 +225,7 @@ class References:
             artifact_id=place.artifact_id,
             sha256=file_sha256(place.path / MANIFEST_FILE),
             rows=manifest.rows,
-            sft_teacher=manifest.sft_teacher,
+            sft_teacher=vouched(manifest.sft_teacher, made_here=self.store.artifacts.made_here(place.path)),
         )
         return ResolvedCache(resolved, manifest)
 
@@ -226,11 +238,25 @@ class References:
         facts = self.model(declared).facts
         return asserted_claim(facts.identity if facts else declared)
 
+    def declared_teacher(self, declared: str | None) -> ResolvedModel | None:
+        """The model that `declared_teacher` means, where its files are here; None for a mere name."""
+        if declared is None:
+            return None
+        hub_id = None if self._is_here(declared) else self._hub_id(declared)
+        fetched = hub_id is not None and hub_directory(self.workspace, hub_id).is_dir()
+        return self.model(declared) if fetched or self._is_here(declared) else None
+
     def inputs_of_artifact(self, artifact_id: str) -> RunInputs | None:
         """The inputs of the run that made an artifact; None when that run is not in this workspace."""
         artifact = self.store.artifacts.find(artifact_id)
         run_id = artifact.record.run_id if artifact else None
         return self.store.record(run_id).request.inputs if run_id and self._is_run(run_id) else None
+
+    def _lineage_claim(self, path: Path) -> TeacherClaim | None:
+        lineage = path.parent / LINEAGE_FILE
+        if path.is_file() and lineage.is_symlink():  # a directory's links were followed when it was resolved
+            self.roots.resolve(lineage)
+        return sft_teacher(path, made_here=self.store.artifacts.made_here, inspect=self.models.inspect_model)
 
     def _is_here(self, reference: str) -> bool:
         """Whether a text means a path, an artifact or a run rather than a mere name."""

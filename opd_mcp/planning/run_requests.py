@@ -27,7 +27,16 @@ from opd_mcp.schemas.requests import (
     StartSft,
 )
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunKind, RunPhase, RunRecord, RunRequest
+from opd_mcp.schemas.runs import (
+    TOKENIZER_FOLDER,
+    DataInput,
+    ModelInput,
+    RunInputs,
+    RunKind,
+    RunPhase,
+    RunRecord,
+    RunRequest,
+)
 from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.journal import utc_now
 from opd_mcp.store.workspace import new_id
@@ -52,12 +61,26 @@ class RequestBuilder:
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
-        """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared."""
+        """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared.
+
+        It adopts the tokenizer and template that came with the responses, else those of a declared teacher that is
+        here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's.
+        """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
         columns = columns_of(arguments.columns, "responses")
         responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
-        inputs = RunInputs(student=student.input, responses=responses, declared_teacher=arguments.declared_teacher)
+        teacher = None
+        if not (Path(str(responses.path)) / TOKENIZER_FOLDER).is_dir():
+            teacher = self.references.declared_teacher(arguments.declared_teacher)
+        if teacher is not None:
+            require_matching_tokenizers(teacher, student)
+        inputs = RunInputs(
+            student=student.input,
+            teacher=teacher.input if teacher else None,
+            responses=responses,
+            declared_teacher=arguments.declared_teacher,
+        )
         return self.request("sft", recipe, inputs, PhaseChain(recipe, inputs).sft().phases)
 
     def cache(self, arguments: BuildTeacherCache) -> RunRequest:
@@ -184,7 +207,7 @@ class RequestBuilder:
             teacher = self.references.model(reference)
             named = cache.manifest.teacher.remote == "named"  # its weights were never seen
             identity = teacher.input.identity
-            if identity and not named and not identity.same_weights(cache.manifest.teacher):
+            if identity and not named and not identity.same_model(cache.manifest.teacher):
                 raise ConsistencyError(
                     "teacher_mismatch",
                     f"The teacher cache holds log-probs of {cache.manifest.teacher.label()}, "
@@ -194,17 +217,17 @@ class RequestBuilder:
                 )
             return teacher.input
         made_by = self._inputs_of(cache)
-        path = made_by.teacher.path if made_by and made_by.teacher else None
-        if path is None or not Path(path).is_dir():
+        path = self.references.allowed(made_by.teacher.path if made_by and made_by.teacher else None)
+        if path is None or not path.is_dir():
             return None
-        teacher = self.references.model(path)
-        same = teacher.input.identity and teacher.input.identity.same_weights(cache.manifest.teacher)
+        teacher = self.references.model(str(path))
+        same = teacher.input.identity and teacher.input.identity.same_model(cache.manifest.teacher)
         return teacher.input if same else None
 
     def _prompts_of(self, cache: ResolvedCache) -> DataInput | None:
         made_by = self._inputs_of(cache)
         prompts = made_by.prompts if made_by else None
-        return prompts if prompts and prompts.path and Path(prompts.path).exists() else None
+        return prompts if prompts and self.references.allowed(prompts.path) else None
 
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None

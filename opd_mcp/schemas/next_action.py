@@ -23,7 +23,7 @@ class NextAction(Schema):
         return f"Call {self.tool}({', '.join([*added, *given])})" if self.tool else ""
 
     def with_why(self, why: str) -> "NextAction":
-        """The same call for another reason."""
+        """The same call with another reason."""
         return self.model_copy(update={"why": why})
 
     def filled(self, **known: Any) -> "NextAction":
@@ -43,7 +43,7 @@ def next_call(tool: str, why: str | None = None, *, missing: Iterable[str] = (),
 
 
 def resume_call(run_id: str | None = None) -> NextAction:
-    """Resuming a run; the run that fails with it fills in its own id."""
+    """Resuming a run; the failing run fills in its own id."""
     return next_call("resume_run", run_id=run_id) if run_id else next_call("resume_run", missing=["run_id"])
 
 

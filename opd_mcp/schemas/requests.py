@@ -24,7 +24,7 @@ Prompts = Annotated[
 Columns = Annotated[
     dict[Annotated[str, StringConstraints(max_length=60)], Annotated[str, StringConstraints(max_length=200)]],
     Field(max_length=30),
-    WithJsonSchema({"type": "object"}),
+    WithJsonSchema({"type": "object", "maxProperties": 30}),
 ]
 DescribedColumns = Annotated[
     Columns, Field(description="fields of the data, e.g. {'prompt': 'question', 'answer': 'meta.gold'}")
@@ -33,7 +33,7 @@ DescribedColumns = Annotated[
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much a JSON-ready value may hold: levels of nesting, values, characters of one text and of all together."""
+    """Bounds of a JSON-ready value: levels of nesting, values, characters of one text and of all texts."""
 
     depth: int
     values: int
@@ -45,7 +45,7 @@ OVERRIDE_BOUNDS = Bounds(depth=8, values=1_000, text=2_000, characters=2_000_000
 
 
 def levels(value: Any) -> Iterator[list[Any]]:
-    """A JSON-ready value level by level, so that depth costs no stack: the value, then what it holds, and so on."""
+    """A JSON-ready value level by level, so that depth costs no stack: the value, then its members, and so on."""
     level = [value]
     while level:
         yield level
@@ -54,7 +54,7 @@ def levels(value: Any) -> Iterator[list[Any]]:
 
 
 def excess(value: Any, bounds: Bounds) -> str | None:
-    """What of a JSON-ready value goes beyond the bounds; None for one within them."""
+    """How a JSON-ready value exceeds the bounds; None for one within them."""
     values = characters = 0
     for depth, level in enumerate(levels(value), start=1):
         values += len(level)
@@ -71,7 +71,7 @@ def excess(value: Any, bounds: Bounds) -> str | None:
 
 
 def bounded(value: Any) -> Any:
-    """The JSON-ready value; raises ValueError for one that is too large, too deep, or holds too long a text."""
+    """The JSON-ready value; raises ValueError for one that is too large or too deep, or has too long a text."""
     if found := excess(value, OVERRIDE_BOUNDS):
         raise ValueError(found)
     if any(isinstance(part, int) and abs(part) >= 1 << 63 for level in levels(value) for part in level):

@@ -14,6 +14,8 @@ RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "los
 PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample"]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
+TOKENIZER_FOLDER = "tokenizer"
+"""Where responses, rollouts and caches keep the tokenizer and template that they were made with."""
 
 
 class ModelInput(Schema):
@@ -123,7 +125,7 @@ class RunRecord(Record):
 
 
 class Quotas(Schema):
-    """Bounds on what the runs of a workspace may take; absent means unbounded."""
+    """Limits on the runs of a workspace; absent means unlimited."""
 
     max_running_runs: int | None = Field(None, ge=1, description="runs that are queued or running at a time")
     max_gpu_hours: float | None = Field(None, gt=0, description="hours that one run holds its device, all attempts")
@@ -137,7 +139,7 @@ class WorkspaceSettings(Schema):
 
 
 class Progress(Schema):
-    """Where the current phase stands."""
+    """Progress of the current phase."""
 
     done: int
     total: int
@@ -158,14 +160,14 @@ class Failure(Schema):
 
 
 class MetricTrend(Schema):
-    """The latest value of a metric, and where it is going."""
+    """The latest value of a metric, and its trend."""
 
     last: float | None = None
     trend: Literal["up", "down", "flat"] | None = None
 
 
 class Alert(Schema):
-    """Something the caller should look at while the run goes on."""
+    """Something the caller should look at while the run continues."""
 
     time: str
     code: str

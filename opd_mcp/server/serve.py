@@ -1,16 +1,15 @@
 """Serving over stdio or HTTP."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from opd_mcp.server.http import HttpAccess
     from opd_mcp.service import JobService
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 
 @contextmanager

@@ -1,40 +1,17 @@
 """The SQLite index over runs and artifacts: for listing and for starting once; every row is rebuilt from the files."""
 
-import fcntl
 import json
-import os
 import sqlite3
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
-from pathlib import Path
+from datetime import datetime
+from typing import TypeVar
 
-from opd_mcp.schemas.errors import IntegrityError, ResourceError
+from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.runs import FINAL_STATES, RunKind, RunRecord, RunState
-from opd_mcp.store.files import free_bytes
-
-SCHEMA_VERSION = 2  # 2: artifacts by time
-# Larger than this an index is not looked through at every start.
-CHECKED_BYTES = 64 << 20
-SMALL_BYTES = 1 << 20
-LATER_VERSION, EMPTY = "later", "empty"
-BUSY_SECONDS = 10.0
-SCHEMA = """
-CREATE TABLE runs (
-    run_id TEXT PRIMARY KEY, kind TEXT NOT NULL, created_at TEXT NOT NULL, request_hash TEXT NOT NULL,
-    student TEXT, teacher TEXT, final_state TEXT
-) STRICT;
-CREATE INDEX runs_by_time ON runs (created_at, run_id);
-CREATE INDEX runs_by_request ON runs (request_hash);
-CREATE TABLE artifacts (
-    artifact_id TEXT PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, run_id TEXT,
-    created_at TEXT NOT NULL, bytes INTEGER NOT NULL
-) STRICT;
-CREATE INDEX artifacts_by_key ON artifacts (kind, key);
-CREATE INDEX artifacts_by_time ON artifacts (created_at, artifact_id);
-"""
+from opd_mcp.store.index_file import IndexFile
+from opd_mcp.store.workspace import is_id
 
 
 @dataclass(frozen=True)
@@ -77,47 +54,8 @@ def indexed_run(record: RunRecord, final_state: RunState | None = None) -> Index
     )
 
 
-class Index:
-    """Opens the database for each call, so it is safe in threads and processes; makes it when there is none."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection for queries; raises IntegrityError `damaged_file` when the file is no database."""
-        with self._connection() as database:
-            yield database
-
-    @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A connection inside BEGIN IMMEDIATE: one writer of all processes at a time; rolled back on an exception."""
-        with self._connection() as database:
-            database.execute("BEGIN IMMEDIATE")
-            try:
-                yield database
-            except BaseException:
-                database.rollback()
-                raise
-            database.commit()
-
-    def must_be_rebuilt(self) -> bool:
-        """Whether the index must be filled from the directories: there is none, an earlier version's, or a damaged one.
-
-        A damaged or earlier one is put aside as `opd.sqlite.damaged-…` or `….version-1-…` first. Raises IntegrityError
-        `damaged_file` for one of a later version.
-        """
-        if not self.path.exists():
-            return True
-        problem = self._problem()
-        if problem == EMPTY:
-            with self._turn():  # whoever makes it has its turn now
-                problem = self._problem()
-        if problem == LATER_VERSION:
-            raise self._unusable("it was written by a later version of this program")
-        if problem not in (None, EMPTY):
-            self._put_aside(problem)
-        return problem is not None
+class Index(IndexFile):
+    """The index file with its rows of runs and artifacts."""
 
     def set_final_state(self, run_id: str, look: Callable[[], RunState]) -> None:
         """Remember how a run ended; `look` is asked inside of the transaction, so a run resumed by then is not shut."""
@@ -166,99 +104,6 @@ class Index:
             ).fetchall()
         return [IndexedArtifact(*row) for row in rows]
 
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with closing(self._open()) as database:
-                yield database
-        except sqlite3.OperationalError as error:
-            if not self._disk_is_full(error):
-                raise
-            raise ResourceError(
-                "not_enough_disk",
-                f"The disk is full: nothing was written ({error}).",
-                value=self.path.parent,
-                fix="Free disk space (opd-mcp gc shows what is unused), then make the call again.",
-            ) from error
-        except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of a busy or full disk, or of a mistake
-                raise
-            raise self._unusable(str(error)) from error
-
-    def _problem(self) -> str | None:
-        try:
-            with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as database:
-                version = _version(database)
-                if version != SCHEMA_VERSION:
-                    known = EMPTY if version == 0 else f"version-{version}"
-                    return LATER_VERSION if version > SCHEMA_VERSION else known
-                if self.path.stat().st_size > CHECKED_BYTES:
-                    return None
-                [answer] = database.execute("PRAGMA quick_check(1)").fetchone()
-                return None if answer == "ok" else "damaged"
-        except sqlite3.OperationalError:
-            raise  # busy, or the disk: no sign of damage
-        except sqlite3.DatabaseError:
-            return "damaged"
-
-    def _put_aside(self, why: str) -> None:
-        with self._turn():
-            if not self.path.exists() or self._problem() is None:
-                return  # another process was faster
-            mark = f".{why}-{time.strftime('%Y%m%d-%H%M%S')}"
-            for suffix in ("", "-wal", "-shm"):
-                file = self.path.with_name(self.path.name + suffix)
-                if file.exists():
-                    os.rename(file, file.with_name(file.name + mark))
-
-    def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-        try:
-            if _version(database) != SCHEMA_VERSION:
-                self._create(database)
-            database.execute("PRAGMA synchronous = NORMAL")
-        except BaseException:
-            database.close()
-            raise
-        return database
-
-    def _create(self, database: sqlite3.Connection) -> None:
-        with self._turn():
-            if _version(database) == SCHEMA_VERSION:
-                return
-            if _version(database) != 0:
-                raise self._unusable(f"version {_version(database)}, and this program needs {SCHEMA_VERSION}")
-            os.chmod(self.path, 0o600)
-            database.execute("PRAGMA journal_mode = WAL")
-            database.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One process of all at a time: turning on WAL ignores the busy timeout, and so does renaming."""
-        turn = os.open(self.path.with_name(self.path.name + ".create"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(turn)
-
-    def _disk_is_full(self, error: sqlite3.OperationalError) -> bool:
-        # SQLite tells of a shared-memory file that cannot grow as of any other failure of the disk.
-        told = error.sqlite_errorname
-        return told == "SQLITE_FULL" or (told.startswith("SQLITE_IOERR") and free_bytes(self.path) < SMALL_BYTES)
-
-    def _unusable(self, why: str) -> IntegrityError:
-        return IntegrityError(
-            "damaged_file",
-            f"The index cannot be used ({why}).",
-            value=self.path,
-            fix="Run opd-mcp doctor --repair: it is rebuilt from the run directories.",
-        )
-
-
-def _version(database: sqlite3.Connection) -> int:
-    return int(database.execute("PRAGMA user_version").fetchone()[0])
-
 
 def insert_run(database: sqlite3.Connection, row: IndexedRun) -> None:
     """Insert or replace a run's row inside a caller's transaction."""
@@ -268,3 +113,41 @@ def insert_run(database: sqlite3.Connection, row: IndexedRun) -> None:
 def insert_artifact(database: sqlite3.Connection, row: IndexedArtifact) -> None:
     """Insert or replace an artifact's row inside a caller's transaction."""
     database.execute("INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?)", astuple(row))
+
+
+Row = TypeVar("Row")
+Place = tuple[str, str]
+"""Where a row stands in the order of its list: time of creation and id."""
+
+
+def page_of(
+    rows: Sequence[Row], place: Callable[[Row], Place], limit: int, cursor: str | None
+) -> tuple[list[Row], str | None]:
+    """At most `limit` rows after the cursor, and the cursor of the next page where there is one.
+
+    Raises ArgumentError `invalid_argument` for a cursor that no page gave.
+    """
+    last_seen = None if cursor is None else _place_of(cursor)
+    rest = [row for row in rows if last_seen is None or place(row) < last_seen]
+    page = rest[:limit]
+    return page, "/".join(place(page[-1])) if page and limit < len(rest) else None
+
+
+def _place_of(cursor: str) -> Place:
+    created_at, _, row_id = cursor.partition("/")
+    if _is_time(created_at) and is_id(row_id):
+        return created_at, row_id
+    raise ArgumentError(
+        "invalid_argument",
+        "This is not a cursor that a page of this list gave.",
+        value=cursor,
+        fix="Give next_cursor of the page before, or leave out cursor to begin with the newest.",
+    )
+
+
+def _is_time(text: str) -> bool:
+    """Whether a text is a time as records write it, e.g. `2026-08-01T10:00:00.000Z`."""
+    try:
+        return "T" in text and datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False

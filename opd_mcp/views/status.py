@@ -122,7 +122,7 @@ def _current_remaining(view: RunView, expected: dict[str, float], pace: float, n
     if view.phase in expected and view.phase_started_at is not None:
         left = pace * expected[view.phase] - (now - seconds_of(view.phase_started_at))
         by_expectation = left if left > 0 else None
-    # A benchmark counts anew for each model and measurement, so its progress is never that of the whole phase.
+    # A benchmark counts from zero for each model and measurement, so its progress is never that of the whole phase.
     if view.phase in COUNTS_IN_PARTS or by_progress is None:
         return by_expectation
     return by_progress

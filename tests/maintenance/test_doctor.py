@@ -1,5 +1,8 @@
 """What the doctor finds, and that it can be repaired."""
 
+import sqlite3
+from contextlib import closing
+
 from opd_mcp.maintenance.doctor import checks
 
 
@@ -24,14 +27,17 @@ def test_a_run_that_is_not_indexed_is_found_and_repaired(world, service, busy_ma
     service.cancel(run_id)
 
 
-def test_a_damaged_index_says_what_to_do(service):
-    list(service.store.index.runs())
-    for file in service.workspace.root.glob("opd.sqlite*"):
-        file.unlink()
+def test_a_damaged_index_is_made_anew_and_one_of_a_later_version_says_what_to_do(world, service, busy_machine):
+    run_id = service.start_distillation(world.start_arguments()).run_id
     service.workspace.index.write_bytes(b"no database at all" * 100)
+    assert found(service)["index"].well
+    assert [row.run_id for row in service.list_runs().rows] == [run_id]
+    service.cancel(run_id)
+    with closing(sqlite3.connect(service.workspace.index)) as database:
+        database.execute("PRAGMA user_version = 99")
     check = found(service)["index"]
     assert not check.well
-    assert "--repair" in check.fix
+    assert "later version" in check.found
 
 
 def test_a_wrong_setting_is_found(service):

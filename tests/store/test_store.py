@@ -124,9 +124,10 @@ def test_pages_follow_each_other_without_gap_or_repeat(store, make_record):
     assert len(set(seen)) == 7
 
 
-def test_a_foreign_cursor_is_refused(store):
+@pytest.mark.parametrize("cursor", ["page-2", "a/b", "2026-08-01T10:00:00.000Z/", "2026-08-01T10:00:00.000Z/../x"])
+def test_a_foreign_cursor_is_refused(store, cursor):
     with pytest.raises(ArgumentError) as caught:
-        store.list_runs(cursor="page-2")
+        store.list_runs(cursor=cursor)
     assert caught.value.code == "invalid_argument"
 
 
@@ -184,12 +185,6 @@ def test_a_rebuild_names_what_it_cannot_read_and_keeps_the_rest(full_store, make
     assert full_store.list_runs().total == 3
 
 
-def test_a_damaged_index_says_how_to_get_a_new_one(store):
-    store.workspace.index.write_bytes(b"no database " * 1000)
-    with pytest.raises(IntegrityError, match="doctor --repair"):
-        store.list_runs()
-
-
 @pytest.mark.parametrize("damage", [b"no database " * 1000, b"", b"SQLite format 3\0" + bytes(4080)])
 def test_a_damaged_index_is_put_aside_and_made_anew_at_start(full_store, damage):
     before = rows(full_store)
@@ -222,7 +217,7 @@ def test_an_index_of_the_first_version_is_brought_forward(full_store):
     database.close()
     assert rows(Store(full_store.workspace)) == before
     with sqlite3.connect(full_store.workspace.index) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
     database.close()
 
 
@@ -231,7 +226,7 @@ def test_an_index_of_a_later_version_is_not_touched(workspace):
         database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(IntegrityError, match="version 99"):
-        Index(workspace.index).runs()
+        Index(workspace.index, workspace.index_note, lambda database: []).runs()
     with pytest.raises(IntegrityError, match="later version"):
         Store(workspace)
 

@@ -56,7 +56,6 @@ from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import create_run, read_record
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.views.cache import inspect_cache
-from opd_mcp.views.metrics import recorded_points
 from opd_mcp.views.status import snapshot_of, status_of
 from tools import EXAMPLE
 from tools.fuzz.damage import (
@@ -212,7 +211,7 @@ def workspace_targets(root: Path) -> list[Target]:
         view = RunView(run).refresh()
         status_of(view, record, None).to_json()
         snapshot_of(view, record).to_json()
-        recorded_points(run)
+        assert RunView(run, keep_series=True).fold().device_seconds >= 0
         JournalWriter(journal, next_attempt(journal)).close()
 
     plan = Plan(

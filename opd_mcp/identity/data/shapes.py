@@ -40,6 +40,8 @@ class Shape:
     response: str | None = None
     response_ids: str | None = None
     prompt_ids: str | None = None
+    finish_reason: str | None = None
+    """`length` for a response that the length limit cut, as servers and teacher caches write it."""
     id: str = "id"
 
     @property
@@ -52,6 +54,7 @@ class Shape:
         paths = {"id": self.id, "prompt": self.prompt, "messages": self.turns, "context": self.context}
         paths |= {"system": self.system, "answer": self.answer, "solution": self.solution, "verifier": self.verifier}
         paths |= {"response": self.response, "response_ids": self.response_ids, "prompt_ids": self.prompt_ids}
+        paths |= {"finish_reason": self.finish_reason}
         return {part: path for part, path in paths.items() if path is not None}
 
     def renamed(self, names: Mapping[str, str]) -> "Shape":
@@ -80,7 +83,13 @@ PROMPT_SHAPES = (
 # The first whose key and response a row has.
 RESPONSE_SHAPES = (
     *(
-        replace(shape, response="response", response_ids="response_ids", prompt_ids="prompt_ids")
+        replace(
+            shape,
+            response="response",
+            response_ids="response_ids",
+            prompt_ids="prompt_ids",
+            finish_reason="finish_reason",
+        )
         for shape in _CANONICAL
     ),
     Shape("prompt/completion", prompt="prompt", answer="answer", response="completion"),
@@ -249,6 +258,7 @@ def response_row(shape: Shape, row: Row, index: int) -> ResponseRow:
         response=None if response is None else text_of(str(shape.response), response, may_be_empty=True),
         response_ids=ids,
         prompt_ids=prompt_ids,
+        truncated=_is_truncated(shape, row),
     )
 
 
@@ -368,7 +378,12 @@ def _chat_row(shape: Shape, row: Row, index: int, turns: Turns) -> ResponseRow:
         ),
         response=answer_text(turns[-1]),
         chat=turns,
+        truncated=_is_truncated(shape, row),
     )
+
+
+def _is_truncated(shape: Shape, row: Row) -> bool:
+    return shape.finish_reason is not None and value_at(row, shape.finish_reason) == "length"
 
 
 def _answer_of(shape: Shape, row: Row, *, chat: bool) -> str | None:

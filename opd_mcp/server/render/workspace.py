@@ -30,7 +30,7 @@ def setup_text(report: SetupReport) -> str:
 
 
 def garbage_text(report: GarbageReport) -> str:
-    """What was or would be removed, a line each, with the sum and what could not be judged."""
+    """What was or would be removed, one line per item, with the sum and what had to be kept."""
     verb = "removed" if report.removed else "would remove"
     lines = [f"{verb} {item.kind}: {item.path} ({byte_size(item.bytes)})" for item in report.items]
     lines.append(f"{verb} {len(report.items)} in all, {byte_size(report.bytes)}")

@@ -1,0 +1,338 @@
+"""The file behind the index: opened for each call, believed only while it is the one that is kept, else built anew.
+
+The index names its generation and counts its transactions; a note next to it holds both, and is written after each
+transaction. An index of another generation, or one that is behind the note (an older copy, another workspace's, a
+new one, one that lost its last transactions with the machine's power) is filled from the directories before any answer.
+"""
+
+import fcntl
+import os
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from opd_mcp.identity.files import fsync_directory
+from opd_mcp.schemas.errors import IntegrityError, PathError, ResourceError
+from opd_mcp.store.files import free_bytes
+
+SCHEMA_VERSION = 3  # 2: artifacts by time; 3: generation and transactions
+SCHEMA = """
+CREATE TABLE runs (
+    run_id TEXT PRIMARY KEY, kind TEXT NOT NULL, created_at TEXT NOT NULL, request_hash TEXT NOT NULL,
+    student TEXT, teacher TEXT, final_state TEXT
+) STRICT;
+CREATE INDEX runs_by_time ON runs (created_at, run_id);
+CREATE INDEX runs_by_request ON runs (request_hash);
+CREATE TABLE artifacts (
+    artifact_id TEXT PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, run_id TEXT,
+    created_at TEXT NOT NULL, bytes INTEGER NOT NULL
+) STRICT;
+CREATE INDEX artifacts_by_key ON artifacts (kind, key);
+CREATE INDEX artifacts_by_time ON artifacts (created_at, artifact_id);
+CREATE TABLE kept (generation TEXT NOT NULL, transactions INTEGER NOT NULL) STRICT;
+"""
+# Larger than this an index is not looked through at every start.
+CHECKED_BYTES = 64 << 20
+SMALL_BYTES = 1 << 20
+BUSY_SECONDS = 10.0
+POLL_SECONDS = 0.003
+BUILDING = ".building"
+COMPANIONS = ("", "-wal", "-shm")
+Fill = Callable[[sqlite3.Connection], list[IntegrityError]]
+Note = tuple[str, int]
+
+
+class UntrueIndex(Exception):
+    """The file cannot be believed; `mark` is set when it is worth keeping under another name."""
+
+    def __init__(self, mark: str | None = None) -> None:
+        super().__init__(mark)
+        self.mark = mark
+
+
+class IndexFile:
+    """One workspace's index, safe in threads and processes; `fill` writes all rows that the directories stand for."""
+
+    def __init__(self, path: Path, note: Path, fill: Fill, busy_seconds: float = BUSY_SECONDS) -> None:
+        self.path = path
+        self._note = note
+        self._fill = fill
+        self._busy_seconds = busy_seconds
+        self._in_turn = threading.RLock()
+        self._note_descriptor: int | None = None
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection for queries.
+
+        Raises IntegrityError `damaged_file`, ResourceError `not_enough_disk` or `workspace_busy`, and PathError
+        `workspace_missing`.
+        """
+        with self._translated_errors(), closing(self._opened()) as database:
+            yield database
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A connection inside BEGIN IMMEDIATE: one writer of all processes at a time; rolled back on an exception.
+
+        The turn is a lock of its own, so that it also holds between processes that see different index files. Raises
+        as `reading` does.
+        """
+        with self._translated_errors(), self._turn(), closing(self._opened()) as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+                database.execute("UPDATE kept SET transactions = transactions + 1")
+                kept = _kept(database)
+            except BaseException:
+                database.rollback()
+                raise
+            database.commit()
+            self._write_note(kept)
+
+    def check(self) -> None:
+        """Look the whole file through; a damaged or earlier version's is put aside, and a new one is built.
+
+        It is called `opd.sqlite.damaged-…` or `….version-1-…` from then on. Raises IntegrityError `damaged_file` for
+        one of a later version.
+        """
+        with self._translated_errors():
+            with closing(self._opened()) as database:
+                [pages, page_bytes] = (
+                    database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size")
+                )
+                if pages * page_bytes > CHECKED_BYTES:
+                    return
+                try:
+                    [answer] = database.execute("PRAGMA quick_check(1)").fetchone()
+                except sqlite3.OperationalError:
+                    raise  # busy, or the disk: no sign of damage
+                except sqlite3.DatabaseError:
+                    answer = "damaged"
+            if answer != "ok":
+                with self._turn():
+                    self._build("damaged")
+
+    def rebuild(self) -> list[IntegrityError]:
+        """Fill a new index from the directories; answers what could not be read and is left out."""
+        with self._translated_errors(), self._turn():
+            return self._build(None)
+
+    def _opened(self) -> sqlite3.Connection:
+        """A connection to an index that is believed, made where there is none."""
+        with suppress(UntrueIndex):
+            return self._believed()
+        deadline = time.monotonic() + self._busy_seconds
+        with self._turn():
+            while time.monotonic() < deadline:
+                try:
+                    return self._believed()  # another process was faster, or this one has built it
+                except UntrueIndex as untrue:
+                    self._build(untrue.mark)
+            raise self._busy()  # somebody deletes it as fast as it is built
+
+    def _believed(self) -> sqlite3.Connection:
+        """A connection to the file as it is; raises UntrueIndex."""
+        # In this order: a transaction that comes in between makes the index newer than the note, never older.
+        noted, before = self._read_note(), self._status()
+        if before is None:
+            raise UntrueIndex
+        try:
+            # Not created by the way: an index appears under its name only once it is filled.
+            database = sqlite3.connect(
+                f"{self.path.as_uri()}?mode=rw", uri=True, timeout=self._busy_seconds, isolation_level=None
+            )
+        except sqlite3.OperationalError:
+            if self._status() != before:
+                raise UntrueIndex from None
+            raise
+        try:
+            database.execute("PRAGMA synchronous = NORMAL")
+            version = int(database.execute("PRAGMA user_version").fetchone()[0])
+            if version > SCHEMA_VERSION:
+                raise self._unusable(f"version {version} was written by a later version of this program")
+            if version != SCHEMA_VERSION:
+                raise UntrueIndex(f"version-{version}" if version else "damaged")
+            if noted is None:
+                raise UntrueIndex
+            generation, transactions = _kept(database)
+            # SQLite opens the log by its name at the first query: it must be that of the same file.
+            if (generation, self._status()) != (noted[0], before) or transactions < noted[1]:
+                raise UntrueIndex
+        except sqlite3.OperationalError as error:
+            database.close()
+            if self._status() != before:  # gone meanwhile, which SQLite tells of in several ways
+                raise UntrueIndex from error
+            if error.sqlite_errorname == "SQLITE_ERROR":  # no such table
+                raise UntrueIndex("damaged") from error
+            raise
+        except sqlite3.DatabaseError as error:
+            database.close()
+            raise UntrueIndex("damaged") from error
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _build(self, mark: str | None) -> list[IntegrityError]:
+        """Fill a file under a temporary name and put it in the place of the present one, which keeps another's mark."""
+        building = self.path.with_name(self.path.name + BUILDING)
+        self._remove(building)
+        os.close(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        kept = (secrets.token_hex(8), 0)
+        with closing(sqlite3.connect(building, isolation_level=None)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.executescript(SCHEMA)
+            database.execute("BEGIN")
+            database.execute("INSERT INTO kept VALUES (?, ?)", kept)
+            problems = self._fill(database)
+            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            database.commit()
+        # The old file goes first: whoever opens it in between would keep its log under the new one's name.
+        if mark is None:
+            self._remove(self.path)
+        else:
+            suffix = f".{mark}-{time.strftime('%Y%m%d-%H%M%S')}"
+            for part in COMPANIONS:
+                with suppress(FileNotFoundError):
+                    os.rename(_companion(self.path, part), f"{_companion(self.path, part)}{suffix}")
+        os.replace(building, self.path)
+        fsync_directory(self.path.parent)
+        self._write_note(kept)
+        return problems
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        for part in COMPANIONS:
+            _companion(path, part).unlink(missing_ok=True)
+
+    def _status(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _read_note(self) -> Note | None:
+        try:
+            generation, transactions = self._note.read_text(encoding="utf-8").split()
+            return generation, int(transactions)
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _write_note(self, kept: Note) -> None:
+        """For whoever has the turn; of one length, so that a reader sees the old note or the new one."""
+        assert self._note_descriptor is not None
+        os.pwrite(self._note_descriptor, f"{kept[0]:16} {kept[1]:020d}\n".encode(), 0)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One writer of all threads and processes at a time; inside of its own turn, a thread has it already."""
+        deadline = time.monotonic() + self._busy_seconds
+        if not self._in_turn.acquire(timeout=self._busy_seconds):
+            raise self._busy()
+        try:
+            if self._note_descriptor is not None:
+                yield
+                return
+            self._note_descriptor = self._locked_note(deadline)
+            try:
+                yield
+            finally:
+                os.close(self._note_descriptor)
+                self._note_descriptor = None
+        finally:
+            self._in_turn.release()
+
+    def _locked_note(self, deadline: float) -> int:
+        while True:
+            descriptor = os.open(self._note, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(self._note)):
+                    return descriptor
+            except (BlockingIOError, FileNotFoundError):
+                pass  # another process has it, or the file was removed in between
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise self._busy()
+            time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise self._told(error) from error
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of a mistake of ours
+                raise
+            raise self._unusable(str(error)) from error
+        except FileNotFoundError as error:
+            if self.path.parent.is_dir():
+                raise
+            raise workspace_missing(self.path.parent) from error
+
+    def _told(self, error: sqlite3.OperationalError) -> Exception:
+        name = error.sqlite_errorname if hasattr(error, "sqlite_errorname") else ""
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return self._busy()
+        # SQLite tells of a shared-memory file that cannot grow as of any other failure of the disk.
+        if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and free_bytes(self.path) < SMALL_BYTES):
+            return ResourceError(
+                "not_enough_disk",
+                f"The disk is full: nothing was written ({error}).",
+                value=self.path.parent,
+                fix="Free disk space (opd-mcp gc shows what is unused), then make the call again.",
+            )
+        if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
+            return ResourceError(
+                "workspace_unusable",
+                f"The index cannot be opened or written ({error}).",
+                value=self.path.parent,
+                fix="Check that the workspace's folder and opd.sqlite may be written, and the limit of open files.",
+            )
+        return error
+
+    def _busy(self) -> ResourceError:
+        return ResourceError(
+            "workspace_busy",
+            f"Another process has held the workspace's index for {self._busy_seconds:g} s.",
+            value=self.path.parent,
+            fix="Make the call again; if it stays so, look for a stopped opd-mcp process or another program that has "
+            "opened opd.sqlite, and end it.",
+        )
+
+    def _unusable(self, why: str) -> IntegrityError:
+        return IntegrityError(
+            "damaged_file",
+            f"The index cannot be used ({why}).",
+            value=self.path,
+            fix="Run opd-mcp doctor --repair: it is rebuilt from the run directories.",
+        )
+
+
+def workspace_missing(root: Path) -> PathError:
+    """The error of a workspace that was moved or removed while it was in use."""
+    return PathError(
+        "workspace_missing",
+        "The workspace's folder is no longer there.",
+        value=root,
+        fix="Move it back, or restart the server with OPD_HOME set to where it is now.",
+    )
+
+
+def _kept(database: sqlite3.Connection) -> Note:
+    row = database.execute("SELECT generation, transactions FROM kept").fetchone()
+    return (str(row[0]), int(row[1])) if row else ("", -1)
+
+
+def _companion(path: Path, part: str) -> Path:
+    return path.with_name(path.name + part)
