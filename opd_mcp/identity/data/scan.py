@@ -113,9 +113,9 @@ class _Scanner:
 
     def _add_long(self, texts: list[str]) -> None:
         limit = self.long_bytes
-        if max(map(len, texts)) <= limit and all(map(str.isascii, texts)):
-            return
-        for text in texts:
+        # A character takes up to four bytes.
+        candidates = texts if 4 * max(map(len, texts)) > limit else []
+        for text in candidates:
             if len(text) <= limit and (text.isascii() or len(text.encode(errors="replace")) <= limit):
                 continue
             self.long_rows += 1

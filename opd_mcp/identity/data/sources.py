@@ -26,7 +26,12 @@ KINDS = ".jsonl, .json, .csv, .tsv (each also as .gz or .zst), .parquet or .arro
 # What our own artifact directories call their data, so that a file next to it causes no doubt.
 ARTIFACT_FILES = ("prompts.jsonl", "responses.parquet")
 # Descriptions that stand next to data; they are no data themselves.
-DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "lineage.json")
+DESCRIPTIONS = frozenset(
+    {
+        *("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"),
+        *("lineage.json", "artifact.json", "cost.json"),
+    }
+)
 MAX_FILES = 10_000
 MAX_STATE_BYTES = 16 << 20
 
