@@ -13,8 +13,8 @@ class NextAction(Schema):
 
     tool: str | None = None
     arguments: dict[str, Any] = Field(default_factory=dict)
-    missing: list[str] | None = Field(None, description="arguments that the caller adds")
-    why: str | None = Field(None, description="the reason, and what to know or to do before the call")
+    missing: list[str] | None = Field(None, description="arguments to add")
+    why: str | None = Field(None, description="reason, and what to do first")
 
     def call_text(self) -> str:
         """The call as agents read it, e.g. `Call get_run_status(run_id='x', wait_seconds=25)`; empty without a tool."""

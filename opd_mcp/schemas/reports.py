@@ -36,7 +36,7 @@ class StageCost(Schema):
 
 
 class SftRows(Schema):
-    """What became of the rows of an SFT data set; a chat gives one target for each assistant turn that is learnt."""
+    """What became of the rows of an SFT data set; a chat gives one target per trained assistant turn."""
 
     rows: int
     targets: int = 0

@@ -14,7 +14,7 @@ from opd_mcp.schemas.runs import RunKind, RunState
 Reference = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
-    Field(description="path, artifact id, run id or Hub id"),
+    Field(description="absolute path, artifact, run or Hub id"),
 ]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
@@ -27,7 +27,7 @@ Columns = Annotated[
     WithJsonSchema({"type": "object", "maxProperties": 30}),
 ]
 DescribedColumns = Annotated[
-    Columns, Field(description="fields of the data, e.g. {'prompt': 'question', 'answer': 'meta.gold'}")
+    Columns, Field(description="e.g. {'answer': 'meta.gold'}")
 ]
 
 

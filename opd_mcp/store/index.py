@@ -16,7 +16,7 @@ from opd_mcp.store.workspace import is_id
 
 @dataclass(frozen=True)
 class IndexedRun:
-    """One row of `runs`; `final_state` is None while nobody has seen the run end."""
+    """One row of `runs`; `final_state` is None until a process has seen the run end."""
 
     run_id: str
     kind: RunKind
@@ -58,7 +58,7 @@ class Index(IndexFile):
     """The index file with its rows of runs and artifacts."""
 
     def set_final_state(self, run_id: str, look: Callable[[], RunState]) -> None:
-        """Remember how a run ended; `look` is asked inside of the transaction, so a run resumed by then is not shut."""
+        """Record how a run ended; `look` is called inside the transaction, so a run resumed meanwhile stays open."""
         with self.writing() as database:
             state = look()
             if state in FINAL_STATES:
@@ -80,7 +80,7 @@ class Index(IndexFile):
             insert_artifact(database, row)
 
     def remove_artifact(self, artifact_id: str) -> None:
-        """Forget an artifact whose directory is gone."""
+        """Remove the row of an artifact whose directory is gone."""
         with self.writing() as database:
             database.execute("DELETE FROM artifacts WHERE artifact_id = ?", (artifact_id,))
 
@@ -95,7 +95,7 @@ class Index(IndexFile):
         return [IndexedArtifact(*row) for row in rows]
 
     def artifacts_of_keys(self, keys: Collection[str]) -> list[IndexedArtifact]:
-        """Rows of the artifacts that were made by these keys, oldest first."""
+        """Rows of the artifacts with these keys, oldest first."""
         with self.reading() as database:
             rows = database.execute(
                 "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
@@ -123,7 +123,7 @@ Place = tuple[str, str]
 def page_of(
     rows: Sequence[Row], place: Callable[[Row], Place], limit: int, cursor: str | None
 ) -> tuple[list[Row], str | None]:
-    """At most `limit` rows after the cursor, and the cursor of the next page where there is one.
+    """At most `limit` rows after the cursor, and the cursor of the next page if there is one.
 
     Raises ArgumentError `invalid_argument` for a cursor that no page gave.
     """

@@ -1,4 +1,4 @@
-"""`lineage.key`: the secret with which a workspace signs the lineage of everything that it publishes."""
+"""`lineage.key`: the secret with which a workspace signs the lineage of everything it publishes."""
 
 import fcntl
 import os
@@ -36,7 +36,7 @@ class WorkspaceKey:
 
 
 def workspace_key(workspace: Workspace) -> WorkspaceKey:
-    """The key of a workspace, made at its first use by whichever process comes first.
+    """The key of a workspace, made at its first use by the first process.
 
     Raises IntegrityError `damaged_file` for a key file that cannot be used.
     """

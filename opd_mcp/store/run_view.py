@@ -23,7 +23,7 @@ Points = dict[int, float | None]
 
 @dataclass
 class RunView:
-    """The present state of one run; `refresh` reads what is new. Not for use from several threads at once.
+    """The current state of one run; `refresh` reads what is new. Not for use from several threads at once.
 
     `keep_series` keeps every point of every metric; without it only those that the present trends need.
     """
@@ -73,7 +73,7 @@ class RunView:
         return self
 
     def fold(self) -> "RunView":
-        """Fold the new lines of the journal alone, which say nothing of whether a worker lives; returns itself."""
+        """Fold the new lines of the journal only, without checking the lock; returns itself."""
         for record in self._reader.new_records():
             self._fold(record)
         return self
@@ -85,7 +85,7 @@ class RunView:
 
     @property
     def series(self) -> dict[str, Points]:
-        """By `phase.metric`, the values by step that were kept; what a later attempt went back behind is gone."""
+        """By `phase.metric`, the kept values by step; values that a later attempt rewound are gone."""
         return {f"{phase}.{name}": dict(points) for (phase, name), points in self._points.items() if points}
 
     @property
@@ -173,7 +173,7 @@ class RunView:
             points.append((step, value))
 
     def _rewind(self, step: int) -> None:
-        """Forget what an earlier attempt told of later steps of this phase."""
+        """Drop what an earlier attempt recorded of later steps of this phase."""
         self.step = None if self.step is None else min(self.step, step)
         for (phase, _), points in self._points.items():
             while phase == self._series_phase and points and points[-1][0] > step:

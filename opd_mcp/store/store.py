@@ -121,7 +121,7 @@ class Store:
             return self._active_run(database, request_hash) is not None
 
     def view(self, run_id: str, *, keep_series: bool = False) -> RunView:
-        """The present state of a run, with full series where they are wanted; raises UnknownIdError `unknown_run`."""
+        """The current state of a run, with full series on request; raises UnknownIdError `unknown_run`."""
         return RunView(run_directory(self.workspace, run_id), keep_series).refresh()
 
     def record(self, run_id: str) -> RunRecord:
@@ -155,7 +155,7 @@ class Store:
         return RunList(rows=page, total=len(rows), next_cursor=next_cursor)
 
     def rebuild(self) -> list[IntegrityError]:
-        """Fill the index anew from the directories; answers what could not be read and is left out."""
+        """Rebuild the index from the directories; returns what could not be read and is left out."""
         return self.index.rebuild()
 
     def damaged(self) -> Iterator[IntegrityError]:
@@ -169,7 +169,7 @@ class Store:
         yield from self.artifacts.damaged()
 
     def _fill(self, database: sqlite3.Connection) -> list[IntegrityError]:
-        """Write the rows of all directories; what cannot be read is answered and left out."""
+        """Write the rows of all directories; returns what cannot be read and is left out."""
         directories = [self.workspace.run(run_id) for run_id in run_ids(self.workspace)]
         return self._insert(database, directories, artifact_directories(self.workspace))
 
@@ -190,7 +190,7 @@ class Store:
         return problems
 
     def _add_unindexed(self) -> None:
-        """Add the directories that the index does not know: of a maker that died before it could tell the index."""
+        """Add directories that are not indexed because their maker died before it could index them."""
         with self.index.reading() as database:
             known = {
                 name for (name,) in database.execute("SELECT run_id FROM runs UNION SELECT artifact_id FROM artifacts")

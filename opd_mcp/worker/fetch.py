@@ -62,7 +62,7 @@ def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], N
 
 
 def prepared_record(store: Store, record: RunRecord, journal: JournalWriter, reporter: JournalReporter) -> RunRecord:
-    """The run's record with Hub models and data sets fetched, and every input seen to be what it was at the start.
+    """The run's record with Hub models and data sets fetched, and every input checked to be unchanged since the start.
 
     Raises IntegrityError `input_changed`, ConsistencyError for fetched models that do not belong together, and what
     `fetched_model` and `fetched_data` raise.
@@ -106,7 +106,7 @@ def _require_same_cache(cache: DataInput | None) -> None:
 def present_model(store: Store, model: ModelInput | None, check_fence: Callable[[], None]) -> ModelInput | None:
     """The model with its files here, and what they are; raises IntegrityError `input_changed` for other ones now."""
     if model is None or (model.url is not None and model.path is None):
-        return model  # a server's model is proven by asking it
+        return model  # a server's model is checked by a probe
     path = Path(model.path) if model.path else fetched_model(store.workspace, str(model.hub_id), check_fence)
     facts = inspect_model(path)
     changed = model.identity.differences(facts.identity) if model.identity is not None else set()

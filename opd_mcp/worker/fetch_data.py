@@ -1,4 +1,4 @@
-"""Data made present: a Hub data set is saved as Parquet in the workspace, and named columns become our own fields."""
+"""Data for a run: a Hub data set is saved as Parquet in the workspace, and named columns become our own fields."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ MAPPED_FOLDER = "data"
 def fetched_data(workspace: Workspace, reference: str, check_fence: Callable[[], None] = lambda: None) -> Path:
     """The local directory of a Hub data set's split, downloaded unless it is already there.
 
-    `check_fence` is asked before the download becomes visible, and raises when it must not be.
+    `check_fence` is called before the download becomes visible, and raises if it must not.
     Raises ResourceError `offline`, PathError `not_found`, or DataError `unknown_format` that names the splits.
     """
     final = hub_data_directory(workspace, reference)
@@ -43,7 +43,7 @@ def fetched_data(workspace: Workspace, reference: str, check_fence: Callable[[],
 
 def save_split(source: str, configuration: str | None, split: str | None, directory: Path) -> None:
     """Save one split of a data set, a Hub id or a local folder, as Parquet in `directory`; raises as `fetched_data`."""
-    # Only now: the package is heavy, and most runs never fetch.
+    # Imported here: the package is heavy, and most runs never fetch.
     import datasets
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled

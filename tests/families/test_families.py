@@ -119,7 +119,9 @@ def test_tool_calls_are_learnt_where_the_template_has_them(pair, adopted, theirs
     }
     rows = [{"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}]}, {"messages": CHAT}]
     found = targets_of(tmp_path, rows, adopted, context, train_turns="last")
-    if pair.family.package in ("llama3_1", "gemma3"):  # these templates drop calls, so the row is left out
+    # These templates drop calls, DeepSeek's unless content is null, which transformers never passes on: no such row is
+    # learnt without its call.
+    if pair.family.package in ("llama3_1", "gemma3", "deepseek_v3"):
         assert len(found) == 1
         return
     text = theirs.decode(found[0][1])

@@ -92,7 +92,7 @@ class _Writer:
     def targets(self, row: ResponseRow) -> list[_Target]:
         """One target for a response, one for each turn of a chat that is learnt; one of `REFUSALS` for some chats."""
         if row.response_ids is None and row.chat is not None and self.tokenizer.chat_template is not None:
-            return self._chat_targets(row.chat)
+            return self._chat_targets(row.chat, row.tools)
         prompt = list(row.prompt_ids) if row.prompt_ids else prompt_ids(row.prompt, self.tokenizer, self.context)
         if row.response_ids is not None:
             return [self._ended(prompt, list(row.response_ids), ended=not row.truncated, own_end=True)]
@@ -102,19 +102,21 @@ class _Writer:
             text = _after_opened_thinking(self.tokenizer.decode(prompt[-8:]), text)
         return [self._ended(prompt, self._ids(text), ended=not row.truncated)]
 
-    def _chat_targets(self, chat: Sequence[Turn]) -> list[_Target]:
+    def _chat_targets(self, chat: Sequence[Turn], tools: Sequence[Turn] | None) -> list[_Target]:
         answers = [index for index in range(1, len(chat)) if chat[index]["role"] == "assistant"]
         if self.section.train_turns == "last":
             answers = answers[-1:]
         found = []
         for index in answers:
-            before, text = self._written(chat[: index + 1])
+            before, text = self._written(chat[: index + 1], tools)
             found.append(self._ended(self._ids(before), self._ids(text)))
         return found
 
-    def _written(self, turns: Sequence[Turn]) -> tuple[str, str]:
+    def _written(self, turns: Sequence[Turn], tools: Sequence[Turn] | None) -> tuple[str, str]:
         """What the template shows before the assistant's last turn, and what that turn adds."""
         options = self.context.prompting.chat_template_kwargs
+        if tools is not None:
+            options = {**options, "tools": [dict(tool) for tool in tools]}
         earlier, names = _call_names(turns[:-1]), _call_names(turns[-1:])
         refusal: Exception = ValueError("the template leaves out the tool calls")
         for form in _forms(turns):
@@ -162,18 +164,14 @@ def _call_names(turns: Sequence[Turn]) -> list[str]:
 
 
 def _forms(turns: Sequence[Turn]) -> list[list[dict[str, Any]]]:
-    """The turns in the forms that templates want tool calls in: arguments as an object, or as JSON text.
-
-    Some templates show calls only of a turn that has no content at all.
-    """
+    """The turns in the forms that templates want tool calls in: arguments as an object, or as JSON text."""
     if not any(turn.get("tool_calls") for turn in turns):
         return [[dict(turn) for turn in turns]]
-    forms = ((False, ""), (True, ""), (True, None), (False, None))
-    return [[_with_calls(turn, as_text=as_text, empty=empty) for turn in turns] for as_text, empty in forms]
+    return [[_with_calls(turn, as_text=as_text) for turn in turns] for as_text in (False, True)]
 
 
-def _with_calls(turn: Turn, *, as_text: bool, empty: str | None) -> dict[str, Any]:
-    """A turn with its calls' arguments as text or as object, and `empty` for content that is empty."""
+def _with_calls(turn: Turn, *, as_text: bool) -> dict[str, Any]:
+    """A turn with its calls' arguments as text or as object."""
     if not turn.get("tool_calls"):
         return dict(turn)
     calls = []
@@ -185,7 +183,7 @@ def _with_calls(turn: Turn, *, as_text: bool, empty: str | None) -> dict[str, An
         elif not as_text and isinstance(given, str):
             function["arguments"] = _parsed(given)
         calls.append({"type": "function", **call, "function": function} if "function" in call else function)
-    return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
+    return {**turn, "tool_calls": calls}
 
 
 def _function(call: Any) -> Any:

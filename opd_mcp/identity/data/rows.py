@@ -36,8 +36,9 @@ class ResponseRow:
     """A prompt with the response to learn: text, token ids, or both.
 
     `chat` is the whole conversation where the file holds one, the assistant's last turn at its end, with its
-    `reasoning_content` and `tool_calls`; `response` is then that turn's text, its reasoning in `<think>` tags.
-    `truncated` says that the length limit cut the response (`finish_reason` is "length").
+    `reasoning_content` and `tool_calls`; `response` is then that turn's text, its reasoning in `<think>` tags; `tools`
+    are the definitions of the functions that its assistant may call. `truncated` says that the length limit cut the
+    response (`finish_reason` is "length").
     """
 
     prompt: PromptRow
@@ -46,6 +47,7 @@ class ResponseRow:
     prompt_ids: tuple[int, ...] | None = None
     chat: Turns | None = None
     truncated: bool = False
+    tools: Turns | None = None
 
 
 class PromptsHash:

@@ -194,6 +194,15 @@ def test_tool_calls_are_rendered_in_the_form_that_the_template_wants(tmp_path, t
     assert response == ("double 7" if CALLS in template else 'double {"a": 7}') + "<|im_end|>"
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tool_definitions_reach_the_template(tmp_path, as_text):
+    tools = [{"type": "function", "function": {"name": "double", "parameters": {}}}]
+    taught = Taught(tmp_path / "model", "{{ tools[0].function.name + '\\n' if tools }}" + CHATML)
+    rows = [{"messages": [user("1+1?"), answer("2")], "tools": json.dumps(tools) if as_text else tools}]
+    rows.append({"messages": [user("1+1?"), answer("2")], "tools": "[]" if as_text else None})
+    assert [prompt for prompt, _ in taught.texts(*rows)] == ["double\n" + ASKED, ASKED]
+
+
 def test_chats_that_the_template_has_no_place_for_are_counted(tmp_path):
     taught = Taught(tmp_path / "model", CHATML.replace(CALLS, "''"))
     call = {"function": {"name": "double", "arguments": {}}}

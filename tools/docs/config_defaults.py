@@ -1,19 +1,22 @@
-"""Write opd_mcp/identity/config_defaults.json: what transformers fills in where a config.json says nothing.
+"""Write opd_mcp/identity/config_defaults.json: the values that transformers uses where a config.json has none.
 
-    python tools/make_config_defaults.py
+    python tools/docs/config_defaults.py
 
-The file is part of what an identity means, so it is written once and only ever gains families: another default here
-would give models of old artifacts another identity. `tests/identity/test_configuration.py` holds it against the
-installed transformers.
+The file defines identities, so it only ever gains families: another default here would give the models of old artifacts
+another identity. `tests/identity/test_configuration.py` compares it with the installed transformers.
 """
 
+import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.identity.configuration import DECIDES_NOTHING, DEFAULTS_FILE
 
@@ -33,6 +36,7 @@ def family_defaults(model_type: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     defaults = {family: family_defaults(family) for family in FAMILIES}
     lines = [f"  {json.dumps(name)}: {json.dumps(values, sort_keys=True)}" for name, values in defaults.items()]
     Path(DEFAULTS_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
