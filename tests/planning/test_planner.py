@@ -272,6 +272,7 @@ def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
         "eval_overlap_exact": 2,  # both copies of 1+1=?
         "eval_overlap_normalised": 3,
     }
+    assert "prompts read as prompt (prompt" in plan_text(plan)
     assert "prompts: 4, over-long 1, duplicates 1, in the evaluation set 2 exactly, 3 normalised" in plan_text(plan)
     found = {warning.code: warning.message for warning in plan.warnings}
     assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]
