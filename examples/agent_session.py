@@ -93,7 +93,7 @@ async def session(arguments: dict[str, Any], roots: list[str]) -> int:
     if status["state"] != "succeeded":
         return 1
 
-    # 5. The evidence: the report beside the model that it is about.
+    # 5. The evidence: the report next to the model that it is about.
     report = Path(status["result"]["paths"]["report"]) / "report.md"
     print(report.read_text(encoding="utf-8"))
     print(f"The distilled student: {status['result']['paths']['model']}")

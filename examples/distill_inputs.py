@@ -8,18 +8,21 @@ from pathlib import Path
 
 from opd_mcp.cli import workspace_root
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.encoding import encode_prompts, response_sequences
+from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.data.targets import sft_targets
 from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.grading.extraction import compiled_pattern, extracted_answer
 from opd_mcp.identity.consistency import require_consistent, sft_teacher
 from opd_mcp.identity.data.reading import read_prompts, read_responses
 from opd_mcp.identity.data.rows import PROMPT_COLUMNS, RESPONSE_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.models import inspect_model
+from opd_mcp.identity.signatures import MadeHere, below
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import HUB_ID
 from opd_mcp.schemas.errors import DataError, ResourceError
 from opd_mcp.schemas.identity import TeacherClaim
 from opd_mcp.schemas.recipes import SftRecipe
+from opd_mcp.store.lineage_key import workspace_key
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.worker.fetch import fetched_model
 
@@ -57,7 +60,16 @@ class Inputs:
     answer_pattern: str | None
 
 
-def checked_inputs(references: Namespace, work: Path) -> Inputs:
+def own_lineages(work: Path) -> MadeHere:
+    """Whose lineages count as proven: those that this command writes below `work`, and those the workspace signed."""
+    written = below(work)
+    if not workspace_root().is_dir():
+        return written
+    key = workspace_key(Workspace(workspace_root())).key
+    return lambda directory: written(directory) or key.signed(directory)
+
+
+def checked_inputs(references: Namespace, work: Path, made_here: MadeHere) -> Inputs:
     """The inputs that the command line names, with prompt files in `work`; raises OpdError for what cannot be used."""
     student = model_directory(references.student_model_path)
     teacher = model_directory(references.teacher_model)
@@ -66,20 +78,14 @@ def checked_inputs(references: Namespace, work: Path) -> Inputs:
     inspect_model(student)
     identity = inspect_model(teacher).identity
     require_same_tokens(teacher, student)
-    claim = require_consistent(identity, sft_teacher(responses, identity)).sft_teacher
+    claim = require_consistent(identity, sft_teacher(responses, identity, made_here=made_here)).sft_teacher
     assert claim is not None, "a teacher was declared"
 
     context, response_rows = Context(), read_responses(responses)
     own = responses / "tokenizer"
     tokenizer = own if own.is_dir() else teacher
     adopted = adopt_tokenizer(tokenizer, context.prompting)
-    sequences = response_sequences(
-        response_rows,
-        adopted.tokenizer,
-        context,
-        eos_token_id=adopted.eos_token_ids[0],
-        max_length=SftRecipe().max_length,
-    )
+    sequences = sft_targets(response_rows, adopted, SftRecipe(), context).sequences
     training, held_out = split(read_prompts(prompts), {row.prompt.text() for row in response_rows})
     write_prompts(work / "prompts.jsonl", training, answers=False)
     write_prompts(work / "eval.jsonl", held_out or training, answers=bool(held_out))

@@ -41,9 +41,10 @@ is filled up from one more shuffle.
 Prompts with an `answer`: every tenth of those that are not among the teacher's responses (at most 500) is held out of
 the training, and the report gives the accuracy on them. Without answers the report is the reverse KL to the teacher.
 
-Responses that carry no lineage are taken to be --teacher_model's, and the result records that as asserted; responses
-that are proven to be another teacher's are refused. All other settings are those of the preset "quick", except:
-warm-up a tenth of the SFT steps, new tokens at most twice the longest teacher response (and 4096), bf16 on CUDA.
+Responses that carry no lineage are taken to be --teacher_model's, and the result records that as asserted; so it does
+for a lineage that your workspace (OPD_HOME) did not sign. Responses of another teacher are refused. All other settings
+are those of the preset "quick", except: warm-up a tenth of the SFT steps, new tokens at most twice the longest teacher
+response (and 4096), bf16 on CUDA.
 """
 DATA_HELP = "JSONL or Parquet file, a directory with one, or a Hub data set's id (its split `train`)"
 MODEL_HELP = "a directory with safetensors, or a Hub id (fetched into the workspace, OPD_HOME)"
@@ -120,7 +121,7 @@ class ProgressReporter:
         self._update(completed=done, total=total, unit=unit)
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
-        """The figures beside the bar."""
+        """The figures next to the bar."""
         self._update(note=", ".join(f"{label} {values[n]:.3f}" for n, label in SHOWN_METRICS.items() if n in values))
 
     def alert(self, code: str, message: str) -> None:
@@ -128,7 +129,7 @@ class ProgressReporter:
         self.say(f"! {message}")
 
     def should_stop(self) -> bool:
-        """Ctrl-C stops a command line; nobody else asks."""
+        """Never: Ctrl-C stops a command line."""
         return False
 
     def _update(self, **fields: Any) -> None:
@@ -136,14 +137,14 @@ class ProgressReporter:
 
 
 def distill(arguments: argparse.Namespace, console: Console) -> None:
-    """Run all stages in a hidden directory beside the output, and give the finished model its name at the end."""
+    """Run all stages in a hidden directory next to the output, and give the finished model its name at the end."""
     output = arguments.output_model_path.expanduser().absolute()
     if output.exists():
         raise ArgumentError(
             "invalid_argument", "The output directory exists.", value=output, fix="Give --output_model_path a new name."
         )
     # Only now: torch takes seconds to load.
-    from distill_inputs import checked_inputs
+    from distill_inputs import checked_inputs, own_lineages
 
     from opd_mcp.engine import stages
     from opd_mcp.engine.context import Context
@@ -154,10 +155,11 @@ def distill(arguments: argparse.Namespace, console: Console) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         work = Path(folder)
-        inputs = checked_inputs(arguments, work)
+        made_here = own_lineages(work)
+        inputs = checked_inputs(arguments, work, made_here)
         recipe = resolved_recipe(arguments, inputs)
         reporter.say(beginning(inputs, recipe))
-        context = Context(recipe.runtime, recipe.prompting, reporter)
+        context = Context(recipe.runtime, recipe.prompting, reporter, made_here=made_here)
         # Directories named as the models are: an identity in the lineage has its directory's name.
         sft_student, student = work / "sft" / f"{inputs.student.name}-sft", work / "distilled" / output.name
 
@@ -248,10 +250,10 @@ def resolved_recipe(arguments: argparse.Namespace, inputs: "Inputs") -> "Recipe"
 
 def beginning(inputs: "Inputs", recipe: "Recipe") -> str:
     """What is about to be done, in three lines."""
-    known = {"proven": "proven by their lineage", "asserted": "asserted: no lineage says so"}[inputs.claim.basis]
+    known = {"proven": "proven by their lineage", "asserted": "asserted: no lineage of your workspace says so"}
     evaluation = f"{inputs.held_out} held out for the report, answers found by {recipe.benchmark.answer_pattern!r}"
     return (
-        f"{inputs.sft_rows} responses of {inputs.claim.label()} ({known})\n"
+        f"{inputs.sft_rows} responses of {inputs.claim.label()} ({known[inputs.claim.basis]})\n"
         f"{inputs.prompt_rows} training prompts; {evaluation if inputs.held_out else 'no answers held out'}\n"
         f"{recipe.sft.steps} SFT steps of {recipe.sft.batch_size} at {recipe.sft.optimizer.learning_rate:g}, "
         f"{recipe.distill.steps} distillation steps of {recipe.distill.batch_size} at "

@@ -1,6 +1,6 @@
 """opd-mcp: give an agent two model names and some prompts; it gets back a distilled student and the evidence.
 
-The layers, from the bottom: schemas, identity, then engine and store, then jobs, then server.
+The layers and the map of the code are in AGENTS.md; `tests/test_layers.py` proves the layers.
 """
 
 __version__ = "0.1.0"

@@ -39,7 +39,7 @@ class Transport(StrEnum):
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0913  a command's options are its parameters
     allow_root: Annotated[
         list[Path] | None,
         typer.Option(help="A folder that clients may name paths below; repeatable.", exists=True, file_okay=False),
@@ -266,7 +266,12 @@ def cache_merge(
     """Put caches of the same teacher and student together."""
     from opd_mcp.engine.cache.merge import merged
 
-    manifest = merged(output, [cache_directory(cache) for cache in caches])
+    directories = [cache_directory(cache) for cache in caches]
+    manifest = merged(output, directories)
+    if workspace_root().is_dir():
+        artifacts = open_service().store.artifacts
+        if all(map(artifacts.made_here, directories)):  # else its lineage proves no more than theirs
+            artifacts.key.key.sign(output)
     show(manifest, as_json, lambda manifest: f"{manifest.rows} rows, {manifest.tokens} tokens: {output}")
 
 

@@ -262,7 +262,7 @@ def _text(answer: Any) -> str:
 def _table(result: DemoResult) -> Table:
     table = Table(title=f"Lightning OPD on the arithmetic task, seed {result.seed}")
     table.add_column("arm", no_wrap=True)
-    for heading in ("accuracy [95 %]", "reverse KL", "steps", "train s", "s a step", "total s"):
+    for heading in ("accuracy [95 %]", "reverse KL", "steps", "train s", "s per step", "total s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, arm in result.arms.items():
         low, high = arm.accuracy_ci

@@ -67,9 +67,8 @@ from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.dashboard import dashboard_feed
 from opd_mcp.views.metrics import metrics_report
-from opd_mcp.views.run_views import RunViews
 from opd_mcp.views.setup import setup_report
-from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
+from opd_mcp.views.status import RunViews, snapshot_of, status_of, wait_token_of
 
 LATEST = "latest"
 Arguments = TypeVar("Arguments", bound=Schema)
@@ -199,7 +198,7 @@ class JobService:
     def run_metrics(self, arguments: GetRunMetrics) -> MetricsReport:
         """Series, trend, diagnosis and differences of up to four runs, from their journals."""
         ids = dict.fromkeys(self._existing(run_id) for run_id in arguments.run_ids)
-        runs = [(self.store.record(run_id), self.store.view(run_id)) for run_id in ids]
+        runs = [(self.store.record(run_id), self.store.view(run_id, keep_series=True)) for run_id in ids]
         return metrics_report(runs, arguments.keys, arguments.max_points)
 
     def run_logs(self, arguments: GetRunLogs) -> LogPage:

@@ -64,7 +64,7 @@ def test_an_unknown_run_is_one_line_on_stderr_and_status_1(opd_mcp, command):
 def test_the_next_step_of_a_run_is_a_command_and_its_log_is_shown_as_it_is(opd_mcp, lost_run):
     shown = opd_mcp("status", lost_run).stdout
     assert (
-        f"it goes on from its last checkpoint; a phase without one yet begins anew. Run opd-mcp resume {lost_run}"
+        f"it continues from its last checkpoint; a phase without one starts again. Run opd-mcp resume {lost_run}"
         in shown
     )
     assert f"next: The run is lost; it resumes from its last checkpoint. Run opd-mcp resume {lost_run}" in shown

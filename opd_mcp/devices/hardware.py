@@ -28,9 +28,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a run of a given recipe computes; `memory` is what is free there for it, in bytes.
+    """Where a run of a given recipe computes; `memory` is the free memory there, in bytes.
 
-    `claimed` is what runs that are already active will still take of that.
+    `claimed` is the part of it that active runs will still use.
     """
 
     kind: str
@@ -60,7 +60,7 @@ def gpus() -> list[Gpu]:
 
 
 def parse_gpus(text: str) -> list[Gpu]:
-    """The GPUs in the tool's CSV answer (memory in MiB there); lines of another form are left out."""
+    """The GPUs in the tool's CSV answer (memory in MiB there); other lines are skipped."""
     found = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]
@@ -78,7 +78,7 @@ def torch_build_uses_gpus() -> bool:
 
 
 def available_memory() -> int:
-    """Bytes of memory that a new process may use: what the machine has free, and what a container leaves."""
+    """Bytes of memory that a new process may use: free on the machine and within a container's limit."""
     free, room = int(psutil.virtual_memory().available), container_room()
     return free if room is None else min(free, room)
 
@@ -96,7 +96,7 @@ def gpu_slot(gpu: Gpu) -> str:
 def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[str]] = lambda slots: ()) -> Target:
     """The device that the recipe's runtime asks for; `busy` says which slots are leased.
 
-    A leased GPU counts as free: whoever waits for it gets it when its holder has left. Raises ResourceError
+    A leased GPU counts as free: a waiting run gets it when its holder ends. Raises ResourceError
     `device_unavailable` without a GPU.
     """
     found = [] if runtime.device == "cpu" else gpus()

@@ -1,9 +1,8 @@
 """Device leases: file locks in one per-user folder that all workspaces of the machine share.
 
-A slot (`cpu-0.lock`, `gpu-<UUID>.lock`) is taken while its file is flocked, and the file then names its holder; whoever
-waits holds a flocked ticket that names what it waits for, and only the oldest live ticket of a queue may take slots.
-The kernel releases every lock with its process, so a
-crash frees the device and the place in the queue.
+A slot (`cpu-0.lock`, `gpu-<UUID>.lock`) is taken while its file is flocked, and the file then names its holder. A
+waiting process holds a flocked ticket that names what it waits for, and only the oldest live ticket of a queue may take
+slots. The kernel releases the locks of a process that ends, so a crash frees the device and the place in the queue.
 """
 
 import fcntl
@@ -36,7 +35,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in the queue of the CPU or of the GPUs: who is ahead, what is waited for and who has it."""
+    """A place in the queue of the CPU or of the GPUs: who is ahead, which slots it waits for and who holds them."""
 
     queue: str
     ahead: list[str]
@@ -50,7 +49,7 @@ class Place:
         return len(self.ahead) + 1
 
     def text(self) -> str:
-        """What is waited for, e.g. `waits for a CPU slot: 2 of 2 held by sft-a, cache-b`."""
+        """What the owner waits for, e.g. `waits for a CPU slot: 2 of 2 held by sft-a, cache-b`."""
         unit = "CPU slot" if self.queue == "cpu" else "GPU"
         wanted = f"a {unit}" if self.count == 1 else f"{self.count} {unit}s"
         held = f": {len(self.holders)} of {len(self.slots)} held by {_names(self.holders)}" if self.holders else ""
@@ -66,11 +65,11 @@ class LeaseFolder:
         self.cpu_slots = cpu_slots
 
     def cpu_slot_names(self) -> list[str]:
-        """One slot for each core."""
+        """One slot per core."""
         return [f"cpu-{index}" for index in range(self.cpu_slots)]
 
     def acquire(self, owner: str, slots: Sequence[str], count: int, should_stop: Callable[[], bool]) -> Lease | None:
-        """A lease of `count` of the slots once it is the owner's turn; None when `should_stop` said so first.
+        """A lease of `count` of the slots once it is the owner's turn; None if `should_stop` came first.
 
         The queue is named after the kind of the slots (`cpu`, `gpu`), so CPU runs never wait behind GPU runs.
         """
@@ -103,11 +102,11 @@ class LeaseFolder:
         return None
 
     def holders(self, slots: Sequence[str]) -> list[str]:
-        """Who holds the slots that are taken, in their order: run ids."""
+        """The run ids that hold slots, in the order of the slots."""
         return [(self.root / f"{slot}.lock").read_text() or "another run" for slot in self.busy(slots)]
 
     def busy(self, slots: Sequence[str]) -> list[str]:
-        """Those of the slots that a live process holds."""
+        """The slots that a live process holds."""
         return [slot for slot in slots if _is_locked(self.root / f"{slot}.lock")]
 
     def _take(self, held: Lease, owner: str, slots: Sequence[str], count: int) -> None:
@@ -135,7 +134,7 @@ class LeaseFolder:
         folder = self.root / f"queue-{queue}"
         if not folder.is_dir():
             return []
-        # Under the guard no ticket exists that is not locked yet, so an unlocked one is a dead one.
+        # Under the guard every live ticket is locked, so an unlocked one is dead.
         with self._queue_guard(queue):
             live = []
             for path in _tickets(folder):
@@ -174,7 +173,7 @@ def _names(owners: Sequence[str]) -> str:
 
 
 def _wanted(ticket: Path) -> tuple[list[str], int]:
-    """The slots and the count that a ticket names; nothing for one that went in between."""
+    """The slots and the count that a ticket names; nothing for one that was removed meanwhile."""
     try:
         wanted = json.loads(ticket.read_bytes())
     except (FileNotFoundError, ValueError):

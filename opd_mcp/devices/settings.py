@@ -1,4 +1,4 @@
-"""What the entry points decide once and the jobs layer is handed: folders and slots."""
+"""What the entry points decide once and pass to the service: folders and slots."""
 
 import os
 import sys
@@ -13,14 +13,14 @@ import opd_mcp
 
 def default_lease_folder() -> Path:
     """The per-user, machine-wide folder of the device locks, shared by all workspaces."""
-    # Clients start servers with few variables, and without XDG_RUNTIME_DIR it warns about its (safe) fall-back.
+    # Clients start servers with few variables; without XDG_RUNTIME_DIR it warns about its (safe) fall-back.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return user_runtime_path("opd-mcp") / "leases"
 
 
 def default_examples_directory() -> Path:
-    """The folder `examples/`: beside the package in a checkout, inside it in a wheel."""
+    """The folder `examples/`: next to the package in a checkout, inside it in a wheel."""
     package = Path(opd_mcp.__file__).resolve().parent
     beside = package.parent / "examples"
     return beside if beside.is_dir() else package / "examples"
@@ -28,9 +28,9 @@ def default_examples_directory() -> Path:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """Where leases and examples are, how many CPU runs fit at a time, and what starts a worker.
+    """Where leases and examples are, how many CPU runs fit at the same time, and what starts a worker.
 
-    `teacher_hosts` are hosts beside this machine that a `teacher_url` may name.
+    `teacher_hosts` are hosts besides this machine that a `teacher_url` may name.
     """
 
     lease_folder: Path = field(default_factory=default_lease_folder)

@@ -1,4 +1,4 @@
 """The computation: prompts to responses to SFT to rollouts to teacher cache to distilled student to report.
 
-May import schemas, identity and torch; never mcp, store or jobs. Entry: `from opd_mcp.engine import stages`.
+May import schemas, identity, grading and torch; never mcp or the store. Entry: `from opd_mcp.engine import stages`.
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from opd_mcp.identity.signatures import MadeHere, everywhere
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.next_action import resume_call
@@ -65,6 +66,9 @@ class Context:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     checkpoints: Path | None = None
     """Where a training stage keeps its checkpoints and finds those of an earlier attempt; None: nowhere."""
+    made_here: MadeHere = everywhere
+    """Whether a directory's lineage proves its claims. A workspace asks its key. Who calls the stages as a library, and
+    says nothing, vouches for every directory that it names."""
     check_fence: Callable[[], None] = lambda: None
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
 

@@ -12,6 +12,7 @@ import torch
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.runtime import hardware_name
+from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.identity.models import full_weights_hash, inspect_model
 from opd_mcp.schemas.base import Schema
@@ -26,10 +27,14 @@ def full_identity(path: Path) -> ModelIdentity:
     return inspect_model(path).identity.model_copy(update={"weights_full": full_weights_hash(path)})
 
 
-def claim_of(student: Path, given: TeacherClaim | None) -> TeacherClaim | None:
-    """Whose responses the student was fine-tuned on: its lineage's claim, else the given one."""
-    lineage = verified_lineage(student, full=True)
-    return (lineage.sft_teacher if lineage else None) or given
+def claim_of(directory: Path, given: TeacherClaim | None, context: Context) -> TeacherClaim | None:
+    """Whose responses a student was fine-tuned on, or responses are: the lineage's claim, else the given one.
+
+    The claim of a lineage that was not made here is only asserted.
+    """
+    lineage = verified_lineage(directory, full=True)
+    claim = lineage.sft_teacher if lineage else None
+    return vouched(claim, made_here=context.made_here(directory)) if claim else given
 
 
 def tokenizer_files(artifact: Path) -> list[str]:

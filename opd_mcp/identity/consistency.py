@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.lineage import file_lineage, verified_lineage
 from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.signatures import MadeHere
 from opd_mcp.schemas.cache import TeacherDelta
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
@@ -23,21 +24,30 @@ def asserted_claim(declared: ModelIdentity | str) -> TeacherClaim:
     return TeacherClaim(basis="asserted", name=declared.name, identity=declared)
 
 
+def vouched(claim: TeacherClaim | None, *, made_here: bool) -> TeacherClaim | None:
+    """A lineage's claim as far as it goes: what a lineage that was not made here proves is only asserted."""
+    if claim is None or made_here:
+        return claim
+    return claim.model_copy(update={"basis": "asserted"})
+
+
 def sft_teacher(
     path: Path,
     declared: ModelIdentity | str | None = None,
     *,
+    made_here: MadeHere,
     inspect: Callable[[Path], ModelFacts] = inspect_model,
 ) -> TeacherClaim | None:
-    """Whose responses a model or data set comes from: its lineage's claim, proven now, else the declared one.
+    """Whose responses a model or data set comes from: its lineage's claim, held against its files, else the declared.
 
-    `path` is a directory, or a data file whose directory has a lineage that names it. `inspect` may be a cache's.
-    Raises IntegrityError `lineage_mismatch` when the files are not those of the lineage.
+    The claim is proven where `made_here` says so of the directory, else asserted. `path` is a directory, or a data
+    file whose directory has a lineage that names it. `inspect` may be a cache's. Raises IntegrityError
+    `lineage_mismatch` when the files are not those of the lineage.
     """
-    lineage = verified_lineage(path if path.is_dir() else path.parent, inspect=inspect)
-    covered = lineage is not None and (path.is_dir() or path.name in lineage.files)
-    if lineage is not None and covered and lineage.sft_teacher is not None:
-        return lineage.sft_teacher
+    whole = path.is_dir()
+    lineage = verified_lineage(path, inspect=inspect) if whole else file_lineage(path)
+    if lineage is not None and lineage.sft_teacher is not None:
+        return vouched(lineage.sft_teacher, made_here=made_here(path if whole else path.parent))
     return None if declared is None else asserted_claim(declared)
 
 
@@ -46,7 +56,7 @@ def consistency(teacher: ModelIdentity, sft_teacher: TeacherClaim | None, *, all
     if sft_teacher is None:
         return ConsistencyVerdict(status="unknown", teacher=teacher, mismatch_allowed=allowed)
     if sft_teacher.identity is not None and "named" not in (teacher.remote, sft_teacher.identity.remote):
-        same = sft_teacher.identity.same_weights(teacher)
+        same = sft_teacher.identity.same_model(teacher)
     else:
         same = _short_name(sft_teacher.name) == _short_name(teacher.name)
     return ConsistencyVerdict(
@@ -92,7 +102,7 @@ def delta_by_construction(teacher: ModelIdentity, sft_teacher: TeacherClaim | No
     """Δ = 0 without a sample, where the SFT teacher is proven to be this teacher, which runs here; None elsewhere."""
     if sft_teacher is None or sft_teacher.basis != "proven" or sft_teacher.identity is None or teacher.remote:
         return None
-    if not sft_teacher.identity.same_weights(teacher):
+    if not sft_teacher.identity.same_model(teacher):
         return None
     label = sft_teacher.identity.label()
     return TeacherDelta(sft_teacher=label, basis="by_construction", rows=0, tokens=0, mean_abs=0, over_one_nat=0)
@@ -100,7 +110,7 @@ def delta_by_construction(teacher: ModelIdentity, sft_teacher: TeacherClaim | No
 
 def require_behaviour(cache_behaviour: ModelIdentity, student: ModelIdentity) -> None:
     """Raise ConsistencyError `behaviour_mismatch` unless the student is the policy that drew the cache's rollouts."""
-    if cache_behaviour.same_weights(student):
+    if cache_behaviour.same_model(student):
         return
     raise ConsistencyError(
         "behaviour_mismatch",

@@ -13,7 +13,9 @@ from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError
 
 CHUNK_BYTES = 1 << 20
-MAX_JSON_BYTES = 256 << 20
+# Far above the largest known file of each kind, far below what would stop a server.
+MAX_CONFIG_BYTES = 1 << 20
+MAX_JSON_DEPTH = 64
 
 
 def fsync_directory(directory: Path) -> None:
@@ -96,20 +98,50 @@ def path_signature(path: Path) -> str:
     return content_hash(entries)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises IntegrityError `damaged_file` for anything else."""
-    size = path.stat().st_size
+def bounded_bytes(path: Path, limit: int) -> bytes:
+    """A file's content; raises IntegrityError `damaged_file`, before reading on, for more than `limit` bytes."""
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise _unreadable(path, f"it has more than {limit} bytes")
+    return content
+
+
+def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes; raises IntegrityError `damaged_file` for anything else."""
+    return parsed_object(bounded_bytes(path, limit), path)
+
+
+def parsed_object(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in the content of the file `path`, nested at most `MAX_JSON_DEPTH` deep.
+
+    Raises IntegrityError `damaged_file` for anything else.
+    """
     try:
-        if size > MAX_JSON_BYTES:
-            raise ValueError(f"{size} bytes are more than {MAX_JSON_BYTES}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
+        if _deeper_than(value, MAX_JSON_DEPTH):
+            raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(
-            "damaged_file",
-            f"{path.name} is not a readable JSON object ({error}).",
-            value=path,
-            fix="Restore the file, e.g. by copying or downloading the directory again.",
-        ) from error
+        raise _unreadable(path, str(error)) from error
     return value
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        children = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for item in children for child in item if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _unreadable(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(
+        "damaged_file",
+        f"{path.name} is no JSON that can be read ({why}).",
+        value=path,
+        fix="Restore the file, e.g. by copying or downloading the directory again.",
+    )

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from opd_mcp.identity.files import file_sha256, write_atomic
+from opd_mcp.identity.files import bounded_bytes, file_sha256, write_atomic
 from opd_mcp.identity.models import ModelFacts, full_weights_hash, inspect_model
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest
@@ -14,7 +14,11 @@ from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity
 
 LINEAGE_FILE = "lineage.json"
 MANIFEST_FILE = "manifest.json"
+MAX_LINEAGE_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 64 << 20
 PROOF_NEEDED: frozenset[ArtifactKind] = frozenset({"model", "responses", "cache"})
+# Files of an artifact lie in it or in one folder of it; links are followed no deeper when a reference is checked.
+MAX_DEPTH = 3
 RESTORE = "Copy the artifact's directory again, or make it anew; remove lineage.json to use it without proof."
 
 
@@ -29,7 +33,7 @@ def read_lineage(directory: Path) -> Lineage | None:
     if not file.is_file():
         return None
     try:
-        return Lineage.from_json(file.read_bytes())
+        return Lineage.from_json(bounded_bytes(file, MAX_LINEAGE_BYTES))
     except ValidationError as error:
         raise IntegrityError(
             "damaged_file", f"lineage.json cannot be used ({first_problem(error)}).", value=file, fix=RESTORE
@@ -57,6 +61,18 @@ def verified_lineage(
     return lineage
 
 
+def file_lineage(file: Path) -> Lineage | None:
+    """The lineage next to a data file, proven for that file alone; None where there is none, or it names others only.
+
+    No other file is opened. Raises IntegrityError `lineage_mismatch` or `damaged_file`.
+    """
+    lineage = read_lineage(file.parent)
+    if lineage is None or file.name not in lineage.files:
+        return None
+    _require_file(file.parent, file.name, lineage.files[file.name])
+    return lineage
+
+
 def read_manifest(path: Path, reference: object = None) -> CacheManifest:
     """The manifest in a cache's directory; raises PathError `not_a_cache`, IntegrityError `damaged_file`."""
     file = path / MANIFEST_FILE
@@ -68,7 +84,7 @@ def read_manifest(path: Path, reference: object = None) -> CacheManifest:
             fix="Give the cache_id that the build of the cache answered.",
         )
     try:
-        return CacheManifest.from_json(file.read_bytes())
+        return CacheManifest.from_json(bounded_bytes(file, MAX_MANIFEST_BYTES))
     except ValidationError as error:
         raise IntegrityError(
             "damaged_file",
@@ -87,6 +103,8 @@ def _require_file(directory: Path, name: str, sha256: str) -> None:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file outside of its directory ({name})")
+    if len(parts.parts) > MAX_DEPTH:
+        raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file that lies too deep ({name})")
     file = directory / parts
     if not file.is_file():
         raise _mismatch(file, f"{name} is missing")
@@ -95,14 +113,17 @@ def _require_file(directory: Path, name: str, sha256: str) -> None:
 
 
 def _require_model(directory: Path, written: ModelIdentity, found: ModelIdentity, *, full: bool) -> None:
-    compared = {
-        "the weights": (written.weights, found.weights),
-        "tokenizer.json": (written.tokenizer, found.tokenizer),
-        "the chat template": (written.chat_template, found.chat_template),
-        "the special tokens": (written.special_tokens, found.special_tokens),
+    names = {
+        "weights": "the weights",
+        "configuration": "config.json",
+        "tokenizer": "tokenizer.json",
+        "chat_template": "the chat template",
+        "special_tokens": "the special tokens",
+        "encoding": "how tokenizer.json makes ids of text",
     }
-    for what, (before, now) in compared.items():
-        if before != now:
+    differing = written.differences(found)
+    for name, what in names.items():
+        if name in differing:
             raise _mismatch(directory, f"{what} in this directory changed after lineage.json was written")
     if full and written.weights_full is not None and full_weights_hash(directory) != written.weights_full:
         raise _mismatch(directory, "the weights in this directory changed after lineage.json was written")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from opd_mcp.identity import tokenizers
+from opd_mcp.identity import encoding, tokenizers
+from opd_mcp.identity.configuration import configuration_hash, require_own_files
 from opd_mcp.identity.files import path_signature, read_json_object
 from opd_mcp.identity.safetensors import Tensor, full_digest, read_tensors, sampled_digest
 from opd_mcp.schemas.base import content_hash
@@ -21,7 +22,10 @@ HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its files describe it; `parameters` counts a tied output layer once, `tokens` are ids in use."""
+    """A model as its files describe it; `parameters` counts a tied output layer once, `tokens` are ids in use.
+
+    `unused` says what the directory holds that other programs would load for its tokenizer, and this one does not.
+    """
 
     path: Path
     identity: ModelIdentity
@@ -31,6 +35,7 @@ class ModelFacts:
     vocab_size: int
     tokens: int
     eos_token_ids: tuple[int, ...]
+    unused: tuple[str, ...] = ()
 
     def setting(self, name: str) -> int | None:
         """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
@@ -68,17 +73,21 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
     """The facts of a model directory, read from its JSON files and safetensors headers.
 
     `name` replaces the name that the directory suggests. Raises PathError (`not_found`, `not_a_model`,
-    `unsafe_weights`) and IntegrityError `damaged_file`.
+    `unsafe_weights`, `unsafe_config`) and IntegrityError `damaged_file`.
     """
     config = _model_config(path)
+    encoding.require_own_tokenizer(path)
     tensors, weights = _hashed_tensors(path, sampled_digest)
-    tokens = tokenizers.token_map(path)
+    content = tokenizers.tokenizer_content(path)
+    tokens = tokenizers.tokens_of(content, path / tokenizers.TOKENIZER_FILE)
     eos = tokenizers.eos_token_ids(path, tokens)
     template = tokenizers.chat_template(path)
     identity = ModelIdentity(
         name=name or model_name(path),
         weights=weights,
+        configuration=configuration_hash(config),
         tokenizer=tokenizers.token_map_hash(tokens),
+        encoding=encoding.encoding_hash(content, encoding.special_tokens(path, tokens)),
         chat_template=None if template is None else text_hash(template),
         special_tokens=tokenizers.special_tokens_hash(eos, tokenizers.special_token_names(path)),
     )
@@ -92,6 +101,7 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
         vocab_size=vocab_size if is_size(vocab_size) else max(tokens, default=-1) + 1,
         tokens=max(tokens, default=-1) + 1,
         eos_token_ids=eos,
+        unused=encoding.unused_parts(path, tokens),
     )
 
 
@@ -129,7 +139,7 @@ def text_hash(text: str) -> str:
 def _model_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise PathError("not_found", "There is no such directory.", value=path, fix="Give a model's directory.")
-    # Beside whole weights too: loading would follow it to a base model that may be anywhere.
+    # Next to whole weights too: loading would follow it to a base model that may be anywhere.
     adapter = (path / "adapter_config.json").exists()
     if adapter or not (path / "config.json").is_file():
         raise PathError(
@@ -141,21 +151,7 @@ def _model_config(path: Path) -> dict[str, Any]:
             else "Give a directory with config.json, tokenizer.json and safetensors weights.",
         )
     config = read_json_object(path / "config.json")
-    for name, value in [*config.items(), *_text_config(config).items()]:
-        if name == "transformers_weights" and value is not None:  # other weights than those that are hashed here
-            raise PathError(
-                "unsafe_config",
-                "config.json names its own file of weights.",
-                value=str(value),
-                fix="Remove transformers_weights from config.json, and name the file model.safetensors.",
-            )
-        if name.endswith("_implementation") and "/" in str(value):  # code that loading would fetch from the Hub
-            raise PathError(
-                "unsafe_config",
-                f"config.json names code to fetch for {name}.",
-                value=str(value),
-                fix=f"Remove {name} from config.json.",
-            )
+    require_own_files(config, path)
     return config
 
 

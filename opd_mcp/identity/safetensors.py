@@ -1,7 +1,6 @@
 """Safetensors files read by their headers: which tensors there are, and hashes of their bytes, without torch."""
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -10,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.identity.files import CHUNK_BYTES, read_json_object
+from opd_mcp.identity.files import CHUNK_BYTES, parsed_object, read_json_object
 from opd_mcp.schemas.errors import IntegrityError, PathError
 
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
+MAX_INDEX_BYTES = 16 << 20
+MAX_HEADER_BYTES = 64 << 20
+# The largest known models have some 150,000 tensors in all their files together.
+MAX_TENSORS = 1 << 18
 META = "__metadata__"
 MAX_DIMENSIONS = 16
 SAMPLED_BLOCKS = 64
@@ -92,6 +94,8 @@ def read_tensors(directory: Path) -> list[Tensor]:
             if tensor.name in by_name:
                 raise _damaged(file, f"tensor {tensor.name!r} is also in {by_name[tensor.name].file.name}")
             by_name[tensor.name] = tensor
+        if len(by_name) > MAX_TENSORS:
+            raise _too_many(file)
     return [by_name[name] for name in sorted(by_name)]
 
 
@@ -111,6 +115,8 @@ def sampled_digest(tensor: Tensor) -> str:
 def full_digest(tensor: Tensor) -> str:
     """sha256 over dtype, shape and all bytes of a tensor."""
     digest = _started_digest(tensor)
+    if not tensor.bytes:
+        return digest.hexdigest()
     with tensor.file.open("rb") as file:
         file.seek(tensor.begin)
         left = tensor.bytes
@@ -125,7 +131,7 @@ def _started_digest(tensor: Tensor) -> "hashlib._Hash":
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _damaged(index, "there is no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
@@ -145,12 +151,9 @@ def _file_tensors(path: Path) -> Iterator[Tensor]:
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise _damaged(path, "the header's length is wrong")
         text = file.read(length)
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "the header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "the header is not a JSON object")
+    if text.count(b"{") > MAX_TENSORS + 2:  # an object each, counted before any is built
+        raise _too_many(path)
+    header = parsed_object(text, path)
     end = 8 + length
     tensors = [_tensor(path, name, entry, data_begin=end, size=size) for name, entry in header.items() if name != META]
     # Without overlaps, hashing every tensor reads the file once, however many there are.
@@ -180,6 +183,10 @@ def _counts(value: Any) -> tuple[int, ...] | None:
     if all(type(item) is int and 0 <= item < 1 << 63 for item in value):
         return tuple(value)
     return None
+
+
+def _too_many(path: Path) -> IntegrityError:
+    return _damaged(path, f"there are more than {MAX_TENSORS} tensors")
 
 
 def _damaged(path: Path, why: str) -> IntegrityError:

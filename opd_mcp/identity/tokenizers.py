@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.identity.files import read_json_object
+from opd_mcp.identity.files import MAX_CONFIG_BYTES, bounded_bytes, read_json_object
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, PathError
 
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+# The largest known tokenizer.json has 33 MB.
+MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TOKENIZER_CONFIG_BYTES = 4 << 20
 # The largest known templates, with tools and thinking, are about 20 kB.
 MAX_TEMPLATE_BYTES = 1 << 20
 # Beyond any vocabulary.
@@ -30,6 +35,11 @@ def token_map(path: Path) -> dict[int, str]:
 
     Raises PathError `not_a_model` when the file is missing, IntegrityError `damaged_file` when it is not a tokenizer.
     """
+    return tokens_of(tokenizer_content(path), path / TOKENIZER_FILE)
+
+
+def tokenizer_content(path: Path) -> dict[str, Any]:
+    """The content of a model directory's `tokenizer.json`; raises as `token_map`."""
     file = path / TOKENIZER_FILE
     if not file.is_file():
         raise PathError(
@@ -38,7 +48,11 @@ def token_map(path: Path) -> dict[int, str]:
             value=path,
             fix=f"Save the model's fast tokenizer into it (tokenizer.save_pretrained(DIR) writes {TOKENIZER_FILE}).",
         )
-    content = read_json_object(file)
+    return read_json_object(file, MAX_TOKENIZER_BYTES)
+
+
+def tokens_of(content: dict[str, Any], file: Path) -> dict[int, str]:
+    """The id → token map of the content of the tokenizer.json `file`; raises IntegrityError `damaged_file`."""
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     try:
@@ -99,22 +113,25 @@ def mismatch_error(difference: TokenDifference, value: object) -> ConsistencyErr
 
 def chat_template(path: Path) -> str | None:
     """The chat template of a model directory: `chat_template.jinja`, else the one in `tokenizer_config.json`."""
-    file = path / "chat_template.jinja"
+    file = path / TEMPLATE_FILE
     if file.is_file():
-        with file.open("rb") as opened:
-            return _bounded(file, opened.read(MAX_TEMPLATE_BYTES + 1).decode("utf-8", "surrogateescape"))
-    template = optional_json(path / "tokenizer_config.json").get("chat_template")
+        return _bounded(file, bounded_bytes(file, 4 * MAX_TEMPLATE_BYTES).decode("utf-8", "surrogateescape"))
+    template = tokenizer_config(path).get("chat_template")
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
-    return _bounded(path / "tokenizer_config.json", template) if isinstance(template, str) else None
+    return _bounded(path / CONFIG_FILE, template) if isinstance(template, str) else None
+
+
+def tokenizer_config(path: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, empty when there is no such file."""
+    return optional_json(path / CONFIG_FILE, MAX_TOKENIZER_CONFIG_BYTES)
 
 
 def special_token_names(path: Path) -> dict[str, str]:
     """The special tokens that `tokenizer_config.json` names, e.g. {"eos_token": "<eos>"}."""
-    config = optional_json(path / "tokenizer_config.json")
     names: dict[str, str] = {}
-    for key, value in config.items():
+    for key, value in tokenizer_config(path).items():
         content = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(content, str):
             names[key] = content
@@ -145,9 +162,9 @@ def special_tokens_hash(eos_ids: tuple[int, ...], names: dict[str, str]) -> str:
     return content_hash({"eos": list(eos_ids), "names": {k: ascii(v) for k, v in names.items()}})
 
 
-def optional_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty when there is no such file."""
-    return read_json_object(path) if path.is_file() else {}
+def optional_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes, empty when there is no such file."""
+    return read_json_object(path, limit) if path.is_file() else {}
 
 
 def _vocabulary_map(vocabulary: Any) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""What keeps a workspace well: doctor and gc.
+"""What keeps a workspace in order: doctor and gc.
 
 May import the service and what is below it.
 """

@@ -1,4 +1,4 @@
-"""`opd-mcp doctor`: does everything that a run needs exist here, and if not, what to do."""
+"""`opd-mcp doctor`: checks that this machine has everything a run needs, and says how to fix what is missing."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ MIN_FREE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `fix` and `call` say what to do when it is not well."""
+    """One check; `fix` and `call` say what to do when it fails."""
 
     name: str
     well: bool
@@ -30,7 +30,7 @@ class Check:
 
 
 def checks(service: JobService) -> Iterator[Check]:
-    """Everything that is looked at, in the order of a set-up; nothing heavy is imported."""
+    """All checks, in the order of a set-up; nothing heavy is imported."""
     version = platform.python_version()
     yield Check("python", sys.version_info >= (3, 11), version, "Install Python 3.11 or newer and make the venv anew.")
     yield Check("system", os.name == "posix", platform.system(), "Use Linux, macOS or WSL: the locks are POSIX flock.")
@@ -47,7 +47,7 @@ def checks(service: JobService) -> Iterator[Check]:
     yield _index(service)
     damaged = [f"{problem.value}: {problem.message}" for problem in service.store.damaged()]
     found = "; ".join(damaged[:5]) or "none"
-    yield Check("damaged files", not damaged, found, "Remove what is damaged; a run that needs it makes it anew.")
+    yield Check("damaged files", not damaged, found, "Remove what is damaged; a run that needs it makes it again.")
     leases = service.settings.lease_folder
     leases.mkdir(parents=True, exist_ok=True, mode=0o700)
     yield Check(

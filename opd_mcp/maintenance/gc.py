@@ -1,6 +1,6 @@
-"""`opd-mcp gc`: finds what nobody needs in a workspace, and removes it.
+"""`opd-mcp gc`: finds what is unused in a workspace, and removes it.
 
-In doubt it keeps. What a damaged run would need is not known, so with one nothing that a run could need is offered.
+In doubt it keeps files. The needs of a damaged run are unknown, so with one nothing that a run could need is offered.
 """
 
 import math
@@ -24,7 +24,7 @@ from opd_mcp.store.workspace import ARTIFACT_KINDS
 from opd_mcp.views.artifacts import delete_artifact, dependents, used_by
 
 DAY = 86400.0
-# Nothing that is being written stays untouched for so long.
+# A file that is being written is never unchanged for so long.
 IDLE_SECONDS = 3600.0
 DELETED = BUILDING_PREFIX + "deleted-"
 BUILD_NAME = re.compile(rf"{re.escape(BUILDING_PREFIX)}({'|'.join(sorted(RESUMABLE))})-([0-9a-f]+)")
@@ -32,9 +32,9 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 def collected(store: Store, *, remove: bool, older_than_days: float, artifacts: bool = False) -> GarbageReport:
-    """What nobody needs, removed when asked; builds that a new run could take up and old indexes only from that age on.
+    """What is unused, removed on request; builds that a new run could resume and old indexes only from that age on.
 
-    A build that an open run would go on with is no garbage; one whose run has succeeded is nobody's any more.
+    A build that an open run would resume is not garbage; a build whose run has succeeded is.
     """
     now = time.time()
     damaged = list(store.damaged())
@@ -104,7 +104,7 @@ def _keys(records: Iterable[RunRecord]) -> set[str]:
 
 
 def _build_of(path: Path) -> Path:
-    """The building directory of a lock file; a directory is its own."""
+    """The building directory of a lock file; a directory stands for itself."""
     return path.with_name(path.name.removesuffix(LOCK_SUFFIX))
 
 
@@ -118,7 +118,7 @@ def _downloads(store: Store, now: float) -> Iterator[Leftover]:
 
 def _temporary(store: Store, now: float) -> Iterator[Leftover]:
     for folder, directories, files in os.walk(store.workspace.root):
-        # Builds are judged as a whole, and what a live run writes is its own.
+        # Builds are judged as a whole, and files of a live run are never garbage.
         directories[:] = [
             name
             for name in sorted(directories)
@@ -152,7 +152,7 @@ def _old_indexes(store: Store, now: float, days: float) -> Iterator[Leftover]:
 
 
 def _artifacts(store: Store) -> Iterator[Leftover]:
-    """Artifacts that no run gave as its result, no open run uses and nothing descends from."""
+    """Artifacts that are no run's result, that no open run uses and from which nothing descends."""
     needed = {artifact_id for record in open_records(store) for artifact_id in used_by(record)}
     for run_id in run_ids(store.workspace):
         needed |= set(store.view(run_id).artifacts.values())
@@ -162,7 +162,7 @@ def _artifacts(store: Store) -> Iterator[Leftover]:
 
 
 def _removed(store: Store, item: Leftover) -> bool:
-    """Whether it is gone; what somebody has come to need since it was found stays."""
+    """Whether it was removed; an item that has come into use since it was found stays."""
     path = Path(item.path)
     if item.kind == "artifact":
         try:
@@ -197,4 +197,4 @@ def _touched(path: Path) -> float:
     try:
         return max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")))
     except FileNotFoundError:
-        return math.inf  # somebody is at work there
+        return math.inf  # another process is at work there

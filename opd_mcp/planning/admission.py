@@ -1,6 +1,6 @@
 """What a start or a resume is refused for: too little memory or disk, and the quotas of the workspace."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +17,7 @@ from opd_mcp.schemas.plans import Finding, MethodEstimate
 from opd_mcp.schemas.runs import Quotas, RunRecord, RunRequest
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.files import tree_bytes
-from opd_mcp.store.journal import JournalReader, JournalRecord
-from opd_mcp.store.run_view import seconds_of
-from opd_mcp.store.runs import JOURNAL_FILE
+from opd_mcp.store.run_view import RunView
 from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import WORKER_FILE, WorkerProcess
 from opd_mcp.store.workspace import SETTINGS_FILE, Workspace, read_settings
@@ -148,20 +146,9 @@ def quota_findings(store: Store, request: RunRequest, seconds: float | None) -> 
     return [Finding.of_error(error) for error in errors]
 
 
-def device_seconds(records: Iterable[JournalRecord]) -> float:
-    """Seconds that a run's attempts held a device, from `running` to each attempt's last record."""
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    for record in records:
-        if record.type == "state" and record.data["state"] == "running":
-            first[record.attempt] = seconds_of(record.time)
-        last[record.attempt] = seconds_of(record.time)
-    return sum(max(last[attempt] - begun, 0.0) for attempt, begun in first.items())
-
-
 def used_seconds(directory: Path) -> float:
     """The device seconds of a run so far; 0.0 for one that has no journal yet."""
-    return device_seconds(JournalReader(directory / JOURNAL_FILE).new_records())
+    return RunView(directory).fold().device_seconds
 
 
 def seconds_left(quotas: Quotas, directory: Path) -> float | None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
-from opd_mcp.identity.data.overlap import eval_overlap
-from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.data.scan import PromptScan, overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
@@ -22,6 +21,8 @@ from opd_mcp.store.artifacts import Artifact, ArtifactStore
 
 # above this share a distillation learns much from answers without an end
 TRUNCATED_SHARE = 0.1
+# above this share the wrong field may be meant
+SKIPPED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,19 @@ def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) 
         return
     if teacher.facts.identity.tokenizer != student.facts.identity.tokenizer:
         require_same_tokens(teacher.facts.path, student.facts.path)
+
+
+def judge_files(inputs: PlanInputs, found: Findings) -> None:
+    """Warn of what a model's directory holds that other programs would load and this one does not."""
+    for role, model in (("teacher", inputs.teacher), ("student", inputs.student)):
+        if model.facts is not None and model.facts.unused:
+            found.warn(
+                "files_unused",
+                f"The {role}'s tokenizer is built from tokenizer.json and one chat template alone; not used: "
+                f"{'; '.join(model.facts.unused)}.",
+                "Nothing has to be done, unless one of these was meant; then save it into tokenizer.json or "
+                "chat_template.jinja.",
+            )
 
 
 def judge_consistency(
@@ -89,8 +103,9 @@ def judge_consistency(
     elif claim.basis == "asserted":
         found.warn(
             "lineage_asserted",
-            f"That the student was fine-tuned on responses of {claim.label()} is asserted by you, not proven.",
-            "To have it proven, give a student whose SFT was a run of this project.",
+            f"That the student was fine-tuned on responses of {claim.label()} is asserted, not proven: by you, or by a "
+            "lineage.json that this workspace did not write.",
+            "To have it proven, give a student whose SFT was a run of this workspace.",
         )
     return False, verdict
 
@@ -106,6 +121,29 @@ def _add_mismatch(verdict: ConsistencyVerdict, allowed: bool, found: Findings) -
             found.blocking.append(Finding.of_error(error))
 
 
+def judge_data(inputs: PlanInputs, found: Findings) -> None:
+    """Warn of data that is still to be fetched, and of many rows that cannot be used."""
+    named = {"prompts": inputs.prompts, "sft_prompts": inputs.sft_prompts, "eval_prompts": inputs.eval_prompts}
+    for argument, prompts in named.items():
+        if prompts is None:
+            continue
+        understood = prompts.input.understood
+        if prompts.input.path is None:
+            found.warn(
+                "checked_after_fetch",
+                f"{argument} are still to be fetched from the Hub; their rows, shape and overlap are not known yet.",
+                "Download the data set first, and give its path, to know before the start.",
+            )
+        elif understood is not None and understood.skipped_share > SKIPPED_SHARE:
+            first = understood.skipped_rows[0]
+            found.warn(
+                "rows_skipped",
+                f"{understood.skipped} of {understood.rows + understood.skipped} rows of {argument} cannot be used; "
+                f"the first is {first.place}: {first.reason}.",
+                "Repair these rows, or name the fields that are meant with columns=….",
+            )
+
+
 def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
     """Warn of eval prompts that are missing, without answers, or among the training prompts."""
     if inputs.eval_prompts is None:
@@ -116,18 +154,21 @@ def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
             "Give eval_prompts=… with answers that are in no training set.",
         )
         return
+    if inputs.eval_prompts.input.path is None:
+        return
     if inputs.eval_prompts.input.rows_with_answer == 0:
         found.warn(
             "no_answers",
             "The eval prompts have no `answer`, so the report holds the reverse KL to the teacher only.",
             "Add an `answer` to each eval prompt.",
         )
-    training = [row.text() for used in (inputs.prompts, inputs.sft_prompts) if used for row in used.rows]
-    found_in = eval_overlap([row.text() for row in inputs.eval_prompts.rows], training)
+    evaluation = inputs.eval_prompts.scan
+    training = [used.scan for used in (inputs.prompts, inputs.sft_prompts) if used]
+    found_in = overlap_of([evaluation], training)
     if overlap := found_in["eval_overlap_normalised"]:
         found.warn(
             "eval_overlap",
-            f"{overlap} of {len(inputs.eval_prompts.rows)} eval prompts are also training prompts "
+            f"{overlap} of {evaluation.rows} eval prompts are also training prompts "
             f"({found_in['eval_overlap_exact']} to the letter, the others but for case, spaces or punctuation); "
             "accuracy on them proves nothing.",
             "Give eval_prompts that are in no training set.",
@@ -139,27 +180,27 @@ def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -
 
     Warns of copies and of what is too long.
     """
-    rows = inputs.prompts.rows
-    texts = [row.text() for row in rows]
+    scan = inputs.prompts.scan
     facts = inputs.teacher.facts or inputs.student.facts
-    evaluation = inputs.eval_prompts
+    over_long, estimated = over_long_prompts(facts.path, scan, max_prompt_tokens) if facts else (0, False)
     hygiene = PromptHygiene(
-        prompts=len(rows),
-        over_long_prompts=over_long_prompts(facts.path, rows, max_prompt_tokens) if facts else 0,
-        duplicate_prompts=len(texts) - len(set(texts)),
-        **(eval_overlap(texts, [row.text() for row in evaluation.rows]) if evaluation else {}),
+        prompts=scan.rows,
+        over_long_prompts=over_long,
+        duplicate_prompts=scan.duplicates(),
+        **(scan.overlap(inputs.eval_prompts.scan) if inputs.eval_prompts else {}),
     )
     if hygiene.duplicate_prompts:
         found.warn(
             "duplicate_prompts",
-            f"{hygiene.duplicate_prompts} of {len(rows)} prompts stand in the set more than once; all are used.",
+            f"{hygiene.duplicate_prompts} of {scan.rows} prompts stand in the set more than once; all are used.",
             "Remove the copies if they are not meant.",
         )
     if hygiene.over_long_prompts:
         found.warn(
             "over_long_prompts",
-            f"{hygiene.over_long_prompts} of {len(rows)} prompts are over {max_prompt_tokens} tokens and will be left "
-            "out.",
+            f"{'About ' if estimated else ''}{over_long} of {scan.rows} prompts are over {max_prompt_tokens} tokens "
+            "and will be left out"
+            + (f" (estimated from {len(scan.long_texts)} of the {scan.long_rows} longest)." if estimated else "."),
             "Raise 'prompting.max_prompt_tokens' to use them.",
         )
     return hygiene
@@ -188,41 +229,33 @@ def judge_rollouts(manifest: CacheManifest, cache_id: str, found: Findings) -> N
         found.warn("rows_left_out", f"Rows were left out of {cache_id}: {reasons}.", "Nothing has to be done.")
 
 
-SAMPLED_PROMPTS = 64
-
-
-def mean_prompt_tokens(model: Path, rows: Sequence[PromptRow]) -> float | None:
+def mean_prompt_tokens(model: Path, scan: PromptScan) -> float | None:
     """Mean tokens of evenly sampled prompts, without the chat template's; None for a tokenizer that cannot be read."""
+    lengths = _token_counts(model, [row.whole_text() for row in scan.sample])
+    return round(sum(lengths) / len(lengths), 2) if lengths else None
+
+
+def over_long_prompts(model: Path, scan: PromptScan, limit: int) -> tuple[int, bool]:
+    """Prompts of more than `limit` tokens, the chat template's not counted, and whether that is an estimate.
+
+    0 for a tokenizer that cannot be read. The scan's `long_bytes` must be `limit`.
+    """
+    assert not scan.rows or scan.long_bytes == limit
+    over = sum(length > limit for length in _token_counts(model, list(scan.long_texts)) or ())
+    sampled = len(scan.long_texts) < scan.long_rows
+    return round(over * scan.long_rows / max(len(scan.long_texts), 1)), sampled
+
+
+def _token_counts(model: Path, texts: list[str]) -> list[int] | None:
     from tokenizers import Tokenizer
 
-    step = max(len(rows) // SAMPLED_PROMPTS, 1)
-    texts = [_whole_text(row) for row in rows[::step][:SAMPLED_PROMPTS]]
+    if not texts:
+        return None
     try:
         encodings = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts)
     except Exception:  # the Rust side raises bare Exception; a length for an estimate is no reason to fail
         return None
-    return round(sum(len(encoding.ids) for encoding in encodings) / len(texts), 2)
-
-
-def over_long_prompts(model: Path, rows: Sequence[PromptRow], limit: int) -> int:
-    """Prompts of more than `limit` tokens, the chat template's not counted; 0 for a tokenizer that cannot be read."""
-    from tokenizers import Tokenizer
-
-    # A token is at least one byte, so a short text needs no tokenizer.
-    texts = [text for row in rows if len((text := _whole_text(row)).encode(errors="replace")) > limit]
-    if not texts:
-        return 0
-    try:
-        encodings = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts)
-    except Exception:  # as above
-        return 0
-    return sum(len(encoding.ids) > limit for encoding in encodings)
-
-
-def _whole_text(row: PromptRow) -> str:
-    if row.prompt is not None:
-        return row.prompt
-    return "\n".join(str(message.get("content", "")) for message in row.messages or ())
+    return [len(encoding.ids) for encoding in encodings]
 
 
 @dataclass(frozen=True)
@@ -235,7 +268,7 @@ class MeasuredCache:
 
 
 def measured_cache(artifacts: ArtifactStore, inputs: RunInputs, phases: Sequence[RunPhase]) -> MeasuredCache | None:
-    """The cache of these phases where it exists, else the newest one of the same student and teacher, by weights.
+    """The cache of these phases where it exists, else the newest one of the same student and teacher.
 
     A student that is still to be fine-tuned has none, and a cache of another plan that cannot be read is passed over.
     Raises IntegrityError `damaged_file` for the plan's own.
@@ -307,6 +340,6 @@ def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdent
 
 def _has(lineage: Lineage, role: str, model: ModelIdentity) -> bool:
     return any(
-        parent.role == role and parent.identity is not None and parent.identity.same_weights(model)
+        parent.role == role and parent.identity is not None and parent.identity.same_model(model)
         for parent in lineage.parents
     )

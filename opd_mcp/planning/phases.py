@@ -35,6 +35,8 @@ PUBLISHED: dict[str, Published] = {
 RESUMABLE: frozenset[PhaseName] = frozenset({"rollout", "score"})
 """Phases whose building directory outlives an interrupted run; its name is the phase and `KEY_DIGITS` of its key."""
 KEY_DIGITS = 32
+TOKENIZER_HASHES = ("tokenizer", "encoding", "chat_template", "special_tokens")
+"""The hashes of an identity that decide how prompts become ids."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def data_token(data: DataInput | None) -> Any:
         return None
     if data.artifact_id is not None and not data.artifact_id.startswith("prompts-"):
         return data.artifact_id
-    return data.sha256 or {"hub": data.hub_id}
+    if data.sha256 is not None:
+        return data.sha256
+    return {"hub": data.hub_id, "columns": data.columns} if data.columns else {"hub": data.hub_id}
 
 
 class PhaseChain:
@@ -84,7 +88,8 @@ class PhaseChain:
         self.responses: Any = data_token(inputs.responses)
         self.cache: Any = data_token(inputs.cache)
         self.distilled: Any = None
-        hub_ids = [model.hub_id for model in _models(inputs) if model.hub_id and model.path is None]
+        sources: list[ModelInput | DataInput] = [*_models(inputs), *data_sets(inputs).values()]
+        hub_ids = [source.hub_id for source in sources if source.hub_id and source.path is None]
         if hub_ids:
             self._add("fetch", {"hub_ids": hub_ids})
 
@@ -103,6 +108,8 @@ class PhaseChain:
         """The student is fine-tuned on the responses; from here on it is the SFT student."""
         claim = _asserted(self.inputs.responses)
         parts = {"student": self.student, "responses": self.responses, "declared_teacher": claim}
+        if self.inputs.responses is not None and self.inputs.teacher is not None:
+            parts["tokenizer"] = _tokenizer_token(self.inputs.teacher)
         self.student = _product_id("sft", self._add("sft", parts, self.recipe.sft))
         return self
 
@@ -221,6 +228,12 @@ def _asserted(source: ModelInput | DataInput | None) -> str | None:
     return claim.label() if claim and claim.basis == "asserted" else None
 
 
+def data_sets(inputs: RunInputs) -> dict[str, DataInput]:
+    """A run's prompts and responses by role."""
+    roles = ("prompts", "sft_prompts", "eval_prompts", "responses")
+    return {role: data for role in roles if (data := getattr(inputs, role)) is not None}
+
+
 def _models(inputs: RunInputs) -> list[ModelInput]:
     named = [inputs.student, inputs.teacher, inputs.model, *inputs.baselines]
     return [model for model in named if model is not None]
@@ -229,10 +242,10 @@ def _models(inputs: RunInputs) -> list[ModelInput]:
 def _identity_token(identity: ModelIdentity | None) -> dict[str, Any] | None:
     if identity is None:
         return None
-    return identity.model_dump(include={"weights", "tokenizer", "chat_template", "special_tokens"}, exclude_none=True)
+    return identity.model_dump(include={"weights", "configuration", *TOKENIZER_HASHES}, exclude_none=True)
 
 
 def _tokenizer_token(model: ModelInput | None) -> Any:
     if model is None or model.identity is None:
         return model_token(model)
-    return model.identity.model_dump(include={"tokenizer", "chat_template", "special_tokens"}, exclude_none=True)
+    return model.identity.model_dump(include=set(TOKENIZER_HASHES), exclude_none=True)

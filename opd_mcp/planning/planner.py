@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.devices.hardware import Target, free_disk
+from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
 from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
     judge_consistency,
+    judge_data,
     judge_evaluation,
+    judge_files,
     judge_prompts,
     mean_prompt_tokens,
     measured_cache,
@@ -21,7 +24,7 @@ from opd_mcp.planning.checks import (
 )
 from opd_mcp.planning.estimates import estimate_of, measured_costs
 from opd_mcp.planning.phases import distillation_phases, with_satisfied
-from opd_mcp.planning.references import References
+from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PlanError
@@ -52,10 +55,12 @@ class Planner:
         recipe, method = distillation_recipe(arguments), arguments.method
         target = self.target_of(recipe.runtime)
         found = Findings()
-        inputs = self._inputs(arguments)
+        inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
         require_matching_tokenizers(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
         schema = self._schema(arguments, inputs, sft, found)
+        judge_data(inputs, found)
+        judge_files(inputs, found)
         judge_evaluation(inputs, found)
         hygiene = judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
@@ -77,7 +82,7 @@ class Planner:
             phases=[PlannedPhase.model_validate(phase.model_dump()) for phase in phases],
             consistency=verdict,
             estimates=estimates,
-            sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.rows[:SAMPLE_ROWS]],
+            sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.scan.first[:SAMPLE_ROWS]],
             hygiene=hygiene,
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
@@ -85,13 +90,18 @@ class Planner:
             next_action=_next_action(plan_id, found.blocking, quota),
         )
 
-    def _inputs(self, arguments: PlanDistillation) -> PlanInputs:
+    def _inputs(self, arguments: PlanDistillation, max_prompt_tokens: int) -> PlanInputs:
         references = self.references
+
+        def prompts_of(argument: str) -> ResolvedPrompts | None:
+            value, columns = getattr(arguments, argument), columns_of(arguments.columns, argument)
+            # A token is at least one byte, so only longer texts can be too long.
+            return None if value is None else references.prompts(value, columns, long_bytes=max_prompt_tokens)
+
         student = references.sft_student(arguments.student, arguments.declared_teacher)
         teacher = references.model(arguments.teacher)
-        prompts = references.prompts(arguments.prompts)
-        sft_prompts = None if arguments.sft_prompts is None else references.prompts(arguments.sft_prompts)
-        eval_prompts = None if arguments.eval_prompts is None else references.prompts(arguments.eval_prompts)
+        prompts, sft_prompts, eval_prompts = map(prompts_of, ("prompts", "sft_prompts", "eval_prompts"))
+        assert prompts is not None, "a plan has prompts"
         schema = RunInputs(
             student=student.input,
             teacher=teacher.input,
@@ -105,7 +115,7 @@ class Planner:
 
     def _schema(self, arguments: PlanDistillation, inputs: PlanInputs, sft: bool, found: Findings) -> RunInputs:
         tokenizer = inputs.teacher.facts or inputs.student.facts
-        mean = mean_prompt_tokens(tokenizer.path, inputs.prompts.rows) if tokenizer else None
+        mean = mean_prompt_tokens(tokenizer.path, inputs.prompts.scan) if tokenizer else None
         prompts = inputs.prompts.input.model_copy(update={"mean_prompt_tokens": mean})
         update: dict[str, object] = {"prompts": prompts}
         if sft:
@@ -173,8 +183,9 @@ class PlanMemory:
 def files_signature(inputs: RunInputs) -> str:
     """What changes with any file of a run's inputs: names, sizes and times, not contents."""
     sources = [getattr(inputs, name) for name in type(inputs).model_fields]
-    paths = [source.path for source in sources if isinstance(source, ModelInput | DataInput) and source.path]
-    return content_hash([path_signature(Path(path)) for path in paths])
+    paths = [Path(source.path) for source in sources if isinstance(source, ModelInput | DataInput) and source.path]
+    files = [file for path in paths for file in ((path,) if not is_glob(path) else source_of(path).files)]
+    return content_hash([path_signature(file) for file in files])
 
 
 def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> NextAction:
@@ -190,7 +201,10 @@ def fingerprint(
     """What a plan stands for, part by part; estimates, free memory and finished phases are not in it."""
     parts: dict[str, object] = {"arguments": arguments.to_dict(), "recipe": recipe.to_dict()}
     for name, value in inputs:
-        parts[f"inputs.{name}"] = value.to_dict() if hasattr(value, "to_dict") else value
+        part = value.to_dict() if hasattr(value, "to_dict") else value
+        if isinstance(value, DataInput):  # how it was read follows from what it is
+            part.pop("understood", None)
+        parts[f"inputs.{name}"] = part
     parts.pop("inputs.baselines")
     parts["phases"] = [[phase.name, phase.key] for phase in phases]
     return parts

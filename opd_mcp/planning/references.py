@@ -2,20 +2,23 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from opd_mcp.identity.consistency import asserted_claim, sft_teacher
-from opd_mcp.identity.data.reading import read_prompts, read_responses_header
-from opd_mcp.identity.data.rows import PromptRow, prompts_hash
+from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
+from opd_mcp.identity.data.reading import read_responses_header
+from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.data.scan import PromptScan, scan_of_rows, scan_prompts
+from opd_mcp.identity.data.sources import COMPRESSED, SUFFIXES, is_glob, matching_files
 from opd_mcp.identity.files import file_sha256
-from opd_mcp.identity.lineage import MANIFEST_FILE, read_manifest
+from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.schemas.cache import CacheManifest
-from opd_mcp.schemas.errors import ArgumentError, DataError, PathError, UnknownIdError, nearest
+from opd_mcp.schemas.errors import ArgumentError, DataError, OpdError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
@@ -27,8 +30,12 @@ from opd_mcp.store.workspace import Workspace, is_id
 # The Hub's own rules: `--` and `..` are in no name, so that two ids never share a directory and none leaves its place.
 _HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}")
-FILE_SUFFIXES = (".jsonl", ".parquet", ".json", ".safetensors", ".toml", ".txt")
+# A data set may name its configuration and its split: `openai/gsm8k:main@train`.
+_HUB_PART = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+HUB_DATA_ID = re.compile(rf"(?P<name>{HUB_ID.pattern})(?::(?P<configuration>{_HUB_PART}))?(?:@(?P<split>{_HUB_PART}))?")
+FILE_SUFFIXES = (*SUFFIXES, *COMPRESSED, ".safetensors", ".toml", ".txt")
 PROMPTS_FILE = "prompts.jsonl"
+DATA_ARGUMENTS = ("prompts", "sft_prompts", "eval_prompts", "responses")
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,10 @@ class ResolvedModel:
 
 @dataclass(frozen=True)
 class ResolvedPrompts:
-    """Prompts with their rows."""
+    """Prompts with what one pass over them found; nothing for a Hub data set that is not here yet."""
 
     input: DataInput
-    rows: list[PromptRow]
+    scan: PromptScan = field(default_factory=lambda: scan_of_rows([]))
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class ResolvedCache:
 class _Place:
     path: Path
     artifact_id: str | None = None
+    hub_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class References:
             hub_id=hub_id,
             identity=facts.identity,
             artifact_id=place.artifact_id,
-            sft_teacher=sft_teacher(place.path, inspect=self.models.inspect_model),
+            sft_teacher=self._lineage_claim(place.path),
             parameters=facts.parameters,
         )
         return ResolvedModel(resolved, facts)
@@ -121,7 +129,10 @@ class References:
         return ResolvedModel(local.input.model_copy(update={"url": url}), local.facts)
 
     def path_of_claim(self, student: ModelInput, teacher: ModelInput) -> str | None:
-        """Where the student's SFT teacher is, if that is known: the teacher itself, or what made the student."""
+        """Where the student's SFT teacher is, if that is known: the teacher itself, or what made the student.
+
+        A place that only a lineage or an earlier run names is looked at below the allowed roots alone.
+        """
         claim = student.sft_teacher
         if claim is None or claim.identity is None:
             return None
@@ -132,48 +143,80 @@ class References:
         if claim.name.startswith("/"):
             candidates.append(ModelInput(reference=claim.name, path=claim.name))
         for model in candidates:
-            if model.path and Path(model.path).is_dir():
-                identity = self.models.inspect_model(Path(model.path)).identity
-                if identity.same_weights(claim.identity):
+            path = self.allowed(model.path)
+            if path is None:
+                continue
+            with suppress(OpdError):  # what cannot be used is not the teacher
+                if self.models.inspect_model(path).identity.same_model(claim.identity):
                     return model.path
         return None
 
-    def prompts(self, value: str | Sequence[str]) -> ResolvedPrompts:
-        """Prompts by reference, or an inline list, which becomes an artifact; raises DataError and PathError."""
+    def allowed(self, path: str | None) -> Path | None:
+        """The real path, where there is something below the allowed roots; None, whatever is there, elsewhere."""
+        with suppress(PathError):
+            return None if path is None else self.roots.resolve(path)
+        return None
+
+    def prompts(
+        self, value: str | Sequence[str], columns: Mapping[str, str] | None = None, *, long_bytes: int = 1 << 62
+    ) -> ResolvedPrompts:
+        """Prompts by reference, or an inline list, which becomes an artifact; raises DataError and PathError.
+
+        `columns` are the fields by part; texts of more than `long_bytes` bytes are counted and sampled in the scan.
+        """
         if not isinstance(value, str):
-            return self._inline_prompts(value)
-        self._refuse_hub_data(value)
-        place = self._place(value, "prompts")
-        rows = read_prompts(place.path)
+            return self._inline_prompts(value, long_bytes)
+        place, absent = self._data_place(value, "prompts", columns)
+        if absent is not None:
+            return ResolvedPrompts(absent)
+        mapped = None if place.artifact_id else columns
+        scan = scan_prompts(place.path, mapped, long_bytes=long_bytes)
         resolved = DataInput(
             reference=value,
             path=str(place.path),
+            hub_id=place.hub_id,
             artifact_id=place.artifact_id,
-            sha256=prompts_hash(rows),
-            rows=len(rows),
-            rows_with_answer=sum(row.answer is not None for row in rows),
+            sha256=scan.sha256,
+            rows=scan.rows,
+            rows_with_answer=scan.rows_with_answer,
+            columns=dict(mapped) if mapped else None,
+            understood=scan.understood,
         )
-        return ResolvedPrompts(resolved, rows)
+        return ResolvedPrompts(resolved, scan)
 
-    def responses(self, reference: str, declared_teacher: str | None) -> DataInput:
+    def responses(
+        self, reference: str, declared_teacher: str | None, columns: Mapping[str, str] | None = None
+    ) -> DataInput:
         """Responses by reference, with whose they are: proven by lineage, else as declared."""
-        self._refuse_hub_data(reference)
-        place = self._place(reference, "responses")
-        header = read_responses_header(place.path)
         declared = self.claim(declared_teacher)
-        claim = sft_teacher(place.path, inspect=self.models.inspect_model) or declared
+        place, absent = self._data_place(reference, "responses", columns)
+        if absent is not None:
+            return absent.model_copy(update={"sft_teacher": declared})
+        mapped = None if place.artifact_id else columns
+        header = read_responses_header(place.path, mapped)
+        claim = self._lineage_claim(place.path) or declared
         return DataInput(
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
+            hub_id=place.hub_id,
             sha256=header.sha256,
             rows=header.rows,
             sft_teacher=claim,
+            columns=dict(mapped) if mapped else None,
+            understood=header.understood,
         )
 
     def cache(self, reference: str) -> ResolvedCache:
         """A teacher cache by artifact id, run id or path; raises PathError `not_a_cache` for anything else."""
-        self._refuse_hub_data(reference)
+        if self._hub_id(reference) is not None:
+            raise PathError(
+                "relative_path",
+                "A teacher cache is given by absolute path, artifact id or run id.",
+                value=reference,
+                nearest=[str(root) for root in self.roots.roots][:3],
+                fix="Give the absolute path of the cache's directory.",
+            )
         place = self._place(reference, "cache")
         manifest = read_manifest(place.path, reference)
         resolved = DataInput(
@@ -182,7 +225,7 @@ class References:
             artifact_id=place.artifact_id,
             sha256=file_sha256(place.path / MANIFEST_FILE),
             rows=manifest.rows,
-            sft_teacher=manifest.sft_teacher,
+            sft_teacher=vouched(manifest.sft_teacher, made_here=self.store.artifacts.made_here(place.path)),
         )
         return ResolvedCache(resolved, manifest)
 
@@ -195,11 +238,25 @@ class References:
         facts = self.model(declared).facts
         return asserted_claim(facts.identity if facts else declared)
 
+    def declared_teacher(self, declared: str | None) -> ResolvedModel | None:
+        """The model that `declared_teacher` means, where its files are here; None for a mere name."""
+        if declared is None:
+            return None
+        hub_id = None if self._is_here(declared) else self._hub_id(declared)
+        fetched = hub_id is not None and hub_directory(self.workspace, hub_id).is_dir()
+        return self.model(declared) if fetched or self._is_here(declared) else None
+
     def inputs_of_artifact(self, artifact_id: str) -> RunInputs | None:
         """The inputs of the run that made an artifact; None when that run is not in this workspace."""
         artifact = self.store.artifacts.find(artifact_id)
         run_id = artifact.record.run_id if artifact else None
         return self.store.record(run_id).request.inputs if run_id and self._is_run(run_id) else None
+
+    def _lineage_claim(self, path: Path) -> TeacherClaim | None:
+        lineage = path.parent / LINEAGE_FILE
+        if path.is_file() and lineage.is_symlink():  # a directory's links were followed when it was resolved
+            self.roots.resolve(lineage)
+        return sft_teacher(path, made_here=self.store.artifacts.made_here, inspect=self.models.inspect_model)
 
     def _is_here(self, reference: str) -> bool:
         """Whether a text means a path, an artifact or a run rather than a mere name."""
@@ -219,7 +276,31 @@ class References:
         made = self.store.view(run_id).artifacts
         return {PUBLISHED[phase].kind: artifact_id for phase, artifact_id in made.items() if phase in PUBLISHED}
 
+    def _data_place(
+        self, reference: str, kind: ArtifactKind, columns: Mapping[str, str] | None
+    ) -> tuple[_Place, DataInput | None]:
+        """Where prompts or responses are, and for a Hub data set that is not here yet the input that stands for it."""
+        hub = HUB_DATA_ID.fullmatch(reference)
+        if hub is None or self._hub_id(hub["name"]) is None:
+            return self._place(reference, kind), None
+        local = hub_data_directory(self.workspace, reference)
+        if local.is_dir():
+            return _Place(local, hub_id=reference), None
+        absent = DataInput(reference=reference, hub_id=reference, columns=dict(columns) if columns else None)
+        return _Place(local, hub_id=reference), absent
+
+    def _pattern(self, reference: str) -> Path:
+        """A pattern whose every match is below an allowed root; raises PathError."""
+        parts = Path(reference).parts
+        first = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
+        pattern = Path(self.roots.resolve(str(Path(*parts[:first]))), *parts[first:])
+        for match in matching_files(pattern):
+            self.roots.resolve(str(match))
+        return pattern
+
     def _place(self, reference: str, kind: ArtifactKind) -> _Place:
+        if reference.startswith("/") and is_glob(reference):
+            return _Place(self._pattern(reference))
         if reference.startswith("/"):
             path = self.roots.resolve(reference)
             return _Place(path, self._artifact_of(path))
@@ -267,8 +348,8 @@ class References:
             "This is neither an absolute path, nor an artifact or run of this workspace, nor a Hub id.",
             value=reference,
             nearest=nearest(reference, known),
-            fix="Give an absolute path below an allowed root, an artifact id, a run id, or for a model a Hub id "
-            "(org/name); the set-up lists the roots.",
+            fix="Give an absolute path below an allowed root, an artifact id, a run id, or a Hub id (org/name, of data "
+            "org/name:configuration@split); the set-up lists the roots.",
             call=next_call("inspect_setup"),
         )
 
@@ -281,17 +362,7 @@ class References:
         # A relative path looks like a Hub id; where the caller, or a root, has such a file, a path was meant.
         return any((folder / reference).exists() for folder in (Path.cwd(), *self.roots.roots))
 
-    def _refuse_hub_data(self, reference: str) -> None:
-        if self._hub_id(reference) is not None:
-            raise PathError(
-                "relative_path",
-                "Data is given by absolute path, artifact id or run id; Hub data sets are not fetched.",
-                value=reference,
-                nearest=[str(root) for root in self.roots.roots][:3],
-                fix="Download the data set as JSONL or Parquet below an allowed root and give its absolute path.",
-            )
-
-    def _inline_prompts(self, prompts: Sequence[str]) -> ResolvedPrompts:
+    def _inline_prompts(self, prompts: Sequence[str], long_bytes: int) -> ResolvedPrompts:
         rows = [PromptRow(id=str(index), prompt=prompt) for index, prompt in enumerate(prompts)]
         fix = "Give at least one prompt, none of them empty."
         if not rows:
@@ -299,7 +370,8 @@ class References:
         for index, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise DataError("missing_field", f"Inline prompt {index} is empty.", value=index, fix=fix)
-        sha256 = prompts_hash(rows)
+        scan = scan_of_rows(rows, long_bytes=long_bytes)
+        sha256 = scan.sha256
         artifact = self.store.artifacts.find_by_key("prompts", sha256)
         if artifact is None:
             building = self.store.artifacts.new_building_directory("prompts")
@@ -316,7 +388,37 @@ class References:
             rows=len(rows),
             rows_with_answer=0,
         )
-        return ResolvedPrompts(resolved, rows)
+        return ResolvedPrompts(resolved, scan)
+
+
+def columns_of(columns: Mapping[str, str] | None, argument: str) -> dict[str, str] | None:
+    """What `columns` says of one argument's data: the keys such as `eval_prompts.prompt`, else those without a prefix.
+
+    Raises ArgumentError `invalid_argument` for the prefix of no argument.
+    """
+    if not columns:
+        return None
+    for key in columns:
+        prefix = key.rpartition(".")[0]
+        if prefix and prefix not in DATA_ARGUMENTS:
+            raise ArgumentError(
+                "invalid_argument",
+                f"columns names no argument with data: {prefix[:100]!r}.",
+                value=key,
+                nearest=nearest(prefix, DATA_ARGUMENTS),
+                fix="Give e.g. {'prompt': 'question'}, or {'eval_prompts.prompt': 'problem'} for one argument alone.",
+            )
+    own = {key.rpartition(".")[2]: path for key, path in columns.items() if key.rpartition(".")[0] == argument}
+    return own or {key: path for key, path in columns.items() if "." not in key} or None
+
+
+def hub_data_directory(workspace: Workspace, reference: str) -> Path:
+    """Where a Hub data set is kept once it is fetched."""
+    parts = HUB_DATA_ID.fullmatch(reference)
+    assert parts is not None, "a Hub id with its configuration and split"
+    name, configuration, split = (str(parts[part] or "") for part in ("name", "configuration", "split"))
+    folder = f"datasets--{name.replace('/', '--')}"
+    return workspace.hub / folder / f"configuration-{configuration}" / f"split-{split}" / "fetched"
 
 
 def hub_directory(workspace: Workspace, hub_id: str) -> Path:

@@ -13,7 +13,7 @@ from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
-from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel
+from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
 from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
@@ -27,7 +27,16 @@ from opd_mcp.schemas.requests import (
     StartSft,
 )
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunKind, RunPhase, RunRecord, RunRequest
+from opd_mcp.schemas.runs import (
+    TOKENIZER_FOLDER,
+    DataInput,
+    ModelInput,
+    RunInputs,
+    RunKind,
+    RunPhase,
+    RunRecord,
+    RunRequest,
+)
 from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.journal import utc_now
 from opd_mcp.store.workspace import new_id
@@ -48,15 +57,30 @@ class RequestBuilder:
         """The teacher answers prompts."""
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
-        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments.prompts, teacher))
+        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher))
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
-        """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared."""
+        """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared.
+
+        It adopts the tokenizer and template that came with the responses, else those of a declared teacher that is
+        here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's.
+        """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
-        responses = self.references.responses(arguments.responses, arguments.declared_teacher)
-        inputs = RunInputs(student=student.input, responses=responses, declared_teacher=arguments.declared_teacher)
+        columns = columns_of(arguments.columns, "responses")
+        responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
+        teacher = None
+        if not (Path(str(responses.path)) / TOKENIZER_FOLDER).is_dir():
+            teacher = self.references.declared_teacher(arguments.declared_teacher)
+        if teacher is not None:
+            require_matching_tokenizers(teacher, student)
+        inputs = RunInputs(
+            student=student.input,
+            teacher=teacher.input if teacher else None,
+            responses=responses,
+            declared_teacher=arguments.declared_teacher,
+        )
         return self.request("sft", recipe, inputs, PhaseChain(recipe, inputs).sft().phases)
 
     def cache(self, arguments: BuildTeacherCache) -> RunRequest:
@@ -78,7 +102,7 @@ class RequestBuilder:
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments.prompts, teacher if teacher.facts else student),
+            prompts=self._prompts(arguments, teacher if teacher.facts else student),
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
@@ -114,8 +138,10 @@ class RequestBuilder:
         require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
         require_topk(cache, recipe)
         teacher = self._teacher_of(cache, arguments.teacher)
-        evaluation = None if arguments.eval_prompts is None else self.references.prompts(arguments.eval_prompts).input
-        prompts = None if arguments.prompts is None else self.references.prompts(arguments.prompts).input
+        evaluation, prompts = (
+            None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
+            for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
+        )
         inputs = RunInputs(
             student=student.input,
             teacher=teacher,
@@ -145,7 +171,7 @@ class RequestBuilder:
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=self._prompts(arguments.prompts, model),
+            prompts=self._prompts(arguments, model),
         )
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
@@ -157,7 +183,7 @@ class RequestBuilder:
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
-        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments.prompts, model))
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
@@ -165,9 +191,14 @@ class RequestBuilder:
         made = self.artifacts.made_by([phase.key for phase in phases])
         return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=with_satisfied(phases, made))
 
-    def _prompts(self, value: str | list[str], model: ResolvedModel) -> DataInput:
-        prompts = self.references.prompts(value)
-        mean = mean_prompt_tokens(model.facts.path, prompts.rows) if model.facts else None
+    def _prompts(
+        self,
+        arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel,
+        model: ResolvedModel,
+    ) -> DataInput:
+        columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
+        prompts = self.references.prompts(arguments.prompts, columns)
+        mean = mean_prompt_tokens(model.facts.path, prompts.scan) if model.facts else None
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
 
     def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:
@@ -176,7 +207,7 @@ class RequestBuilder:
             teacher = self.references.model(reference)
             named = cache.manifest.teacher.remote == "named"  # its weights were never seen
             identity = teacher.input.identity
-            if identity and not named and not identity.same_weights(cache.manifest.teacher):
+            if identity and not named and not identity.same_model(cache.manifest.teacher):
                 raise ConsistencyError(
                     "teacher_mismatch",
                     f"The teacher cache holds log-probs of {cache.manifest.teacher.label()}, "
@@ -186,17 +217,17 @@ class RequestBuilder:
                 )
             return teacher.input
         made_by = self._inputs_of(cache)
-        path = made_by.teacher.path if made_by and made_by.teacher else None
-        if path is None or not Path(path).is_dir():
+        path = self.references.allowed(made_by.teacher.path if made_by and made_by.teacher else None)
+        if path is None or not path.is_dir():
             return None
-        teacher = self.references.model(path)
-        same = teacher.input.identity and teacher.input.identity.same_weights(cache.manifest.teacher)
+        teacher = self.references.model(str(path))
+        same = teacher.input.identity and teacher.input.identity.same_model(cache.manifest.teacher)
         return teacher.input if same else None
 
     def _prompts_of(self, cache: ResolvedCache) -> DataInput | None:
         made_by = self._inputs_of(cache)
         prompts = made_by.prompts if made_by else None
-        return prompts if prompts and prompts.path and Path(prompts.path).exists() else None
+        return prompts if prompts and self.references.allowed(prompts.path) else None
 
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None

@@ -14,6 +14,7 @@ from opd_mcp.schemas.memory import (
     TILE_BYTES,
     CheckpointingPolicy,
     ModelShape,
+    StepSize,
     micro_tokens,
     optimizer_bytes,
     saved_bytes,
@@ -136,15 +137,9 @@ class Workload:
 
     def _training(self, section: SftRecipe | DistillRecipe, length: float, room: Room) -> Work:
         tokens = section.batch_size * length
-        memory = training_memory(
-            self.student,
-            precision=section.optimizer.precision,
-            checkpointing=section.activation_checkpointing,
-            tokens=micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens)),
-            dtype=self.recipe.runtime.dtype,
-            device=room.device,
-            room=room.memory,
-        )
+        micro = micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens))
+        step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device)
+        memory = training_memory(self.student, step, section.activation_checkpointing, room.memory)
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         flops = 6.0 * self.student.parameters * section.steps * tokens
         return Work(flops, passes, memory.total, memory.policy)
@@ -212,13 +207,15 @@ def workload_of(
     room: Room | None = None,
     inspect: Callable[[Path], ModelFacts] = inspect_model,
 ) -> Workload | None:
-    """The workload of a run whose models are here; None while one is still to be fetched.
+    """The workload of a run whose models and data are here; None while one is still to be fetched.
 
     A run with one model counts it as both. `inspect` may be a cache's; without `room`, memory is no limit.
     """
     first, second = inputs.student or inputs.model, inputs.teacher
     student, teacher = first or second, second or first
     if student is None or teacher is None or student.path is None or teacher.path is None:
+        return None
+    if any(data is not None and data.path is None for data in (inputs.prompts, inputs.sft_prompts, inputs.responses)):
         return None
     own, scoring = model_shape(inspect(Path(student.path))), model_shape(inspect(Path(teacher.path)))
     return Workload(recipe, own, scoring, data_size(inputs), room or Room())

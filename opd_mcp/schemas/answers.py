@@ -1,4 +1,4 @@
-"""What the tools that look answer: the set-up, metrics, logs, artifacts, the dashboard; and what gc removes."""
+"""The answers of the reading tools: set-up, metrics, logs, artifacts, dashboard; and what gc removes."""
 
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class MetricSeries(Schema):
 
 
 class RunMetrics(Schema):
-    """One run's series and what they say."""
+    """One run's series and their diagnosis."""
 
     run_id: str
     kind: RunKind
@@ -140,11 +140,11 @@ class GarbageReport(Schema):
     removed: bool
     bytes: int
     items: list[Leftover]
-    kept: list[str] = Field(default_factory=list, description="what could not be judged, and why")
+    kept: list[str] = Field(default_factory=list, description="what had to be kept, and why")
 
 
 class Device(Schema):
-    """Something a run computes on; `slots` runs fit at a time, `slots_busy` of them are taken."""
+    """A device that runs compute on; `slots` runs fit at the same time, `slots_busy` are taken."""
 
     kind: Literal["cpu", "cuda"]
     name: str

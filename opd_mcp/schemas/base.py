@@ -38,10 +38,10 @@ class Schema(BaseModel):
 
 
 class Record(Schema):
-    """What a file of ours holds as a whole: it names its schema version, and seals itself with its own hash.
+    """The content of one of our files: it names its schema version and is sealed with its own hash.
 
-    Earlier versions are brought forward when they are read: `upgrades[n]` turns the values of version n + 1 into those
-    of version n + 2. A later version than this program's, and a seal that does not fit, are ValidationErrors.
+    Earlier versions are upgraded when they are read: `upgrades[n]` turns the values of version n + 1 into those of
+    version n + 2. A version later than this program's, and a seal that does not match, are ValidationErrors.
     """
 
     upgrades: ClassVar[tuple[Callable[[dict[str, Any]], dict[str, Any]], ...]] = ()
@@ -64,7 +64,7 @@ class Record(Schema):
     def _brought_forward(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        # The seal first, over what was written: an upgrade changes the values.
+        # The seal is checked first, over the values as written: an upgrade changes them.
         seal = values.get("self_sha256")
         if seal and seal != content_hash({**values, "self_sha256": ""}):
             raise ValueError("its content is not what was written")
@@ -90,7 +90,7 @@ def _escaped(value: Any, keep: str) -> Any:
 
 
 def unchanged(values: dict[str, Any]) -> dict[str, Any]:
-    """The upgrade to a version that only adds fields that may be absent."""
+    """The upgrade to a version that only adds optional fields."""
     return values
 
 

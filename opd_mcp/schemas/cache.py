@@ -1,4 +1,4 @@
-"""The teacher cache's manifest: what is in the shards, who made it, and what it looks like in numbers."""
+"""The teacher cache's manifest: what is in the shards, which models made them, and their statistics."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from opd_mcp.schemas.recipes import Sampling
 class Shard(Schema):
     """One Parquet file of the cache."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$", description="a name beside the manifest")
+    file: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$", description="a name next to the manifest")
     rows: int
     tokens: int = Field(description="response tokens")
     prompt_tokens: int
@@ -20,7 +20,7 @@ class Shard(Schema):
 
 
 class RolloutStatistics(Schema):
-    """What the rollouts look like; each value over all rows of the data set."""
+    """Statistics of the rollouts; each value over all rows of the data set."""
 
     rows: int
     response_tokens: int
@@ -44,7 +44,7 @@ class ScoreStatistics(Schema):
 
 
 class BuildLayout(Schema):
-    """How rows were dealt out: shard n holds rows n·shard_rows …, drawn with random streams of its own."""
+    """How rows are divided into shards: shard n has rows n·shard_rows …, drawn with its own random streams."""
 
     rows: int
     shard_rows: int
@@ -53,7 +53,7 @@ class BuildLayout(Schema):
 
 
 class PromptHygiene(Schema):
-    """What is odd in the prompts, counted."""
+    """Counts of duplicate, over-long and overlapping prompts."""
 
     prompts: int = 0
     over_long_prompts: int = Field(0, description="left out: empty, or over prompting.max_prompt_tokens")
@@ -63,7 +63,7 @@ class PromptHygiene(Schema):
 
 
 class Hygiene(PromptHygiene):
-    """What is odd in prompts and rollouts, counted; nothing is left out of a cache without a count here."""
+    """Counts of irregular prompts and rollouts; every row left out of a cache is counted here."""
 
     on_truncated: Literal["keep", "drop", "cap"] = "keep"
     truncated_dropped: int = 0
@@ -134,7 +134,7 @@ class CacheManifest(Record):
 
 
 class SampleRow(Schema):
-    """A row to look at: texts cut, and (token, teacher's log-prob, student's log-prob) of its first and last tokens."""
+    """A row to read: texts cut, and (token, teacher's log-prob, student's log-prob) of its first and last tokens."""
 
     prompt: str
     response: str

@@ -4,9 +4,9 @@ OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
 │   │                              unsafe_weights · unsupported_head · special_file · unsafe_folder ·
-│   │                              unsafe_config · workspace_missing · unusable_name
+│   │                              unsafe_config · cannot_be_saved · workspace_missing · unusable_name
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
-│   │                              too_large
+│   │                              too_large · unknown_token
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision
@@ -52,7 +52,7 @@ class OpdError(Exception):
         call: "NextAction | None" = None,
     ) -> None:
         self.code = code
-        # Messages quote exceptions and values that others wrote; no border behind this one sees more of them.
+        # Messages quote exceptions and foreign values; every later reader sees at most this much of them.
         self.message = redacted(message)
         self.fix = fix
         self.call = call
@@ -64,7 +64,7 @@ class OpdError(Exception):
         return self.text()
 
     def text(self, call_text: "CallText | None" = None) -> str:
-        """The error in one line; `call_text` words its call for a reader who is not an agent."""
+        """The error in one line; `call_text` words its call for readers other than agents."""
         parts = [f"[{self.code}] {self.message}"]
         if self.value is not None:
             parts.append(f"Got: {self.value!r}.")
@@ -85,7 +85,7 @@ def _rebuild(kind: type[OpdError], code: str, message: str, rest: dict[str, Any]
 
 
 class InputError(OpdError, ValueError):
-    """What the caller gave cannot be used."""
+    """The caller's input cannot be used."""
 
 
 class PathError(InputError):
@@ -121,7 +121,7 @@ class ResourceError(OpdError):
 
 
 class RunError(OpdError):
-    """A run that is not in the state the call needs, or that could not go on."""
+    """A run that is not in the state the call needs, or that could not continue."""
 
 
 def nearest(value: str, valid: Iterable[str]) -> list[str]:

@@ -14,12 +14,17 @@ class ModelIdentity(Schema):
 
     `weights` covers tensor names, dtypes, shapes and sampled bytes, whatever the files are called or how they
     are sharded, so a Hub model and its local copy are one identity. `weights_full` covers every byte and is
-    computed by the worker only.
+    computed by the worker only. Records of earlier versions have no `configuration` and no `encoding`: what is absent
+    on either side is not compared, so such a record still means every model of its weights, whatever its settings.
     """
 
     name: str
     weights: str
+    configuration: str | None = Field(
+        None, description="the settings that decide what the weights compute, in a normal form"
+    )
     tokenizer: str = Field(description="the id → token map")
+    encoding: str | None = Field(None, description="how text becomes ids, besides that map")
     chat_template: str | None = None
     special_tokens: str = Field(description="EOS ids and the special tokens' names")
     weights_full: str | None = None
@@ -28,17 +33,24 @@ class ModelIdentity(Schema):
     )
     probe: list[float] | None = Field(None, description="a remote teacher's log-probs of the probe sequence")
 
-    def same_weights(self, other: "ModelIdentity") -> bool:
-        """Whether both are the same network with the same parameters."""
-        return self.weights == other.weights
+    def same_model(self, other: "ModelIdentity") -> bool:
+        """Whether both compute the same log-probs of the same ids: weights and configuration."""
+        return not self.differences(other) & {"weights", "configuration"}
+
+    def differences(self, other: "ModelIdentity") -> set[str]:
+        """The names of the hashes that differ, `weights_full` left out; what only one side knows is not compared."""
+        known = {name for name in ("configuration", "encoding") if getattr(self, name) and getattr(other, name)}
+        compared = {"weights", "tokenizer", "chat_template", "special_tokens"} | known
+        return {name for name in compared if getattr(self, name) != getattr(other, name)}
 
     def label(self) -> str:
-        """Readable and unambiguous: the name and the first twelve digits of the weights' hash."""
-        return f"{self.name}@{self.weights[:12]}"
+        """Readable and unambiguous: the name, twelve digits of the weights' hash, six of the configuration's."""
+        configuration = f"+{self.configuration[:6]}" if self.configuration else ""
+        return f"{self.name}@{self.weights[:12]}{configuration}"
 
 
 class RemoteTeacher(Schema):
-    """A teacher behind a URL. Its key is in the environment of whoever asks, and in no record."""
+    """A teacher behind a URL. Its key is in the caller's environment, never in a record."""
 
     name: str = Field(description="the model's name on the server, and its declared identity")
     url: str

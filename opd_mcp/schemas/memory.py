@@ -1,7 +1,7 @@
-"""How many bytes a training step holds: one arithmetic for the plan (jobs) and for the engine's choices.
+"""How many bytes a training step holds: one arithmetic for the plan and for the engine's choices.
 
-The bytes of a layer's activations are what autograd was seen to keep for packed Qwen3 layers; other classes differ by a
-few values a token. `tests/engine/training/test_activations.py` measures them again.
+The bytes of a layer's activations are what autograd was measured to keep for packed Qwen3 layers; other classes
+differ by a few values per token. `tests/engine/training/test_activations.py` measures them again.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
 
 CheckpointingPolicy = Literal["none", "selective", "full"]
 POLICIES: tuple[CheckpointingPolicy, ...] = ("none", "selective", "full")
-# Logits that are alive at a time: one tile, however many tokens a micro-batch has.
+# Logits alive at the same time: one tile, whatever the micro-batch size.
 TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 # 8-bit optimizer state: values that share a scale.
 BLOCK = 256
-# What fits must leave this share for the allocator's gaps and for what no formula knows.
+# Share of memory left free for the allocator's gaps and for what the formulas do not cover.
 USABLE_SHARE = 0.9
-# Bytes a token that a layer keeps, by width (residual stream, queries, keys, feed-forward). Under autocast the norms
+# Bytes per token that a layer keeps, by width (residual stream, queries, keys, feed-forward). Under autocast the norms
 # and the residual stream stay float32; with bf16 weights the norms do. Compiled layers keep what matrix products and
 # attention read, and compute the rest again.
 LAYER_BYTES = {
@@ -46,7 +46,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, parameters: int, vocab: int, setting: Callable[[str], int | None]) -> Self:
-        """The shape by the (text) config's settings; what it lacks is counted as small."""
+        """The shape by the (text) config's settings; missing settings count as small."""
         hidden = setting("hidden_size") or 1
         heads = setting("num_attention_heads") or 1
         width = setting("head_dim") or hidden // heads
@@ -83,29 +83,39 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
-def training_memory(
-    shape: ModelShape,
-    *,
-    precision: Precision,
-    checkpointing: ActivationCheckpointing,
-    tokens: int,
-    dtype: Literal["float32", "bfloat16"],
-    device: str,
-    room: int,
-    compiled: bool = False,
-) -> TrainingMemory:
-    """The memory of a step whose largest micro-batch holds `tokens`; `auto` takes the first policy that fits `room`.
+@dataclass(frozen=True)
+class StepSize:
+    """What decides the memory of a training step besides its model: `tokens` are those of the largest micro-batch.
 
-    `compiled` layers keep less; a plan, which cannot know whether they will be, counts plain ones.
+    `compiled` layers keep less; a plan cannot know whether layers will be compiled and assumes plain ones.
     """
+
+    precision: Precision
+    tokens: int
+    dtype: Literal["float32", "bfloat16"]
+    device: str
+    compiled: bool = False
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype of the layers' computation: float32, bf16 copies of float32 weights (autocast), or bf16 weights."""
+        if not keeps_float32(self.precision):
+            return "bf16"
+        return "autocast" if self.dtype == "bfloat16" else "float32"
+
+
+def training_memory(
+    shape: ModelShape, step: StepSize, checkpointing: ActivationCheckpointing, room: int
+) -> TrainingMemory:
+    """The memory of a step; `auto` takes the first checkpointing policy that fits `room`, in bytes."""
     policies = POLICIES if checkpointing == "auto" else (checkpointing,)
-    found = [_memory_with(policy, shape, precision, tokens, dtype, device, compiled) for policy in policies]
+    found = [_memory_with(policy, shape, step) for policy in policies]
     return next((memory for memory in found if memory.total <= USABLE_SHARE * room), found[-1])
 
 
-def micro_tokens(budget: int, longest: int, total: int) -> int:
-    """Tokens of a step's largest micro-batch: the budget, or a longer row; no more than the step has."""
-    return min(max(budget, longest), total)
+def micro_tokens(micro_batch_tokens: int, longest: int, total: int) -> int:
+    """Tokens of a step's largest micro-batch: the setting, or a longer row; no more than the step has."""
+    return min(max(micro_batch_tokens, longest), total)
 
 
 def keeps_float32(precision: Precision) -> bool:
@@ -131,38 +141,31 @@ def optimizer_bytes(precision: Precision, shape: ModelShape) -> int:
 
 
 def saved_bytes(precision: Precision) -> int:
-    """Bytes a parameter of the trained model on the disk: its master weights."""
+    """Bytes per parameter of the trained model on the disk: its master weights."""
     return 4 if keeps_float32(precision) or precision == "split_master" else 2
 
 
-def _memory_with(
-    policy: CheckpointingPolicy,
-    shape: ModelShape,
-    precision: Precision,
-    tokens: int,
-    dtype: str,
-    device: str,
-    compiled: bool,
-) -> TrainingMemory:
-    arithmetic = "bf16" if not keeps_float32(precision) else "autocast" if dtype == "bfloat16" else "float32"
+def _memory_with(policy: CheckpointingPolicy, shape: ModelShape, step: StepSize) -> TrainingMemory:
+    arithmetic, precision, tokens = step.arithmetic, step.precision, step.tokens
     narrow = arithmetic != "float32"
     # autocast keeps a bf16 copy of float32 weights until the backward is done
     copies = 2 if arithmetic == "autocast" else 0
-    tile = min(4 * tokens * shape.vocab, TILE_BYTES.get(device, TILE_BYTES["cpu"]))
+    tile = min(4 * tokens * shape.vocab, TILE_BYTES.get(step.device, TILE_BYTES["cpu"]))
     head_copy = 4 * shape.vocab * shape.hidden if narrow else 0
     return TrainingMemory(
         policy=policy,
         weights=(weight_bytes(precision) + copies) * shape.parameters,
         gradients=4 * shape.parameters,
         optimizer=optimizer_bytes(precision, shape),
-        activations=tokens * _token_bytes(policy, shape, arithmetic, compiled),
+        activations=tokens * _token_bytes(policy, shape, step),
         head=tile + (tile // 2 if narrow else 0) + head_copy + 12 * tokens * shape.hidden,
     )
 
 
-def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, arithmetic: str, compiled: bool) -> int:
-    # what is computed again may run uncompiled
-    kind = "compiled_autocast" if compiled and arithmetic == "autocast" and policy == "none" else arithmetic
+def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, step: StepSize) -> int:
+    arithmetic = step.arithmetic
+    # recomputed layers may run uncompiled
+    kind = "compiled_autocast" if step.compiled and arithmetic == "autocast" and policy == "none" else arithmetic
     whole = sum(width * each for width, each in zip(shape.widths(), LAYER_BYTES[kind], strict=True))
     if policy == "none":
         return (shape.layers + 1) * whole
@@ -170,5 +173,5 @@ def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, arithmetic: str
     kept = (2 if arithmetic == "bf16" else 4) * shape.hidden
     if policy == "selective":
         kept += value * sum(width * each for width, each in zip(shape.widths(), SELECTIVE_VALUES, strict=True))
-    # one layer at a time is computed again, and differentiated
+    # one layer at a time is recomputed and differentiated
     return shape.layers * kept + 2 * whole

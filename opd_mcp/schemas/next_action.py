@@ -13,8 +13,8 @@ class NextAction(Schema):
 
     tool: str | None = None
     arguments: dict[str, Any] = Field(default_factory=dict)
-    missing: list[str] | None = Field(None, description="arguments that the caller adds")
-    why: str | None = Field(None, description="the reason, and what to know or to do before the call")
+    missing: list[str] | None = Field(None, description="arguments to add")
+    why: str | None = Field(None, description="reason, and what to do first")
 
     def call_text(self) -> str:
         """The call as agents read it, e.g. `Call get_run_status(run_id='x', wait_seconds=25)`; empty without a tool."""
@@ -23,7 +23,7 @@ class NextAction(Schema):
         return f"Call {self.tool}({', '.join([*added, *given])})" if self.tool else ""
 
     def with_why(self, why: str) -> "NextAction":
-        """The same call for another reason."""
+        """The same call with another reason."""
         return self.model_copy(update={"why": why})
 
     def filled(self, **known: Any) -> "NextAction":
@@ -43,7 +43,7 @@ def next_call(tool: str, why: str | None = None, *, missing: Iterable[str] = (),
 
 
 def resume_call(run_id: str | None = None) -> NextAction:
-    """Resuming a run; the run that fails with it fills in its own id."""
+    """Resuming a run; the failing run fills in its own id."""
     return next_call("resume_run", run_id=run_id) if run_id else next_call("resume_run", missing=["run_id"])
 
 

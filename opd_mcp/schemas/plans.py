@@ -1,4 +1,4 @@
-"""Plans: what would run, on what basis, and what stands in the way."""
+"""Plans: what would run, on what basis, and what blocks it."""
 
 from typing import Literal, Self
 
@@ -31,7 +31,7 @@ class PhaseEstimate(Schema):
 
 
 class MethodEstimate(Schema):
-    """Cost of one method, all of its phases that are still to run."""
+    """Cost of one method: all phases that are still to run."""
 
     method: Literal["lightning", "live", "sft"]
     flops: float
@@ -53,7 +53,7 @@ class Finding(Schema):
 
     @classmethod
     def of_error(cls, error: OpdError) -> Self:
-        """What an error would say, as a finding."""
+        """An error as a finding."""
         return cls(code=error.code, message=error.message, fix=error.fix, call=error.call)
 
 

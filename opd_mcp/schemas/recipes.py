@@ -11,6 +11,8 @@ Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl"]
 Normalize = Literal["sample", "token"]
 CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
+TrainTurns = Literal["all", "last"]
+SaveDtype = Literal["input", "float32", "bfloat16"]
 Preset = Literal["quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
@@ -31,12 +33,14 @@ class PromptingRecipe(Schema):
     """How a prompt becomes token ids, and which ids end a response."""
 
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    eos_token_ids: list[int] | None = Field(None, description="default: the teacher's, from its config files")
+    eos_token_ids: list[int] | None = Field(
+        None, description="default: the teacher's, of its generation config, its tokenizer and its chat template"
+    )
     max_prompt_tokens: PositiveInt = 2048
 
 
 class Sampling(Schema):
-    """How tokens are drawn; log-probs are always stored untruncated at temperature 1, whatever is set here."""
+    """How tokens are drawn; log-probs are always stored untruncated at temperature 1, regardless of these settings."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] = Field(1.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -74,10 +78,21 @@ class SftRecipe(Schema):
     steps: PositiveInt = 250
     batch_size: PositiveInt = 32
     max_length: PositiveInt = 4096
+    train_turns: TrainTurns = Field(
+        "all", description="of a chat: learn every turn of the assistant, or only the last; the rest is context"
+    )
+    on_truncated: Literal["drop", "keep"] = Field(
+        "drop", description="responses that the length limit cut: left out, or learnt without an end"
+    )
     optimizer: OptimizerRecipe = OptimizerRecipe(learning_rate=8e-5, schedule="cosine", warmup_steps=25)
     micro_batch_tokens: PositiveInt = Field(16384, description="padded tokens in one forward pass")
     activation_checkpointing: ActivationCheckpointing = Field(
         "auto", description="what the backward computes again; 'auto' takes the least that fits the memory"
+    )
+    save_dtype: SaveDtype = Field(
+        "input",
+        description="what the student's weights are saved in; 'input': as the student was given, or as "
+        "`precision` kept them where that is narrower",
     )
 
 
@@ -116,6 +131,7 @@ class DistillRecipe(Schema):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     micro_batch_tokens: PositiveInt = 16384
     activation_checkpointing: ActivationCheckpointing = "auto"
+    save_dtype: SaveDtype = "input"
 
 
 class BenchmarkRecipe(Schema):
@@ -158,7 +174,7 @@ class BenchmarkRecipe(Schema):
 
 
 class CheckpointRecipe(Schema):
-    """When training is saved on the way; decides nothing of the result, so it is in no phase's key."""
+    """When checkpoints are written; this does not affect the result, so it is in no phase's key."""
 
     steps: PositiveInt | None = Field(None, description="every so many steps; default: by time")
     seconds: PositiveFloat = Field(60.0, description="by time: this often at most, and never over 4 % of training time")
@@ -171,7 +187,7 @@ class SampleRecipe(Schema):
 
 
 class Recipe(Schema):
-    """The resolved recipe of a run, written beside its results."""
+    """The resolved recipe of a run, written next to its results."""
 
     preset: Preset = "quick"
     runtime: RuntimeRecipe = RuntimeRecipe()

@@ -1,4 +1,4 @@
-"""Secrets taken out of what is written or answered: known values, and what looks like a token, key or password."""
+"""Secrets removed from everything written or answered: known values, and what looks like a token, key or password."""
 
 import json
 import re
@@ -19,9 +19,9 @@ _SHAPES = (
 
 
 def environment_secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The values of variables that are named like secrets, in their JSON and URL spellings too, longest first."""
+    """The values of variables with names of secrets, also in their JSON and URL spellings, longest first."""
     found = {value.strip() for name, value in environment.items() if SECRET_NAMES.search(name)}
-    # A path is where a secret lies, not the secret.
+    # A path points to a secret; it is not the secret.
     long = [value for value in found if len(value) >= MIN_SECRET_CHARACTERS and not value.startswith("/")]
     spelt = {form for value in long for form in (value, json.dumps(value)[1:-1], quote(value, safe=""))}
     return tuple(sorted(spelt, key=len, reverse=True))
@@ -34,7 +34,7 @@ def holds_secret(value: Any, secrets: Iterable[str] = ()) -> bool:
 
 
 def redacted(text: str, secrets: Iterable[str] = ()) -> str:
-    """The text without the secrets and without anything that has a secret's shape."""
+    """The text without the secrets and without anything that looks like a secret."""
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
     for shape, replacement in _SHAPES:
@@ -69,7 +69,7 @@ class RedactingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what is there, finished or not."""
+        """Pass on all buffered text, also an unfinished line."""
         if self._rest:
             self._stream.write(redacted(self._rest, self._secrets))
             self._rest = ""

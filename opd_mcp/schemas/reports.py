@@ -1,10 +1,10 @@
-"""Reports: the numbers at the end, each with how it was obtained."""
+"""Reports: the final numbers, each with how it was obtained."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Record, Schema
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName, Precision
@@ -24,7 +24,7 @@ class Estimate95(Schema):
 
 
 class StageCost(Schema):
-    """What one stage took."""
+    """Cost of one stage."""
 
     stage: str
     seconds: float
@@ -33,6 +33,18 @@ class StageCost(Schema):
     tokens_per_second: float | None = None
     device: str | None = None
     reused: bool = False
+
+
+class SftRows(Schema):
+    """What became of the rows of an SFT data set; a chat gives one target per trained assistant turn."""
+
+    rows: int
+    targets: int = 0
+    truncated: int = Field(0, description="responses that the length limit cut")
+    too_long: int = Field(0, description="targets over sft.max_length tokens with their prompt")
+    empty: int = Field(0, description="rows without a prompt, or without a response")
+    refused: int = Field(0, description="chats that the template has no place for")
+    cut: int = Field(0, description="targets that had text after the end of the turn, which is not learnt")
 
 
 class TrainingSummary(Schema):
@@ -53,16 +65,17 @@ class TrainingSummary(Schema):
     )
     packed: bool = Field(True, description="false: rows were padded in length buckets, since the class does not pack")
     throughput: "Throughput | None" = None
+    sft_rows: SftRows | None = None
 
 
 class Throughput(Schema):
     """How fast a training stage was, and where its time went."""
 
-    tokens_per_second: float = Field(description="response tokens a second of the loop")
-    model_flops: float = Field(description="of all steps: 6 a parameter and token, plus attention; no recomputation")
+    tokens_per_second: float = Field(description="response tokens per second of the loop")
+    model_flops: float = Field(description="of all steps: 6 per parameter and token, plus attention; no recomputation")
     flops_per_second: float
     utilisation: float = Field(description="flops_per_second over matmul_peak")
-    matmul_peak: float = Field(description="operations a second of a large matmul in this run's dtype, same process")
+    matmul_peak: float = Field(description="operations per second of a large matmul in this run's dtype, same process")
     peak_memory_bytes: int
     estimated_memory_bytes: int | None = Field(
         None, description="weights, gradients, optimizer, activations and logits as the plan counts them, for this data"
@@ -72,7 +85,7 @@ class Throughput(Schema):
 
 
 class GradedAnswers(Schema):
-    """How many responses were graded, and how many of them held no answer that the grader could find."""
+    """How many responses were graded, and in how many of them the grader found no answer."""
 
     responses: int
     without_answer: int
@@ -100,7 +113,7 @@ class ModelScore(Schema):
 
 
 class Comparison(Schema):
-    """Candidate against baseline on the same prompts; the difference is paired by prompt."""
+    """Candidate compared with baseline on the same prompts; the difference is paired by prompt."""
 
     candidate: str
     baseline: str
@@ -128,3 +141,29 @@ class BenchmarkReport(Schema):
     costs: list[StageCost] = Field(default_factory=list)
     alerts: list[Alert] = Field(default_factory=list, description="of the run that made the report, the last 20")
     warnings: list[str] = Field(default_factory=list, description="what made this slower or less sure than it could be")
+
+
+class LoopState(Schema):
+    """The state of a training loop between two steps; times in seconds, over all attempts."""
+
+    step: int = Field(0, description="steps taken; the next one is this step, counted from 0")
+    micro_batch_tokens: int
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    seconds_generation: float = 0.0
+    seconds_scoring: float = 0.0
+    parts: dict[str, float] = Field(default_factory=dict, description="seconds by part of a step")
+    recent: list[dict[str, float]] = Field(default_factory=list, description="metrics of the last steps")
+
+
+class CheckpointRecord(Record):
+    """`checkpoint.json`."""
+
+    fingerprint: str = Field(description="hash of the settings and the parameters' shapes: whose checkpoint this is")
+    state: LoopState
+    journal_position: int = Field(description="the journal's records up to here were durable when this was written")
+    threads: int
+    torch: str
+    device: str
+    files: dict[str, str] = Field(description="sha256 of each file")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
@@ -14,17 +14,24 @@ from opd_mcp.schemas.runs import RunKind, RunState
 Reference = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
-    Field(description="absolute path, artifact id, run id or Hub id"),
+    Field(description="absolute path, artifact, run or Hub id"),
 ]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
-    Field(description="reference to JSONL/Parquet prompts, or up to 200 inline"),
+    Field(description="prompts by reference, or up to 200 inline"),
 ]
+# The listing of six tools holds it; only plan_distillation's says what it is, and docs/data.md has the rest.
+Columns = Annotated[
+    dict[Annotated[str, StringConstraints(max_length=60)], Annotated[str, StringConstraints(max_length=200)]],
+    Field(max_length=30),
+    WithJsonSchema({"type": "object", "maxProperties": 30}),
+]
+DescribedColumns = Annotated[Columns, Field(description="e.g. {'answer': 'meta.gold'}")]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much a JSON-ready value may hold: levels of nesting, values, characters of one text and of all together."""
+    """Bounds of a JSON-ready value: levels of nesting, values, characters of one text and of all texts."""
 
     depth: int
     values: int
@@ -36,7 +43,7 @@ OVERRIDE_BOUNDS = Bounds(depth=8, values=1_000, text=2_000, characters=2_000_000
 
 
 def levels(value: Any) -> Iterator[list[Any]]:
-    """A JSON-ready value level by level, so that depth costs no stack: the value, then what it holds, and so on."""
+    """A JSON-ready value level by level, so that depth costs no stack: the value, then its members, and so on."""
     level = [value]
     while level:
         yield level
@@ -45,7 +52,7 @@ def levels(value: Any) -> Iterator[list[Any]]:
 
 
 def excess(value: Any, bounds: Bounds) -> str | None:
-    """What of a JSON-ready value goes beyond the bounds; None for one within them."""
+    """How a JSON-ready value exceeds the bounds; None for one within them."""
     values = characters = 0
     for depth, level in enumerate(levels(value), start=1):
         values += len(level)
@@ -62,7 +69,7 @@ def excess(value: Any, bounds: Bounds) -> str | None:
 
 
 def bounded(value: Any) -> Any:
-    """The JSON-ready value; raises ValueError for one that is too large, too deep, or holds too long a text."""
+    """The JSON-ready value; raises ValueError for one that is too large or too deep, or has too long a text."""
     if found := excess(value, OVERRIDE_BOUNDS):
         raise ValueError(found)
     if any(isinstance(part, int) and abs(part) >= 1 << 63 for level in levels(value) for part in level):
@@ -103,6 +110,7 @@ class PlanDistillation(Schema):
     prompts: Prompts
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None
+    columns: DescribedColumns | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
     preset: Preset = "quick"
@@ -116,6 +124,7 @@ class GenerateTeacherResponses(Schema):
 
     teacher: Reference
     prompts: Prompts
+    columns: Columns | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
 
@@ -125,6 +134,7 @@ class StartSft(Schema):
 
     student: Reference
     responses: Reference
+    columns: Columns | None = None
     declared_teacher: DeclaredTeacher | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
@@ -136,6 +146,7 @@ class BuildTeacherCache(Schema):
     teacher: Reference
     student: Reference
     prompts: Prompts
+    columns: Columns | None = None
     teacher_url: Annotated[str, Field(max_length=500, description="server of `teacher`")] | None = None
     topk: Annotated[int, Field(ge=0, le=256, description="teacher's top-k log-probs to store")] | None = None
     dtype: CacheDtype | None = None
@@ -167,6 +178,7 @@ class StartDistillation(Schema):
     prompts: Prompts | None = None
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None
+    columns: Columns | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
     preset: Preset = "quick"
@@ -182,6 +194,7 @@ class BenchmarkStudent(Schema):
 
     model: Reference
     prompts: Prompts
+    columns: Columns | None = None
     teacher: Reference | None = None
     baselines: Annotated[list[Reference], Field(max_length=8)] = Field(default_factory=list)
     samples_per_prompt: Annotated[int, Field(ge=0, le=64, description="0: greedy accuracy only")] | None = None

@@ -34,7 +34,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     """The preset with the overrides applied.
 
     Raises ArgumentError: `unknown_override` with the nearest keys, `invalid_argument` for a bad value, or
-    `lossy_precision` where bf16 would round training away; ResourceError `missing_package` for a precision whose
+    `lossy_precision` if bf16 would round the updates away; ResourceError `missing_package` for a precision whose
     library is not installed.
     """
     values = _merged(Recipe().model_dump(), preset_values(preset))
@@ -79,14 +79,14 @@ def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 LEAST_BF16_RATE = 1e-4
-# Weights of language models spread about this much; noisy gradients let Adam move them by half its learning rate.
+# Typical spread of language-model weights; with noisy gradients Adam moves them by half its learning rate.
 USUAL_SPREAD, USUAL_MOVE = 0.02, 0.5
-# Below this, a bf16 moment is rounded back to where it was.
+# A smaller relative change of a bf16 moment is rounded away.
 LEAST_BF16_CHANGE = 2.0**-8
 
 
 def lost_share(learning_rate: float, spread: float = USUAL_SPREAD) -> float:
-    """About what share of updates rounding to the nearest bf16 undoes, of normal weights that spread by `spread`.
+    """The approximate share of updates that rounding to bf16 undoes, for normal weights of deviation `spread`.
 
     A weight in [2^e, 2^(e+1)) keeps its value unless it moves by 2^(e−8), half the distance to its neighbour.
     """
@@ -95,9 +95,9 @@ def lost_share(learning_rate: float, spread: float = USUAL_SPREAD) -> float:
 
 
 def require_kept_updates(recipe: OptimizerRecipe, section: str) -> None:
-    """Raise ArgumentError `lossy_precision` for settings under which bf16 would round training away.
+    """Raise ArgumentError `lossy_precision` for settings with which bf16 would round the updates away.
 
-    `section` names the recipe's part, for the message.
+    `section` is the recipe's section, for the message.
     """
     if recipe.precision == "bf16" and recipe.learning_rate < LEAST_BF16_RATE:
         raise ArgumentError(

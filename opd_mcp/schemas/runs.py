@@ -14,6 +14,8 @@ RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "los
 PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample"]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
+TOKENIZER_FOLDER = "tokenizer"
+"""Where responses, rollouts and caches keep the tokenizer and template that they were made with."""
 
 
 class ModelInput(Schema):
@@ -29,6 +31,32 @@ class ModelInput(Schema):
     parameters: int | None = None
 
 
+class SkippedRow(Schema):
+    """A row that cannot be used."""
+
+    place: str = Field(description="file and line, or file and row of a table, from 1")
+    reason: str
+
+
+class UnderstoodData(Schema):
+    """How a data set was read."""
+
+    shape: str = Field(description="e.g. 'question/answer'; 'columns' where the caller named them; docs/data.md")
+    columns: dict[str, str] = Field(default_factory=dict, description="path of the field that each part is read from")
+    unused: list[str] = Field(default_factory=list, description="fields that are not read")
+    files: int = 1
+    rows: int = Field(0, description="rows that can be used")
+    skipped: int = Field(0, description="rows that cannot be used and are left out")
+    skipped_by_reason: dict[str, int] = Field(default_factory=dict)
+    skipped_rows: list[SkippedRow] = Field(default_factory=list, description="the first of them")
+    notes: list[str] = Field(default_factory=list)
+
+    @property
+    def skipped_share(self) -> float:
+        """Skipped rows as a share of all, from 0 to 1."""
+        return self.skipped / max(self.rows + self.skipped, 1)
+
+
 class DataInput(Schema):
     """Prompts or responses as resolved for a run."""
 
@@ -40,6 +68,8 @@ class DataInput(Schema):
     rows: int | None = None
     rows_with_answer: int | None = None
     mean_prompt_tokens: float | None = None
+    columns: dict[str, str] | None = Field(None, description="fields by part, as the caller named them")
+    understood: UnderstoodData | None = Field(None, description="how it was read; absent for data still to be fetched")
     sft_teacher: TeacherClaim | None = None
 
 
@@ -95,7 +125,7 @@ class RunRecord(Record):
 
 
 class Quotas(Schema):
-    """Bounds on what the runs of a workspace may take; absent means unbounded."""
+    """Limits on the runs of a workspace; absent means unlimited."""
 
     max_running_runs: int | None = Field(None, ge=1, description="runs that are queued or running at a time")
     max_gpu_hours: float | None = Field(None, gt=0, description="hours that one run holds its device, all attempts")
@@ -109,7 +139,7 @@ class WorkspaceSettings(Schema):
 
 
 class Progress(Schema):
-    """Where the current phase stands."""
+    """Progress of the current phase."""
 
     done: int
     total: int
@@ -130,14 +160,14 @@ class Failure(Schema):
 
 
 class MetricTrend(Schema):
-    """The latest value of a metric, and where it is going."""
+    """The latest value of a metric, and its trend."""
 
     last: float | None = None
     trend: Literal["up", "down", "flat"] | None = None
 
 
 class Alert(Schema):
-    """Something the caller should look at while the run goes on."""
+    """Something the caller should look at while the run continues."""
 
     time: str
     code: str

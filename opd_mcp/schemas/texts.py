@@ -26,7 +26,7 @@ def _shown(code: int) -> str:
 
 
 def shortened(text: str, characters: int, advice: str = "") -> str:
-    """The text, or its beginning with how many characters follow, and what to do about them."""
+    """The text, or its beginning with the number of characters left out and advice about them."""
     left = len(text) - characters
     if left <= 0:
         return text
@@ -34,7 +34,7 @@ def shortened(text: str, characters: int, advice: str = "") -> str:
 
 
 def shortened_bytes(text: str, size: int) -> str:
-    """The text, or as much of its beginning as fits with an ellipsis into so many bytes of UTF-8."""
+    """The text, or the beginning that fits, with an ellipsis, into `size` bytes of UTF-8."""
     content = text.encode(errors="replace")
     return text if len(content) <= size else f"{content[: size - 3].decode(errors='ignore')}…"
 

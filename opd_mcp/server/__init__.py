@@ -1,4 +1,4 @@
 """The face: MCP tools, their texts, the app and its transports.
 
-May import schemas, store and jobs; never torch, transformers or the engine.
+May import the service, views and what is below them; never torch, transformers or the engine.
 """

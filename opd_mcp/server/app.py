@@ -2,17 +2,20 @@
 
 import logging
 import sys
+from functools import cache
+from importlib.resources import files
 
 from mcp.server import MCPServer
+from mcp.server.apps import Apps, ResourceCsp
 from mcp.server.caching import CacheHint
 
 import opd_mcp
-from opd_mcp.server.dashboard_app import dashboard_app
 from opd_mcp.server.guidance import INSTRUCTIONS, add_prompts
 from opd_mcp.server.protocol.sdk_tool import sdk_tool
 from opd_mcp.server.protocol.tasks import RunTasks, TasksExtension
 from opd_mcp.server.resources import RunWatcher, add_resources
 from opd_mcp.server.serve import ServerSettings
+from opd_mcp.server.tools.dashboard import PAGE
 from opd_mcp.server.tools.table import offered_tools
 from opd_mcp.service import JobService
 
@@ -43,3 +46,18 @@ def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MC
     add_resources(server, service, settings.secrets)
     add_prompts(server)
     return server
+
+
+def dashboard_app() -> Apps:
+    """The extension that carries the page."""
+    apps = Apps()
+    apps.add_html_resource(
+        PAGE, dashboard_html(), title="Distillation runs", csp=ResourceCsp(connect_domains=[], resource_domains=[])
+    )
+    return apps
+
+
+@cache
+def dashboard_html() -> str:
+    """The page as it is sent."""
+    return (files("opd_mcp.server") / "dashboard.html").read_text(encoding="utf-8")

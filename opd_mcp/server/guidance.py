@@ -19,7 +19,7 @@ Models and data are named by absolute path below an allowed root, artifact id, r
 The teacher of the cache must be the teacher of the student's SFT; a mismatch is refused with the ways out.
 Settings: preset quick, paper or demo; overrides with dotted recipe keys, which the plan lists and opd://recipe-keys \
 explains.
-Runs survive this server; starts are idempotent; resume_run takes up a failed, cancelled or lost run; \
+Runs survive this server; starts are idempotent; resume_run continues a failed, cancelled or lost run; \
 errors read "[code] what. Got: value. Fix: next step"."""
 
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import opd_mcp
 from opd_mcp.schemas.errors import ArgumentError, OpdError
-from opd_mcp.server.dashboard_app import dashboard_html
+from opd_mcp.server.app import dashboard_html
 from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.service import JobService
 

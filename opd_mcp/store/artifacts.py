@@ -8,25 +8,28 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from opd_mcp.identity.files import file_sha256, publish_directory, write_atomic
-from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.identity.lineage import LINEAGE_FILE, read_lineage
+from opd_mcp.identity.signatures import SIGNATURE_FILE
 from opd_mcp.schemas.base import Record, first_problem, unchanged
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.store.files import tree_bytes, tree_sha256
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
+from opd_mcp.store.lineage_key import WorkspaceKey, workspace_key
 from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
 
 ARTIFACT_FILE = "artifact.json"
 BUILDING_PREFIX = ".building-"
 LOCK_SUFFIX = ".lock"
 LOCK_POLL_SECONDS = 0.2
-# Its readers check it, and make it again.
+# Its readers check it and rebuild it.
 DERIVED_FILES = frozenset({"flat.bin"})
 
 
@@ -68,6 +71,30 @@ class ArtifactStore:
         self.workspace = workspace
         self.index = index
 
+    @cached_property
+    def key(self) -> WorkspaceKey:
+        """What signs the lineages that are published here."""
+        return workspace_key(self.workspace)
+
+    def made_here(self, directory: Path) -> bool:
+        """Whether this workspace wrote a directory's lineage, wherever the directory lies now.
+
+        The key's signature says so. An artifact that was published before the workspace had a key has none; it counts
+        where it was published, as its record has the lineage's hash: who can write there can read the key as well.
+        """
+        if (directory / SIGNATURE_FILE).exists():
+            return self.key.key.signed(directory)
+        place = directory.resolve()
+        if place.parent.parent != self.workspace.artifacts or not (place / ARTIFACT_FILE).is_file():
+            return False
+        record, lineage = read_artifact(place).record, place / LINEAGE_FILE
+        return (
+            record.artifact_id == place.name
+            and record.created_at < self.key.created_at
+            and lineage.is_file()
+            and record.files.get(LINEAGE_FILE) == file_sha256(lineage)
+        )
+
     def new_building_directory(self, kind: ArtifactKind) -> Path:
         """An empty directory for a stage's output, on the file system where `publish` renames it."""
         directory = self.workspace.artifacts_of(kind) / (BUILDING_PREFIX + secrets.token_hex(6))
@@ -80,8 +107,8 @@ class ArtifactStore:
     ) -> Iterator[Path | None]:
         """A building directory that outlives its process, held by one process at a time; None when asked to stop.
 
-        It is found again under its name, so the name holds everything that decides its content. Waits while another
-        process builds it.
+        The name identifies the content, so a later process finds the same build again. Waits while another process
+        holds it.
         """
         directory = self.workspace.artifacts_of(kind) / (BUILDING_PREFIX + name)
         lock = build_lock(directory)
@@ -97,7 +124,7 @@ class ArtifactStore:
             directory.mkdir(exist_ok=True, mode=0o700)
             yield directory
         finally:
-            if not directory.exists():  # published or given up: nobody will go on with it
+            if not directory.exists():  # published or abandoned: the build is over
                 lock.unlink(missing_ok=True)
             os.close(descriptor)
 
@@ -110,7 +137,7 @@ class ArtifactStore:
         run_id: str | None = None,
         check_fence: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """Turn a finished building directory into an artifact, durably; `check_fence` raises when it must not.
+        """Turn a finished building directory into an artifact, its lineage signed; `check_fence` raises if it must not.
 
         When another process published the same id with the same key first, its directory is kept and this one is
         removed. Raises IntegrityError `artifact_exists` when that id belongs to something else.
@@ -119,6 +146,7 @@ class ArtifactStore:
             raise ValueError(f"not an id: {artifact_id!r}")
         final = self.workspace.artifacts_of(kind) / artifact_id
         (building / ARTIFACT_FILE).unlink(missing_ok=True)  # of an earlier attempt that died just before its rename
+        self.key.key.sign(building)
         record = ArtifactRecord(
             artifact_id=artifact_id,
             kind=kind,
@@ -145,11 +173,11 @@ class ArtifactStore:
         return Artifact(record, final)
 
     def find_by_key(self, kind: ArtifactKind, key: str) -> Artifact | None:
-        """The oldest artifact of a kind that was made by exactly this; None when there is none on the disk."""
+        """The oldest artifact of a kind with this key; None when there is none on the disk."""
         return next(iter(self.list(kind, key=key)), None)
 
     def made_by(self, keys: Collection[str]) -> dict[str, str]:
-        """The ids of readable artifacts by the keys that made them, the oldest of a key; one question to the index."""
+        """The ids of readable artifacts by key, the oldest one per key; one query of the index."""
         found: dict[str, str] = {}
         for row in self.index.artifacts_of_keys(keys):
             path = self.workspace.artifacts_of(row.kind) / row.artifact_id
@@ -159,7 +187,7 @@ class ArtifactStore:
         return found
 
     def find_made(self, kind: ArtifactKind, artifact_id: str, key: str) -> Artifact | None:
-        """The artifact that was made by exactly this, also one whose maker died before it stood in the index.
+        """The artifact with this key, even if its maker died before it was indexed.
 
         Raises IntegrityError `damaged_file` when its record cannot be read.
         """
@@ -194,9 +222,9 @@ class ArtifactStore:
         )
 
     def list(self, kind: ArtifactKind | None = None, *, key: str | None = None) -> list[Artifact]:
-        """Artifacts oldest first; rows whose directory is gone are forgotten on the way.
+        """Artifacts, oldest first; index rows whose directory is gone are removed.
 
-        One whose record is damaged is passed over, so that it does not hide the others; `damaged` names it.
+        One with a damaged record is skipped, so that it does not hide the others; `damaged` names it.
         """
         found = []
         for row in self.index.artifacts(kind=kind, key=key):
@@ -219,15 +247,15 @@ class ArtifactStore:
 
 
 def build_lock(directory: Path) -> Path:
-    """The lock file of a building directory; it may be there before the directory is, and after it is gone."""
+    """The lock file of a building directory; it may exist before the directory does, and after."""
     return directory.with_name(directory.name + LOCK_SUFFIX)
 
 
 @contextmanager
 def unused_build(directory: Path) -> Iterator[bool]:
-    """Whether no process holds a building directory; none can take it up inside of the block.
+    """Whether no process holds a building directory; inside the block no process can resume it.
 
-    The lock file is left as it was found; whoever removes the directory removes it as well, inside of the block.
+    The lock file stays as it was; a caller that removes the directory removes the lock file too, inside the block.
     """
     lock = build_lock(directory)
     there = lock.exists()
@@ -242,7 +270,7 @@ def unused_build(directory: Path) -> Iterator[bool]:
 
 
 def _locked(lock: Path) -> int | None:
-    """A descriptor that holds the lock, or None when another process does; the kernel frees it with the process."""
+    """A descriptor that holds the lock, or None when another process does; the kernel frees it at the process's end."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,7 +292,7 @@ def read_artifact(path: Path) -> Artifact:
             "damaged_file",
             f"artifact.json cannot be used ({first_problem(error)}).",
             value=file,
-            fix="Remove this artifact's directory; a run that needs it makes it anew.",
+            fix="Remove this artifact's directory; a run that needs it makes it again.",
         ) from error
 
 
@@ -277,7 +305,7 @@ def require_intact(artifact: Artifact) -> None:
                 "damaged_file",
                 f"{name} of {artifact.artifact_id} is missing or not what was written.",
                 value=file,
-                fix="Restore the file from a copy; or move this directory away, and a resumed run makes it anew.",
+                fix="Restore the file from a copy; or move this directory away, and a resumed run makes it again.",
             )
 
 

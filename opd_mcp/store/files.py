@@ -39,7 +39,7 @@ def tree_sha256(directory: Path) -> dict[str, str]:
 
 
 def disk_full(error: BaseException) -> ResourceError:
-    """The error for whoever called while the disk was full: nothing was begun."""
+    """The error of a call that found the disk full: nothing was started."""
     return ResourceError(
         "not_enough_disk",
         f"The disk is full: nothing was begun ({str(error)[:300]}).",
@@ -93,7 +93,7 @@ def workspace_missing(root: Path) -> PathError:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a write failed for want of room or of quota; libraries that hide the number keep it in their text."""
+    """Whether a write failed because disk or quota was full; libraries that hide the errno keep it in their text."""
     if error is None:
         return False
     numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -2,17 +2,21 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, dataclass
+from datetime import datetime
+from typing import TypeVar
 
+from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.runs import FINAL_STATES, RunKind, RunRecord, RunState
 from opd_mcp.store.index_file import IndexFile
+from opd_mcp.store.workspace import is_id
 
 
 @dataclass(frozen=True)
 class IndexedRun:
-    """One row of `runs`; `final_state` is None while nobody has seen the run end."""
+    """One row of `runs`; `final_state` is None until a process has seen the run end."""
 
     run_id: str
     kind: RunKind
@@ -54,7 +58,7 @@ class Index(IndexFile):
     """The index file with its rows of runs and artifacts."""
 
     def set_final_state(self, run_id: str, look: Callable[[], RunState]) -> None:
-        """Remember how a run ended; `look` is asked inside of the transaction, so a run resumed by then is not shut."""
+        """Record how a run ended; `look` is called inside the transaction, so a run resumed meanwhile stays open."""
         with self.writing() as database:
             state = look()
             if state in FINAL_STATES:
@@ -76,7 +80,7 @@ class Index(IndexFile):
             insert_artifact(database, row)
 
     def remove_artifact(self, artifact_id: str) -> None:
-        """Forget an artifact whose directory is gone."""
+        """Remove the row of an artifact whose directory is gone."""
         with self.writing() as database:
             database.execute("DELETE FROM artifacts WHERE artifact_id = ?", (artifact_id,))
 
@@ -91,7 +95,7 @@ class Index(IndexFile):
         return [IndexedArtifact(*row) for row in rows]
 
     def artifacts_of_keys(self, keys: Collection[str]) -> list[IndexedArtifact]:
-        """Rows of the artifacts that were made by these keys, oldest first."""
+        """Rows of the artifacts with these keys, oldest first."""
         with self.reading() as database:
             rows = database.execute(
                 "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
@@ -109,3 +113,41 @@ def insert_run(database: sqlite3.Connection, row: IndexedRun) -> None:
 def insert_artifact(database: sqlite3.Connection, row: IndexedArtifact) -> None:
     """Insert or replace an artifact's row inside a caller's transaction."""
     database.execute("INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?, ?, ?, ?)", astuple(row))
+
+
+Row = TypeVar("Row")
+Place = tuple[str, str]
+"""Where a row stands in the order of its list: time of creation and id."""
+
+
+def page_of(
+    rows: Sequence[Row], place: Callable[[Row], Place], limit: int, cursor: str | None
+) -> tuple[list[Row], str | None]:
+    """At most `limit` rows after the cursor, and the cursor of the next page if there is one.
+
+    Raises ArgumentError `invalid_argument` for a cursor that no page gave.
+    """
+    last_seen = None if cursor is None else _place_of(cursor)
+    rest = [row for row in rows if last_seen is None or place(row) < last_seen]
+    page = rest[:limit]
+    return page, "/".join(place(page[-1])) if page and limit < len(rest) else None
+
+
+def _place_of(cursor: str) -> Place:
+    created_at, _, row_id = cursor.partition("/")
+    if _is_time(created_at) and is_id(row_id):
+        return created_at, row_id
+    raise ArgumentError(
+        "invalid_argument",
+        "This is not a cursor that a page of this list gave.",
+        value=cursor,
+        fix="Give next_cursor of the page before, or leave out cursor to begin with the newest.",
+    )
+
+
+def _is_time(text: str) -> bool:
+    """Whether a text is a time as records write it, e.g. `2026-08-01T10:00:00.000Z`."""
+    try:
+        return "T" in text and datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False

@@ -1,6 +1,6 @@
-"""The file behind the index: opened for each call, believed only while it is the one that is kept, else built anew.
+"""The file behind the index: opened for each call, trusted only while it matches its note, else rebuilt.
 
-The index names its generation and counts its transactions; a note next to it holds both, and is written after each
+The index has a generation and counts its transactions; a note next to it has both and is written after each
 transaction. An index of another generation, or one that is behind the note (an older copy, another workspace's, a
 new one, one that lost its last transactions with the machine's power) is filled from the directories before any answer.
 """
@@ -35,7 +35,7 @@ CREATE INDEX artifacts_by_key ON artifacts (kind, key);
 CREATE INDEX artifacts_by_time ON artifacts (created_at, artifact_id);
 CREATE TABLE kept (generation TEXT NOT NULL, transactions INTEGER NOT NULL) STRICT;
 """
-# Larger than this an index is not looked through at every start.
+# A larger index is not checked at every start.
 CHECKED_BYTES = 64 << 20
 SMALL_BYTES = 1 << 20
 BUSY_SECONDS = 10.0
@@ -47,7 +47,7 @@ Note = tuple[str, int]
 
 
 class UntrueIndex(Exception):
-    """The file cannot be believed; `mark` is set when it is worth keeping under another name."""
+    """The file cannot be trusted; `mark` is set when it is worth keeping under another name."""
 
     def __init__(self, mark: str | None = None) -> None:
         super().__init__(mark)
@@ -55,7 +55,7 @@ class UntrueIndex(Exception):
 
 
 class IndexFile:
-    """One workspace's index, safe in threads and processes; `fill` writes all rows that the directories stand for."""
+    """One workspace's index, safe in threads and processes; `fill` writes the rows of all directories."""
 
     def __init__(self, path: Path, note: Path, fill: Fill, busy_seconds: float = BUSY_SECONDS) -> None:
         self.path = path
@@ -77,9 +77,9 @@ class IndexFile:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A connection inside BEGIN IMMEDIATE: one writer of all processes at a time; rolled back on an exception.
+        """A connection inside BEGIN IMMEDIATE: one writer at a time across processes; rolled back on an exception.
 
-        The turn is a lock of its own, so that it also holds between processes that see different index files. Raises
+        The turn is a separate lock, so that it also holds between processes that see different index files. Raises
         as `reading` does.
         """
         with self._translated_errors(), self._turn(), closing(self._opened()) as database:
@@ -95,9 +95,9 @@ class IndexFile:
             self._write_note(kept)
 
     def check(self) -> None:
-        """Look the whole file through; a damaged or earlier version's is put aside, and a new one is built.
+        """Check the whole file; a damaged one or one of an earlier version is renamed, and a new one is built.
 
-        It is called `opd.sqlite.damaged-…` or `….version-1-…` from then on. Raises IntegrityError `damaged_file` for
+        The old one is then called `opd.sqlite.damaged-…` or `….version-1-…`. Raises IntegrityError `damaged_file` for
         one of a later version.
         """
         with self._translated_errors():
@@ -110,7 +110,7 @@ class IndexFile:
                 try:
                     [answer] = database.execute("PRAGMA quick_check(1)").fetchone()
                 except sqlite3.OperationalError:
-                    raise  # busy, or the disk: no sign of damage
+                    raise  # busy, or a failing disk: no sign of damage
                 except sqlite3.DatabaseError:
                     answer = "damaged"
             if answer != "ok":
@@ -118,12 +118,12 @@ class IndexFile:
                     self._build("damaged")
 
     def rebuild(self) -> list[IntegrityError]:
-        """Fill a new index from the directories; answers what could not be read and is left out."""
+        """Fill a new index from the directories; returns what could not be read and is left out."""
         with self._translated_errors(), self._turn():
             return self._build(None)
 
     def _opened(self) -> sqlite3.Connection:
-        """A connection to an index that is believed, made where there is none."""
+        """A connection to a trusted index, built if there is none."""
         with suppress(UntrueIndex):
             return self._believed()
         deadline = time.monotonic() + self._busy_seconds
@@ -133,7 +133,7 @@ class IndexFile:
                     return self._believed()  # another process was faster, or this one has built it
                 except UntrueIndex as untrue:
                     self._build(untrue.mark)
-            raise self._busy()  # somebody deletes it as fast as it is built
+            raise self._busy()  # another process deletes it as fast as it is built
 
     def _believed(self) -> sqlite3.Connection:
         """A connection to the file as it is; raises UntrueIndex."""
@@ -142,7 +142,7 @@ class IndexFile:
         if before is None:
             raise UntrueIndex
         try:
-            # Not created by the way: an index appears under its name only once it is filled.
+            # Never created here: an index appears under its name only once it is filled.
             database = sqlite3.connect(
                 f"{self.path.as_uri()}?mode=rw", uri=True, timeout=self._busy_seconds, isolation_level=None
             )
@@ -165,7 +165,7 @@ class IndexFile:
                 raise UntrueIndex
         except sqlite3.OperationalError as error:
             database.close()
-            if self._status() != before:  # gone meanwhile, which SQLite tells of in several ways
+            if self._status() != before:  # gone meanwhile, which SQLite reports in several ways
                 raise UntrueIndex from error
             if error.sqlite_errorname == "SQLITE_ERROR":  # no such table
                 raise UntrueIndex("damaged") from error
@@ -179,7 +179,7 @@ class IndexFile:
         return database
 
     def _build(self, mark: str | None) -> list[IntegrityError]:
-        """Fill a file under a temporary name and put it in the place of the present one, which keeps another's mark."""
+        """Fill a file under a temporary name and replace the current one, which is kept if it has a mark."""
         building = self.path.with_name(self.path.name + BUILDING)
         self._remove(building)
         os.close(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -192,7 +192,7 @@ class IndexFile:
             problems = self._fill(database)
             database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             database.commit()
-        # The old file goes first: whoever opens it in between would keep its log under the new one's name.
+        # The old file goes first: a process that opened it in between would keep its log under the new one's name.
         if mark is None:
             self._remove(self.path)
         else:
@@ -225,13 +225,13 @@ class IndexFile:
             return None
 
     def _write_note(self, kept: Note) -> None:
-        """For whoever has the turn; of one length, so that a reader sees the old note or the new one."""
+        """For the holder of the turn; of fixed length, so that a reader sees the old note or the new one."""
         assert self._note_descriptor is not None
         os.pwrite(self._note_descriptor, f"{kept[0]:16} {kept[1]:020d}\n".encode(), 0)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One writer of all threads and processes at a time; inside of its own turn, a thread has it already."""
+        """One writer at a time across threads and processes; a thread may enter its own turn again."""
         deadline = time.monotonic() + self._busy_seconds
         if not self._in_turn.acquire(timeout=self._busy_seconds):
             raise self._busy()
@@ -272,7 +272,7 @@ class IndexFile:
         except sqlite3.OperationalError as error:
             raise self._told(error) from error
         except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:  # its subclasses tell of a mistake of ours
+            if type(error) is not sqlite3.DatabaseError:  # its subclasses mean a mistake of ours
                 raise
             raise self._unusable(str(error)) from error
         except FileNotFoundError as error:
@@ -284,7 +284,7 @@ class IndexFile:
         name = error.sqlite_errorname if hasattr(error, "sqlite_errorname") else ""
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             return self._busy()
-        # SQLite tells of a shared-memory file that cannot grow as of any other failure of the disk.
+        # SQLite reports a shared-memory file that cannot grow like any other failure of the disk.
         if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and free_bytes(self.path) < SMALL_BYTES):
             return ResourceError(
                 "not_enough_disk",

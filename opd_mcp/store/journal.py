@@ -3,14 +3,14 @@
 Types and their data:
   state     {"state": RunState}
   phase     {"phase": name, "event": "started" | "finished" | "reused", "cost"?: StageCost, "artifact_id"?: id}
-            {"phase": name, "event": "resumed", "step": int}: metrics of later steps, written before, count no more
+            {"phase": name, "event": "resumed", "step": int}: metrics of later steps, written earlier, are superseded
   progress  {"done": int, "total": int, "unit": text}
   metric    {"step": int, "values": {name: number}}
   alert     {"code": text, "message": text}
-  result    whatever `RunStatus.result` shows
+  result    what `RunStatus.result` shows
   error     the fields of `Failure`
-A last line that is torn (a crash while writing) never happened. Anything else that does not fit is damage.
-An attempt begins with its first line, written by whoever took the run's lock; see `states`.
+A torn last line (a crash while writing) is ignored. Any other line that does not fit is damage.
+An attempt begins with its first line, written by the process that took the run's lock; see `states`.
 """
 
 import json
@@ -75,7 +75,7 @@ def decode_record(line: bytes) -> JournalRecord | None:
     try:
         value = json.loads(body.decode())
         record = JournalRecord(**value)
-        if b"\\ud" in body:  # half a surrogate pair can be read, but neither written nor shown again
+        if b"\\ud" in body:  # half a surrogate pair can be read, but not written or shown
             json.dumps(record.data, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return None
@@ -84,7 +84,7 @@ def decode_record(line: bytes) -> JournalRecord | None:
 
 
 class JournalReader:
-    """Reads a journal as it grows; damaged lines are skipped, and what the first one is goes to `damage`."""
+    """Reads a journal as it grows; damaged lines are skipped, and `damage` describes the first one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ class JournalReader:
     def new_records(self) -> list[JournalRecord]:
         """The records since the last call, in order.
 
-        What follows the last whole record is torn: it is looked at again on the next call.
+        The part after the last whole record is torn: the next call reads it again.
         """
         try:
             with self.path.open("rb") as file:
@@ -158,9 +158,8 @@ def read_journal(path: Path) -> list[JournalRecord]:
 class JournalWriter:
     """Appends to a journal; only the process that holds the run's lock may have one. Its threads may share it.
 
-    Opening cuts off a torn last line, so that what is written next is not taken for damage. `holds_lock` says whether
-    the run's lock is still this writer's; opening and every call ask it, and calls look whether a newer attempt has
-    begun.
+    Opening cuts off a torn last line, so that the next line is not read as damage. `holds_lock` says whether this
+    writer still has the run's lock; opening and every call check it, and calls check whether a newer attempt has begun.
     """
 
     def __init__(self, path: Path, attempt: int, holds_lock: Callable[[], bool] = lambda: True) -> None:
@@ -172,10 +171,10 @@ class JournalWriter:
         self._state: RunState | None = states[-1].data["state"] if states else None
         self._mutex = threading.RLock()
         self.secrets: tuple[str, ...] = ()
-        """What no record may hold, beside whatever looks like a secret."""
+        """Values that no record may contain, besides texts that look like secrets."""
         self._next_seq = reader.next_seq
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        # Without the lock, what follows may be a newer attempt's lines, written since the reader looked.
+        # Without the lock, the rest may be a newer attempt's lines, written since the reader looked.
         if os.fstat(self._descriptor).st_size > reader.offset and holds_lock():
             os.ftruncate(self._descriptor, reader.offset)
         self._size = os.fstat(self._descriptor).st_size
@@ -224,8 +223,8 @@ class JournalWriter:
     def check_fence(self) -> None:
         """Raise RunError `attempt_superseded` unless this attempt may still write: journal, checkpoints, artifacts.
 
-        It costs two looks at file names. Between this and the write that follows, the process may sleep for hours;
-        readers drop that one late line, since it stands behind the newer attempt's first one.
+        It costs two looks at file names. Between this check and the write the process may be suspended for hours;
+        readers drop that one late line, since it comes after the newer attempt's first one.
         """
         with self._mutex:
             if not self._holds_lock() or self._superseded():
@@ -244,13 +243,13 @@ class JournalWriter:
             return True
         if not os.path.samestat(status, os.fstat(self._descriptor)):
             return True
-        if status.st_size != self._size:  # somebody else wrote, which only a newer attempt may
+        if status.st_size != self._size:  # another process wrote, which only a newer attempt may do
             self._size = status.st_size
             self._newest = next_attempt(self.path) - 1
         return self._newest > self.attempt
 
     def close(self) -> None:
-        """Close the file; the writer cannot be used any more."""
+        """Close the file; the writer cannot be used afterwards."""
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:
@@ -263,7 +262,7 @@ class JournalWriter:
 
 
 def next_attempt(path: Path) -> int:
-    """The attempt number for whoever takes a run's lock now: 1, or one more than the journal's last."""
+    """The attempt number for the process that takes a run's lock now: 1, or one more than the journal's last."""
     reader = JournalReader(path)
     reader.new_records()
     return reader.attempt + 1
@@ -293,12 +292,12 @@ def is_time(text: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number that any file may hold."""
+    """Whether a value is an integer that fits every file format."""
     return type(value) is int and -(1 << 53) < value < 1 << 53
 
 
 def fits(type: str, data: Any) -> bool:
-    """Whether the data has the fields that a record of this type has; more of them are no harm."""
+    """Whether the data has the fields of a record of this type; additional fields are allowed."""
     check = _CHECKS.get(type)
     return check is not None and isinstance(data, dict) and check(data)
 

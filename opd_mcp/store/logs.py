@@ -1,4 +1,4 @@
-"""A run's log: opened for its worker, and read from its end, in bounded pieces."""
+"""A run's log: opened for its worker, and read from its end in bounded pieces."""
 
 import os
 import re
@@ -36,9 +36,9 @@ def log_tail(log: Path) -> list[str]:
 
 
 def log_page(run_id: str, log: Path, *, tail: int, contains: str | None = None, cursor: str | None = None) -> LogPage:
-    """The last lines before the cursor, or of the log; only those with a text when one is given.
+    """The last lines before the cursor or of the log; with `contains`, only lines that have this text.
 
-    One call looks through four megabytes at most and answers with 7000 characters at most; `next_cursor` goes on.
+    One call reads at most four megabytes and answers with at most 7000 characters; `next_cursor` continues.
     Raises ArgumentError `invalid_argument` for a cursor that no page gave.
     """
     if not log.is_file():
@@ -52,7 +52,7 @@ def log_page(run_id: str, log: Path, *, tail: int, contains: str | None = None, 
             file.seek(position - size)
             block = file.read(size) + rest
             position, scanned = position - size, scanned + size
-            # What stands before the first line break may begin in the block before.
+            # The text before the first line break may begin in the previous block.
             head, lines = (b"", block) if position == 0 else split_head(block)
             offset = position + len(block)
             for line in reversed(lines.splitlines(keepends=True)):
@@ -69,7 +69,7 @@ def log_page(run_id: str, log: Path, *, tail: int, contains: str | None = None, 
 
 
 def split_head(block: bytes) -> tuple[bytes, bytes]:
-    """What stands up to the first line break, and the rest; a block without one is taken as it is."""
+    """The text up to the first line break, and the rest; a block without one is taken whole."""
     head, newline, lines = block.partition(b"\n")
     return (head + newline, lines) if newline and lines else (b"", block)
 

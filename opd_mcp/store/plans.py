@@ -17,7 +17,7 @@ Content = TypeVar("Content", bound=Schema)
 
 
 def _with_next_action_as_data(values: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 held the next call as a sentence."""
+    """Version 1 had the next call as a sentence."""
     plan = values.get("plan")
     if not isinstance(plan, dict):
         return values
@@ -32,7 +32,7 @@ class SavedPlan(Record):
 
 
 def save_plan(workspace: Workspace, plan: Plan, arguments: PlanDistillation) -> None:
-    """Keep a plan and what it was made from under its id; the same plan again is the same files."""
+    """Save a plan and its arguments under its id; the same plan writes the same files."""
     write_atomic(_arguments_file(workspace, plan.plan_id), arguments.to_json(indent=2) + "\n")
     write_atomic(_plan_file(workspace, plan.plan_id), SavedPlan(plan=plan).sealed().to_json(indent=2) + "\n")
 
@@ -52,7 +52,7 @@ def read_plan(workspace: Workspace, plan_id: str) -> Plan:
 
 
 def read_arguments(workspace: Workspace, plan: Plan) -> PlanDistillation:
-    """What a saved plan was made from; raises IntegrityError `damaged_file`."""
+    """The arguments of a saved plan; raises IntegrityError `damaged_file`."""
     return _read(PlanDistillation, _arguments_file(workspace, plan.plan_id))
 
 

@@ -1,4 +1,4 @@
-"""The allowed roots: the only directories whose files are read for a caller, symbolic links followed first."""
+"""The allowed roots: the only directories whose files are read for a caller, after symbolic links are resolved."""
 
 import os
 import stat
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from opd_mcp.schemas.errors import PathError, nearest
 
-# Model, data and cache directories are shallow; what is deeper is never opened.
+# Model, data and cache directories are shallow; nothing deeper is opened.
 LINK_DEPTH = 3
 
 
@@ -21,7 +21,7 @@ class AllowedRoots:
         """The real path of an absolute reference below a root.
 
         Raises PathError: `relative_path`, `outside_roots` (also for a link that leads out), `special_file` for what is
-        neither a file nor a directory (opening a pipe would wait for ever), `not_found` with the nearest names.
+        neither a file nor a directory (opening a pipe would block forever), `not_found` with the nearest names.
         """
         text = str(reference)
         path = Path(text)

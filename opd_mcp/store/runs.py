@@ -1,4 +1,4 @@
-"""Run directories: the immutable record, the lock that is the run's life, and the cancel request."""
+"""Run directories: the immutable record, the lock that shows whether the run is alive, and the cancel request."""
 
 import fcntl
 import os
@@ -28,7 +28,7 @@ LOG_FILE = "worker.log"
 CHECKPOINTS = "checkpoints"
 RESERVE_FILE = "reserve"
 RESERVE_BYTES = 64 << 10
-# Whoever looks whether a run is alive holds a shared lock for microseconds; an acquirer outwaits them.
+# A liveness check holds a shared lock for microseconds; an acquirer waits longer than that.
 ACQUIRE_SECONDS = 1.0
 
 
@@ -48,17 +48,17 @@ def create_run(workspace: Workspace, record: RunRecord) -> Path:
 
 
 def set_reserve(directory: Path) -> None:
-    """Set bytes aside, so that a run which a full disk ends can still say so; raises OSError where there is no room."""
+    """Reserve bytes, so that a run that a full disk ends can still record this; raises OSError without room."""
     descriptor = os.open(directory / RESERVE_FILE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, os.urandom(RESERVE_BYTES))  # random: no file system stores it in less
+        os.write(descriptor, os.urandom(RESERVE_BYTES))  # random: no file system can compress it
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def use_reserve(directory: Path) -> None:
-    """Give the bytes that were set aside back to the disk."""
+    """Give the reserved bytes back to the disk."""
     (directory / RESERVE_FILE).unlink(missing_ok=True)
 
 
@@ -97,23 +97,23 @@ def run_ids(workspace: Workspace) -> list[str]:
 
 
 def request_cancel(directory: Path) -> None:
-    """Ask a run to stop at its next step; asking twice is asking once, at the first time."""
+    """Ask a run to stop at its next step; a second request changes nothing."""
     if not cancel_requested(directory):
         write_atomic(directory / CANCEL_FILE, "")
 
 
 def withdraw_cancel(directory: Path) -> None:
-    """Take back what was asked of the attempt before."""
+    """Remove the cancel request of the previous attempt."""
     (directory / CANCEL_FILE).unlink(missing_ok=True)
 
 
 def cancel_requested(directory: Path) -> bool:
-    """Whether somebody asked this run to stop."""
+    """Whether this run was asked to stop."""
     return (directory / CANCEL_FILE).exists()
 
 
 def cancel_requested_at(directory: Path) -> str | None:
-    """When somebody asked this run to stop, in the journal's form; None when nobody did."""
+    """When this run was asked to stop, in the journal's form; None without a request."""
     try:
         written = (directory / CANCEL_FILE).stat().st_mtime
     except FileNotFoundError:
@@ -169,7 +169,7 @@ class RunLock:
 
     @classmethod
     def adopt(cls, directory: Path, descriptor: int) -> Self:
-        """Take over the lock that the parent process acquired and passed on; no child of ours will inherit it.
+        """Adopt the lock that the parent process acquired and passed on; children of this process do not inherit it.
 
         Raises RunError `run_locked` when the descriptor is not this run's lock, or does not hold it.
         """
@@ -187,7 +187,7 @@ class RunLock:
         )
 
     def holds(self) -> bool:
-        """Whether the descriptor is still that of the run's lock file; a replaced file is another lock."""
+        """Whether the descriptor still is the run's lock file; a replaced file is another lock."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), os.stat(self.directory / LOCK_FILE))
         except OSError:  # the file is gone, or the descriptor is closed
@@ -207,21 +207,21 @@ class RunLock:
 
 
 def begin_attempt(lock: RunLock) -> int:
-    """Queue the run under the next attempt number, durably, and answer it; earlier attempts write nothing from now on.
+    """Queue the run durably under the next attempt number, and return it; earlier attempts can no longer write.
 
-    For whoever has just acquired the lock; a process that it is passed on to takes up the attempt.
+    For the process that has just acquired the lock; it may pass the lock on to a process that continues the attempt.
     """
     journal = lock.directory / JOURNAL_FILE
     set_reserve(lock.directory)
     with JournalWriter(journal, next_attempt(journal), lock.holds) as writer:
         writer.append("state", {"state": "queued"})
-        # An earlier attempt that was suspended between its last look and its rename has nothing to rename any more.
+        # An earlier attempt that was suspended between its last check and its rename then has nothing to rename.
         for building in (lock.directory / CHECKPOINTS).glob("*/.building-*"):
             shutil.rmtree(building, ignore_errors=True)
         return writer.attempt
 
 
 def taken_up(lock: RunLock) -> JournalWriter:
-    """The journal of the attempt that was begun by the process that passed the lock on."""
+    """The journal of the attempt begun by the process that passed the lock on."""
     journal = lock.directory / JOURNAL_FILE
     return JournalWriter(journal, max(next_attempt(journal) - 1, 1), lock.holds)

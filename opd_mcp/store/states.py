@@ -1,11 +1,11 @@
-"""The states of a run and the ways between them; this is the only place that knows them.
+"""The states of a run and their transitions; this is the only place that knows them.
 
     queued → running → succeeded | failed | cancelled
-    queued, running → lost                     nobody writes this: it is an active run whose lock nobody holds
+    queued, running → lost                     never written: an active run whose lock is free
     failed, cancelled, lost → queued           a resume: the next attempt of the same run
 
-The lock is the right to write. Whoever takes it begins an attempt by writing `queued` under the next attempt number;
-from that line on, earlier attempts are fenced off: their writers refuse, and readers drop what they wrote after it.
+The lock is the right to write. The process that takes it begins an attempt by writing `queued` under the next attempt
+number; from that line on, earlier attempts are fenced off: their writers refuse, and readers drop their later lines.
 """
 
 from opd_mcp.schemas.errors import RunError
@@ -23,12 +23,12 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
 
 
 def state_of(written: RunState, alive: bool) -> RunState:
-    """The state of a run whose journal ends with `written`, while somebody holds its lock or nobody does."""
+    """The state of a run whose journal ends with `written`; `alive`: a process holds its lock."""
     return written if written in FINAL_STATES or alive else "lost"
 
 
 def require_transition(before: RunState, after: RunState) -> None:
-    """Raise ValueError for a step that no run takes: a mistake of the program, never of its user."""
+    """Raise ValueError for a transition that does not exist: a mistake of the program, never of its user."""
     if after not in TRANSITIONS[before]:
         raise ValueError(f"a run does not go from {before} to {after}")
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_mcp.schemas.errors import ArgumentError, IntegrityError, RunError
+from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactStore, artifact_directories, artifact_row, read_artifact
-from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run
+from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run, page_of
 from opd_mcp.store.journal import read_journal
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import (
@@ -57,7 +57,7 @@ class Store:
         """Create the run and take its lock, or find the active run of the same request.
 
         Identical starts from several processes at the same moment give one new run; the others are `reused`.
-        `admit` is asked in turn before a new run; what it raises refuses the start.
+        `admit` is called before a new run, one caller at a time; what it raises refuses the start.
         """
         lock: RunLock | None = None
         try:
@@ -80,7 +80,7 @@ class Store:
         """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
 
         Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
-        `same_request_active` while another run does the same, `run_locked` when its last attempt does not end.
+        `same_request_active` while another run has the same request, `run_locked` when its last attempt does not end.
         """
         view = self.view(run_id)
         if view.state in ACTIVE_STATES:
@@ -90,12 +90,12 @@ class Store:
         try:
             lock = RunLock.acquire(view.directory)
         except RunError:
-            if view.refresh().state in ACTIVE_STATES:  # somebody else resumed it meanwhile
+            if view.refresh().state in ACTIVE_STATES:  # another process resumed it meanwhile
                 return StartedRun(run_id, None)
             raise
         try:
             with self.index.writing() as database:
-                # Only now nobody else can end or resume it.
+                # Only from here on no other process can end or resume it.
                 require_resumable(state_of(view.refresh().written, alive=False), run_id)
                 other = self._active_run(database, record.request_hash, besides=run_id)
                 if other is not None:
@@ -120,9 +120,9 @@ class Store:
         with self.index.reading() as database:
             return self._active_run(database, request_hash) is not None
 
-    def view(self, run_id: str) -> RunView:
-        """The present state of a run; raises UnknownIdError `unknown_run`."""
-        return RunView(run_directory(self.workspace, run_id)).refresh()
+    def view(self, run_id: str, *, keep_series: bool = False) -> RunView:
+        """The current state of a run, with full series on request; raises UnknownIdError `unknown_run`."""
+        return RunView(run_directory(self.workspace, run_id), keep_series).refresh()
 
     def record(self, run_id: str) -> RunRecord:
         """The record of a run; raises UnknownIdError `unknown_run`, IntegrityError `damaged_file`."""
@@ -145,23 +145,21 @@ class Store:
         limit: int = 20,
         cursor: str | None = None,
     ) -> RunList:
-        """A page of runs, newest first; `total` counts all that match, on every page alike.
+        """A page of runs, newest first; `total` counts all that match and is the same on every page.
 
         Raises ArgumentError `invalid_argument` for a cursor that no list gave.
         """
         indexed = [row for row in self.index.runs(kind=kind) if self._exists(row.run_id)]
         rows = [row for row in map(self._row, indexed) if state in {None, row.state}]
-        last_seen = None if cursor is None else _cursor_place(cursor)
-        rest = [row for row in rows if last_seen is None or (row.created_at, row.run_id) < last_seen]
-        page = rest[:limit]
-        return RunList(rows=page, total=len(rows), next_cursor=_cursor(page[-1]) if 0 < limit < len(rest) else None)
+        page, next_cursor = page_of(rows, lambda row: (row.created_at, row.run_id), limit, cursor)
+        return RunList(rows=page, total=len(rows), next_cursor=next_cursor)
 
     def rebuild(self) -> list[IntegrityError]:
-        """Fill the index anew from the directories; answers what could not be read and is left out."""
+        """Rebuild the index from the directories; returns what could not be read and is left out."""
         return self.index.rebuild()
 
     def damaged(self) -> Iterator[IntegrityError]:
-        """What is wrong with runs and artifacts whose own files cannot be read."""
+        """What is wrong with runs and artifacts whose files cannot be read."""
         for directory in sorted(path for path in self.workspace.runs.iterdir() if path.is_dir()):
             try:
                 read_record(directory)
@@ -171,7 +169,7 @@ class Store:
         yield from self.artifacts.damaged()
 
     def _fill(self, database: sqlite3.Connection) -> list[IntegrityError]:
-        """Write the rows of all directories; what cannot be read is answered and left out."""
+        """Write the rows of all directories; returns what cannot be read and is left out."""
         directories = [self.workspace.run(run_id) for run_id in run_ids(self.workspace)]
         return self._insert(database, directories, artifact_directories(self.workspace))
 
@@ -192,7 +190,7 @@ class Store:
         return problems
 
     def _add_unindexed(self) -> None:
-        """Add the directories that the index does not know: of a maker that died before it could tell the index."""
+        """Add directories that are not indexed because their maker died before it could index them."""
         with self.index.reading() as database:
             known = {
                 name for (name,) in database.execute("SELECT run_id FROM runs UNION SELECT artifact_id FROM artifacts")
@@ -235,19 +233,3 @@ class Store:
 
 def _folders(parent: Path) -> list[Path]:
     return [parent / name for name in sorted(os.listdir(parent)) if not name.startswith(".")]
-
-
-def _cursor(row: RunRow) -> str:
-    return f"{row.created_at}/{row.run_id}"
-
-
-def _cursor_place(cursor: str) -> tuple[str, str]:
-    created_at, slash, run_id = cursor.partition("/")
-    if slash and created_at and run_id:
-        return created_at, run_id
-    raise ArgumentError(
-        "invalid_argument",
-        "This is not a cursor that list_runs gave.",
-        value=cursor,
-        fix="Give next_cursor of the page before, or leave out cursor to begin with the newest run.",
-    )

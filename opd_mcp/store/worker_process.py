@@ -1,4 +1,4 @@
-"""How a worker's process began and ended: what its run says once nobody holds the lock and no final state was written.
+"""How a worker's process began and ended: the evidence once its lock is free and no final state was written.
 
 `worker.json` is written by the worker itself; `exit-<attempt>.json` by the server that launched it, once it has reaped
 the process. Neither decides whether a run is alive: its lock does.
@@ -36,7 +36,7 @@ class WorkerProcess(Record):
 
 
 class WorkerExit(Record):
-    """`exit-<attempt>.json`: how the process ended, as its parent was told."""
+    """`exit-<attempt>.json`: how the process ended, as its parent saw it."""
 
     attempt: int
     exit_code: int | None = None
@@ -51,7 +51,7 @@ RecordT = TypeVar("RecordT", WorkerProcess, WorkerExit)
 def note_start(directory: Path, attempt: int, cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> None:
     """Record this process as the worker of a run's attempt; for the holder of the run's lock.
 
-    `cgroups` and `own` are where the kernel tells of memory groups and of those that this process is in.
+    `cgroups` is where the kernel lists memory groups; `own` names those of this process.
     """
     counter = oom_counter(cgroups, own)
     me = WorkerProcess(
@@ -66,7 +66,7 @@ def note_start(directory: Path, attempt: int, cgroups: Path = CGROUPS, own: Path
 
 
 def has_begun(view: RunView) -> bool:
-    """Whether a worker has taken up the run's attempt, so that it goes on without whoever began it."""
+    """Whether a worker has adopted the run's attempt, so that it continues without the process that began it."""
     return (
         view.written != "queued"
         or read_process_record(view.directory / WORKER_FILE, WorkerProcess, view.attempt) is not None
@@ -74,7 +74,7 @@ def has_begun(view: RunView) -> bool:
 
 
 def note_exit(directory: Path, attempt: int, returncode: int) -> None:
-    """Record how a reaped worker ended (`returncode` as `Popen` has it); nothing for one that did as it should."""
+    """Record how a reaped worker ended (`returncode` as `Popen` has it); nothing for one that ended normally."""
     if returncode == 0:
         return
     worker = read_process_record(directory / WORKER_FILE, WorkerProcess, attempt)
@@ -85,12 +85,12 @@ def note_exit(directory: Path, attempt: int, returncode: int) -> None:
         oom_kills=oom_kills(Path(worker.oom_counter)) if worker and worker.oom_counter else None,
         time=utc_now(),
     )
-    with suppress(OSError):  # a full disk costs the cause, and must not cost the answer
+    with suppress(OSError):  # on a full disk the cause is lost; the answer must not be
         write_atomic(directory / f"exit-{attempt}.json", ended.sealed().to_json(indent=2) + "\n")
 
 
 def boot_id() -> str:
-    """What tells this start of the machine from any other one."""
+    """An identifier of this boot of the machine."""
     if _BOOT_ID.exists():
         return _BOOT_ID.read_text().strip()
     return f"at {psutil.boot_time():.0f}"
@@ -108,7 +108,7 @@ def oom_counter(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> Path | None:
     places = [
         cgroups / "memory" / below["memory"] / "memory.oom_control",
         cgroups / below[""] / "memory.events",
-        # In a container the paths are those outside of it, and its own group is the root.
+        # In a container the paths are those outside it, and its own group is the root.
         cgroups / "memory" / "memory.oom_control",
         cgroups / "memory.events",
     ]
@@ -116,7 +116,7 @@ def oom_counter(cgroups: Path = CGROUPS, own: Path = OWN_GROUPS) -> Path | None:
 
 
 def oom_kills(counter: Path | None) -> int | None:
-    """What a counter file says; None where it says nothing."""
+    """The count in a counter file; None if there is none."""
     try:
         text = counter.read_text() if counter else ""
     except OSError:

@@ -1,4 +1,4 @@
-"""The workspace: one private directory with a fixed layout that holds everything the project writes."""
+"""The workspace: one private directory with a fixed layout for everything that the project writes."""
 
 import os
 import re
@@ -42,17 +42,17 @@ class Workspace:
 
     @property
     def runs(self) -> Path:
-        """One directory a run."""
+        """One directory per run."""
         return self.root / "runs"
 
     @property
     def artifacts(self) -> Path:
-        """One directory a kind, in it one directory an artifact."""
+        """One directory per kind, with one directory per artifact."""
         return self.root / "artifacts"
 
     @property
     def plans(self) -> Path:
-        """One file a plan."""
+        """One file per plan."""
         return self.root / "plans"
 
     @property
@@ -62,7 +62,7 @@ class Workspace:
 
     @property
     def compiled(self) -> Path:
-        """GPU code that workers compiled, for the next ones; may be deleted."""
+        """GPU code that workers compiled, kept for later workers; may be deleted."""
         return self.root / "compiled"
 
     @property
@@ -99,9 +99,9 @@ def is_id(text: str) -> bool:
 
 
 def require_private(folder: Path) -> None:
-    """Take away everybody else's rights to an existing folder; raises PathError `unsafe_folder`.
+    """Remove other users' rights to an existing folder; raises PathError `unsafe_folder`.
 
-    That is for a symbolic link, and for a folder of another user, who could swap what is in it.
+    The error is for a symbolic link, and for a folder of another user, who could replace its contents.
     """
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
@@ -119,7 +119,7 @@ SETTINGS_FILE = "settings.toml"
 
 
 def read_settings(workspace: Workspace) -> WorkspaceSettings:
-    """The settings, all absent where there is no file; raises ArgumentError `unknown_setting` or `invalid_setting`."""
+    """The settings, all absent without a file; raises ArgumentError `unknown_setting` or `invalid_setting`."""
     file = workspace.root / SETTINGS_FILE
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))

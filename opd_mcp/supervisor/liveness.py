@@ -26,7 +26,7 @@ class Loss(Schema):
 def lost_failure(directory: Path, attempt: int) -> Failure:
     """The failure of a run whose process ended without a final state, with its cause as far as it is known."""
     loss = loss_of(directory, attempt)
-    fix = "Resume the run: it goes on from its last checkpoint; a phase without one yet begins anew."
+    fix = "Resume the run: it continues from its last checkpoint; a phase without one starts again."
     if loss.out_of_memory:
         fix += " Wait until memory is free, or start again with the suggested overrides."
     return Failure(

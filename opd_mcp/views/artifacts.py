@@ -10,11 +10,11 @@ from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.planning.phases import product
 from opd_mcp.schemas.answers import ArtifactList, ArtifactRow, DeletedArtifact
 from opd_mcp.schemas.cache import CacheManifest
-from opd_mcp.schemas.errors import ArgumentError, IntegrityError, OpdError
+from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import ArtifactKind, Parent
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.artifacts import ARTIFACT_FILE, BUILDING_PREFIX, Artifact
-from opd_mcp.store.index import IndexedArtifact
+from opd_mcp.store.index import IndexedArtifact, page_of
 from opd_mcp.store.store import Store
 from opd_mcp.views.next_steps import after_deletion
 
@@ -27,18 +27,7 @@ def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: s
     found = store.artifacts.list(kind)
     damaged = unread(store, indexed, found)
     rows = [row(artifact) for artifact in reversed(found)]
-    rest = rows
-    if cursor is not None:
-        if "/" not in cursor:
-            raise ArgumentError(
-                "invalid_argument",
-                "This is not a cursor that list_artifacts gave.",
-                value=cursor,
-                fix="Give next_cursor of the page before, or leave out cursor to begin with the newest artifact.",
-            )
-        rest = [item for item in rows if place(item) < cursor]
-    page = rest[:limit]
-    next_cursor = place(page[-1]) if limit < len(rest) else None
+    page, next_cursor = page_of(rows, lambda item: (item.created_at, item.artifact_id), limit, cursor)
     return ArtifactList(rows=page, total=len(rows), next_cursor=next_cursor, damaged=damaged or None)
 
 
@@ -61,11 +50,6 @@ def row(artifact: Artifact) -> ArtifactRow:
         created_at=record.created_at,
         run_id=record.run_id,
     )
-
-
-def place(item: ArtifactRow) -> str:
-    """Where a row stands in the order of the list."""
-    return f"{item.created_at}/{item.artifact_id}"
 
 
 def delete_artifact(store: Store, artifact_id: str) -> DeletedArtifact:
@@ -128,7 +112,7 @@ def is_parent(parent: Parent, artifact: Artifact) -> bool:
         return True
     if artifact.kind == "model" and parent.identity is not None:
         own = read_lineage(artifact.path)
-        return own is not None and own.model is not None and own.model.same_weights(parent.identity)
+        return own is not None and own.model is not None and own.model.same_model(parent.identity)
     if artifact.kind == "cache" and parent.role == "cache":
         manifest = CacheManifest.from_json((artifact.path / MANIFEST_FILE).read_bytes())
         return parent.sha256 == manifest.content_hash()

@@ -8,7 +8,7 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.store import Store
-from opd_mcp.views.metrics import LOSS_KEYS, recorded_points, series
+from opd_mcp.views.metrics import LOSS_KEYS, series
 from opd_mcp.views.status import costs_by_stage, status_of
 
 MAX_RUNS = 4
@@ -22,11 +22,12 @@ def dashboard_feed(store: Store, run_ids: Sequence[str]) -> DashboardFeed:
     """The chosen runs, else the newest one; raises UnknownIdError `unknown_run`."""
     listed = store.list_runs(limit=LISTED_RUNS).rows
     chosen = list(dict.fromkeys(run_ids))[:MAX_RUNS] or [row.run_id for row in listed[:1]]
-    return DashboardFeed(runs=[shown_run(store.record(run_id), store.view(run_id)) for run_id in chosen], listed=listed)
+    runs = [shown_run(store.record(run_id), store.view(run_id, keep_series=True)) for run_id in chosen]
+    return DashboardFeed(runs=runs, listed=listed)
 
 
 def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
-    """One run with its phases, curves, costs and scores."""
+    """One run with its phases, curves, costs and scores, from a view with full series."""
     status = status_of(view, record, None)
     result = view.result or {}
     failed = status.error
@@ -66,7 +67,7 @@ def phase_state(view: RunView, name: str) -> str:
 
 def curves(view: RunView) -> list[Curve]:
     """The telling metrics of the training phases, the last phase's first."""
-    points = recorded_points(view.directory)
+    points = view.series
     names = [f"{phase}.{key}" for phase in ("distill", "sft") for key in SHOWN_METRICS if f"{phase}.{key}" in points]
     found = [series(name, points[name], CURVE_POINTS) for name in names[:MAX_CURVES]]
     return [Curve(key=item.key, steps=item.steps, values=item.values) for item in found if item.steps]

@@ -2,31 +2,26 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from opd_mcp.schemas.answers import MetricSeries, MetricsReport, RunMetrics
 from opd_mcp.schemas.errors import ArgumentError, nearest
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.store.journal import JournalReader
-from opd_mcp.store.run_view import RunView, trend_of
-from opd_mcp.store.runs import JOURNAL_FILE
+from opd_mcp.store.run_view import Points, RunView, trend_of
 
 MAX_VALUES = 1_200
 """Points of one answer, all series of all runs: about the size of 4k tokens."""
 MAX_DIFFERENCES = 20
 LOSS_KEYS = ("reverse_kl_k1", "reverse_kl", "loss")
 
-Points = dict[int, float | None]
-
 
 def metrics_report(runs: Sequence[tuple[RunRecord, RunView]], keys: Sequence[str], max_points: int) -> MetricsReport:
-    """Series, trend and diagnosis of up to four runs, and what differs in their settings.
+    """Series, trend and diagnosis of up to four runs, and what differs in their settings; views with full series.
 
     Raises ArgumentError `invalid_argument` for a key that no run has.
     """
-    recorded = [recorded_points(view.directory) for _, view in runs]
+    recorded = [view.series for _, view in runs]
     known = sorted({name for points in recorded for name in points})
     for key in keys:
         if not any(is_named(name, key) for name in known):
@@ -55,30 +50,6 @@ def metrics_report(runs: Sequence[tuple[RunRecord, RunView]], keys: Sequence[str
         differences=differences([record for record, _ in runs]),
         dropped=dropped,
     )
-
-
-def recorded_points(directory: Path) -> dict[str, Points]:
-    """By `phase.metric`, the values by step; what a later attempt went back behind counts no more."""
-    found: dict[str, Points] = {}
-    phase, last = "run", 0
-    for record in JournalReader(directory / JOURNAL_FILE).new_records():
-        if record.type == "phase" and record.data["event"] == "started":
-            phase, last = record.data["phase"], last if phase == record.data["phase"] else 0
-        elif record.type == "phase" and record.data["event"] == "resumed":
-            _forget_after(found, phase, record.data["step"])
-        elif record.type == "metric":
-            step = int(record.data["step"])
-            if step <= last:
-                _forget_after(found, phase, step - 1)
-            last = step
-            for name, value in record.data["values"].items():
-                found.setdefault(f"{phase}.{name}", {})[step] = value
-    return {name: dict(sorted(points.items())) for name, points in found.items() if points}
-
-
-def _forget_after(found: dict[str, Points], phase: str, step: int) -> None:
-    for name in [name for name in found if name.startswith(f"{phase}.")]:
-        found[name] = {at: value for at, value in found[name].items() if at <= step}
 
 
 def is_named(name: str, key: str) -> bool:

@@ -23,7 +23,7 @@ def recipe_json(store: Store, run_id: str) -> str:
 
 def metrics_json(store: Store, run_id: str) -> str:
     """A run's metrics in full length of 200 points; raises UnknownIdError `unknown_run`."""
-    return metrics_report([(store.record(run_id), store.view(run_id))], (), 200).to_json()
+    return metrics_report([(store.record(run_id), store.view(run_id, keep_series=True))], (), 200).to_json()
 
 
 def log_tail(store: Store, run_id: str) -> str:
@@ -49,10 +49,16 @@ def report_markdown(store: Store, run_id: str) -> str:
 
 
 def lineage_json(store: Store, artifact_id: str) -> str:
-    """An artifact's record and lineage; raises UnknownIdError `unknown_artifact`."""
+    """An artifact's record and lineage, `proven` where this workspace wrote it, else `asserted`.
+
+    Raises UnknownIdError `unknown_artifact`.
+    """
     artifact = store.artifacts.get(artifact_id)
     lineage = read_lineage(artifact.path)
-    content = {"artifact": artifact.record.to_dict(), "lineage": lineage.to_dict() if lineage else {}}
+    content: dict[str, object] = {"artifact": artifact.record.to_dict(), "lineage": {}}
+    if lineage is not None:
+        content["lineage"] = lineage.to_dict()
+        content["lineage_basis"] = "proven" if store.artifacts.made_here(artifact.path) else "asserted"
     return json.dumps(content, indent=2)
 
 

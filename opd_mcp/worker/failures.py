@@ -16,7 +16,7 @@ LINE_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class MemoryFigures:
-    """A run's memory in bytes: the most it held, and what its plan expected."""
+    """A run's memory in bytes: its peak, and what its plan expected."""
 
     peak: int
     expected: int | None
@@ -43,7 +43,7 @@ class DiskFigures:
 def failure_of(
     error: Exception, log: Path, memory: MemoryFigures | None = None, disk: DiskFigures | None = None
 ) -> Failure:
-    """The failure record of an exception that ended a run; `memory` or `disk` are told when there was too little."""
+    """The failure record of an exception that ended a run; `memory` or `disk` is given if there was too little."""
     if is_disk_full(error):
         return Failure(
             code="not_enough_disk",
@@ -68,7 +68,7 @@ def failure_of(
     return Failure(
         code="internal_error",
         cause=f"{type(error).__name__}: {_first_line(error)}",
-        fix="Read log_tail. A resumed run goes on from its last checkpoint, if any; report this if it comes back.",
+        fix="Read log_tail. A resumed run continues from its last checkpoint, if any; report this if it happens again.",
         call=resume_call(),
         log_tail=log_tail(log),
     )

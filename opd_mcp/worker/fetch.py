@@ -1,21 +1,21 @@
-"""Models made present: the `fetch` phase brings a Hub model into the workspace, never a pickle."""
+"""The `fetch` phase: downloads a Hub model into the workspace, never a pickle."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from opd_mcp.identity.consistency import require_consistent, sft_teacher
-from opd_mcp.identity.data.reading import read_prompts, responses_sha256
-from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import hub_directory
 from opd_mcp.schemas.errors import IntegrityError, PathError, ResourceError
-from opd_mcp.schemas.runs import ModelInput, RunInputs, RunRecord
+from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunRecord
 from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace, new_id
+from opd_mcp.worker.fetch_data import with_present_data
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.pipeline import run_cancelled
 
@@ -25,13 +25,13 @@ ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], None] = lambda: None) -> Path:
     """The local directory of a Hub model, downloaded unless it is already there.
 
-    `check_fence` is asked before the download becomes visible, and raises when it must not be.
-    Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not give out.
+    `check_fence` is called before the download becomes visible, and raises if it must not.
+    Raises ResourceError `offline`, or PathError `not_found` for an id that the Hub does not have or does not release.
     """
     final = hub_directory(workspace, hub_id)
     if final.is_dir():
         return final
-    # Only now: the package is heavy, and most runs never fetch.
+    # Imported here: the package is heavy, and most runs never fetch.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -61,25 +61,24 @@ def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], N
     return final
 
 
-def prepared_record(
-    workspace: Workspace, record: RunRecord, journal: JournalWriter, reporter: JournalReporter
-) -> RunRecord:
-    """The run's record with Hub models fetched, and every input seen to be what it was at the start.
+def prepared_record(store: Store, record: RunRecord, journal: JournalWriter, reporter: JournalReporter) -> RunRecord:
+    """The run's record with Hub models and data sets fetched, and every input checked to be unchanged since the start.
 
     Raises IntegrityError `input_changed`, ConsistencyError for fetched models that do not belong together, and what
-    `fetched_model` raises.
+    `fetched_model` and `fetched_data` raise.
     """
     inputs = record.request.inputs
-    _require_same_data(inputs)
+    _require_same_cache(inputs.cache)
     fetches = any(phase.name == "fetch" for phase in record.request.phases)
     if fetches:
         reporter.begin("fetch")
+    inputs = with_present_data(store.workspace, store.workspace.run(record.run_id), inputs, journal.check_fence)
     models = [inputs.student, inputs.teacher, inputs.model, *inputs.baselines]
     present: list[ModelInput | None] = []
     for number, model in enumerate(models):
         if reporter.should_stop():
             raise run_cancelled()
-        present.append(_present_model(workspace, model, journal.check_fence))
+        present.append(present_model(store, model, journal.check_fence))
         if fetches:
             reporter.progress(number + 1, len(models), "models")
     student, teacher, measured, *baselines = present
@@ -93,42 +92,33 @@ def prepared_record(
     return record.model_copy(update={"request": request})
 
 
-def _require_same_data(inputs: RunInputs) -> None:
-    """Artifacts are keyed by what the data was, so a file that changed while the run was queued must stop it."""
-    found = [
-        (prompts, prompts_hash(read_prompts(Path(prompts.path))))
-        for prompts in (inputs.prompts, inputs.sft_prompts, inputs.eval_prompts)
-        if prompts is not None and prompts.path is not None
-    ]
-    if inputs.responses is not None and inputs.responses.path is not None:
-        found.append((inputs.responses, responses_sha256(Path(inputs.responses.path))))
-    if inputs.cache is not None and inputs.cache.path is not None:
-        found.append((inputs.cache, file_sha256(Path(inputs.cache.path) / MANIFEST_FILE)))
-    for data, sha256 in found:
-        if sha256 != data.sha256:
-            raise IntegrityError(
-                "input_changed",
-                "The data is not what it was when the run was started.",
-                value=data.path,
-                fix="Start again, with the data that is meant.",
-            )
+def _require_same_cache(cache: DataInput | None) -> None:
+    if cache is None or cache.path is None or file_sha256(Path(cache.path) / MANIFEST_FILE) == cache.sha256:
+        return
+    raise IntegrityError(
+        "input_changed",
+        "The teacher cache is not what it was when the run was started.",
+        value=cache.path,
+        fix="Start again, with the cache that is meant.",
+    )
 
 
-def _present_model(
-    workspace: Workspace, model: ModelInput | None, check_fence: Callable[[], None]
-) -> ModelInput | None:
+def present_model(store: Store, model: ModelInput | None, check_fence: Callable[[], None]) -> ModelInput | None:
+    """The model with its files here, and what they are; raises IntegrityError `input_changed` for other ones now."""
     if model is None or (model.url is not None and model.path is None):
-        return model  # a server's model is proven by asking it
-    path = Path(model.path) if model.path else fetched_model(workspace, str(model.hub_id), check_fence)
+        return model  # a server's model is checked by a probe
+    path = Path(model.path) if model.path else fetched_model(store.workspace, str(model.hub_id), check_fence)
     facts = inspect_model(path)
-    if model.identity is not None and not model.identity.same_weights(facts.identity):
+    changed = model.identity.differences(facts.identity) if model.identity is not None else set()
+    if model.identity is not None and changed:
         raise IntegrityError(
             "input_changed",
-            f"The model is {facts.identity.label()} now and was {model.identity.label()} when the run was started.",
+            f"The model is {facts.identity.label()} now and was {model.identity.label()} when the run was started; "
+            f"changed: {', '.join(sorted(changed))}.",
             value=path,
             fix="Start again, with the model that is meant.",
         )
-    claim = model.sft_teacher or sft_teacher(path)
+    claim = model.sft_teacher or sft_teacher(path, made_here=store.artifacts.made_here)
     known = {"path": str(path), "identity": facts.identity, "parameters": facts.parameters, "sft_teacher": claim}
     return model.model_copy(update=known)
 

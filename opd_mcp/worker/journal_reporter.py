@@ -1,4 +1,4 @@
-"""What a stage reports, written into the run's journal."""
+"""A stage's reports, written into the run's journal."""
 
 import logging
 import signal
@@ -23,7 +23,7 @@ STEPS = "steps"
 
 
 class JournalReporter:
-    """The engine's reporter of a run: at most two progress lines a second, a metric line a step, rare alerts."""
+    """The engine's reporter of a run: at most two progress lines per second, one metric line per step, few alerts."""
 
     def __init__(self, journal: JournalWriter, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._journal = journal
@@ -34,13 +34,13 @@ class JournalReporter:
         self._next_cancel_check = 0.0
         self._cancelled = False
         self.current: PhaseName | None = None
-        """The phase of the run that goes on now."""
+        """The current phase of the run."""
         self.pulse = Pulse(clock)
         """The ends of training steps, for the watchdog."""
         self.terminated = False
-        """Whether this process was told to end (SIGTERM)."""
+        """Whether this process has received SIGTERM."""
         self.deadline: float | None = None
-        """When the run has had its device for as long as it may, by the clock."""
+        """When the run must give up its device, by the monotonic clock."""
         self._alerts: Counter[str] = Counter()
 
     def begin(self, phase: PhaseName) -> None:
@@ -50,7 +50,7 @@ class JournalReporter:
         self._journal.append("phase", {"phase": phase, "event": "started"})
 
     def resumed(self, step: int) -> None:
-        """The phase goes on after a step of an earlier attempt; metrics of later steps are superseded."""
+        """The phase continues after a step of an earlier attempt; metrics of later steps are superseded."""
         self._journal.append("phase", {"phase": self.current, "event": "resumed", "step": step})
 
     def position(self) -> int:
@@ -59,13 +59,13 @@ class JournalReporter:
         return self._journal.sync()
 
     def phase(self, name: str) -> None:
-        """A part of the stage begins: into the log only, since the journal's phases are the run's."""
+        """A part of the stage begins; only logged, since the journal's phases are the run's."""
         logger.info("%s", name)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """A progress line when half a second has passed, at the end, and for each new unit."""
         if done >= total and unit == STEPS:
-            self.pulse.pause()  # the last step: what follows is the saving of the model
+            self.pulse.pause()  # the last step: saving the model follows
         now = self._clock()
         if now < self._next_progress and done < total and unit == self._unit:
             return
@@ -73,12 +73,12 @@ class JournalReporter:
         self._journal.append("progress", {"done": done, "total": total, "unit": unit}, durable=False)
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
-        """A metric line; durable with the next checkpoint, since what is lost with it is computed again."""
+        """A metric line; durable with the next checkpoint, since lost steps are computed again."""
         self.pulse.beat()
         self._journal.append("metric", {"step": step, "values": dict(values)}, durable=False)
 
     def alert(self, code: str, message: str) -> None:
-        """An alert line; the same code is told a few times, not at every step."""
+        """An alert line; the same code is recorded a few times, not at every step."""
         self._alerts[code] += 1
         if self._alerts[code] <= ALERTS_PER_CODE:
             self._journal.append("alert", {"code": code, "message": message})
@@ -89,11 +89,11 @@ class JournalReporter:
         return self.deadline is not None and self._clock() >= self.deadline
 
     def limit(self, seconds: float | None) -> None:
-        """Let the run end its phase after so many seconds from now; None: never."""
+        """Make the run end its phase this many seconds from now; None: never."""
         self.deadline = None if seconds is None else self._clock() + seconds
 
     def should_stop(self) -> bool:
-        """Whether the user asked to stop, or this process shall end; the file is looked at ten times a second."""
+        """Whether the user asked to stop or this process must end; the cancel file is checked ten times per second."""
         if self.terminated or self.out_of_time:
             return True
         now = self._clock()
@@ -104,7 +104,7 @@ class JournalReporter:
 
     @contextmanager
     def ending_on_sigterm(self) -> Iterator[None]:
-        """Let SIGTERM end the stage at its next step, with a checkpoint; only a main thread gets signals."""
+        """Make SIGTERM end the stage at its next step, with a checkpoint; only the main thread receives signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

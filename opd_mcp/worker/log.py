@@ -1,4 +1,4 @@
-"""The worker's log: one line a message with its UTC time, each distinct warning of a library once."""
+"""The worker's log: one line per message with its UTC time, each distinct warning of a library once."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ OURS, WARNINGS = "opd_mcp", "py.warnings"
 
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
-    """Let this process log what opd_mcp tells, warnings and what libraries find wrong, until the end of the block."""
+    """Log messages of opd_mcp, warnings, and errors of libraries until the end of the block."""
     root, ours, captured = logging.getLogger(), logging.getLogger(OURS), logging.getLogger(WARNINGS)
     handler, once, formatted, level = logging.StreamHandler(sys.stderr), Once(), warnings.formatwarning, ours.level
     handler.setFormatter(UtcFormatter(FORMAT))
@@ -35,7 +35,7 @@ def logging_to_stderr() -> Iterator[None]:
 
 
 def take_over_libraries() -> None:
-    """Let libraries that brought a handler for the terminal (transformers, datasets) log through ours instead."""
+    """Make libraries with their own terminal handler (transformers, datasets) log through ours instead."""
     for logger in list(logging.root.manager.loggerDict.values()):
         if not isinstance(logger, logging.Logger):
             continue
@@ -53,8 +53,8 @@ class UtcFormatter(logging.Formatter):
 
 
 class Once(logging.Filter):
-    """Lets each distinct warning through once, wherever it is raised: Python's own filter forgets what it has shown
-    whenever a library changes the filters for a moment.
+    """Passes each distinct warning once, wherever it is raised: Python's own filter forgets what it has shown
+    whenever a library changes the filters temporarily.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Once(logging.Filter):
         self._told: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the warning is new, its place aside."""
+        """Whether the warning is new, regardless of its place."""
         warning = record.getMessage().rpartition(" (")[0]
         new = warning not in self._told
         self._told.add(warning)
@@ -72,5 +72,5 @@ class Once(logging.Filter):
 def warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning in one line, its place at the end and without the source."""
+    """A warning in one line, with its place at the end and without the source line."""
     return f"{category.__name__}: {' '.join(str(message).split())} ({Path(filename).name}:{lineno})"

@@ -75,7 +75,7 @@ class WorkerSettings:
 def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: WorkerSettings) -> int:
     """Do the run's work; 0 when it succeeded or was cancelled, 1 when it failed.
 
-    `lock_fd` is the run's lock as the launcher handed it down; None: it is taken here, for a new attempt.
+    `lock_fd` is the run's lock, inherited from the launcher; None: it is acquired here, for a new attempt.
     Raises UnknownIdError `unknown_run`, and RunError `run_locked` when another process works on the run.
     """
     workspace = Workspace(workspace_root)
@@ -123,11 +123,11 @@ class RunWorker:
         self.journal.append("state", {"state": "running"})
         self.reporter.limit(seconds_left(quotas, self.directory))
         with run_span(record):
-            record = prepared_record(self.store.workspace, record, self.journal, self.reporter)
+            record = prepared_record(self.store, record, self.journal, self.reporter)
             return self._pipeline(record, device_kind(lease), launch_seconds).run()
 
     def _pipeline(self, record: RunRecord, device: str, launch_seconds: float) -> Pipeline:
-        """The run's phases; the stages are loaded when a phase has to be computed, not before."""
+        """The run's phases; the stages are loaded only when a phase must be computed."""
         from opd_mcp.engine.context import Context
 
         recipe, inputs = record.request.recipe, record.request.inputs
@@ -144,6 +144,7 @@ class RunWorker:
             reporter=self.reporter,
             teacher_key=self.settings.teacher_key,
             checkpoint=recipe.checkpoint,
+            made_here=self.store.artifacts.made_here,
             check_fence=self.journal.check_fence,
         )
         return Pipeline(
@@ -160,10 +161,10 @@ class RunWorker:
         )
 
     def _end_by(self, error: Exception) -> int:
-        """The exit status after the final state that an exception leads to; none for an attempt that is superseded."""
+        """The exit status, after the final state that an exception leads to; a superseded attempt records none."""
         try:
             self.journal.check_fence()
-        except RunError as fence:  # another attempt owns this run by now, whatever else went wrong here
+        except RunError as fence:  # another attempt owns this run now, whatever else went wrong here
             logger.warning("%s", fence)
             return 1
         if not isinstance(error, OpdError):
@@ -173,12 +174,12 @@ class RunWorker:
         return self._end("cancelled") if cause is None else self._fail(cause)
 
     def _stop_cause(self) -> OpdError | None:
-        """Why a run stopped that no user asked to stop; None when a user did."""
+        """Why a run stopped without a user's request; None if a user requested it."""
         if self.reporter.terminated:
             return RunError(
                 "worker_terminated",
-                "The worker was told to end (SIGTERM): somebody stopped it, or the machine was shutting down.",
-                fix="Resume the run: it goes on from its last checkpoint; a phase without one yet begins anew.",
+                "The worker received SIGTERM: it was stopped, or the machine was shutting down.",
+                fix="Resume the run: it continues from its last checkpoint; a phase without one starts again.",
                 call=resume_call(),
             )
         if self.reporter.out_of_time and not cancel_requested(self.directory):
@@ -219,7 +220,7 @@ def device_kind(lease: Lease) -> str:
 def prepare_environment(runtime: RuntimeRecipe, lease: Lease, compiled: Path) -> None:
     """Threads, visible devices and the compilers' folder for torch, which reads them when it is imported.
 
-    What a compiler has cached is run as code: it belongs into the workspace, not into a shared /tmp.
+    A compiler's cache is executed as code: it belongs in the workspace, not in a shared /tmp.
     """
     assert "torch" not in sys.modules, "torch was imported before the lease"
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(runtime.threads)))
@@ -242,7 +243,7 @@ def run_span(record: RunRecord) -> Iterator[None]:
 
 
 def disk_figures(directory: Path, phase: PhaseName | None) -> DiskFigures:
-    """What the phase was expected to write, and what is free for it now."""
+    """What the phase was expected to write, and the free bytes now."""
     needed = 0
     if phase is not None:
         request = read_record(directory).request
@@ -251,7 +252,7 @@ def disk_figures(directory: Path, phase: PhaseName | None) -> DiskFigures:
 
 
 def memory_figures(directory: Path) -> MemoryFigures:
-    """The most memory that this process held, on the GPU where it used one, and what its plan expected."""
+    """This process's peak memory, on the GPU if it used one, and what its plan expected."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -259,5 +260,5 @@ def memory_figures(directory: Path) -> MemoryFigures:
     try:
         expected = read_record(directory).expected_memory_bytes
     except OpdError:
-        expected = None  # a run.json that cannot be read is what the failure itself tells of
+        expected = None  # the failure itself reports a run.json that cannot be read
     return MemoryFigures(peak, expected)

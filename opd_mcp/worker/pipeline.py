@@ -1,4 +1,4 @@
-"""The phases of a run, one after the other: each is reused, or computed and published as an artifact."""
+"""The phases of a run in order: each is reused, or computed and published as an artifact."""
 
 import json
 import shutil
@@ -38,9 +38,9 @@ ROLLOUTS = "rollouts"
 
 @dataclass
 class Pipeline:
-    """One run's way through its phases; `flops` and `disk` say what a phase is expected to compute and to write.
+    """Takes one run through its phases; `flops` and `disk` say what a phase is expected to compute and to write.
 
-    `launch_seconds` is what the process took from its launch until it took its place in the queue.
+    `launch_seconds` is the time from the process's launch until its place in the queue.
     """
 
     record: RunRecord
@@ -58,7 +58,7 @@ class Pipeline:
     held: ExitStack = field(default_factory=ExitStack)
 
     def run(self) -> dict[str, Any]:
-        """The run's result, after all phases that are not `fetch`; raises what the stages raise."""
+        """The run's result after all phases except `fetch`; raises the stages' errors."""
         phases = [phase for phase in self.record.request.phases if phase.name != "fetch"]
         with ExitStack() as self.held:
             for position, phase in enumerate(phases):
@@ -81,12 +81,12 @@ class Pipeline:
         if found is None:
             return False
         require_intact(found)
-        self.pending = []  # of rollouts whose cache another run has finished meanwhile
+        self.pending = []  # rollouts whose cache another run has finished meanwhile
         self.reporter.begin(phase.name)
         event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
         cost = recorded_cost(found.path, phase.name)
         if cost is not None:
-            # What an earlier attempt of this run made was this run's work.
+            # The work of an earlier attempt counts as this run's.
             cost = cost.model_copy(update={"reused": found.record.run_id != self.record.run_id})
             self.calls.costs.append(cost)
             event["cost"] = cost.to_dict()
@@ -131,7 +131,7 @@ class Pipeline:
         shutil.rmtree(checkpoints_of(self.directory, phase.name), ignore_errors=True)
 
     def _building(self, phase: RunPhase) -> Path:
-        """Where the phase builds; rollouts and scores in directories that the next run with the same key goes on in."""
+        """Where the phase builds; rollouts and scores in directories that the next run with the same key resumes."""
         if phase.name in RESUMABLE:
             name = f"{phase.name}-{phase.key[:KEY_DIGITS]}"
             held = self.artifacts.resumable_directory("cache", name, self.reporter.should_stop)
@@ -144,7 +144,7 @@ class Pipeline:
             return self.directory / f"{phase.name}-{self.journal.attempt}"
         building = self.artifacts.new_building_directory(made.kind)
         self.held.callback(shutil.rmtree, building, ignore_errors=True)
-        # A model is named by its directory in its own lineage, so it is built under the name that it keeps.
+        # A model's lineage names its directory, so it is built under its final name.
         named = building / made.artifact_id
         named.mkdir(mode=0o700)
         return named
@@ -161,7 +161,7 @@ class Pipeline:
         return PhaseCost(work=work_name(name, method), device=self.device, expected_flops=self.flops(name), cost=cost)
 
     def _take(self, name: PhaseName, artifact_id: str, path: Path) -> None:
-        """Make a phase's artifact an input of the next ones and a part of the result."""
+        """Make a phase's artifact an input of later phases and part of the result."""
         role, paths = PUBLISHED[name].role, self.calls.paths
         if name == "sft":
             paths["base"], paths["student"] = paths["student"], path
@@ -175,7 +175,7 @@ class Pipeline:
 
 
 def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:
-    """Raise ResourceError `not_enough_disk` where a phase is expected to write more than the disk has free."""
+    """Raise ResourceError `not_enough_disk` if a phase is expected to write more than the disk has free."""
     free = free_disk(directory)
     if needed > free:
         raise ResourceError(

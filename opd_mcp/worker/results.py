@@ -44,7 +44,7 @@ def score_figures(score: ModelScore) -> dict[str, Any]:
 
 
 def sampled(output: Path) -> dict[str, Any]:
-    """The result of a sample: each response cut to size, and the path of the file that has them whole."""
+    """The result of a sample: each response cut to size, and the path of the file with the whole texts."""
     file = output / SAMPLES_FILE
     samples = [
         {**sample, "prompt": shortened(sample["prompt"], 160), "response": shortened(sample["response"], 700)}
@@ -54,7 +54,7 @@ def sampled(output: Path) -> dict[str, Any]:
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """A JSON-ready value with its numbers cut to so many significant digits; the files keep them all."""
+    """A JSON-ready value with numbers cut to this many significant digits; the files keep all digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""How each phase calls its stage: which of the run's inputs and earlier results it is given."""
+"""How each phase calls its stage, with which of the run's inputs and earlier results."""
 
 import json
 import time
@@ -33,11 +33,9 @@ from opd_mcp.schemas.recipes import (
     SftRecipe,
 )
 from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
-from opd_mcp.schemas.runs import ModelInput, PhaseName, RunRecord
+from opd_mcp.schemas.runs import TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
-
-TOKENIZER_FOLDER = "tokenizer"
 
 
 class Stages(Protocol):
@@ -68,7 +66,7 @@ class Stages(Protocol):
 
 @dataclass
 class StageCalls:
-    """Calls stages for one run; `paths` holds what is known so far by role, `costs` what earlier phases took."""
+    """Calls stages for one run; `paths` has the known paths by role, `costs` the costs of earlier phases."""
 
     record: RunRecord
     directory: Path
@@ -77,7 +75,7 @@ class StageCalls:
     paths: dict[str, Path] = field(default_factory=dict)
     costs: list[StageCost] = field(default_factory=list)
     loading_seconds: float | None = None
-    """What loading the stages took; None until a phase had to be computed."""
+    """Seconds spent on loading the stages; None until a phase must be computed."""
 
     def __post_init__(self) -> None:
         inputs = self.record.request.inputs
@@ -88,14 +86,14 @@ class StageCalls:
 
     @cached_property
     def stages(self) -> Stages:
-        """The stages, loaded when the first phase has to be computed: a run that reuses everything needs none."""
+        """The stages, loaded when the first phase must be computed; a run that reuses everything never loads them."""
         begun = time.perf_counter()
         stages = self.load_stages()
         self.loading_seconds = time.perf_counter() - begun
         return stages
 
     def compute(self, name: PhaseName, output: Path) -> StageCost:
-        """Run the stage of a phase into an empty or new directory; raises what the stage raises."""
+        """Run the stage of a phase into an empty or new directory; raises the stage's errors."""
         context = replace(self.context, checkpoints=checkpoints_of(self.directory, name))
         recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
         match name:
@@ -197,7 +195,7 @@ class StageCalls:
         inputs = self.record.request.inputs
         if inputs.eval_prompts is not None or inputs.model is not None:
             return self.paths.get("eval_prompts") or self.paths["prompts"]
-        # Training prompts prove no accuracy: without their answers only the reverse KL is measured on them.
+        # Training prompts prove no accuracy: without answers only the reverse KL is measured on them.
         rows = read_prompts(self.paths["prompts"])[: self.record.request.recipe.benchmark.kl_prompts]
         file = self.directory / "reverse_kl_prompts.jsonl"
         self.context.check_fence()
@@ -205,7 +203,7 @@ class StageCalls:
         return file
 
     def _claim(self) -> TeacherClaim | None:
-        """Whose responses the student is said to be fine-tuned on; after an SFT phase its own lineage says it."""
+        """The teacher claimed for the student's SFT responses; after an SFT phase the student's lineage says it."""
         student = self.record.request.inputs.student
         return student.sft_teacher if student and "base" not in self.paths else None
 
@@ -216,7 +214,7 @@ def checkpoints_of(run: Path, phase: str) -> Path:
 
 
 def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:
-    """A training stage's summary in the form that all stages' costs have."""
+    """A training stage's summary in the form of all stages' costs."""
     return StageCost(
         stage=name,
         seconds=summary.seconds,
@@ -228,7 +226,7 @@ def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:
 
 
 def report_cost(report: BenchmarkReport) -> StageCost:
-    """What a benchmark took, in the form that all stages' costs have."""
+    """A benchmark's cost in the form of all stages' costs."""
     return StageCost(
         stage="benchmark",
         seconds=sum(model.seconds for model in report.models),
@@ -238,7 +236,7 @@ def report_cost(report: BenchmarkReport) -> StageCost:
 
 
 def model_names(models: list[ModelInput]) -> list[str]:
-    """A name for each model, of its artifact or its directory, made unique by a number."""
+    """A name for each model, from its artifact or directory, made unique by a number."""
     names: list[str] = []
     for model in models:
         base = model.artifact_id or model.hub_id or Path(str(model.path)).name

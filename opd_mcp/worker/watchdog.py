@@ -1,4 +1,4 @@
-"""A watch over training steps: one that takes ten times the median raises an alert and leaves the stacks in the log."""
+"""Watches training steps: one that takes ten times the median raises an alert and writes the stacks to the log."""
 
 import faulthandler
 import logging
@@ -21,7 +21,7 @@ REMEMBERED_STEPS = 50
 class WatchSettings:
     """A step is stalled after `factor` medians of at least `steps` steps, and not before `floor` seconds.
 
-    The floor keeps a loaded machine from raising alerts about steps of milliseconds; `poll` is how often is looked.
+    The floor prevents alerts about steps of milliseconds on a loaded machine; `poll` is the interval in seconds.
     """
 
     factor: float = 10.0
@@ -32,14 +32,14 @@ class WatchSettings:
 
 @dataclass(frozen=True)
 class Stall:
-    """A step that does not end: how long it takes by now, and the median step before it, in seconds."""
+    """A step that does not end: its time so far, and the median of the steps before it, in seconds."""
 
     seconds: float
     median: float
 
 
 class Pulse:
-    """When the steps of a phase ended; beaten by the training's thread, looked at by the watch's."""
+    """When the steps of a phase ended; written by the training's thread, read by the watchdog's."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -57,18 +57,18 @@ class Pulse:
             self._last, self._told = now, False
 
     def pause(self) -> None:
-        """What comes until the next step's end is no step: a checkpoint, the saving of the model."""
+        """The time until the next step's end is not a step: a checkpoint, or saving the model."""
         with self._lock:
             self._last = None
 
     def reset(self) -> None:
-        """Another phase begins; its steps are of another kind."""
+        """Another phase begins; its steps are not comparable."""
         with self._lock:
             self._durations.clear()
             self._last = None
 
     def new_stall(self, settings: WatchSettings) -> Stall | None:
-        """The present stall, once; None while the step is within its time, or where there are no steps."""
+        """The current stall, once; None while the step is within its time, or without steps."""
         with self._lock:
             if self._last is None or self._told or len(self._durations) < settings.steps:
                 return None
@@ -81,7 +81,7 @@ class Pulse:
 
 @contextmanager
 def watching(pulse: Pulse, alert: Callable[[str, str], None], settings: WatchSettings) -> Iterator[None]:
-    """Look at the pulse until the end of the block; a stall becomes an alert `step_stalled` and a dump on stderr."""
+    """Check the pulse until the end of the block; a stall becomes an alert `step_stalled` and a dump on stderr."""
     over = threading.Event()
 
     def watch() -> None:
@@ -98,7 +98,7 @@ def watching(pulse: Pulse, alert: Callable[[str, str], None], settings: WatchSet
                     "The stacks of the worker are in its log.",
                 )
             except RunError:
-                return  # a newer attempt has begun, and this process will hear of it at its next step
+                return  # a newer attempt has begun; this process notices at its next step
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from opd_mcp.server.dashboard_app import dashboard_html
+from opd_mcp.server.app import dashboard_html
 
 RUN = {
     "run_id": "lightning-qwen-1", "kind": "distill", "state": "running", "created_at": "2026-08-01T10:00:00Z",

@@ -12,7 +12,10 @@ from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["docs/method.md", "AGENTS.md", "examples/README.md", "examples/arithmetic/README.md"]
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("tools/*.md"))
+)
 CLIENTS = ROOT / "examples" / "claude_desktop"
 
 
@@ -42,9 +45,11 @@ def test_the_client_of_the_documents_goes_from_plan_to_report(examples, tmp_path
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_a_document_names_exists(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:opd_mcp|tests|tools|examples|docs)/[\w./-]+)`", text))
+    package = ROOT / "opd_mcp"
+    folders = "|".join(path.name for home in (ROOT, package) for path in home.iterdir() if path.name[0] not in "._")
+    named = set(re.findall(rf"`(?:python )?((?:{folders})/[\w./-]+)", text))
     linked = set(re.findall(r"\]\((?!https?:)([^)#]+)\)", text))
-    missing = [name for name in named if not (ROOT / name).exists()]
+    missing = [name for name in named if not any((home / name).exists() for home in (ROOT, package))]
     missing += [name for name in linked if not (ROOT / document).parent.joinpath(name).exists()]
     assert not missing
 

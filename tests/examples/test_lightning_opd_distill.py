@@ -11,6 +11,7 @@ from opd_mcp.engine.context import Context, ResponsesInputs
 from opd_mcp.identity.consistency import sft_teacher
 from opd_mcp.identity.data.rows import PROMPT_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.signatures import below
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import ResponsesRecipe, Sampling
 from opd_mcp.schemas.reports import BenchmarkReport, TrainingSummary
@@ -92,7 +93,7 @@ def test_one_command_makes_a_student_with_lineage_and_report(distill, tmp_path):
 
 def test_responses_proven_to_be_another_teachers_are_refused_with_both_names(distill, examples, few_rows, tmp_path):
     responses = other_responses(examples, few_rows("sft.jsonl", 4), tmp_path / "other")
-    assert sft_teacher(responses).basis == "proven"
+    assert sft_teacher(responses, made_here=below(responses)).basis == "proven"
     text = refusal(distill(teacher_responses_dataset=responses))
     assert "[teacher_mismatch]" in text
     assert "teacher_other_style@" in text

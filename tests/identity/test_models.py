@@ -28,7 +28,7 @@ def test_a_copy_is_the_same_model_under_another_name(make_model, tmp_path):
     copy = shutil.copytree(original, tmp_path / "renamed")
     first, second = inspect_model(original).identity, inspect_model(copy).identity
     assert first.name != second.name
-    assert first.same_weights(second)
+    assert first.same_model(second)
     assert identity_hash(first) == identity_hash(second)
 
 
@@ -120,7 +120,7 @@ def test_the_cache_forgets_a_model_whose_files_change(make_model):
     first = cache.inspect_model(model)
     assert cache.inspect_model(model) is first
     shutil.copy(make_model("other", seed=2) / "model.safetensors", model / "model.safetensors")
-    assert not cache.inspect_model(model).identity.same_weights(first.identity)
+    assert not cache.inspect_model(model).identity.same_model(first.identity)
 
 
 @pytest.mark.parametrize(
@@ -205,4 +205,4 @@ def test_what_is_hashed_is_what_is_loaded_where_there_is_an_index_too(make_model
     shutil.copy(other / "model.safetensors", model / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert inspect_model(model).identity.same_weights(alone)
+    assert inspect_model(model).identity.same_model(alone)

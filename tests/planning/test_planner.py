@@ -175,9 +175,9 @@ def test_models_of_the_hub_are_planned_with_what_is_not_known_yet(service, world
 
 BAD_DATA = {
     "empty.jsonl": ("", DataError, "empty_data"),
-    "malformed.jsonl": ('{"prompt": "1+1=?"}\n{"prompt": \n', DataError, r"malformed_line.*malformed\.jsonl line 2"),
-    "fieldless.jsonl": ('{"prompt": "1+1=?"}\n{"text": "x"}\n', DataError, r"missing_field.*line 2"),
-    "data.csv": ("prompt\n1+1=?\n", DataError, "unknown_format"),
+    "malformed.jsonl": ('{"prompt": 1}\n{"prompt": \n', DataError, r"malformed_line.*2 rows.*malformed\.jsonl line 1"),
+    "fieldless.jsonl": ('{"body": "1+1=?"}\n', DataError, r'missing_field.*Nearest: columns={"prompt": "body"}'),
+    "data.docx": ("prompt\n1+1=?\n", DataError, "unknown_format"),
 }
 
 
@@ -188,6 +188,39 @@ def test_bad_data_is_one_error_and_nothing_starts(service, world, name, role):
     with pytest.raises(error, match=message):
         service.start_distillation(world.start_arguments(**{role: world.file(name, content)}))
     assert service.list_runs().total == 0
+
+
+def test_a_plan_says_what_was_understood_and_warns_of_skipped_rows(service, world):
+    rows = "".join(f'{{"question": "{i}+1=?", "answer": "#### {i + 1}"}}\n' for i in range(8))
+    prompts = world.file("gsm8k.jsonl", rows + "broken\n{}\n")
+    plan = service.plan(world.plan_arguments(prompts=prompts))
+    understood = plan.inputs.prompts.understood
+    assert (understood.shape, understood.rows, understood.skipped) == ("question/answer", 8, 2)
+    warning = next(finding for finding in plan.warnings if finding.code == "rows_skipped")
+    assert "2 of 10 rows of prompts" in warning.message
+    assert "gsm8k.jsonl line 9: not JSON" in warning.message
+
+
+def test_columns_map_each_argument_and_start_the_same_run(service, world):
+    own = world.file("own.jsonl", '{"q": "1+1=?"}\n')
+    held_out = world.file("held.jsonl", '{"task": {"q": "2+2=?"}, "gold": 4}\n')
+    columns = {"prompt": "q", "eval_prompts.prompt": "task.q", "eval_prompts.answer": "gold"}
+    plan = service.plan(world.plan_arguments(prompts=own, eval_prompts=held_out, columns=columns))
+    assert plan.sample == ["1+1=?"]
+    assert plan.inputs.eval_prompts.rows_with_answer == 1
+    plain = world.file("plain.jsonl", '{"prompt": "1+1=?"}\n')
+    same_columns = {key: path for key, path in columns.items() if key != "prompt"}
+    same = service.plan(world.plan_arguments(prompts=plain, eval_prompts=held_out, columns=same_columns))
+    assert [phase.key for phase in same.phases] == [phase.key for phase in plan.phases]
+
+
+def test_data_of_the_hub_is_planned_with_what_is_not_known_yet(service, world):
+    plan = service.plan(world.plan_arguments(prompts="openai/gsm8k:main@train"))
+    assert names(plan)[0] == "fetch"
+    assert plan.estimates == []
+    assert "checked_after_fetch" in codes(plan.warnings)
+    other = service.plan(world.plan_arguments(prompts="openai/gsm8k:main@train", columns={"prompt": "question"}))
+    assert other.phases[1].key != plan.phases[1].key
 
 
 def test_a_plan_is_its_id_and_starts_once(service, world, busy_machine):
@@ -239,6 +272,7 @@ def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
         "eval_overlap_exact": 2,  # both copies of 1+1=?
         "eval_overlap_normalised": 3,
     }
+    assert "prompts read as prompt (prompt" in plan_text(plan)
     assert "prompts: 4, over-long 1, duplicates 1, in the evaluation set 2 exactly, 3 normalised" in plan_text(plan)
     found = {warning.code: warning.message for warning in plan.warnings}
     assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]

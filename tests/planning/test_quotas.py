@@ -6,9 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.next_action import next_call
+from opd_mcp.schemas.reports import CheckpointRecord
 from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.server.render.workspace import setup_text
 from opd_mcp.store.journal import read_journal

@@ -1,11 +1,14 @@
 """What callers may write where a model or data is needed."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from opd_mcp.planning.references import columns_of, hub_data_directory
 from opd_mcp.schemas.errors import ArgumentError, DataError, IntegrityError, PathError, UnknownIdError
+from opd_mcp.schemas.runs import DataInput
 
 
 @pytest.fixture
@@ -106,9 +109,58 @@ def test_models_without_safe_weights_are_refused_unread(references, world):
         references.model(str(copy))
 
 
-def test_data_of_the_hub_is_to_be_downloaded_first(references):
-    with pytest.raises(PathError, match="not fetched"):
-        references.prompts("openai/gsm8k")
+@pytest.mark.parametrize("reference", ["openai/gsm8k", "openai/gsm8k:main@train", "org/set@test"])
+def test_data_of_the_hub_is_left_for_the_worker(references, reference):
+    columns = {"prompt": "question"}
+    resolved = references.prompts(reference, columns)
+    expected = DataInput(reference=reference, hub_id=reference, columns=columns)
+    assert (resolved.input, resolved.scan.rows) == (expected, 0)
+    assert references.responses(reference, "Qwen3-8B").sft_teacher.name == "Qwen3-8B"
+
+
+def test_fetched_data_of_the_hub_is_read_where_it_is(references, world):
+    directory = hub_data_directory(references.workspace, "openai/gsm8k:main@train")
+    directory.mkdir(parents=True)
+    (directory / "data.jsonl").write_text('{"question": "1+1=?", "answer": "#### 2"}\n')
+    found = references.prompts("openai/gsm8k:main@train").input
+    assert (found.rows, found.path, found.hub_id) == (1, str(directory), "openai/gsm8k:main@train")
+    assert references.prompts("openai/gsm8k:main@test").input.path is None
+
+
+def test_a_data_sets_columns_are_resolved_and_recorded(references, world):
+    file = world.file("own.jsonl", '{"q": "1+1=?", "gold": {"value": 2}}\n')
+    with pytest.raises(DataError, match=r'Nearest: columns=\{"prompt": "q"'):
+        references.prompts(file)
+    columns = {"prompt": "q", "answer": "gold.value"}
+    found = references.prompts(file, columns)
+    assert (found.input.columns, found.input.rows_with_answer) == (columns, 1)
+    assert found.input.understood.columns == columns
+    assert found.scan.first[0].answer == "2"
+    copy = world.file("copy.jsonl", '{"prompt": "1+1=?", "answer": "2"}\n')
+    assert references.prompts(copy).input.sha256 == found.input.sha256
+
+
+def test_a_pattern_reads_all_it_matches_below_the_roots(references, world):
+    for number in range(2):
+        world.file(f"part-{number}.jsonl", json.dumps({"prompt": f"{number}+1=?"}) + "\n")
+    pattern = str(world.root / "data" / "part-*.jsonl")
+    assert references.prompts(pattern).input.rows == 2
+    outside = world.root / "secret.jsonl"
+    outside.write_text('{"prompt": "1+1"}\n')
+    os.symlink(outside, world.root / "data" / "part-9.jsonl")
+    for reference in (pattern, str(world.root / "*.jsonl")):
+        with pytest.raises(PathError, match="outside_roots"):
+            references.prompts(reference)
+
+
+def test_columns_are_for_all_arguments_or_for_one():
+    columns = {"prompt": "q", "answer": "a", "eval_prompts.prompt": "problem"}
+    assert columns_of(columns, "prompts") == {"prompt": "q", "answer": "a"}
+    assert columns_of(columns, "eval_prompts") == {"prompt": "problem"}
+    assert columns_of({"eval_prompts.prompt": "problem"}, "prompts") is None
+    assert columns_of(None, "prompts") is None
+    with pytest.raises(ArgumentError, match=r"Nearest: .*eval_prompts"):
+        columns_of({"eval_promts.prompt": "q"}, "prompts")
 
 
 def test_prompts_are_counted_and_hashed_by_content(references, world):
@@ -124,7 +176,7 @@ def test_the_same_inline_prompts_are_the_same_artifact(references):
     other = references.prompts(["1+1=?"]).input
     assert first == again
     assert first.artifact_id != other.artifact_id
-    assert references.prompts(first.artifact_id).rows == references.prompts(["1+1=?", "2+2=?"]).rows
+    assert references.prompts(first.artifact_id).scan.first == references.prompts(["1+1=?", "2+2=?"]).scan.first
 
 
 @pytest.mark.parametrize(("prompts", "code"), [([], "empty_data"), (["1+1=?", " "], "missing_field")])

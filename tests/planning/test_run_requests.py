@@ -102,9 +102,34 @@ def test_an_sft_student_of_declared_responses_carries_the_assertion(world, servi
     )
     assert run.run_id.startswith("sft-student-")
     status = finished(service, run.run_id)
-    assert (status.next_action.tool, status.next_action.missing) == ("build_teacher_cache", ["teacher", "prompts"])
+    assert (status.next_action.tool, status.next_action.missing) == ("build_teacher_cache", ["prompts"])
+    assert status.next_action.arguments["teacher"] == world.teacher
     plan = service.plan(world.plan_arguments(student=run.run_id))
     assert plan.consistency.basis == "asserted"
+
+
+def test_sft_adopts_the_template_of_a_declared_teacher_that_is_here(world, service, busy_machine):
+    responses = world.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n')
+    given = {"student": world.student, "responses": responses, "preset": "demo"}
+    teacher = world.copy_of(world.teacher, "declared")
+    runs = [service.start_sft(StartSft(**given, declared_teacher=str(teacher)))]
+    (teacher / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<assistant>")
+    runs += [service.start_sft(StartSft(**given, declared_teacher=name)) for name in (str(teacher), "a name")]
+    inputs = [service.store.record(run.run_id).request.inputs for run in runs]
+    assert [given.teacher.path if given.teacher else None for given in inputs] == [str(teacher), str(teacher), None]
+    assert len({run.run_id for run in runs}) == 3, "another template is another SFT student"
+    for run in runs:
+        service.cancel(run.run_id)
+
+
+def test_sft_refuses_a_declared_teacher_with_other_tokens(world, service):
+    teacher = world.copy_of(world.teacher, "other-tokens")
+    content = (teacher / "tokenizer.json").read_text()
+    (teacher / "tokenizer.json").write_text(content.replace('"<user>"', '"<person>"'))
+    responses = world.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n')
+    arguments = StartSft(student=world.student, responses=responses, preset="demo", declared_teacher=str(teacher))
+    with pytest.raises(ConsistencyError, match="tokenizer_mismatch"):
+        service.start_sft(arguments)
 
 
 def test_responses_know_what_to_do_with_them(world, service, finished):

@@ -11,7 +11,7 @@ from opd_mcp.server.protocol.json_schema import input_schema, output_schema, str
 
 def test_an_optional_argument_is_its_type_without_null():
     properties = input_schema(StartDistillation)["properties"]
-    assert properties["student"] == {"type": "string", "description": "absolute path, artifact id, run id or Hub id"}
+    assert properties["student"] == {"type": "string", "description": "absolute path, artifact, run or Hub id"}
     assert properties["benchmark"]["default"] is True
     assert properties["prompts"]["anyOf"][1] == {"type": "array", "items": {"type": "string"}, "maxItems": 200}
 

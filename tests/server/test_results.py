@@ -1,7 +1,6 @@
 """A result's text: paths and evidence in a few lines, whatever else it holds cut to size."""
 
-from opd_mcp.server.render.parts import compact
-from opd_mcp.server.render.runs import result_lines
+from opd_mcp.server.render.runs import compact, result_lines
 
 RESULT = {
     "artifacts": {"model": "model-1", "report": "report-1"},

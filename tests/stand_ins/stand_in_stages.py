@@ -14,7 +14,7 @@ import time
 import warnings
 from pathlib import Path
 
-from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent
+from opd_mcp.identity.consistency import proven_claim, require_behaviour, require_consistent, vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.lineage import data_hashes, read_lineage, write_lineage
@@ -75,7 +75,7 @@ def score(section, inputs, output, context):
     if (rollouts / "taken_up").exists():
         (output / "taken_up").touch()
     identity, behaviour = inspect_model(inputs.teacher).identity, inspect_model(inputs.student).identity
-    claim = claim_of(inputs.student) or inputs.sft_teacher
+    claim = claim_of(inputs.student, context) or inputs.sft_teacher
     require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     manifest = CacheManifest(
         teacher=identity,
@@ -115,7 +115,7 @@ def distill(section, inputs, output, context):
         manifest = CacheManifest.from_json((inputs.cache / "manifest.json").read_bytes())
         require_behaviour(manifest.behaviour, inspect_model(inputs.student).identity)
     steps(context, section.steps)
-    return trained(inputs.student, output, sft_teacher=claim_of(inputs.student) or inputs.sft_teacher)
+    return trained(inputs.student, output, sft_teacher=claim_of(inputs.student, context) or inputs.sft_teacher)
 
 
 def benchmark(section, inputs, output, context):
@@ -206,9 +206,9 @@ def trained(student: Path, output: Path, *, sft_teacher):
     return summary
 
 
-def claim_of(student: Path):
+def claim_of(student: Path, context):
     lineage = read_lineage(student)
-    return lineage.sft_teacher if lineage else None
+    return vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(student))
 
 
 def cost(stage, tokens):

@@ -154,3 +154,32 @@ def test_only_the_last_alerts_are_kept_and_all_are_counted(run, writer):
 )
 def test_a_trend_is_a_difference_beyond_the_noise(values, trend):
     assert trend_of(values) == trend
+
+
+def test_one_fold_keeps_series_and_device_seconds_through_a_second_attempt(run):
+    def line(seq, attempt, second, type, data):
+        return encode_record(JournalRecord(seq, attempt, f"2025-01-01T00:00:{second:02d}.000Z", type, data))
+
+    def metric(seq, attempt, second, step, loss):
+        return line(seq, attempt, second, "metric", {"step": step, "values": {"loss": loss}})
+
+    lines = [
+        line(1, 1, 0, "state", {"state": "queued"}),
+        line(2, 1, 2, "state", {"state": "running"}),
+        line(3, 1, 2, "phase", {"phase": "sft", "event": "started"}),
+        metric(4, 1, 3, 1, 9.0),
+        line(5, 1, 4, "phase", {"phase": "distill", "event": "started"}),
+        *[metric(5 + step, 1, 5, step, 1 / step) for step in range(1, 31)],
+        line(36, 2, 20, "state", {"state": "queued"}),
+        line(37, 2, 30, "state", {"state": "running"}),
+        line(38, 2, 31, "phase", {"phase": "distill", "event": "started"}),
+        line(39, 2, 31, "phase", {"phase": "distill", "event": "resumed", "step": 28}),
+        metric(40, 2, 37, 29, None),
+    ]
+    (run / JOURNAL_FILE).write_bytes(b"".join(lines))
+    full, short = RunView(run, keep_series=True).fold(), RunView(run).fold()
+    assert full.device_seconds == short.device_seconds == 3.0 + 7.0
+    assert full.series == {"sft.loss": {1: 9.0}, "distill.loss": {step: 1 / step for step in range(1, 29)} | {29: None}}
+    assert len(short.series["distill.loss"]) < 20
+    assert full.metrics == RunView(run, keep_series=True).refresh().metrics
+    assert short.metrics["loss"].last is None

@@ -28,6 +28,8 @@ def test_artifacts_are_listed_newest_first_in_pages(service, made):
     assert [row.kind for row in service.list_artifacts(ListArtifacts(kind="cache")).rows] == ["cache"]
     with pytest.raises(ArgumentError):
         service.list_artifacts(ListArtifacts(cursor="nonsense"))
+    with pytest.raises(ArgumentError, match="not a cursor"):
+        service.list_artifacts(ListArtifacts(cursor="~/~"))
 
 
 def test_an_artifact_with_a_damaged_record_is_named_beside_the_others(world, service, made):

@@ -9,9 +9,8 @@ import pytest
 
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.cache import CacheManifest
-from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.reports import BenchmarkReport
+from opd_mcp.schemas.reports import BenchmarkReport, CheckpointRecord
 from opd_mcp.store.journal import read_journal
 from opd_mcp.store.runs import RunLock
 

@@ -2,12 +2,12 @@
 
 import pytest
 from mcp import Client
-from opd_mcp.planning.run_records import current_trace
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from opd_mcp.planning.run_requests import current_trace
 from opd_mcp.server.app import build_server
 from opd_mcp.worker.main import run_span
 

@@ -34,8 +34,8 @@ from opd_mcp.engine.training.checkpoints import COST_FACTOR, Checkpoints
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.optim import build_optimizer
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients, sft_metrics
-from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
+from opd_mcp.schemas.reports import LoopState
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.worker.journal_reporter import JournalReporter
 from tools import EXAMPLE

@@ -11,8 +11,8 @@ from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.requests import ListArtifacts, StartDistillation
 from opd_mcp.service import JobService
 from opd_mcp.store.artifacts import artifact_directories
+from opd_mcp.store.run_view import RunView
 from opd_mcp.store.workspace import Workspace
-from opd_mcp.views.metrics import recorded_points
 from opd_mcp.worker import main as worker
 from tools.chaos.damage_trials import Damage, answer, fresh_copy, run_trials
 from tools.chaos.workload import Place
@@ -67,7 +67,7 @@ def status_of(status: dict[str, Any]) -> dict[str, Any]:
 def metrics_of(place: Place, status: dict[str, Any], run_id: str) -> dict[str, Any]:
     """The metric series, with state and alerts."""
     said = {"state": status["state"], "alerts": [alert["code"] for alert in status.get("alerts", [])]}
-    points = recorded_points(place.run_directory(run_id))
+    points = RunView(place.run_directory(run_id), keep_series=True).fold().series
     return {"said": said, "series": {name: list(series.items()) for name, series in points.items()}}
 
 

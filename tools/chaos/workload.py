@@ -13,8 +13,8 @@ from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.run_view import RunView
 from opd_mcp.store.workspace import Workspace
-from opd_mcp.views.metrics import recorded_points
 from tools import EXAMPLE
 from tools.chaos.processes import command
 
@@ -121,7 +121,7 @@ def evidence(place: Place, status: RunStatus) -> dict[str, Any]:
     if "cache" in paths:
         manifest = CacheManifest.from_json((Path(paths["cache"]) / "manifest.json").read_bytes())
         found["cache"] = manifest.content_sha256
-    points = recorded_points(place.run_directory(status.run_id))
+    points = RunView(place.run_directory(status.run_id), keep_series=True).fold().series
     found["series"] = {name: series for name, series in points.items() if not name.endswith(TIMINGS)}
     found["scores"] = (status.result or {}).get("scores")
     return found

@@ -33,6 +33,7 @@ from opd_mcp.engine.cache.manifest import read_cache
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.identity.data.reading import read_prompts, read_responses, read_responses_header
+from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
@@ -40,12 +41,12 @@ from opd_mcp.planning.checks import mean_prompt_tokens
 from opd_mcp.planning.workload import DataSize, Workload, model_shape
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
-from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
 from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe, Sampling
+from opd_mcp.schemas.reports import CheckpointRecord, LoopState
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
 from opd_mcp.store.artifacts import ArtifactRecord, read_artifact
@@ -55,7 +56,6 @@ from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import create_run, read_record
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.views.cache import inspect_cache
-from opd_mcp.views.metrics import recorded_points
 from opd_mcp.views.status import snapshot_of, status_of
 from tools import EXAMPLE
 from tools.fuzz.damage import (
@@ -116,7 +116,7 @@ def model_targets(root: Path) -> list[Target]:
     """The files of a model directory, and its lineage."""
     model = Path(shutil.copytree(EXAMPLE / "student", root / "model"))
     write_lineage(model, Lineage(kind="model", stage="sft", recipe={"a": 1}, model=inspect_model(model).identity))
-    prompts = read_prompts(EXAMPLE / "tune.jsonl")[:5]
+    scan = scan_of_rows(read_prompts(EXAMPLE / "tune.jsonl")[:5])
     teacher = model_shape(inspect_model(EXAMPLE / "teacher"))
 
     def look() -> None:
@@ -124,7 +124,7 @@ def model_targets(root: Path) -> list[Target]:
         workload = Workload(Recipe(), size, teacher, DataSize(10, 5.0, 10, 10))
         for phase in ("sft", "rollout", "score", "distill", "benchmark"):
             workload.work(phase)
-        mean_prompt_tokens(model, prompts)
+        mean_prompt_tokens(model, scan)
         verified_lineage(model, full=True)
 
     damages: dict[str, Damage] = dict.fromkeys(
@@ -211,7 +211,7 @@ def workspace_targets(root: Path) -> list[Target]:
         view = RunView(run).refresh()
         status_of(view, record, None).to_json()
         snapshot_of(view, record).to_json()
-        recorded_points(run)
+        assert RunView(run, keep_series=True).fold().device_seconds >= 0
         JournalWriter(journal, next_attempt(journal)).close()
 
     plan = Plan(

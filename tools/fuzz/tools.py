@@ -23,13 +23,13 @@ from mcp import Client
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opd_mcp import service as service_module
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.server.app import build_server
 from opd_mcp.server.serve import ServerSettings
 from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
+from opd_mcp.supervisor import launch
 from tools import EXAMPLE
 
 TEXT_BUDGET = 8_000
@@ -146,7 +146,7 @@ async def fuzz(calls: int, seed: int, folder: Path) -> dict[str, Any]:
         lock.release()
         return FinishedWorker()
 
-    service_module.launch_worker = count
+    launch.launch_worker = count
     settings = JobSettings(lease_folder=folder / "leases")
     service = JobService(Workspace(folder / "workspace"), AllowedRoots([]), settings)
     outcomes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
 """The teacher cache: Parquet shards with exact tokens and log-probs, and the manifest that proves what they are.
 
-May import schemas, identity, numpy and the engine's data; pyarrow only inside functions.
+May import schemas, identity, numpy, the engine's data, and in `convert` its models; pyarrow only inside functions.
 """

@@ -68,6 +68,7 @@ def converted(source: Path, output: Path, *, student: Path, teacher_name: str) -
         update={
             "name": teacher_name,
             "weights": text_hash(f"named:{teacher_name}"),
+            "configuration": None,
             "remote": "named",
             "weights_full": None,
         }

@@ -87,7 +87,7 @@ def merged(output: Path, caches: Sequence[Path]) -> CacheManifest:
 def _require_same(first: CacheManifest, other: CacheManifest) -> None:
     for code, role in (("teacher_mismatch", "teacher"), ("behaviour_mismatch", "behaviour")):
         one, two = getattr(first, role), getattr(other, role)
-        if not one.same_weights(two) or one.tokenizer != two.tokenizer:
+        if not one.same_model(two) or one.tokenizer != two.tokenizer:
             raise ConsistencyError(
                 code,
                 f"The caches are not of one {role}: {one.label()} and {two.label()}.",

@@ -1,4 +1,4 @@
-"""Loading and saving causal language models: safetensors only, no remote code, files on disk only."""
+"""Loading causal language models and tokenizers: safetensors only, no remote code, files on disk only."""
 
 import gc
 import json
@@ -7,32 +7,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.data.templates import end_of_turn
 from opd_mcp.engine.losses.logit_tiles import kernel_problem
 from opd_mcp.engine.models.attention import padding_warning, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.runtime import Runtime
+from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelFacts, inspect_model
-from opd_mcp.identity.tokenizers import eos_token_ids, token_map
-from opd_mcp.schemas.errors import PathError
+from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids, token_map
+from opd_mcp.schemas.errors import IntegrityError, PathError
 from opd_mcp.schemas.recipes import PromptingRecipe
 
 # its bars would fill a worker's log; a stage reports its progress through its Reporter
 disable_progress_bar()
 
+GENERATION_CONFIG = "generation_config.json"
 # what a model computes with besides its weights and tokenizer, which have hashes of their own
-MODEL_FILES = ("config.json", "generation_config.json")
+MODEL_FILES = ("config.json", GENERATION_CONFIG)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "added_tokens.json",
+    # the same tokenizer in older forms, which e.g. llama.cpp's converter reads
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
 )
 
 
@@ -122,17 +130,29 @@ def model_warnings(context: Context, *models: LoadedModel | None) -> list[str]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, from its files only."""
-    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    """The tokenizer at `path`, built of what its identity hashes: tokenizer.json, special tokens, one chat template.
 
-
-def save_model(model: PreTrainedModel, output: Path, adopted: "AdoptedTokenizer") -> None:
-    """Write the model with the adopted tokenizer, template and EOS ids to `output`, as safetensors."""
-    output.mkdir(parents=True, exist_ok=True)
-    model.generation_config.eos_token_id = list(adopted.eos_token_ids)
-    model.config.eos_token_id = list(adopted.eos_token_ids)
-    model.save_pretrained(output)
-    copy_tokenizer(adopted.path, output)
+    No class, template or file that another file names is followed. Raises PathError `not_a_model` or `unsafe_config`,
+    IntegrityError `damaged_file`.
+    """
+    require_own_tokenizer(path)
+    special = special_tokens(path, token_map(path))
+    try:
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(path / TOKENIZER_FILE),
+            chat_template=chat_template(path),
+            model_specific_special_tokens=special.names,
+            extra_special_tokens=list(special.extra),
+            clean_up_tokenization_spaces=special.clean_up_spaces,
+            split_special_tokens=special.split,
+        )
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise IntegrityError(
+            "damaged_file",
+            f"{TOKENIZER_FILE} cannot be used ({error}).",
+            value=path / TOKENIZER_FILE,
+            fix="Save the tokenizer again with tokenizer.save_pretrained(DIR).",
+        ) from error
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:
@@ -146,29 +166,44 @@ def copy_tokenizer(source: Path, output: Path) -> None:
 
 @dataclass(frozen=True)
 class AdoptedTokenizer:
-    """The tokenizer, template and EOS ids that a run uses for teacher and student alike."""
+    """The tokenizer and template that a run uses for teacher and student alike, and where a response ends.
+
+    Any of `eos_token_ids` ends a response that is drawn; `end_of_turn`, one of them, ends a response that is taught.
+    Ids below `tokens` are in use.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
+    end_of_turn: int
+    tokens: int
     path: Path
 
     def save(self, output: Path) -> None:
-        """Write tokenizer files and EOS ids to `output`, from where `adopt_tokenizer` reads them again."""
+        """Write tokenizer files and stop ids to `output`, from where `adopt_tokenizer` reads them again."""
         copy_tokenizer(self.path, output)
-        write_atomic(output / "generation_config.json", json.dumps({"eos_token_id": list(self.eos_token_ids)}))
+        write_atomic(output / GENERATION_CONFIG, json.dumps({"eos_token_id": list(self.eos_token_ids)}))
 
 
 def adopt_tokenizer(path: Path, prompting: PromptingRecipe) -> AdoptedTokenizer:
-    """The tokenizer at `path` with the recipe's EOS ids, or the directory's own.
+    """The tokenizer at `path` with the ids that end a response: the recipe's, or all that its files name.
 
-    Raises PathError `not_a_model` if neither names one: without a stop token no response would end.
+    Those are the ids in generation_config.json (else config.json), the tokenizer's EOS token, and the token that the
+    chat template writes after an assistant's turn, which is the one that is taught; without a template it is the
+    tokenizer's EOS token.
+
+    Raises PathError `not_a_model` if nothing names one: without a stop token no response would end.
     """
-    eos = tuple(prompting.eos_token_ids or eos_token_ids(path, token_map(path)))
-    if not eos:
+    tokenizer, tokens = load_tokenizer(path), token_map(path)
+    own = tokenizer.eos_token_id
+    named = {*eos_token_ids(path, tokens), *([own] if own is not None else [])}
+    end = end_of_turn(tokenizer, named, prompting.chat_template_kwargs)
+    stops = tuple(prompting.eos_token_ids or sorted(named | ({end} if end is not None else set())))
+    if not stops:
         raise PathError(
             "not_a_model",
-            "No EOS id is named in generation_config.json, config.json or tokenizer_config.json.",
+            "No EOS id is named in generation_config.json, config.json, tokenizer_config.json or the chat template.",
             value=path,
             fix="Set the override 'prompting.eos_token_ids'.",
         )
-    return AdoptedTokenizer(load_tokenizer(path), eos, path)
+    taught = next((token_id for token_id in (end, own) if token_id in stops), stops[0])
+    return AdoptedTokenizer(tokenizer, stops, taught, max(tokens) + 1, path)

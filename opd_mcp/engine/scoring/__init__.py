@@ -1,4 +1,4 @@
-"""Teachers: who gives log-probs of tokens that a student sampled.
+"""Scoring: a teacher's log-probs of the tokens that a student sampled, by a teacher here or at a URL; its server.
 
-May import schemas, torch and the engine's models and data.
+May import schemas, identity, torch and the engine's models, losses and data; httpx2, starlette, uvicorn in functions.
 """

@@ -240,7 +240,7 @@ def _identity(
             raise mismatch_error(difference, remote.url)
     if files is not None:
         local = full_identity(files)
-        if served is not None and not served.same_weights(local):
+        if served is not None and not served.same_model(local):
             raise _untrue(remote, f"it serves {served.label()}, the files here are {local.label()}")
         return local.model_copy(update={"remote": "served"})
     if served is not None:

@@ -12,6 +12,7 @@ from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.grade import answers_text
 from opd_mcp.grading.graders import grader_for
+from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import write_atomic
@@ -43,6 +44,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
             scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
     candidate = next(iter(inputs.models))
     lineage = verified_lineage(inputs.models[candidate])
+    claim = vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(inputs.models[candidate]))
     report = BenchmarkReport(
         recipe=section,
         seed=runtime.seed,
@@ -57,7 +59,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         hardware=hardware_name(runtime.device),
         recipe_hash=inputs.recipe_hash,
         teacher_mismatch_allowed=bool(lineage and lineage.teacher_mismatch_allowed),
-        teacher_basis=lineage.sft_teacher.basis if lineage and lineage.sft_teacher else None,
+        teacher_basis=claim.basis if claim else None,
         costs=list(inputs.costs),
         alerts=list(inputs.alerts),
         warnings=list(dict.fromkeys(warnings)),

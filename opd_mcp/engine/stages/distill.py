@@ -27,14 +27,14 @@ from opd_mcp.engine.models.loading import (
     adopt_tokenizer,
     load_model,
     model_warnings,
-    save_model,
 )
+from opd_mcp.engine.models.saving import SavedForm
 from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage
 from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
 from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.watches import DistillWatch
-from opd_mcp.identity.consistency import require_behaviour, require_consistent
+from opd_mcp.identity.consistency import require_behaviour, require_consistent, vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import write_atomic
@@ -52,10 +52,12 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
     Raises ConsistencyError for a cache of another teacher or behaviour policy, IntegrityError for a damaged one.
     """
     student, runtime = inputs.student, open_runtime(context.runtime)
-    claim = claim_of(student, inputs.sft_teacher)
+    claim = claim_of(student, inputs.sft_teacher, context)
     source: CacheSource | LiveSource
     if section.method == "lightning":
         source = open_cache(section, inputs, claim, context)
+        # Whose log-probs these are is as little proven as the cache's own lineage.
+        claim = vouched(claim, made_here=context.made_here(source.path))
         model, teacher = load_model(student, runtime, for_training=True), None
         steps = stored_batches(
             source.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="distill"
@@ -68,10 +70,12 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         teacher = load_model(inputs.teacher, runtime)
         steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
     model_warnings(context, model, teacher)
+    form = SavedForm.of(model, source.adopted, section.save_dtype)
+    form.try_out(model.model)
     settings = LoopSettings.of(section, section.normalize)
     task = TrainingTask(settings, steps, distill_objective(section), DistillWatch(section, context))
     summary = train(model.model, task, runtime, context)
-    save_model(model.model, output, source.adopted)
+    form.save(model.model, output)
     write_atomic(output / "training.json", summary.to_json(indent=2))
     parents = [Parent(role="student", identity=full_identity(student)), *source.parents]
     record_lineage(
@@ -89,6 +93,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
 class CacheSource:
     """An opened teacher cache."""
 
+    path: Path
     sequences: Sequences
     teacher: ModelIdentity
     adopted: AdoptedTokenizer
@@ -131,7 +136,7 @@ def open_cache(
         Parent(role="cache", sha256=manifest.content_hash()),
     ]
     adopted = adopt_tokenizer(cache / "tokenizer", context.prompting)
-    return CacheSource(open_flat(cache), manifest.teacher, adopted, parents)
+    return CacheSource(cache, open_flat(cache), manifest.teacher, adopted, parents)
 
 
 def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Context) -> LiveSource:

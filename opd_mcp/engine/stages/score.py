@@ -65,7 +65,7 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
     if isinstance(teacher, LocalTeacher):
         model_warnings(context, teacher.model)
     try:
-        claim = claim_of(inputs.student, inputs.sft_teacher)
+        claim = claim_of(inputs.student, inputs.sft_teacher, context)
         require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
         build = _CacheBuild(section, inputs, output, context, runtime, teacher, record, claim)
         open_build(output, build.record(begun_build(output)))
@@ -84,7 +84,7 @@ def check_teacher(section: ScoreRecipe, inputs: TeacherInputs, context: Context)
     """Ask a remote teacher who it is, before any work for it; raises what `score` would raise after the rollouts."""
     teacher = open_teacher(section, inputs, open_runtime(context.runtime), context)
     teacher.close()
-    claim = claim_of(inputs.student, inputs.sft_teacher)
+    claim = claim_of(inputs.student, inputs.sft_teacher, context)
     require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
 
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from opd_mcp.engine.context import Context, SftInputs
 from opd_mcp.engine.data.batches import stored_batches
-from opd_mcp.engine.data.encoding import response_sequences
+from opd_mcp.engine.data.targets import sft_targets
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
-from opd_mcp.engine.models.loading import MODEL_FILES, adopt_tokenizer, load_model, model_warnings, save_model
-from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
+from opd_mcp.engine.models.loading import MODEL_FILES, adopt_tokenizer, load_model, model_warnings
+from opd_mcp.engine.models.saving import SavedForm
+from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.identity import Parent
@@ -25,28 +25,27 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     """Fine-tune the student on the teacher's response tokens; the model at `output` adopts the teacher's tokenizer."""
     student, responses = inputs.student, inputs.responses
     runtime = open_runtime(context.runtime)
-    lineage = verified_lineage(responses) if responses.is_dir() else None
+    claim = claim_of(responses, inputs.sft_teacher, context) if responses.is_dir() else inputs.sft_teacher
     saved = responses / "tokenizer"
     adopted = adopt_tokenizer(inputs.tokenizer or (saved if saved.is_dir() else student), context.prompting)
     require_same_tokens(adopted.path, student)
     rows = read_responses(responses)
-    sequences = response_sequences(
-        rows, adopted.tokenizer, context, eos_token_id=adopted.eos_token_ids[0], max_length=section.max_length
-    )
+    targets = sft_targets(rows, adopted, section, context)
     model = load_model(student, runtime, for_training=True)
     model_warnings(context, model)
+    form = SavedForm.of(model, adopted, section.save_dtype)
+    form.try_out(model.model)
     steps = stored_batches(
-        sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="sft"
+        targets.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="sft"
     )
     task = TrainingTask(LoopSettings.of(section, "token"), steps, SFT_OBJECTIVE, sft_metrics)
-    summary = train(model.model, task, runtime, context)
-    save_model(model.model, output, adopted)
+    summary = train(model.model, task, runtime, context).model_copy(update={"sft_rows": targets.rows})
+    form.save(model.model, output)
     write_atomic(output / "training.json", summary.to_json(indent=2))
     responses_hash = content_hash([[row.prompt.text(), row.response, row.response_ids] for row in rows])
     parents = [
         Parent(role="student", identity=full_identity(student)),
         Parent(role="responses", sha256=responses_hash),
     ]
-    claim = (lineage.sft_teacher if lineage else None) or inputs.sft_teacher
     record_lineage(output, Provenance("model", "sft", section, parents, MODEL_FILES), context, sft_teacher=claim)
     return summary

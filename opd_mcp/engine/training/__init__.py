@@ -1,4 +1,4 @@
-"""Training: the optimizer, the loop shared by SFT and both distillation methods, and their batches.
+"""Training: the optimizer, the loop shared by SFT and both distillation methods, its steps, watches and checkpoints.
 
-May import schemas, torch and the engine's data, losses, models, generation and teachers.
+May import schemas, identity, torch and the engine's data, losses and models.
 """

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -17,7 +18,7 @@ from opd_mcp.engine.models.compiled import decoder_layers, is_compiled
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.machine import container_room, statistic
 from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.memory import ModelShape, TrainingMemory, training_memory
+from opd_mcp.schemas.memory import ModelShape, StepSize, TrainingMemory, training_memory
 from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
 
 KEPT_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
@@ -61,16 +62,10 @@ def step_memory(
             fix="Set 'activation_checkpointing' to 'auto' or 'none', and lower 'micro_batch_tokens' to save memory.",
         )
     held = sum(parameter.nbytes for parameter in model.parameters())
-    return training_memory(
-        model_shape(model),
-        precision=precision,
-        checkpointing=checkpointing if able else "none",
-        tokens=tokens,
-        dtype="bfloat16" if runtime.trains_in_autocast else "float32",
-        device=runtime.device.type,
-        room=free_memory(runtime.device) + held,
-        compiled=is_compiled(model),
-    )
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if runtime.trains_in_autocast else "float32"
+    step = StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model))
+    room = free_memory(runtime.device) + held
+    return training_memory(model_shape(model), step, checkpointing if able else "none", room)
 
 
 def free_memory(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context
 from opd_mcp.identity.files import file_sha256, publish_directory, write_atomic
-from opd_mcp.schemas.checkpoints import CheckpointRecord, LoopState
+from opd_mcp.schemas.reports import CheckpointRecord, LoopState
 
 RECORD_FILE = "checkpoint.json"
 MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE = "model.safetensors", "optimizer.safetensors", "random.safetensors"

@@ -28,11 +28,10 @@ from opd_mcp.engine.training.step import (
 )
 from opd_mcp.engine.training.watches import FiniteGuard
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.memory import TrainingMemory, micro_tokens
 from opd_mcp.schemas.recipes import ActivationCheckpointing, DistillRecipe, Normalize, OptimizerRecipe, SftRecipe
-from opd_mcp.schemas.reports import Throughput, TrainingSummary
+from opd_mcp.schemas.reports import LoopState, Throughput, TrainingSummary
 
 
 @dataclass(frozen=True)

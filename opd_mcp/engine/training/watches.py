@@ -14,9 +14,9 @@ from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.checkpoints import LoopState
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe
+from opd_mcp.schemas.reports import LoopState
 
 MAX_SKIPPED = 3
 MAX_SAVED_ROWS = 256

@@ -33,8 +33,8 @@ from opd_mcp.identity.data.shapes import (
 from opd_mcp.identity.data.sources import Source, source_of
 from opd_mcp.identity.data.tables import table_header
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.data import SkippedRow, UnderstoodData
 from opd_mcp.schemas.errors import DataError, nearest
+from opd_mcp.schemas.runs import SkippedRow, UnderstoodData
 
 LISTED_ROWS = 5
 LISTED_REASONS = 20

@@ -8,7 +8,7 @@ from typing import Any
 
 Turns = tuple[dict[str, Any], ...]
 PROMPT_COLUMNS = ("id", "prompt", "messages", "answer")
-RESPONSE_COLUMNS = (*PROMPT_COLUMNS, "response", "response_ids", "prompt_ids")
+RESPONSE_COLUMNS = (*PROMPT_COLUMNS, "response", "response_ids", "prompt_ids", "finish_reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,9 @@ class ResponseRow:
     """A prompt with the response to learn: text, token ids, or both.
 
     `chat` is the whole conversation where the file holds one, the assistant's last turn at its end, with its
-    `reasoning_content` and `tool_calls`; `response` is then that turn's text, its reasoning in `<think>` tags.
+    `reasoning_content` and `tool_calls`; `response` is then that turn's text, its reasoning in `<think>` tags; `tools`
+    are the definitions of the functions that its assistant may call. `truncated` says that the length limit cut the
+    response (`finish_reason` is "length").
     """
 
     prompt: PromptRow
@@ -44,6 +46,8 @@ class ResponseRow:
     response_ids: tuple[int, ...] | None = None
     prompt_ids: tuple[int, ...] | None = None
     chat: Turns | None = None
+    truncated: bool = False
+    tools: Turns | None = None
 
 
 class PromptsHash:

@@ -10,7 +10,7 @@ from opd_mcp.identity.data.overlap import normalised_all
 from opd_mcp.identity.data.reading import Columns, RowReader
 from opd_mcp.identity.data.rows import PromptRow, PromptsHash
 from opd_mcp.identity.data.shapes import PROMPT_SHAPES, PromptParts, all_prompt_parts, prompt_parts
-from opd_mcp.schemas.data import UnderstoodData
+from opd_mcp.schemas.runs import UnderstoodData
 
 FIRST_ROWS = 8
 SAMPLED_ROWS = 64
@@ -113,9 +113,9 @@ class _Scanner:
 
     def _add_long(self, texts: list[str]) -> None:
         limit = self.long_bytes
-        if max(map(len, texts)) <= limit and all(map(str.isascii, texts)):
-            return
-        for text in texts:
+        # A character takes up to four bytes.
+        candidates = texts if 4 * max(map(len, texts)) > limit else []
+        for text in candidates:
             if len(text) <= limit and (text.isascii() or len(text.encode(errors="replace")) <= limit):
                 continue
             self.long_rows += 1

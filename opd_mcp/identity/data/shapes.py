@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from opd_mcp.identity.data.chunks import BadRow, Row
 from opd_mcp.identity.data.rows import PromptRow, ResponseRow, Turns
-from opd_mcp.identity.data.turns import answer_text, before_answer, is_turns, turns_of
+from opd_mcp.identity.data.turns import answer_text, before_answer, is_turns, tools_of, turns_of
 from opd_mcp.schemas.errors import ArgumentError, nearest
 
 PARTS = ("id", "prompt", "messages", "system", "answer", "response", "response_ids", "prompt_ids")
@@ -40,6 +40,10 @@ class Shape:
     response: str | None = None
     response_ids: str | None = None
     prompt_ids: str | None = None
+    finish_reason: str | None = None
+    """`length` for a response that the length limit cut, as servers and teacher caches write it."""
+    tools: str | None = None
+    """Definitions of functions that the assistant of a chat may call, as a list of objects or as JSON text."""
     id: str = "id"
 
     @property
@@ -52,6 +56,7 @@ class Shape:
         paths = {"id": self.id, "prompt": self.prompt, "messages": self.turns, "context": self.context}
         paths |= {"system": self.system, "answer": self.answer, "solution": self.solution, "verifier": self.verifier}
         paths |= {"response": self.response, "response_ids": self.response_ids, "prompt_ids": self.prompt_ids}
+        paths |= {"finish_reason": self.finish_reason, "tools": self.tools}
         return {part: path for part, path in paths.items() if path is not None}
 
     def renamed(self, names: Mapping[str, str]) -> "Shape":
@@ -80,11 +85,18 @@ PROMPT_SHAPES = (
 # The first whose key and response a row has.
 RESPONSE_SHAPES = (
     *(
-        replace(shape, response="response", response_ids="response_ids", prompt_ids="prompt_ids")
+        replace(
+            shape,
+            response="response",
+            response_ids="response_ids",
+            prompt_ids="prompt_ids",
+            finish_reason="finish_reason",
+            tools="tools",
+        )
         for shape in _CANONICAL
     ),
-    Shape("prompt/completion", prompt="prompt", answer="answer", response="completion"),
-    *(replace(shape, solution=None) for shape in PROMPT_SHAPES[1:4]),
+    Shape("prompt/completion", prompt="prompt", answer="answer", response="completion", tools="tools"),
+    *(replace(shape, solution=None, tools="tools") for shape in PROMPT_SHAPES[1:4]),
     Shape("instruction/input/output", prompt="instruction", context="input", response="output"),
     Shape("query/response", prompt="query", answer="answer", response="response"),
     Shape("question/response", prompt="question", answer="answer", response="response"),
@@ -249,6 +261,7 @@ def response_row(shape: Shape, row: Row, index: int) -> ResponseRow:
         response=None if response is None else text_of(str(shape.response), response, may_be_empty=True),
         response_ids=ids,
         prompt_ids=prompt_ids,
+        truncated=_is_truncated(shape, row),
     )
 
 
@@ -368,7 +381,13 @@ def _chat_row(shape: Shape, row: Row, index: int, turns: Turns) -> ResponseRow:
         ),
         response=answer_text(turns[-1]),
         chat=turns,
+        truncated=_is_truncated(shape, row),
+        tools=None if shape.tools is None else tools_of(value_at(row, shape.tools), shape.tools),
     )
+
+
+def _is_truncated(shape: Shape, row: Row) -> bool:
+    return shape.finish_reason is not None and value_at(row, shape.finish_reason) == "length"
 
 
 def _answer_of(shape: Shape, row: Row, *, chat: bool) -> str | None:

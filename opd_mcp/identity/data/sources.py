@@ -26,8 +26,14 @@ KINDS = ".jsonl, .json, .csv, .tsv (each also as .gz or .zst), .parquet or .arro
 # What our own artifact directories call their data, so that a file next to it causes no doubt.
 ARTIFACT_FILES = ("prompts.jsonl", "responses.parquet")
 # Descriptions that stand next to data; they are no data themselves.
-DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "lineage.json")
+DESCRIPTIONS = frozenset(
+    {
+        *("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"),
+        *("lineage.json", "artifact.json", "cost.json"),
+    }
+)
 MAX_FILES = 10_000
+MAX_STATE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def _only_split(directory: Path) -> Source:
 
 
 def _saved_to_disk(directory: Path) -> Source:
-    entries = read_json_object(directory / "state.json").get("_data_files")
+    entries = read_json_object(directory / "state.json", MAX_STATE_BYTES).get("_data_files")
     names = [entry.get("filename") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     files = [directory / name for name in names if isinstance(name, str) and _is_plain(name)]
     missing = [file.name for file in files if not file.is_file()]

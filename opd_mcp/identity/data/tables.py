@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from opd_mcp.identity.data.chunks import MAX_ROW_BYTES, MAX_ROWS, BadRow, Chunk, Row, damaged, open_pyarrow, too_large
 from opd_mcp.identity.data.sources import Source
@@ -14,6 +14,8 @@ from opd_mcp.schemas.errors import DataError
 MAX_COLUMN_BYTES = 1 << 30
 BATCH_BYTES = 1 << 29
 BATCH_ROWS = 1024
+# Small batches are handed on together, up to here.
+CHUNK_BYTES = 16 << 20
 SelectColumns = Callable[[Sequence[str]], Sequence[str]]
 """From the columns that a table has to those that are to be read; raises when it cannot be used."""
 
@@ -59,16 +61,23 @@ def _checked(batch: Any) -> Any:
 
 
 def _table_chunks(path: Path, batches: Iterator[Any]) -> Iterator[Chunk]:
-    number = 0
+    first = 1
+    rows: list[Row | BadRow] = []
+    held = 0
     for whole in batches:
-        for start in range(0, max(whole.num_rows, 1), BATCH_ROWS):
+        for start in range(0, whole.num_rows, BATCH_ROWS):
             batch = whole.slice(start, BATCH_ROWS)
             if batch.nbytes > MAX_ROW_BYTES and any(
                 batch.slice(row, 1).nbytes > MAX_ROW_BYTES for row in range(batch.num_rows)
             ):
-                raise too_large(path, f"a row of more than {MAX_ROW_BYTES} bytes, after row {number}")
-            yield Chunk(path, range(number + 1, number + 1 + batch.num_rows), _dictionaries(batch))
-            number += batch.num_rows
+                raise too_large(path, f"a row of more than {MAX_ROW_BYTES} bytes, after row {first + len(rows) - 1}")
+            rows += _dictionaries(batch)
+            held += batch.nbytes
+            if len(rows) >= BATCH_ROWS or held > CHUNK_BYTES:
+                yield Chunk(path, range(first, first + len(rows)), rows)
+                first, rows, held = first + len(rows), [], 0
+    if rows:
+        yield Chunk(path, range(first, first + len(rows)), rows)
 
 
 def _dictionaries(batch: Any) -> list[Row | BadRow]:
@@ -82,16 +91,43 @@ def _dictionaries(batch: Any) -> list[Row | BadRow]:
 
 
 def _batch_rows(path: Path, metadata: Any) -> int:
-    """Rows to decode at a time, so that they fit into memory even if each is as long as its whole column."""
+    """Rows to decode at a time, so that they fit into memory even if each is the longest that its columns can hold."""
     if metadata.num_rows > MAX_ROWS:
         raise too_large(path, f"{metadata.num_rows} rows, more than {MAX_ROWS}")
-    largest = 1
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            largest = max(largest, column.total_uncompressed_size, 8 * column.num_values)
-    if largest > MAX_COLUMN_BYTES:
-        raise too_large(path, f"a column of {largest} bytes in one row group, more than {MAX_COLUMN_BYTES}")
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+    longest = 1
+    with path.open("rb") as file:
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                size = max(column.total_uncompressed_size, 8 * column.num_values)
+                if size > MAX_COLUMN_BYTES:
+                    raise too_large(path, f"a column of {size} bytes in one row group, more than {MAX_COLUMN_BYTES}")
+                longest = max(longest, _repeatable_bytes(file, column, size))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // longest))
+
+
+def _repeatable_bytes(file: BinaryIO, column: Any, size: int) -> int:
+    """What a row of a column chunk can hold without being stored for itself: an entry of the chunk's dictionary."""
+    if "." in column.path_in_schema:  # a row of a nested column may hold all of its values
+        return size
+    if not column.has_dictionary_page:
+        return size if any("DICTIONARY" in encoding for encoding in column.encodings) else 1
+    # A page's header is Thrift: field 1 is the page's kind, field 2 its unpacked size, each after its type, 0x15.
+    file.seek(column.dictionary_page_offset)
+    header = file.read(16)
+    position = 0
+    numbers: list[int] = []
+    while len(numbers) < 2 and header[position : position + 1] == b"\x15":
+        value = shift = 0
+        for byte in header[position + 1 : position + 6]:
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        numbers.append(value >> 1)
+        position += 1
+    is_dictionary = len(numbers) == 2 and numbers[0] == 2
+    return min(size, max(numbers[1], 1)) if is_dictionary else size
 
 
 @contextmanager

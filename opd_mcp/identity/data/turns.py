@@ -35,6 +35,20 @@ def turns_of(value: Any, name: str) -> Turns:
     return tuple(_turn(turn) for turn in value)
 
 
+def tools_of(value: Any, name: str) -> Turns | None:
+    """The definitions of functions in the field `name`, a list of objects or its JSON text; raises BadRow."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            value = 0
+    if value is None or value == []:
+        return None
+    if not is_turns(value) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow("malformed_line", f"{name} is not a list of objects", "Give tools as JSON schemas of functions.")
+    return tuple(value)
+
+
 def is_turns(value: Any) -> bool:
     """Whether a value is a list of objects, as turns are."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)

@@ -85,7 +85,7 @@ class TaskBackend(Protocol):
         """The task as it stands now."""
 
     async def update(self, task_id: str, responses: Mapping[str, Any]) -> None:
-        """Hand answers to a task's input requests; those that nobody asked for are ignored."""
+        """Hand answers to a task's input requests; those without a request are ignored."""
 
     async def cancel(self, task_id: str) -> None:
         """Ask a task to stop; for one that has ended this is nothing."""

@@ -1,4 +1,4 @@
-"""Answers as short texts for agents and for the command line.
+"""Answers as short texts for agents and for the command line; one file a concept.
 
-May import schemas only; programs read the structured answers instead.
+Knows the schemas, and nothing of mcp or of the workspace; programs read the structured answers instead.
 """

@@ -2,8 +2,7 @@
 
 from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.server.render.parts import compact
-from opd_mcp.server.render.runs import result_lines
+from opd_mcp.server.render.runs import compact, result_lines
 
 SHOWN_POINTS = 6
 MAX_CHARACTERS = 6_000

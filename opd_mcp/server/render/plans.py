@@ -3,10 +3,13 @@
 from opd_mcp.planning.estimates import PROCESS_START
 from opd_mcp.schemas.next_action import advice_text
 from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
-from opd_mcp.schemas.texts import byte_size, duration
+from opd_mcp.schemas.runs import UnderstoodData
+from opd_mcp.schemas.texts import byte_size, duration, shortened
 from opd_mcp.server.render.caches import measured_lines, prompts_text, rollouts_text
-from opd_mcp.server.render.parts import next_line
 from opd_mcp.server.render.recipe_keys import setting_lines
+from opd_mcp.server.render.runs import next_line
+
+UNDERSTOOD_CHARACTERS = 300
 
 
 def plan_text(plan: Plan) -> str:
@@ -33,12 +36,23 @@ def _plan_measures(plan: Plan) -> list[str]:
     """What is known of the data before anything runs, with the cache that it was measured in."""
     verdict = plan.consistency
     lines = [f"prompts: {prompts_text(plan.hygiene)}"]
+    for role, data in (("prompts", plan.inputs.prompts), ("eval_prompts", plan.inputs.eval_prompts)):
+        if data is not None and data.understood is not None:
+            lines.append(f"{role} read as {understood_text(data.understood)}")
     lines += measured_lines(verdict.teacher_delta, verdict.engine_gap)
     if verdict.measured_in and plan.rollouts:
         lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
     if verdict.not_measured:
         lines.append(f"not known: {verdict.not_measured}")
     return lines
+
+
+def understood_text(data: UnderstoodData) -> str:
+    """The shape of a data set, the field of each part, and how many rows cannot be used."""
+    fields = ", ".join(path if part == path else f"{part} from {path}" for part, path in data.columns.items())
+    skipped = f"; {data.skipped} of {data.rows + data.skipped} rows skipped" if data.skipped else ""
+    notes = "".join(f"; {note}" for note in data.notes)
+    return shortened(f"{data.shape} ({fields}){skipped}{notes}", UNDERSTOOD_CHARACTERS)
 
 
 def _estimate_line(estimate: MethodEstimate) -> str:

@@ -1,14 +1,14 @@
 """A run in words: its status, the lists of runs, and its result; programs read the structured answer."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from opd_mcp.schemas.next_action import CallText, NextAction, advice_text
-from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, RunList, RunSnapshot, RunStatus
+from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.texts import duration, shortened, shortened_bytes
 from opd_mcp.server.protocol.json_schema import known
-from opd_mcp.server.render.parts import compact, facts, next_line
 
 UNCHANGED_BYTES = 240
 LIST_CHARACTERS = 6_000
@@ -171,3 +171,24 @@ def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _items(record: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     value = record.get(name)
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+JSON_CHARACTERS = 3_000
+
+
+def next_line(action: NextAction, call_text: CallText = NextAction.call_text) -> str:
+    """The next step as the last line of a text."""
+    return f"next: {advice_text(action.why, action, call_text)}"
+
+
+def facts(*parts: str | Progress | None) -> str:
+    """The parts that are known, e.g. `run-7f3a, distill, running, 120/400 steps`."""
+    return ", ".join(
+        f"{part.done}/{part.total} {part.unit}" if isinstance(part, Progress) else part for part in parts if part
+    )
+
+
+def compact(value: Any, characters: int = JSON_CHARACTERS) -> str:
+    """The value as JSON without nulls or spaces, cut to so many characters with a word on where the rest is."""
+    text = json.dumps(known(value), ensure_ascii=False, separators=(",", ":"), default=str)
+    return shortened(text, characters, "the structured answer has all of it")

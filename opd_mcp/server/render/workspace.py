@@ -2,8 +2,8 @@
 
 from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact, GarbageReport, SetupReport
 from opd_mcp.schemas.texts import byte_size, shortened
-from opd_mcp.server.render.parts import facts, next_line
 from opd_mcp.server.render.plans import finding_text
+from opd_mcp.server.render.runs import facts, next_line
 
 LIST_CHARACTERS = 6_000
 
@@ -30,7 +30,7 @@ def setup_text(report: SetupReport) -> str:
 
 
 def garbage_text(report: GarbageReport) -> str:
-    """What was or would be removed, a line each, with the sum and what could not be judged."""
+    """What was or would be removed, one line per item, with the sum and what had to be kept."""
     verb = "removed" if report.removed else "would remove"
     lines = [f"{verb} {item.kind}: {item.path} ({byte_size(item.bytes)})" for item in report.items]
     lines.append(f"{verb} {len(report.items)} in all, {byte_size(report.bytes)}")

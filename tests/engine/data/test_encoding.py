@@ -24,7 +24,7 @@ def encoded(template):
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr("opd_mcp.engine.data.encoding.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("opd_mcp.engine.data.templates.TEMPLATE_SECONDS", 0.3)
     with pytest.raises(ArgumentError, match="too_slow"):
         encoded("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x")
 

@@ -87,7 +87,7 @@ def test_http_equals_local_to_a_ten_thousandth_of_a_nat(server, over_http, finis
         assert np.abs(theirs.columns[name] - local.columns[name]).max() <= 1e-4
     assert (theirs.columns["topk_ids"] == local.columns["topk_ids"]).mean() > 0.999
     assert ours.teacher.remote == "served"
-    assert ours.teacher.same_weights(mine.teacher)
+    assert ours.teacher.same_model(mine.teacher)
     assert len(ours.teacher.probe) == 15
     assert verified(cache).problems == []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_mcp.engine.cache.building import BUILD_FILE
+from opd_mcp.engine.cache.building import BUILD_FILE, BuildRecord
 from opd_mcp.engine.cache.verify import verified
 from opd_mcp.identity.lineage import read_manifest
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, RunError
@@ -69,6 +69,17 @@ def test_another_teacher_may_not_go_on_with_a_build(build, stopping, drawn, tmp_
         build.cache(drawn, "cache", teacher=swapped, allow_teacher_mismatch=True)
     with pytest.raises(ConsistencyError, match="teacher_mismatch"):
         build.cache(drawn, "cache", teacher=swapped)
+
+
+def test_a_build_of_an_earlier_version_goes_on(build, stopping, drawn, finished, content):
+    with pytest.raises(RunError):
+        build.cache(drawn, "cache", context=build.context(reporter=stopping(after=2)))
+    file = build.root / "cache" / BUILD_FILE
+    record = BuildRecord.from_json(file.read_bytes()).record
+    assert record["teacher"].pop("configuration")
+    assert record["teacher"].pop("encoding")
+    file.write_text(BuildRecord(record=record).sealed().to_json())
+    assert content(build.cache(drawn, "cache")) == content(finished)
 
 
 def test_another_seed_may_not_go_on_with_rollouts(build, stopping):

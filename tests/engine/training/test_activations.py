@@ -16,7 +16,7 @@ from opd_mcp.engine.training import activations as memory
 from opd_mcp.engine.training.activations import checkpointed_activations, model_shape, step_memory
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients
 from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.memory import POLICIES, USABLE_SHARE, ModelShape, micro_tokens, training_memory
+from opd_mcp.schemas.memory import POLICIES, USABLE_SHARE, ModelShape, StepSize, micro_tokens, training_memory
 
 VOCAB = 13
 
@@ -124,15 +124,7 @@ def test_a_layer_keeps_what_the_estimate_says(precision: str, dtype: str, autoca
 
     def estimate(layers: int) -> int:
         shaped = ModelShape(**{**shape.__dict__, "layers": layers})
-        return training_memory(
-            shaped,
-            precision=precision,
-            checkpointing="none",
-            tokens=512,
-            dtype=dtype,
-            device="cpu",
-            room=1 << 40,
-        ).activations
+        return training_memory(shaped, StepSize(precision, 512, dtype, "cpu"), "none", 1 << 40).activations
 
     assert 1.0 <= (estimate(3) - estimate(2)) / measured <= 1.1
 
@@ -142,8 +134,8 @@ def test_compiled_layers_are_counted_with_less_under_autocast_only() -> None:
     shape = ModelShape.of(10**9, 128, SHAPE.get)
 
     def estimate(compiled: bool, dtype: str) -> int:
-        settings = {"precision": "fp32_master", "checkpointing": "none", "tokens": 512, "device": "cuda"}
-        return training_memory(shape, **settings, dtype=dtype, room=1 << 40, compiled=compiled).activations
+        step = StepSize("fp32_master", 512, dtype, "cuda", compiled)
+        return training_memory(shape, step, "none", 1 << 40).activations
 
     assert 0.5 < estimate(True, "bfloat16") / estimate(False, "bfloat16") < 0.6
     assert estimate(True, "float32") == estimate(False, "float32")

@@ -19,10 +19,9 @@ from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.checkpoints import KEPT, MODEL_FILE, OPTIMIZER_FILE, RECORD_FILE, saved_checkpoints
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
-from opd_mcp.schemas.checkpoints import CheckpointRecord
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
-from opd_mcp.schemas.reports import TrainingSummary
+from opd_mcp.schemas.reports import CheckpointRecord, TrainingSummary
 
 VOCAB, STEPS = 13, 8
 SETTINGS = LoopSettings(STEPS, OptimizerRecipe(learning_rate=1e-2, schedule="cosine", warmup_steps=2), "token", 30)

@@ -64,7 +64,7 @@ def test_operations_of_a_known_shape(tiny_model: Callable[..., PreTrainedModel])
     assert training_flops(model, [5], 2) == 6 * body * 5 + 6 * VOCAB * 8 * 2 + 6 * 1 * 2 * 4 * 25
 
 
-def test_out_of_memory_halves_the_micro_batches_and_ends_with_the_same_weights(
+def test_out_of_memory_halves_the_micro_batches_and_ends_with_the_same_model(
     tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, short = tiny_model(VOCAB, seed=0), tiny_model(VOCAB, seed=0)

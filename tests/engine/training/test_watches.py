@@ -71,7 +71,7 @@ def test_stale_rollouts_are_told_once_with_the_share_and_the_way_out() -> None:
     assert code == "rollouts_stale"
     assert f"effective_sample_share was {shares[0]:.3f}" in message
     assert shares[0] < EFFECTIVE_SHARE
-    assert "build_teacher_cache" in message
+    assert "build a teacher cache of new rollouts" in message
 
 
 @pytest.mark.parametrize(
