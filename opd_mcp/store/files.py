@@ -1,23 +1,12 @@
-"""What the store needs of `identity.files`, and what is in a directory: how many bytes, which hashes."""
+"""Directories measured (bytes, hashes), and what a full or missing disk makes of an error."""
 
 import errno
 import os
 import shutil
 from pathlib import Path
 
-from opd_mcp.identity.files import file_sha256, fsync_directory, fsync_tree, publish_directory, write_atomic
+from opd_mcp.identity.files import file_sha256
 from opd_mcp.schemas.errors import IntegrityError, OpdError, PathError, ResourceError
-
-__all__ = [
-    "file_sha256",
-    "free_bytes",
-    "fsync_directory",
-    "fsync_tree",
-    "publish_directory",
-    "tree_bytes",
-    "tree_sha256",
-    "write_atomic",
-]
 
 DISK_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 

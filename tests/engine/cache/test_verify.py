@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,18 @@ def test_a_stale_or_damaged_flat_file_is_made_again_and_holds_the_same_rows(cach
         assert np.array_equal(rows.response_ids, again.response_ids)
         assert np.array_equal(rows.prompt_ids, again.prompt_ids)
     assert [file.name for file in cache.iterdir() if file.name.startswith(".")] == []
+
+
+def test_why_a_flat_file_cannot_be_used_passes_through_a_context_manager():
+    """It gets its traceback on the way, which a frozen exception would refuse."""
+
+    @contextmanager
+    def block():
+        yield
+
+    with pytest.raises(FlatProblem, match="stale") as caught, block():
+        raise FlatProblem("stale")
+    assert caught.value.why == "stale"
 
 
 def test_a_cache_that_cannot_be_written_is_read_into_memory(cache, monkeypatch):
