@@ -77,7 +77,7 @@ START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class AnswerLimits:
     """What one answer may take: processor seconds, wall seconds (a stopped or swapping child), bytes of memory."""
 
     cpu_seconds: float = 5.0
@@ -88,7 +88,7 @@ class Limits:
 class GradingChild:
     """One child process that grades with one grader; started at the first answer, ended by `close`."""
 
-    def __init__(self, name: GraderName, limits: Limits, pattern: str | None = None) -> None:
+    def __init__(self, name: GraderName, limits: AnswerLimits, pattern: str | None = None) -> None:
         self._arguments = [name, str(limits.cpu_seconds), str(limits.memory_bytes), *([pattern] if pattern else [])]
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None

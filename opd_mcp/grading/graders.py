@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from types import TracebackType
 
 from opd_mcp.grading import rules as styles
-from opd_mcp.grading.child import GradingChild, Limits
+from opd_mcp.grading.child import AnswerLimits, GradingChild
 from opd_mcp.grading.extraction import compiled_pattern
 from opd_mcp.grading.grade import Grade
 from opd_mcp.grading.package_graders import settled
@@ -29,9 +29,9 @@ _REMEMBERED = 4096
 class Grader(AbstractContextManager["Grader"]):
     """Grades responses against expected answers by one named rule; close it, or use it as a context manager."""
 
-    def __init__(self, name: GraderName, *, pattern: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(self, name: GraderName, *, pattern: str | None = None, limits: AnswerLimits | None = None) -> None:
         self.name = name
-        self._child = GradingChild(name, limits or Limits(), pattern)
+        self._child = GradingChild(name, limits or AnswerLimits(), pattern)
         self._pattern = pattern
         self._known: dict[tuple[str, str], Grade] = {}
 
@@ -77,7 +77,7 @@ class Grader(AbstractContextManager["Grader"]):
 
 
 def grader_for(
-    name: GraderName, *, pattern: str | None = None, allow_code: bool = False, limits: Limits | None = None
+    name: GraderName, *, pattern: str | None = None, allow_code: bool = False, limits: AnswerLimits | None = None
 ) -> Grader:
     """The grader of that name, after checking that it can work here.
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_mcp.grading import rules as styles
-from opd_mcp.grading.child import Limits
+from opd_mcp.grading.child import AnswerLimits
 from opd_mcp.grading.graders import grader_for
 from opd_mcp.grading.package_graders import settled
 from opd_mcp.schemas.errors import ArgumentError, DataError
 
 PAIRS = Path(__file__).resolve().parents[2] / "tools" / "bench" / "grader_pairs.jsonl"
-QUICK = Limits(cpu_seconds=1.0)
+QUICK = AnswerLimits(cpu_seconds=1.0)
 
 
 @pytest.mark.parametrize("name", ["number", "choice", "exact", "gsm8k", "boxed"])

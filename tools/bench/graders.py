@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opd_mcp.grading.child import Limits
+from opd_mcp.grading.child import AnswerLimits
 from opd_mcp.grading.golds import chosen_grader
 from opd_mcp.grading.graders import Grader, grader_for
 
 PAIRS = Path(__file__).resolve().parent / "grader_pairs.jsonl"
-LIMITS = Limits(cpu_seconds=3.0)
+LIMITS = AnswerLimits(cpu_seconds=3.0)
 
 
 def graded_pairs(file: Path) -> list[dict[str, object]]:
