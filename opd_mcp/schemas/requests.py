@@ -26,9 +26,7 @@ Columns = Annotated[
     Field(max_length=30),
     WithJsonSchema({"type": "object", "maxProperties": 30}),
 ]
-DescribedColumns = Annotated[
-    Columns, Field(description="e.g. {'answer': 'meta.gold'}")
-]
+DescribedColumns = Annotated[Columns, Field(description="e.g. {'answer': 'meta.gold'}")]
 
 
 @dataclass(frozen=True)
