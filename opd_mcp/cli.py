@@ -157,17 +157,18 @@ def doctor(
     """Check the set-up and say how to fix what is wrong."""
     from opd_mcp.maintenance.doctor import checks
     from opd_mcp.schemas.next_action import advice_text
+    from opd_mcp.schemas.texts import escaped
     from opd_mcp.server.tools.table import command_text
 
     service = open_service()
     if repair:
         for problem in service.store.rebuild():
-            typer.echo(problem.text(command_text), err=True)
+            typer.echo(error_line(problem), err=True)
     found = list(checks(service))
     for check in found:
-        typer.echo(f"{'ok ' if check.well else 'BAD'} {check.name}: {check.found}")
+        typer.echo(f"{'ok ' if check.well else 'BAD'} {check.name}: {escaped(check.found)}")
         if not check.well:
-            typer.echo(f"    fix: {advice_text(check.fix, check.call, command_text)}")
+            typer.echo(f"    fix: {escaped(advice_text(check.fix, check.call, command_text))}")
     raise typer.Exit(int(not all(check.well for check in found)))
 
 
@@ -314,8 +315,10 @@ def worker(
 
 
 def show(found: Shown, as_json: bool, text: Callable[[Shown], str]) -> None:
-    """Print a record as JSON, or as its text."""
-    typer.echo(found.to_json() if as_json else text(found))
+    """Print a record as JSON, or as its text; what a value holds neither breaks a line nor reaches the terminal."""
+    from opd_mcp.schemas.texts import LINE_BREAK
+
+    typer.echo(found.escaped(keep=LINE_BREAK).to_json() if as_json else text(found.escaped()))
 
 
 def workspace_root() -> Path:
@@ -357,18 +360,24 @@ def main() -> None:
     except OpdError as error:
         fail(error)
     except OSError as error:
-        from opd_mcp.store.files import disk_full, is_disk_full
+        from opd_mcp.store.files import expected_failure, workspace_failure
 
-        if not is_disk_full(error):
-            raise
-        fail(disk_full(error))
+        if expected := expected_failure(error) or workspace_failure(error, workspace_root()):
+            fail(expected)
+        raise
+
+
+def error_line(error: "OpdError") -> str:
+    """An expected failure in one line, with commands for its calls."""
+    from opd_mcp.schemas.texts import escaped
+    from opd_mcp.server.tools.table import command_text
+
+    return escaped(error.text(command_text))
 
 
 def fail(error: "OpdError") -> NoReturn:
     """Print an expected failure on stderr, with commands for its calls, and end with exit status 1."""
-    from opd_mcp.server.tools.table import command_text
-
-    typer.echo(error.text(command_text), err=True)
+    typer.echo(error_line(error), err=True)
     sys.exit(1)
 
 

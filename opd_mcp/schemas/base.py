@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from opd_mcp.schemas.texts import escaped
+
 
 class Schema(BaseModel):
     """A strict, immutable record: unknown fields are errors, and absent values are absent."""
@@ -25,6 +27,10 @@ class Schema(BaseModel):
     def from_json(cls, text: str | bytes) -> Self:
         """The record that `to_json` wrote; raises pydantic's ValidationError for anything else."""
         return cls.model_validate_json(text)
+
+    def escaped(self, keep: str = "") -> Self:
+        """The record with `schemas.texts.escaped` applied to every text in it, names of entries included."""
+        return self.model_copy(update={name: _escaped(value, keep) for name, value in self})
 
     def content_hash(self) -> str:
         """sha256 (hex) of the record's canonical JSON: equal content, equal hash."""
@@ -69,6 +75,18 @@ class Record(Schema):
         for upgrade in cls.upgrades[version - 1 :]:
             values = upgrade(values)
         return {**values, "schema_version": current}
+
+
+def _escaped(value: Any, keep: str) -> Any:
+    if isinstance(value, str):
+        return escaped(value, keep)
+    if isinstance(value, Schema):
+        return value.escaped(keep)
+    if isinstance(value, dict):
+        return {_escaped(key, keep): _escaped(part, keep) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_escaped(part, keep) for part in value)
+    return value
 
 
 def unchanged(values: dict[str, Any]) -> dict[str, Any]:

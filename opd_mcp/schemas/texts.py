@@ -1,4 +1,28 @@
-"""Texts and numbers as people read them: cut to size, bytes, durations."""
+"""Texts and numbers as people read them: cut to size, escaped, bytes, durations."""
+
+import re
+
+LINE_BREAK = "\n"
+# Controls, bidirectional and other invisible marks, line separators, half surrogates, tags. Joiners stay: scripts need
+# them, and so does the tab.
+_ACTING = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """The text with every character that acts instead of being shown made visible; those in `keep` stay.
+
+    A control becomes its picture (a line break `␊`, an escape `␛`), anything else its number (`<U+202E>`).
+    """
+    return _ACTING.sub(lambda found: found[0] if found[0] in keep else _shown(ord(found[0])), text)
+
+
+def _shown(code: int) -> str:
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
 
 
 def shortened(text: str, characters: int, advice: str = "") -> str:

@@ -20,9 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import opd_mcp
 from opd_mcp.schemas.errors import ArgumentError, OpdError
-from opd_mcp.schemas.redaction import redacted, redacted_values
 from opd_mcp.server.app import dashboard_html
-from opd_mcp.server.protocol.json_schema import structured
+from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.service import JobService
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -126,6 +125,7 @@ def cookie(request: Request) -> str:
 
 def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess, secrets: Sequence[str] = ()) -> ASGIApp:
     """The application with all routes, behind the gate; no answer holds one of the secrets."""
+    outgoing = Outgoing(tuple(secrets))
 
     @server.custom_route("/health", methods=["GET"])
     async def health(request: Request) -> Response:
@@ -141,8 +141,8 @@ def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess, se
         try:
             found = await to_thread.run_sync(service.dashboard, chosen)
         except OpdError as error:
-            return JSONResponse({"error": redacted(str(error), secrets)}, status_code=404)
-        return JSONResponse(redacted_values(structured(found), secrets), headers={"Cache-Control": "no-store"})
+            return JSONResponse({"error": outgoing.error(error)}, status_code=404)
+        return JSONResponse(outgoing.values(found), headers={"Cache-Control": "no-store"})
 
     app = server.streamable_http_app(host=access.host, transport_security=access.security())
     return Gate(app, access)

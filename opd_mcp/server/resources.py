@@ -17,7 +17,7 @@ from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 from mcp_types import Completion, CompletionArgument, PromptReference, ResourceTemplateReference
 
 from opd_mcp.schemas.errors import OpdError, UnknownIdError
-from opd_mcp.schemas.redaction import redacted
+from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.server.render.recipe_keys import KEYS_URI, recipe_keys_text
 from opd_mcp.service import JobService
 from opd_mcp.store.store import Store
@@ -32,6 +32,7 @@ MAX_COMPLETIONS = 100
 
 def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence[str] = ()) -> None:
     """Register the templates, read in threads and shown without secrets, their completions, and the recipe keys."""
+    outgoing = Outgoing(tuple(secrets))
 
     @server.resource(
         KEYS_URI, mime_type=MARKDOWN, title="Recipe keys", description="Every key that overrides may name."
@@ -46,7 +47,7 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         description="Every setting of the run, as resolved.",
     )
     async def run_recipe(run_id: str) -> str:
-        return await _read(service, secrets, reading.recipe_json, run_id)
+        return await _read(service, outgoing, reading.recipe_json, run_id)
 
     @server.resource(
         "opd://runs/{run_id}/metrics",
@@ -55,11 +56,11 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         description="Its training curves, 200 points each, with trend and diagnosis.",
     )
     async def run_metrics(run_id: str) -> str:
-        return await _read(service, secrets, reading.metrics_json, run_id)
+        return await _read(service, outgoing, reading.metrics_json, run_id)
 
     @server.resource("opd://runs/{run_id}/log", mime_type=TEXT, title="Log", description="The log's last 200 lines.")
     async def run_log(run_id: str) -> str:
-        return await _read(service, secrets, reading.log_tail, run_id)
+        return await _read(service, outgoing, reading.log_tail, run_id)
 
     @server.resource(
         "opd://runs/{run_id}/report",
@@ -68,7 +69,7 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         description="The evidence that a finished run ends with: scores, differences, costs, alerts.",
     )
     async def run_report(run_id: str) -> str:
-        return await _read(service, secrets, reading.report_markdown, run_id)
+        return await _read(service, outgoing, reading.report_markdown, run_id)
 
     @server.resource(
         "opd://artifacts/{artifact_id}/lineage",
@@ -77,7 +78,7 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         description="What an artifact was made from and by, with hashes.",
     )
     async def artifact_lineage(artifact_id: str) -> str:
-        return await _read(service, secrets, reading.lineage_json, artifact_id)
+        return await _read(service, outgoing, reading.lineage_json, artifact_id)
 
     @server.completion()
     async def complete(
@@ -90,14 +91,14 @@ def add_resources(server: MCPServer[Any], service: JobService, secrets: Sequence
         return Completion(values=found[:MAX_COMPLETIONS], total=len(found), has_more=len(found) > MAX_COMPLETIONS)
 
 
-async def _read(service: JobService, secrets: Sequence[str], read: Callable[[Store, str], str], reference: str) -> str:
+async def _read(service: JobService, outgoing: Outgoing, read: Callable[[Store, str], str], reference: str) -> str:
     """What is read from the store, its errors as those of a resource."""
     try:
-        return redacted(await to_thread.run_sync(read, service.store, reference), secrets)
+        return outgoing.document(await to_thread.run_sync(read, service.store, reference))
     except UnknownIdError as error:
-        raise ResourceNotFoundError(redacted(str(error), secrets)) from error
+        raise ResourceNotFoundError(outgoing.error(error)) from error
     except OpdError as error:
-        raise ResourceError(redacted(str(error), secrets)) from error
+        raise ResourceError(outgoing.error(error)) from error
 
 
 class RunWatcher:

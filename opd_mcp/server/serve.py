@@ -1,13 +1,16 @@
 """Serving over stdio or HTTP."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mcp.server import MCPServer
+
     from opd_mcp.server.http import HttpAccess
     from opd_mcp.service import JobService
 
@@ -42,12 +45,27 @@ class ServerSettings:
 
 
 def serve_stdio(open_service: Callable[[], "JobService"], settings: ServerSettings) -> None:
-    """Serves this process's stdin and stdout until the client closes them; runs go on without it."""
+    """Serves this process's stdin and stdout until the client closes them; runs go on without it.
+
+    One SIGINT ends it at once, like SIGTERM: a thread that waits for stdin cannot be woken, and nothing here needs an
+    end in order.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with stdout_to_stderr():
+        import anyio
+
         from opd_mcp.server.app import build_server
 
         server = build_server(open_service(), settings)
-    server.run("stdio")
+    anyio.run(_run, server)
+
+
+async def _run(server: "MCPServer[Any]") -> None:
+    from opd_mcp.server.stdio import stdio_streams
+
+    lowlevel = server._lowlevel_server  # the SDK has no public way to serve streams of one's own
+    async with stdio_streams() as (incoming, outgoing):
+        await lowlevel.run(incoming, outgoing, lowlevel.create_initialization_options())
 
 
 def serve_http(open_service: Callable[[], "JobService"], settings: ServerSettings, access: "HttpAccess") -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from opd_mcp.identity.files import file_sha256, fsync_directory, fsync_tree, publish_directory, write_atomic
-from opd_mcp.schemas.errors import ResourceError
+from opd_mcp.schemas.errors import IntegrityError, OpdError, PathError, ResourceError
 
 __all__ = [
     "file_sha256",
@@ -44,6 +44,51 @@ def disk_full(error: BaseException) -> ResourceError:
         "not_enough_disk",
         f"The disk is full: nothing was begun ({str(error)[:300]}).",
         fix="Free disk space (opd-mcp gc shows what is unused), then make the call again.",
+    )
+
+
+def expected_failure(error: BaseException) -> OpdError | None:
+    """The error for whoever called, of a full disk, a name that is not UTF-8 or a native library's panic; or None.
+
+    A panic is no Exception, and would end the process.
+    """
+    if isinstance(error, UnicodeEncodeError) and "surrogate" in error.reason:
+        return PathError(
+            "unusable_name",
+            "The name of a file or folder is not UTF-8, so no record can hold it.",
+            value=error.object[-200:],
+            fix="Rename it, or give the path of a file that does not lie in or next to it.",
+        )
+    if type(error).__name__ == "PanicException":
+        return IntegrityError(
+            "damaged_file",
+            f"A native library gave up on one of the files that were given ({str(error)[:300]}).",
+            fix="Look at tokenizer.json of the models of this call, its patterns above all; give another model.",
+        )
+    return disk_full(error) if is_disk_full(error) else None
+
+
+def workspace_failure(error: OSError, root: Path) -> OpdError | None:
+    """The error for whoever called while the workspace was moved, or a file in it could not be used; or None."""
+    if not root.is_dir():
+        return workspace_missing(root)
+    if error.filename is not None and root in Path(os.fsdecode(error.filename)).parents:
+        return ResourceError(
+            "workspace_unusable",
+            f"A file of the workspace cannot be used ({error.strerror}).",
+            value=error.filename,
+            fix="Check that the workspace's folder may be read and written; opd-mcp doctor looks through it.",
+        )
+    return None
+
+
+def workspace_missing(root: Path) -> PathError:
+    """The error of a workspace that was moved or removed while it was in use."""
+    return PathError(
+        "workspace_missing",
+        "The workspace's folder is no longer there.",
+        value=root,
+        fix="Move it back, or restart the server with OPD_HOME set to where it is now.",
     )
 
 

@@ -16,8 +16,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from opd_mcp.identity.files import fsync_directory
-from opd_mcp.schemas.errors import IntegrityError, PathError, ResourceError
-from opd_mcp.store.files import free_bytes
+from opd_mcp.schemas.errors import IntegrityError, ResourceError
+from opd_mcp.store.files import free_bytes, workspace_missing
 
 SCHEMA_VERSION = 3  # 2: artifacts by time; 3: generation and transactions
 SCHEMA = """
@@ -317,16 +317,6 @@ class IndexFile:
             value=self.path,
             fix="Run opd-mcp doctor --repair: it is rebuilt from the run directories.",
         )
-
-
-def workspace_missing(root: Path) -> PathError:
-    """The error of a workspace that was moved or removed while it was in use."""
-    return PathError(
-        "workspace_missing",
-        "The workspace's folder is no longer there.",
-        value=root,
-        fix="Move it back, or restart the server with OPD_HOME set to where it is now.",
-    )
 
 
 def _kept(database: sqlite3.Connection) -> Note:

@@ -31,6 +31,7 @@ from opd_mcp.store.runs import CHECKPOINTS, LOG_FILE, RunLock
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.worker_process import has_begun, note_exit
 from opd_mcp.store.workspace import Workspace
+from opd_mcp.supervisor.environment import worker_environment
 
 
 def worker_command(workspace: Workspace, run_id: str, lock_fd: int, settings: JobSettings) -> list[str]:
@@ -60,8 +61,7 @@ def launch_worker(workspace: Workspace, lock: RunLock, settings: JobSettings) ->
                 cwd=lock.directory,
                 start_new_session=True,
                 pass_fds=(lock.descriptor,),
-                # Python's own way of finding this package must survive the change of folder.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(absolute_import_path()), "PYTHONUNBUFFERED": "1"},
+                env=worker_environment(os.environ),
             )
     except OSError as error:
         raise RunError(
@@ -72,12 +72,6 @@ def launch_worker(workspace: Workspace, lock: RunLock, settings: JobSettings) ->
         ) from error
     finally:
         lock.release()
-
-
-def absolute_import_path() -> list[str]:
-    """The PYTHONPATH of this process with every entry absolute."""
-    given = os.environ.get("PYTHONPATH", "")
-    return [str(Path(entry).absolute()) for entry in given.split(os.pathsep) if entry]
 
 
 # Between freeing its locks and becoming a zombie, a process takes microseconds; a loaded machine a little longer.

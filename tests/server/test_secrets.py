@@ -75,6 +75,34 @@ async def test_a_secret_in_an_argument_is_refused_before_anything_is_written(ser
     assert not list(service.workspace.plans.iterdir())
 
 
+WORDS = ["first-word-of-many", PLANTED["HF_TOKEN"], "third-word-of-many"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("get_run_status", {"run_id": " ".join(WORDS)}),
+        ("get_run_status", {" ".join(WORDS): 1}),
+        ("list_runs", {"cursor": "/".join(WORDS)}),
+        ("list_runs", {"state": "-".join(WORDS)}),
+        ("inspect_cache", {"cache": "/" + "/".join(WORDS)}),
+        ("plan_distillation", {"student": "/x", "teacher": "/y", "prompts": WORDS}),
+        (
+            "plan_distillation",
+            {"student": "/x", "teacher": "/y", "prompts": "/p", "overrides": dict.fromkeys(WORDS, 1)},
+        ),
+    ],
+)
+async def test_an_error_does_not_tell_which_of_many_words_is_a_secret(server, tool, arguments):
+    async with Client(server) as client:
+        answer = await client.call_tool(tool, arguments)
+    assert answer.is_error
+    text = answer.content[0].text
+    assert "Fix: " in text
+    assert not leaks(text)
+    assert not any(word in text for word in WORDS)
+
+
 async def test_what_a_data_file_holds_is_shown_without_its_secrets(server, tmp_path):
     file = tmp_path / "data" / "told.jsonl"
     file.write_text('{"prompt": "log in with planted-hub-token-0123456789 and ' + SHAPED[1] + '", "answer": "1"}\n')

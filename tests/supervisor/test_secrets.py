@@ -1,5 +1,6 @@
 """Secrets in the environment and in what a teacher's server says end up in no file of the workspace."""
 
+import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,9 @@ PLANTED = {
     "OPD_TEACHER_KEY": "a teacher key in plain words",
     "HF_TOKEN": "a token in plain words",
     "OPD_TOKEN": "another token in plain words",
+    "DB_PASSWORD": "a password in plain words",
+    "AWS_SECRET_ACCESS_KEY": "an access key in plain words",
+    "DATABASE_URL": "a data base in plain words",
 }
 SHAPED = ("hf_" + "a1B2" * 8, "sk-" + "A1b2" * 8, "letmein")
 # Before the engine is loaded, as a library would: into the log, and as an exception that ends the run.
@@ -25,7 +29,7 @@ import os, sys
 from opd_mcp import cli
 from opd_mcp.worker import main as worker
 def leak(*_):
-    said = " | ".join([*(os.environ[n] for n in {names!r}), {shaped!r}])
+    said = " | ".join([*(os.environ.get(n, "") for n in {names!r}), {shaped!r}])
     print(said)
     print(said, file=sys.stderr)
     raise ValueError(said)
@@ -44,6 +48,38 @@ def service(world, monkeypatch) -> JobService:
     command = (sys.executable, "-c", script, "worker")
     settings = JobSettings(world.settings.lease_folder, 2, world.settings.examples, command)
     return JobService(Workspace(world.root / "home"), AllowedRoots([world.root / "data"]), settings)
+
+
+TELLING_WORKER = """
+import json, os, sys
+from pathlib import Path
+Path({told!r}).write_text(json.dumps(dict(os.environ)))
+"""
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_worker_inherits_what_it_needs_and_no_other_secret(world, monkeypatch, finished, offline):
+    needed = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(world.root / "hf"),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "LC_TIME": "C",
+        "OTEL_SERVICE_NAME": "here",
+        "XDG_CACHE_HOME": str(world.root / "cache"),
+        "CUDA_MODULE_LOADING": "LAZY",
+    }
+    for name, value in {**needed, **PLANTED, "PYTHON_API_KEY": "k", "HF_HUB_OFFLINE": str(int(offline))}.items():
+        monkeypatch.setenv(name, value)
+    told = world.root / "told.json"
+    command = (sys.executable, "-c", TELLING_WORKER.format(told=str(told)), "worker")
+    settings = JobSettings(world.settings.lease_folder, 2, world.settings.examples, command)
+    service = JobService(Workspace(world.root / "home"), AllowedRoots([world.root / "data"]), settings)
+    assert finished(service, service.start_distillation(world.start_arguments()).run_id).state == "lost"
+    inherited = json.loads(told.read_text())
+    assert needed.items() <= inherited.items()
+    assert inherited["PATH"]
+    assert {name for name in PLANTED if name in inherited} == {"OPD_TEACHER_KEY"} | (set() if offline else {"HF_TOKEN"})
+    assert "PYTHON_API_KEY" not in inherited
 
 
 def files_with(root, texts):

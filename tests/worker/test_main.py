@@ -17,6 +17,7 @@ from opd_mcp.store.runs import RunLock
 SHORT = {
     "sft.steps": 3,
     "sft.batch_size": 4,
+    "sft.on_truncated": "keep",
     "rollout.count": 8,
     "distill.steps": 3,
     "distill.batch_size": 4,

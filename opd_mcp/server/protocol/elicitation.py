@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 
 from opd_mcp.planning.confirmation import Question, confirm_needed, is_confirmed
 from opd_mcp.schemas.errors import PlanError
+from opd_mcp.server.protocol.outgoing import Outgoing
 
 
 class Consent(BaseModel):
@@ -17,7 +18,9 @@ class Consent(BaseModel):
     agreed: Annotated[bool, Field(description="Yes, go on.")]
 
 
-def asked(question: Question | None, confirm: str | None, context: Context) -> Consent | Elicit[Consent]:
+def asked(
+    question: Question | None, confirm: str | None, context: Context, outgoing: Outgoing
+) -> Consent | Elicit[Consent]:
     """The question for the user, or a yes where there is nothing to ask or `confirm` has answered it.
 
     Raises ArgumentError `confirm_needed` for a client that cannot ask.
@@ -26,7 +29,7 @@ def asked(question: Question | None, confirm: str | None, context: Context) -> C
         return Consent(agreed=True)
     if not can_ask(context):
         raise confirm_needed(question)
-    return Elicit(question.text, Consent)
+    return Elicit(outgoing.line(question.text), Consent)
 
 
 def can_ask(context: Context) -> bool:

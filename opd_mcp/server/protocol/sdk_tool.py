@@ -6,7 +6,7 @@ ToolError.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -18,20 +18,20 @@ from mcp.server.mcpserver.resolve import Elicit, Resolve, build_resolver_plans, 
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import ArgModelBase, FuncMetadata
 from mcp.shared.exceptions import MCPError
-from mcp_types import CallToolResult, TextContent, ToolAnnotations
+from mcp_types import CallToolResult, ToolAnnotations
 from pydantic import ConfigDict
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
-from opd_mcp.schemas.redaction import redacted, redacted_values
 from opd_mcp.server.protocol.arguments import request_from_arguments, require_no_secret
 from opd_mcp.server.protocol.elicitation import Consent, asked, require_agreed
-from opd_mcp.server.protocol.json_schema import input_schema, output_schema, structured
+from opd_mcp.server.protocol.json_schema import input_schema, output_schema
+from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.server.protocol.waiting import StatusCalls
 from opd_mcp.server.serve import ServerSettings
 from opd_mcp.server.tools.spec import ToolSpec
 from opd_mcp.service import JobService
-from opd_mcp.store.files import disk_full, is_disk_full
+from opd_mcp.store.files import expected_failure, workspace_failure
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,25 @@ class _RawArguments(ArgModelBase):
 
 
 @contextmanager
-def readable_errors(tool: str, secrets: Sequence[str] = ()) -> Iterator[None]:
-    """Turn whatever is raised inside into a ToolError that a model can act on, without secrets."""
+def readable_errors(tool: str, outgoing: Outgoing, service: JobService) -> Iterator[None]:
+    """Turn whatever is raised inside into a ToolError that a model can act on, in one line and without secrets.
+
+    Cancellation and the end of the process pass.
+    """
     try:
         yield
     except OpdError as error:
-        raise ToolError(redacted(str(error), secrets)) from error
+        raise ToolError(outgoing.error(error)) from error
     except (ToolError, MCPError):
         raise
-    except Exception as error:
-        if is_disk_full(error):
-            raise ToolError(str(disk_full(error))) from error
+    except BaseException as error:
+        expected = expected_failure(error)
+        if expected is None and isinstance(error, OSError):
+            expected = workspace_failure(error, service.workspace.root)
+        if expected is not None:
+            raise ToolError(outgoing.error(expected)) from error
+        if not isinstance(error, Exception):
+            raise
         logger.exception("Tool %s failed", tool)
         raise ToolError(
             f"[internal_error] {type(error).__name__} inside {tool}. "
@@ -69,40 +77,36 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
 
     No answer holds one of the secrets, or what looks like one, and no request brings any into the records.
     """
-    secrets = settings.secrets
-    statuses = StatusCalls(service) if spec.waits else None
+    secrets, outgoing = settings.secrets, Outgoing(settings.secrets)
+    statuses = StatusCalls(service, outgoing) if spec.waits else None
 
     def parse(arguments: dict[str, Any]) -> Any:
         request = request_from_arguments(spec.name, spec.request, arguments)
         require_no_secret(request, secrets)
         return request
 
-    async def answered(request: Any, context: Context) -> tuple[Schema, str]:
+    async def answered(request: Any, context: Context) -> tuple[Schema, Callable[[Any], str]]:
         if statuses is not None:
             return await statuses.answer(request, context)
         # A thread is not cancelled with its caller: a start or a resume is done or not begun, never half.
         answer = await to_thread.run_sync(spec.call, service, request)
-        return answer, spec.text(answer)
+        return answer, spec.text
 
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
-        with readable_errors(spec.name, secrets):
-            answer, text = await answered(parse(arguments), context)
-            return CallToolResult(
-                content=[TextContent(type="text", text=redacted(text, secrets))],
-                structured_content=redacted_values(structured(answer), secrets),
-            )
+        with readable_errors(spec.name, outgoing, service):
+            return outgoing.result(*await answered(parse(arguments), context))
 
     async def ask(arguments: dict[str, Any], context: Context) -> Consent | Elicit[Consent]:
-        with readable_errors(spec.name, secrets):
+        with readable_errors(spec.name, outgoing, service):
             assert spec.ask is not None
             request = parse(arguments)
             question = await to_thread.run_sync(spec.ask, service, request, settings)
-            return asked(question, request.confirm, context)
+            return asked(question, request.confirm, context, outgoing)
 
     async def call_if_agreed(
         arguments: dict[str, Any], context: Context, consent: Annotated[ElicitationResult[Consent], Resolve(ask)]
     ) -> CallToolResult:
-        with readable_errors(spec.name, secrets):
+        with readable_errors(spec.name, outgoing, service):
             require_agreed(consent)
         return await call(arguments, context)
 

@@ -20,9 +20,8 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import Field
 
 from opd_mcp.schemas.errors import RunError, UnknownIdError
-from opd_mcp.schemas.redaction import redacted, redacted_values
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
-from opd_mcp.server.protocol.json_schema import structured
+from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.server.render.runs import status_text, unchanged_text
 from opd_mcp.service import LATEST, JobService
 
@@ -191,7 +190,7 @@ class RunTasks:
     def __init__(self, service: JobService, tools: frozenset[str], secrets: Sequence[str] = ()) -> None:
         self._service = service
         self._tools = tools
-        self._secrets = secrets
+        self._outgoing = Outgoing(tuple(secrets))
 
     def support(self, tool: str) -> TaskSupport:
         """Starting a run may become a task; nothing must."""
@@ -232,7 +231,7 @@ class RunTasks:
             status=task_status,
             created_at=status.created_at,
             updated_at=status.updated_at,
-            message=redacted(unchanged_text(status), self._secrets) if active else f"{status.run_id}: {status.state}",
+            message=self._outgoing.text(status, unchanged_text) if active else f"{status.run_id}: {status.state}",
             poll_ms=poll_milliseconds(status) if active else None,
             result=self._result(status) if task_status == "completed" else None,
         )
@@ -240,8 +239,8 @@ class RunTasks:
     def _result(self, status: RunStatus) -> CallToolResult:
         snapshot = self._service.snapshot(status.run_id)
         return CallToolResult(
-            content=[TextContent(type="text", text=redacted(status_text(status), self._secrets))],
-            structured_content=redacted_values(structured(snapshot), self._secrets),
+            content=[TextContent(type="text", text=self._outgoing.text(status, status_text))],
+            structured_content=self._outgoing.values(snapshot),
             is_error=status.state != "succeeded",
         )
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
@@ -11,6 +12,7 @@ from mcp.server.mcpserver import Context
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.requests import GetRunStatus
 from opd_mcp.schemas.runs import ACTIVE_STATES, PhaseName, RunState, RunStatus
+from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.server.render.runs import status_text, unchanged_text
 from opd_mcp.service import JobService
 
@@ -23,6 +25,7 @@ PROGRESS_SECONDS = 2.0
 SETTLE_SECONDS = 0.5
 REPEAT_SECONDS = 60.0
 _MAX_TOLD = 512
+StatusText = Callable[[RunStatus], str]
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ class _Told:
 class StatusCalls:
     """Answers `get_run_status`; remembers per session and run what was last told in full."""
 
-    def __init__(self, service: JobService) -> None:
+    def __init__(self, service: JobService, outgoing: Outgoing) -> None:
         self._service = service
+        self._outgoing = outgoing
         self._told: OrderedDict[tuple[str, str], _Told] = OrderedDict()
 
-    async def answer(self, request: GetRunStatus, context: Context) -> tuple[RunStatus, str]:
-        """The run's status and its text, at once or after a wait.
+    async def answer(self, request: GetRunStatus, context: Context) -> tuple[RunStatus, StatusText]:
+        """The run's status and what words it, at once or after a wait.
 
         Raises ArgumentError `wait_too_long`, and UnknownIdError `unknown_run`.
         """
@@ -106,22 +110,22 @@ class StatusCalls:
             if now >= next_progress:
                 next_progress += PROGRESS_SECONDS
                 status = await to_thread.run_sync(self._service.status, run_id)
-                await context.report_progress(now - start, seconds, unchanged_text(status))
+                await context.report_progress(now - start, seconds, self._outgoing.text(status, unchanged_text))
             await anyio.sleep(min(POLL_SECONDS, max(end - anyio.current_time(), 0)))
         return await to_thread.run_sync(self._service.status, run_id)
 
-    def _told_answer(self, key: tuple[str, str], status: RunStatus) -> tuple[RunStatus, str]:
+    def _told_answer(self, key: tuple[str, str], status: RunStatus) -> tuple[RunStatus, StatusText]:
         """In full when there is news (or, for an ended run, when the last full answer is a minute old)."""
         news, told = _News.of(status), self._told.get(key)
         recent = told is not None and time.monotonic() - told.at < REPEAT_SECONDS
         if told is not None and told.news == news and (status.state in ACTIVE_STATES or recent):
             status = status.model_copy(update={"unchanged": True})
-            return status, unchanged_text(status)
+            return status, unchanged_text
         self._told[key] = _Told(news, time.monotonic())
         self._told.move_to_end(key)
         while len(self._told) > _MAX_TOLD:
             self._told.popitem(last=False)
-        return status, status_text(status)
+        return status, status_text
 
 
 def _session(context: Context) -> str:

@@ -35,8 +35,8 @@ def series_line(series: MetricSeries) -> str:
 
 
 def log_text(page: LogPage) -> str:
-    """The lines as they are, and how to see older ones."""
-    lines = page.lines or ["no lines"]
+    """The lines, indented so that none is taken for one of ours, and how to see older ones."""
+    lines = [f"  {line}" for line in page.lines] or ["no lines"]
     older = [f"older lines: cursor='{page.next_cursor}'"] if page.next_cursor else []
     return "\n".join([f"log of {page.run_id}:", *lines, *older])
 

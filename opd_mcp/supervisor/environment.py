@@ -1,0 +1,47 @@
+"""Which of the server's environment variables a worker inherits: those that its work needs, and no others."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from opd_mcp.schemas.redaction import SECRET_NAMES
+
+NAMES = frozenset(
+    {
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TZ", "LANG", "LANGUAGE", "TERM", "NO_COLOR"),
+        *("TMPDIR", "TEMP", "TMP", "VIRTUAL_ENV", "CONDA_PREFIX", "CC", "CXX", "CPATH", "LIBRARY_PATH"),
+        *("LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH"),
+        *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+        *("http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    }
+)
+PREFIXES = (
+    *("LC_", "PYTHON", "XDG_", "OTEL_", "COVERAGE_", "RUST_", "MALLOC_"),
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "TOKENIZERS_"),
+    *("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "NVIDIA_", "NCCL_"),
+    *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "VECLIB_", "NUMEXPR_"),
+)
+# What is called a secret is passed on by its full name only.
+TEACHER_KEY = "OPD_TEACHER_KEY"
+HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a worker; the Hub's token is among them unless fetching is switched off (HF_HUB_OFFLINE=1)."""
+    offline = any(environment.get(name, "").lower() in ("1", "on", "yes", "true") for name in OFFLINE)
+    secrets = {TEACHER_KEY} if offline else {TEACHER_KEY, *HUB_TOKENS}
+    inherited = {name: value for name, value in environment.items() if name in secrets or _is_needed(name)}
+    # Python's own way of finding this package must survive the change of folder.
+    return {**inherited, "PYTHONPATH": absolute_import_path(environment), "PYTHONUNBUFFERED": "1"}
+
+
+def absolute_import_path(environment: Mapping[str, str]) -> str:
+    """The PYTHONPATH with every entry absolute."""
+    given = environment.get("PYTHONPATH", "")
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in given.split(os.pathsep) if entry)
+
+
+def _is_needed(name: str) -> bool:
+    return (name in NAMES or name.startswith(PREFIXES)) and SECRET_NAMES.search(name) is None
