@@ -137,7 +137,9 @@ def _prompt_fields(row: PromptRow) -> dict[str, Any]:
 
 
 def _response_fields(row: ResponseRow) -> dict[str, Any]:
+    fields: dict[str, Any] = {"finish_reason": "length" if row.truncated else None}
     if row.chat is not None:
-        return {**_prompt_fields(row.prompt), "messages": row.chat}
-    fields = {"response": row.response, "response_ids": row.response_ids, "prompt_ids": row.prompt_ids}
+        fields |= {"messages": row.chat, "tools": row.tools}
+    else:
+        fields |= {"response": row.response, "response_ids": row.response_ids, "prompt_ids": row.prompt_ids}
     return {**_prompt_fields(row.prompt), **{name: value for name, value in fields.items() if value is not None}}

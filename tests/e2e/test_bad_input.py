@@ -17,8 +17,8 @@ def broken_inputs(world) -> dict[str, Any]:
     """Files and directories with one fault each."""
     data = world.data
     (data / "empty.jsonl").write_text("")
-    (data / "malformed.jsonl").write_text('{"prompt": "1+1=?"}\n{"prompt": "2+2=?"}\n{"prompt": \n')
-    (data / "fieldless.jsonl").write_text('{"prompt": "1+1=?"}\n{"text": "2+2=?"}\n')
+    (data / "malformed.jsonl").write_text('{"prompt": \n{"prompt": 3}\n')
+    (data / "fieldless.jsonl").write_text('{"body": "1+1=?"}\n')
     (world.root / "outside.jsonl").write_text('{"prompt": "1+1=?"}\n')
     (data / "link.jsonl").symlink_to(world.root / "outside.jsonl")
     weightless = data / "weightless"
@@ -61,8 +61,16 @@ def bad_plans(world) -> dict[str, tuple[dict[str, Any], list[str]]]:
         "an adapter": ("student", data / "adapted", ["[not_a_model]", "LoRA"]),
         "missing file": ("prompts", data / "promts.jsonl", ["[not_found]", "prompts.jsonl"]),
         "empty data": ("prompts", data / "empty.jsonl", ["[empty_data]"]),
-        "malformed line": ("prompts", data / "malformed.jsonl", ["[malformed_line]", "malformed.jsonl", "3"]),
-        "missing field": ("prompts", data / "fieldless.jsonl", ["[missing_field]", "fieldless.jsonl", "2"]),
+        "malformed line": (
+            "prompts",
+            data / "malformed.jsonl",
+            ["[malformed_line]", "malformed.jsonl line 1", "2 rows"],
+        ),
+        "missing field": (
+            "prompts",
+            data / "fieldless.jsonl",
+            ["[missing_field]", "fieldless.jsonl", 'columns={"prompt": "body"}'],
+        ),
         "no weights": ("student", data / "weightless", ["[not_a_model]", "safetensors"]),
         "pickled weights": ("student", data / "pickled", ["[unsafe_weights]", "pytorch_model.bin"]),
         "other tokens": ("student", data / "other-tokens", ["[tokenizer_mismatch]", "'7'", "'@'"]),

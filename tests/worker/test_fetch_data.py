@@ -18,6 +18,7 @@ from opd_mcp.store.workspace import Workspace
 from opd_mcp.worker.fetch_data import save_split, with_present_data
 
 ROWS = [{"question": f"{i}+1=?", "answer": f"so\n#### {i + 1}"} for i in range(5)]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 
 
 def jsonl(path, rows):
@@ -98,6 +99,9 @@ def test_named_columns_of_responses_keep_chats_and_ids(tmp_path):
     ]
     for row, columns in (
         ({"turns": chat}, {"messages": "turns"}),
+        ({"turns": chat, "tools": TOOLS, "finish_reason": "length"}, {"messages": "turns"}),
+        ({"turns": chat, "functions": TOOLS}, {"messages": "turns", "tools": "functions"}),
+        ({"q": "1+1=?", "a": "2", "why": "length"}, {"prompt": "q", "response": "a", "finish_reason": "why"}),
         ({"q": "1+1=?", "a": "2", "ids": [4, 2]}, {"prompt": "q", "response": "a", "response_ids": "ids"}),
     ):
         file = jsonl(tmp_path / "r.jsonl", [row])
@@ -105,6 +109,7 @@ def test_named_columns_of_responses_keep_chats_and_ids(tmp_path):
         present = with_present_data(Workspace(tmp_path), tmp_path, RunInputs(responses=data), lambda: None)
         (written,), (read,) = read_responses(Path(present.responses.path)), read_responses(file, columns)
         assert written == read
+        assert (read.truncated, read.tools is not None) == ("length" in row.values(), TOOLS in row.values())
 
 
 def test_data_that_changed_since_the_start_stops_the_run(tmp_path):

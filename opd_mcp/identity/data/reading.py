@@ -122,6 +122,7 @@ class RowReader(Generic[RowT]):
         self._shapes = shapes
         self._make = make
         self._make_all = make_all
+        self._columns = dict(columns or {})
         self._named = shape_of_columns(columns, shapes) if columns else None
         # Named fields that no row has had so far.
         self._unseen = set(columns.values()) if columns else set()
@@ -298,8 +299,7 @@ class RowReader(Generic[RowT]):
     def _absent(self, paths: set[str]) -> DataError:
         """The error for fields that `columns` names and no row has."""
         absent = sorted(paths)
-        assert self._named is not None
-        named = {part: path for part, path in self._named.columns().items() if part != "id" or path != "id"}
+        named = self._columns
         closest = {path: nearest(path, self._fields) for path in absent}
         fixed = {part: (closest.get(path) or [path])[0] for part, path in named.items()}
         known = fixed != named

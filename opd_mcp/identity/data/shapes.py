@@ -15,7 +15,8 @@ from opd_mcp.identity.data.rows import PromptRow, ResponseRow, Turns
 from opd_mcp.identity.data.turns import answer_text, before_answer, is_turns, tools_of, turns_of
 from opd_mcp.schemas.errors import ArgumentError, nearest
 
-PARTS = ("id", "prompt", "messages", "system", "answer", "response", "response_ids", "prompt_ids")
+PROMPT_PARTS = ("id", "prompt", "messages", "system", "answer")
+RESPONSE_PARTS = (*PROMPT_PARTS, "response", "response_ids", "prompt_ids", "tools", "finish_reason")
 Gold = Literal["as it is", "after ####", "in \\boxed{}", "after ####, in \\boxed{}, or as it is"]
 PromptParts = tuple[str, str | None, Turns | None, str | None]
 """(id, prompt, messages, answer) of a `PromptRow`."""
@@ -95,8 +96,15 @@ RESPONSE_SHAPES = (
         )
         for shape in _CANONICAL
     ),
-    Shape("prompt/completion", prompt="prompt", answer="answer", response="completion", tools="tools"),
-    *(replace(shape, solution=None, tools="tools") for shape in PROMPT_SHAPES[1:4]),
+    Shape(
+        "prompt/completion",
+        prompt="prompt",
+        answer="answer",
+        response="completion",
+        tools="tools",
+        finish_reason="finish_reason",
+    ),
+    *(replace(shape, solution=None, tools="tools", finish_reason="finish_reason") for shape in PROMPT_SHAPES[1:4]),
     Shape("instruction/input/output", prompt="instruction", context="input", response="output"),
     Shape("query/response", prompt="query", answer="answer", response="response"),
     Shape("question/response", prompt="question", answer="answer", response="response"),
@@ -134,7 +142,7 @@ def _first_fitting(row: Row, shapes: Sequence[Shape]) -> Shape | None:
 def shape_of_columns(columns: Mapping[str, str], shapes: Sequence[Shape]) -> Shape:
     """The shape that a caller's `columns` describe; raises ArgumentError `invalid_argument`."""
     responses = shapes is RESPONSE_SHAPES
-    parts = PARTS if responses else PARTS[:5]
+    parts = RESPONSE_PARTS if responses else PROMPT_PARTS
     for part in columns:
         if part not in parts:
             raise ArgumentError(
@@ -161,6 +169,8 @@ def shape_of_columns(columns: Mapping[str, str], shapes: Sequence[Shape]) -> Sha
         response=columns.get("response"),
         response_ids=columns.get("response_ids"),
         prompt_ids=columns.get("prompt_ids"),
+        tools=columns.get("tools", "tools") if responses else None,
+        finish_reason=columns.get("finish_reason", "finish_reason") if responses else None,
         id=columns.get("id", "id"),
     )
 

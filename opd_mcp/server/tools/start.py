@@ -35,8 +35,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="start_sft",
         title="Start SFT",
-        description="Fine-tunes a student on responses (of generate_teacher_responses, or any data with "
-        f"prompt and response). {RETURNS}",
+        description=f"Fine-tunes a student on responses (of generate_teacher_responses, or your own). {RETURNS}",
         request=StartSft,
         call=lambda service, request: service.start_sft(request),
         **SHARED,
