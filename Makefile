@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers prove-cache
+.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -45,6 +45,9 @@ fuzz: .venv/fresh
 
 fuzz-readers: .venv/fresh
 	$(BIN)/python tools/fuzz/readers.py $(ARGS)
+
+fuzz-frames: .venv/fresh
+	$(BIN)/python tools/fuzz/frames.py $(ARGS)
 
 # The README's tables of tools and resources.
 docs: .venv/fresh

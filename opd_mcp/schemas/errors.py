@@ -4,9 +4,10 @@ OpdError
 ├── InputError (also ValueError)   what the caller gave cannot be used
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
 │   │                              unsafe_weights · unsupported_head · special_file · unsafe_folder ·
-│   │                              unsafe_config · cannot_be_saved · workspace_missing · unusable_name
+│   │                              unsafe_config · cannot_be_saved · workspace_missing · unusable_name ·
+│   │                              unsupported_model
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
-│   │                              too_large · unknown_token
+│   │                              too_large · unknown_token · template_failed
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision

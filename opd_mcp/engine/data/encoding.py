@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.templates import limited_rendering, rendered
+from opd_mcp.engine.data.templates import REFUSALS, limited_rendering, rendered
 from opd_mcp.identity.data.rows import PromptRow
-from opd_mcp.schemas.errors import DataError
+from opd_mcp.schemas.errors import DataError, OpdError
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,19 @@ def encode_prompts(
 def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[int]:
     """Token ids of one prompt, with the chat template where the tokenizer has one.
 
-    Raises DataError `too_large` for a template that writes without end.
+    Raises DataError `too_large` for a template that writes without end, `template_failed` for one that fails.
     """
     messages = [{"role": "user", "content": row.prompt}] if row.messages is None else list(row.messages)
     if tokenizer.chat_template is None:
         return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
-    text = rendered(tokenizer, messages, context.prompting.chat_template_kwargs, to_answer=True)
+    try:
+        text = rendered(tokenizer, messages, context.prompting.chat_template_kwargs, to_answer=True)
+    except OpdError:
+        raise
+    except (*REFUSALS, ArithmeticError) as error:
+        raise DataError(
+            "template_failed",
+            f"The model's chat template fails on prompt {row.id} ({type(error).__name__}: {error}).",
+            fix="Look at the model's chat_template.jinja and at the prompt's roles, or give another model.",
+        ) from error
     return list(tokenizer.encode(text, add_special_tokens=False))

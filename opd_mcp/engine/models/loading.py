@@ -69,19 +69,30 @@ def load_model(path: Path, runtime: Runtime, *, for_training: bool = False, comp
 
     On CUDA a large model's layers are `compiled`, which takes some ten seconds.
 
-    Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), or `unsupported_head` for a class whose
-    logits are not its head applied to its decoder's last hidden state.
+    Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), `unsupported_model` for a configuration
+    that transformers cannot build, or `unsupported_head` for a class whose logits are not its head applied to its
+    decoder's last hidden state.
     """
     facts = inspect_model(path)
     if runtime.device.type == "cuda":
         gc.collect()  # compiled layers hold one another, so an earlier model may still be there
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.float32 if for_training else runtime.dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    ).to(runtime.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32 if for_training else runtime.dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, LookupError, ImportError) as error:
+        raise PathError(
+            "unsupported_model",
+            f"transformers cannot build this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}).",
+            value=path,
+            fix="Look at model_type, architectures and hidden_act in its config.json; give a causal language model of "
+            "an architecture that the installed transformers has.",
+        ) from error
+    model = model.to(runtime.device)
     model.train(for_training)
     _require_plain_head(model, path)
     use_packed_attention(model)

@@ -30,8 +30,25 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
 
 
 def test_a_template_cannot_leave_its_sandbox():
-    with pytest.raises(SecurityError):
+    with pytest.raises(DataError, match="template_failed") as caught:
         encoded("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    assert isinstance(caught.value.__cause__, SecurityError)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for x in %}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[5].content.more }}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+    ],
+)
+def test_a_template_that_fails_is_named_with_its_prompt(template):
+    with pytest.raises(DataError, match=r"template_failed.*chat template fails on prompt 0.*Fix: ") as caught:
+        encoded(template)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_template_of_megabytes_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Which classes are loaded, and which are refused by name."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -53,3 +54,22 @@ def test_logits_that_are_changed_after_the_head_are_refused_by_name(
     with pytest.raises(PathError, match="CohereForCausalLM") as caught:
         load_model(path, runtime)
     assert caught.value.code == "unsupported_head"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "nosuch", "architectures": ["NosuchForCausalLM"]},
+        {"model_type": "t5", "architectures": ["T5Model"]},
+        {"hidden_act": "nosuch_act"},
+    ],
+)
+def test_a_configuration_that_cannot_be_built_is_refused_by_name(
+    example: Path, tmp_path: Path, runtime: Runtime, change: dict[str, object]
+) -> None:
+    path = Path(shutil.copytree(example / "student", tmp_path / "odd"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(PathError, match="transformers cannot build this model") as caught:
+        load_model(path, runtime)
+    assert caught.value.code == "unsupported_model"
