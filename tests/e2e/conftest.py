@@ -26,6 +26,7 @@ SHORT = {
     "benchmark.sampling.max_new_tokens": 16,
     "rollout.sampling.max_new_tokens": 16,
     "responses.sampling.max_new_tokens": 16,
+    "sft.on_truncated": "keep",
 }
 
 
