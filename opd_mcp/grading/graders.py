@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from types import TracebackType
 
-from opd_mcp.grading import rules as styles
+from opd_mcp.grading import rules
 from opd_mcp.grading.child import AnswerLimits, GradingChild
 from opd_mcp.grading.extraction import compiled_pattern
 from opd_mcp.grading.grade import Grade
@@ -15,11 +15,11 @@ from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.recipes import GraderName
 
 _PLAIN: dict[GraderName, Callable[[str, str], Grade]] = {
-    "number": styles.number,
-    "choice": styles.choice,
-    "exact": styles.exact,
-    "gsm8k": styles.gsm8k,
-    "boxed": styles.boxed,
+    "number": rules.number,
+    "choice": rules.choice,
+    "exact": rules.exact,
+    "gsm8k": rules.gsm8k,
+    "boxed": rules.boxed,
 }
 _PACKAGES = {"math": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "opd-mcp[tasks]")}
 # Graders whose grades of equal answers are kept: greedy and sampled responses repeat themselves.
