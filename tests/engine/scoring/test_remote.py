@@ -223,24 +223,19 @@ def test_a_teacher_swapped_behind_the_url_is_refused_at_resume(proxy, serve_mode
 
 
 def test_a_server_that_applies_a_temperature_is_refused(server, monkeypatch):
-    real = TeacherService.jobs
+    real, entry = TeacherService.jobs, scorer._entry
 
     def heated(self, body):
         self.heat = body.get("temperature", 1.0)
         return real(self, body)
 
-    answers = type(server.service.scorer)._score
-
-    def scaled(self, batch):
-        answers(self, batch)
-        for job in batch:
-            for entry in job.future.result():
-                for one in entry.values():
-                    one["logprob"] = one["logprob"] / server.service.heat
+    def scaled(token, logprob, best):
+        heat = server.service.heat
+        return entry(token, logprob / heat, (best[0], [value / heat for value in best[1]]))
 
     monkeypatch.setattr(TeacherService, "jobs", heated)
     with monkeypatch.context() as patched:
-        patched.setattr(type(server.service.scorer), "_score", scaled)
+        patched.setattr(scorer, "_entry", scaled)
         with pytest.raises(ConsistencyError, match=r"teacher_untrue.*temperature"):
             remote_of(server.port)
     remote_of(server.port).close()
