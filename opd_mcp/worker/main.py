@@ -37,10 +37,11 @@ from opd_mcp.store.runs import (
     use_reserve,
 )
 from opd_mcp.store.store import Store
-from opd_mcp.store.worker_process import note_start
-from opd_mcp.store.workspace import Workspace, read_settings
+from opd_mcp.store.worker_process import note_start, stop_of
+from opd_mcp.store.workspace import Workspace, grace_seconds, read_settings
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
+from opd_mcp.worker.guardian import guarded
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.log import logging_to_stderr, take_over_libraries
 from opd_mcp.worker.pipeline import Pipeline, run_cancelled
@@ -87,7 +88,8 @@ def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: Worke
         lock = RunLock.adopt(directory, lock_fd)
     with lock, logging_to_stderr(), taken_up(lock) as journal:
         journal.secrets = settings.secrets
-        return RunWorker(Store(workspace), directory, journal, settings).work()
+        with guarded(directory, journal.attempt, grace_seconds(workspace)):
+            return RunWorker(Store(workspace), directory, journal, settings).work()
 
 
 class RunWorker:
@@ -175,6 +177,8 @@ class RunWorker:
 
     def _stop_cause(self) -> OpdError | None:
         """Why a run stopped without a user's request; None if a user requested it."""
+        if cancel_requested(self.directory):  # SIGTERM may have followed it
+            return None
         if self.reporter.terminated:
             return RunError(
                 "worker_terminated",
@@ -182,7 +186,7 @@ class RunWorker:
                 fix="Resume the run: it continues from its last checkpoint; a phase without one starts again.",
                 call=resume_call(),
             )
-        if self.reporter.out_of_time and not cancel_requested(self.directory):
+        if self.reporter.out_of_time:
             return out_of_hours(self.store.workspace, self.directory)
         return None
 
@@ -197,6 +201,9 @@ class RunWorker:
         return self._end("failed")
 
     def _end(self, state: RunState) -> int:
+        stop = stop_of(self.directory, self.journal.attempt)
+        if stop is not None:
+            self.journal.append("alert", {"code": "worker_signalled", "message": stop.text()})
         self.journal.append("state", {"state": state})
         return int(state == "failed")
 
