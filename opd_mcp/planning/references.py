@@ -356,7 +356,7 @@ class References:
             value=reference,
             nearest=nearest(reference, known),
             fix="Give an absolute path below an allowed root, an artifact id, a run id, or a Hub id (org/name, of data "
-            "org/name:configuration@split); the set-up lists the roots.",
+            "org/name:configuration@split), for prompts also reasoning_gym:TASK; the set-up lists the roots.",
             call=next_call("inspect_setup"),
         )
 

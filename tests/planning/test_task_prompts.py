@@ -1,4 +1,4 @@
-"""Prompts of reasoning-gym's tasks: what a reference may say, which rows it means, and what a plan and a report make of it."""
+"""Prompts of reasoning-gym's tasks: what a reference may say, which rows it means, what plan and report make of it."""
 
 import json
 from pathlib import Path

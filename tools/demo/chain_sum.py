@@ -179,13 +179,16 @@ def write_teacher(settings: TeacherSettings) -> None:
     print(f"teacher: {steps} steps, {accuracy:.4f} of {len(prompts)} responses are right in every token")
 
 
-def write_student(seed: int) -> None:
-    """Write untrained weights of this initialisation."""
+def write_student(seed: int, output: Path) -> None:
+    """Write untrained weights of this initialisation, with the student's tokenizer."""
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(model_config(64, 2, AutoTokenizer.from_pretrained(TASK / "student")))
-    model.save_pretrained(TASK / "student")
+    tokenizer = AutoTokenizer.from_pretrained(TASK / "student")
+    model = Qwen3ForCausalLM(model_config(64, 2, tokenizer))
+    model.save_pretrained(output)
+    if output != TASK / "student":
+        tokenizer.save_pretrained(output)
     command = f"python tools/demo/chain_sum.py student --seed {seed}"
-    write_made_by(TASK / "student", {"command": command, "seed": seed, "parameters": model.num_parameters()})
+    write_made_by(output, {"command": command, "seed": seed, "parameters": model.num_parameters()})
     print(f"student: {model.num_parameters()} parameters, untrained")
 
 
@@ -193,8 +196,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["tokenizer", "prompts", "teacher", "student"])
     parser.add_argument("--seed", type=int, default=0, help="of the models' weights and the teacher's problems")
-    parser.add_argument("--bar", type=float, default=0.98, help="stop the teacher at this accuracy")
-    parser.add_argument("--most-steps", type=int, default=4000)
+    parser.add_argument("--bar", type=float, default=0.99, help="stop the teacher at this accuracy")
+    parser.add_argument("--most-steps", type=int, default=1400, help="over which the learning rate falls to zero")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     arguments = parser.parse_args()
@@ -207,7 +210,7 @@ def main() -> None:
         bounds = (arguments.bar, arguments.most_steps, arguments.batch, arguments.learning_rate)
         write_teacher(TeacherSettings(arguments.seed, *bounds, measure_every=100))
     if "student" in arguments.parts:
-        write_student(arguments.seed)
+        write_student(arguments.seed, TASK / "student")
 
 
 if __name__ == "__main__":
