@@ -8,6 +8,7 @@ import pytest
 from opd_mcp.planning import task_prompts as module
 from opd_mcp.planning.task_prompts import TaskPrompts, task_prompts, write_task_prompts
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.requests import BenchmarkStudent
 
 CHAIN_SUM = "reasoning_gym:chain_sum?size=20&seed={}&min_terms=4&max_digits=1"
 needs_package = pytest.mark.needs("reasoning_gym")
@@ -123,3 +124,18 @@ def test_the_same_seed_for_training_and_evaluation_is_found(service, world):
     assert "20 of 20 eval prompts are also training prompts" in next(
         finding.message for finding in plan.warnings if finding.code == "eval_overlap"
     )
+
+
+@needs_package
+def test_a_benchmark_grades_with_the_tasks_own_scorer(real_service, world, finished):
+    arguments = BenchmarkStudent(
+        model=str(Path(world.teacher).parents[1] / "chain_sum" / "teacher"),
+        prompts="reasoning_gym:chain_sum?size=24&seed=9&min_terms=3&max_terms=6&max_digits=1",
+        preset="quick",
+        overrides={"benchmark.samples_per_prompt": 0, "benchmark.sampling.max_new_tokens": 64},
+    )
+    status = finished(real_service, real_service.benchmark_student(arguments).run_id)
+    assert status.state == "succeeded", status
+    report = json.loads((Path(status.result["paths"]["report"]) / "report.json").read_text(encoding="utf-8"))
+    assert (report["grader"], report["prompts_with_answer"]) == ("reasoning_gym", 24)
+    assert report["models"][0]["greedy_accuracy"]["value"] >= 0.75
