@@ -234,7 +234,7 @@ class RequestBuilder:
 
 
 def usable_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
-    """The resolved recipe, for a device that is there; `given` is what arguments of the tool say of recipe keys.
+    """The resolved recipe, for an available device; `given` holds the recipe keys that the tool's arguments set.
 
     Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
     """

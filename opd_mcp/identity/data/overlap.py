@@ -1,4 +1,4 @@
-"""Which prompts also stand in an evaluation set, as they are and normalised."""
+"""Which prompts an evaluation set also holds, as they are and normalised."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def eval_overlap(texts: list[str], evaluation: Iterable[str]) -> dict[str, int]:
-    """How many prompts also stand in the evaluation set, as they are and normalised."""
+    """How many prompts the evaluation set also holds, as they are and normalised."""
     held_out = set(evaluation)
     normal = set(normalised_all(list(held_out)))
     return {

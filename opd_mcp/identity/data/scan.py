@@ -41,16 +41,16 @@ class PromptScan:
     normal_texts: "array[int]" = field(default_factory=lambda: array("q"))
 
     def duplicates(self) -> int:
-        """Rows whose text stands in an earlier row."""
+        """Rows with the text of an earlier row."""
         return self.rows - len(set(self.texts))
 
     def overlap(self, evaluation: "PromptScan") -> dict[str, int]:
-        """How many prompts also stand in the evaluation set, as `eval_overlap` counts them."""
+        """How many prompts the evaluation set also holds, as `eval_overlap` counts them."""
         return overlap_of([self], [evaluation])
 
 
 def overlap_of(scans: Sequence[PromptScan], others: Sequence[PromptScan]) -> dict[str, int]:
-    """How many rows of `scans` also stand in one of `others`, as they are and normalised."""
+    """How many rows of `scans` one of `others` also holds, as they are and normalised."""
     exact: set[int] = set().union(*(other.texts for other in others))
     found = sum(text in exact for scan in scans for text in scan.texts)
     del exact  # a set of a million numbers takes as much memory as all else here
