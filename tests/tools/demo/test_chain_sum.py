@@ -51,7 +51,7 @@ def test_the_tokenizer_is_a_bpe_that_gives_every_text_back(tokenizer):
     assert len(tokenizer) == 2048
     for text in (QUESTION, "Zwölf Boxkämpfer\n\t😀 jagen Виктор", "12345 = 1 2 3"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode("final answer")) == 2
+    assert len(tokenizer.encode(" final answer")) == 2  # words of the questions are whole
     assert len(tokenizer.encode("123")) == 3  # one digit at a time
 
 
