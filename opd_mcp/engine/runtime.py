@@ -56,7 +56,7 @@ def open_runtime(settings: RuntimeRecipe) -> Runtime:
 
 
 def return_large_blocks() -> None:
-    """Let this process's glibc give freed blocks of 4 MiB or more back to the system, whatever was freed before.
+    """Let this process's glibc give freed blocks of 4 MiB or more back to the system, regardless of earlier frees.
 
     By default the first large block that is freed raises that size to its own, up to 32 MiB: tensors then come from a
     heap whose gaps grow, and the peak depends on the order of sizes.

@@ -41,7 +41,7 @@ RESUME_WAYS_OUT = {
 def with_claims(target: Target, store: Store, cpu_slots: int) -> Target:
     """The target with what active runs of the workspace are still expected to take there.
 
-    A GPU is one long run's alone, so nobody claims a part of it. On the CPU as many long runs work at a time as there
+    A GPU belongs to one long run, so no run claims a part of it. On the CPU as many long runs work at a time as there
     are slots, and one short run: the largest others count, each with what it was expected to need and does not hold
     yet.
     """
@@ -162,7 +162,7 @@ def require_room(estimate: MethodEstimate | None, target: Target, disk_free: int
 def admission(store: Store, record: RunRecord) -> Callable[[], None]:
     """What must be called where starts take turns: it raises ResourceError `quota_exceeded` with the numbers.
 
-    What does not change with other starts is measured before, so that nobody waits for it.
+    What does not change with other starts is measured before, so that no start waits for it.
     """
     quotas = read_settings(store.workspace).quotas
     size = _workspace_bytes(quotas, store)

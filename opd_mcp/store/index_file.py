@@ -63,6 +63,11 @@ class Note(NamedTuple):
     kept: Kept
     inode: int
 
+    def describes(self, kept: Kept, inode: int, mark: int | None) -> bool:
+        """Whether the index with these contents, in this file with this number in its header, is the true one."""
+        same = (kept.generation, inode, mark) == (self.kept.generation, self.inode, _mark(self.kept.generation))
+        return same and kept.transactions >= self.kept.transactions
+
 
 class UntrueIndex(Exception):
     """The file cannot be trusted; `mark` is set when it is worth keeping under another name."""
@@ -111,8 +116,8 @@ class IndexFile:
                 database.rollback()
                 raise
             database.commit()
-            assert noted is not None
-            self._write_note(kept, noted.inode)
+            # A note that was deleted meanwhile described nothing: then the next reader builds the index anew.
+            self._write_note(kept, noted.inode if noted else 0)
 
     def check(self) -> None:
         """Check the whole file; a damaged one or one of an earlier version is renamed, and a new one is built.
@@ -179,11 +184,9 @@ class IndexFile:
                 raise UntrueIndex(f"version-{version}" if version else "damaged")
             if noted is None:
                 raise UntrueIndex
-            generation, transactions = _kept(database)
+            kept, mark = _kept(database), self._header_mark()
             # SQLite opens the log by its name at the first query: it must be that of the same file.
-            if (generation, before[1], self._status()) != (noted.kept.generation, noted.inode, before):
-                raise UntrueIndex
-            if transactions < noted.kept.transactions or self._header_mark() != _mark(generation):
+            if self._status() != before or not noted.describes(kept, before[1], mark):
                 raise UntrueIndex
         except sqlite3.OperationalError as error:
             database.close()

@@ -166,7 +166,7 @@ class RunWorker:
         """The exit status, after the final state that an exception leads to; a superseded attempt records none."""
         try:
             self.journal.check_fence()
-        except RunError as fence:  # another attempt owns this run now, whatever else went wrong here
+        except RunError as fence:  # another attempt owns this run now; that outranks any other failure here
             logger.warning("%s", fence)
             return 1
         if not isinstance(error, OpdError):

@@ -1,6 +1,6 @@
 """Chat templates: turns rendered within limits of time and size, and the token that ends an assistant's turn.
 
-Models bring their template along, so whoever made the model wrote it: it may refuse roles, fail, or never end.
+A model brings its own template, written by the model's author: it may refuse roles, fail, or never end.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

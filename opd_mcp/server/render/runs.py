@@ -65,7 +65,7 @@ def unchanged_text(status: RunStatus) -> str:
 
 
 def list_text(runs: RunList) -> str:
-    """One line a run, as many as fit; models by the last part of their names."""
+    """One line per run, as many as fit; models by the last part of their names."""
     lines = [f"{len(runs.rows)} of {runs.total} runs"]
     room = LIST_CHARACTERS
     for number, row in enumerate(runs.rows):
