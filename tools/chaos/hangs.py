@@ -43,7 +43,7 @@ TRICKLES = {
 }
 ENGINE_KINDS = ("template", "teacher", "stopped")
 KINDS = (
-    *(*ENGINE_KINDS, "native", "blocked", "busy", "sigterm"),
+    *("template", "teacher", "native", "stopped", "blocked", "busy", "sigterm"),
     *("guardian_killed", "guardian_stopped", "never_exits", "stopped_native"),
 )
 EXPIRED = "template_expired"
