@@ -16,10 +16,11 @@ from opd_mcp.engine.losses.logit_tiles import kernel_problem
 from opd_mcp.engine.models.attention import padding_warning, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.embeddings import head_logits
+from opd_mcp.engine.models.kv_cache import decoding_problem
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable, undecodable
 from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids, token_map
 from opd_mcp.schemas.errors import IntegrityError, PathError
 from opd_mcp.schemas.recipes import PromptingRecipe
@@ -64,16 +65,20 @@ class LoadedModel:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
 
-def load_model(path: Path, runtime: Runtime, *, for_training: bool = False, compiled: bool = True) -> LoadedModel:
+def load_model(
+    path: Path, runtime: Runtime, *, for_training: bool = False, generates: bool = False, compiled: bool = True
+) -> LoadedModel:
     """The model at `path`: fp32 master weights for training, the runtime's dtype otherwise.
 
     On CUDA a large model's layers are `compiled`, which takes some ten seconds.
 
     Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), `unsupported_model` for a configuration
-    that transformers cannot build, or `unsupported_head` for a class whose logits are not its head applied to its
-    decoder's last hidden state.
+    that transformers cannot build or, where it `generates`, a class that this engine does not decode rightly with a
+    cache, or `unsupported_head` for a class whose logits are not its head applied to its decoder's last hidden state.
     """
     facts = inspect_model(path)
+    if generates:
+        require_decodable(facts)
     if runtime.device.type == "cuda":
         gc.collect()  # compiled layers hold one another, so an earlier model may still be there
     try:
@@ -96,6 +101,8 @@ def load_model(path: Path, runtime: Runtime, *, for_training: bool = False, comp
     model.train(for_training)
     _require_plain_head(model, path)
     use_packed_attention(model)
+    if generates and (wrong := decoding_problem(model)) is not None:
+        raise undecodable(facts, wrong)
     problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast) if compiled else None
     return LoadedModel(model, facts, path, problem)
 

@@ -38,7 +38,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     warnings = model_warnings(context, teacher)
     for name, path in inputs.models.items():
         context.reporter.phase(f"measuring {name}")
-        model = load_model(path, runtime)
+        model = load_model(path, runtime, generates=True)
         warnings += model_warnings(context, model)
         with grader:
             scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
