@@ -7,6 +7,7 @@ import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from opd_mcp.engine.context import run_cancelled
@@ -53,11 +54,22 @@ class _Retry(Exception):
 
 
 class Server:
-    """A server's address and its open connections; requests may come from several threads."""
+    """A server's address and one connection to it, opened again when it is lost, for one thread at a time.
+
+    `opened` counts the connections: who answers over a new one may be another server.
+    """
 
     def __init__(self, url: str, access: Access | None = None, stopped: threading.Event | None = None) -> None:
         self.url, self.access, self.stopped = url, access or Access(), stopped or threading.Event()
-        self._client = _client(url, self.access)
+        self.opened = 0
+
+    @cached_property
+    def _client(self) -> Any:
+        return _client(self.url, self.access)
+
+    def another(self) -> "Server":
+        """Another connection to the same server; `close` of either ends the requests of both."""
+        return Server(self.url, self.access, self.stopped)
 
     def ask(self, method: str, path: str, body: Any = None, *, max_bytes: int = 1 << 24) -> Any:
         """The JSON of the answer.
@@ -87,16 +99,17 @@ class Server:
         )
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close the connection, and let no request begin over the others."""
         self.stopped.set()
-        self._client.close()
+        if "_client" in vars(self):
+            self._client.close()
 
     def _once(self, method: str, path: str, body: Any, max_bytes: int) -> Any:
         import httpx2
 
         content = b""
         try:
-            with self._client.stream(method, path, json=body) as response:
+            with self._client.stream(method, path, json=body, extensions={"trace": self._trace}) as response:
                 for part in response.iter_raw():
                     content += part
                     if len(content) > max_bytes:
@@ -111,6 +124,9 @@ class Server:
             return json.loads(content)
         except ValueError as error:
             raise _Retry("an answer that is not JSON") from error
+
+    def _trace(self, event: str, info: Any) -> None:
+        self.opened += event == "connection.connect_tcp.complete"
 
     def _shown(self, content: bytes) -> str:
         text = content.decode(errors="replace")[:MAX_ERROR_CHARACTERS]
@@ -137,7 +153,7 @@ def _client(url: str, access: Access) -> Any:
         base_url=httpx2.URL(scheme=address.scheme, host=address.hostname, port=address.port, path=address.path or "/"),
         headers=headers,
         timeout=access.patience.timeout_s,
-        limits=httpx2.Limits(),
+        limits=httpx2.Limits(max_connections=1),
         follow_redirects=False,
         trust_env=False,
         verify=ssl.create_default_context() if address.scheme == "https" else False,
