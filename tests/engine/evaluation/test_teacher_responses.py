@@ -19,9 +19,7 @@ class Alerted(SilentReporter):
 
 def rows(count: int, says: str, *, truncated: bool = False, answer: str | None = "7") -> list[ResponseRow]:
     prompts = [PromptRow(str(n), prompt="3+4=?", answer=answer) for n in range(count)]
-    return [
-        ResponseRow(PromptRow(str(n), prompt="3+4=?", answer=answer), says, truncated=truncated) for n in range(count)
-    ]
+    return [ResponseRow(prompt, says, truncated=truncated) for prompt in prompts]
 
 
 def test_without_answers_nothing_is_graded(example: Path) -> None:
