@@ -205,7 +205,8 @@ def fingerprint(
         if isinstance(value, DataInput):  # how it was read follows from what it is
             part.pop("understood", None)
         parts[f"inputs.{name}"] = part
-    parts.pop("inputs.baselines")
+    for of_benchmarks in ("inputs.baselines", "inputs.suite"):
+        parts.pop(of_benchmarks)
     parts["phases"] = [[phase.name, phase.key] for phase in phases]
     return parts
 

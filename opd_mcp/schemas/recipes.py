@@ -17,6 +17,7 @@ Preset = Literal["quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
+ReferenceRow = Literal["teacher", "base"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -166,6 +167,21 @@ class BenchmarkRecipe(Schema):
         False,
         description="whether the grader 'code' may run programs that a model wrote: without network, files read-only, "
         "under limits of time and memory",
+    )
+    prompt_template: str | None = Field(
+        None,
+        max_length=4000,
+        pattern=r"(?s).*\{prompt\}",
+        description="text around each prompt, which stands at {prompt}; default: the prompt alone",
+    )
+    references: tuple[ReferenceRow, ...] = Field(
+        ("teacher", "base"),
+        description="what a report measures besides, where the prompts have answers and the run has the model: the "
+        "teacher, and the student before its SFT; leave out 'teacher' where it is costly",
+    )
+    least_teacher_accuracy: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.3,
+        description="an alert before training if surely fewer of the teacher's own responses are right",
     )
     limit: PositiveInt | None = None
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")

@@ -5,6 +5,7 @@ from pathlib import Path
 from opd_mcp.engine.context import Context, SftInputs
 from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.targets import sft_targets
+from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.models.loading import MODEL_FILES, adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.models.saving import SavedForm
@@ -30,6 +31,7 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     adopted = adopt_tokenizer(inputs.tokenizer or (saved if saved.is_dir() else student), context.prompting)
     require_same_tokens(adopted.path, student)
     rows = read_responses(responses)
+    graded = graded_responses(rows, adopted.tokenizer, inputs.grading, context) if inputs.grading else None
     targets = sft_targets(rows, adopted, section, context)
     model = load_model(student, runtime, for_training=True)
     model_warnings(context, model)
@@ -39,7 +41,8 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
         targets.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="sft"
     )
     task = TrainingTask(LoopSettings.of(section, "token"), steps, SFT_OBJECTIVE, sft_metrics)
-    summary = train(model.model, task, runtime, context).model_copy(update={"sft_rows": targets.rows})
+    summary = train(model.model, task, runtime, context)
+    summary = summary.model_copy(update={"sft_rows": targets.rows, "teacher_responses": graded})
     form.save(model.model, output)
     write_atomic(output / "training.json", summary.to_json(indent=2))
     responses_hash = content_hash([[row.prompt.text(), row.response, row.response_ids] for row in rows])
