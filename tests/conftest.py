@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from opd_mcp.devices import hardware as devices
 from opd_mcp.devices.leases import LeaseFolder
@@ -26,6 +27,8 @@ from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+settings.register_profile("suite")  # a busy machine is no failure
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
