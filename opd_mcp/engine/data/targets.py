@@ -16,8 +16,7 @@ from opd_mcp.engine.data.encoding import prompt_ids
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.data.templates import REFUSALS, Turn, limited_rendering, rendered
 from opd_mcp.engine.models.loading import AdoptedTokenizer
-from opd_mcp.identity.data.rows import ResponseRow
-from opd_mcp.identity.data.turns import answer_text
+from opd_mcp.identity.data.rows import ResponseRow, answer_text
 from opd_mcp.schemas.errors import DataError
 from opd_mcp.schemas.recipes import SftRecipe
 from opd_mcp.schemas.reports import SftRows

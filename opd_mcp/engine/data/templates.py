@@ -1,6 +1,6 @@
 """Chat templates: turns rendered within limits of time and size, and the token that ends an assistant's turn.
 
-Models bring their template along, so whoever made the model wrote it: it may refuse roles, fail, or never end.
+A model brings its own template, written by the model's author: it may refuse roles, fail, or never end.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ TEMPLATE_SECONDS = 20.0
 TEMPLATE_SECONDS_A_ROW = 0.05
 MAX_RENDERED_CHARACTERS = 8 << 20
 # What a template raises on turns that it has no place for; its expressions fail as Python's do.
-REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 QUESTION, ANSWER = "QUESTION", "ANSWER"
 
