@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames prove-cache
+.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -50,6 +50,12 @@ fuzz-readers: .venv/fresh
 
 fuzz-frames: .venv/fresh
 	$(BIN)/python tools/fuzz/frames.py $(ARGS)
+
+fuzz-connections: .venv/fresh
+	$(BIN)/python tools/fuzz/connections.py $(ARGS)
+
+fuzz-meaning: .venv/fresh
+	$(BIN)/python tools/fuzz/meaning.py $(ARGS)
 
 # The README's tables of tools and resources.
 docs: .venv/fresh

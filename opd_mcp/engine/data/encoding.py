@@ -56,7 +56,7 @@ def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase, context: Cont
         text = rendered(tokenizer, messages, context.prompting.chat_template_kwargs, to_answer=True)
     except OpdError:
         raise
-    except (*REFUSALS, ArithmeticError) as error:
+    except REFUSALS as error:
         raise DataError(
             "template_failed",
             f"The model's chat template fails on prompt {row.id} ({type(error).__name__}: {error}).",

@@ -18,7 +18,7 @@ TEMPLATE_SECONDS = 20.0
 TEMPLATE_SECONDS_A_ROW = 0.05
 MAX_RENDERED_CHARACTERS = 8 << 20
 # What a template raises on turns that it has no place for; its expressions fail as Python's do.
-REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 
 QUESTION, ANSWER = "QUESTION", "ANSWER"
 
