@@ -11,7 +11,7 @@ from typing import Any
 import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
-from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
+from opd_mcp.planning.checks import mean_prompt_tokens, require_generating, require_matching_tokenizers
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
 from opd_mcp.planning.suites import with_suite
@@ -58,6 +58,7 @@ class RequestBuilder:
         """The teacher answers prompts."""
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
+        require_generating(teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher))
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
@@ -96,6 +97,7 @@ class RequestBuilder:
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
         student = self.references.sft_student(arguments.student, arguments.declared_teacher)
+        require_generating(student)
         require_matching_tokenizers(teacher, student)
         allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
@@ -167,6 +169,7 @@ class RequestBuilder:
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
+        require_generating(model, *baselines)
         for other in (model, *baselines):
             if teacher is not None:
                 require_matching_tokenizers(teacher, other)
@@ -187,6 +190,7 @@ class RequestBuilder:
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
+        require_generating(model)
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 

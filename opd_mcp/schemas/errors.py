@@ -23,7 +23,7 @@ OpdError
 │                                  sandbox_unavailable · workspace_busy · workspace_unusable
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    worker_terminated · attempt_superseded · same_request_active · run_starting ·
-                                   bad_number · bad_rows
+                                   bad_number · bad_rows · engine_disagrees
 """
 
 from collections.abc import Iterable

@@ -16,11 +16,12 @@ from opd_mcp.engine.losses.logit_tiles import kernel_problem
 from opd_mcp.engine.models.attention import padding_warning, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.embeddings import head_logits
+from opd_mcp.engine.models.kv_cache import decoding_problem
 from opd_mcp.engine.models.lora import add_adapter, load_adapter, merge, require_continuable
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable, undecodable
 from opd_mcp.identity.safetensors import read_tensors
 from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids, token_map
 from opd_mcp.schemas.errors import IntegrityError, PathError
@@ -72,6 +73,7 @@ def load_model(
     runtime: Runtime,
     *,
     for_training: bool = False,
+    generates: bool = False,
     compiled: bool = True,
     adapter: AdapterRecipe | None = None,
 ) -> LoadedModel:
@@ -82,10 +84,12 @@ def load_model(
     merged in float32 where all weights are trained.
 
     Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), `unsupported_model` for a configuration
-    that transformers cannot build, or `unsupported_head` for a class whose logits are not its head applied to its
-    decoder's last hidden state.
+    that transformers cannot build or, where it `generates`, a class that this engine does not decode rightly with a
+    cache, or `unsupported_head` for a class whose logits are not its head applied to its decoder's last hidden state.
     """
     facts = inspect_model(path)
+    if generates:
+        require_decodable(facts)
     trains_all = for_training and adapter is None
     dtype = torch.float32 if trains_all else runtime.dtype
     if adapter is not None:
@@ -120,6 +124,8 @@ def load_model(
     model.train(for_training)
     _require_plain_head(model, path)
     use_packed_attention(model)
+    if generates and (wrong := decoding_problem(model)) is not None:
+        raise undecodable(facts, wrong)
     problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast) if compiled else None
     return LoadedModel(model, facts, path, problem)
 
