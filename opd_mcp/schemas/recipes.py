@@ -37,6 +37,11 @@ class PromptingRecipe(Schema):
         None, description="default: the teacher's, of its generation config, its tokenizer and its chat template"
     )
     max_prompt_tokens: PositiveInt = 2048
+    control_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="what a control token such as <|im_end|> becomes where a prompt's text spells it: ordinary text, "
+        "or the token itself",
+    )
 
 
 class Sampling(Schema):
