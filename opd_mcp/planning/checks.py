@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
-from opd_mcp.identity.data.scan import PromptScan, overlap_of
+from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
+from opd_mcp.planning.text_work import TextFacts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
@@ -175,14 +175,14 @@ def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
         )
 
 
-def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -> PromptHygiene:
+def judge_prompts(inputs: PlanInputs, facts: TextFacts, max_prompt_tokens: int, found: Findings) -> PromptHygiene:
     """What is odd in the prompts, by the same counts as a cache's manifest, the chat template's tokens left out.
 
     Warns of copies and of what is too long.
     """
     scan = inputs.prompts.scan
-    facts = inputs.teacher.facts or inputs.student.facts
-    over_long, estimated = over_long_prompts(facts.path, scan, max_prompt_tokens) if facts else (0, False)
+    over_long = round(facts.over * scan.long_rows / max(facts.counted, 1))
+    estimated = facts.counted < scan.long_rows
     hygiene = PromptHygiene(
         prompts=scan.rows,
         over_long_prompts=over_long,
@@ -200,7 +200,7 @@ def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -
             "over_long_prompts",
             f"{'About ' if estimated else ''}{over_long} of {scan.rows} prompts are over {max_prompt_tokens} tokens "
             "and will be left out"
-            + (f" (estimated from {len(scan.long_texts)} of the {scan.long_rows} longest)." if estimated else "."),
+            + (f" (estimated from {facts.counted} of the {scan.long_rows} longest)." if estimated else "."),
             "Raise 'prompting.max_prompt_tokens' to use them.",
         )
     return hygiene
@@ -227,35 +227,6 @@ def judge_rollouts(manifest: CacheManifest, cache_id: str, found: Findings) -> N
     if hygiene.quarantined:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in hygiene.quarantined.items())
         found.warn("rows_left_out", f"Rows were left out of {cache_id}: {reasons}.", "Nothing has to be done.")
-
-
-def mean_prompt_tokens(model: Path, scan: PromptScan) -> float | None:
-    """Mean tokens of evenly sampled prompts, without the chat template's; None for a tokenizer that cannot be read."""
-    lengths = _token_counts(model, [row.whole_text() for row in scan.sample])
-    return round(sum(lengths) / len(lengths), 2) if lengths else None
-
-
-def over_long_prompts(model: Path, scan: PromptScan, limit: int) -> tuple[int, bool]:
-    """Prompts of more than `limit` tokens, the chat template's not counted, and whether that is an estimate.
-
-    0 for a tokenizer that cannot be read. The scan's `long_bytes` must be `limit`.
-    """
-    assert not scan.rows or scan.long_bytes == limit
-    over = sum(length > limit for length in _token_counts(model, list(scan.long_texts)) or ())
-    sampled = len(scan.long_texts) < scan.long_rows
-    return round(over * scan.long_rows / max(len(scan.long_texts), 1)), sampled
-
-
-def _token_counts(model: Path, texts: list[str]) -> list[int] | None:
-    from tokenizers import Tokenizer
-
-    if not texts:
-        return None
-    try:
-        encodings = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts)
-    except Exception:  # the Rust side raises bare Exception; a length for an estimate is no reason to fail
-        return None
-    return [len(encoding.ids) for encoding in encodings]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from typing import Any
 import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
-from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
+from opd_mcp.planning.checks import require_matching_tokenizers
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
+from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
-from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.recipes import Method, Preset, PromptingRecipe, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -198,7 +199,10 @@ class RequestBuilder:
     ) -> DataInput:
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
         prompts = self.references.prompts(arguments.prompts, columns)
-        mean = mean_prompt_tokens(model.facts.path, prompts.scan) if model.facts else None
+        mean = None
+        if model.facts is not None:
+            asked = Asked(model.facts.path, PromptingRecipe(), prompts.scan)
+            mean = self.references.texts.facts(asked).mean_prompt_tokens
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
 
     def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:

@@ -22,6 +22,8 @@ from opd_mcp.schemas.errors import DataError
 MAX_RENDERED_CHARACTERS = 8 << 20
 # What a template raises on turns that it has no place for; its expressions fail as Python's do.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+# What it raises of itself besides, on any turns.
+FAILURES = (*REFUSALS, ArithmeticError, RecursionError)
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What a rendering gives every template; no setting of the recipe replaces them.
 GIVEN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})

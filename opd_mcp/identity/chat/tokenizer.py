@@ -17,7 +17,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
-from opd_mcp.identity.chat.rendering import REFUSALS, Turn, render
+from opd_mcp.identity.chat.rendering import FAILURES, Turn, render
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids
@@ -79,7 +79,7 @@ class ChatTokenizer:
             return "\n".join(str(message["content"]) for message in messages)
         try:
             return self.rendered(messages, to_answer=True)
-        except (*REFUSALS, ArithmeticError) as error:
+        except FAILURES as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(
@@ -122,7 +122,7 @@ class ChatTokenizer:
         turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
         try:
             text = self.rendered(turns, to_answer=False)
-        except (*REFUSALS, ArithmeticError) as error:
+        except FAILURES as error:
             if isinstance(error, ArgumentError):
                 raise
             return None  # the prompts will show what is wrong with the template

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers
 
 from opd_mcp.engine.data.encoding import chat_of
 from opd_mcp.engine.models.loading import adopt_tokenizer
@@ -13,30 +13,7 @@ from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.schemas.errors import DataError, IntegrityError
 from opd_mcp.schemas.recipes import PromptingRecipe
 from tests.conftest import EXAMPLES
-
-START, END, BOS, ROLE = "<|im_start|>", "<|im_end|>", "<s>", "[USER]"
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + ('[USER]' if m.role == 'user' else '') + m.content|trim }}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def made(folder: Path, template: str | None = TEMPLATE, model: object | None = None) -> Path:
-    """A tokenizer of bytes with special tokens, one of them in its vocabulary, and added tokens that are none."""
-    letters = {c: i for i, c in enumerate([BOS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(model or models.BPE({**letters, "im": 257}, [("i", "m")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [BOS, "<|endoftext|>", START, END]
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (ROLE, "<think>", "</think>", "<b>")])
-    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", None, [(BOS, 0)])
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "bos_token": BOS}))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder
+from tests.identity.chat.conftest import BOS, END, ROLE, START, TEMPLATE, made
 
 
 def chat(folder: Path, **prompting: object) -> ChatTokenizer:
