@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
 from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import TokenDifference, differences_text, require_unused, special_differences
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.planning.text_work import TextFacts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
@@ -14,7 +14,7 @@ from opd_mcp.schemas.errors import ConsistencyError, OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
 from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
-from opd_mcp.schemas.recipes import Method
+from opd_mcp.schemas.recipes import Method, PromptingRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRequest
 from opd_mcp.store.artifacts import Artifact, ArtifactStore
@@ -49,12 +49,37 @@ class Findings:
         self.warnings.append(Finding(code=code, message=message, fix=fix, call=call))
 
 
-def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) -> None:
-    """Raise ConsistencyError `tokenizer_mismatch` for two models that are here and whose tokens differ."""
+def differing_tokens(teacher: ResolvedModel, student: ResolvedModel) -> tuple[TokenDifference, ...]:
+    """The special tokens that differ between two models that are here.
+
+    Raises ConsistencyError `tokenizer_mismatch` where ordinary tokens do.
+    """
     if teacher.facts is None or student.facts is None:
+        return ()
+    if teacher.facts.identity.tokenizer == student.facts.identity.tokenizer:
+        return ()
+    return special_differences(teacher.facts.path, student.facts.path)
+
+
+def judge_special_tokens(
+    differing: Sequence[TokenDifference], facts: TextFacts, prompting: PromptingRecipe, found: Findings
+) -> None:
+    """Name the special tokens that differ; raises ConsistencyError `tokenizer_mismatch` where prompts have them."""
+    if not differing:
         return
-    if teacher.facts.identity.tokenizer != student.facts.identity.tokenizer:
-        require_same_tokens(teacher.facts.path, student.facts.path)
+    used = set(facts.preview["watched"]) if facts.preview else set()
+    require_unused(differing, used, prompting, differences_text(differing))
+    found.warn(
+        "special_tokens_differ",
+        f"The vocabularies differ in special tokens (teacher / student): {differences_text(differing)}. "
+        + (
+            f"Prompts have {len(used)} of them, which the student learns in its SFT"
+            if used
+            else "None of the prompts looked at has one"
+        )
+        + "; the student is saved with the teacher's tokenizer.",
+        "Nothing has to be done; the student's lineage records it.",
+    )
 
 
 def judge_files(inputs: PlanInputs, found: Findings) -> None:

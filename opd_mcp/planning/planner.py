@@ -9,17 +9,19 @@ from opd_mcp.devices.hardware import Target, free_disk
 from opd_mcp.identity.data.reading import first_response
 from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
+from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
+    differing_tokens,
     judge_consistency,
     judge_data,
     judge_evaluation,
     judge_files,
     judge_prompts,
+    judge_special_tokens,
     measured_cache,
-    require_matching_tokenizers,
     with_measures,
 )
 from opd_mcp.planning.estimates import estimate_of, measured_costs
@@ -58,10 +60,11 @@ class Planner:
         target = self.target_of(recipe.runtime)
         found = Findings()
         inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
-        require_matching_tokenizers(inputs.teacher, inputs.student)
+        differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
         schema = self._schema(arguments, inputs, sft, found)
-        facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, sft), found)
+        facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing), found)
+        judge_special_tokens(differing, facts, recipe.prompting, found)
         schema = _with_mean(schema, facts.mean_prompt_tokens)
         judge_sizes(inputs, found)
         judge_data(inputs, found)
@@ -140,17 +143,20 @@ class Planner:
             )
         return inputs.schema.model_copy(update=update)
 
-    def _asked(self, inputs: PlanInputs, recipe: Recipe, schema: RunInputs, sft: bool) -> Asked | None:
+    def _asked(
+        self, inputs: PlanInputs, recipe: Recipe, schema: RunInputs, differing: Sequence[TokenDifference]
+    ) -> Asked | None:
         """What is asked of the tokenizer that both models will use, with a row of the responses where they are here."""
         model = inputs.teacher.facts or inputs.student.facts
         if model is None:
             return None
         taught = None
-        if sft:
+        if schema.sft_prompts is not None:
             key = PhaseChain(recipe, schema).generate_responses().phases[-1].key
             made = self.builder.artifacts.made_by([key]).get(key)
             taught = first_response(self.builder.artifacts.get(made).path) if made else None
-        return Asked(model.path, recipe.prompting, inputs.prompts.scan, recipe.sft.train_turns, taught)
+        watched = tuple(difference.id for difference in differing)
+        return Asked(model.path, recipe.prompting, inputs.prompts.scan, recipe.sft.train_turns, taught, watched)
 
     def _requests(self, recipe: Recipe, inputs: RunInputs, method: Method, sft: bool) -> dict[Method, RunRequest]:
         """By method, what it would run: the asked one, and the two to compare it with.

@@ -93,21 +93,23 @@ def preview(chat: ChatTokenizer, path: Path, asked: dict[str, Any]) -> dict[str,
     rows = [_prompt_row(row) for row in asked["rows"]]
     reply = _template_facts(chat)
     if "error" not in reply["template"]:
-        reply |= _prompts(chat, rows, asked["shown"])
         stops, end = chat.stop_ids(path)
+        reply |= _prompts(chat, rows, asked["shown"], {*asked["watched"]})
+        reply["watched"] = sorted({*reply["watched"], end} & {*asked["watched"]})
         reply["stops"] = [[token_id, chat.decode([token_id])] for token_id in stops[:16]]
         reply["end"] = end
         reply["sft"] = _learnt(chat, TargetWriter(chat, stops, end, asked["train_turns"]), rows, asked["taught"])
     return reply
 
 
-def _prompts(chat: ChatTokenizer, rows: Sequence[PromptRow], shown: int) -> dict[str, Any]:
+def _prompts(chat: ChatTokenizer, rows: Sequence[PromptRow], shown: int, watched: set[int]) -> dict[str, Any]:
     prompts: list[dict[str, Any]] = []
     lengths: list[int] = []
     spelt: Counter[str] = Counter()
     failures: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     doubled: list[str] = []
+    seen: set[int] = set()
     spelling, started = 0, time.process_time()
     control = {token_id: text for text, token_id in chat.control_tokens.items()}
     for row in rows:
@@ -123,6 +125,7 @@ def _prompts(chat: ChatTokenizer, rows: Sequence[PromptRow], shown: int) -> dict
             )
             continue
         lengths.append(len(ids))
+        seen |= watched.intersection(ids)
         found = chat.spelt_control_tokens(row)
         spelling += bool(found)
         spelt += found
@@ -137,6 +140,7 @@ def _prompts(chat: ChatTokenizer, rows: Sequence[PromptRow], shown: int) -> dict
     return {
         "prompts": prompts,
         "lengths": lengths,
+        "watched": sorted(seen),
         "spelling": spelling,
         "spelt": dict(spelt.most_common(8)),
         "failures": len(failures),

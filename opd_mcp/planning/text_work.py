@@ -46,6 +46,8 @@ class Asked:
     scan: PromptScan
     train_turns: TrainTurns | None = None
     taught: ResponseRow | None = None
+    watched: tuple[int, ...] = ()
+    """Ids of which it is told whether prompts, or the end of a turn, have them."""
 
     def request(self) -> dict[str, Any]:
         """The request, as JSON-ready values."""
@@ -64,6 +66,7 @@ class Asked:
                 "rows": [_row(row) for row in rows[:kept]],
                 "shown": SHOWN_PROMPTS,
                 "train_turns": self.train_turns,
+                "watched": list(self.watched),
                 "taught": None if self.taught is None else _response(self.taught),
             }
         return request

@@ -7,6 +7,7 @@ import pytest
 
 from opd_mcp.identity.data.scan import scan_prompts
 from opd_mcp.planning.text_work import Asked, TextWork
+from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.recipes import PromptingRecipe
 from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.server.render.plans import plan_text
@@ -247,3 +248,37 @@ def test_the_files_are_read_below_the_roots_alone(pair, tmp_path):
     (pair.teacher / "chat_template.jinja").write_text("{% include '" + str(outside) + "' %}")
     code, text = pair.blocked()
     assert (code, "secret" in text) == ("template_failed", False)
+
+
+def renamed(model: Path, **tokens: str) -> None:
+    """Give special tokens of a model other names, e.g. `pad="fill"` for <pad>."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = (model / file).read_text()
+        for old, new in tokens.items():
+            text = text.replace(f'"<{old}>"', f'"<{new}>"')
+        (model / file).write_text(text)
+
+
+def test_special_tokens_that_no_prompt_has_may_differ_and_are_named(pair):
+    renamed(pair.student, pad="fill")
+    plan = pair.plan()
+    assert plan.blocking == []
+    assert "'<pad>' / '<fill>'" in said(plan, "special_tokens_differ")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "template"),
+    [
+        ({"user": "human"}, [{"prompt": "1"}], CHATML),  # the template writes it
+        ({"eos": "end"}, [{"prompt": "1"}], CHATML),  # it ends the turn that is taught
+        ({"pad": "fill"}, [{"prompt": "1"}], "<pad>" + CHATML),
+        ({"pad": "fill"}, [{"prompt": "1"}, chat(("user", "1"), ("assistant", "<pad>"), ("user", "2"))], CHATML),
+    ],
+)
+def test_special_tokens_that_prompts_have_must_be_the_same_or_be_learnt(pair, tokens, rows, template):
+    pair.template(template)
+    renamed(pair.student, **tokens)
+    with pytest.raises(ConsistencyError, match=r"tokenizer_mismatch.*use it.*differing_tokens"):
+        pair.plan(*rows)
+    plan = pair.plan(*rows, overrides={"prompting.differing_tokens": "learn"})
+    assert "which the student learns in its SFT" in said(plan, "special_tokens_differ")

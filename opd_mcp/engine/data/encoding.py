@@ -58,6 +58,11 @@ def encode_prompts(
     return kept
 
 
+def ids_of(prompts: Sequence[EncodedPrompt]) -> set[int]:
+    """Every id that stands in one of the prompts."""
+    return set().union(*(prompt.ids for prompt in prompts))
+
+
 def chat_of(tokenizer: PreTrainedTokenizerBase, prompting: PromptingRecipe) -> ChatTokenizer:
     """The tokenizer as prompts are encoded by it; its `chat_template` is the one that renders."""
     return ChatTokenizer(
