@@ -11,9 +11,11 @@ demo: .venv/fresh
 test: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# What needs packages that every process would load once they are there: torchao, and Triton in its interpreter.
+# What needs packages that every process would load once they are there: torchao, Triton in its interpreter, and
+# reasoning-gym.
 test-extras: .venv/fresh .extras/fresh
-	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py tests/schemas $(ARGS)
+	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py \
+	  tests/planning/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh

@@ -38,6 +38,13 @@ class Transport(StrEnum):
     HTTP = "http"
 
 
+class DemoTask(StrEnum):
+    """The embedded tasks."""
+
+    ARITHMETIC = "arithmetic"
+    CHAIN_SUM = "chain_sum"
+
+
 @app.command()
 def serve(  # noqa: PLR0913  a command's options are its parameters
     allow_root: Annotated[
@@ -87,11 +94,12 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of every stage.", min=0)] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    task: Annotated[DemoTask, typer.Option(help="The embedded task.")] = DemoTask.ARITHMETIC,
 ) -> None:
-    """Run the whole method on the embedded example through a real server, and print one table."""
+    """Run the whole method on an embedded task through a real server, and print one table."""
     from opd_mcp.demo import run_demo
 
-    run_demo(seed, json_path, workspace_root())
+    run_demo(seed, json_path, workspace_root(), task=task.value)
 
 
 @app.command()

@@ -76,7 +76,7 @@ def token_map_hash(tokens: dict[int, str]) -> str:
     """sha256 (hex) of an id → token map."""
     digest = hashlib.sha256()
     for token_id in sorted(tokens):
-        # Lone surrogates can stand in a JSON file; they must be hashed, not crash.
+        # A JSON file can hold lone surrogates; they must be hashed, not crash.
         token = tokens[token_id].encode("utf-8", "surrogatepass")
         digest.update(f"{token_id}:{len(token)}:".encode() + token)
     return digest.hexdigest()

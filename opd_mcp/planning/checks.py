@@ -217,7 +217,7 @@ def judge_prompts(inputs: PlanInputs, facts: TextFacts, max_prompt_tokens: int, 
     if hygiene.duplicate_prompts:
         found.warn(
             "duplicate_prompts",
-            f"{hygiene.duplicate_prompts} of {scan.rows} prompts stand in the set more than once; all are used.",
+            f"{hygiene.duplicate_prompts} of {scan.rows} prompts are duplicates; all are used.",
             "Remove the copies if they are not meant.",
         )
     if hygiene.over_long_prompts:
@@ -331,7 +331,7 @@ def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdent
             return None
         return read_manifest(artifact.path)
     except OpdError:
-        return None  # a damaged cache stops whoever uses it, not a plan beside it
+        return None  # a damaged cache stops the runs that use it, not other plans
 
 
 def _has(lineage: Lineage, role: str, model: ModelIdentity) -> bool:

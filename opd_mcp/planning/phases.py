@@ -136,7 +136,7 @@ class PhaseChain:
         return self
 
     def benchmark(self) -> "PhaseChain":
-        """The result is measured beside what it came from."""
+        """The result is measured next to its origin."""
         inputs = self.inputs
         models = [model_token(inputs.model)] if inputs.model else [self.distilled, self.student]
         parts = {

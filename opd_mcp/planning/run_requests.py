@@ -248,7 +248,7 @@ class RequestBuilder:
 
 
 def usable_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
-    """The resolved recipe, for a device that is there; `given` is what arguments of the tool say of recipe keys.
+    """The resolved recipe, for an available device; `given` holds the recipe keys that the tool's arguments set.
 
     Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
     """
@@ -302,9 +302,19 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
 
 
 def method_recipe(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on."""
+    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on.
+
+    Raises ArgumentError `invalid_argument` for a live distillation with a repair, which needs cached scores.
+    """
     if method == "sft":
         return recipe
+    if method == "live" and recipe.distill.repair != "none":
+        raise ArgumentError(
+            "invalid_argument",
+            "distill.repair repairs the scores of a teacher cache; live distillation has none.",
+            value=recipe.distill.repair,
+            fix="Leave out distill.repair, or use method='lightning'.",
+        )
     distill = recipe.distill.model_copy(update={"method": method})
     update: dict[str, object] = {"distill": distill}
     if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:

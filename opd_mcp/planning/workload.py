@@ -222,7 +222,7 @@ def workload_of(
 
 
 def data_size(inputs: RunInputs) -> DataSize:
-    """Rows and lengths of a run's inputs; a length that nobody measured counts as one token."""
+    """Rows and lengths of a run's inputs; an unmeasured length counts as one token."""
     prompts, sft_prompts, evaluation = inputs.prompts, inputs.sft_prompts or inputs.prompts, inputs.eval_prompts
     return DataSize(
         prompts=(prompts.rows if prompts else None) or 0,

@@ -13,7 +13,8 @@ OpdError
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
-│                                  topk_missing · caches_differ · teacher_untrue
+│                                  topk_missing · caches_differ · teacher_untrue ·
+│                                  behaviour_missing
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed

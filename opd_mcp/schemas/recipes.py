@@ -134,6 +134,9 @@ class DistillRecipe(Schema):
     method: Literal["lightning", "live"] = "lightning"
     estimator: Estimator = "sampled"
     topk: PositiveInt = Field(8, description="k of the top-k estimators")
+    repair: Literal["none", "residual"] = Field(
+        "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
+    )
     normalize: Normalize = "sample"
     advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
     steps: PositiveInt = 150
@@ -142,6 +145,15 @@ class DistillRecipe(Schema):
     micro_batch_tokens: PositiveInt = 16384
     activation_checkpointing: ActivationCheckpointing = "auto"
     save_dtype: SaveDtype = "input"
+
+    @model_validator(mode="after")
+    def _repairs_sampled_scores(self) -> Self:
+        if self.repair != "none" and self.estimator != "sampled":
+            raise ValueError(
+                f"distill.repair repairs the scores of sampled tokens: it needs the estimator 'sampled', not "
+                f"'{self.estimator}'"
+            )
+        return self
 
 
 class BenchmarkRecipe(Schema):

@@ -66,6 +66,17 @@ class TrainingSummary(Schema):
     packed: bool = Field(True, description="false: rows were padded in length buckets, since the class does not pack")
     throughput: "Throughput | None" = None
     sft_rows: SftRows | None = None
+    repair: "RepairSummary | None" = None
+
+
+class RepairSummary(Schema):
+    """What distill.repair took off the teacher's scores, in nats per token of the cache."""
+
+    tokens: int
+    folds: int
+    mean_difference: float = Field(description="teacher − behaviour log-prob, before the repair")
+    mean_residual: float = Field(description="what was taken off the teacher's log-prob")
+    explained_variance: float = Field(description="share of the difference's variance that the residual explains")
 
 
 class Throughput(Schema):

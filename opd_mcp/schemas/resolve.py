@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -28,6 +29,24 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
             yield from recipe_keys(annotation, f"{prefix}{name}.")
         elif prefix:
             yield prefix + name
+
+
+def recipe_arguments(path: Path) -> dict[str, Any]:
+    """A recipe file as arguments of plan_distillation: its tables become dotted overrides, the rest stays."""
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    plain = {name: value for name, value in content.items() if name not in tables}
+    return plain | {"overrides": dict(_dotted(tables, set(recipe_keys())))}
+
+
+def _dotted(tables: Mapping[str, Any], keys: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables; a table that is itself a recipe's value stays whole."""
+    for name, value in tables.items():
+        key = prefix + name
+        if isinstance(value, dict) and key not in keys:
+            yield from _dotted(value, keys, f"{key}.")
+        else:
+            yield key, value
 
 
 def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:

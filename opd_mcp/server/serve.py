@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Inside, whatever is written to fd 1 or sys.stdout goes to stderr; after it, fd 1 is the wire again.
+    """Inside, all output to fd 1 or sys.stdout goes to stderr; after it, fd 1 is the wire again.
 
     Over stdio one stray line breaks the protocol, and libraries do print while they are imported.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_mcp.engine.cache.flat import open_flat
+from opd_mcp.engine.cache.repair import repaired
 from opd_mcp.engine.context import Context, DistillInputs
 from opd_mcp.engine.data.batches import StepData, StepsFrom, shuffled_batches, stored_batches
 from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of
@@ -43,7 +44,7 @@ from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
 from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe
-from opd_mcp.schemas.reports import TrainingSummary
+from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
 
 
 def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context: Context) -> TrainingSummary:
@@ -75,6 +76,8 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
     settings = LoopSettings.of(section, section.normalize)
     task = TrainingTask(settings, steps, distill_objective(section), DistillWatch(section, context))
     summary = train(model.model, task, runtime, context)
+    if isinstance(source, CacheSource):
+        summary = summary.model_copy(update={"repair": source.repair})
     form.save(model.model, output)
     write_atomic(output / "training.json", summary.to_json(indent=2))
     parents = [Parent(role="student", identity=full_identity(student)), *source.parents]
@@ -98,6 +101,7 @@ class CacheSource:
     teacher: ModelIdentity
     adopted: AdoptedTokenizer
     parents: list[Parent]
+    repair: RepairSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,10 @@ def open_cache(
         Parent(role="cache", sha256=manifest.content_hash()),
     ]
     adopted = adopt_tokenizer(cache / "tokenizer", context.prompting)
-    return CacheSource(cache, open_flat(cache), manifest.teacher, adopted, parents)
+    sequences, repair = open_flat(cache), None
+    if section.repair == "residual":
+        sequences, repair = repaired(sequences)
+    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, repair)
 
 
 def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Context) -> LiveSource:

@@ -19,9 +19,9 @@ from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_mod
 from opd_mcp.engine.provenance import full_identity, stage_cost
 from opd_mcp.engine.runtime import Runtime, open_runtime
 from opd_mcp.engine.scoring.local import score_sequences
-from opd_mcp.identity.data.overlap import eval_overlap
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
+from opd_mcp.identity.data.scan import eval_overlap
 from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.cache import BuildLayout, EngineGap, Hygiene
 from opd_mcp.schemas.recipes import RolloutRecipe

@@ -1,6 +1,6 @@
 """Chat templates rendered as transformers renders them: the same sandbox, the same names, plain data only.
 
-Models bring their template along, so whoever made the model wrote it: it may refuse roles, fail, or never end. Time is
+A model brings its own template, written by the model's author: it may refuse roles, fail, or never end. Time is
 limited by the caller: a signal in a worker, the kernel in the child that makes a plan's preview.
 """
 

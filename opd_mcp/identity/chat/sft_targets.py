@@ -12,8 +12,7 @@ from typing import Any
 
 from opd_mcp.identity.chat.rendering import REFUSALS, Turn
 from opd_mcp.identity.chat.tokenizer import END_THINK, THINK, ChatTokenizer
-from opd_mcp.identity.data.rows import ResponseRow
-from opd_mcp.identity.data.turns import answer_text
+from opd_mcp.identity.data.rows import ResponseRow, answer_text
 from opd_mcp.schemas.recipes import TrainTurns
 
 

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class _RawArguments(ArgModelBase):
-    """Takes whatever the client sends: the spec's own request model validates it, with better errors."""
+    """Takes any arguments: the spec's own request model validates it, with better errors."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,7 @@ class _RawArguments(ArgModelBase):
 
 @contextmanager
 def readable_errors(tool: str, outgoing: Outgoing, service: JobService) -> Iterator[None]:
-    """Turn whatever is raised inside into a ToolError that a model can act on, in one line and without secrets.
+    """Turn every exception inside into a ToolError that a model can act on, in one line and without secrets.
 
     Cancellation and the end of the process pass.
     """

@@ -1,5 +1,6 @@
 """The stages on the arithmetic example: real models, few steps, every border checked."""
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -288,6 +289,15 @@ def test_another_teacher_may_be_allowed_and_is_recorded(made: Made, example: Pat
     with pytest.raises(ConsistencyError, match="teacher_mismatch"):
         made.distill("refused", cache=cache)
     assert read_lineage(made.distill("allowed", cache=cache, **allowed)).teacher_mismatch_allowed
+
+    mending = made.recipe.distill.model_copy(update={"repair": "residual"})
+    mended = made.distill("mended", cache=cache, recipe=mending, **allowed)
+    repair = json.loads((mended / "training.json").read_text())["repair"]
+    assert repair["tokens"] == read_manifest(cache).tokens
+    assert repair["mean_residual"] == pytest.approx(repair["mean_difference"], rel=0.2)
+    assert "'repair': 'residual'" in str(read_lineage(mended).recipe)
+    unmended = weights_of(made.root / "allowed")
+    assert any(values.ne(unmended[name]).any() for name, values in weights_of(mended).items())
 
 
 def test_rollouts_of_another_policy_are_refused(made: Made) -> None:
