@@ -42,6 +42,16 @@ class PromptingRecipe(Schema):
         None, description="default: the teacher's, of its generation config, its tokenizer and its chat template"
     )
     max_prompt_tokens: PositiveInt = 2048
+    differing_tokens: Literal["refuse", "learn"] = Field(
+        "refuse",
+        description="special tokens that teacher and student name differently where prompts have them: refused, or "
+        "learnt by the student in its SFT",
+    )
+    control_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="what a control token such as <|im_end|> becomes where a prompt's text spells it: ordinary text, "
+        "or the token itself",
+    )
 
 
 class Sampling(Schema):

@@ -16,7 +16,7 @@ from opd_mcp.engine.cache.flat import open_flat
 from opd_mcp.engine.cache.repair import repaired
 from opd_mcp.engine.context import Context, DistillInputs
 from opd_mcp.engine.data.batches import StepData, StepsFrom, shuffled_batches, stored_batches
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
@@ -39,7 +39,7 @@ from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
 from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe
@@ -158,13 +158,15 @@ def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Contex
     """
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.prompts is not None, "live distillation draws rollouts for prompts"
-    require_same_tokens(inputs.teacher, inputs.student)
+    differing = special_differences(inputs.teacher, inputs.student)
     identity = full_identity(inputs.teacher)
     require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     adopted = adopt_tokenizer(inputs.teacher, context.prompting)
     rows = read_prompts(inputs.prompts)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
-    return LiveSource(encode_prompts(rows, adopted.tokenizer, context), identity, adopted, parents)
+    encoded = encode_prompts(rows, adopted.tokenizer, context)
+    require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
+    return LiveSource(encoded, identity, adopted, parents)
 
 
 def live_batches(

@@ -24,7 +24,7 @@ def encoded(template):
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr("opd_mcp.engine.data.templates.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("opd_mcp.engine.data.encoding.TEMPLATE_SECONDS", 0.3)
     with pytest.raises(ArgumentError, match="too_slow"):
         encoded("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x")
 
@@ -58,7 +58,7 @@ def test_a_template_of_megabytes_is_refused(tmp_path):
 
 
 def test_a_template_that_writes_without_end_is_refused_before_it_is_tokenized():
-    with pytest.raises(DataError, match="90000000 characters"):
+    with pytest.raises(DataError, match="more than 8388608 characters"):
         encoded("{% for a in range(90000) %}{{ 'x' * 1000 }}{% endfor %}")
 
 
