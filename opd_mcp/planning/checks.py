@@ -7,6 +7,7 @@ from pathlib import Path
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
 from opd_mcp.identity.data.scan import PromptScan, overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
+from opd_mcp.identity.models import require_decodable
 from opd_mcp.identity.tokenizers import require_same_tokens
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
@@ -55,6 +56,13 @@ def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) 
         return
     if teacher.facts.identity.tokenizer != student.facts.identity.tokenizer:
         require_same_tokens(teacher.facts.path, student.facts.path)
+
+
+def require_generating(*models: ResolvedModel) -> None:
+    """Raise PathError `unsupported_model` for a model, known by its model_type, that cannot generate here."""
+    for model in models:
+        if model.facts is not None:
+            require_decodable(model.facts)
 
 
 def judge_files(inputs: PlanInputs, found: Findings) -> None:

@@ -19,6 +19,7 @@ from opd_mcp.planning.checks import (
     judge_prompts,
     mean_prompt_tokens,
     measured_cache,
+    require_generating,
     require_matching_tokenizers,
     with_measures,
 )
@@ -58,6 +59,7 @@ class Planner:
         inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
         require_matching_tokenizers(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
+        require_generating(inputs.student, *([inputs.teacher] if sft else []))
         schema = self._schema(arguments, inputs, sft, found)
         judge_data(inputs, found)
         judge_files(inputs, found)
@@ -205,7 +207,8 @@ def fingerprint(
         if isinstance(value, DataInput):  # how it was read follows from what it is
             part.pop("understood", None)
         parts[f"inputs.{name}"] = part
-    parts.pop("inputs.baselines")
+    for of_benchmarks in ("inputs.baselines", "inputs.suite"):
+        parts.pop(of_benchmarks)
     parts["phases"] = [[phase.name, phase.key] for phase in phases]
     return parts
 

@@ -11,9 +11,10 @@ from typing import Any
 import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
-from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
+from opd_mcp.planning.checks import mean_prompt_tokens, require_generating, require_matching_tokenizers
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
+from opd_mcp.planning.suites import with_suite
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
 from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
@@ -57,6 +58,7 @@ class RequestBuilder:
         """The teacher answers prompts."""
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
+        require_generating(teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher))
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
@@ -95,6 +97,7 @@ class RequestBuilder:
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
         student = self.references.sft_student(arguments.student, arguments.declared_teacher)
+        require_generating(student)
         require_matching_tokenizers(teacher, student)
         allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
@@ -158,12 +161,15 @@ class RequestBuilder:
         return self.request("distill", recipe, inputs, phases)
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
-        """A model and its baselines are measured on prompts."""
+        """A model and its baselines are measured on prompts, on those of a suite, or on a task of lm-eval."""
+        arguments, suite, settings = with_suite(arguments)
         given = {"benchmark.samples_per_prompt": arguments.samples_per_prompt}
-        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
+        overrides = {key: value for key, value in settings.items() if given.get(key) is None} | arguments.overrides
+        recipe = usable_recipe(arguments.preset, overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
+        require_generating(model, *baselines)
         for other in (model, *baselines):
             if teacher is not None:
                 require_matching_tokenizers(teacher, other)
@@ -171,7 +177,8 @@ class RequestBuilder:
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=self._prompts(arguments, model),
+            prompts=self._prompts(arguments, model) if arguments.prompts is not None else None,
+            suite=suite,
         )
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
@@ -183,6 +190,7 @@ class RequestBuilder:
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
+        require_generating(model)
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
@@ -197,6 +205,7 @@ class RequestBuilder:
         model: ResolvedModel,
     ) -> DataInput:
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
+        assert arguments.prompts is not None, "a suite's are filled in, a task of lm-eval has none"
         prompts = self.references.prompts(arguments.prompts, columns)
         mean = mean_prompt_tokens(model.facts.path, prompts.scan) if model.facts else None
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
