@@ -45,7 +45,7 @@ PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.05  # nats; far above rounding in bf16, far below another model or temperature
 WRONG_ANSWERS = 3
 BYTES_PER_ENTRY = 160
-MOST_TOKENS = 1 << 22  # no vocabulary is larger, whatever a server says
+MOST_TOKENS = 1 << 22  # no vocabulary is larger; a server's claim is not trusted
 
 
 @dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, ResponsesInputs, counter
 from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
@@ -13,7 +14,7 @@ from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage,
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.scoring.local import engine_gap
 from opd_mcp.identity.consistency import proven_claim
-from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.reading import read_prompts, read_responses
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import ResponsesRecipe
@@ -53,6 +54,8 @@ def generate_responses(section: ResponsesRecipe, inputs: ResponsesInputs, output
         },
     )
     adopted.save(output / "tokenizer")
+    if inputs.grading is not None:
+        graded_responses(read_responses(output / RESPONSES_FILE), adopted.tokenizer, inputs.grading, context)
     identity = full_identity(inputs.teacher)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
     made = Provenance("responses", "responses", section, parents, [RESPONSES_FILE, *tokenizer_files(output)])

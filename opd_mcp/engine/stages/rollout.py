@@ -9,7 +9,7 @@ from opd_mcp.engine.cache.building import ShardNote, built_shard, open_build
 from opd_mcp.engine.cache.manifest import RECORD_FILE, RolloutRecord, RolloutTally, read_record, write_record
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, RolloutInputs, counter, require_going
-from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.data.encoding import encode_prompts, ids_of
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
@@ -17,9 +17,10 @@ from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import full_identity, stage_cost
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.scoring.local import engine_gap
-from opd_mcp.identity.data.overlap import eval_overlap
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
+from opd_mcp.identity.data.scan import eval_overlap
+from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.cache import BuildLayout, Hygiene
 from opd_mcp.schemas.recipes import RolloutRecipe
 from opd_mcp.schemas.reports import StageCost
@@ -37,6 +38,8 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     adopted = adopt_tokenizer(inputs.tokenizer or inputs.student, context.prompting)
     rows = read_prompts(inputs.prompts)
     encoded = encode_prompts(rows, adopted.tokenizer, context)
+    differing = special_differences(adopted.path, inputs.student)
+    require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
     count = section.count or len(encoded)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student)

@@ -38,7 +38,7 @@ from opd_mcp.identity.consistency import (
 )
 from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import special_differences
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard, TeacherDelta
 from opd_mcp.schemas.errors import DataError, RunError
 from opd_mcp.schemas.identity import Parent, TeacherClaim
@@ -96,7 +96,7 @@ def open_teacher(section: ScoreRecipe, inputs: TeacherInputs, runtime: Runtime, 
     Raises ConsistencyError `tokenizer_mismatch` for a teacher's directory with other tokens than the student.
     """
     if inputs.teacher is not None:
-        require_same_tokens(inputs.teacher, inputs.student)
+        special_differences(inputs.teacher, inputs.student)  # the rollouts had none of these in their prompts
     if inputs.remote is not None:
         return open_remote(
             inputs.remote,
