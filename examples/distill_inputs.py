@@ -22,7 +22,7 @@ from opd_mcp.planning.references import HUB_ID
 from opd_mcp.schemas.errors import DataError, ResourceError
 from opd_mcp.schemas.identity import TeacherClaim
 from opd_mcp.schemas.recipes import SftRecipe
-from opd_mcp.store.lineage_key import workspace_key
+from opd_mcp.store.keys import workspace_key
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.worker.fetch import fetched_model
 

@@ -12,7 +12,7 @@ from opd_mcp.identity.consistency import consistency, delta_by_construction, pro
 from opd_mcp.identity.data.rows import RawIds
 from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
-from opd_mcp.identity.models import ModelFacts
+from opd_mcp.identity.models import ModelFacts, require_decodable
 from opd_mcp.identity.tokenizers import (
     TokenDifference,
     differences_text,
@@ -133,6 +133,13 @@ def judge_special_tokens(
         + "; the student is saved with the teacher's tokenizer.",
         "Nothing has to be done; the student's lineage records it.",
     )
+
+
+def require_generating(*models: ResolvedModel) -> None:
+    """Raise PathError `unsupported_model` for a model, known by its model_type, that cannot generate here."""
+    for model in models:
+        if model.facts is not None:
+            require_decodable(model.facts)
 
 
 def judge_files(inputs: PlanInputs, found: Findings) -> None:

@@ -23,6 +23,7 @@ from opd_mcp.planning.checks import (
     judge_prompts,
     judge_special_tokens,
     measured_cache,
+    require_generating,
     with_measures,
 )
 from opd_mcp.planning.estimates import estimate_of, measured_costs
@@ -63,6 +64,7 @@ class Planner:
         inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
+        require_generating(inputs.student, *([inputs.teacher] if sft else []))
         schema = self._schema(arguments, inputs, sft, found)
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing), found)
         judge_special_tokens(differing, facts, recipe.prompting, found)
@@ -239,7 +241,8 @@ def fingerprint(
         if isinstance(value, DataInput):  # how it was read follows from what it is
             part.pop("understood", None)
         parts[f"inputs.{name}"] = part
-    parts.pop("inputs.baselines")
+    for of_benchmarks in ("inputs.baselines", "inputs.suite"):
+        parts.pop(of_benchmarks)
     parts["phases"] = [[phase.name, phase.key] for phase in phases]
     return parts
 

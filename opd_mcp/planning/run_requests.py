@@ -13,9 +13,16 @@ from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
-from opd_mcp.planning.checks import Findings, differing_tokens, judge_special_tokens, require_usable_ids
+from opd_mcp.planning.checks import (
+    Findings,
+    differing_tokens,
+    judge_special_tokens,
+    require_generating,
+    require_usable_ids,
+)
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
+from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
@@ -60,6 +67,7 @@ class RequestBuilder:
         """The teacher answers prompts."""
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
+        require_generating(teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher, recipe.prompting))
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
@@ -105,6 +113,7 @@ class RequestBuilder:
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
         student = self.references.sft_student(arguments.student, arguments.declared_teacher)
+        require_generating(student)
         differing = differing_tokens(teacher, student)
         allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
@@ -168,12 +177,15 @@ class RequestBuilder:
         return self.request("distill", recipe, inputs, phases)
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
-        """A model and its baselines are measured on prompts."""
+        """A model and its baselines are measured on prompts, on those of a suite, or on a task of lm-eval."""
+        arguments, suite, settings = with_suite(arguments)
         given = {"benchmark.samples_per_prompt": arguments.samples_per_prompt}
-        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
+        overrides = {key: value for key, value in settings.items() if given.get(key) is None} | arguments.overrides
+        recipe = usable_recipe(arguments.preset, overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
+        require_generating(model, *baselines)
         for other in (model, *baselines):
             if teacher is not None:
                 differing_tokens(teacher, other)
@@ -181,7 +193,8 @@ class RequestBuilder:
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=self._prompts(arguments, model, recipe.prompting),
+            prompts=self._prompts(arguments, model, recipe.prompting) if arguments.prompts is not None else None,
+            suite=suite,
         )
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
@@ -193,6 +206,7 @@ class RequestBuilder:
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
+        require_generating(model)
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model, recipe.prompting))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
@@ -213,6 +227,7 @@ class RequestBuilder:
         Raises ConsistencyError `tokenizer_mismatch` where they have one of the special tokens that differ.
         """
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
+        assert arguments.prompts is not None, "a suite's are filled in, a task of lm-eval has none"
         prompts = self.references.prompts(arguments.prompts, columns)
         mean = None
         if model.facts is not None:

@@ -43,6 +43,7 @@ def test_a_template_cannot_leave_its_sandbox():
         "{{ messages[5].content.more }}",
         "{{ 1 / 0 }}",
         "{{ messages + 1 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_a_template_that_fails_is_named_with_its_prompt(template):
