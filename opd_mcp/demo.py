@@ -219,7 +219,9 @@ class _Session:
 
         async def measure(number: int, names: Sequence[str]) -> None:
             first, *others = [models[name] for name in names]
+            # The teacher is an arm of its own, measured once.
             arguments = {
+                "overrides": {"benchmark.references": []},
                 "model": first,
                 "baselines": others,
                 "prompts": task.files["prompts_eval"],

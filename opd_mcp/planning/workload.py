@@ -52,6 +52,7 @@ class DataSize:
     sft_prompts: int = 0
     eval_prompts: int = 0
     models: int = 2
+    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,16 @@ class Workload:
         answers = self._generation(student, rows, section.batch_size, section.sampling)
         kl = self._generation(student, min(section.kl_prompts, prompts), section.batch_size, section.sampling)
         scored = 1 + (self.teacher.parameters + student.parameters) / student.parameters
+        models, flops, passes, memory = data.models, 0.0, 0.0, 0
+        if data.eval_prompts and "base" in section.references and data.models == 2:
+            models += 1
+        if data.eval_prompts and "teacher" in section.references and data.teacher:
+            own = self._generation(self.teacher, rows, section.batch_size, section.sampling)
+            flops, passes, memory = own.flops, own.passes, own.memory
         return Work(
-            data.models * (answers.flops + kl.flops * scored),
-            data.models * (answers.passes + kl.passes),
-            answers.memory + self.teacher.parameters * self._value_bytes,
+            models * (answers.flops + kl.flops * scored) + flops,
+            models * (answers.passes + kl.passes) + passes,
+            max(answers.memory + self.teacher.parameters * self._value_bytes, memory),
         )
 
 
@@ -230,6 +237,7 @@ def data_size(inputs: RunInputs) -> DataSize:
         sft_prompts=(sft_prompts.rows if sft_prompts else None) or 0,
         eval_prompts=(evaluation.rows if evaluation else None) or 0,
         models=1 + len(inputs.baselines) if inputs.model else 2,
+        teacher=inputs.teacher is not None,
     )
 
 

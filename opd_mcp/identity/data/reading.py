@@ -96,6 +96,11 @@ def read_responses_header(path: Path, columns: Columns | None = None) -> Respons
     return ResponsesHeader(reader.source, understood.rows, has_text, has_ids, sha256, understood)
 
 
+def first_response(path: Path, columns: Columns | None = None) -> ResponseRow:
+    """The first usable row of a responses data set; raises as `read_prompts`."""
+    return next(row for rows in RowReader(path, RESPONSE_SHAPES, response_row, columns).batches() for row in rows)
+
+
 def responses_sha256(path: Path, columns: Columns | None = None) -> str:
     """sha256 (hex) of a responses data set's bytes, and of how the caller maps its columns."""
     sha256 = source_of(path).sha256()
