@@ -166,7 +166,7 @@ class JobService:
 
     def inspect_cache(self, reference: str) -> CacheInspection:
         """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""
-        return inspect_cache(self.cache_directory(reference))
+        return inspect_cache(self.cache_directory(reference), self._references.texts)
 
     def cache_directory(self, reference: str) -> Path:
         """Where a teacher cache is that an artifact id, a run id or a path means; raises as `inspect_cache`."""

@@ -145,6 +145,7 @@ class PhaseChain:
             "teacher": model_token(inputs.teacher),
             "prompts": data_token(inputs.eval_prompts or inputs.prompts),
             "answers": inputs.eval_prompts is not None or inputs.model is not None,
+            **({"suite": inputs.suite} if inputs.suite else {}),
         }
         self._add("benchmark", parts, self.recipe.benchmark)
         return self

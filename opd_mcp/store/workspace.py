@@ -16,6 +16,9 @@ from opd_mcp.schemas.errors import ArgumentError, PathError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.runs import Quotas, StopSettings, WorkspaceSettings
 
+# Secrets of the workspace itself: no reference of a caller opens them.
+LINEAGE_KEY, HTTP_TOKEN, HTTP_SESSIONS = "lineage.key", "http.token", "http.sessions"
+SECRET_FILES = frozenset({LINEAGE_KEY, HTTP_TOKEN, HTTP_SESSIONS})
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 
 

@@ -66,9 +66,10 @@ def after_deletion() -> NextAction:
 
 def _worse_than_before(view: RunView) -> str | None:
     """What must be said of a run that did what it was asked to: a result below its baseline, beyond chance."""
-    for comparison in (view.result or {}).get("comparisons", []):
+    result = view.result or {}
+    for comparison in result.get("comparisons", []):
         difference, low, high = comparison["accuracy_difference"]
-        if high < 0:
+        if high < 0 and comparison["baseline"] != result.get("teacher_row"):
             return (
                 f"Beware: {comparison['candidate']} is less accurate than {comparison['baseline']} "
                 f"({difference:+.3f} [{low:.3f}, {high:.3f}]); look at its alerts and metrics before you use it."

@@ -24,7 +24,7 @@ from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import CacheManifest, EngineGap, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import Lineage, Parent
-from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TrainingSummary
+from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TaskMetric, TrainingSummary
 
 STEP_SECONDS = 0.01
 library = logging.getLogger("a_library")
@@ -129,6 +129,7 @@ def benchmark(section, inputs, output, context):
     accuracy = Estimate95(value=0.5, low=0.4, high=0.6, samples=answered, basis="stand-in") if answered else None
     report = BenchmarkReport(
         recipe=section,
+        suite=inputs.suite,
         seed=0,
         prompts_sha256=prompts_hash(rows),
         prompts=len(rows),
@@ -151,6 +152,26 @@ def benchmark(section, inputs, output, context):
         recipe_hash=inputs.recipe_hash,
         costs=list(inputs.costs),
         alerts=list(inputs.alerts),
+    )
+    (output / "report.json").write_text(report.to_json())
+    return report
+
+
+def benchmark_task(section, inputs, output, context):
+    metrics = {"acc": TaskMetric(value=0.5, low=0.4, high=0.6, samples=9)}
+    report = BenchmarkReport(
+        recipe=section,
+        suite=f"lm_eval:{inputs.task}",
+        seed=0,
+        prompts_sha256="0" * 64,
+        prompts=9,
+        prompts_with_answer=9,
+        models=[
+            ModelScore(name=name, identity=inspect_model(path).identity, task_metrics=metrics, seconds=0.1, tokens=0)
+            for name, path in inputs.models.items()
+        ],
+        hardware="stand-in",
+        recipe_hash=inputs.recipe_hash,
     )
     (output / "report.json").write_text(report.to_json())
     return report

@@ -30,7 +30,7 @@ from tools.demo.teacher import TeacherSettings, greedy_accuracy, prompt_tokens, 
 TASK = ROOT / "examples" / "chain_sum"
 PARAMETERS = {"min_terms": 3, "max_terms": 6, "max_digits": 1}
 # Name: seed and size. A prompt that stands in an earlier set, or twice, is left out, so a set has fewer rows.
-SETS = {"sft": (1, 320), "opd": (2, 2600), "tune": (3, 440), "eval": (4, 660)}
+SETS = {"sft": (1, 1000), "opd": (2, 2600), "tune": (3, 440), "eval": (4, 660)}
 TEACHER_SEED = 1000
 SEED_DISTANCE = 100_000
 VOCABULARY = 2048
