@@ -113,8 +113,8 @@ def load_model(
             "unsupported_model",
             f"transformers cannot build this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}).",
             value=path,
-            fix="Look at model_type, architectures, hidden_act and the sizes in its config.json; give a causal language "
-            "model of an architecture that the installed transformers has.",
+            fix="Look at model_type, architectures, hidden_act and the sizes in its config.json; give a causal "
+            "language model of an architecture that the installed transformers has.",
         ) from error
     model = model.to(runtime.device)
     if facts.adapter is not None:
