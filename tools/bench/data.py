@@ -1,11 +1,12 @@
-"""Time and memory of a plan over a million prompts: this project's fields, GSM8K's and chats, in JSONL, Parquet and CSV.
+"""Time and memory of a plan over a million prompts: own fields, GSM8K's and chats, as JSONL, Parquet and CSV.
 
     python tools/bench/data.py [--rows 1000000] [--json FILE]
 
 Each case is a fresh process that makes one whole plan: prompts read, hashed, compared with 1,000 evaluation prompts,
 checked for copies and length, phases keyed, costs estimated. `plan_cpu_s` is its processor time, which other programs
-disturb less. `read_ratio` is the time of the pass over the prompts in units of a bare `json.loads` of each line, both as
-processor time in that process, so that it can be compared between machines. Exits with 1 above a bar: 5 s and 500 MiB for a million rows, on two idle cores.
+disturb less. `read_ratio` is the time of the pass over the prompts in units of a bare `json.loads` of each line, both
+as processor time in that process, so that it can be compared between machines. Exits with 1 above a bar: 5 s and
+500 MiB for a million rows, on two idle cores.
 """
 
 import argparse
