@@ -27,6 +27,7 @@ from opd_mcp.store.runs import (
     withdraw_cancel,
 )
 from opd_mcp.store.states import require_resumable, state_of
+from opd_mcp.store.worker_process import stopped_worker
 from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 
 NEWEST = 16
@@ -231,6 +232,7 @@ class Store:
         active = (id for (id,) in rows if self._exists(id) and self.views.state(id) in ACTIVE_STATES)
         return next(active, None)
 
+<<<<<<< HEAD
     def _state(self, row: IndexedRun) -> RunState:
         """A run's state, recorded in the index once the run has ended."""
         if row.final_state is not None:
@@ -242,6 +244,26 @@ class Store:
         if state in FINAL_STATES:
             self.index.set_final_state(row.run_id, lambda: self.views.state(row.run_id))
         return state
+=======
+    def _row(self, row: IndexedRun) -> RunRow:
+        state, note = row.final_state, None
+        if state is None:
+            view = RunView(self.workspace.run(row.run_id)).refresh()
+            state = view.state
+            if state in FINAL_STATES:
+                self.index.set_final_state(row.run_id, lambda: view.refresh().state)
+            elif state in ACTIVE_STATES and (pid := stopped_worker(view.directory, view.attempt)) is not None:
+                note = f"worker stopped, pid {pid}"
+        return RunRow(
+            run_id=row.run_id,
+            kind=row.kind,
+            state=state,
+            note=note,
+            created_at=row.created_at,
+            student=row.student,
+            teacher=row.teacher,
+        )
+>>>>>>> main
 
 
 def _folders(parent: Path) -> list[Path]:

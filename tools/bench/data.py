@@ -1,4 +1,4 @@
-"""Time and memory of a plan over a million prompts: own fields, GSM8K's and chats, as JSONL, Parquet and CSV.
+"""Time and memory of a plan over a million prompts: our own fields, GSM8K's and chats, in JSONL, Parquet and CSV.
 
     python tools/bench/data.py [--rows 1000000] [--json FILE]
 

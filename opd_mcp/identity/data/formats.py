@@ -222,7 +222,7 @@ def _listed_rows(path: Path) -> Iterator[Row | BadRow]:
                 row, end = decode(buffer, at)
                 end = _SPACE.match(buffer, end).end()  # type: ignore[union-attr]
                 if buffer[end] not in ",]":
-                    raise malformed(path, number + 1, "not JSON (no comma behind a row)", fix=fix)
+                    raise malformed(path, number + 1, "not JSON (no comma after a row)", fix=fix)
             except (ValueError, IndexError, RecursionError) as error:
                 if isinstance(error, DataError):
                     raise

@@ -416,7 +416,7 @@ def _answer_of(shape: Shape, row: Row, *, chat: bool) -> str | None:
     # `messages` that end with the user's turn were read without a solution, and their hash must stay what it was.
     if not isinstance(solution, str) or (shape.turns == "messages" and not _ends_answered(row[shape.turns])):
         return None
-    return boxed(text_of(str(shape.solution), solution))
+    return boxed(text_of(str(shape.solution), solution, may_be_empty=True))
 
 
 def _gold(shape: Shape, text: str) -> str:
