@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError
+from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactStore, artifact_directories, artifact_row, read_artifact
@@ -157,18 +157,21 @@ class Store:
         """
         indexed = self.index.runs(kind=kind)
         here = set(os.listdir(self.workspace.runs))  # after the index: what was indexed then is here now, or gone
-        matching = [row for row in indexed if row.run_id in here and (state is None or state == self._state(row))]
+        listed = [row for row in indexed if row.run_id in here and (row.final_state or self._exists(row.run_id))]
+        matching = [row for row in listed if state is None or state == self._state(row)]
         page, next_cursor = page_of(matching, lambda row: (row.created_at, row.run_id), limit, cursor)
+        states = [self._state(row) for row in page]
         rows = [
             RunRow(
                 run_id=row.run_id,
                 kind=row.kind,
-                state=self._state(row),
+                state=found,
+                note=self._note(row.run_id) if found in ACTIVE_STATES else None,
                 created_at=row.created_at,
                 student=row.student,
                 teacher=row.teacher,
             )
-            for row in page
+            for row, found in zip(page, states, strict=True)
         ]
         return RunList(rows=rows, total=len(matching), next_cursor=next_cursor)
 
@@ -232,38 +235,20 @@ class Store:
         active = (id for (id,) in rows if self._exists(id) and self.views.state(id) in ACTIVE_STATES)
         return next(active, None)
 
-<<<<<<< HEAD
     def _state(self, row: IndexedRun) -> RunState:
         """A run's state, recorded in the index once the run has ended."""
         if row.final_state is not None:
             return row.final_state
-        try:
-            state = self.views.state(row.run_id)
-        except UnknownIdError:  # its directory holds no record: a run that is being made, or removed
-            return "queued"
+        state = self.views.state(row.run_id)
         if state in FINAL_STATES:
             self.index.set_final_state(row.run_id, lambda: self.views.state(row.run_id))
         return state
-=======
-    def _row(self, row: IndexedRun) -> RunRow:
-        state, note = row.final_state, None
-        if state is None:
-            view = RunView(self.workspace.run(row.run_id)).refresh()
-            state = view.state
-            if state in FINAL_STATES:
-                self.index.set_final_state(row.run_id, lambda: view.refresh().state)
-            elif state in ACTIVE_STATES and (pid := stopped_worker(view.directory, view.attempt)) is not None:
-                note = f"worker stopped, pid {pid}"
-        return RunRow(
-            run_id=row.run_id,
-            kind=row.kind,
-            state=state,
-            note=note,
-            created_at=row.created_at,
-            student=row.student,
-            teacher=row.teacher,
-        )
->>>>>>> main
+
+    def _note(self, run_id: str) -> str | None:
+        """What an active run's row says of its process."""
+        directory = self.workspace.run(run_id)
+        pid = stopped_worker(directory, self.views.look(run_id, lambda view: view.attempt))
+        return None if pid is None else f"worker stopped, pid {pid}"
 
 
 def _folders(parent: Path) -> list[Path]:
