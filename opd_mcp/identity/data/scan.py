@@ -121,8 +121,11 @@ class _Scanner:
     def _add_golds(self, ids: Sequence[str], answers: Sequence[str | None]) -> None:
         if not any(answers):
             return
-        answered = [pair for pair in zip(ids, answers, strict=True) if pair[1] is not None]
-        self.golds += answered[-self.answers % self.gold_distance :: self.gold_distance]  # type: ignore[arg-type]
+        if None in answers:
+            present = [answer is not None for answer in answers]
+            ids, answers = list(compress(ids, present)), list(compress(answers, present))
+        kept = slice(-self.answers % self.gold_distance, None, self.gold_distance)
+        self.golds += zip(ids[kept], answers[kept], strict=True)  # type: ignore[arg-type]
         while len(self.golds) >= 2 * KEPT_GOLDS:
             self.golds = self.golds[::2]
             self.gold_distance *= 2
