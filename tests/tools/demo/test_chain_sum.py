@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from opd_mcp.engine.models.loading import load_tokenizer
 
 TASK = Path(__file__).resolve().parents[3] / "examples" / "chain_sum"
-SIZES = {"sft": 319, "opd": 2538, "tune": 423, "eval": 625}
+SIZES = {"sft": 991, "opd": 2517, "tune": 418, "eval": 619}
 QUESTION = "State the final answer to the following arithmetic problem: 4 - 7 + 9 ="
 
 
