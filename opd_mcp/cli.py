@@ -301,8 +301,9 @@ def cache_verify(
         from opd_mcp.identity.lineage import read_manifest
         from opd_mcp.schemas.identity import RemoteTeacher
 
-        served = RemoteTeacher(name=read_manifest(directory).teacher.name, url=teacher_url)
-        rescore = remote_rescorer(served, directory / "tokenizer", os.environ.get(TEACHER_KEY))
+        expected = read_manifest(directory).teacher
+        served = RemoteTeacher(name=expected.name, url=teacher_url)
+        rescore = remote_rescorer(served, directory / "tokenizer", os.environ.get(TEACHER_KEY), expected)
     found = verified(directory, rescore, sample=sample)
     show(found, as_json, lambda found: found.text())
     raise typer.Exit(bool(found.problems))

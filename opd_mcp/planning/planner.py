@@ -19,6 +19,7 @@ from opd_mcp.planning.checks import (
     judge_data,
     judge_evaluation,
     judge_files,
+    judge_golds,
     judge_prompts,
     judge_special_tokens,
     measured_cache,
@@ -72,6 +73,7 @@ class Planner:
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
+        judge_golds(inputs, recipe.benchmark, found)
         hygiene = judge_prompts(inputs, facts, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
         phases = requests[method].phases

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
-from opd_mcp.identity.data.reading import read_responses_header
+from opd_mcp.identity.data.reading import ResponsesHeader, read_responses_header
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.data.scan import PromptScan, scan_of_rows, scan_prompts
 from opd_mcp.identity.data.sources import COMPRESSED, SUFFIXES, is_glob, matching_files
@@ -56,6 +56,14 @@ class ResolvedPrompts:
 
     input: DataInput
     scan: PromptScan = field(default_factory=lambda: scan_of_rows([]))
+
+
+@dataclass(frozen=True)
+class ResolvedResponses:
+    """Responses with what a look at them found; nothing for a Hub data set that is not here yet."""
+
+    input: DataInput
+    header: ResponsesHeader | None = None
 
 
 @dataclass(frozen=True)
@@ -195,16 +203,16 @@ class References:
 
     def responses(
         self, reference: str, declared_teacher: str | None, columns: Mapping[str, str] | None = None
-    ) -> DataInput:
+    ) -> ResolvedResponses:
         """Responses by reference, with whose they are: proven by lineage, else as declared."""
         declared = self.claim(declared_teacher)
         place, absent = self._data_place(reference, "responses", columns)
         if absent is not None:
-            return absent.model_copy(update={"sft_teacher": declared})
+            return ResolvedResponses(absent.model_copy(update={"sft_teacher": declared}))
         mapped = None if place.artifact_id else columns
         header = read_responses_header(place.path, mapped)
         claim = self._lineage_claim(place.path) or declared
-        return DataInput(
+        resolved = DataInput(
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
@@ -215,6 +223,7 @@ class References:
             columns=dict(mapped) if mapped else None,
             understood=header.understood,
         )
+        return ResolvedResponses(resolved, header)
 
     def cache(self, reference: str) -> ResolvedCache:
         """A teacher cache by artifact id, run id or path; raises PathError `not_a_cache` for anything else."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from opd_mcp.engine.context import run_cancelled
@@ -60,12 +61,23 @@ class _Retry(Exception):
 
 
 class Server:
-    """A server's address and its open connections; requests may come from several threads."""
+    """A server's address and one connection to it, opened again when it is lost, for one thread at a time.
+
+    `opened` counts the connections: who answers over a new one may be another server.
+    """
 
     def __init__(self, url: str, access: Access | None = None, stopped: threading.Event | None = None) -> None:
         self.url, self.access, self.stopped = url, access or Access(), stopped or threading.Event()
+        self.opened = 0
         self._turn = _Turn(self._require_going)
-        self._client = _client(url, self.access, self._turn)
+
+    @cached_property
+    def _client(self) -> Any:
+        return _client(self.url, self.access, self._turn)
+
+    def another(self) -> "Server":
+        """Another connection to the same server; `close` of either ends the requests of both."""
+        return Server(self.url, self.access, self.stopped)
 
     def ask(self, method: str, path: str, body: Any = None, *, max_bytes: int = 1 << 24) -> Any:
         """The JSON of the answer.
@@ -94,9 +106,10 @@ class Server:
         )
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close the connection, and let no request begin over the others."""
         self.stopped.set()
-        self._client.close()
+        if "_client" in vars(self):
+            self._client.close()
 
     def _require_going(self) -> None:
         if self.stopped.is_set() or self.access.should_stop():
@@ -107,7 +120,10 @@ class Server:
 
         content, total = b"", self.access.patience.total_s
         try:
-            with self._turn.within(total), self._client.stream(method, path, json=body) as response:
+            with (
+                self._turn.within(total),
+                self._client.stream(method, path, json=body, extensions={"trace": self._trace}) as response,
+            ):
                 for part in response.iter_raw():
                     content += part
                     if len(content) > max_bytes:
@@ -123,6 +139,9 @@ class Server:
             return json.loads(content)
         except ValueError as error:
             raise _Retry("an answer that is not JSON") from error
+
+    def _trace(self, event: str, info: Any) -> None:
+        self.opened += event == "connection.connect_tcp.complete"
 
     def _shown(self, content: bytes) -> str:
         text = content.decode(errors="replace")[:MAX_ERROR_CHARACTERS]
@@ -213,7 +232,7 @@ def _transport(context: Any, turn: _Turn) -> Any:
     transport = httpx2.HTTPTransport(verify=context, trust_env=False)
     # The transport has no parameter for its pool's network backend.
     transport._pool = httpcore2.ConnectionPool(
-        ssl_context=context or None, max_connections=None, keepalive_expiry=IDLE_SECONDS, network_backend=Backend()
+        ssl_context=context or None, max_connections=1, keepalive_expiry=IDLE_SECONDS, network_backend=Backend()
     )
     return transport
 

@@ -83,6 +83,9 @@ class Teacher(Protocol):
     def score(self, sequences: Sequences, topk: int) -> ScoredRows:
         """Scores of every row; raises OpdError when the teacher has become unusable."""
 
+    def prove(self) -> None:
+        """Raise ConsistencyError `teacher_untrue` when it is no longer the teacher that was opened."""
+
     def close(self) -> None:
         """Close its connections."""
 
@@ -108,6 +111,9 @@ class LocalTeacher:
             valid_vocab=self.model.facts.tokens,
         )
         return ScoredRows(scores)
+
+    def prove(self) -> None:
+        """Its weights are in this process: it is who it was."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -54,7 +54,8 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
 
     `output` may hold what an interrupted call made. With `sft_teacher_path` Δ is measured. Raises ConsistencyError
     `tokenizer_mismatch`, `teacher_mismatch`, `lineage_missing` or `behaviour_mismatch`; IntegrityError `input_changed`
-    for another teacher than the build was begun with; RunError `bad_rows` when over 1 % of the rows cannot be scored.
+    for another teacher than the build was begun with, ConsistencyError `teacher_untrue` for a server that has become
+    another during the build; RunError `bad_rows` when over 1 % of the rows cannot be scored.
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
@@ -218,7 +219,8 @@ class _CacheBuild:
         )
 
     def finish(self, built: _ScoredShards) -> None:
-        """Write the tokenizer, the manifest and the lineage."""
+        """Write the tokenizer, the manifest and the lineage, once the teacher has shown again who it is."""
+        self.teacher.prove()
         record, section, output = self.rollouts, self.section, self.output
         delta = self.teacher_delta(built.sample)
         adopt_tokenizer(self.inputs.rollouts / "tokenizer", self.context.prompting).save(output / "tokenizer")
