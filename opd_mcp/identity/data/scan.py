@@ -119,12 +119,14 @@ class _Scanner:
         self._add_long(prompts, messages, max(map(len, shown)))
 
     def _add_golds(self, ids: Sequence[str], answers: Sequence[str | None]) -> None:
-        chosen = slice(-self.answers % self.gold_distance, None, self.gold_distance)
+        if not any(answers):
+            return
         if None in answers:
-            answered = [(row, answer) for row, answer in zip(ids, answers, strict=True) if answer is not None][chosen]
-        else:
-            answered = list(zip(ids[chosen], answers[chosen], strict=True))  # type: ignore[arg-type]
-        self.golds += [pair for pair in answered if len(pair[1]) <= GOLD_CHARACTERS]
+            present = [answer is not None for answer in answers]
+            ids, answers = list(compress(ids, present)), list(compress(answers, present))
+        kept = slice(-self.answers % self.gold_distance, None, self.gold_distance)
+        chosen = zip(ids[kept], answers[kept], strict=True)
+        self.golds += [(row, gold) for row, gold in chosen if gold is not None and len(gold) <= GOLD_CHARACTERS]
         while len(self.golds) >= 2 * KEPT_GOLDS:
             self.golds = self.golds[::2]
             self.gold_distance *= 2
