@@ -136,8 +136,11 @@ def leases(world: World) -> LeaseFolder:
 
 @pytest.fixture
 def busy_machine(leases: LeaseFolder):
-    """All CPU slots are taken until `release`, so that new runs stay queued."""
+    """All CPU slots are taken until `release`, that for short runs too, so that new runs stay queued."""
     lease = leases.acquire("somebody-else", leases.cpu_slot_names(), 2, lambda: False)
+    short = leases.acquire("somebody-else", ["short-cpu"], 1, lambda: False)
+    lease.slots += short.slots
+    lease.descriptors += short.descriptors
     yield lease
     lease.release()
 

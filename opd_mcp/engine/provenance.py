@@ -15,8 +15,9 @@ from opd_mcp.engine.runtime import hardware_name
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.identity.models import full_weights_hash, inspect_model
-from opd_mcp.schemas.base import Schema
-from opd_mcp.schemas.identity import ArtifactKind, Lineage, ModelIdentity, Parent, TeacherClaim
+from opd_mcp.schemas.base import Schema, content_hash
+from opd_mcp.schemas.identity import AdapterOrigin, ArtifactKind, Lineage, ModelIdentity, Parent, TeacherClaim
+from opd_mcp.schemas.recipes import AdapterRecipe
 from opd_mcp.schemas.reports import StageCost
 
 RECORDED_PACKAGES = ("opd-mcp", "torch", "transformers", "numpy")
@@ -35,6 +36,26 @@ def claim_of(directory: Path, given: TeacherClaim | None, context: Context) -> T
     lineage = verified_lineage(directory, full=True)
     claim = lineage.sft_teacher if lineage else None
     return vouched(claim, made_here=context.made_here(directory)) if claim else given
+
+
+def adapter_origin(student: Path, recipe: AdapterRecipe | None, context: Context) -> AdapterOrigin | None:
+    """What a lineage says of the adapter that a student gets; None without one."""
+    if recipe is None:
+        return None
+    return AdapterOrigin(
+        base=inspect_model(inspect_model(student).weights_path).identity,
+        rank=recipe.rank,
+        scale=recipe.scale,
+        start="continued" if recipe.continue_adapter else "zero",
+        saved=recipe.saved_as(context.runtime.dtype),
+    )
+
+
+def frozen_hash(origin: AdapterOrigin | None, student: Path) -> str | None:
+    """The hash of what an adapter is trained on, with its settings; None without one."""
+    if origin is None:
+        return None
+    return content_hash({"origin": origin.to_dict(), "student": inspect_model(student).identity.weights})
 
 
 def tokenizer_files(artifact: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from opd_mcp.identity import encoding, tokenizers
+from opd_mcp.identity.adapters import AdapterFiles, is_adapter, read_adapter, unsupported_adapter
 from opd_mcp.identity.configuration import configuration_hash, require_own_files
 from opd_mcp.identity.files import path_signature, read_json_object
 from opd_mcp.identity.safetensors import Tensor, full_digest, read_tensors, sampled_digest
@@ -17,6 +18,15 @@ from opd_mcp.schemas.identity import ModelIdentity
 
 # Beyond any size of a model, so that no estimate overflows.
 MAX_SETTING = 1 << 31
+# Classes that keep their state where a generator cannot reach it, by model_type; others are tried when they are loaded.
+UNDECODABLE = {
+    "rwkv": "its state takes in the padding of shorter prompts",
+    "xlstm": "its state is in a cache of its own",
+    "minimax": "its state is in a cache of its own",
+    "recurrent_gemma": "its state stays in its layers, whichever rows are decoded",
+    "openai-gpt": "it takes no cache",
+    "cpmant": "it takes no left-padded batch",
+}
 HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 
@@ -24,6 +34,7 @@ HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 class ModelFacts:
     """A model as its files describe it; `parameters` counts a tied output layer once, `tokens` are ids in use.
 
+    Of an `adapter` the sizes include its base, whose configuration it has.
     `unused` says what the directory holds that other programs would load for its tokenizer, and this one does not.
     """
 
@@ -36,6 +47,12 @@ class ModelFacts:
     tokens: int
     eos_token_ids: tuple[int, ...]
     unused: tuple[str, ...] = ()
+    adapter: AdapterFiles | None = None
+
+    @property
+    def weights_path(self) -> Path:
+        """The directory of the whole weights: an adapter's base, else the model's own."""
+        return self.path if self.adapter is None else self.adapter.base_directory()
 
     def setting(self, name: str) -> int | None:
         """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
@@ -61,7 +78,10 @@ class ModelCache:
 
     def inspect_model(self, path: Path) -> ModelFacts:
         """As `inspect_model`, at the cost of a directory listing when nothing has changed."""
-        key = (str(path), path_signature(path))
+        signature = path_signature(path)
+        if is_adapter(path):
+            signature += path_signature(read_adapter(path).base_directory())
+        key = (str(path), signature)
         if key not in self._facts:
             for stale in [other for other in self._facts if other[0] == key[0]]:
                 del self._facts[stale]
@@ -75,9 +95,13 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
     `name` replaces the name that the directory suggests. Raises PathError (`not_found`, `not_a_model`,
     `unsafe_weights`, `unsafe_config`) and IntegrityError `damaged_file`.
     """
-    config = _model_config(path)
+    adapter = read_adapter(path) if is_adapter(path) else None
+    base = None if adapter is None else _inspect_base(adapter)
+    config = _model_config(path) if base is None else base.config
     encoding.require_own_tokenizer(path)
     tensors, weights = _hashed_tensors(path, sampled_digest)
+    if adapter is not None and base is not None:
+        weights = _joined_hash(adapter, weights, base.identity.weights)
     content = tokenizers.tokenizer_content(path)
     tokens = tokenizers.tokens_of(content, path / tokenizers.TOKENIZER_FILE)
     eos = tokenizers.eos_token_ids(path, tokens)
@@ -95,13 +119,45 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
     return ModelFacts(
         path=path,
         identity=identity,
-        parameters=sum(tensor.elements for tensor in tensors),
-        weight_bytes=sum(tensor.bytes for tensor in tensors),
+        parameters=sum(tensor.elements for tensor in tensors) + (base.parameters if base else 0),
+        weight_bytes=sum(tensor.bytes for tensor in tensors) + (base.weight_bytes if base else 0),
         config=config,
         vocab_size=vocab_size if is_size(vocab_size) else max(tokens, default=-1) + 1,
         tokens=max(tokens, default=-1) + 1,
         eos_token_ids=eos,
         unused=encoding.unused_parts(path, tokens),
+        adapter=adapter,
+    )
+
+
+def _inspect_base(adapter: AdapterFiles) -> "ModelFacts":
+    """The facts of an adapter's base, which is a whole model."""
+    directory = adapter.base_directory()
+    if is_adapter(directory):
+        raise unsupported_adapter(adapter.path, f"its base, {directory.name}, is an adapter as well")
+    return inspect_model(directory)
+
+
+def _joined_hash(adapter: AdapterFiles, weights: str, base: str) -> str:
+    """The hash of a frozen model and the product that is added to it."""
+    return content_hash({"base": base, "adapter": weights, "scale": adapter.scale})
+
+
+def require_decodable(facts: ModelFacts) -> None:
+    """Raise PathError `unsupported_model` for a class, known by its model_type, that cannot generate here."""
+    known = UNDECODABLE.get(str(_text_config(facts.config).get("model_type") or facts.config.get("model_type")))
+    if known is not None:
+        raise undecodable(facts, known)
+
+
+def undecodable(facts: ModelFacts, why: str) -> PathError:
+    """The error for a class whose responses could not be trusted."""
+    return PathError(
+        "unsupported_model",
+        f"Models of type {facts.config.get('model_type')!r} cannot generate here: {why}.",
+        value=facts.path,
+        fix="Give a model of another architecture; docs/data.md lists those that were tried. As the teacher of "
+        "build_teacher_cache, which only scores, this one can be used.",
     )
 
 
@@ -111,13 +167,17 @@ def is_size(value: Any) -> TypeGuard[int]:
 
 
 def weights_hash(path: Path) -> str:
-    """The hash over tensor names, dtypes, shapes and sampled bytes of a model's weights; raises as `read_tensors`."""
+    """The hash over tensor names, dtypes, shapes and sampled bytes of a directory's own weights."""
     return _hashed_tensors(path, sampled_digest)[1]
 
 
 def full_weights_hash(path: Path) -> str:
     """The hash over every byte of a model's weights, read in pieces; raises as `read_tensors`."""
-    return _hashed_tensors(path, full_digest)[1]
+    weights = _hashed_tensors(path, full_digest)[1]
+    if not is_adapter(path):
+        return weights
+    adapter = read_adapter(path)
+    return _joined_hash(adapter, weights, full_weights_hash(adapter.base_directory()))
 
 
 def identity_hash(identity: ModelIdentity) -> str:
@@ -139,16 +199,12 @@ def text_hash(text: str) -> str:
 def _model_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise PathError("not_found", "There is no such directory.", value=path, fix="Give a model's directory.")
-    # Next to whole weights too: loading would follow it to a base model that may be anywhere.
-    adapter = (path / "adapter_config.json").exists()
-    if adapter or not (path / "config.json").is_file():
+    if not (path / "config.json").is_file():
         raise PathError(
             "not_a_model",
-            "This is a LoRA adapter, not a whole model." if adapter else "This directory has no config.json.",
+            "This directory has no config.json.",
             value=path,
-            fix="Merge the adapter into its base model and give the merged directory."
-            if adapter
-            else "Give a directory with config.json, tokenizer.json and safetensors weights.",
+            fix="Give a directory with config.json, tokenizer.json and safetensors weights.",
         )
     config = read_json_object(path / "config.json")
     require_own_files(config, path)

@@ -143,7 +143,14 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _file_tensors(path: Path) -> Iterator[Tensor]:
+def file_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file says about itself; raises IntegrityError `damaged_file`."""
+    given = _header(path)[0].get(META)
+    return {name: value for name, value in given.items() if isinstance(value, str)} if isinstance(given, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's header and where its tensors' bytes begin."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -153,8 +160,12 @@ def _file_tensors(path: Path) -> Iterator[Tensor]:
         text = file.read(length)
     if text.count(b"{") > MAX_TENSORS + 2:  # an object each, counted before any is built
         raise _too_many(path)
-    header = parsed_object(text, path)
-    end = 8 + length
+    return parsed_object(text, path), 8 + length
+
+
+def _file_tensors(path: Path) -> Iterator[Tensor]:
+    size = path.stat().st_size
+    header, end = _header(path)
     tensors = [_tensor(path, name, entry, data_begin=end, size=size) for name, entry in header.items() if name != META]
     # Without overlaps, hashing every tensor reads the file once, however many there are.
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
-from opd_mcp.identity.data.scan import PromptScan, overlap_of
+from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.models import require_decodable
+from opd_mcp.identity.tokenizers import TokenDifference, differences_text, require_unused, special_differences
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
+from opd_mcp.planning.text_work import TextFacts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
 from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
-from opd_mcp.schemas.recipes import Method
+from opd_mcp.schemas.recipes import Method, PromptingRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRequest
 from opd_mcp.store.artifacts import Artifact, ArtifactStore
@@ -49,12 +50,44 @@ class Findings:
         self.warnings.append(Finding(code=code, message=message, fix=fix, call=call))
 
 
-def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) -> None:
-    """Raise ConsistencyError `tokenizer_mismatch` for two models that are here and whose tokens differ."""
+def differing_tokens(teacher: ResolvedModel, student: ResolvedModel) -> tuple[TokenDifference, ...]:
+    """The special tokens that differ between two models that are here.
+
+    Raises ConsistencyError `tokenizer_mismatch` where ordinary tokens do.
+    """
     if teacher.facts is None or student.facts is None:
+        return ()
+    if teacher.facts.identity.tokenizer == student.facts.identity.tokenizer:
+        return ()
+    return special_differences(teacher.facts.path, student.facts.path)
+
+
+def judge_special_tokens(
+    differing: Sequence[TokenDifference], facts: TextFacts, prompting: PromptingRecipe, found: Findings
+) -> None:
+    """Name the special tokens that differ; raises ConsistencyError `tokenizer_mismatch` where prompts have them."""
+    if not differing:
         return
-    if teacher.facts.identity.tokenizer != student.facts.identity.tokenizer:
-        require_same_tokens(teacher.facts.path, student.facts.path)
+    used = set(facts.preview["watched"]) if facts.preview else set()
+    require_unused(differing, used, prompting, differences_text(differing))
+    found.warn(
+        "special_tokens_differ",
+        f"The vocabularies differ in special tokens (teacher / student): {differences_text(differing)}. "
+        + (
+            f"Prompts have {len(used)} of them, which the student learns in its SFT"
+            if used
+            else "None of the prompts looked at has one"
+        )
+        + "; the student is saved with the teacher's tokenizer.",
+        "Nothing has to be done; the student's lineage records it.",
+    )
+
+
+def require_generating(*models: ResolvedModel) -> None:
+    """Raise PathError `unsupported_model` for a model, known by its model_type, that cannot generate here."""
+    for model in models:
+        if model.facts is not None:
+            require_decodable(model.facts)
 
 
 def judge_files(inputs: PlanInputs, found: Findings) -> None:
@@ -175,14 +208,14 @@ def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
         )
 
 
-def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -> PromptHygiene:
+def judge_prompts(inputs: PlanInputs, facts: TextFacts, max_prompt_tokens: int, found: Findings) -> PromptHygiene:
     """What is odd in the prompts, by the same counts as a cache's manifest, the chat template's tokens left out.
 
     Warns of copies and of what is too long.
     """
     scan = inputs.prompts.scan
-    facts = inputs.teacher.facts or inputs.student.facts
-    over_long, estimated = over_long_prompts(facts.path, scan, max_prompt_tokens) if facts else (0, False)
+    over_long = round(facts.over * scan.long_rows / max(facts.counted, 1))
+    estimated = facts.counted < scan.long_rows
     hygiene = PromptHygiene(
         prompts=scan.rows,
         over_long_prompts=over_long,
@@ -200,7 +233,7 @@ def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -
             "over_long_prompts",
             f"{'About ' if estimated else ''}{over_long} of {scan.rows} prompts are over {max_prompt_tokens} tokens "
             "and will be left out"
-            + (f" (estimated from {len(scan.long_texts)} of the {scan.long_rows} longest)." if estimated else "."),
+            + (f" (estimated from {facts.counted} of the {scan.long_rows} longest)." if estimated else "."),
             "Raise 'prompting.max_prompt_tokens' to use them.",
         )
     return hygiene
@@ -227,35 +260,6 @@ def judge_rollouts(manifest: CacheManifest, cache_id: str, found: Findings) -> N
     if hygiene.quarantined:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in hygiene.quarantined.items())
         found.warn("rows_left_out", f"Rows were left out of {cache_id}: {reasons}.", "Nothing has to be done.")
-
-
-def mean_prompt_tokens(model: Path, scan: PromptScan) -> float | None:
-    """Mean tokens of evenly sampled prompts, without the chat template's; None for a tokenizer that cannot be read."""
-    lengths = _token_counts(model, [row.whole_text() for row in scan.sample])
-    return round(sum(lengths) / len(lengths), 2) if lengths else None
-
-
-def over_long_prompts(model: Path, scan: PromptScan, limit: int) -> tuple[int, bool]:
-    """Prompts of more than `limit` tokens, the chat template's not counted, and whether that is an estimate.
-
-    0 for a tokenizer that cannot be read. The scan's `long_bytes` must be `limit`.
-    """
-    assert not scan.rows or scan.long_bytes == limit
-    over = sum(length > limit for length in _token_counts(model, list(scan.long_texts)) or ())
-    sampled = len(scan.long_texts) < scan.long_rows
-    return round(over * scan.long_rows / max(len(scan.long_texts), 1)), sampled
-
-
-def _token_counts(model: Path, texts: list[str]) -> list[int] | None:
-    from tokenizers import Tokenizer
-
-    if not texts:
-        return None
-    try:
-        encodings = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts)
-    except Exception:  # the Rust side raises bare Exception; a length for an estimate is no reason to fail
-        return None
-    return [len(encoding.ids) for encoding in encodings]
 
 
 @dataclass(frozen=True)

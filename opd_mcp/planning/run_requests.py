@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any
 import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
-from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
+from opd_mcp.identity.tokenizers import TokenDifference
+from opd_mcp.planning.checks import Findings, differing_tokens, judge_special_tokens, require_generating
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
 from opd_mcp.planning.suites import with_suite
+from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
-from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.recipes import Method, Preset, PromptingRecipe, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -58,7 +60,8 @@ class RequestBuilder:
         """The teacher answers prompts."""
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
-        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher))
+        require_generating(teacher)
+        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher, recipe.prompting))
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
@@ -75,7 +78,7 @@ class RequestBuilder:
         if not (Path(str(responses.path)) / TOKENIZER_FOLDER).is_dir():
             teacher = self.references.declared_teacher(arguments.declared_teacher)
         if teacher is not None:
-            require_matching_tokenizers(teacher, student)
+            differing_tokens(teacher, student)
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input if teacher else None,
@@ -96,14 +99,15 @@ class RequestBuilder:
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
         student = self.references.sft_student(arguments.student, arguments.declared_teacher)
-        require_matching_tokenizers(teacher, student)
+        require_generating(student)
+        differing = differing_tokens(teacher, student)
         allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
             require_consistent(teacher.input.identity, student.input.sft_teacher, allowed=allowed)
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments, teacher if teacher.facts else student),
+            prompts=self._prompts(arguments, teacher if teacher.facts else student, recipe.prompting, differing),
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
@@ -167,14 +171,15 @@ class RequestBuilder:
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
+        require_generating(model, *baselines)
         for other in (model, *baselines):
             if teacher is not None:
-                require_matching_tokenizers(teacher, other)
+                differing_tokens(teacher, other)
         inputs = RunInputs(
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=self._prompts(arguments, model) if arguments.prompts is not None else None,
+            prompts=self._prompts(arguments, model, recipe.prompting) if arguments.prompts is not None else None,
             suite=suite,
         )
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
@@ -187,7 +192,8 @@ class RequestBuilder:
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
-        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model))
+        require_generating(model)
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model, recipe.prompting))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
@@ -199,11 +205,23 @@ class RequestBuilder:
         self,
         arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel,
         model: ResolvedModel,
+        prompting: PromptingRecipe,
+        differing: Sequence[TokenDifference] = (),
     ) -> DataInput:
+        """The prompts, looked at by the tokenizer that encodes them; raises as `TextWork.facts`.
+
+        Raises ConsistencyError `tokenizer_mismatch` where they have one of the special tokens that differ.
+        """
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
         assert arguments.prompts is not None, "a suite's are filled in, a task of lm-eval has none"
         prompts = self.references.prompts(arguments.prompts, columns)
-        mean = mean_prompt_tokens(model.facts.path, prompts.scan) if model.facts else None
+        mean = None
+        if model.facts is not None:
+            watched = tuple(difference.id for difference in differing)
+            asked = Asked(model.facts.path, prompting, prompts.scan, "all" if watched else None, watched=watched)
+            facts = self.references.texts.facts(asked)
+            judge_special_tokens(differing, facts, prompting, Findings())
+            mean = facts.mean_prompt_tokens
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
 
     def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:

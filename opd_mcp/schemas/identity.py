@@ -77,6 +77,18 @@ class Parent(Schema):
     artifact_id: str | None = None
 
 
+class AdapterOrigin(Schema):
+    """The adapter of a training: what it was trained on, where it began, and how the student was saved."""
+
+    base: ModelIdentity = Field(description="the frozen weights, those of an adapter's own base")
+    rank: int
+    scale: float = Field(description="the factor of the product BA")
+    start: Literal["zero", "continued"] = Field(
+        description="zero: π_ref is the student as it was given; continued: its own adapter was trained on"
+    )
+    saved: Literal["adapter", "merged", "both"]
+
+
 class Lineage(Record):
     """`lineage.json`: where an artifact's content comes from; it stays true when the directory is copied."""
 
@@ -89,7 +101,11 @@ class Lineage(Record):
         None, description="whose responses the model was fine-tuned on, or the responses are"
     )
     distilled_from: ModelIdentity | None = Field(None, description="the teacher of the distillation, if any")
+    adapter: AdapterOrigin | None = Field(None, description="absent where all weights were trained")
     teacher_mismatch_allowed: bool = False
+    special_tokens_differ: str | None = Field(
+        None, description="special tokens that the teacher's tokenizer and the student's own have at other ids"
+    )
     parents: list[Parent] = Field(default_factory=list)
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of each data file")
     versions: dict[str, str] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ The bytes of a layer's activations are what autograd was measured to keep for pa
 differ by a few values per token. `tests/engine/training/test_activations.py` measures them again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal, Self
@@ -27,6 +27,13 @@ LAYER_BYTES = {
     "autocast": (28, 11, 11, 9),
     "compiled_autocast": (14, 6, 8, 6),
     "bf16": (16, 11, 11, 8),
+}
+# The same under an adapter: a norm whose weight is frozen need not keep what it normalised.
+FROZEN_LAYER_BYTES = {
+    "float32": (16, 13, 13, 16),
+    "autocast": (20, 9, 9, 9),
+    "compiled_autocast": (14, 6, 8, 6),
+    "bf16": (12, 9, 9, 8),
 }
 # Values that selective checkpointing keeps: the layer's input, and the outputs of its products and of attention.
 SELECTIVE_VALUES = (3, 2, 2, 2)
@@ -61,6 +68,20 @@ class ModelShape:
             vocab=vocab,
         )
 
+    def adapter_parameters(self, rank: int, targets: Sequence[str] | None = None) -> int:
+        """Values of an adapter on these linear layers, by the names and widths of most decoders; None: on all."""
+        ends = {
+            "q_proj": self.hidden + self.query_width,
+            "k_proj": self.hidden + self.kv_width,
+            "v_proj": self.hidden + self.kv_width,
+            "o_proj": self.query_width + self.hidden,
+            "gate_proj": self.hidden + self.intermediate,
+            "up_proj": self.hidden + self.intermediate,
+            "down_proj": self.intermediate + self.hidden,
+        }
+        largest = max(ends.values())
+        return rank * self.layers * sum(ends.get(name, largest) for name in (ends if targets is None else targets))
+
     def widths(self) -> tuple[int, int, int, int]:
         """Residual stream, queries, keys, feed-forward."""
         return self.hidden, self.query_width, self.kv_width, self.intermediate
@@ -84,6 +105,19 @@ class TrainingMemory:
 
 
 @dataclass(frozen=True)
+class AdapterSize:
+    """An adapter on frozen weights: its values, bytes per frozen weight, and values of an earlier, frozen adapter.
+
+    `ranks` is the width of all low-rank products of a layer together.
+    """
+
+    trained: int
+    ranks: int
+    base_bytes: int
+    earlier: int = 0
+
+
+@dataclass(frozen=True)
 class StepSize:
     """What decides the memory of a training step besides its model: `tokens` are those of the largest micro-batch.
 
@@ -95,10 +129,13 @@ class StepSize:
     dtype: Literal["float32", "bfloat16"]
     device: str
     compiled: bool = False
+    adapter: "AdapterSize | None" = None
 
     @property
     def arithmetic(self) -> str:
         """The dtype of the layers' computation: float32, bf16 copies of float32 weights (autocast), or bf16 weights."""
+        if self.adapter is not None and self.dtype == "bfloat16":
+            return "bf16" if self.adapter.base_bytes == 2 else "autocast"
         if not keeps_float32(self.precision):
             return "bf16"
         return "autocast" if self.dtype == "bfloat16" else "float32"
@@ -152,6 +189,8 @@ def _memory_with(policy: CheckpointingPolicy, shape: ModelShape, step: StepSize)
     copies = 2 if arithmetic == "autocast" else 0
     tile = min(4 * tokens * shape.vocab, TILE_BYTES.get(step.device, TILE_BYTES["cpu"]))
     head_copy = 4 * shape.vocab * shape.hidden if narrow else 0
+    if (adapter := step.adapter) is not None:
+        return _adapter_memory(policy, shape, step, adapter)
     return TrainingMemory(
         policy=policy,
         weights=(weight_bytes(precision) + copies) * shape.parameters,
@@ -162,11 +201,38 @@ def _memory_with(policy: CheckpointingPolicy, shape: ModelShape, step: StepSize)
     )
 
 
+def _adapter_memory(
+    policy: CheckpointingPolicy, shape: ModelShape, step: StepSize, adapter: AdapterSize
+) -> TrainingMemory:
+    """As for all weights, but that gradients and moments are the adapter's, and the head forms no weight gradient.
+
+    The inputs of the frozen products are kept for the adapter instead; the low-rank values come on top.
+    """
+    narrow, tokens = step.arithmetic != "float32", step.tokens
+    tile = min(4 * tokens * shape.vocab, TILE_BYTES.get(step.device, TILE_BYTES["cpu"]))
+    # a bf16 head is its own operand on CUDA; elsewhere it is widened
+    same = adapter.base_bytes == 2 and step.device == "cuda"
+    widened = 4 * shape.vocab * shape.hidden if narrow and not same else 0
+    # autocast makes a bf16 copy of a float32 weight, kept for the input's gradient
+    copies = 2 if step.arithmetic == "autocast" and policy != "full" else 0
+    low_rank = (2 if narrow else 4) * adapter.ranks
+    layers = 1 if policy == "full" else shape.layers  # a selective checkpoint keeps the outputs of all products
+    return TrainingMemory(
+        policy=policy,
+        weights=(adapter.base_bytes + copies) * shape.parameters + 4 * (adapter.trained + adapter.earlier),
+        gradients=4 * adapter.trained,
+        optimizer=8 * adapter.trained,
+        activations=tokens * (_token_bytes(policy, shape, step) + layers * low_rank),
+        head=tile + (tile // 2 if narrow else 0) + widened + 12 * tokens * shape.hidden,
+    )
+
+
 def _token_bytes(policy: CheckpointingPolicy, shape: ModelShape, step: StepSize) -> int:
     arithmetic = step.arithmetic
     # recomputed layers may run uncompiled
     kind = "compiled_autocast" if step.compiled and arithmetic == "autocast" and policy == "none" else arithmetic
-    whole = sum(width * each for width, each in zip(shape.widths(), LAYER_BYTES[kind], strict=True))
+    bytes_of = LAYER_BYTES if step.adapter is None else FROZEN_LAYER_BYTES
+    whole = sum(width * each for width, each in zip(shape.widths(), bytes_of[kind], strict=True))
     if policy == "none":
         return (shape.layers + 1) * whole
     value = 4 if arithmetic == "float32" else 2

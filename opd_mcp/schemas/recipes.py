@@ -1,5 +1,6 @@
 """Recipes: every setting of every stage, resolved, as data."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -16,6 +17,9 @@ SaveDtype = Literal["input", "float32", "bfloat16"]
 Preset = Literal["quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
+AdapterInit = Literal["kaiming", "gaussian"]
+AdapterScaling = Literal["lora", "rslora"]
+AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 ReferenceRow = Literal["teacher", "base"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -38,6 +42,16 @@ class PromptingRecipe(Schema):
         None, description="default: the teacher's, of its generation config, its tokenizer and its chat template"
     )
     max_prompt_tokens: PositiveInt = 2048
+    differing_tokens: Literal["refuse", "learn"] = Field(
+        "refuse",
+        description="special tokens that teacher and student name differently where prompts have them: refused, or "
+        "learnt by the student in its SFT",
+    )
+    control_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="what a control token such as <|im_end|> becomes where a prompt's text spells it: ordinary text, "
+        "or the token itself",
+    )
 
 
 class Sampling(Schema):
@@ -63,6 +77,39 @@ class OptimizerRecipe(Schema):
         description="what the weights are kept in: float32, with float32 or 8-bit moments (extra 'int8'); bf16 with a "
         "16-bit low part that makes them exact float32; or bf16 alone, rounded stochastically or to the nearest",
     )
+
+
+class AdapterRecipe(Schema):
+    """LoRA (arXiv 2106.09685): the student stays frozen, and two thin matrices per linear layer are trained."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    alpha: PositiveFloat | None = Field(None, description="default: twice the rank")
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="names of linear layers, e.g. ['q_proj', 'v_proj']; default: all of a decoder layer"
+    )
+    init: AdapterInit = Field("kaiming", description="how A is drawn; B starts at zero")
+    scaling: AdapterScaling = Field("lora", description="α/r, or 'rslora': α/√r (arXiv 2312.03732)")
+    base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen weights; 'auto': the runtime's, or float32 where they are stored in float32"
+    )
+    continue_adapter: bool = Field(
+        False, description="go on training the adapter that the student is; otherwise a new one starts at zero on it"
+    )
+    save: AdapterSave | None = Field(
+        None,
+        description="peft's format, a whole model, or both; default: 'merged' in a float32 run, 'adapter' in a "
+        "bfloat16 run, where loading a merged student would round its delta away",
+    )
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product BA."""
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
+
+    def saved_as(self, dtype: Literal["float32", "bfloat16"]) -> AdapterSave:
+        """How a run in this dtype saves its student."""
+        return self.save or ("merged" if dtype == "float32" else "adapter")
 
 
 class ResponsesRecipe(Schema):
@@ -93,7 +140,11 @@ class SftRecipe(Schema):
     save_dtype: SaveDtype = Field(
         "input",
         description="what the student's weights are saved in; 'input': as the student was given, or as "
-        "`precision` kept them where that is narrower",
+        "`precision` kept them where that is narrower; an adapter is merged in float32",
+    )
+    adapter: AdapterRecipe | None = Field(
+        None,
+        description="train an adapter only: {} for rank 32 on all linear layers, or its keys; default: all weights",
     )
 
 
@@ -136,6 +187,7 @@ class DistillRecipe(Schema):
     micro_batch_tokens: PositiveInt = 16384
     activation_checkpointing: ActivationCheckpointing = "auto"
     save_dtype: SaveDtype = "input"
+    adapter: AdapterRecipe | None = None
 
     @model_validator(mode="after")
     def _repairs_sampled_scores(self) -> Self:

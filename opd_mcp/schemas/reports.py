@@ -56,6 +56,7 @@ class TrainingSummary(Schema):
     seconds_per_step: float
     trained_tokens: int
     parameters: int
+    trained_parameters: int | None = Field(None, description="those of the adapter; absent where all are trained")
     device: str
     final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
     seconds_generation: float | None = None
@@ -85,7 +86,9 @@ class Throughput(Schema):
     """How fast a training stage was, and where its time went."""
 
     tokens_per_second: float = Field(description="response tokens per second of the loop")
-    model_flops: float = Field(description="of all steps: 6 per parameter and token, plus attention; no recomputation")
+    model_flops: float = Field(
+        description="of all steps: 6 per parameter and token, 4 per frozen one, plus attention; no recomputation"
+    )
     flops_per_second: float
     utilisation: float = Field(description="flops_per_second over matmul_peak")
     matmul_peak: float = Field(description="operations per second of a large matmul in this run's dtype, same process")

@@ -5,13 +5,14 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.errors import ArgumentError, ResourceError, nearest
 from opd_mcp.schemas.memory import keeps_float32
-from opd_mcp.schemas.recipes import OptimizerRecipe, Preset, Recipe
+from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Preset, Recipe, SftRecipe
 
 
 def preset_values(preset: Preset) -> dict[str, Any]:
@@ -21,13 +22,35 @@ def preset_values(preset: Preset) -> dict[str, Any]:
 
 
 def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key that an override may name."""
+    """Every dotted key that an override may name; a section that is off by default may be named as a whole as well."""
     for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from recipe_keys(annotation, f"{prefix}{name}.")
-        elif prefix:
+        sections = [part for part in (field.annotation, *get_args(field.annotation)) if _is_section(part)]
+        if prefix and field.annotation not in sections:
             yield prefix + name
+        for section in sections:
+            yield from recipe_keys(section, f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def recipe_arguments(path: Path) -> dict[str, Any]:
+    """A recipe file as arguments of plan_distillation: its tables become dotted overrides, the rest stays."""
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    plain = {name: value for name, value in content.items() if name not in tables}
+    return plain | {"overrides": dict(_dotted(tables, set(recipe_keys())))}
+
+
+def _dotted(tables: Mapping[str, Any], keys: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables; a table that is itself a recipe's value stays whole."""
+    for name, value in tables.items():
+        key = prefix + name
+        if isinstance(value, dict) and key not in keys:
+            yield from _dotted(value, keys, f"{key}.")
+        else:
+            yield key, value
 
 
 def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
@@ -51,7 +74,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
         section = values
         *parents, name = key.split(".")
         for parent in parents:
-            section = section.setdefault(parent, {})
+            section[parent] = section = section.get(parent) or {}
         section[name] = value
     try:
         recipe = Recipe.model_validate({**values, "preset": preset})
@@ -67,6 +90,8 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     for part, optimizer in (("sft.optimizer", recipe.sft.optimizer), ("distill.optimizer", recipe.distill.optimizer)):
         require_kept_updates(optimizer, part)
         require_package(optimizer, part)
+    for name, training in (("sft", recipe.sft), ("distill", recipe.distill)):
+        require_adapter_precision(training, name)
     return recipe
 
 
@@ -115,6 +140,18 @@ def require_kept_updates(recipe: OptimizerRecipe, section: str) -> None:
             "by less than half the distance between two bf16 numbers.",
             value=f"{section}.betas={recipe.betas}",
             fix=f"Lower '{section}.betas', or set '{section}.precision' to 'fp32_master'.",
+        )
+
+
+def require_adapter_precision(recipe: SftRecipe | DistillRecipe, section: str) -> None:
+    """Raise ArgumentError `lossy_precision` for an adapter that would not be kept in float32."""
+    if recipe.adapter is not None and recipe.optimizer.precision != "fp32_master":
+        raise ArgumentError(
+            "lossy_precision",
+            "An adapter and its moments are kept in float32: they are small, and what is narrow is the frozen model.",
+            value=f"{section}.optimizer.precision='{recipe.optimizer.precision}'",
+            fix=f"Set '{section}.optimizer.precision' to 'fp32_master'; '{section}.adapter.base_dtype' says how the "
+            "frozen weights are kept.",
         )
 
 

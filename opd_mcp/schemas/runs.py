@@ -135,10 +135,19 @@ class Quotas(Schema):
     max_bytes: int | None = Field(None, ge=1, description="size of the whole workspace")
 
 
+class StopSettings(Schema):
+    """How a worker that does not answer is ended."""
+
+    grace_seconds: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="from a cancel request to SIGTERM, and from SIGTERM to SIGKILL"
+    )
+
+
 class WorkspaceSettings(Schema):
     """The settings file of a workspace."""
 
     quotas: Quotas = Quotas()
+    stop: StopSettings = StopSettings()
 
 
 class Progress(Schema):
@@ -224,6 +233,7 @@ class RunRow(Schema):
     run_id: str
     kind: RunKind
     state: RunState
+    note: str | None = None
     created_at: str
     student: str | None = None
     teacher: str | None = None

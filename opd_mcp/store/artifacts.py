@@ -22,7 +22,7 @@ from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.store.files import tree_bytes, tree_sha256
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
-from opd_mcp.store.lineage_key import WorkspaceKey, workspace_key
+from opd_mcp.store.keys import WorkspaceKey, workspace_key
 from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
 
 ARTIFACT_FILE = "artifact.json"

@@ -208,3 +208,12 @@ def test_a_cache_that_is_too_small_for_the_estimator_by_an_override_is_refused(w
     changes = {"estimator": "topk_reverse_kl", "overrides": {"score.topk": 4, "distill.topk": 8}}
     with pytest.raises(ArgumentError, match=r"score.topk=4 contradicts distill.topk=8"):
         service.plan(world.plan_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"method": "live"}, "live distillation has none"), ({"estimator": "topk_reverse_kl"}, "needs the estimator")],
+)
+def test_a_repair_without_cached_scores_of_sampled_tokens_is_refused(world, service, changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        service.plan(world.plan_arguments(**changes, overrides={"distill.repair": "residual"}))

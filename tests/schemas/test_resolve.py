@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
-from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.recipes import AdapterRecipe, Recipe
 from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
 
 PRESETS = ("quick", "paper", "demo")
@@ -47,10 +47,28 @@ def test_a_bad_value_names_its_key(key: str, value: object) -> None:
 def test_every_listed_key_can_be_overridden_with_its_own_value() -> None:
     recipe = resolve_recipe("demo", {})
     for key in recipe_keys():
-        value: object = recipe
+        section, value = None, recipe
         for part in key.split("."):
-            value = getattr(value, part)
-        assert resolve_recipe("demo", {key: value}) == recipe, key
+            section, value = value, getattr(value, part, None)
+        if section is not None:
+            assert resolve_recipe("demo", {key: value}) == recipe, key
+
+
+@pytest.mark.parametrize("section", ["sft", "distill"])
+def test_an_adapter_is_off_until_it_or_one_of_its_keys_is_named(section: str) -> None:
+    off, name = resolve_recipe("quick", {}), f"{section}.adapter"
+    assert getattr(off, section).adapter is None
+    assert "adapter" not in off.to_dict()[section], "recipes without one keep their hashes"
+    plain = resolve_recipe("quick", {name: {}})
+    assert getattr(plain, section).adapter == AdapterRecipe()
+    ranked = resolve_recipe("quick", {f"{name}.rank": 8, f"{name}.targets": ["q_proj"]})
+    assert getattr(ranked, section).adapter == AdapterRecipe(rank=8, targets=["q_proj"])
+    assert getattr(ranked, section).adapter.scale == 2.0
+    assert resolve_recipe("quick", {name: {"rank": 4}, f"{name}.alpha": 4}).content_hash() != plain.content_hash()
+    with pytest.raises(ArgumentError, match=rf"{name}\.rank"):
+        resolve_recipe("quick", {f"{name}.rnk": 8})
+    with pytest.raises(ArgumentError, match="fp32_master"):
+        resolve_recipe("quick", {name: {}, f"{section}.optimizer.precision": "split_master"})
 
 
 def test_equal_recipes_have_equal_hashes() -> None:

@@ -20,8 +20,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context, counter, require_going
+from opd_mcp.engine.data.encoding import chat_of
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, build_sequences
-from opd_mcp.engine.data.templates import rendered
 from opd_mcp.engine.evaluation.intervals import Z95
 from opd_mcp.engine.generation.batch_state import Generated, GenerationSettings
 from opd_mcp.engine.generation.generator import generate
@@ -56,7 +56,7 @@ class EngineModel(TemplateLM):
         self.drawn: list[Generated] = []
         self.asked: list[Any] = []
         self._model, self._adopted, self._section, self._runtime = model, adopted, section, runtime
-        self._context = context
+        self._context, self._chat = context, chat_of(adopted.tokenizer, context.prompting)
         positions = getattr(model.model.config, "max_position_embeddings", None)
         self._longest = min(positions or 1 << 31, context.prompting.max_prompt_tokens + section.sampling.max_new_tokens)
 
@@ -72,11 +72,15 @@ class EngineModel(TemplateLM):
         return str(self._adopted.path)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns as the template writes them, with the recipe's `chat_template_kwargs`."""
-        options = dict(self._context.prompting.chat_template_kwargs)
-        if not add_generation_prompt:
-            options["continue_final_message"] = True
-        return rendered(self.tokenizer, chat_history, options, to_answer=add_generation_prompt)
+        """The turns as the template writes them; without a generation prompt up to the last turn's own end.
+
+        lm-eval's requests are texts, so a control token that a task spells is encoded as a token.
+        """
+        text = self._chat.plain(self._chat.rendered(chat_history, to_answer=add_generation_prompt))
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"].strip()
+        return text[: text.rindex(begun) + len(begun)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; the tokenizer's own special tokens stand in front unless a template wrote them."""

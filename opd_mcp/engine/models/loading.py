@@ -11,18 +11,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.templates import end_of_turn
+from opd_mcp.engine.data.encoding import chat_of, limited_rendering
 from opd_mcp.engine.losses.logit_tiles import kernel_problem
 from opd_mcp.engine.models.attention import padding_warning, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.embeddings import head_logits
+from opd_mcp.engine.models.kv_cache import decoding_problem
+from opd_mcp.engine.models.lora import add_adapter, load_adapter, merge, require_continuable
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.models import ModelFacts, inspect_model
-from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids, token_map
+from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable, undecodable
+from opd_mcp.identity.safetensors import read_tensors
+from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, token_map
 from opd_mcp.schemas.errors import IntegrityError, PathError
-from opd_mcp.schemas.recipes import PromptingRecipe
+from opd_mcp.schemas.recipes import AdapterRecipe, PromptingRecipe
 
 # its bars would fill a worker's log; a stage reports its progress through its Reporter
 disable_progress_bar()
@@ -30,6 +33,7 @@ disable_progress_bar()
 GENERATION_CONFIG = "generation_config.json"
 # what a model computes with besides its weights and tokenizer, which have hashes of their own
 MODEL_FILES = ("config.json", GENERATION_CONFIG)
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,22 +68,40 @@ class LoadedModel:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
 
-def load_model(path: Path, runtime: Runtime, *, for_training: bool = False, compiled: bool = True) -> LoadedModel:
+def load_model(
+    path: Path,
+    runtime: Runtime,
+    *,
+    for_training: bool = False,
+    generates: bool = False,
+    compiled: bool = True,
+    adapter: AdapterRecipe | None = None,
+) -> LoadedModel:
     """The model at `path`: fp32 master weights for training, the runtime's dtype otherwise.
 
-    On CUDA a large model's layers are `compiled`, which takes some ten seconds.
+    On CUDA a large model's layers are `compiled`, which takes some ten seconds. With `adapter` an adapter is trained
+    on the frozen model. An adapter's directory is loaded with its base: kept apart from it where that is frozen,
+    merged in float32 where all weights are trained.
 
     Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), `unsupported_model` for a configuration
-    that transformers cannot build, or `unsupported_head` for a class whose logits are not its head applied to its
-    decoder's last hidden state.
+    that transformers cannot build or, where it `generates`, a class that this engine does not decode rightly with a
+    cache, or `unsupported_head` for a class whose logits are not its head applied to its decoder's last hidden state.
     """
     facts = inspect_model(path)
+    if generates:
+        require_decodable(facts)
+    trains_all = for_training and adapter is None
+    dtype = torch.float32 if trains_all else runtime.dtype
+    if adapter is not None:
+        if adapter.continue_adapter:
+            require_continuable(facts.adapter, adapter, path)
+        dtype = frozen_dtype(adapter, facts.weights_path, runtime)
     if runtime.device.type == "cuda":
         gc.collect()  # compiled layers hold one another, so an earlier model may still be there
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32 if for_training else runtime.dtype,
+            facts.weights_path,
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -93,11 +115,37 @@ def load_model(path: Path, runtime: Runtime, *, for_training: bool = False, comp
             "an architecture that the installed transformers has.",
         ) from error
     model = model.to(runtime.device)
+    if facts.adapter is not None:
+        load_adapter(model, facts.adapter, trained=adapter is not None and adapter.continue_adapter)
+    if adapter is not None and not adapter.continue_adapter:
+        add_adapter(model, adapter, runtime.seed)
+    if trains_all and facts.adapter is not None:
+        merge(model)
     model.train(for_training)
     _require_plain_head(model, path)
     use_packed_attention(model)
+    if generates and (wrong := decoding_problem(model)) is not None:
+        raise undecodable(facts, wrong)
     problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast) if compiled else None
     return LoadedModel(model, facts, path, problem)
+
+
+def frozen_dtype(recipe: AdapterRecipe, weights: Path, runtime: Runtime) -> torch.dtype:
+    """What the frozen weights in this directory are kept in.
+
+    float32 ones stay so by default: a student that was merged in float32 would lose most of what it learnt in bf16.
+    """
+    if recipe.base_dtype != "auto":
+        return getattr(torch, recipe.base_dtype)
+    return torch.float32 if stored_dtype(weights) is torch.float32 else runtime.dtype
+
+
+def stored_dtype(weights: Path) -> torch.dtype:
+    """The dtype of most of the weights in a directory; bfloat16 for those that are narrower than 16 bits."""
+    values: dict[str, int] = {}
+    for tensor in read_tensors(weights):
+        values[tensor.dtype] = values.get(tensor.dtype, 0) + tensor.elements
+    return STORED_DTYPES.get(max(values, key=values.__getitem__), torch.bfloat16)
 
 
 @torch.no_grad()
@@ -196,25 +244,8 @@ class AdoptedTokenizer:
 
 
 def adopt_tokenizer(path: Path, prompting: PromptingRecipe) -> AdoptedTokenizer:
-    """The tokenizer at `path` with the ids that end a response: the recipe's, or all that its files name.
-
-    Those are the ids in generation_config.json (else config.json), the tokenizer's EOS token, and the token that the
-    chat template writes after an assistant's turn, which is the one that is taught; without a template it is the
-    tokenizer's EOS token.
-
-    Raises PathError `not_a_model` if nothing names one: without a stop token no response would end.
-    """
+    """The tokenizer at `path` with the ids that end a response, as `ChatTokenizer.stop_ids` says; raises as it does."""
     tokenizer, tokens = load_tokenizer(path), token_map(path)
-    own = tokenizer.eos_token_id
-    named = {*eos_token_ids(path, tokens), *([own] if own is not None else [])}
-    end = end_of_turn(tokenizer, named, prompting.chat_template_kwargs)
-    stops = tuple(prompting.eos_token_ids or sorted(named | ({end} if end is not None else set())))
-    if not stops:
-        raise PathError(
-            "not_a_model",
-            "No EOS id is named in generation_config.json, config.json, tokenizer_config.json or the chat template.",
-            value=path,
-            fix="Set the override 'prompting.eos_token_ids'.",
-        )
-    taught = next((token_id for token_id in (end, own) if token_id in stops), stops[0])
+    with limited_rendering(1):
+        stops, taught = chat_of(tokenizer, prompting).stop_ids(path)
     return AdoptedTokenizer(tokenizer, stops, taught, max(tokens) + 1, path)

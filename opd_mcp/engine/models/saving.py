@@ -11,15 +11,19 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from opd_mcp.engine.models.loading import (
     GENERATION_CONFIG,
+    MODEL_FILES,
     AdoptedTokenizer,
     LoadedModel,
     copy_tokenizer,
     load_tokenizer,
+    stored_dtype,
 )
+from opd_mcp.engine.models.lora import lost_by_merging, merge, save_adapter
+from opd_mcp.identity.adapters import ADAPTER_WEIGHTS
 from opd_mcp.identity.files import read_json_object, write_atomic
-from opd_mcp.identity.safetensors import read_tensors
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import PathError
-from opd_mcp.schemas.recipes import SaveDtype
+from opd_mcp.schemas.recipes import AdapterSave, SaveDtype
 
 # What processors and servers read next to weights, configuration and tokenizer.
 COMPANION_FILES = (
@@ -33,26 +37,35 @@ COMPANION_FILES = (
     "NOTICE",
     "NOTICE.txt",
 )
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST_LOST = 0.01
+"""The share of what an adapter adds that rounding may take when it is merged."""
+ADAPTER_FOLDER = "adapter"
+"""Where a merged student also has its adapter."""
 
 
 @dataclass(frozen=True)
 class SavedForm:
     """How a student is saved: with the files of which original, with which tokenizer, in which dtype.
 
-    A dtype that was not `asked` for never widens weights that training kept narrower.
+    A dtype that was not `asked` for never widens weights that training kept narrower. `adapter` says in which ways a
+    student with an adapter is saved, which belongs to the weights in `base`.
     """
 
     original: Path
     adopted: AdoptedTokenizer
     dtype: torch.dtype
     asked: bool
+    adapter: AdapterSave | None = None
+    base: Path | None = None
 
     @classmethod
-    def of(cls, student: LoadedModel, adopted: AdoptedTokenizer, dtype: SaveDtype) -> "SavedForm":
+    def of(
+        cls, student: LoadedModel, adopted: AdoptedTokenizer, dtype: SaveDtype, adapter: AdapterSave | None = None
+    ) -> "SavedForm":
         """The form that a recipe's `save_dtype` asks for; "input" is the dtype of most of the original's weights."""
-        chosen = input_dtype(student.path) if dtype == "input" else getattr(torch, dtype)
-        return cls(student.path, adopted, chosen, asked=dtype != "input")
+        base = student.facts.weights_path
+        chosen = stored_dtype(base) if dtype == "input" else getattr(torch, dtype)
+        return cls(student.path, adopted, chosen, dtype != "input", adapter, base)
 
     def try_out(self, model: PreTrainedModel) -> None:
         """Write everything but the weights to a temporary folder and read it again: no training ends in an error.
@@ -76,12 +89,41 @@ class SavedForm:
                     fix="Correct the model's configuration and tokenizer files, then start again.",
                 ) from error
 
-    def save(self, model: PreTrainedModel, output: Path) -> None:
-        """Write the model to `output` as safetensors, with all its files; its weights then have this form's dtype."""
+    def save(self, model: PreTrainedModel, output: Path) -> str | None:
+        """Write the model to `output` as safetensors, with all its files; its weights then have this form's dtype.
+
+        With an adapter: the adapter, or the merged model, which may have the adapter in a folder of its own. Merging is
+        done in float32. The answer is why a narrower dtype was refused, if it was.
+        """
         self._prepare(model)
+        if self.adapter is not None:
+            return self._save_adapter(model, output, self.adapter)
         cast(model, model.dtype if model.dtype.itemsize < self.dtype.itemsize and not self.asked else self.dtype)
         model.save_pretrained(output)
         self._write_companions(output)
+        return None
+
+    def _save_adapter(self, model: PreTrainedModel, output: Path, ways: AdapterSave) -> str | None:
+        assert self.base is not None, "an adapter belongs to a base"
+        if ways != "merged":
+            alone = output if ways == "adapter" else output / ADAPTER_FOLDER
+            save_adapter(model, alone, self.base, inspect_model(self.base).identity)
+            self._write_companions(alone)
+        if ways == "adapter":
+            return None
+        model.to("cpu")  # a merged model may be twice as wide as what fitted the device
+        refused, dtype = None, self.dtype if self.asked else torch.float32
+        if dtype is not torch.float32 and (share := lost_by_merging(model, dtype)) > MOST_LOST:
+            refused = (
+                f"Merging into {str(dtype).removeprefix('torch.')} is refused: rounding would lose {share:.1%} of what "
+                f"the adapter adds, more than {MOST_LOST:.0%}. The student is saved in float32."
+            )
+            dtype = torch.float32
+        merge(model)
+        cast(model, dtype)
+        model.save_pretrained(output)
+        self._write_companions(output)
+        return refused
 
     def _prepare(self, model: PreTrainedModel) -> None:
         model.config.eos_token_id = list(self.adopted.eos_token_ids)
@@ -99,12 +141,9 @@ class SavedForm:
                 shutil.copyfile(self.original / name, output / name)
 
 
-def input_dtype(model: Path) -> torch.dtype:
-    """The dtype of most of a model's weights; bfloat16 for one that is narrower than 16 bits."""
-    values: dict[str, int] = {}
-    for tensor in read_tensors(model):
-        values[tensor.dtype] = values.get(tensor.dtype, 0) + tensor.elements
-    return DTYPES.get(max(values, key=values.__getitem__), torch.bfloat16)
+def saved_files(output: Path) -> list[str]:
+    """The files of a saved student that its lineage proves by their hashes; weights and tokenizer have other hashes."""
+    return [name for name in (*MODEL_FILES, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}") if (output / name).is_file()]
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ from pathlib import Path
 from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, score_model
-from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, model_warnings
+from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.provenance import Provenance, record_lineage
-from opd_mcp.engine.runtime import hardware_name, open_runtime
+from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
 from opd_mcp.identity.consistency import vouched
@@ -17,6 +17,7 @@ from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe
 from opd_mcp.schemas.reports import BenchmarkReport, Comparison, Estimate95, GapClosed, ModelScore
@@ -35,17 +36,18 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     chosen = [asked(row, section.prompt_template) for row in rows[: section.limit]]
     grader_name, reason = recipe_grader(section, [row.answer for row in chosen if row.answer is not None])
     grader = grader_for(grader_name, pattern=section.answer_pattern, allow_code=section.allow_code)
-    teacher = load_model(inputs.teacher, runtime) if inputs.teacher else None
+    answered = sum(row.answer is not None for row in chosen)
+    references = inputs.references if answered else {}
+    teacher, references, warnings = _teacher_and_references(inputs.teacher, references, runtime)
     task = Measurement(section, chosen, grader, teacher, runtime, context)
     scored: dict[str, Scored] = {}
-    warnings = model_warnings(context, teacher)
-    answered = sum(row.answer is not None for row in chosen)
-    models = {**inputs.models, **(inputs.references if answered else {})}
+    warnings += model_warnings(context, teacher)
+    models = {**inputs.models, **references}
     for name, path in models.items():
         context.reporter.phase(f"measuring {name}")
         # As a row of its own the teacher has no reverse KL; one that the caller names as a model has: about 0.
         itself = teacher is not None and name not in inputs.models and path == inputs.teacher
-        model = teacher if teacher is not None and itself else load_model(path, runtime)
+        model = teacher if teacher is not None and itself else load_model(path, runtime, generates=True)
         warnings += model_warnings(context, model)
         with grader:
             scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
@@ -109,6 +111,22 @@ def asked(row: PromptRow, template: str | None) -> PromptRow:
             turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
             break
     return replace(row, messages=tuple(turns))
+
+
+def _teacher_and_references(
+    path: Path | None, references: Mapping[str, Path], runtime: Runtime
+) -> tuple[LoadedModel | None, Mapping[str, Path], list[str]]:
+    """The teacher, the references that can be measured, and why one cannot: some teachers can only score."""
+    if path is None:
+        return None, references, []
+    generates = path in references.values()
+    try:
+        return load_model(path, runtime, generates=generates), references, []
+    except PathError as error:
+        if not generates or error.code != "unsupported_model":
+            raise
+        others = {name: other for name, other in references.items() if other != path}
+        return load_model(path, runtime), others, [f"The teacher's accuracy is not measured. {error.message}"]
 
 
 def _comparisons(candidate: str, scored: Mapping[str, Scored]) -> list[Comparison]:

@@ -2,20 +2,22 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from opd_mcp.engine.context import Context, SftInputs
 from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.targets import sft_targets
 from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
-from opd_mcp.engine.models.loading import MODEL_FILES, adopt_tokenizer, load_model, model_warnings
-from opd_mcp.engine.models.saving import SavedForm
-from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage
+from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, model_warnings
+from opd_mcp.engine.models.saving import SavedForm, saved_files
+from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, frozen_hash, full_identity, record_lineage
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import differences_text, require_unused, special_differences
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import SftRecipe
@@ -29,26 +31,35 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     claim = claim_of(responses, inputs.sft_teacher, context) if responses.is_dir() else inputs.sft_teacher
     saved = responses / "tokenizer"
     adopted = adopt_tokenizer(inputs.tokenizer or (saved if saved.is_dir() else student), context.prompting)
-    require_same_tokens(adopted.path, student)
+    differing = special_differences(adopted.path, student)
     rows = read_responses(responses)
     graded = graded_responses(rows, adopted.tokenizer, inputs.grading, context) if inputs.grading else None
     targets = sft_targets(rows, adopted, section, context)
-    model = load_model(student, runtime, for_training=True)
+    used = {*map(int, np.unique(targets.sequences.prompt_ids)), adopted.end_of_turn}
+    require_unused(differing, used, context.prompting, student)
+    if differing:
+        context.reporter.alert("special_tokens_differ", f"Teacher / student: {differences_text(differing)}.")
+    model = load_model(student, runtime, for_training=True, adapter=section.adapter)
     model_warnings(context, model)
-    form = SavedForm.of(model, adopted, section.save_dtype)
+    origin = adapter_origin(student, section.adapter, context)
+    form = SavedForm.of(model, adopted, section.save_dtype, origin.saved if origin else None)
     form.try_out(model.model)
     steps = stored_batches(
         targets.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="sft"
     )
-    task = TrainingTask(LoopSettings.of(section, "token"), steps, SFT_OBJECTIVE, sft_metrics)
+    frozen = frozen_hash(origin, student)
+    task = TrainingTask(LoopSettings.of(section, "token"), steps, SFT_OBJECTIVE, sft_metrics, frozen)
     summary = train(model.model, task, runtime, context)
     summary = summary.model_copy(update={"sft_rows": targets.rows, "teacher_responses": graded})
-    form.save(model.model, output)
+    if (refused := form.save(model.model, output)) is not None:
+        context.reporter.alert("lossy_merge", refused)
     write_atomic(output / "training.json", summary.to_json(indent=2))
     responses_hash = content_hash([[row.prompt.text(), row.response, row.response_ids] for row in rows])
     parents = [
         Parent(role="student", identity=full_identity(student)),
         Parent(role="responses", sha256=responses_hash),
     ]
-    record_lineage(output, Provenance("model", "sft", section, parents, MODEL_FILES), context, sft_teacher=claim)
+    made = Provenance("model", "sft", section, parents, saved_files(output))
+    told = differences_text(differing, len(differing)) or None
+    record_lineage(output, made, context, sft_teacher=claim, adapter=origin, special_tokens_differ=told)
     return summary

@@ -7,6 +7,7 @@ products and of attention as well, so that only norms, activations and the like 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +16,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.models.compiled import decoder_layers, is_compiled
+from opd_mcp.engine.models.lora import adapters
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.machine import container_room, statistic
 from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.memory import ModelShape, StepSize, TrainingMemory, training_memory
+from opd_mcp.schemas.memory import AdapterSize, ModelShape, StepSize, TrainingMemory, training_memory
 from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
 
 KEPT_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
@@ -38,7 +40,20 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         value = getattr(config, name, None)
         return value if type(value) is int else None
 
-    return ModelShape.of(model.num_parameters(), config.vocab_size, setting)
+    added = sum(side.numel() for layer in adapters(model).values() for side in layer.trained())
+    return ModelShape.of(model.num_parameters() - added, config.vocab_size, setting)
+
+
+def adapter_size(model: PreTrainedModel) -> AdapterSize | None:
+    """The size of what is trained on a frozen model; None where all weights are trained."""
+    layers = list(adapters(model).values())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    if not layers or not trained:
+        return None
+    ranks = sum(len(side) for layer in layers for side in (layer.lora_A, layer.earlier_A) if side is not None)
+    earlier = sum(side.numel() for layer in layers for side in (layer.earlier_A, layer.earlier_B) if side is not None)
+    per_layer = ceil(ranks / max(model_shape(model).layers, 1))
+    return AdapterSize(trained, per_layer, layers[0].weight.itemsize, earlier)
 
 
 def step_memory(
@@ -63,7 +78,7 @@ def step_memory(
         )
     held = sum(parameter.nbytes for parameter in model.parameters())
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if runtime.trains_in_autocast else "float32"
-    step = StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model))
+    step = StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model), adapter_size(model))
     room = free_memory(runtime.device) + held
     return training_memory(model_shape(model), step, checkpointing if able else "none", room)
 

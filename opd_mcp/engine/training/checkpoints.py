@@ -1,7 +1,8 @@
 """Training checkpoints: what a killed run needs to end with the weights that it would have had, to the bit.
 
-A checkpoint is a directory `step-00000120` with weights, optimizer state and random states as safetensors and a sealed
-`checkpoint.json`. It is written by a thread of its own under a temporary name, fsynced and renamed; the last two stay.
+A checkpoint is a directory `step-00000120` with the trained weights, optimizer state and random states as safetensors
+and a sealed `checkpoint.json`; frozen weights are in none. It is written by a thread of its own under a temporary name,
+fsynced and renamed; the last two stay.
 Random streams of batches and rollouts follow from the seed and the step; what torch draws besides is saved.
 """
 
@@ -195,6 +196,10 @@ def _write(
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What training changes: with an adapter that alone, else all parameters, and the buffers."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if len(trained) < sum(1 for _ in model.parameters()):
+        return trained
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 

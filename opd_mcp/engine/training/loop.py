@@ -54,12 +54,16 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What is trained on: the rows of each step, their loss, and the metrics of a step."""
+    """What is trained on: the rows of each step, their loss, and the metrics of a step.
+
+    `frozen` is the hash of what an adapter is trained on, which no checkpoint holds.
+    """
 
     settings: LoopSettings
     steps: StepsFrom
     objective: RowObjective
     measure: Callable[[StepResult], Metrics]
+    frozen: str | None = None
 
 
 def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context) -> TrainingSummary:
@@ -74,9 +78,7 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
     peak = matmul_peak(runtime.device, runtime.dtype)
     memory: TrainingMemory | None = None
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpoints(model, optimizer, _fingerprint(model, settings, task.objective), context)
-        )
+        checkpoints = stack.enter_context(Checkpoints(model, optimizer, _fingerprint(model, task), context))
         state = checkpoints.restored() or LoopState(micro_batch_tokens=settings.micro_batch_tokens)
         step = StepSettings(settings.normalize, state.micro_batch_tokens, runtime)
         steps = task.steps(state.step)
@@ -150,12 +152,15 @@ def _summary(
     peak: float,
     runtime: Runtime,
 ) -> TrainingSummary:
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    everything = trained == model.num_parameters()
     return TrainingSummary(
         steps=settings.steps,
         seconds=state.seconds,
         seconds_per_step=state.seconds / settings.steps,
         trained_tokens=state.tokens,
         parameters=model.num_parameters(),
+        trained_parameters=None if everything else trained,
         device=hardware_name(runtime.device),
         final=_means(state.recent),
         seconds_generation=state.seconds_generation or None,
@@ -177,11 +182,12 @@ def _summary(
     )
 
 
-def _fingerprint(model: PreTrainedModel, settings: LoopSettings, objective: RowObjective) -> str:
+def _fingerprint(model: PreTrainedModel, task: TrainingTask) -> str:
     """What a checkpoint must have been written for, so that a training can continue from it."""
     shapes = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in model.named_parameters()]
-    recipe = {**asdict(settings), "optimizer": settings.optimizer.to_dict()}
-    return content_hash({"settings": recipe, "objective": repr(objective), "parameters": shapes})
+    recipe = {**asdict(task.settings), "optimizer": task.settings.optimizer.to_dict()}
+    parts = {"settings": recipe, "objective": repr(task.objective), "parameters": shapes}
+    return content_hash(parts | ({} if task.frozen is None else {"frozen": task.frozen}))
 
 
 def _gradients(

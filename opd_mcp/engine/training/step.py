@@ -187,18 +187,25 @@ def _first_pass(model: PreTrainedModel, data: StepData, reweigh: Reweigh, settin
 def training_flops(model: PreTrainedModel, lengths: Sequence[int], response_tokens: int) -> float:
     """Operations that one step needs, forward and backward; recomputation is not counted.
 
-    Six per parameter and token of the body, six per head parameter and response token, and causal attention's scores.
-    Of a mixture of experts all experts are counted: an upper bound.
+    Six per parameter and token of the body, six per head parameter and response token, and causal attention's scores;
+    four where the parameter is frozen, whose own gradient is not formed. Of a mixture of experts all experts are
+    counted: an upper bound.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
     table = model.get_input_embeddings().weight
     body = model.num_parameters() - table.numel()
+    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+    head_operations = 6 if model.get_output_embeddings().weight.requires_grad else 4
+    if frozen:
+        frozen -= table.numel()
     if model.get_output_embeddings().weight is not table:
         body -= head
+        frozen -= head if frozen else 0
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scores = 6 * config.num_hidden_layers * config.num_attention_heads * width * sum(n * n for n in lengths)
-    return float(6 * body * sum(lengths) + 6 * head * response_tokens + scores)
+    body_operations = 6 * body - 2 * frozen
+    return float(body_operations * sum(lengths) + head_operations * head * response_tokens + scores)
 
 
 def sft_metrics(result: StepResult) -> Metrics:

@@ -1,15 +1,18 @@
-"""What a plan needs of a prompts data set, taken in one pass and in bounded memory, however many rows there are."""
+"""What a plan needs of a prompts data set, in one pass and bounded memory; which prompts also stand in another set."""
 
+import re
+import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, compress
+from operator import methodcaller
 from pathlib import Path
 from random import Random
 
-from opd_mcp.identity.data.overlap import normalised_all
 from opd_mcp.identity.data.reading import Columns, RowReader
-from opd_mcp.identity.data.rows import PromptRow, PromptsHash
-from opd_mcp.identity.data.shapes import PROMPT_SHAPES, PromptParts, all_prompt_parts, prompt_parts
+from opd_mcp.identity.data.rows import PromptParts, PromptRow, PromptsHash, Turns, shown_text, whole_text
+from opd_mcp.identity.data.shapes import PROMPT_SHAPES, all_prompt_parts, prompt_parts
 from opd_mcp.schemas.runs import UnderstoodData
 
 FIRST_ROWS = 8
@@ -17,6 +20,7 @@ SAMPLED_ROWS = 64
 LONG_ROWS = 512
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
+_CONTENT = methodcaller("get", "content", "")
 
 
 @dataclass(frozen=True)
@@ -101,21 +105,22 @@ class _Scanner:
         if not batch:
             return
         _, prompts, messages, answers = zip(*batch, strict=True)
-        shown = wholes = list(prompts)
-        if messages.count(None) < len(batch):
-            rows = [PromptRow(*parts) for parts in batch]
-            shown, wholes = [row.text() for row in rows], [row.whole_text() for row in rows]
+        shown = prompts if messages.count(None) == len(batch) else list(map(shown_text, prompts, messages))
         self.texts.extend(map(hash, shown))
         self.normal_texts.extend(map(hash, normalised_all(shown)))
         self.answers += len(batch) - answers.count(None)
         self.rows += len(batch)
-        self._add_long(wholes)
+        self._add_long(prompts, messages, max(map(len, shown)))
 
-    def _add_long(self, texts: list[str]) -> None:
+    def _add_long(self, prompts: Sequence[str | None], messages: Sequence[Turns | None], longest: int) -> None:
         limit = self.long_bytes
-        # A character takes up to four bytes.
-        candidates = texts if 4 * max(map(len, texts)) > limit else []
-        for text in candidates:
+        chats = list(filter(None, messages))
+        if chats:
+            longest = max(longest, *map(len, map(str, map(_CONTENT, chain.from_iterable(chats)))))
+            longest = (longest + 1) * max(map(len, chats))
+        if 4 * longest <= limit:  # a character takes up to four bytes
+            return
+        for text in map(whole_text, prompts, messages):
             if len(text) <= limit and (text.isascii() or len(text.encode(errors="replace")) <= limit):
                 continue
             self.long_rows += 1
@@ -141,3 +146,69 @@ class _Scanner:
             texts=self.texts,
             normal_texts=self.normal_texts,
         )
+
+
+def eval_overlap(texts: list[str], evaluation: Iterable[str]) -> dict[str, int]:
+    """How many prompts also stand in the evaluation set, as they are and normalised."""
+    held_out = set(evaluation)
+    normal = set(normalised_all(list(held_out)))
+    return {
+        "eval_overlap_exact": sum(text in held_out for text in texts),
+        "eval_overlap_normalised": sum(text in normal for text in normalised_all(texts)),
+    }
+
+
+def normalised(text: str) -> str:
+    """Letters, digits, symbols and arithmetic signs of a text, without case, white space and other punctuation."""
+    if text.isascii():
+        return text.encode().translate(_ASCII, _ASCII_DROPPED).decode()
+    folded = unicodedata.normalize("NFKC", text).casefold().encode("utf-8", "surrogatepass")
+    # Most characters are ASCII in most texts, and bytes are translated many times faster than characters.
+    rest = folded.translate(None, _ASCII_DROPPED).decode("utf-8", "surrogatepass")
+    return _NOT_ASCII.sub(lambda run: run[0].translate(_KEPT), rest)
+
+
+def normalised_all(texts: Sequence[str]) -> list[str]:
+    """Each text normalised; many at once, at a fraction of the time that they take one by one."""
+    simple = list(map(str.isascii, texts))
+    done = iter(_joined_normalised(list(compress(texts, simple))))
+    if all(simple):
+        return list(done)
+    others = iter(_joined_normalised([text for text in texts if not text.isascii()]))
+    return [next(done) if is_ascii else next(others) for is_ascii in simple]
+
+
+def _joined_normalised(texts: list[str]) -> list[str]:
+    """Texts normalised as one, with NUL between them: it separates them for all that depends on neighbours."""
+    joined = "\0".join(texts)
+    if not texts or joined.count("\0") != len(texts) - 1:
+        return [normalised(text) for text in texts]
+    if joined.isascii():
+        return joined.encode().translate(_ASCII, _ASCII_DROPPED_BUT_NUL).decode().split("\0")
+    folded = unicodedata.normalize("NFKC", joined).casefold().encode("utf-8", "surrogatepass")
+    rest = folded.translate(None, _ASCII_DROPPED_BUT_NUL).decode("utf-8", "surrogatepass")
+    for character in set(folded.translate(None, _ASCII_BYTES).decode("utf-8", "surrogatepass")):
+        if _KEPT[ord(character)] is None:
+            rest = rest.replace(character, "")
+    return rest.split("\0")
+
+
+def _is_kept(character: str) -> bool:
+    # - and * are punctuation to Unicode, but between digits they are what tells two sums apart
+    return not character.isspace() and (character in "-*/%" or unicodedata.category(character)[0] not in "PZC")
+
+
+class _Kept(dict[int, int | None]):
+    """Whether a character stays, decided once per character: a plan compares whole data sets."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = code if _is_kept(chr(code)) else None
+        return self[code]
+
+
+_KEPT = _Kept()
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+_ASCII = bytes(ord(chr(code).casefold()) if code < 128 else code for code in range(256))
+_ASCII_DROPPED = bytes(code for code in range(128) if not _is_kept(chr(code)))
+_ASCII_BYTES = bytes(range(128))
+_ASCII_DROPPED_BUT_NUL = _ASCII_DROPPED.replace(b"\0", b"")

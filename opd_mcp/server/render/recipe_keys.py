@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.recipes import Preset, Recipe
 from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
@@ -20,7 +21,7 @@ def setting_lines(plan: Plan) -> list[str]:
     sections: dict[str, list[str]] = {}
     for key in recipe_keys():
         section, _, name = key.partition(".")
-        if section in used:
+        if section in used and not _is_off(plan.recipe, key):
             sections.setdefault(section, []).append(f"{name}={_short(_value(plan.recipe, key))}")
     lines = [f"  {section}.: {', '.join(parts)}" for section, parts in sections.items()]
     return [f"settings (overrides take the dotted keys, e.g. distill.steps; explained in {KEYS_URI}):", *lines]
@@ -49,8 +50,9 @@ def _leaf(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The JSON schema of one key."""
     found: Mapping[str, Any] = schema
     for name in key.split("."):
-        found = schema["$defs"][found["$ref"].rsplit("/", 1)[1]] if "$ref" in found else found
-        found = found["properties"][name]
+        section = next((part for part in found.get("anyOf", ()) if "$ref" in part), found)
+        section = schema["$defs"][section["$ref"].rsplit("/", 1)[1]] if "$ref" in section else section
+        found = section["properties"][name]
     return found
 
 
@@ -58,6 +60,8 @@ def _allowed(leaf: Mapping[str, Any]) -> str:
     """Choices, or type and bounds."""
     if "anyOf" in leaf:
         return " or ".join(_allowed(part) for part in leaf["anyOf"])
+    if "$ref" in leaf:
+        return "object"
     if "enum" in leaf:
         return ", ".join(leaf["enum"])
     return " ".join([leaf["type"], *(f"{sign} {leaf[name]}" for name, sign in BOUNDS.items() if name in leaf)])
@@ -66,8 +70,13 @@ def _allowed(leaf: Mapping[str, Any]) -> str:
 def _value(recipe: Recipe, key: str) -> Any:
     value: Any = recipe
     for name in key.split("."):
-        value = getattr(value, name)
-    return value
+        value = getattr(value, name, None)  # None: the section is off
+    return value.to_dict() if isinstance(value, Schema) else value
+
+
+def _is_off(recipe: Recipe, key: str) -> bool:
+    """Whether a key belongs to a section that the recipe leaves out."""
+    return _value(recipe, key.rpartition(".")[0]) is None
 
 
 def _short(value: Any) -> str:

@@ -72,7 +72,7 @@ def list_text(runs: RunList) -> str:
     room = LIST_CHARACTERS
     for number, row in enumerate(runs.rows):
         models = " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part)
-        line = facts(row.run_id, row.kind, row.state, row.created_at, models)
+        line = facts(row.run_id, row.kind, row.state, row.note, row.created_at, models)
         room -= len(line) + 1
         if room < 0:
             lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from opd_mcp.engine import stages
 from opd_mcp.engine.context import Context, SftInputs, SilentReporter
-from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
-from opd_mcp.engine.models.saving import SavedForm, input_dtype
+from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, stored_dtype
+from opd_mcp.engine.models.saving import SavedForm
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.recipes import PromptingRecipe
@@ -62,7 +62,7 @@ def test_sampling_defaults_do_not_lose_a_training(student, example, tmp_path):
 )
 def test_weights_have_the_dtype_of_the_input_or_of_the_recipe(narrow, example, tmp_path, runtime, choice, expected):
     form, model = form_of(narrow, example, runtime, choice)
-    assert input_dtype(narrow) is torch.bfloat16
+    assert stored_dtype(narrow) is torch.bfloat16
     form.save(model, tmp_path / "saved")
     assert {tensor.dtype for tensor in load_file(tmp_path / "saved" / "model.safetensors").values()} == {expected}
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
@@ -71,7 +71,7 @@ def test_weights_have_the_dtype_of_the_input_or_of_the_recipe(narrow, example, t
 def test_weights_that_were_kept_narrower_are_not_widened_unasked(student, example, tmp_path, runtime):
     form, model = form_of(student, example, runtime)
     form.save(model.bfloat16(), tmp_path / "saved")
-    assert input_dtype(tmp_path / "saved") is torch.bfloat16
+    assert stored_dtype(tmp_path / "saved") is torch.bfloat16
 
 
 def test_what_a_class_keeps_in_float32_stays_so(narrow, example, tmp_path, runtime):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.manifest import read_cache
@@ -241,10 +241,12 @@ def test_teacher_and_base_are_rows_and_the_share_of_the_gap_is_said(made: Made, 
     text = (tmp_path / "report.md").read_text()
     assert "Share of the gap from sft to teacher that distilled closed: 1.0" in text
     assert "| somebody | not measured: is not here |" in text
-    assert "'benchmark.sampling.max_new_tokens'" in reporter.alerts["answers_truncated"]
-    assert "Responses cut at 64 tokens: 100% of sft. Such" in text, (
-        "nothing is said of a base that never learnt to stop"
-    )
+    message = reporter.alerts["answers_truncated"]
+    assert message.startswith("Responses cut at 64 tokens: ")
+    assert "% of sft" in message
+    assert "base" not in message, "a base that never learnt to stop is no news"
+    assert "raise 'benchmark.sampling.max_new_tokens'" in message
+    assert f"Note: {message}" in text
 
 
 def test_a_template_stands_around_each_prompt_or_around_a_chat_s_last_question(made: Made, tmp_path: Path) -> None:
@@ -369,6 +371,28 @@ def test_a_class_that_does_not_pack_is_padded_and_alert_summary_and_report_say_s
     )
     assert report.warnings[0] == message
     assert f"Note: {message}" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_teacher_that_can_only_score_is_no_row_of_the_report(made: Made, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    scorer = tmp_path / "scorer"
+    OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=22, n_embd=16, n_layer=1, n_head=2)).save_pretrained(scorer)
+    copy_tokenizer(made.teacher, scorer)
+    report = stages.benchmark(
+        made.recipe.benchmark.model_copy(update={"limit": 4, "kl_prompts": 2}),
+        BenchmarkInputs(
+            models={"sft": made.sft},
+            references={"teacher": scorer, "base": made.teacher},
+            prompts=made.prompts,
+            recipe_hash="abc",
+            teacher=scorer,
+        ),
+        tmp_path / "report",
+        made.context,
+    )
+    assert [model.name for model in report.models] == ["sft", "base"]
+    assert report.models[0].reverse_kl is not None
+    assert "The teacher's accuracy is not measured" in report.warnings[0]
 
 
 def test_another_teacher_is_refused_with_both_identities(made: Made, example: Path) -> None:

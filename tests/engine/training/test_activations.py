@@ -11,12 +11,22 @@ from opd_mcp.engine.data.batches import StepData
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.models.attention import Documents, packed_hidden, use_packed_attention
+from opd_mcp.engine.models.lora import add_adapter
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training import activations as memory
 from opd_mcp.engine.training.activations import checkpointed_activations, model_shape, step_memory
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients
 from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.memory import POLICIES, USABLE_SHARE, ModelShape, StepSize, micro_tokens, training_memory
+from opd_mcp.schemas.memory import (
+    POLICIES,
+    USABLE_SHARE,
+    AdapterSize,
+    ModelShape,
+    StepSize,
+    micro_tokens,
+    training_memory,
+)
+from opd_mcp.schemas.recipes import AdapterRecipe
 
 VOCAB = 13
 
@@ -78,12 +88,16 @@ def test_layers_run_twice_inside_and_once_after(
     assert counts[0] == counts[1] == 2 * counts[2]
 
 
-def kept_bytes(layers: int, dtype: torch.dtype, *, autocast: bool, tokens: int = 512) -> float:
+def kept_bytes(
+    layers: int, dtype: torch.dtype, *, autocast: bool, tokens: int = 512, adapter: AdapterRecipe | None = None
+) -> float:
     """Bytes that autograd keeps of the decoder's forward on packed documents, weights left out."""
     torch.manual_seed(0)
     config = Qwen3Config(**SHAPE | {"num_hidden_layers": layers})
     model = Qwen3ForCausalLM(config).to(dtype).train()
     assert use_packed_attention(model)
+    if adapter is not None:
+        add_adapter(model, adapter, seed=0)
     weights = {weight.data_ptr() for weight in model.parameters()}
     storages: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -127,6 +141,27 @@ def test_a_layer_keeps_what_the_estimate_says(precision: str, dtype: str, autoca
         return training_memory(shaped, StepSize(precision, 512, dtype, "cpu"), "none", 1 << 40).activations
 
     assert 1.0 <= (estimate(3) - estimate(2)) / measured <= 1.1
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [(torch.float32, "float32"), (torch.float32, "bfloat16"), (torch.bfloat16, "bfloat16")],
+    ids=["float32", "autocast", "bf16"],
+)
+def test_a_layer_with_an_adapter_keeps_what_the_estimate_says(weights: torch.dtype, dtype: str) -> None:
+    recipe, autocast = AdapterRecipe(rank=8), dtype == "bfloat16"
+    three, two = (kept_bytes(layers, weights, autocast=autocast, adapter=recipe) for layers in (3, 2))
+    measured = three - two
+    shape = ModelShape.of(0, 128, SHAPE.get)
+
+    def estimate(layers: int) -> int:
+        shaped = ModelShape(**{**shape.__dict__, "layers": layers})
+        step = StepSize("fp32_master", 512, dtype, "cpu", adapter=AdapterSize(0, 7 * 8, weights.itemsize))
+        return training_memory(shaped, step, "none", 1 << 40).activations
+
+    # autograd keeps autocast's bf16 copies of the frozen weights too, which are counted with the weights
+    copies = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384) if autocast and weights is torch.float32 else 0
+    assert 1.0 <= (estimate(3) - estimate(2) + copies) / measured <= 1.1
 
 
 def test_compiled_layers_are_counted_with_less_under_autocast_only() -> None:

@@ -15,12 +15,13 @@ from opd_mcp.engine.context import Context, SilentReporter
 from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
+from opd_mcp.engine.models.lora import adapters, add_adapter
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.checkpoints import KEPT, MODEL_FILE, OPTIMIZER_FILE, RECORD_FILE, saved_checkpoints
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.recipes import CheckpointRecipe, OptimizerRecipe
+from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe, OptimizerRecipe
 from opd_mcp.schemas.reports import CheckpointRecord, TrainingSummary
 
 VOCAB, STEPS = 13, 8
@@ -68,9 +69,12 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
         settings: LoopSettings = SETTINGS,
         every: int = 2,
         check_fence: Callable[[], None] = lambda: None,
+        frozen: tuple[AdapterRecipe, str] | None = None,
         **sizes: int,
     ) -> tuple[PreTrainedModel, TrainingSummary]:
         model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=0.1, **sizes).train()
+        if frozen is not None:
+            add_adapter(model, frozen[0], seed=1)
         torch.manual_seed(7)
         context = Context(
             reporter=reporter,
@@ -79,7 +83,12 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
             check_fence=check_fence,
         )
         steps = stored_batches(rows, steps=settings.steps, batch_size=6, seed=3, scope="test")
-        return model, train(model, TrainingTask(settings, steps, SFT_OBJECTIVE, sft_metrics), runtime, context)
+        return model, train(
+            model,
+            TrainingTask(settings, steps, SFT_OBJECTIVE, sft_metrics, frozen[1] if frozen else None),
+            runtime,
+            context,
+        )
 
     return run
 
@@ -107,6 +116,33 @@ def test_a_stop_before_any_step_changes_nothing(trained, tmp_path: Path, stop: i
     }
     assert summary.trained_tokens == full.trained_tokens
     assert summary.throughput.model_flops == full.throughput.model_flops
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS + 1))
+def test_an_adapter_goes_on_to_the_bit_from_checkpoints_that_hold_it_alone(trained, tmp_path: Path, stop: int) -> None:
+    settings, frozen = replace(SETTINGS, steps=STEPS + 1), (AdapterRecipe(rank=2), "base")
+    whole, again = Recorder(), Recorder()
+    expected, full = trained(whole, None, settings, frozen=frozen)
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=stop), tmp_path, settings, frozen=frozen)
+    held = load_file(saved_checkpoints(tmp_path)[-1] / MODEL_FILE)
+    assert held.keys() == {f"{name}.lora_{side}" for name in adapters(expected) for side in "AB"}
+    resumed, summary = trained(again, tmp_path, settings, frozen=frozen)
+    assert again.resumed_at == stop
+    assert same(resumed, expected)
+    assert again.series == {step: values for step, values in whole.series.items() if step > stop}
+    assert summary.trained_parameters == full.trained_parameters == sum(tensor.numel() for tensor in held.values())
+    assert not torch.equal(next(iter(adapters(resumed).values())).lora_B, torch.zeros(8, 2))
+
+
+def test_a_checkpoint_of_an_adapter_on_other_weights_is_not_used(trained, tmp_path: Path) -> None:
+    """The weights are not in the checkpoint, so what they were is."""
+    adapter, again = AdapterRecipe(rank=2), Recorder()
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=4), tmp_path, frozen=(adapter, "base"))
+    trained(again, tmp_path, frozen=(adapter, "another"))
+    assert again.resumed_at is None
+    assert "checkpoint_damaged" in again.alerts
 
 
 @pytest.mark.parametrize("precision", ["split_master", "bf16_stochastic", "bf16"])

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opd_mcp.identity.data.overlap import eval_overlap, normalised, normalised_all
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import prompts_hash
-from opd_mcp.identity.data.scan import overlap_of, scan_of_rows, scan_prompts
+from opd_mcp.identity.data.scan import eval_overlap, normalised, normalised_all, overlap_of, scan_of_rows, scan_prompts
 from opd_mcp.schemas.base import content_hash
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"

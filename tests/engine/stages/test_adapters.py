@@ -1,0 +1,266 @@
+"""Students trained with an adapter, through all stages: what is saved, what π_ref is, and who goes on from it."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd_mcp.engine import stages
+from opd_mcp.engine.context import (
+    BenchmarkInputs,
+    Context,
+    DistillInputs,
+    ResponsesInputs,
+    RolloutInputs,
+    SampleInputs,
+    ScoreInputs,
+    SftInputs,
+    SilentReporter,
+)
+from opd_mcp.engine.models.loading import load_model
+from opd_mcp.engine.runtime import open_runtime
+from opd_mcp.identity.adapters import read_adapter
+from opd_mcp.identity.lineage import read_lineage, verified_lineage
+from opd_mcp.identity.models import inspect_model
+from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.recipes import AdapterRecipe, Recipe
+from opd_mcp.schemas.resolve import resolve_recipe
+
+SHORT = {
+    "responses.limit": 24,
+    "sft.steps": 6,
+    "sft.batch_size": 8,
+    "sft.on_truncated": "keep",
+    "sft.adapter.rank": 4,
+    "rollout.count": 16,
+    "rollout.sampling.max_new_tokens": 24,
+    "distill.steps": 3,
+    "distill.batch_size": 8,
+    "distill.adapter.rank": 4,
+    "benchmark.limit": 6,
+    "benchmark.samples_per_prompt": 0,
+    "benchmark.kl_prompts": 4,
+}
+
+
+class Alerts(SilentReporter):
+    """Keeps what the stages warn of."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, str] = {}
+
+    def alert(self, code: str, message: str) -> None:
+        self.said[code] = message
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The example's models, and stages with an adapter."""
+
+    root: Path
+    example: Path
+    recipe: Recipe
+
+    @property
+    def context(self) -> Context:
+        return Context(self.recipe.runtime, self.recipe.prompting)
+
+    def sft(self, name: str, reporter: SilentReporter | None = None, **adapter: Any) -> Path:
+        section = self.recipe.sft.model_copy(update={"adapter": AdapterRecipe(rank=4, **adapter)})
+        inputs = SftInputs(student=self.example / "student", responses=self.root / "responses")
+        context = self.context if reporter is None else replace(self.context, reporter=reporter)
+        stages.sft(section, inputs, self.root / name, context)
+        return self.root / name
+
+    def cache(self, student: Path) -> Path:
+        rollouts, cache = self.root / f"rollouts-{student.name}", self.root / f"cache-{student.name}"
+        prompts = self.example / "opd.jsonl"
+        stages.rollout(self.recipe.rollout, RolloutInputs(student=student, prompts=prompts), rollouts, self.context)
+        inputs = ScoreInputs(teacher=self.example / "teacher", student=student, rollouts=rollouts)
+        stages.score(self.recipe.score, inputs, cache, self.context)
+        return cache
+
+    def distill(self, student: Path, cache: Path, name: str, **adapter: Any) -> Path:
+        section = self.recipe.distill.model_copy(update={"adapter": AdapterRecipe(rank=4, **adapter)})
+        stages.distill(section, DistillInputs(student=student, cache=cache), self.root / name, self.context)
+        return self.root / name
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    torch.set_num_threads(1)
+    example = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
+    made = Pipeline(tmp_path_factory.mktemp("adapters"), example, resolve_recipe("demo", SHORT))
+    inputs = ResponsesInputs(teacher=example / "teacher", prompts=example / "sft.jsonl")
+    stages.generate_responses(made.recipe.responses, inputs, made.root / "responses", made.context)
+    return made
+
+
+@pytest.fixture(scope="module")
+def merged(pipeline: Pipeline) -> Path:
+    return pipeline.sft("merged")
+
+
+@pytest.fixture(scope="module")
+def kept(pipeline: Pipeline) -> Path:
+    return pipeline.sft("kept", save="adapter")
+
+
+@pytest.fixture(scope="module")
+def cache(pipeline: Pipeline, kept: Path) -> Path:
+    return pipeline.cache(kept)
+
+
+def logits(model: Path) -> torch.Tensor:
+    runtime = open_runtime(resolve_recipe("demo", {}).runtime)
+    with torch.no_grad():
+        return load_model(model, runtime).model(torch.arange(1, 12)[None]).logits
+
+
+def test_a_float32_run_saves_the_student_merged(pipeline: Pipeline, merged: Path) -> None:
+    base = load_file(pipeline.example / "student" / "model.safetensors")
+    found = load_file(merged / "model.safetensors")
+    assert found.keys() == base.keys()
+    moved = {name for name in base if not torch.equal(base[name], found[name])}
+    assert moved == {name for name in base if name.endswith("_proj.weight")}
+    lineage = verified_lineage(merged, full=True)
+    assert lineage is not None
+    assert lineage.adapter is not None
+    assert (lineage.adapter.start, lineage.adapter.saved, lineage.adapter.rank) == ("zero", "merged", 4)
+    assert lineage.adapter.base == inspect_model(pipeline.example / "student").identity
+    assert lineage.recipe["sft"]["adapter"]["rank"] == 4
+
+
+def test_an_adapter_alone_is_the_same_student(merged: Path, kept: Path) -> None:
+    """Two trainings of the same recipe, saved in two ways; files in peft's format prove themselves."""
+    assert sorted(file.name for file in kept.glob("*.safetensors")) == ["adapter_model.safetensors"]
+    assert not (kept / "config.json").exists()
+    assert (kept / "chat_template.jinja").is_file() or (kept / "tokenizer_config.json").is_file()
+    assert (logits(kept) - logits(merged)).abs().max() <= 1e-5
+    assert verified_lineage(kept, full=True) is not None
+    summary = json.loads((kept / "training.json").read_text())
+    assert summary["trained_parameters"] == read_adapter(kept).parameters
+    assert summary["parameters"] == inspect_model(kept).parameters
+
+
+def test_both_ways_lie_in_one_directory(pipeline: Pipeline, merged: Path, kept: Path) -> None:
+    both = pipeline.sft("both", save="both")
+    assert load_file(both / "model.safetensors").keys() == load_file(merged / "model.safetensors").keys()
+    ours, alone = (load_file(path / "adapter_model.safetensors") for path in (both / "adapter", kept))
+    assert all(torch.equal(ours[name], alone[name]) for name in alone)
+    assert inspect_model(both / "adapter").identity.weights == inspect_model(kept).identity.weights
+    lineage = verified_lineage(both)
+    assert lineage is not None
+    assert "adapter/adapter_model.safetensors" in lineage.files
+
+
+def test_a_distillation_starts_at_zero_on_the_adapted_student(pipeline: Pipeline, kept: Path, cache: Path) -> None:
+    """Its first step computes what the behaviour policy computed: π_ref is the student as it was given."""
+    student = pipeline.distill(kept, cache, "zero", save="adapter")
+    lineage = read_lineage(student)
+    assert lineage is not None
+    assert lineage.adapter is not None
+    assert lineage.adapter.start == "zero"
+    assert lineage.adapter.base == inspect_model(pipeline.example / "student").identity
+    assert read_adapter(student).rank == 4 + 4, "what the student had, and what was learnt, on the first base"
+    one = pipeline.recipe.distill.model_copy(update={"steps": 1, "adapter": AdapterRecipe(rank=4)})
+    stages.distill(one, DistillInputs(student=kept, cache=cache), pipeline.root / "one", pipeline.context)
+    first = json.loads((pipeline.root / "one" / "training.json").read_text())["final"]
+    assert first["drift_mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_continued_adapter_keeps_its_rank_and_says_so(pipeline: Pipeline, kept: Path, cache: Path) -> None:
+    student = pipeline.distill(kept, cache, "continued", save="adapter", continue_adapter=True)
+    lineage = read_lineage(student)
+    assert lineage is not None
+    assert lineage.adapter is not None
+    assert lineage.adapter.start == "continued"
+    assert read_adapter(student).rank == 4
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (kept, student))
+    assert all(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
+
+
+def test_a_whole_student_has_no_adapter_to_continue(pipeline: Pipeline, merged: Path) -> None:
+    cache = pipeline.cache(merged)
+    with pytest.raises(ConsistencyError, match="no_adapter"):
+        pipeline.distill(merged, cache, "none", continue_adapter=True)
+
+
+def test_all_weights_of_an_adapted_student_can_be_distilled(pipeline: Pipeline, kept: Path, cache: Path) -> None:
+    section = pipeline.recipe.distill.model_copy(update={"adapter": None, "steps": 1})
+    stages.distill(section, DistillInputs(student=kept, cache=cache), pipeline.root / "all", pipeline.context)
+    assert inspect_model(pipeline.root / "all").adapter is None
+    lineage = read_lineage(pipeline.root / "all")
+    assert lineage is not None
+    assert lineage.adapter is None
+
+
+def test_live_distillation_trains_an_adapter(pipeline: Pipeline, kept: Path) -> None:
+    section = pipeline.recipe.distill.model_copy(update={"method": "live", "steps": 2})
+    inputs = DistillInputs(
+        student=kept,
+        teacher=pipeline.example / "teacher",
+        prompts=pipeline.example / "opd.jsonl",
+        rollout=pipeline.recipe.rollout,
+    )
+    summary = stages.distill(section, inputs, pipeline.root / "live", pipeline.context)
+    assert summary.trained_parameters == 4 * sum(sum(pair) for pair in _ends(kept))
+
+
+def _ends(adapter: Path) -> list[tuple[int, int]]:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return [
+        (tensors[name].shape[1], tensors[name.replace("lora_A", "lora_B")].shape[0])
+        for name in tensors
+        if "lora_A" in name
+    ]
+
+
+def test_an_adapter_is_sampled_benchmarked_and_a_teacher_like_any_model(pipeline: Pipeline, kept: Path) -> None:
+    prompts = pipeline.example / "eval.jsonl"
+    section = pipeline.recipe.benchmark
+    inputs = BenchmarkInputs(
+        models={"candidate": kept, "base": pipeline.example / "student"}, prompts=prompts, recipe_hash="x", teacher=kept
+    )
+    report = stages.benchmark(section, inputs, pipeline.root / "report", pipeline.context)
+    mine, base = report.models
+    assert mine.reverse_kl is not None
+    assert base.reverse_kl is not None
+    assert abs(mine.reverse_kl.value) < 1e-6 < base.reverse_kl.value, "it is its own teacher"
+    few = pipeline.root / "few.jsonl"
+    few.write_text("".join(prompts.read_text().splitlines(keepends=True)[:2]))
+    stages.sample(
+        pipeline.recipe.sample, SampleInputs(model=kept, prompts=few), pipeline.root / "few", pipeline.context
+    )
+    assert len(json.loads((pipeline.root / "few" / "samples.json").read_text())) == 2
+    answers = ResponsesInputs(teacher=kept, prompts=few)
+    stages.generate_responses(pipeline.recipe.responses, answers, pipeline.root / "answers", pipeline.context)
+    lineage = read_lineage(pipeline.root / "answers")
+    assert lineage is not None
+    assert lineage.sft_teacher is not None
+    assert lineage.sft_teacher.identity is not None
+    assert lineage.sft_teacher.identity.weights == inspect_model(kept).identity.weights
+
+
+def test_a_merge_that_rounding_would_undo_is_refused_with_the_share_lost(pipeline: Pipeline) -> None:
+    alerts = Alerts()
+    recipe = pipeline.recipe.sft.model_copy(update={"save_dtype": "bfloat16"})
+    narrow = replace(pipeline, recipe=pipeline.recipe.model_copy(update={"sft": recipe}))
+    student = narrow.sft("narrow", alerts)
+    assert "%" in alerts.said["lossy_merge"]
+    assert {tensor.dtype for tensor in load_file(student / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_bf16_run_keeps_base_and_adapter_apart(pipeline: Pipeline) -> None:
+    runtime = pipeline.recipe.runtime.model_copy(update={"dtype": "bfloat16"})
+    narrow = replace(pipeline, recipe=pipeline.recipe.model_copy(update={"runtime": runtime}))
+    student = narrow.sft("bf16")
+    assert {tensor.dtype for tensor in load_file(student / "adapter_model.safetensors").values()} == {torch.float32}
+    lineage = read_lineage(student)
+    assert lineage is not None
+    assert lineage.adapter is not None
+    assert lineage.adapter.saved == "adapter"
