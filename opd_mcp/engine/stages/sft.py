@@ -49,6 +49,7 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     parents = [
         Parent(role="student", identity=full_identity(student)),
         Parent(role="responses", sha256=responses_hash),
+        *([Parent(role="base", identity=origin.base)] if origin else []),
     ]
     made = Provenance("model", "sft", section, parents, saved_files(output))
     record_lineage(output, made, context, sft_teacher=claim, adapter=origin)
