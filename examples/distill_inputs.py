@@ -17,12 +17,12 @@ from opd_mcp.identity.data.reading import read_prompts, read_responses
 from opd_mcp.identity.data.rows import PROMPT_COLUMNS, RESPONSE_COLUMNS, PromptRow, ResponseRow
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.signatures import MadeHere, below
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import special_differences
 from opd_mcp.planning.references import HUB_ID
 from opd_mcp.schemas.errors import DataError, ResourceError
 from opd_mcp.schemas.identity import TeacherClaim
 from opd_mcp.schemas.recipes import SftRecipe
-from opd_mcp.store.lineage_key import workspace_key
+from opd_mcp.store.keys import workspace_key
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.worker.fetch import fetched_model
 
@@ -77,7 +77,7 @@ def checked_inputs(references: Namespace, work: Path, made_here: MadeHere) -> In
     prompts = data_path(references.unlabeled_prompts_dataset, PROMPT_COLUMNS, work / "unlabeled.parquet")
     inspect_model(student)
     identity = inspect_model(teacher).identity
-    require_same_tokens(teacher, student)
+    special_differences(teacher, student)
     claim = require_consistent(identity, sft_teacher(responses, identity, made_here=made_here)).sft_teacher
     assert claim is not None, "a teacher was declared"
 

@@ -1,4 +1,4 @@
-"""The command line: `opd-mcp serve | demo | status | logs | list | cancel | resume | doctor | gc | cache …`.
+"""The command line: `opd-mcp serve | demo | status | logs | list | cancel | resume | audit | token | doctor …`.
 
 The only place that reads the environment (`OPD_HOME`: the workspace, `OPD_TOKEN`: the HTTP token, `OPD_TEACHER_KEY`: a
 teacher server's key). Every import beyond typer is inside the command that needs it, so that a server starts without
@@ -7,7 +7,7 @@ what only a worker uses, and the other way round.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 if TYPE_CHECKING:
+    from opd_mcp.schemas.answers import GarbageReport
     from opd_mcp.schemas.base import Schema
     from opd_mcp.schemas.errors import OpdError
     from opd_mcp.service import JobService
+    from opd_mcp.store.workspace import Workspace
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +40,13 @@ class Transport(StrEnum):
     HTTP = "http"
 
 
+class DemoTask(StrEnum):
+    """The embedded tasks."""
+
+    ARITHMETIC = "arithmetic"
+    CHAIN_SUM = "chain_sum"
+
+
 @app.command()
 def serve(  # noqa: PLR0913  a command's options are its parameters
     allow_root: Annotated[
@@ -49,14 +58,29 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
     port: Annotated[int, typer.Option(help="For http.", min=1, max=65535)] = 8000,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="For http: a file with the bearer token; or OPD_TOKEN.", exists=True, dir_okay=False),
+        typer.Option(
+            help="For http: a file with the bearer token; or OPD_TOKEN; else the workspace's own.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
+    no_token: Annotated[
+        bool,
+        typer.Option("--no-token", help="For http on this machine: let in all its users and programs, unasked."),
+    ] = False,
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="For http: a name the server is reached by; repeatable.")
     ] = None,
     allow_teacher_host: Annotated[
         list[str] | None,
         typer.Option(help="A host besides this machine that a teacher_url may name; repeatable."),
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Offer no tool that starts, stops, deletes or exports.")
+    ] = False,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(help="Offer only these groups: plan, start, follow, artifacts, dashboard; comma or repeat."),
     ] = None,
     allow_delete: Annotated[bool, typer.Option(help="Offer delete_artifact.")] = False,
     confirm_gpu_hours: Annotated[
@@ -66,32 +90,41 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
     """Serve the tools to an MCP client."""
     from opd_mcp.schemas.redaction import environment_secrets
     from opd_mcp.server.serve import ServerSettings, serve_http, serve_stdio
-
-    token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get("OPD_TOKEN")
-    secrets = environment_secrets(os.environ | {"OPD_TOKEN": token or ""})
-    settings = ServerSettings(gpu_hours=confirm_gpu_hours, allow_delete=allow_delete, secrets=secrets)
+    from opd_mcp.server.tools.table import named_groups
 
     def opened() -> "JobService":
         return open_service(allow_root or [], tuple(allow_teacher_host or ()))
 
-    if transport is Transport.STDIO:
-        serve_stdio(opened, settings)
-    else:
-        from opd_mcp.server.http import HttpAccess
+    def settings(token: str) -> ServerSettings:
+        secrets = environment_secrets(os.environ | {"OPD_TOKEN": token})
+        groups = named_groups(tools or [])
+        return ServerSettings(confirm_gpu_hours, allow_delete, read_only, groups, secrets)
 
-        access = HttpAccess(host, port, token or None, tuple(allowed_host or ()))
-        serve_http(opened, settings, access)
+    if transport is Transport.STDIO:
+        serve_stdio(opened, settings(os.environ.get("OPD_TOKEN", "")))
+        return
+    from opd_mcp.server.http_access import HttpAccess, announcement, known_token
+    from opd_mcp.store.keys import session_mark
+
+    workspace = open_workspace()
+    token = None if no_token else known_token(workspace, token_file, os.environ.get("OPD_TOKEN"))
+    access = HttpAccess(host, port, token, tuple(allowed_host or ()), session_mark(workspace)).checked()
+    assert sys.__stderr__ is not None
+    # Not by way of sys.stderr, which would leave the token out.
+    print(announcement(access, on_terminal=sys.__stderr__.isatty()), file=sys.__stderr__, flush=True)
+    serve_http(opened, settings(token() if token else ""), access)
 
 
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of every stage.", min=0)] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    task: Annotated[DemoTask, typer.Option(help="The embedded task.")] = DemoTask.ARITHMETIC,
 ) -> None:
-    """Run the whole method on the embedded example through a real server, and print one table."""
+    """Run the whole method on an embedded task through a real server, and print one table."""
     from opd_mcp.demo import run_demo
 
-    run_demo(seed, json_path, workspace_root())
+    run_demo(seed, json_path, workspace_root(), task=task.value)
 
 
 @app.command()
@@ -136,7 +169,8 @@ def cancel(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
     from opd_mcp.server.render.runs import cancel_text
     from opd_mcp.server.tools.table import command_text
 
-    found = open_service().cancel(run_id)
+    service = open_service()
+    found = audited(service, "cancel_run", {"run_id": run_id}, lambda: service.cancel(run_id))
     show(found, as_json, lambda found: cancel_text(found, command_text))
 
 
@@ -146,7 +180,8 @@ def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
     from opd_mcp.server.render.runs import snapshot_text
     from opd_mcp.server.tools.table import command_text
 
-    found = open_service().resume(run_id)
+    service = open_service()
+    found = audited(service, "resume_run", {"run_id": run_id}, lambda: service.resume(run_id))
     show(found, as_json, lambda found: snapshot_text(found, command_text))
 
 
@@ -187,8 +222,42 @@ def gc(
     from opd_mcp.maintenance.gc import collected
     from opd_mcp.server.render.workspace import garbage_text
 
-    found = collected(open_service().store, remove=not dry_run, older_than_days=older_than, artifacts=artifacts)
-    show(found, as_json, garbage_text)
+    service = open_service()
+
+    def collect() -> "GarbageReport":
+        return collected(service.store, remove=not dry_run, older_than_days=older_than, artifacts=artifacts)
+
+    options = {"older_than": older_than, "artifacts": artifacts}
+    show(collect() if dry_run else audited(service, "gc", options, collect), as_json, garbage_text)
+
+
+@app.command()
+def audit(
+    limit: Annotated[int, typer.Option(help="Calls to show, the last ones.", min=1)] = 50, as_json: AsJson = False
+) -> None:
+    """Show the calls that started, stopped, resumed, deleted or exported something, and who made them."""
+    from opd_mcp.server.audit import AuditLog, audit_text
+
+    show(AuditLog(open_workspace()).page(limit), as_json, audit_text)
+
+
+@app.command()
+def token(
+    new: Annotated[bool, typer.Option("--new", help="Make a new one; the old one is refused at once.")] = False,
+    sign_out: Annotated[
+        bool, typer.Option("--sign-out", help="Print nothing, and end the sessions of all dashboards.")
+    ] = False,
+) -> None:
+    """Print the bearer token of this workspace's HTTP servers."""
+    from opd_mcp.store.keys import end_sessions, replace_token, workspace_token
+
+    workspace = open_workspace()
+    if sign_out:
+        end_sessions(workspace)
+    if new:
+        replace_token(workspace)
+    if not sign_out:
+        typer.echo(workspace_token(workspace)())
 
 
 CacheArgument = Annotated[str, typer.Argument(help="A cache id, a run id, or a teacher cache's directory.")]
@@ -232,8 +301,9 @@ def cache_verify(
         from opd_mcp.identity.lineage import read_manifest
         from opd_mcp.schemas.identity import RemoteTeacher
 
-        served = RemoteTeacher(name=read_manifest(directory).teacher.name, url=teacher_url)
-        rescore = remote_rescorer(served, directory / "tokenizer", os.environ.get(TEACHER_KEY))
+        expected = read_manifest(directory).teacher
+        served = RemoteTeacher(name=expected.name, url=teacher_url)
+        rescore = remote_rescorer(served, directory / "tokenizer", os.environ.get(TEACHER_KEY), expected)
     found = verified(directory, rescore, sample=sample)
     show(found, as_json, lambda found: found.text())
     raise typer.Exit(bool(found.problems))
@@ -321,6 +391,20 @@ def show(found: Shown, as_json: bool, text: Callable[[Shown], str]) -> None:
     typer.echo(found.escaped(keep=LINE_BREAK).to_json() if as_json else text(found.escaped()))
 
 
+def audited(service: "JobService", command: str, arguments: Mapping[str, object], call: Callable[[], Shown]) -> Shown:
+    """The call's answer, with its lines in the audit log."""
+    from opd_mcp.server.audit import COMMAND_LINE, AuditLog
+
+    return AuditLog(service.workspace).recorded(COMMAND_LINE, command, arguments, call)
+
+
+def open_workspace() -> "Workspace":
+    """The workspace, made at its first use."""
+    from opd_mcp.store.workspace import Workspace
+
+    return Workspace(workspace_root())
+
+
 def workspace_root() -> Path:
     """The workspace that `OPD_HOME` names, or the user's default one."""
     from opd_mcp.store.workspace import default_workspace_root
@@ -340,9 +424,8 @@ def open_service(allow_roots: Sequence[Path] = (), teacher_hosts: tuple[str, ...
     from opd_mcp.devices.settings import JobSettings
     from opd_mcp.service import JobService
     from opd_mcp.store.roots import AllowedRoots
-    from opd_mcp.store.workspace import Workspace
 
-    return JobService(Workspace(workspace_root()), AllowedRoots(allow_roots), JobSettings(teacher_hosts=teacher_hosts))
+    return JobService(open_workspace(), AllowedRoots(allow_roots), JobSettings(teacher_hosts=teacher_hosts))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A client for scripts: start a run, watch it, and have its result, as one awaited call.
+"""A client for scripts: start a run, watch it and return its result, in one awaited call.
 
     async with TasksClient(server) as client:      # a URL, StdioServerParameters or an MCPServer
         result = await client.run("start_distillation", {"plan_id": plan_id}, on_progress=print)

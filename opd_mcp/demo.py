@@ -1,4 +1,4 @@
-"""The demo: a real client drives a real server over stdio through the whole method on the embedded task.
+"""The demo: a real client drives a real server over stdio through the whole method on an embedded task.
 
 It uses nothing but the tools that any agent sees. Runs take both cores where there are two, one thread each; an
 identical earlier stage (responses, SFT, teacher cache) is reused by content, never computed twice.
@@ -9,8 +9,9 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 from mcp import Client
@@ -21,21 +22,54 @@ from rich.table import Table
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.resolve import recipe_arguments
 
 FINAL_STATES = ("succeeded", "failed", "cancelled", "lost")
 SHORT_STEPS = {"distill.steps": 200}
 # four times the batch, so that few steps end alike whatever the seed: chosen on tune.jsonl (docs/results.md)
 TOPK_STEPS = SHORT_STEPS | {"distill.batch_size": 256}
-ARMS = (
-    "base",
-    "sft",
-    "lightning_sampled",
-    "lightning_topk",
-    "live",
-    "teacher",
-    "sft_other_style",
-    "lightning_other_style",
-)
+TaskName = Literal["arithmetic", "chain_sum"]
+OTHER_STYLE = ("sft_other_style", "lightning_other_style")
+ARMS: dict[TaskName, tuple[str, ...]] = {
+    "arithmetic": ("base", "sft", "lightning_sampled", "lightning_topk", "live", "teacher", *OTHER_STYLE),
+    "chain_sum": ("base", "sft", "lightning_topk", "live", "teacher"),
+}
+# half of lightning's steps in the first task, as many in the second
+LIVE_CHANGES: dict[TaskName, dict[str, Any]] = {"arithmetic": SHORT_STEPS, "chain_sum": {}}
+RECIPE_FILE = "recipe.toml"
+
+
+@dataclass(frozen=True)
+class Task:
+    """An embedded task: its name, its files by role, and the arguments of every call and of every distillation."""
+
+    name: TaskName
+    files: Mapping[str, str]
+    arguments: Mapping[str, Any]
+    distillation: Mapping[str, Any]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms, in the order of the table."""
+        return ARMS[self.name]
+
+    @property
+    def main_arm(self) -> str:
+        """The arm whose run makes the SFT student and the teacher cache."""
+        return next(arm for arm in self.arms if arm.startswith("lightning"))
+
+
+def embedded_task(name: TaskName, example: Mapping[str, str]) -> Task:
+    """The task of this name; `example` are the paths of the arithmetic task, next to which the others are."""
+    if name == "arithmetic":
+        return Task(name, example, {"preset": "demo"}, {})
+    folder = Path(example["student"]).parent.with_name(name)
+    files = {"teacher": "teacher", "student": "student"}
+    files |= {f"prompts_{name}": f"{name}.jsonl" for name in ("sft", "opd", "eval")}
+    paths = {role: str(folder / file) for role, file in files.items()}
+    given = recipe_arguments(folder / RECIPE_FILE)
+    common = {key: given.pop(key) for key in ("preset", "overrides")}
+    return Task(name, paths, common, given)
 
 
 class Arm(Schema):
@@ -58,32 +92,41 @@ class Guard(Schema):
 
 
 class DemoResult(Schema):
-    """The file that `--json` writes."""
+    """The file that `--json` writes; only a task with a second teacher shows the guard."""
 
+    task: TaskName
     arms: dict[str, Arm]
-    consistency_guard: Guard
+    consistency_guard: Guard | None = None
     wall_seconds: float
     seed: int
 
 
-def run_demo(seed: int, json_path: Path | None, workspace: Path, *, overrides: Mapping[str, Any] | None = None) -> None:
-    """Run the demo in a new workspace below `workspace`, print the table, and write `json_path` if given.
+def run_demo(
+    seed: int,
+    json_path: Path | None,
+    workspace: Path,
+    *,
+    task: TaskName = "arithmetic",
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
+    """Run the demo of a task in a new workspace below `workspace`, print the table, and write `json_path` if given.
 
     `overrides` change the recipe of every arm; with them the numbers are no longer the demo's.
     """
-    home = workspace / "demos" / f"seed-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    home = workspace / "demos" / f"{task}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     console = Console()
     console.width = max(console.width, 100)
-    result = anyio.run(_demo, seed, home, console, dict(overrides or {}))
+    result = anyio.run(_demo, task, seed, home, console, dict(overrides or {}))
     console.print(_table(result))
-    console.print(f"Consistency guard: {'refused' if result.consistency_guard.refused else 'NOT REFUSED'}.")
-    console.print(result.consistency_guard.message, markup=False, highlight=False)
+    if guard := result.consistency_guard:
+        console.print(f"Consistency guard: {'refused' if guard.refused else 'NOT REFUSED'}.")
+        console.print(guard.message, markup=False, highlight=False)
     console.print(f"{result.wall_seconds:.0f} s in all. Everything it made is in {home}", markup=False)
     if json_path is not None:
         json_path.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-async def _demo(seed: int, home: Path, console: Console, changes: dict[str, Any]) -> DemoResult:
+async def _demo(name: TaskName, seed: int, home: Path, console: Console, changes: dict[str, Any]) -> DemoResult:
     started = time.perf_counter()
     server = StdioServerParameters(
         command=sys.executable, args=["-m", "opd_mcp.cli", "serve"], env={**os.environ, "OPD_HOME": str(home)}
@@ -97,9 +140,10 @@ async def _demo(seed: int, home: Path, console: Console, changes: dict[str, Any]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         async with Client(server) as client:
             session = _Session(client, {"runtime.seed": seed} | changes, progress, console)
-            arms, guard = await session.all_arms()
+            arms, guard = await session.all_arms(name)
     return DemoResult(
-        arms={name: arms[name] for name in ARMS},
+        task=name,
+        arms={arm: arms[arm] for arm in ARMS[name]},
         consistency_guard=guard,
         wall_seconds=time.perf_counter() - started,
         seed=seed,
@@ -112,82 +156,90 @@ class _Session:
     def __init__(self, client: Client, changes: dict[str, Any], progress: Progress, console: Console) -> None:
         self._client, self._changes, self._progress, self._console = client, changes, progress, console
         self._results: dict[str, dict[str, Any]] = {}
+        self._common: Mapping[str, Any] = {}
 
-    async def all_arms(self) -> tuple[dict[str, Arm], Guard]:
-        """Every arm's row, and the guard's answer."""
-        example = (await self._call("inspect_setup"))["example"]
+    async def all_arms(self, name: TaskName) -> tuple[dict[str, Arm], Guard | None]:
+        """Every arm's row, and the guard's answer where the task has a second teacher."""
+        embedded = embedded_task(name, (await self._call("inspect_setup"))["example"])
+        self._common = embedded.arguments
+        files = embedded.files
         task = {
-            "student": example["student"],
-            "teacher": example["teacher"],
-            "prompts": example["prompts_opd"],
-            "sft_prompts": example["prompts_sft"],
+            "student": files["student"],
+            "teacher": files["teacher"],
+            "prompts": files["prompts_opd"],
+            "sft_prompts": files["prompts_sft"],
             "benchmark": False,
+            **embedded.distillation,
         }
         sft_done, cache_done, guards = anyio.Event(), anyio.Event(), []
 
         async def lightning() -> None:
-            plan = await self._call("plan_distillation", **self._with_preset(_without(task, "benchmark")))
+            plan = await self._call("plan_distillation", **self._with_settings(_without(task, "benchmark")))
             self._console.print(f"plan {plan['plan_id']}: {', '.join(phase['name'] for phase in plan['phases'])}")
-            await self._run("lightning_sampled", task, {"sft": sft_done, "score": cache_done})
+            await self._run(embedded.main_arm, task, {"sft": sft_done, "score": cache_done})
 
         async def live() -> None:
             await sft_done.wait()
-            await self._run("live", task | {"method": "live", "overrides": SHORT_STEPS})
+            await self._run("live", task | {"method": "live", "overrides": LIVE_CHANGES[name]})
 
         async def topk() -> None:
             await cache_done.wait()
             await self._run("lightning_topk", task | {"estimator": "topk_reverse_kl", "overrides": TOPK_STEPS})
 
         async def other_style() -> None:
-            other = task | {"teacher": example["teacher_other_style"], "method": "sft"}
+            other = task | {"teacher": files["teacher_other_style"], "method": "sft"}
             await self._run("sft_other_style", other)
             student = self._results["sft_other_style"]["artifacts"]["sft"]
             mismatched = _without(task, "sft_prompts") | {"student": student, "overrides": SHORT_STEPS}
             guards.append(await self._guard(mismatched))
             allowed = mismatched | {"allow_teacher_mismatch": True}
             # This client has no user to ask, so it names the plan that a user would agree to.
-            plan = await self._call("plan_distillation", **self._with_preset(_without(allowed, "benchmark")))
+            plan = await self._call("plan_distillation", **self._with_settings(_without(allowed, "benchmark")))
             await self._run("lightning_other_style", allowed | {"confirm": plan["plan_id"]})
 
+        starts = {"lightning_topk": topk, embedded.main_arm: lightning, OTHER_STYLE[0]: other_style, "live": live}
         async with anyio.create_task_group() as tasks:
-            for arm in (lightning, other_style, live, topk):
-                tasks.start_soon(arm)
-        return self._rows(await self._scores(example)), guards[0]
+            for arm, start in starts.items():
+                if arm in embedded.arms:
+                    tasks.start_soon(start)
+        return self._rows(embedded, await self._scores(embedded)), guards[0] if guards else None
 
     async def _guard(self, arguments: dict[str, Any]) -> Guard:
-        answer = await self._client.call_tool("start_distillation", self._with_preset(arguments))
+        answer = await self._client.call_tool("start_distillation", self._with_settings(arguments))
         return Guard(refused=bool(answer.is_error), message=_text(answer))
 
-    async def _scores(self, example: dict[str, str]) -> dict[str, dict[str, Any]]:
+    async def _scores(self, task: Task) -> dict[str, dict[str, Any]]:
         models = {
-            "base": example["student"],
-            "teacher": example["teacher"],
-            "sft": self._made("lightning_sampled", "sft"),
-            "sft_other_style": self._made("sft_other_style", "sft"),
-            **{name: self._made(name, "model") for name in self._results if name != "sft_other_style"},
+            "base": task.files["student"],
+            "teacher": task.files["teacher"],
+            "sft": self._made(task.main_arm, "sft"),
+            **{name: self._made(name, "sft" if name in OTHER_STYLE[:1] else "model") for name in self._results},
         }
         scores: dict[str, dict[str, Any]] = {}
 
         async def measure(number: int, names: Sequence[str]) -> None:
             first, *others = [models[name] for name in names]
+            # The teacher is an arm of its own, measured once.
             arguments = {
+                "overrides": {"benchmark.references": []},
                 "model": first,
                 "baselines": others,
-                "prompts": example["prompts_eval"],
-                "teacher": example["teacher"],
+                "prompts": task.files["prompts_eval"],
+                "teacher": task.files["teacher"],
             }
             result = await self._follow(f"benchmark {number}", await self._start("benchmark_student", arguments), {})
             scores.update(zip(names, result["scores"].values(), strict=True))
 
+        first = [task.main_arm, "sft", "base", "teacher"]
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(measure, 1, ["lightning_sampled", "sft", "base", "teacher"])
-            tasks.start_soon(measure, 2, ["lightning_topk", "live", "lightning_other_style", "sft_other_style"])
+            tasks.start_soon(measure, 1, first)
+            tasks.start_soon(measure, 2, [name for name in task.arms if name not in first])
         return scores
 
-    def _rows(self, scores: dict[str, dict[str, Any]]) -> dict[str, Arm]:
+    def _rows(self, task: Task, scores: dict[str, dict[str, Any]]) -> dict[str, Arm]:
         rows = {}
         for name, score in scores.items():
-            source = "lightning_sampled" if name == "sft" else name
+            source = task.main_arm if name == "sft" else name
             result, stage = self._results.get(source, {}), "sft" if name.startswith("sft") else "distill"
             training = result.get("training", {}).get(stage, {"steps": 0, "seconds": 0.0})
             data_stages = ("generate_responses",) if stage == "sft" else ("rollout", "score")
@@ -212,7 +264,7 @@ class _Session:
         self._results[arm] = await self._follow(arm, run_id, reached or {})
 
     async def _start(self, tool: str, arguments: dict[str, Any]) -> str:
-        return str((await self._call(tool, **self._with_preset(arguments)))["run_id"])
+        return str((await self._call(tool, **self._with_settings(arguments)))["run_id"])
 
     async def _follow(self, label: str, run_id: str, reached: dict[str, anyio.Event]) -> dict[str, Any]:
         bar, shown = self._progress.add_task(label, total=1), ""
@@ -246,9 +298,9 @@ class _Session:
             raise RunError("launch_failed", f"{tool}: {_text(answer)}", fix="Report this with the demo's workspace.")
         return dict(answer.structured_content or {})
 
-    def _with_preset(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        overrides = arguments.get("overrides", {}) | self._changes
-        return arguments | {"preset": "demo", "overrides": overrides}
+    def _with_settings(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        overrides = {**self._common.get("overrides", {}), **arguments.get("overrides", {}), **self._changes}
+        return {**self._common, **arguments, "overrides": overrides}
 
 
 def _without(arguments: dict[str, Any], name: str) -> dict[str, Any]:
@@ -260,7 +312,7 @@ def _text(answer: Any) -> str:
 
 
 def _table(result: DemoResult) -> Table:
-    table = Table(title=f"Lightning OPD on the arithmetic task, seed {result.seed}")
+    table = Table(title=f"Lightning OPD on the {result.task} task, seed {result.seed}")
     table.add_column("arm", no_wrap=True)
     for heading in ("accuracy [95 %]", "reverse KL", "steps", "train s", "s per step", "total s"):
         table.add_column(heading, justify="right", no_wrap=True)

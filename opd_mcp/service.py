@@ -166,7 +166,7 @@ class JobService:
 
     def inspect_cache(self, reference: str) -> CacheInspection:
         """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""
-        return inspect_cache(self.cache_directory(reference))
+        return inspect_cache(self.cache_directory(reference), self._references.texts)
 
     def cache_directory(self, reference: str) -> Path:
         """Where a teacher cache is that an artifact id, a run id or a path means; raises as `inspect_cache`."""
@@ -233,7 +233,7 @@ class JobService:
                 call=next_call("list_runs", state="running"),
             )
         request_cancel(run_directory(self.workspace, run_id))
-        return self._views.read(run_id, snapshot_of)
+        return self._views.read(run_id, self._attended)
 
     def resume(self, run_id: str) -> RunSnapshot:
         """The failed, cancelled or lost run, queued again from its last checkpoint; `reused` while it is active.
@@ -244,12 +244,15 @@ class JobService:
         return self._answer(self._supervisor.resume(self._existing(run_id)))
 
     def wait_token(self, run_id: str) -> str:
-        """A short text that changes when the run's state, phase or number of alerts does; cheap to poll."""
+        """A short text that changes when the run's state, phase or alerts do; cheap to poll."""
         return self._views.read(self._existing(run_id), lambda view, record: wait_token_of(view))
 
+    def _attended(self, view: RunView, record: RunRecord) -> RunSnapshot:
+        self._supervisor.attend(view)
+        return snapshot_of(view, record)
+
     def _status(self, view: RunView, record: RunRecord) -> RunStatus:
-        if view.state == "lost":
-            self._supervisor.settle(view.directory)
+        self._supervisor.attend(view)
         place = self.leases.place(record.run_id) if view.state == "queued" else None
         return status_of(view, record, place)
 

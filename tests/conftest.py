@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from opd_mcp.devices import hardware as devices
 from opd_mcp.devices.leases import LeaseFolder
@@ -26,6 +27,8 @@ from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+settings.register_profile("suite")  # a busy machine is no failure
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -133,8 +136,11 @@ def leases(world: World) -> LeaseFolder:
 
 @pytest.fixture
 def busy_machine(leases: LeaseFolder):
-    """All CPU slots are taken until `release`, so that new runs stay queued."""
+    """All CPU slots are taken until `release`, that for short runs too, so that new runs stay queued."""
     lease = leases.acquire("somebody-else", leases.cpu_slot_names(), 2, lambda: False)
+    short = leases.acquire("somebody-else", ["short-cpu"], 1, lambda: False)
+    lease.slots += short.slots
+    lease.descriptors += short.descriptors
     yield lease
     lease.release()
 

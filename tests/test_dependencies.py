@@ -36,6 +36,6 @@ def imported() -> list[set[str]]:
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
     core = declared(PROJECT["dependencies"])
-    extras = declared([text for extra in ("int8", "tasks") for text in PROJECT["optional-dependencies"][extra]])
+    extras = declared([text for extra in ("int8", "tasks", "eval") for text in PROJECT["optional-dependencies"][extra]])
     assert [names for names in imported() if not names & (core | extras)] == []
     assert core - set().union(*imported()) == set()

@@ -3,6 +3,9 @@
 A slot (`cpu-0.lock`, `gpu-<UUID>.lock`) is taken while its file is flocked, and the file then names its holder. A
 waiting process holds a flocked ticket that names what it waits for, and only the oldest live ticket of a queue may take
 slots. The kernel releases the locks of a process that ends, so a crash frees the device and the place in the queue.
+
+Each device has one more slot, for short runs (`short-cpu`, `short-gpu-<UUID>`), with a queue of its own: a short run
+waits in both queues and takes what is free first, so that it never waits for hours behind long ones.
 """
 
 import fcntl
@@ -18,6 +21,23 @@ from opd_mcp.store.workspace import require_private
 
 POLL_SECONDS = 0.1
 NAMED = 4
+SHORT = "short-"
+QUEUES = ("short-cpu", "short-gpu", "cpu", "gpu")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """`count` slots of one kind; `admits` is asked before a free one is taken."""
+
+    slots: Sequence[str]
+    count: int = 1
+    admits: Callable[[str], bool] = lambda slot: True
+
+    @property
+    def queue(self) -> str:
+        """The queue of the slots' kind: CPU runs never wait behind GPU runs, nor short ones behind others."""
+        kind = self.slots[0].removeprefix(SHORT).split("-", 1)[0]
+        return f"{SHORT}{kind}" if self.slots[0].startswith(SHORT) else kind
 
 
 @dataclass
@@ -35,7 +55,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in the queue of the CPU or of the GPUs: who is ahead, which slots it waits for and who holds them."""
+    """A place in a device's queue: who is ahead, which slots it waits for and who holds them."""
 
     queue: str
     ahead: list[str]
@@ -50,7 +70,9 @@ class Place:
 
     def text(self) -> str:
         """What the owner waits for, e.g. `waits for a CPU slot: 2 of 2 held by sft-a, cache-b`."""
-        unit = "CPU slot" if self.queue == "cpu" else "GPU"
+        unit = {"cpu": "CPU slot", "gpu": "GPU", "short-cpu": "CPU slot for short runs"}.get(
+            self.queue, "place for short runs on a GPU"
+        )
         wanted = f"a {unit}" if self.count == 1 else f"{self.count} {unit}s"
         held = f": {len(self.holders)} of {len(self.slots)} held by {_names(self.holders)}" if self.holders else ""
         behind = f"; behind {_names(self.ahead)}" if self.ahead else ""
@@ -68,31 +90,50 @@ class LeaseFolder:
         """One slot per core."""
         return [f"cpu-{index}" for index in range(self.cpu_slots)]
 
-    def acquire(self, owner: str, slots: Sequence[str], count: int, should_stop: Callable[[], bool]) -> Lease | None:
-        """A lease of `count` of the slots once it is the owner's turn; None if `should_stop` came first.
+    @staticmethod
+    def short_slots(slots: Sequence[str]) -> list[str]:
+        """The slots for short runs on the devices that these slots belong to."""
+        return list(dict.fromkeys(SHORT + ("cpu" if slot.startswith("cpu-") else slot) for slot in slots))
 
-        The queue is named after the kind of the slots (`cpu`, `gpu`), so CPU runs never wait behind GPU runs.
+    def acquire(self, owner: str, slots: Sequence[str], count: int, should_stop: Callable[[], bool]) -> Lease | None:
+        """A lease of `count` of the slots once it is the owner's turn; None if `should_stop` came first."""
+        return self.acquire_any(owner, [Wish(slots, count)], should_stop)
+
+    def acquire_any(
+        self, owner: str, wishes: Sequence[Wish], should_stop: Callable[[], bool], needs: int | None = None
+    ) -> Lease | None:
+        """A lease of the slots of the first wish that comes true; None if `should_stop` came first.
+
+        `needs`: bytes of device memory that the owner is expected to use at most, for `needed`.
         """
-        queue = _queue_name(slots)
-        ticket = self._draw_ticket(queue, owner, slots, count)
-        held = Lease([], [])
+        holder = owner if needs is None else f"{owner}\n{needs}"
+        waiting = [(wish, self._draw_ticket(wish, owner), Lease([], [])) for wish in wishes]
+        lease: Lease | None = None
         try:
-            while not should_stop():
-                if self._live_tickets(queue)[:1] == [ticket.path.name]:
-                    # Only the head of the queue takes slots, so it may keep the first while it waits for the second.
-                    self._take(held, owner, slots, count)
-                    if len(held.slots) == count:
-                        return held
-                time.sleep(POLL_SECONDS)
-            held.release()
-            return None
+            while lease is None and not should_stop():
+                for wish, ticket, held in waiting:
+                    if self._live_tickets(wish.queue)[:1] == [ticket.path.name]:
+                        # Only the head of a queue takes slots: it may keep the first while it waits for the second.
+                        self._take(held, holder, wish)
+                        if len(held.slots) == wish.count:
+                            lease = held
+                            break
+                else:
+                    time.sleep(POLL_SECONDS)
+            return lease
         finally:
-            ticket.path.unlink(missing_ok=True)
-            os.close(ticket.descriptor)
+            for _, ticket, held in waiting:
+                if held is not lease:
+                    held.release()
+                ticket.path.unlink(missing_ok=True)
+                os.close(ticket.descriptor)
 
     def place(self, owner: str) -> "Place | None":
-        """Where the owner stands in its queue, and what it waits for; None when it does not wait."""
-        for queue in ("cpu", "gpu"):
+        """Where the owner stands in its queue, and what it waits for; None when it does not wait.
+
+        For a short run, its place in the queue of short runs.
+        """
+        for queue in QUEUES:
             tickets = self._live_tickets(queue)
             owners = [name.split("-", 1)[1] for name in tickets]
             if owner in owners:
@@ -101,33 +142,45 @@ class LeaseFolder:
                 return Place(queue, ahead, wanted[0], wanted[1], self.holders(wanted[0]))
         return None
 
+    def needed(self, slot: str) -> int | None:
+        """Bytes of device memory that a slot's holder is expected to use at most: 0 without one, None if unknown."""
+        if not self.busy([slot]):
+            return 0
+        _, _, needs = (self.root / f"{slot}.lock").read_text().partition("\n")
+        return int(needs) if needs.isdigit() else None
+
     def holders(self, slots: Sequence[str]) -> list[str]:
         """The run ids that hold slots, in the order of the slots."""
-        return [(self.root / f"{slot}.lock").read_text() or "another run" for slot in self.busy(slots)]
+        texts = [(self.root / f"{slot}.lock").read_text() for slot in self.busy(slots)]
+        return [text.partition("\n")[0] or "another run" for text in texts]
 
     def busy(self, slots: Sequence[str]) -> list[str]:
         """The slots that a live process holds."""
         return [slot for slot in slots if _is_locked(self.root / f"{slot}.lock")]
 
-    def _take(self, held: Lease, owner: str, slots: Sequence[str], count: int) -> None:
-        for slot in slots:
-            if len(held.slots) == count:
+    def _take(self, held: Lease, holder: str, wish: Wish) -> None:
+        for slot in wish.slots:
+            if len(held.slots) == wish.count:
                 return
             descriptor = None if slot in held.slots else _try_lock(self.root / f"{slot}.lock")
-            if descriptor is not None:
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, owner.encode(), 0)
-                held.slots.append(slot)
-                held.descriptors.append(descriptor)
+            if descriptor is None:
+                continue
+            if not wish.admits(slot):
+                os.close(descriptor)
+                continue
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+            held.slots.append(slot)
+            held.descriptors.append(descriptor)
 
-    def _draw_ticket(self, queue: str, owner: str, slots: Sequence[str], count: int) -> "_Ticket":
-        with self._queue_guard(queue) as folder:
+    def _draw_ticket(self, wish: Wish, owner: str) -> "_Ticket":
+        with self._queue_guard(wish.queue) as folder:
             last = max((int(path.name.split("-", 1)[0]) for path in _tickets(folder)), default=0)
             path = folder / f"{max(last + 1, time.time_ns()):020d}-{owner}"
             descriptor = _try_lock(path)
             if descriptor is None:  # impossible: the name is new and the guard is held
                 raise RuntimeError(f"ticket {path.name} is already locked")
-            os.write(descriptor, json.dumps({"slots": list(slots), "count": count}).encode())
+            os.write(descriptor, json.dumps({"slots": list(wish.slots), "count": wish.count}).encode())
             return _Ticket(path, descriptor)
 
     def _live_tickets(self, queue: str) -> list[str]:
@@ -179,10 +232,6 @@ def _wanted(ticket: Path) -> tuple[list[str], int]:
     except (FileNotFoundError, ValueError):
         return [], 1
     return wanted["slots"], wanted["count"]
-
-
-def _queue_name(slots: Sequence[str]) -> str:
-    return slots[0].split("-", 1)[0]
 
 
 def _tickets(folder: Path) -> list[Path]:

@@ -12,8 +12,8 @@ from opd_mcp.identity.signatures import MadeHere, everywhere
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.next_action import resume_call
-from opd_mcp.schemas.recipes import CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
-from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.recipes import BenchmarkRecipe, CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
+from opd_mcp.schemas.reports import GradedResponses, StageCost
 from opd_mcp.schemas.runs import Alert
 
 
@@ -98,20 +98,28 @@ def counter(context: Context, total: int, unit: str, before: int = 0) -> Callabl
 
 @dataclass(frozen=True, kw_only=True)
 class ResponsesInputs:
-    """Of `stages.generate_responses`: the teacher's directory and the SFT prompts."""
+    """Of `stages.generate_responses`: the teacher's directory and the SFT prompts.
+
+    `grading` says how to grade the responses; it is for runs that end with them, since `stages.sft` grades as well.
+    """
 
     teacher: Path
     prompts: Path
+    grading: BenchmarkRecipe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftInputs:
-    """Of `stages.sft`: `sft_teacher` counts for responses without lineage, `tokenizer` before the saved one."""
+    """Of `stages.sft`: `sft_teacher` counts for responses without lineage, `tokenizer` before the saved one.
+
+    `grading` says how responses are graded whose prompts have answers; None: they are not.
+    """
 
     student: Path
     responses: Path
     sft_teacher: TeacherClaim | None = None
     tokenizer: Path | None = None
+    grading: BenchmarkRecipe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +169,36 @@ class DistillInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkInputs:
-    """Of `stages.benchmark`: models by name, the candidate first; what earlier stages took and alerted."""
+    """Of `stages.benchmark`: models by name, the candidate first; what earlier stages took, alerted and graded.
+
+    `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
+    `suite` names what the prompts are.
+    """
 
     models: Mapping[str, Path]
     prompts: Path
     recipe_hash: str
     teacher: Path | None = None
+    references: Mapping[str, Path] = field(default_factory=dict)
+    not_measured: Mapping[str, str] = field(default_factory=dict)
+    teacher_responses: GradedResponses | None = None
+    suite: str | None = None
     costs: Sequence[StageCost] = ()
     alerts: Sequence[Alert] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInputs:
+    """Of `stages.benchmark_task`: models by name, a task of lm-eval by name, and where its data is kept.
+
+    `tasks` is a folder of further task files, instead of lm-eval's own; they are programs, so no tool gives one.
+    """
+
+    models: Mapping[str, Path]
+    task: str
+    data: Path
+    recipe_hash: str
+    tasks: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def open_runtime(settings: RuntimeRecipe) -> Runtime:
 
 
 def return_large_blocks() -> None:
-    """Let this process's glibc give freed blocks of 4 MiB or more back to the system, whatever was freed before.
+    """Let this process's glibc give freed blocks of 4 MiB or more back to the system, regardless of earlier frees.
 
     By default the first large block that is freed raises that size to its own, up to 32 MiB: tensors then come from a
     heap whose gaps grow, and the peak depends on the order of sizes.
@@ -125,17 +125,19 @@ def processor_seconds(limit: float) -> Iterator[None]:
     """Raise TooSlow inside when this process has spent `limit` seconds of processor time there.
 
     Python's matcher and interpreter both look at signals as they go; a main thread alone gets them, so work in
-    another thread is not limited. Waiting and a suspended machine do not count.
+    another thread is not limited. Waiting and a suspended machine do not count. A native call that never returns to
+    Python gets the signal again each second, which whoever listens to this process's signals may count.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def expire(number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         raise TooSlow
 
     before = signal.signal(signal.SIGVTALRM, expire)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit, 1.0)
     try:
         yield
     finally:

@@ -57,7 +57,7 @@ def graded(score: Scorer, response: str, gold: str) -> dict[str, object]:
 def main() -> None:
     """Grade lines of [response, gold] until there are no more."""
     name, cpu_seconds, memory_bytes = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-    # What libraries print goes where nobody reads; answers have the first standard output for themselves.
+    # The libraries' output is discarded; the first standard output carries answers only.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     score = scorer(name, sys.argv[4] if len(sys.argv) > 4 else None)

@@ -59,17 +59,3 @@ class Tally:
             timed_out=self.timed_out,
             examples=list(self.examples),
         )
-
-
-def answers_text(name: str, answers: GradedAnswers) -> str:
-    """One sentence about a model's answers, with the examples."""
-    text = f"{name}: {answers.without_answer} of {answers.responses} responses had no extractable answer"
-    if answers.timed_out:
-        text += f", {answers.timed_out} could not be graded within the limits and count as wrong"
-    if answers.examples:
-        text += "; they end: " + ", ".join(f"`{_one_line(example)}`" for example in answers.examples)
-    return text + "."
-
-
-def _one_line(text: str) -> str:
-    return "…" + " ".join(text.split()).replace("`", "'")[-EXAMPLE_CHARACTERS:] if text else "(empty)"

@@ -1,4 +1,4 @@
-"""What a model computes beside its weights: `config.json` in a normal form, its hash, and what it must not name.
+"""What a model computes apart from its weights: `config.json` in a normal form, its hash, and what it must not name.
 
 Two spellings of one configuration have one hash: keys in any order, whole numbers as integers or floats, the rotary
 settings of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`), and, for the families of
@@ -81,7 +81,7 @@ def normal_configuration(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_own_files(config: dict[str, Any], path: Path) -> None:
-    """Raise PathError `unsafe_config` for a configuration that would have code or files loaded that nobody hashed."""
+    """Raise PathError `unsafe_config` for a configuration that names code or files which were not hashed."""
     for name, value in _settings(config):
         named = OTHER_FILES.get(name)
         if named is not None and value is not None and value is not False:

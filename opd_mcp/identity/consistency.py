@@ -94,7 +94,8 @@ def require_consistent(
         value=teacher.label(),
         fix=f"Distill from {sft_teacher.label()}, "
         f"or give the student as it was before its SFT, with sft_prompts for {teacher.name} to answer, "
-        "or accept the loss with allow_teacher_mismatch=True; the report records it.",
+        "or accept the loss with allow_teacher_mismatch=True; the report records it. With the override "
+        "distill.repair='residual' a part of the teacher's style is then taken off its cached scores (docs/method.md).",
     )
 
 

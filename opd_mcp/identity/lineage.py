@@ -1,5 +1,6 @@
 """`lineage.json`: written with an artifact, read and proven again wherever its directory has been copied."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -106,8 +107,8 @@ def _require_file(directory: Path, name: str, sha256: str) -> None:
     if len(parts.parts) > MAX_DEPTH:
         raise _mismatch(directory / LINEAGE_FILE, f"lineage.json names a file that lies too deep ({name})")
     file = directory / parts
-    if not file.is_file():
-        raise _mismatch(file, f"{name} is missing")
+    if not os.path.isfile(file):  # unlike Path.is_file, also for a name that is too long
+        raise _mismatch(file, f"{name[:200]} is missing")
     if file_sha256(file) != sha256:
         raise _mismatch(file, f"{name} is not the file that the lineage was written for")
 

@@ -18,6 +18,15 @@ from opd_mcp.schemas.identity import ModelIdentity
 
 # Beyond any size of a model, so that no estimate overflows.
 MAX_SETTING = 1 << 31
+# Classes that keep their state where a generator cannot reach it, by model_type; others are tried when they are loaded.
+UNDECODABLE = {
+    "rwkv": "its state takes in the padding of shorter prompts",
+    "xlstm": "its state is in a cache of its own",
+    "minimax": "its state is in a cache of its own",
+    "recurrent_gemma": "its state stays in its layers, whichever rows are decoded",
+    "openai-gpt": "it takes no cache",
+    "cpmant": "it takes no left-padded batch",
+}
 HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 
@@ -54,6 +63,18 @@ class ModelFacts:
     def hidden_size(self) -> int | None:
         """Width of the residual stream."""
         return self.setting("hidden_size")
+
+    @property
+    def positions(self) -> int | None:
+        """The positions that the model was made for, with what its RoPE scaling adds."""
+        own, config = self.setting("max_position_embeddings"), _text_config(self.config)
+        rope = config.get("rope_scaling") or config.get("rope_parameters")
+        if own is None or not isinstance(rope, dict):
+            return own
+        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings", own)
+        if not isinstance(factor, int | float) or not isinstance(original, int) or not 1 <= factor <= 1e6:
+            return own
+        return max(own, int(factor * original))
 
     @property
     def layers(self) -> int | None:
@@ -132,6 +153,24 @@ def _inspect_base(adapter: AdapterFiles) -> "ModelFacts":
 def _joined_hash(adapter: AdapterFiles, weights: str, base: str) -> str:
     """The hash of a frozen model and the product that is added to it."""
     return content_hash({"base": base, "adapter": weights, "scale": adapter.scale})
+
+
+def require_decodable(facts: ModelFacts) -> None:
+    """Raise PathError `unsupported_model` for a class, known by its model_type, that cannot generate here."""
+    known = UNDECODABLE.get(str(_text_config(facts.config).get("model_type") or facts.config.get("model_type")))
+    if known is not None:
+        raise undecodable(facts, known)
+
+
+def undecodable(facts: ModelFacts, why: str) -> PathError:
+    """The error for a class whose responses could not be trusted."""
+    return PathError(
+        "unsupported_model",
+        f"Models of type {facts.config.get('model_type')!r} cannot generate here: {why}.",
+        value=facts.path,
+        fix="Give a model of another architecture; docs/data.md lists those that were tried. As the teacher of "
+        "build_teacher_cache, which only scores, this one can be used.",
+    )
 
 
 def is_size(value: Any) -> TypeGuard[int]:

@@ -137,7 +137,7 @@ def _indexed_files(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise _damaged(index, f"{name!r} is not the name of a safetensors file beside it")
+            raise _damaged(index, f"{name!r} is not the name of a safetensors file next to it")
         if not (index.parent / name).is_file():
             raise _damaged(index, f"the shard {name} is missing")
     return [index.parent / name for name in names]

@@ -1,7 +1,7 @@
 """Who wrote a lineage: `lineage.sig`, an HMAC over `lineage.json` with a secret that only its workspace has.
 
 A lineage is *proven* where this workspace wrote it: the signature is there and right. Any other lineage is somebody's
-word, *asserted*, even though its files fit it: whoever can write a directory can write a lineage that fits.
+word, *asserted*, even though its files fit it: anyone who can write a directory can write a lineage that fits.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ MAX_SIGNATURE_BYTES = 256
 PURPOSE = b"opd-mcp lineage 1\n"
 
 MadeHere = Callable[[Path], bool]
-"""Whether a directory's lineage was written by whoever asks, so that its claims count as proven."""
+"""Whether the caller wrote a directory's lineage, so that its claims count as proven."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ def everywhere(directory: Path) -> bool:
 
 
 def below(root: Path) -> MadeHere:
-    """The lineages below a directory count as proven, for whoever alone writes there."""
+    """The lineages below a directory count as proven; for a caller that alone writes there."""
     resolved = root.resolve()
     return lambda directory: directory.resolve().is_relative_to(resolved)

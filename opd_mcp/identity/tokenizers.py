@@ -1,6 +1,8 @@
 """Tokenizers by their files: the id → token map, special tokens, EOS ids and chat template, without transformers."""
 
 import hashlib
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from opd_mcp.identity.files import MAX_CONFIG_BYTES, bounded_bytes, read_json_object
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, PathError
+from opd_mcp.schemas.recipes import PromptingRecipe
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -73,15 +76,10 @@ def token_map_hash(tokens: dict[int, str]) -> str:
     """sha256 (hex) of an id → token map."""
     digest = hashlib.sha256()
     for token_id in sorted(tokens):
-        # Lone surrogates can stand in a JSON file; they must be hashed, not crash.
+        # A JSON file can hold lone surrogates; they must be hashed, not crash.
         token = tokens[token_id].encode("utf-8", "surrogatepass")
         digest.update(f"{token_id}:{len(token)}:".encode() + token)
     return digest.hexdigest()
-
-
-def first_difference(teacher: Path, student: Path) -> TokenDifference | None:
-    """The lowest id that is not the same token in both model directories; None when they agree."""
-    return map_difference(token_map(teacher), token_map(student))
 
 
 def map_difference(teacher: dict[int, str], student: dict[int, str]) -> TokenDifference | None:
@@ -93,21 +91,82 @@ def map_difference(teacher: dict[int, str], student: dict[int, str]) -> TokenDif
     return TokenDifference(first, teacher.get(first), student.get(first))
 
 
-def require_same_tokens(teacher: Path, student: Path) -> None:
-    """Raise ConsistencyError `tokenizer_mismatch`, naming the first differing id, unless both maps agree."""
-    difference = first_difference(teacher, student)
-    if difference is not None:
-        raise mismatch_error(difference, f"{teacher} and {student}")
+def special_differences(teacher: Path, student: Path) -> tuple[TokenDifference, ...]:
+    """The ids at which two model directories with the same vocabulary have other special tokens, or one has none.
+
+    Such a pair fits as long as no prompt has one of these ids: `require_unused`. Raises ConsistencyError
+    `tokenizer_mismatch`, naming the first differing id, where an ordinary token differs, or where the teacher's ids
+    reach beyond the student's embeddings.
+    """
+    contents = [tokenizer_content(path) for path in (teacher, student)]
+    maps = [
+        tokens_of(content, path / TOKENIZER_FILE) for content, path in zip(contents, (teacher, student), strict=True)
+    ]
+    if maps[0] == maps[1]:
+        return ()
+    special = [_special_ids(content) for content in contents]
+    size = optional_json(student / "config.json")
+    nested = size.get("text_config")
+    rows = {**size, **(nested if isinstance(nested, dict) else {})}.get("vocab_size")
+    found = []
+    for token_id in sorted(maps[0].keys() | maps[1].keys()):
+        difference = TokenDifference(token_id, maps[0].get(token_id), maps[1].get(token_id))
+        if difference.teacher == difference.student:
+            continue
+        ordinary = any(token_id in tokens and token_id not in ids for tokens, ids in zip(maps, special, strict=True))
+        if ordinary or (token_id in maps[0] and isinstance(rows, int) and token_id >= rows):
+            raise mismatch_error(difference, f"{teacher} and {student}")
+        found.append(difference)
+    return tuple(found)
 
 
-def mismatch_error(difference: TokenDifference, value: object) -> ConsistencyError:
-    """The error `tokenizer_mismatch` that names the first differing id and both its tokens."""
+def require_unused(
+    differences: Sequence[TokenDifference], used: Collection[int], prompting: PromptingRecipe, value: object
+) -> None:
+    """Raise ConsistencyError `tokenizer_mismatch` where prompts, or the end of a turn, have one of the ids that differ.
+
+    `prompting.differing_tokens` may say that the student is to learn them.
+    """
+    if prompting.differing_tokens == "learn":
+        return
+    for difference in differences:
+        if difference.id in used:
+            raise mismatch_error(difference, value, used=True)
+
+
+def differences_text(differences: Sequence[TokenDifference], most: int = 8) -> str:
+    """What differs, id by id, the teacher's token first."""
+    shown = [f"{item.id}: {_quoted(item.teacher)} / {_quoted(item.student)}" for item in differences[:most]]
+    return ", ".join(shown) + (f" and {len(differences) - most} more" if len(differences) > most else "")
+
+
+def _special_ids(content: dict[str, Any]) -> set[int]:
+    """Ids of tokens that no ordinary text has: added ones that are special, or in brackets as templates write them."""
+    return {
+        token["id"]
+        for token in content.get("added_tokens") or ()
+        if token.get("special") or re.fullmatch(r"<\S+>|\[\S+\]", str(token["content"]))
+    }
+
+
+def mismatch_error(difference: TokenDifference, value: object, *, used: bool = False) -> ConsistencyError:
+    """The error `tokenizer_mismatch` that names the first differing id and both its tokens.
+
+    `used` says that it is a special token, which would be no matter if no prompt had it.
+    """
+    why = ", and the chat template or the prompts use it" if used else ""
+    other_way = (
+        ", or set 'prompting.differing_tokens' to 'learn': the student then learns these ids in its SFT, with the "
+        "teacher's meaning"
+        if used
+        else ""
+    )
     return ConsistencyError(
         "tokenizer_mismatch",
         f"Teacher and student tokenizers differ, first at id {difference.id}: "
-        f"teacher has {_quoted(difference.teacher)}, student has {_quoted(difference.student)}.",
+        f"teacher has {_quoted(difference.teacher)}, student has {_quoted(difference.student)}{why}.",
         value=value,
-        fix="Choose a student with the teacher's tokenizer, e.g. a smaller model of the same family.",
+        fix=f"Choose a student with the teacher's tokenizer, e.g. a smaller model of the same family{other_way}.",
     )
 
 

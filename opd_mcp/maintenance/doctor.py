@@ -16,6 +16,7 @@ from opd_mcp.views.setup import example_paths, settings_problem
 
 NEEDED_PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "safetensors")
 MIN_FREE_BYTES = 2 << 30
+PROCESS_ALERTS = ("worker_stopped", "worker_stuck")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def checks(service: JobService) -> Iterator[Check]:
     damaged = [f"{problem.value}: {problem.message}" for problem in service.store.damaged()]
     found = "; ".join(damaged[:5]) or "none"
     yield Check("damaged files", not damaged, found, "Remove what is damaged; a run that needs it makes it again.")
+    yield _workers(service)
     leases = service.settings.lease_folder
     leases.mkdir(parents=True, exist_ok=True, mode=0o700)
     yield Check(
@@ -64,6 +66,18 @@ def _settings(service: JobService) -> Check:
         if problem
         else Check("settings", True, "readable")
     )
+
+
+def _workers(service: JobService) -> Check:
+    """Whether every active run's process runs, and whether it answers its cancel request."""
+    try:
+        active = service.store.active_runs()
+    except OpdError as error:
+        return Check("workers", False, error.message, error.fix, error.call)
+    alerts = [(run_id, alert) for run_id in active for alert in service.status(run_id).alerts]
+    halted = [f"{run_id}: {alert.message}" for run_id, alert in alerts if alert.code in PROCESS_ALERTS]
+    fix = "Continue or cancel a stopped run; what waits in the kernel ends with that wait."
+    return Check("workers", not halted, "; ".join(halted) or "none is stopped", fix)
 
 
 def _index(service: JobService) -> Check:

@@ -1,5 +1,6 @@
 """What a start or a resume is refused for: too little memory or disk, and the quotas of the workspace."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -9,7 +10,8 @@ from typing import Any
 import psutil
 from pydantic import ValidationError
 
-from opd_mcp.devices.hardware import Target, gpus
+from opd_mcp.devices.hardware import Target, available_memory, gpus
+from opd_mcp.devices.leases import SHORT, LeaseFolder
 from opd_mcp.planning.workload import expected_disk
 from opd_mcp.schemas.errors import IntegrityError, ResourceError
 from opd_mcp.schemas.next_action import NextAction, next_call, resume_call
@@ -39,15 +41,59 @@ RESUME_WAYS_OUT = {
 def with_claims(target: Target, store: Store, cpu_slots: int) -> Target:
     """The target with what active runs of the workspace are still expected to take there.
 
-    A GPU is one run's alone, so nobody claims a part of it. On the CPU as many runs work at a time as there are slots:
-    the largest others count, each with what it was expected to need and does not hold yet.
+    A GPU belongs to one long run, so no run claims a part of it. On the CPU as many long runs work at a time as there
+    are slots, and one short run: the largest others count, each with what it was expected to need and does not hold
+    yet.
     """
     if target.kind != "cpu":
         return target
     records, all_on_cpu = active_records(store), not gpus()
     there = [record for record in records if all_on_cpu or record.request.recipe.runtime.device == "cpu"]
-    claims = [unclaimed(store, record) for record in there]
-    return replace(target, claimed=sum(sorted(claims, reverse=True)[: cpu_slots - 1]))
+    claims = sorted((unclaimed(store, record) for record in there if not is_short(record)), reverse=True)
+    short = max((unclaimed(store, record) for record in there if is_short(record)), default=0)
+    return replace(target, claimed=sum(claims[: cpu_slots - 1]) + short)
+
+
+# Longer work waits for its turn like any other.
+SHORT_SECONDS = 600.0
+ADMISSION_SECONDS = 2.0
+GPU_MARGIN = 1 << 30
+
+
+def is_short(record: RunRecord) -> bool:
+    """Whether a run may use a device's slot for short runs: a sample of known memory that takes ten minutes at most."""
+    known = record.expected_memory_bytes is not None and record.expected_seconds is not None
+    return record.request.kind == "sample" and known and (record.expected_seconds or 0.0) <= SHORT_SECONDS
+
+
+def short_admission(store: Store, record: RunRecord, leases: LeaseFolder) -> Callable[[str], bool]:
+    """Whether a short run's memory is free next to the long runs of a device; looked at again every two seconds.
+
+    On the CPU the other active runs of the workspace count with what they were expected to need and do not hold yet; on
+    a GPU its holder counts with what it is expected to use at most, and one that does not say so admits nobody.
+    """
+    looked: dict[str, tuple[float, bool]] = {}
+
+    def room(slot: str) -> int:
+        uuid = slot.partition("gpu-")[2]
+        if not uuid:
+            others = [other for other in active_records(store) if other.run_id != record.run_id]
+            claims = sorted((unclaimed(store, other) for other in others), reverse=True)
+            return available_memory() - sum(claims[: leases.cpu_slots])
+        gpu = next((gpu for gpu in gpus() if gpu.uuid == uuid), None)
+        needed = leases.needed(slot.removeprefix(SHORT))
+        if gpu is None or needed is None:
+            return 0
+        return gpu.total_memory - max(needed, gpu.total_memory - gpu.free_memory) - GPU_MARGIN
+
+    def admits(slot: str) -> bool:
+        at, admitted = looked.get(slot, (-ADMISSION_SECONDS, False))
+        if time.monotonic() - at >= ADMISSION_SECONDS:
+            admitted = room(slot) >= (record.expected_memory_bytes or 0)
+            looked[slot] = time.monotonic(), admitted
+        return admitted
+
+    return admits
 
 
 def active_records(store: Store) -> list[RunRecord]:
@@ -116,7 +162,7 @@ def require_room(estimate: MethodEstimate | None, target: Target, disk_free: int
 def admission(store: Store, record: RunRecord) -> Callable[[], None]:
     """What must be called where starts take turns: it raises ResourceError `quota_exceeded` with the numbers.
 
-    What does not change with other starts is measured before, so that nobody waits for it.
+    What does not change with other starts is measured before, so that no start waits for it.
     """
     quotas = read_settings(store.workspace).quotas
     size = _workspace_bytes(quotas, store)

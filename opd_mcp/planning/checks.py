@@ -1,26 +1,42 @@
 """What stands in a plan's way, and what its reader should know: tokenizers, teacher consistency, evaluation."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opd_mcp.grading.child import AnswerLimits
+from opd_mcp.grading.golds import gold_problems, recipe_grader
+from opd_mcp.grading.graders import grader_for
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
-from opd_mcp.identity.data.scan import PromptScan, overlap_of
+from opd_mcp.identity.data.rows import RawIds
+from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.models import ModelFacts, require_decodable
+from opd_mcp.identity.tokenizers import (
+    TokenDifference,
+    differences_text,
+    require_unused,
+    special_differences,
+    token_map,
+)
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
+from opd_mcp.planning.text_work import TextFacts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
-from opd_mcp.schemas.errors import ConsistencyError, OpdError
+from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
 from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
-from opd_mcp.schemas.recipes import Method
+from opd_mcp.schemas.recipes import BenchmarkRecipe, Method, PromptingRecipe, SftRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRequest
+from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.artifacts import Artifact, ArtifactStore
 
 # above this share a distillation learns much from answers without an end
 TRUNCATED_SHARE = 0.1
+# Grading of expected answers stops after so many seconds, and says how many it has graded.
+GOLDS_SECONDS, GOLD_SECONDS, GOLDS_AT_ONCE = 20.0, 2.0, 32
 # above this share the wrong field may be meant
 SKIPPED_SHARE = 0.1
 
@@ -49,12 +65,81 @@ class Findings:
         self.warnings.append(Finding(code=code, message=message, fix=fix, call=call))
 
 
-def require_matching_tokenizers(teacher: ResolvedModel, student: ResolvedModel) -> None:
-    """Raise ConsistencyError `tokenizer_mismatch` for two models that are here and whose tokens differ."""
+def differing_tokens(teacher: ResolvedModel, student: ResolvedModel) -> tuple[TokenDifference, ...]:
+    """The special tokens that differ between two models that are here.
+
+    Raises ConsistencyError `tokenizer_mismatch` where ordinary tokens do.
+    """
     if teacher.facts is None or student.facts is None:
+        return ()
+    if teacher.facts.identity.tokenizer == student.facts.identity.tokenizer:
+        return ()
+    return special_differences(teacher.facts.path, student.facts.path)
+
+
+def require_usable_ids(raw: RawIds | None, tokenizer: Path, student: ModelFacts | None, section: SftRecipe) -> None:
+    """Raise DataError for token ids that SFT could not learn.
+
+    `unknown_token`: outside the vocabulary of the directory `tokenizer`; `too_large`: more in a row than the student
+    has positions; `empty_data`: more in every row than `sft.max_length`.
+    """
+    if raw is None or raw.shortest is None:
         return
-    if teacher.facts.identity.tokenizer != student.facts.identity.tokenizer:
-        require_same_tokens(teacher.facts.path, student.facts.path)
+    size = max(token_map(tokenizer), default=-1) + 1
+    if raw.largest >= size:
+        raise DataError(
+            "unknown_token",
+            f"{_sentence(raw.largest_at)} holds the id {raw.largest}, and the vocabulary ends at {size - 1}.",
+            value=raw.largest,
+            fix="Give ids of the teacher's tokenizer, or leave the ids out and give text.",
+        )
+    if raw.shortest > section.max_length:
+        raise DataError(
+            "empty_data",
+            f"Every row has more ids than sft.max_length ({section.max_length}); the shortest has {raw.shortest}.",
+            value=raw.shortest,
+            fix="Raise 'sft.max_length', or give other responses.",
+        )
+    positions = student.positions if student else None
+    if positions is not None and positions < min(raw.longest, section.max_length):
+        raise DataError(
+            "too_large",
+            f"{_sentence(raw.longest_at)} has {raw.longest} ids, and the student was made for {positions} positions.",
+            value=raw.longest,
+            fix=f"Set 'sft.max_length' to at most {positions}: longer rows are then left out and counted.",
+        )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def judge_special_tokens(
+    differing: Sequence[TokenDifference], facts: TextFacts, prompting: PromptingRecipe, found: Findings
+) -> None:
+    """Name the special tokens that differ; raises ConsistencyError `tokenizer_mismatch` where prompts have them."""
+    if not differing:
+        return
+    used = set(facts.preview["watched"]) if facts.preview else set()
+    require_unused(differing, used, prompting, differences_text(differing))
+    found.warn(
+        "special_tokens_differ",
+        f"The vocabularies differ in special tokens (teacher / student): {differences_text(differing)}. "
+        + (
+            f"Prompts have {len(used)} of them, which the student learns in its SFT"
+            if used
+            else "None of the prompts looked at has one"
+        )
+        + "; the student is saved with the teacher's tokenizer.",
+        "Nothing has to be done; the student's lineage records it.",
+    )
+
+
+def require_generating(*models: ResolvedModel) -> None:
+    """Raise PathError `unsupported_model` for a model, known by its model_type, that cannot generate here."""
+    for model in models:
+        if model.facts is not None:
+            require_decodable(model.facts)
 
 
 def judge_files(inputs: PlanInputs, found: Findings) -> None:
@@ -144,6 +229,38 @@ def judge_data(inputs: PlanInputs, found: Findings) -> None:
             )
 
 
+def judge_golds(inputs: PlanInputs, recipe: BenchmarkRecipe, found: Findings) -> None:
+    """Block expected answers that their grader would not take for right if a response said just them."""
+    if inputs.eval_prompts is None or not (golds := inputs.eval_prompts.scan.golds):
+        return
+    answers, total = [gold for _, gold in golds], inputs.eval_prompts.scan.rows_with_answer
+    name, why = recipe_grader(recipe, answers)
+    limits = AnswerLimits(cpu_seconds=GOLD_SECONDS)
+    problems: list[tuple[str, str]] = []
+    graded, until = 0, time.monotonic() + GOLDS_SECONDS
+    try:
+        with grader_for(name, pattern=recipe.answer_pattern, allow_code=recipe.allow_code, limits=limits) as grader:
+            while graded < len(golds) and time.monotonic() < until:
+                part = golds[graded : graded + GOLDS_AT_ONCE]
+                found_in = gold_problems(grader, [gold for _, gold in part])
+                problems += [part[problem.row] for problem in found_in]
+                graded += len(part)
+    except OpdError as error:
+        found.blocking.append(Finding.of_error(error))
+        return
+    if problems:
+        shown = ", ".join(f"{row}: {shortened(gold, 60)!r}" for row, gold in problems[:3])
+        of = f"all {total}" if graded == total else f"{graded} sampled of {total}"
+        found.blocking.append(
+            Finding(
+                code="golds_not_gradable",
+                message=f"{len(problems)} of {of} expected answers are graded as wrong by the grader '{name}' ({why}) "
+                f"when a response says just them, in a sentence or in \\boxed{{}}: {shown}.",
+                fix="Set 'benchmark.grader' to one that fits, repair these answers, or name their field by columns=….",
+            )
+        )
+
+
 def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
     """Warn of eval prompts that are missing, without answers, or among the training prompts."""
     if inputs.eval_prompts is None:
@@ -175,14 +292,14 @@ def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:
         )
 
 
-def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -> PromptHygiene:
+def judge_prompts(inputs: PlanInputs, facts: TextFacts, max_prompt_tokens: int, found: Findings) -> PromptHygiene:
     """What is odd in the prompts, by the same counts as a cache's manifest, the chat template's tokens left out.
 
     Warns of copies and of what is too long.
     """
     scan = inputs.prompts.scan
-    facts = inputs.teacher.facts or inputs.student.facts
-    over_long, estimated = over_long_prompts(facts.path, scan, max_prompt_tokens) if facts else (0, False)
+    over_long = round(facts.over * scan.long_rows / max(facts.counted, 1))
+    estimated = facts.counted < scan.long_rows
     hygiene = PromptHygiene(
         prompts=scan.rows,
         over_long_prompts=over_long,
@@ -192,7 +309,7 @@ def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -
     if hygiene.duplicate_prompts:
         found.warn(
             "duplicate_prompts",
-            f"{hygiene.duplicate_prompts} of {scan.rows} prompts stand in the set more than once; all are used.",
+            f"{hygiene.duplicate_prompts} of {scan.rows} prompts are duplicates; all are used.",
             "Remove the copies if they are not meant.",
         )
     if hygiene.over_long_prompts:
@@ -200,7 +317,7 @@ def judge_prompts(inputs: PlanInputs, max_prompt_tokens: int, found: Findings) -
             "over_long_prompts",
             f"{'About ' if estimated else ''}{over_long} of {scan.rows} prompts are over {max_prompt_tokens} tokens "
             "and will be left out"
-            + (f" (estimated from {len(scan.long_texts)} of the {scan.long_rows} longest)." if estimated else "."),
+            + (f" (estimated from {facts.counted} of the {scan.long_rows} longest)." if estimated else "."),
             "Raise 'prompting.max_prompt_tokens' to use them.",
         )
     return hygiene
@@ -227,35 +344,6 @@ def judge_rollouts(manifest: CacheManifest, cache_id: str, found: Findings) -> N
     if hygiene.quarantined:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in hygiene.quarantined.items())
         found.warn("rows_left_out", f"Rows were left out of {cache_id}: {reasons}.", "Nothing has to be done.")
-
-
-def mean_prompt_tokens(model: Path, scan: PromptScan) -> float | None:
-    """Mean tokens of evenly sampled prompts, without the chat template's; None for a tokenizer that cannot be read."""
-    lengths = _token_counts(model, [row.whole_text() for row in scan.sample])
-    return round(sum(lengths) / len(lengths), 2) if lengths else None
-
-
-def over_long_prompts(model: Path, scan: PromptScan, limit: int) -> tuple[int, bool]:
-    """Prompts of more than `limit` tokens, the chat template's not counted, and whether that is an estimate.
-
-    0 for a tokenizer that cannot be read. The scan's `long_bytes` must be `limit`.
-    """
-    assert not scan.rows or scan.long_bytes == limit
-    over = sum(length > limit for length in _token_counts(model, list(scan.long_texts)) or ())
-    sampled = len(scan.long_texts) < scan.long_rows
-    return round(over * scan.long_rows / max(len(scan.long_texts), 1)), sampled
-
-
-def _token_counts(model: Path, texts: list[str]) -> list[int] | None:
-    from tokenizers import Tokenizer
-
-    if not texts:
-        return None
-    try:
-        encodings = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts)
-    except Exception:  # the Rust side raises bare Exception; a length for an estimate is no reason to fail
-        return None
-    return [len(encoding.ids) for encoding in encodings]
 
 
 @dataclass(frozen=True)
@@ -335,7 +423,7 @@ def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdent
             return None
         return read_manifest(artifact.path)
     except OpdError:
-        return None  # a damaged cache stops whoever uses it, not a plan beside it
+        return None  # a damaged cache stops the runs that use it, not other plans
 
 
 def _has(lineage: Lineage, role: str, model: ModelIdentity) -> bool:

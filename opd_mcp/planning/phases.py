@@ -136,7 +136,7 @@ class PhaseChain:
         return self
 
     def benchmark(self) -> "PhaseChain":
-        """The result is measured beside what it came from."""
+        """The result is measured next to its origin."""
         inputs = self.inputs
         models = [model_token(inputs.model)] if inputs.model else [self.distilled, self.student]
         parts = {
@@ -145,6 +145,7 @@ class PhaseChain:
             "teacher": model_token(inputs.teacher),
             "prompts": data_token(inputs.eval_prompts or inputs.prompts),
             "answers": inputs.eval_prompts is not None or inputs.model is not None,
+            **({"suite": inputs.suite} if inputs.suite else {}),
         }
         self._add("benchmark", parts, self.recipe.benchmark)
         return self

@@ -6,26 +6,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.devices.hardware import Target, free_disk
+from opd_mcp.identity.data.reading import first_response
 from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
+from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
+    differing_tokens,
     judge_consistency,
     judge_data,
     judge_evaluation,
     judge_files,
+    judge_golds,
     judge_prompts,
-    mean_prompt_tokens,
+    judge_special_tokens,
     measured_cache,
-    require_matching_tokenizers,
+    require_generating,
     with_measures,
 )
 from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs
-from opd_mcp.planning.phases import distillation_phases, with_satisfied
+from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
+from opd_mcp.planning.preview import judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
+from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
@@ -56,15 +62,23 @@ class Planner:
         target = self.target_of(recipe.runtime)
         found = Findings()
         inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
-        require_matching_tokenizers(inputs.teacher, inputs.student)
+        differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
+        require_generating(inputs.student, *([inputs.teacher] if sft else []))
         schema = self._schema(arguments, inputs, sft, found)
+        facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing), found)
+        judge_special_tokens(differing, facts, recipe.prompting, found)
+        schema = _with_mean(schema, facts.mean_prompt_tokens)
+        judge_sizes(inputs, found)
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
-        hygiene = judge_prompts(inputs, recipe.prompting.max_prompt_tokens, found)
+        judge_golds(inputs, recipe.benchmark, found)
+        hygiene = judge_prompts(inputs, facts, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
         phases = requests[method].phases
+        pending = [phase.name for phase in phases if phase.satisfied_by is None]
+        preview = plan_preview(facts, inputs, recipe, pending, found)
         cache = measured_cache(self.references.store.artifacts, schema, phases)
         verdict = with_measures(verdict, cache, requests[method], found)
         estimates = self._estimates(requests, target)
@@ -86,6 +100,7 @@ class Planner:
             estimates=estimates,
             fits=fits,
             sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.scan.first[:SAMPLE_ROWS]],
+            preview=preview,
             hygiene=hygiene,
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
@@ -117,10 +132,7 @@ class Planner:
         return PlanInputs(student, teacher, prompts, sft_prompts, eval_prompts, schema)
 
     def _schema(self, arguments: PlanDistillation, inputs: PlanInputs, sft: bool, found: Findings) -> RunInputs:
-        tokenizer = inputs.teacher.facts or inputs.student.facts
-        mean = mean_prompt_tokens(tokenizer.path, inputs.prompts.scan) if tokenizer else None
-        prompts = inputs.prompts.input.model_copy(update={"mean_prompt_tokens": mean})
-        update: dict[str, object] = {"prompts": prompts}
+        update: dict[str, object] = {}
         if sft:
             if inputs.sft_prompts is None:
                 found.warn(
@@ -137,6 +149,21 @@ class Planner:
                 "Give the student as it was before its SFT to fine-tune it again.",
             )
         return inputs.schema.model_copy(update=update)
+
+    def _asked(
+        self, inputs: PlanInputs, recipe: Recipe, schema: RunInputs, differing: Sequence[TokenDifference]
+    ) -> Asked | None:
+        """What is asked of the tokenizer that both models will use, with a row of the responses where they are here."""
+        model = inputs.teacher.facts or inputs.student.facts
+        if model is None:
+            return None
+        taught = None
+        if schema.sft_prompts is not None:
+            key = PhaseChain(recipe, schema).generate_responses().phases[-1].key
+            made = self.builder.artifacts.made_by([key]).get(key)
+            taught = first_response(self.builder.artifacts.get(made).path) if made else None
+        watched = tuple(difference.id for difference in differing)
+        return Asked(model.path, recipe.prompting, inputs.prompts.scan, recipe.sft.train_turns, taught, watched)
 
     def _requests(self, recipe: Recipe, inputs: RunInputs, method: Method, sft: bool) -> dict[Method, RunRequest]:
         """By method, what it would run: the asked one, and the two to compare it with.
@@ -191,6 +218,15 @@ def files_signature(inputs: RunInputs) -> str:
     return content_hash([path_signature(file) for file in files])
 
 
+def _with_mean(inputs: RunInputs, mean: float | None) -> RunInputs:
+    """The inputs with the mean tokens of the prompts, by which the run's cost is estimated."""
+    assert inputs.prompts is not None, "a plan has prompts"
+    update: dict[str, object] = {"prompts": inputs.prompts.model_copy(update={"mean_prompt_tokens": mean})}
+    if inputs.sft_prompts == inputs.prompts:
+        update["sft_prompts"] = update["prompts"]
+    return inputs.model_copy(update=update)
+
+
 def with_way_to_fit(finding: Finding, arguments: PlanDistillation, fits: Sequence[FitOption]) -> Finding:
     """A shortage of memory with the plan that would fit: the first way that does, or that none does."""
     if finding.code != "not_enough_memory" or not fits:
@@ -230,7 +266,8 @@ def fingerprint(
         if isinstance(value, DataInput):  # how it was read follows from what it is
             part.pop("understood", None)
         parts[f"inputs.{name}"] = part
-    parts.pop("inputs.baselines")
+    for of_benchmarks in ("inputs.baselines", "inputs.suite"):
+        parts.pop(of_benchmarks)
     parts["phases"] = [[phase.name, phase.key] for phase in phases]
     return parts
 

@@ -1,15 +1,16 @@
-"""From what a caller writes to resolved inputs: paths below the allowed roots, artifacts, run results, Hub ids."""
+"""From what a caller writes to resolved inputs: paths below the roots, artifacts, run results, Hub ids, tasks."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.identity.adapters import is_adapter, read_adapter
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
-from opd_mcp.identity.data.reading import read_responses_header
+from opd_mcp.identity.data.reading import ResponsesHeader, read_responses_header
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.data.scan import PromptScan, scan_of_rows, scan_prompts
 from opd_mcp.identity.data.sources import COMPRESSED, SUFFIXES, is_glob, matching_files
@@ -19,11 +20,14 @@ from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.adapter_bases import AdapterBases
 from opd_mcp.planning.phases import PUBLISHED
+from opd_mcp.planning.task_prompts import is_task, task_prompts, write_task_prompts
+from opd_mcp.planning.text_work import TextWork
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, OpdError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
+from opd_mcp.store.artifacts import Artifact
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import RECORD_FILE, run_ids
 from opd_mcp.store.store import Store
@@ -57,6 +61,14 @@ class ResolvedPrompts:
 
 
 @dataclass(frozen=True)
+class ResolvedResponses:
+    """Responses with what a look at them found; nothing for a Hub data set that is not here yet."""
+
+    input: DataInput
+    header: ResponsesHeader | None = None
+
+
+@dataclass(frozen=True)
 class ResolvedCache:
     """A teacher cache with its manifest."""
 
@@ -79,6 +91,7 @@ class References:
     roots: AllowedRoots
     models: ModelCache
     teacher_hosts: tuple[str, ...] = ()
+    texts: TextWork = field(default_factory=TextWork)
 
     @property
     def workspace(self) -> Workspace:
@@ -174,13 +187,17 @@ class References:
     def prompts(
         self, value: str | Sequence[str], columns: Mapping[str, str] | None = None, *, long_bytes: int = 1 << 62
     ) -> ResolvedPrompts:
-        """Prompts by reference, or an inline list, which becomes an artifact; raises DataError and PathError.
+        """Prompts by reference; a task's rows and an inline list become artifacts.
+
+        Raises DataError and PathError, and for a task ArgumentError and ResourceError `missing_package`.
 
         `columns` are the fields by part; texts of more than `long_bytes` bytes are counted and sampled in the scan.
         """
         if not isinstance(value, str):
             return self._inline_prompts(value, long_bytes)
-        place, absent = self._data_place(value, "prompts", columns)
+        place, absent = (
+            (self._task_place(value), None) if is_task(value) else self._data_place(value, "prompts", columns)
+        )
         if absent is not None:
             return ResolvedPrompts(absent)
         mapped = None if place.artifact_id else columns
@@ -200,16 +217,16 @@ class References:
 
     def responses(
         self, reference: str, declared_teacher: str | None, columns: Mapping[str, str] | None = None
-    ) -> DataInput:
+    ) -> ResolvedResponses:
         """Responses by reference, with whose they are: proven by lineage, else as declared."""
         declared = self.claim(declared_teacher)
         place, absent = self._data_place(reference, "responses", columns)
         if absent is not None:
-            return absent.model_copy(update={"sft_teacher": declared})
+            return ResolvedResponses(absent.model_copy(update={"sft_teacher": declared}))
         mapped = None if place.artifact_id else columns
         header = read_responses_header(place.path, mapped)
         claim = self._lineage_claim(place.path) or declared
-        return DataInput(
+        resolved = DataInput(
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
@@ -220,6 +237,7 @@ class References:
             columns=dict(mapped) if mapped else None,
             understood=header.understood,
         )
+        return ResolvedResponses(resolved, header)
 
     def cache(self, reference: str) -> ResolvedCache:
         """A teacher cache by artifact id, run id or path; raises PathError `not_a_cache` for anything else."""
@@ -363,7 +381,7 @@ class References:
             value=reference,
             nearest=nearest(reference, known),
             fix="Give an absolute path below an allowed root, an artifact id, a run id, or a Hub id (org/name, of data "
-            "org/name:configuration@split); the set-up lists the roots.",
+            "org/name:configuration@split), for prompts also reasoning_gym:TASK; the set-up lists the roots.",
             call=next_call("inspect_setup"),
         )
 
@@ -386,14 +404,8 @@ class References:
                 raise DataError("missing_field", f"Inline prompt {index} is empty.", value=index, fix=fix)
         scan = scan_of_rows(rows, long_bytes=long_bytes)
         sha256 = scan.sha256
-        artifact = self.store.artifacts.find_by_key("prompts", sha256)
-        if artifact is None:
-            building = self.store.artifacts.new_building_directory("prompts")
-            lines = [json.dumps({"id": row.id, "prompt": row.prompt}, ensure_ascii=False) + "\n" for row in rows]
-            (building / PROMPTS_FILE).write_text("".join(lines), encoding="utf-8")
-            artifact = self.store.artifacts.publish(
-                "prompts", building, artifact_id=f"prompts-{sha256[:12]}", key=sha256
-            )
+        lines = [json.dumps({"id": row.id, "prompt": row.prompt}, ensure_ascii=False) + "\n" for row in rows]
+        artifact = self._kept_prompts(sha256, lambda file: file.write_text("".join(lines), encoding="utf-8"))
         resolved = DataInput(
             reference="inline",
             path=str(artifact.path),
@@ -403,6 +415,23 @@ class References:
             rows_with_answer=0,
         )
         return ResolvedPrompts(resolved, scan)
+
+    def _task_place(self, reference: str) -> _Place:
+        task = task_prompts(reference)
+        artifact = self._kept_prompts(task.key(), lambda file: write_task_prompts(task, file))
+        return _Place(artifact.path, artifact.artifact_id)
+
+    def _kept_prompts(self, key: str, write: Callable[[Path], object]) -> Artifact:
+        """The prompts artifact with this key, written to a file unless it is there."""
+        artifact = self.store.artifacts.find_by_key("prompts", key)
+        if artifact is not None:
+            return artifact
+        building = self.store.artifacts.new_building_directory("prompts")
+        try:
+            write(building / PROMPTS_FILE)
+            return self.store.artifacts.publish("prompts", building, artifact_id=f"prompts-{key[:12]}", key=key)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def columns_of(columns: Mapping[str, str] | None, argument: str) -> dict[str, str] | None:

@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,12 +11,22 @@ from typing import Any
 import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
-from opd_mcp.planning.checks import mean_prompt_tokens, require_matching_tokenizers
+from opd_mcp.identity.data.scan import scan_of_rows
+from opd_mcp.identity.tokenizers import TokenDifference
+from opd_mcp.planning.checks import (
+    Findings,
+    differing_tokens,
+    judge_special_tokens,
+    require_generating,
+    require_usable_ids,
+)
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
-from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
+from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
+from opd_mcp.planning.suites import with_suite
+from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
-from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.recipes import Method, Preset, PromptingRecipe, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -57,28 +67,36 @@ class RequestBuilder:
         """The teacher answers prompts."""
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
-        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher))
+        require_generating(teacher)
+        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher, recipe.prompting))
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
         """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared.
 
         It adopts the tokenizer and template that came with the responses, else those of a declared teacher that is
-        here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's.
+        here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's, and as
+        `require_usable_ids`.
         """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
         columns = columns_of(arguments.columns, "responses")
         responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
         teacher = None
-        if not (Path(str(responses.path)) / TOKENIZER_FOLDER).is_dir():
+        saved = Path(str(responses.input.path)) / TOKENIZER_FOLDER
+        if not saved.is_dir():
             teacher = self.references.declared_teacher(arguments.declared_teacher)
+        if responses.header is not None:
+            facts = teacher.facts if teacher else student.facts
+            tokenizer = saved if saved.is_dir() else facts.path if facts else None
+            if tokenizer is not None:
+                require_usable_ids(responses.header.raw_ids, tokenizer, student.facts, recipe.sft)
         if teacher is not None:
-            require_matching_tokenizers(teacher, student)
+            self._require_fitting_tokens(teacher, student, responses, recipe)
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input if teacher else None,
-            responses=responses,
+            responses=responses.input,
             declared_teacher=arguments.declared_teacher,
         )
         return self.request("sft", recipe, inputs, PhaseChain(recipe, inputs).sft().phases)
@@ -95,14 +113,15 @@ class RequestBuilder:
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
         student = self.references.sft_student(arguments.student, arguments.declared_teacher)
-        require_matching_tokenizers(teacher, student)
+        require_generating(student)
+        differing = differing_tokens(teacher, student)
         allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
             require_consistent(teacher.input.identity, student.input.sft_teacher, allowed=allowed)
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments, teacher if teacher.facts else student),
+            prompts=self._prompts(arguments, teacher if teacher.facts else student, recipe.prompting, differing),
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
@@ -158,20 +177,24 @@ class RequestBuilder:
         return self.request("distill", recipe, inputs, phases)
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
-        """A model and its baselines are measured on prompts."""
+        """A model and its baselines are measured on prompts, on those of a suite, or on a task of lm-eval."""
+        arguments, suite, settings = with_suite(arguments)
         given = {"benchmark.samples_per_prompt": arguments.samples_per_prompt}
-        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
+        overrides = {key: value for key, value in settings.items() if given.get(key) is None} | arguments.overrides
+        recipe = usable_recipe(arguments.preset, overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
+        require_generating(model, *baselines)
         for other in (model, *baselines):
             if teacher is not None:
-                require_matching_tokenizers(teacher, other)
+                differing_tokens(teacher, other)
         inputs = RunInputs(
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=self._prompts(arguments, model),
+            prompts=self._prompts(arguments, model, recipe.prompting) if arguments.prompts is not None else None,
+            suite=suite,
         )
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
@@ -183,7 +206,8 @@ class RequestBuilder:
         )
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
-        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model))
+        require_generating(model)
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model, recipe.prompting))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
@@ -195,11 +219,37 @@ class RequestBuilder:
         self,
         arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel,
         model: ResolvedModel,
+        prompting: PromptingRecipe,
+        differing: Sequence[TokenDifference] = (),
     ) -> DataInput:
+        """The prompts, looked at by the tokenizer that encodes them; raises as `TextWork.facts`.
+
+        Raises ConsistencyError `tokenizer_mismatch` where they have one of the special tokens that differ.
+        """
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
+        assert arguments.prompts is not None, "a suite's are filled in, a task of lm-eval has none"
         prompts = self.references.prompts(arguments.prompts, columns)
-        mean = mean_prompt_tokens(model.facts.path, prompts.scan) if model.facts else None
+        mean = None
+        if model.facts is not None:
+            watched = tuple(difference.id for difference in differing)
+            asked = Asked(model.facts.path, prompting, prompts.scan, "all" if watched else None, watched=watched)
+            facts = self.references.texts.facts(asked)
+            judge_special_tokens(differing, facts, prompting, Findings())
+            mean = facts.mean_prompt_tokens
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
+
+    def _require_fitting_tokens(
+        self, teacher: ResolvedModel, student: ResolvedModel, responses: ResolvedResponses, recipe: Recipe
+    ) -> None:
+        """Raise ConsistencyError `tokenizer_mismatch` unless the tokens that the responses need are the same."""
+        differing = differing_tokens(teacher, student)
+        if not differing or teacher.facts is None or responses.header is None:
+            return
+        rows = responses.header.first
+        watched = tuple(difference.id for difference in differing)
+        scan = scan_of_rows([row.prompt for row in rows])
+        asked = Asked(teacher.facts.path, recipe.prompting, scan, recipe.sft.train_turns, rows[0], watched)
+        judge_special_tokens(differing, self.references.texts.facts(asked), recipe.prompting, Findings())
 
     def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:
         """The cache's teacher: as given, or where the run that made the cache had it, if it is still the same."""
@@ -234,7 +284,7 @@ class RequestBuilder:
 
 
 def usable_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
-    """The resolved recipe, for a device that is there; `given` is what arguments of the tool say of recipe keys.
+    """The resolved recipe, for an available device; `given` holds the recipe keys that the tool's arguments set.
 
     Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
     """
@@ -288,9 +338,19 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
 
 
 def method_recipe(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on."""
+    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on.
+
+    Raises ArgumentError `invalid_argument` for a live distillation with a repair, which needs cached scores.
+    """
     if method == "sft":
         return recipe
+    if method == "live" and recipe.distill.repair != "none":
+        raise ArgumentError(
+            "invalid_argument",
+            "distill.repair repairs the scores of a teacher cache; live distillation has none.",
+            value=recipe.distill.repair,
+            fix="Leave out distill.repair, or use method='lightning'.",
+        )
     distill = recipe.distill.model_copy(update={"method": method})
     update: dict[str, object] = {"distill": distill}
     if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:

@@ -53,6 +53,8 @@ class DataSize:
     sft_prompts: int = 0
     eval_prompts: int = 0
     models: int = 2
+    references: frozenset[str] = frozenset()
+    """The rows of a report that the run has the models for, besides `models`."""
 
 
 @dataclass(frozen=True)
@@ -234,10 +236,15 @@ class Workload:
         answers = self._generation(student, rows, section.batch_size, section.sampling)
         kl = self._generation(student, min(section.kl_prompts, prompts), section.batch_size, section.sampling)
         scored = 1 + (self.teacher.parameters + student.parameters) / student.parameters
+        rows_besides = data.references & set(section.references) if data.eval_prompts else set()
+        models, flops, passes, memory = data.models + ("base" in rows_besides), 0.0, 0.0, 0
+        if "teacher" in rows_besides:
+            own = self._generation(self.teacher, rows, section.batch_size, section.sampling)
+            flops, passes, memory = own.flops, own.passes, own.memory
         return Work(
-            data.models * (answers.flops + kl.flops * scored),
-            data.models * (answers.passes + kl.passes),
-            answers.memory + self.teacher.parameters * self._value_bytes,
+            models * (answers.flops + kl.flops * scored) + flops,
+            models * (answers.passes + kl.passes) + passes,
+            max(answers.memory + self.teacher.parameters * self._value_bytes, memory),
         )
 
 
@@ -264,14 +271,17 @@ def workload_of(
 
 
 def data_size(inputs: RunInputs) -> DataSize:
-    """Rows and lengths of a run's inputs; a length that nobody measured counts as one token."""
-    prompts, sft_prompts, evaluation = inputs.prompts, inputs.sft_prompts or inputs.prompts, inputs.eval_prompts
+    """Rows and lengths of a run's inputs; an unmeasured length counts as one token."""
+    prompts, sft_prompts = inputs.prompts, inputs.sft_prompts or inputs.prompts
+    evaluation = inputs.eval_prompts or (prompts if inputs.model else None)
+    had = {"teacher": inputs.teacher is not None, "base": inputs.sft_prompts is not None}
     return DataSize(
         prompts=(prompts.rows if prompts else None) or 0,
         prompt_tokens=(prompts.mean_prompt_tokens if prompts else None) or 1.0,
         sft_prompts=(sft_prompts.rows if sft_prompts else None) or 0,
         eval_prompts=(evaluation.rows if evaluation else None) or 0,
         models=1 + len(inputs.baselines) if inputs.model else 2,
+        references=frozenset(name for name, here in had.items() if here),
     )
 
 

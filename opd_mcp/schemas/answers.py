@@ -43,7 +43,7 @@ class MetricsReport(Schema):
 
     runs: list[RunMetrics]
     differences: dict[str, list[Any]] = Field(
-        default_factory=dict, description="recipe keys and inputs that differ, a value a run, in the order of `runs`"
+        default_factory=dict, description="differing recipe keys and inputs, one value per run, in the order of `runs`"
     )
     dropped: list[str] = Field(default_factory=list, description="what was left out for length")
 

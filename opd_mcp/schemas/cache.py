@@ -71,12 +71,21 @@ class Hygiene(PromptHygiene):
     quarantined: dict[str, int] = Field(default_factory=dict, description="rows left out, by reason")
 
 
+COARSEST_DTYPE = "bfloat16"
+# Nats, by what the model computes in: measured in docs/reliability.md.
+ENGINE_GAP_BOUNDS = {"float32": 0.01, COARSEST_DTYPE: 0.2}
+
+
 class EngineGap(Schema):
     """|log-prob of the generating engine − that of the scorer| for the same model, on a sample of rollouts."""
 
     tokens: int
     mean: float
     largest: float
+
+    def bound(self, dtype: str | None = None) -> float:
+        """The largest `mean` that rounding explains, in nats; without a `dtype` that of the coarsest."""
+        return ENGINE_GAP_BOUNDS.get(dtype or COARSEST_DTYPE, ENGINE_GAP_BOUNDS[COARSEST_DTYPE])
 
 
 class TeacherDelta(Schema):

@@ -7,22 +7,24 @@ OpdError
 │   │                              unsafe_config · cannot_be_saved · workspace_missing · unusable_name ·
 │   │                              unsupported_model · unsupported_adapter · base_missing
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
-│   │                              too_large · unknown_token · template_failed
+│   │                              too_large · unknown_token · template_failed · too_long · doubled_think
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
-│   │                              teacher_host_not_allowed · too_slow · lossy_precision
+│   │                              teacher_host_not_allowed · too_slow · lossy_precision ·
+│   │                              unknown_template_option · reserved_template_option
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
-│                                  topk_missing · caches_differ · teacher_untrue · no_adapter
+│                                  topk_missing · caches_differ · teacher_untrue · behaviour_missing ·
+│                                  no_adapter
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed
 ├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused · grader_failed ·
-│                                  sandbox_unavailable · workspace_busy · workspace_unusable
+│                                  sandbox_unavailable · workspace_busy · workspace_unusable · child_failed
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    worker_terminated · attempt_superseded · same_request_active · run_starting ·
-                                   bad_number · bad_rows
+                                   bad_number · bad_rows · engine_disagrees
 """
 
 from collections.abc import Iterable

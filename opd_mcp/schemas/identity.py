@@ -103,6 +103,9 @@ class Lineage(Record):
     distilled_from: ModelIdentity | None = Field(None, description="the teacher of the distillation, if any")
     adapter: AdapterOrigin | None = Field(None, description="absent where all weights were trained")
     teacher_mismatch_allowed: bool = False
+    special_tokens_differ: str | None = Field(
+        None, description="special tokens that the teacher's tokenizer and the student's own have at other ids"
+    )
     parents: list[Parent] = Field(default_factory=list)
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of each data file")
     versions: dict[str, str] = Field(default_factory=dict)

@@ -86,6 +86,55 @@ class ConsistencyVerdict(Schema):
     not_measured: str | None = Field(None, description="why teacher_delta or engine_gap is absent")
 
 
+class PromptPreview(Schema):
+    """One prompt as the model is given it."""
+
+    id: str
+    text: str = Field(description="decoded from its ids, control tokens included; a long one without its middle")
+    tokens: int
+    control_tokens: dict[str, int] = Field(default_factory=dict, description="those among its ids, with how often")
+
+
+class LearntPreview(Schema):
+    """One row of SFT: `learnt` follows `prompt`, and the loss counts its tokens alone."""
+
+    source: Literal["responses", "made up"] = Field(description="a row of the responses, or a made-up answer")
+    prompt: str
+    learnt: str
+    prompt_tokens: int
+    learnt_tokens: int
+
+
+class LimitShare(Schema):
+    """How many of the measured prompts are over one limit."""
+
+    limit: str = Field(description="the recipe's key, or what a model's positions must hold")
+    tokens: int
+    over: int
+
+
+class Preview(Schema):
+    """What the run makes of the data before it starts, made by the code that the run uses.
+
+    A plan has none while the models are still to be fetched.
+    """
+
+    tokenizer: Literal["teacher", "student"]
+    prompts: list[PromptPreview] = Field(default_factory=list)
+    measured: int = Field(0, description="prompts that were encoded for the counts here")
+    of: int = Field(0, description="prompts there are; all of them were measured where the two are the same")
+    stops: dict[str, str] = Field(default_factory=dict, description="text of each id that ends a response")
+    end_of_turn: int | None = Field(None, description="the stop that SFT teaches")
+    learnt: LearntPreview | None = None
+    limits: list[LimitShare] = Field(default_factory=list)
+    template: dict[str, str] = Field(
+        default_factory=dict, description="what the chat template does with thinking, system prompts and several turns"
+    )
+    control_tokens: Literal["text", "tokens"] = "text"
+    prompts_spelling_control_tokens: int = 0
+    spelt_control_tokens: dict[str, int] = Field(default_factory=dict)
+
+
 class Plan(Schema):
     """The answer of `plan_distillation`; `plan_id` is the approval and the idempotency key."""
 
@@ -98,6 +147,7 @@ class Plan(Schema):
     estimates: list[MethodEstimate] = Field(description="lightning and live side by side")
     fits: list[FitOption] = Field(default_factory=list, description="ways to train on this device")
     sample: list[str] = Field(default_factory=list, description="the first prompts, shortened")
+    preview: Preview | None = None
     hygiene: PromptHygiene = PromptHygiene()
     rollouts: RolloutStatistics | None = None
     blocking: list[Finding] = Field(default_factory=list)

@@ -21,6 +21,7 @@ AdapterInit = Literal["kaiming", "gaussian"]
 AdapterScaling = Literal["lora", "rslora"]
 AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
+ReferenceRow = Literal["teacher", "base"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -41,6 +42,16 @@ class PromptingRecipe(Schema):
         None, description="default: the teacher's, of its generation config, its tokenizer and its chat template"
     )
     max_prompt_tokens: PositiveInt = 2048
+    differing_tokens: Literal["refuse", "learn"] = Field(
+        "refuse",
+        description="special tokens that teacher and student name differently where prompts have them: refused, or "
+        "learnt by the student in its SFT",
+    )
+    control_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="what a control token such as <|im_end|> becomes where a prompt's text spells it: ordinary text, "
+        "or the token itself",
+    )
 
 
 class Sampling(Schema):
@@ -165,6 +176,9 @@ class DistillRecipe(Schema):
     method: Literal["lightning", "live"] = "lightning"
     estimator: Estimator = "sampled"
     topk: PositiveInt = Field(8, description="k of the top-k estimators")
+    repair: Literal["none", "residual"] = Field(
+        "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
+    )
     normalize: Normalize = "sample"
     advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
     steps: PositiveInt = 150
@@ -174,6 +188,15 @@ class DistillRecipe(Schema):
     activation_checkpointing: ActivationCheckpointing = "auto"
     save_dtype: SaveDtype = "input"
     adapter: AdapterRecipe | None = None
+
+    @model_validator(mode="after")
+    def _repairs_sampled_scores(self) -> Self:
+        if self.repair != "none" and self.estimator != "sampled":
+            raise ValueError(
+                f"distill.repair repairs the scores of sampled tokens: it needs the estimator 'sampled', not "
+                f"'{self.estimator}'"
+            )
+        return self
 
 
 class BenchmarkRecipe(Schema):
@@ -196,6 +219,21 @@ class BenchmarkRecipe(Schema):
         False,
         description="whether the grader 'code' may run programs that a model wrote: without network, files read-only, "
         "under limits of time and memory",
+    )
+    prompt_template: str | None = Field(
+        None,
+        max_length=4000,
+        pattern=r"(?s).*\{prompt\}",
+        description="text around each prompt, which stands at {prompt}; default: the prompt alone",
+    )
+    references: tuple[ReferenceRow, ...] = Field(
+        ("teacher", "base"),
+        description="what a report measures besides, where the prompts have answers and the run has the model: the "
+        "teacher, and the student before its SFT; leave out 'teacher' where it is costly",
+    )
+    least_teacher_accuracy: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.3,
+        description="an alert before training if surely fewer of the teacher's own responses are right",
     )
     limit: PositiveInt | None = None
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")

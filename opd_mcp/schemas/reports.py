@@ -9,6 +9,7 @@ from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName, Precision
 from opd_mcp.schemas.runs import Alert
+from opd_mcp.schemas.texts import line_end
 
 MetricValue = float | int
 
@@ -67,6 +68,18 @@ class TrainingSummary(Schema):
     packed: bool = Field(True, description="false: rows were padded in length buckets, since the class does not pack")
     throughput: "Throughput | None" = None
     sft_rows: SftRows | None = None
+    teacher_responses: "GradedResponses | None" = None
+    repair: "RepairSummary | None" = None
+
+
+class RepairSummary(Schema):
+    """What distill.repair took off the teacher's scores, in nats per token of the cache."""
+
+    tokens: int
+    folds: int
+    mean_difference: float = Field(description="teacher − behaviour log-prob, before the repair")
+    mean_residual: float = Field(description="what was taken off the teacher's log-prob")
+    explained_variance: float = Field(description="share of the difference's variance that the residual explains")
 
 
 class Throughput(Schema):
@@ -95,6 +108,42 @@ class GradedAnswers(Schema):
     timed_out: int = Field(0, description="responses whose grading went over its limits; they count as wrong")
     examples: list[str] = Field(default_factory=list, description="ends of up to three responses without an answer")
 
+    def text(self, name: str, characters: int = 200) -> str:
+        """One sentence about a model's answers, with the examples cut to so many characters."""
+        text = f"{name}: {self.without_answer} of {self.responses} responses had no extractable answer"
+        if self.timed_out:
+            text += f", {self.timed_out} could not be graded within the limits and count as wrong"
+        if self.examples:
+            text += "; they end: " + ", ".join(f"`{line_end(example, characters)}`" for example in self.examples)
+        return text + "."
+
+
+class GradedResponses(Schema):
+    """How many of the teacher's own responses are right, where the SFT prompts have answers."""
+
+    right: Estimate95
+    grader: GraderName
+    grader_reason: str
+    answers: GradedAnswers
+    truncated: int = Field(0, description="of the graded responses, those that the length limit cut")
+    wrong: list[str] = Field(default_factory=list, description="up to three wrong ones: expected, read, the end")
+
+    def text(self) -> str:
+        """One sentence about them."""
+        return (
+            f"{round(self.right.value * self.right.samples)} of {self.right.samples} responses of the teacher are "
+            f"right by `{self.grader}` ({self.grader_reason})"
+        )
+
+
+class TaskMetric(Schema):
+    """A metric of a task of lm-eval; the interval is 1.96 of its standard errors, absent where it gives none."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    samples: int
+
 
 class ModelScore(Schema):
     """One model's quality on the evaluation prompts."""
@@ -108,9 +157,10 @@ class ModelScore(Schema):
         None, description="exact KL(student‖teacher) per token on fresh student samples at T = 1, nats"
     )
     answers: GradedAnswers | None = Field(None, description="over the greedy and the sampled responses")
-    mean_response_tokens: float
-    truncated_fraction: float
-    eos_rate: float
+    task_metrics: dict[str, TaskMetric] | None = Field(None, description="of a task of lm-eval")
+    mean_response_tokens: float | None = Field(None, description="absent where nothing was generated")
+    truncated_fraction: float | None = None
+    eos_rate: float | None = None
     seconds: float
     tokens: int
 
@@ -123,11 +173,22 @@ class Comparison(Schema):
     accuracy_difference: Estimate95
 
 
+class GapClosed(Schema):
+    """(candidate − baseline) / (teacher − baseline): the share of the way to the teacher's accuracy."""
+
+    candidate: str
+    baseline: str
+    teacher: str
+    share: Estimate95 | None = None
+    not_measured: str | None = Field(None, description="why there is no share")
+
+
 class BenchmarkReport(Schema):
     """`report.json`: the evidence."""
 
     schema_version: Literal[1] = 1
     recipe: BenchmarkRecipe
+    suite: str | None = Field(None, description="the prompts' suite by name, or lm_eval:TASK")
     seed: int
     prompts_sha256: str
     prompts: int
@@ -135,8 +196,12 @@ class BenchmarkReport(Schema):
     grader: GraderName | None = None
     grader_reason: str | None = Field(None, description="why this grader: named, by its pattern, or by the answers")
     teacher: ModelIdentity | None = None
+    teacher_row: str | None = Field(None, description="the name of the teacher among the models")
     models: list[ModelScore]
     comparisons: list[Comparison] = Field(default_factory=list)
+    gap_closed: list[GapClosed] = Field(default_factory=list)
+    not_measured: dict[str, str] = Field(default_factory=dict, description="rows that are absent, and why")
+    teacher_responses: GradedResponses | None = Field(None, description="what the SFT of this run learnt from")
     hardware: str
     recipe_hash: str
     teacher_mismatch_allowed: bool = False

@@ -18,7 +18,7 @@ Reference = Annotated[
 ]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
-    Field(description="prompts by reference, or up to 200 inline"),
+    Field(description="reference, or up to 200 inline"),
 ]
 # The listing of six tools holds it; only plan_distillation's says what it is, and docs/data.md has the rest.
 Columns = Annotated[
@@ -193,7 +193,8 @@ class BenchmarkStudent(Schema):
     """Arguments of `benchmark_student`."""
 
     model: Reference
-    prompts: Prompts
+    prompts: Prompts | None = None
+    suite: Annotated[str, Field(max_length=120, description="instead: gsm8k, aime25, …, lm_eval:TASK")] | None = None
     columns: Columns | None = None
     teacher: Reference | None = None
     baselines: Annotated[list[Reference], Field(max_length=8)] = Field(default_factory=list)

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -33,6 +34,24 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def recipe_arguments(path: Path) -> dict[str, Any]:
+    """A recipe file as arguments of plan_distillation: its tables become dotted overrides, the rest stays."""
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    plain = {name: value for name, value in content.items() if name not in tables}
+    return plain | {"overrides": dict(_dotted(tables, set(recipe_keys())))}
+
+
+def _dotted(tables: Mapping[str, Any], keys: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables; a table that is itself a recipe's value stays whole."""
+    for name, value in tables.items():
+        key = prefix + name
+        if isinstance(value, dict) and key not in keys:
+            yield from _dotted(value, keys, f"{key}.")
+        else:
+            yield key, value
 
 
 def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:

@@ -14,6 +14,8 @@ RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "los
 PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample"]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
+LM_EVAL = "lm_eval:"
+"""How the name of a suite begins that is a task of lm-eval."""
 TOKENIZER_FOLDER = "tokenizer"
 """Where responses, rollouts and caches keep the tokenizer and template that they were made with."""
 
@@ -85,6 +87,7 @@ class RunInputs(Schema):
     cache: DataInput | None = None
     model: ModelInput | None = Field(None, description="the model that a benchmark measures or that answers samples")
     baselines: list[ModelInput] = Field(default_factory=list)
+    suite: str | None = Field(None, description="of a benchmark: a suite by name, or lm_eval:TASK")
     declared_teacher: str | None = None
     sft_teacher_path: str | None = Field(None, description="where the SFT teacher is at hand, to measure Δ")
     allow_teacher_mismatch: bool = False
@@ -132,10 +135,19 @@ class Quotas(Schema):
     max_bytes: int | None = Field(None, ge=1, description="size of the whole workspace")
 
 
+class StopSettings(Schema):
+    """How a worker that does not answer is ended."""
+
+    grace_seconds: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="from a cancel request to SIGTERM, and from SIGTERM to SIGKILL"
+    )
+
+
 class WorkspaceSettings(Schema):
     """The settings file of a workspace."""
 
     quotas: Quotas = Quotas()
+    stop: StopSettings = StopSettings()
 
 
 class Progress(Schema):
@@ -221,6 +233,7 @@ class RunRow(Schema):
     run_id: str
     kind: RunKind
     state: RunState
+    note: str | None = None
     created_at: str
     student: str | None = None
     teacher: str | None = None

@@ -55,3 +55,8 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def line_end(text: str, characters: int) -> str:
+    """The end of a text on one line, fit to stand between backquotes."""
+    return "…" + " ".join(text.split()).replace("`", "'")[-characters:] if text else "(empty)"

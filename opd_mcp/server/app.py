@@ -16,7 +16,7 @@ from opd_mcp.server.protocol.tasks import RunTasks, TasksExtension
 from opd_mcp.server.resources import RunWatcher, add_resources
 from opd_mcp.server.serve import ServerSettings
 from opd_mcp.server.tools.dashboard import PAGE
-from opd_mcp.server.tools.table import offered_tools
+from opd_mcp.server.tools.table import offered_tools, restriction_text
 from opd_mcp.service import JobService
 
 DEFAULTS = ServerSettings()
@@ -35,9 +35,9 @@ def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MC
         "opd-mcp",
         title="Lightning OPD distillation",
         version=opd_mcp.__version__,
-        instructions=INSTRUCTIONS,
+        instructions=INSTRUCTIONS + restriction_text(settings),
         tools=[sdk_tool(spec, service, settings) for spec in specs],
-        extensions=[TasksExtension(RunTasks(service, starting, settings.secrets)), dashboard_app()],
+        extensions=[TasksExtension(RunTasks(service, starting, settings)), dashboard_app()],
         log_level="WARNING",
         lifespan=watcher.lifespan,
         subscriptions=watcher.bus,

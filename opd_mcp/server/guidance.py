@@ -15,7 +15,8 @@ rollouts, teacher scores, distillation, report.
 expires is not a failure: never start the same work again. The result holds the model's path and the report's figures.
 Stages can also be run one by one: generate_teacher_responses → start_sft → build_teacher_cache → \
 start_distillation(student, cache_id) → benchmark_student.
-Models and data are named by absolute path below an allowed root, artifact id, run id (its result) or Hub id.
+Models and data are named by absolute path below an allowed root, artifact id, run id (its result) or Hub id; prompts \
+also as a task: reasoning_gym:NAME?size=N&seed=S.
 The teacher of the cache must be the teacher of the student's SFT; a mismatch is refused with the ways out.
 Settings: preset quick, paper or demo; overrides with dotted recipe keys, which the plan lists and opd://recipe-keys \
 explains.

@@ -1,32 +1,35 @@
-"""The HTTP application: who may speak to it, and the routes next to `/mcp`: `/health`, `/dashboard`.
+"""The HTTP application: the gate, and the routes next to `/mcp`: `/health`, `/dashboard`.
 
 Every request but `/health` must name an allowed host (421) and, from a browser, an allowed origin (403), and must carry
-the bearer token where there is one (401). A browser gets to the dashboard with `/dashboard?token=…` once; after that a
-cookie that is good for the dashboard only, and only for reading.
+the bearer token where there is one (401). A browser gets to the dashboard with `/dashboard?token=…` once; after that it
+has a session of its own, whose cookie is good for the dashboard only, and only for reading.
 """
 
-import hmac
-from collections.abc import Sequence
-from dataclasses import dataclass
-from http.cookies import SimpleCookie
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from anyio import to_thread
 from mcp.server import MCPServer
-from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
+from mcp.server.transport_security import TransportSecuritySettings
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import opd_mcp
-from opd_mcp.schemas.errors import ArgumentError, OpdError
+from opd_mcp.schemas.errors import OpdError
 from opd_mcp.server.app import dashboard_html
+from opd_mcp.server.http_access import SESSION_SECONDS, DashboardSessions, HttpAccess, origin_authority
 from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.service import JobService
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 COOKIE = "opd_dashboard"
-MIN_TOKEN_CHARACTERS = 16
+PAGES = ("/dashboard", "/dashboard/feed")
+MAX_HEADERS = 64
+MAX_HEADER_BYTES = 32 << 10
+MAX_TARGET_BYTES = 8 << 10
+MAX_MCP_SESSIONS = 1_000
+# The gate checks names and origins; the SDK's own check takes `localhost:anything` for this machine.
+CHECKED_BY_THE_GATE = TransportSecuritySettings(enable_dns_rebinding_protection=False)
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -36,91 +39,103 @@ PAGE_HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class HttpAccess:
-    """Where the server listens and whom it answers."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    allowed_hosts: tuple[str, ...] = ()
-
-    def checked(self) -> "HttpAccess":
-        """Itself; raises ArgumentError `invalid_argument` for a host that others can reach without token and names."""
-        if self.token is not None and len(self.token) < MIN_TOKEN_CHARACTERS:
-            raise ArgumentError(
-                "invalid_argument",
-                f"The token has fewer than {MIN_TOKEN_CHARACTERS} characters.",
-                fix='Make one with: python -c "import secrets; print(secrets.token_urlsafe(32))"',
-            )
-        if self.host not in LOCAL_HOSTS and (self.token is None or not self.allowed_hosts):
-            raise ArgumentError(
-                "invalid_argument",
-                "A host that other machines can reach needs a bearer token and the names it is reached by.",
-                value=self.host,
-                fix="Give --token-file (or OPD_TOKEN) and --allowed-host; or leave out --host and use an SSH tunnel.",
-            )
-        return self
-
-    def security(self) -> TransportSecuritySettings:
-        """The names under which the server answers; this machine's own ones always."""
-        hosts = ["127.0.0.1", "localhost", "[::1]", *self.allowed_hosts]
-        names = [f"{host}{port}" for host in hosts for port in ("", ":*")]
-        return TransportSecuritySettings(
-            enable_dns_rebinding_protection=True,
-            allowed_hosts=names,
-            allowed_origins=[f"{scheme}://{name}" for name in names for scheme in ("http", "https")],
-        )
-
-
 class Gate:
     """ASGI middleware that lets a request through to the application, or answers it."""
 
     def __init__(self, app: ASGIApp, access: HttpAccess) -> None:
         self._app = app
-        self._token = access.token.encode() if access.token else None
-        self._security = TransportSecurityMiddleware(access.security())
+        self._access = access
+        self._sessions = DashboardSessions(access)
+        # Cookies ignore ports: the name keeps those of several servers on this machine apart.
+        self._cookie = f"{COOKIE}_{access.port}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve or refuse one request."""
-        if scope["type"] != "http" or scope["path"] == "/health":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
-        request = Request(scope, receive)
-        refusal = await self._security.validate_request(request, is_post=False) or self._refusal(request)
-        await (refusal or self._app)(scope, receive, send)
+        elif scope["type"] == "http":
+            request = Request(scope, receive)
+            await (self._refusal(request) or self._app)(scope, receive, send)
 
     def _refusal(self, request: Request) -> Response | None:
-        if self._token is None or self._is_token(bearer(request)):
+        if refusal := too_large(request):
+            return refusal
+        if request.url.path == "/health":
             return None
-        if request.url.path.startswith("/dashboard") and request.method == "GET":
-            given = request.query_params.get("token")
-            if given is not None and self._is_token(given):
-                # The address bar and the history keep no token: it moves into a cookie that scripts cannot read.
-                answer = RedirectResponse("/dashboard", status_code=303, headers={"Referrer-Policy": "no-referrer"})
-                answer.set_cookie(COOKIE, given, httponly=True, samesite="strict", path="/dashboard")
-                return answer
-            if self._is_token(cookie(request)):
+        return self._misdirected(request) or self._unauthorized(request)
+
+    def _misdirected(self, request: Request) -> Response | None:
+        [host, *others] = request.headers.getlist("host") or [""]
+        if others or not self._access.admits_host(host):
+            return PlainTextResponse("421: this server has no such name.\n", status_code=421)
+        origins = request.headers.getlist("origin")
+        if len(origins) > 1 or not all(map(self._access.admits_origin, origins)):
+            return PlainTextResponse("403: pages of this origin may not call.\n", status_code=403)
+        return None
+
+    def _unauthorized(self, request: Request) -> Response | None:
+        if self._access.token is None or self._access.is_token(bearer(request)):
+            return None
+        if request.url.path in PAGES and request.method == "GET":
+            if self._access.is_token(request.query_params.get("token", "")):
+                return self._signed_in()
+            if from_itself(request) and any(map(self._sessions.holds, cookies(request, self._cookie))):
                 return None
         return PlainTextResponse(
-            "401: a bearer token is needed.\n", status_code=401, headers={"WWW-Authenticate": 'Bearer realm="opd-mcp"'}
+            "401: a bearer token is needed; `opd-mcp token` prints the workspace's.\n",
+            status_code=401,
+            headers={"WWW-Authenticate": 'Bearer realm="opd-mcp"'},
         )
 
-    def _is_token(self, given: str) -> bool:
-        assert self._token is not None
-        return hmac.compare_digest(given.encode(), self._token)
+    def _signed_in(self) -> Response:
+        """The page without the token in its address, so that the address bar and the history keep none."""
+        answer = RedirectResponse(
+            "/dashboard", status_code=303, headers={"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+        )
+        answer.set_cookie(
+            self._cookie,
+            self._sessions.cookie(),
+            max_age=int(SESSION_SECONDS),
+            httponly=True,
+            samesite="strict",
+            path="/dashboard",
+        )
+        return answer
+
+
+def too_large(request: Request) -> Response | None:
+    """The answer to a target or headers beyond all use."""
+    target = len(request.scope["raw_path"] or b"") + len(request.scope["query_string"])
+    if target > MAX_TARGET_BYTES:
+        return PlainTextResponse("414: the address is too long.\n", status_code=414)
+    headers = request.headers.raw
+    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        return PlainTextResponse("431: the headers are too large.\n", status_code=431)
+    return None
 
 
 def bearer(request: Request) -> str:
-    """The token of the Authorization header; empty without one."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if scheme.lower() == "bearer" else ""
+    """The token of the one Authorization header; empty without one."""
+    [value, *others] = request.headers.getlist("authorization") or [""]
+    scheme, _, token = value.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and not others else ""
 
 
-def cookie(request: Request) -> str:
-    """The token of the dashboard's cookie; empty without one."""
-    jar: SimpleCookie = SimpleCookie(request.headers.get("cookie", ""))
-    return jar[COOKIE].value if COOKIE in jar else ""
+def cookies(request: Request, name: str) -> Iterator[str]:
+    """All values that the cookie headers have for a name; whatever else they hold is not looked at."""
+    for header in request.headers.getlist("cookie"):
+        for pair in header.split(";"):
+            found, equals, value = pair.strip().partition("=")
+            if equals and found == name:
+                yield value.strip('"')
+
+
+def from_itself(request: Request) -> bool:
+    """Whether our own page asks: a browser sends the cookie for pages of other ports of this machine as well."""
+    origin = request.headers.get("origin")
+    host = origin_authority(f"http://{request.headers['host']}")
+    site = request.headers.get("sec-fetch-site", "none")
+    return site in ("none", "same-origin") and (origin is None or origin_authority(origin) == host)
 
 
 def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess, secrets: Sequence[str] = ()) -> ASGIApp:
@@ -144,5 +159,7 @@ def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess, se
             return JSONResponse({"error": outgoing.error(error)}, status_code=404)
         return JSONResponse(outgoing.values(found), headers={"Cache-Control": "no-store"})
 
-    app = server.streamable_http_app(host=access.host, transport_security=access.security())
+    app = server.streamable_http_app(
+        host=access.host, transport_security=CHECKED_BY_THE_GATE, max_sessions=MAX_MCP_SESSIONS
+    )
     return Gate(app, access)

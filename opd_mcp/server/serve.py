@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Inside, whatever is written to fd 1 or sys.stdout goes to stderr; after it, fd 1 is the wire again.
+    """Inside, all output to fd 1 or sys.stdout goes to stderr; after it, fd 1 is the wire again.
 
     Over stdio one stray line breaks the protocol, and libraries do print while they are imported.
     """
@@ -36,11 +36,14 @@ def stdout_to_stderr() -> Iterator[None]:
 class ServerSettings:
     """`gpu_hours`: plans that take the device for longer are asked about; `allow_delete`: offer delete_artifact.
 
-    `secrets` are in no answer.
+    `read_only`: offer no tool that starts, stops, deletes or exports; `groups`: offer only these groups of tools, all
+    of them if there is none. `secrets` are in no answer.
     """
 
     gpu_hours: float = 8.0
     allow_delete: bool = False
+    read_only: bool = False
+    groups: tuple[str, ...] = ()
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -74,12 +77,10 @@ def serve_http(open_service: Callable[[], "JobService"], settings: ServerSetting
     Raises ArgumentError `invalid_argument` for a host that others can reach without a token and allowed hosts.
     """
     access = access.checked()
-    import uvicorn
-
     from opd_mcp.server.app import build_server
     from opd_mcp.server.http import http_app
+    from opd_mcp.server.http_limits import http_server
 
     service = open_service()
     app = http_app(build_server(service, settings), service, access, settings.secrets)
-    print(f"opd-mcp serves http://{access.host}:{access.port}/mcp and /dashboard", file=sys.stderr, flush=True)
-    uvicorn.run(app, host=access.host, port=access.port, log_level="warning", timeout_graceful_shutdown=2)
+    http_server(app, access.host, access.port).run()

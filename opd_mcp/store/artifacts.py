@@ -22,7 +22,7 @@ from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.store.files import tree_bytes, tree_sha256
 from opd_mcp.store.index import Index, IndexedArtifact
 from opd_mcp.store.journal import utc_now
-from opd_mcp.store.lineage_key import WorkspaceKey, workspace_key
+from opd_mcp.store.keys import WorkspaceKey, workspace_key
 from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
 
 ARTIFACT_FILE = "artifact.json"
@@ -77,7 +77,7 @@ class ArtifactStore:
         return workspace_key(self.workspace)
 
     def made_here(self, directory: Path) -> bool:
-        """Whether this workspace wrote a directory's lineage, wherever the directory lies now.
+        """Whether this workspace wrote a directory's lineage, also if the directory was moved.
 
         The key's signature says so. An artifact that was published before the workspace had a key has none; it counts
         where it was published, as its record has the lineage's hash: who can write there can read the key as well.

@@ -37,7 +37,7 @@ def disk_full(error: BaseException) -> ResourceError:
 
 
 def expected_failure(error: BaseException) -> OpdError | None:
-    """The error for whoever called, of a full disk, a name that is not UTF-8 or a native library's panic; or None.
+    """The caller's error for a full disk, a name that is not UTF-8 or a native library's panic; or None.
 
     A panic is no Exception, and would end the process.
     """
@@ -58,7 +58,7 @@ def expected_failure(error: BaseException) -> OpdError | None:
 
 
 def workspace_failure(error: OSError, root: Path) -> OpdError | None:
-    """The error for whoever called while the workspace was moved, or a file in it could not be used; or None."""
+    """The caller's error for a workspace that was moved, or a file in it that could not be used; or None."""
     if not root.is_dir():
         return workspace_missing(root)
     if error.filename is not None and root in Path(os.fsdecode(error.filename)).parents:

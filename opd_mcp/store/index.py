@@ -117,7 +117,7 @@ def insert_artifact(database: sqlite3.Connection, row: IndexedArtifact) -> None:
 
 Row = TypeVar("Row")
 Place = tuple[str, str]
-"""Where a row stands in the order of its list: time of creation and id."""
+"""A row's position in its list: time of creation and id."""
 
 
 def page_of(

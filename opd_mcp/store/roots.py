@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from opd_mcp.schemas.errors import PathError, nearest
+from opd_mcp.store.workspace import SECRET_FILES
 
 # Model, data and cache directories are shallow; nothing deeper is opened.
 LINK_DEPTH = 3
@@ -38,6 +39,8 @@ class AllowedRoots:
             raise self._not_found(text, [], f"This cannot be a path ({error}).") from error
         if not self.contains(real):
             raise self._outside(text, "The path is outside of the allowed roots")
+        if real.name in SECRET_FILES:
+            raise self._outside(text, "This file is a workspace's own secret, not one of the files that are read")
         if not os.path.exists(real):
             raise self._not_found(text, self._siblings(real), "There is no such file or directory.")
         if real.is_dir():

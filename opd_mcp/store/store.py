@@ -26,6 +26,7 @@ from opd_mcp.store.runs import (
     withdraw_cancel,
 )
 from opd_mcp.store.states import require_resumable, state_of
+from opd_mcp.store.worker_process import stopped_worker
 from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
 
 
@@ -215,16 +216,19 @@ class Store:
         return next(active, None)
 
     def _row(self, row: IndexedRun) -> RunRow:
-        state = row.final_state
+        state, note = row.final_state, None
         if state is None:
             view = RunView(self.workspace.run(row.run_id)).refresh()
             state = view.state
             if state in FINAL_STATES:
                 self.index.set_final_state(row.run_id, lambda: view.refresh().state)
+            elif state in ACTIVE_STATES and (pid := stopped_worker(view.directory, view.attempt)) is not None:
+                note = f"worker stopped, pid {pid}"
         return RunRow(
             run_id=row.run_id,
             kind=row.kind,
             state=state,
+            note=note,
             created_at=row.created_at,
             student=row.student,
             teacher=row.teacher,

@@ -14,8 +14,11 @@ from pydantic import BaseModel, ValidationError
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import ArgumentError, PathError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.runs import Quotas, WorkspaceSettings
+from opd_mcp.schemas.runs import Quotas, StopSettings, WorkspaceSettings
 
+# Secrets of the workspace itself: no reference of a caller opens them.
+LINEAGE_KEY, HTTP_TOKEN, HTTP_SESSIONS = "lineage.key", "http.token", "http.sessions"
+SECRET_FILES = frozenset({LINEAGE_KEY, HTTP_TOKEN, HTTP_SESSIONS})
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 
 
@@ -128,8 +131,9 @@ def read_settings(workspace: Workspace) -> WorkspaceSettings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid(f"not TOML: {error}", str(file)) from error
     _require_known(values, WorkspaceSettings, "")
-    if isinstance(values.get("quotas"), dict):
-        _require_known(values["quotas"], Quotas, "quotas.")
+    for name, section in (("quotas", Quotas), ("stop", StopSettings)):
+        if isinstance(values.get(name), dict):
+            _require_known(values[name], section, f"{name}.")
     try:
         return WorkspaceSettings.model_validate(values)
     except ValidationError as error:
@@ -152,3 +156,11 @@ def _invalid(why: str, file: str) -> ArgumentError:
     return ArgumentError(
         "invalid_setting", f"{SETTINGS_FILE} cannot be used ({why}).", value=file, fix="Correct it, or remove it."
     )
+
+
+def grace_seconds(workspace: Workspace) -> float:
+    """How long a worker may take to answer a cancel request or SIGTERM; the default while the settings are unusable."""
+    try:
+        return read_settings(workspace).stop.grace_seconds
+    except ArgumentError:
+        return StopSettings().grace_seconds

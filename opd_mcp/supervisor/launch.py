@@ -27,11 +27,13 @@ from opd_mcp.schemas.runs import RunRecord, RunRequest
 from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.logs import open_log
+from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS, LOG_FILE, RunLock
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.worker_process import has_begun, note_exit
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, grace_seconds
 from opd_mcp.supervisor.environment import worker_environment
+from opd_mcp.supervisor.liveness import attend
 
 
 def worker_command(workspace: Workspace, run_id: str, lock_fd: int, settings: JobSettings) -> list[str]:
@@ -178,9 +180,12 @@ class Supervisor:
         """Take the exit status of every worker that has ended."""
         self._children.reap()
 
-    def settle(self, directory: Path) -> None:
-        """Wait for the end of a worker whose run's lock is free."""
-        self._children.settle(directory)
+    def attend(self, view: RunView) -> None:
+        """See to it that an active run which does not answer its cancel request ends, and a lost one is explained."""
+        if view.state == "lost":
+            self._children.settle(view.directory)
+        if view.state == "lost" or view.cancel_requested is not None:
+            attend(view, grace_seconds(self._store.workspace))
 
     def _estimate(self, request: RunRequest, target: Target) -> MethodEstimate | None:
         measured = measured_costs(self._store.workspace.artifacts)

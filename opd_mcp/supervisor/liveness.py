@@ -1,19 +1,80 @@
-"""Why a worker ended without a final state: what its run says once its lock is free."""
+"""Whether a worker still answers, how one that does not is ended, and why one ended without a final state."""
 
 import re
 import signal
+import time
 from pathlib import Path
 
 from opd_mcp.planning.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.next_action import resume_call
-from opd_mcp.schemas.runs import Failure
+from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure
 from opd_mcp.store.logs import log_tail
+from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.store.runs import LOG_FILE
-from opd_mcp.store.worker_process import WORKER_FILE, WorkerExit, WorkerProcess, boot_id, oom_kills, read_process_record
+from opd_mcp.store.worker_process import (
+    WORKER_FILE,
+    WorkerExit,
+    WorkerProcess,
+    WorkerStop,
+    boot_id,
+    conclude,
+    live_worker,
+    oom_kills,
+    read_process_record,
+    signal_worker,
+    stop_of,
+    stopped_worker,
+)
 
+# How many grace times after a request the worker's guardian must have acted; after that it is gone itself.
+LATE = 1.5
+END_SECONDS = 2.0
 # Where the kernel has no boot id, the time of the start stands for it; corrections of the clock move it a little.
 BOOT_SECONDS = 120.0
+
+
+def attend(view: RunView, grace: float) -> None:
+    """Do for an active or lost run what its worker's guardian should have done, and refresh the view.
+
+    A worker that has not answered a cancel request gets SIGTERM, later SIGKILL; then the run gets its final state.
+    """
+    directory, attempt = view.directory, view.attempt
+    if view.state == "lost" and stop_of(directory, attempt) is not None:
+        conclude(directory, attempt)  # or its guardian has, since this view was read
+        view.refresh()
+    if view.cancel_requested is None or time.time() - seconds_of(view.cancel_requested) < LATE * grace:
+        return
+    worker = live_worker(directory, attempt)
+    stop = stop_of(directory, attempt) or WorkerStop(attempt=attempt, cause="cancel")
+    if worker is None or stop.sigkill is not None:
+        return
+    if stop.sigterm is None:
+        signal_worker(directory, worker, signal.SIGTERM, stop)
+    elif time.time() - seconds_of(stop.sigterm) >= LATE * grace:
+        signal_worker(directory, worker, signal.SIGKILL, stop)
+        end = time.monotonic() + END_SECONDS
+        while not conclude(directory, attempt) and time.monotonic() < end:
+            time.sleep(0.02)
+        view.refresh()
+
+
+def worker_alert(view: RunView) -> Alert | None:
+    """What is wrong with the process of an active run now: stopped, or killed and still there; else None."""
+    if view.state not in ACTIVE_STATES:
+        return None
+    at, pid = view.updated_at or "", stopped_worker(view.directory, view.attempt)
+    if pid is not None:
+        message = (
+            f"The worker (pid {pid}) was stopped by a signal or a debugger: it computes nothing and keeps its device. "
+            f"`kill -CONT {pid}` continues it; a cancel ends it."
+        )
+        return Alert(time=at, code="worker_stopped", message=message)
+    stop = stop_of(view.directory, view.attempt)
+    if stop is None or stop.sigkill is None:
+        return None
+    message = f"{stop.text()} It waits in the kernel, on a disk or a driver, and ends with that wait or a restart."
+    return Alert(time=at, code="worker_stuck", message=message)
 
 
 class Loss(Schema):
@@ -45,6 +106,9 @@ def loss_of(directory: Path, attempt: int) -> Loss:
     ended = read_process_record(directory / f"exit-{attempt}.json", WorkerExit, attempt)
     if worker is not None and not same_boot(worker.boot, boot_id()):
         return Loss(cause="The machine was restarted while the run was going.")
+    stop = stop_of(directory, attempt)
+    if stop is not None and stop.sigkill is not None:
+        return Loss(cause=stop.text())
     kills = _kills_since(worker, ended)
     # The counter is the group's, which other processes may be in as well; it does not say whom it was.
     known = (

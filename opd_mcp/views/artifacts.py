@@ -53,7 +53,7 @@ def row(artifact: Artifact) -> ArtifactRow:
 
 
 def delete_artifact(store: Store, artifact_id: str) -> DeletedArtifact:
-    """The space freed; the directory is gone at once for everybody, whatever happens while it is removed.
+    """The space freed; the directory disappears at once, also if its removal is interrupted.
 
     Raises UnknownIdError `unknown_artifact`, IntegrityError `artifact_needed` naming what needs it.
     """

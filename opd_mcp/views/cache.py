@@ -1,9 +1,11 @@
 """A teacher cache to look at: its manifest's figures and two decoded rows, by its files and without torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from opd_mcp.identity.lineage import read_manifest
+from opd_mcp.planning.text_work import TextWork
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, SampleRow
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.texts import shortened_bytes
@@ -15,8 +17,8 @@ FIRST_TOKENS, LAST_TOKENS = 16, 4
 COLUMNS = ("prompt_ids", "response_ids", "finish_reason", "teacher_logprobs", "behaviour_logprobs")
 
 
-def inspect_cache(path: Path) -> CacheInspection:
-    """What a cache's directory holds; raises as `read_manifest`."""
+def inspect_cache(path: Path, texts: TextWork | None = None) -> CacheInspection:
+    """What a cache's directory holds; raises as `read_manifest` and `TextWork.facts`."""
     manifest = read_manifest(path)
     return CacheInspection(
         path=str(path),
@@ -25,14 +27,13 @@ def inspect_cache(path: Path) -> CacheInspection:
         tokens=manifest.tokens,
         manifest=manifest.model_copy(update={"shards": [], "self_sha256": ""}),
         shards=len(manifest.shards),
-        sample=_sample(path, manifest),
+        sample=_sample(path, manifest, texts or TextWork()),
     )
 
 
-def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
+def _sample(path: Path, manifest: CacheManifest, texts: TextWork) -> list[SampleRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from tokenizers import Tokenizer
 
     shard = next((shard for shard in manifest.shards if shard.rows), None)
     if shard is None:
@@ -45,35 +46,43 @@ def _sample(path: Path, manifest: CacheManifest) -> list[SampleRow]:
     except (pa.ArrowException, OSError, StopIteration, ValueError, OverflowError) as error:
         raise _damaged(path / shard.file) from error
     try:
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer" / "tokenizer.json"))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise _damaged(path / "tokenizer" / "tokenizer.json") from error
-    try:
-        return [_row(row, tokenizer) for row in rows]
+        return _rows(rows, path / "tokenizer", texts)
     except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         raise _damaged(path / shard.file) from error
 
 
-def _row(row: dict[str, Any], tokenizer: Any) -> SampleRow:
-    ids = row["response_ids"]
-    shown = range(len(ids))
-    if len(ids) > FIRST_TOKENS + LAST_TOKENS:
-        shown = [*range(FIRST_TOKENS), *range(len(ids) - LAST_TOKENS, len(ids))]  # type: ignore[assignment]
-    teacher, student = row["teacher_logprobs"], row.get("behaviour_logprobs")
+def _rows(rows: list[dict[str, Any]], tokenizer: Path, texts: TextWork) -> list[SampleRow]:
+    """The rows as texts, all decoded by one child."""
+    shown = [_shown(len(row["response_ids"])) for row in rows]
+    sequences: list[list[int]] = []
+    for row, places in zip(rows, shown, strict=True):
+        sequences += [row["prompt_ids"], row["response_ids"], *([row["response_ids"][place]] for place in places)]
+    decoded = iter(texts.decoded(tokenizer, sequences))
+    return [_row(row, places, decoded) for row, places in zip(rows, shown, strict=True)]
+
+
+def _shown(length: int) -> list[int]:
+    if length <= FIRST_TOKENS + LAST_TOKENS:
+        return list(range(length))
+    return [*range(FIRST_TOKENS), *range(length - LAST_TOKENS, length)]
+
+
+def _row(row: dict[str, Any], places: list[int], decoded: Iterator[str]) -> SampleRow:
     return SampleRow(
-        prompt=shortened_bytes(tokenizer.decode(row["prompt_ids"], skip_special_tokens=False), TEXT_BYTES),
-        response=shortened_bytes(tokenizer.decode(ids, skip_special_tokens=False), TEXT_BYTES),
+        prompt=shortened_bytes(next(decoded), TEXT_BYTES),
+        response=shortened_bytes(next(decoded), TEXT_BYTES),
         finish_reason=row["finish_reason"],
-        response_tokens=len(ids),
-        tokens=[_token(tokenizer, ids, place, teacher, student) for place in shown],
+        response_tokens=len(row["response_ids"]),
+        tokens=[
+            _token(next(decoded), place, row["teacher_logprobs"], row.get("behaviour_logprobs")) for place in places
+        ],
     )
 
 
 def _token(
-    tokenizer: Any, ids: list[int], place: int, teacher: list[float], student: list[float] | None
+    text: str, place: int, teacher: list[float], student: list[float] | None
 ) -> tuple[str, float, float] | tuple[str, float]:
-    text = shortened_bytes(tokenizer.decode([ids[place]], skip_special_tokens=False), TOKEN_BYTES)
-    logprob = round(float(teacher[place]), 4)
+    text, logprob = shortened_bytes(text, TOKEN_BYTES), round(float(teacher[place]), 4)
     return (text, logprob) if student is None else (text, logprob, round(float(student[place]), 4))
 
 

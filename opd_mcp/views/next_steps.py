@@ -6,6 +6,7 @@ from opd_mcp.schemas.next_action import NextAction, next_call, plan_call, resume
 from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.store.run_view import RunView
+from opd_mcp.supervisor.liveness import worker_alert
 
 # Failures that the same run may get over; any other one comes back unless something is changed first.
 RESUME_HELPS = frozenset(
@@ -23,6 +24,9 @@ def next_action(view: RunView, record: RunRecord) -> NextAction:
     run_id = record.run_id
     if view.state in ACTIVE_STATES:
         why = f"The run is {view.state}."
+        process = worker_alert(view)
+        if process is not None and view.cancel_requested is None:
+            why = f"{process.message} Tell the user, unless it was stopped on purpose."
         if view.cancel_requested is not None:
             why = "A cancellation is pending, do not ask again; wait until the state is cancelled."
         return next_call("get_run_status", why, run_id=run_id, wait_seconds=WAIT_SECONDS)
@@ -62,9 +66,10 @@ def after_deletion() -> NextAction:
 
 def _worse_than_before(view: RunView) -> str | None:
     """What must be said of a run that did what it was asked to: a result below its baseline, beyond chance."""
-    for comparison in (view.result or {}).get("comparisons", []):
+    result = view.result or {}
+    for comparison in result.get("comparisons", []):
         difference, low, high = comparison["accuracy_difference"]
-        if high < 0:
+        if high < 0 and comparison["baseline"] != result.get("teacher_row"):
             return (
                 f"Beware: {comparison['candidate']} is less accurate than {comparison['baseline']} "
                 f"({difference:+.3f} [{low:.3f}, {high:.3f}]); look at its alerts and metrics before you use it."

@@ -9,11 +9,11 @@ from typing import TypeVar
 from opd_mcp.devices.leases import Place
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.reports import StageCost
-from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunRecord, RunSnapshot, RunState, RunStatus
+from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunRecord, RunSnapshot, RunStatus
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.store.runs import read_record, run_directory
 from opd_mcp.store.workspace import Workspace
-from opd_mcp.supervisor.liveness import lost_failure
+from opd_mcp.supervisor.liveness import lost_failure, worker_alert
 from opd_mcp.views.next_steps import next_action
 
 MIN_CHECK_SECONDS = 5.0
@@ -73,7 +73,7 @@ def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatu
         eta_s=None if eta is None else round(eta, 1),
         elapsed_s=_elapsed(view, time.time()),
         metrics=view.metrics,
-        alerts=distinct_alerts(view),
+        alerts=[*distinct_alerts(view), *filter(None, [worker_alert(view)])],
         result=view.result,
         error=failure(view),
         next_check_s=(MIN_CHECK_SECONDS if cancelling else _next_check(eta)) if active else None,
@@ -151,9 +151,9 @@ def _next_check(eta: float | None) -> float:
 
 
 def wait_token_of(view: RunView) -> str:
-    """A short text that changes with state, phase, phases done and alerts."""
-    state: RunState = view.state
-    return f"{state}/{view.phase or '-'}/{len(view.phases_done)}/{view.alert_count}"
+    """A short text that changes with state, phase, phases done and alerts, that of the process included."""
+    state, alert = view.state, worker_alert(view)
+    return f"{state}/{view.phase or '-'}/{len(view.phases_done)}/{view.alert_count}/{alert.code if alert else '-'}"
 
 
 MAX_VIEWS = 64

@@ -8,7 +8,7 @@ from opd_mcp.identity.consistency import require_consistent, sft_teacher
 from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import special_differences
 from opd_mcp.planning.references import hub_directory
 from opd_mcp.schemas.errors import IntegrityError, PathError, ResourceError
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunRecord
@@ -127,7 +127,7 @@ def _require_belonging(record: RunRecord, inputs: RunInputs) -> None:
     student, teacher = inputs.student, inputs.teacher
     if student is None or teacher is None or teacher.path is None:
         return
-    require_same_tokens(Path(teacher.path), Path(str(student.path)))
+    special_differences(Path(teacher.path), Path(str(student.path)))
     phases = {phase.name for phase in record.request.phases}
     if "sft" not in phases and teacher.identity is not None:
         require_consistent(teacher.identity, student.sft_teacher, allowed=inputs.allow_teacher_mismatch)

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.5
 CANCEL_SECONDS = 0.1
 ALERTS_PER_CODE = 5
+LONGEST_ALARM = 1e8
 STEPS = "steps"
 
 
@@ -91,6 +92,10 @@ class JournalReporter:
     def limit(self, seconds: float | None) -> None:
         """Make the run end its phase this many seconds from now; None: never."""
         self.deadline = None if seconds is None else self._clock() + seconds
+        if seconds is not None and threading.current_thread() is threading.main_thread():
+            # Only the guardian listens to the alarm: a native call may never come to the deadline above.
+            signal.signal(signal.SIGALRM, lambda number, frame: None)
+            signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 0.001), LONGEST_ALARM))
 
     def should_stop(self) -> bool:
         """Whether the user asked to stop or this process must end; the cancel file is checked ten times per second."""

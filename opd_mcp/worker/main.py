@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 
 from opd_mcp.devices.hardware import free_disk, gpu_slot, gpus
-from opd_mcp.devices.leases import Lease, LeaseFolder
-from opd_mcp.planning.admission import out_of_hours, seconds_left
+from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
+from opd_mcp.planning.admission import is_short, out_of_hours, seconds_left, short_admission
 from opd_mcp.planning.workload import expected_disk, workload_of
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
@@ -37,10 +37,11 @@ from opd_mcp.store.runs import (
     use_reserve,
 )
 from opd_mcp.store.store import Store
-from opd_mcp.store.worker_process import note_start
-from opd_mcp.store.workspace import Workspace, read_settings
+from opd_mcp.store.worker_process import note_start, stop_of
+from opd_mcp.store.workspace import Workspace, grace_seconds, read_settings
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
+from opd_mcp.worker.guardian import guarded
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.log import logging_to_stderr, take_over_libraries
 from opd_mcp.worker.pipeline import Pipeline, run_cancelled
@@ -87,7 +88,8 @@ def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: Worke
         lock = RunLock.adopt(directory, lock_fd)
     with lock, logging_to_stderr(), taken_up(lock) as journal:
         journal.secrets = settings.secrets
-        return RunWorker(Store(workspace), directory, journal, settings).work()
+        with guarded(directory, journal.attempt, grace_seconds(workspace)):
+            return RunWorker(Store(workspace), directory, journal, settings).work()
 
 
 class RunWorker:
@@ -118,7 +120,7 @@ class RunWorker:
         record = read_record(self.directory)
         quotas = read_settings(self.store.workspace).quotas
         runtime = record.request.recipe.runtime
-        lease = device_lease(runtime, self.settings.leases, self.directory.name, self.reporter)
+        lease = device_lease(self.store, record, self.settings.leases, self.reporter)
         prepare_environment(runtime, lease, self.store.workspace.compiled)
         self.journal.append("state", {"state": "running"})
         self.reporter.limit(seconds_left(quotas, self.directory))
@@ -164,7 +166,7 @@ class RunWorker:
         """The exit status, after the final state that an exception leads to; a superseded attempt records none."""
         try:
             self.journal.check_fence()
-        except RunError as fence:  # another attempt owns this run now, whatever else went wrong here
+        except RunError as fence:  # another attempt owns this run now; that outranks any other failure here
             logger.warning("%s", fence)
             return 1
         if not isinstance(error, OpdError):
@@ -175,6 +177,8 @@ class RunWorker:
 
     def _stop_cause(self) -> OpdError | None:
         """Why a run stopped without a user's request; None if a user requested it."""
+        if cancel_requested(self.directory):  # SIGTERM may have followed it
+            return None
         if self.reporter.terminated:
             return RunError(
                 "worker_terminated",
@@ -182,7 +186,7 @@ class RunWorker:
                 fix="Resume the run: it continues from its last checkpoint; a phase without one starts again.",
                 call=resume_call(),
             )
-        if self.reporter.out_of_time and not cancel_requested(self.directory):
+        if self.reporter.out_of_time:
             return out_of_hours(self.store.workspace, self.directory)
         return None
 
@@ -197,24 +201,40 @@ class RunWorker:
         return self._end("failed")
 
     def _end(self, state: RunState) -> int:
+        stop = stop_of(self.directory, self.journal.attempt)
+        if stop is not None:
+            self.journal.append("alert", {"code": "worker_signalled", "message": stop.text()})
         self.journal.append("state", {"state": state})
         return int(state == "failed")
 
 
-def device_lease(runtime: RuntimeRecipe, leases: LeaseFolder, owner: str, reporter: JournalReporter) -> Lease:
-    """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`."""
+def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter) -> Lease:
+    """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`.
+
+    A short run also takes a device's slot for short runs, once its memory is free there.
+    """
+    runtime = record.request.recipe.runtime
     found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
     slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
     count = 1 if found else min(runtime.threads, len(slots))
-    lease = leases.acquire(owner, slots, count, reporter.should_stop)
+    wishes = [Wish(slots, count)]
+    if is_short(record):
+        wishes.append(Wish(leases.short_slots(slots), 1, short_admission(store, record, leases)))
+    lease = leases.acquire_any(record.run_id, wishes, reporter.should_stop, record.expected_memory_bytes)
     if lease is None:
         raise run_cancelled()
     return lease
 
 
+def gpu_of(lease: Lease) -> str | None:
+    """The UUID of the leased GPU; None for the CPU."""
+    _, separator, uuid = lease.slots[0].partition("gpu-")
+    return uuid if separator else None
+
+
 def device_kind(lease: Lease) -> str:
     """`cuda` or `cpu`."""
-    return "cuda" if lease.slots[0].startswith("gpu-") else "cpu"
+    return "cpu" if gpu_of(lease) is None else "cuda"
 
 
 def prepare_environment(runtime: RuntimeRecipe, lease: Lease, compiled: Path) -> None:
@@ -225,8 +245,7 @@ def prepare_environment(runtime: RuntimeRecipe, lease: Lease, compiled: Path) ->
     assert "torch" not in sys.modules, "torch was imported before the lease"
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(runtime.threads)))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    visible = lease.slots[0].removeprefix("gpu-") if device_kind(lease) == "cuda" else ""
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(lease) or ""
     os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = str(compiled), str(compiled / "triton")
 
 

@@ -29,10 +29,9 @@ from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.results import report_figures, rounded, sampled
-from opd_mcp.worker.stage_calls import StageCalls, checkpoints_of
+from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
 
 REPORT_FILE = "report.json"
-TRAINING_FILE = "training.json"
 ROLLOUTS = "rollouts"
 
 

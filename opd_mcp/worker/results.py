@@ -8,6 +8,9 @@ from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
 from opd_mcp.schemas.texts import shortened
 
 SAMPLES_FILE = "samples.json"
+# Of each example of a response without an answer; the report has more of it.
+ANSWER_CHARACTERS = 60
+METRICS_SHOWN = 12
 
 
 def report_figures(report: BenchmarkReport) -> dict[str, Any]:
@@ -22,16 +25,37 @@ def report_figures(report: BenchmarkReport) -> dict[str, Any]:
             }
             for comparison in report.comparisons
         ]
+    if report.teacher_row:
+        figures["teacher_row"] = report.teacher_row
+    if report.gap_closed:
+        figures["gap_closed"] = [
+            {"from": gap.baseline, "to": gap.teacher, "share": _interval(gap.share) if gap.share else gap.not_measured}
+            for gap in report.gap_closed
+        ]
+    if report.not_measured:
+        figures["not_measured"] = report.not_measured
+    unread = [
+        score.answers.text(score.name, ANSWER_CHARACTERS)
+        for score in report.models
+        if score.answers and (score.answers.without_answer or score.answers.timed_out)
+    ]
+    if unread:
+        figures["no_answer"] = unread
+    if report.teacher_responses:
+        figures["teacher_responses"] = f"{report.teacher_responses.text()}."
     return figures
 
 
 def score_figures(score: ModelScore) -> dict[str, Any]:
     """One model's figures, intervals as [value, low, high]."""
-    figures: dict[str, Any] = {
+    lengths = {
         "mean_response_tokens": score.mean_response_tokens,
         "truncated_fraction": score.truncated_fraction,
         "eos_rate": score.eos_rate,
     }
+    figures: dict[str, Any] = {name: value for name, value in lengths.items() if value is not None}
+    for name, metric in list((score.task_metrics or {}).items())[:METRICS_SHOWN]:
+        figures[name] = metric.value if metric.low is None else [metric.value, metric.low, metric.high]
     named = {
         "greedy_accuracy": score.greedy_accuracy,
         "sampled_accuracy": score.sampled_accuracy,

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from opd_mcp.engine.context import (
     SampleInputs,
     ScoreInputs,
     SftInputs,
+    TaskInputs,
     TeacherInputs,
 )
 from opd_mcp.identity.data.reading import read_prompts
@@ -32,10 +33,14 @@ from opd_mcp.schemas.recipes import (
     ScoreRecipe,
     SftRecipe,
 )
-from opd_mcp.schemas.reports import BenchmarkReport, StageCost, TrainingSummary
-from opd_mcp.schemas.runs import TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
+from opd_mcp.schemas.reports import BenchmarkReport, GradedResponses, StageCost, TrainingSummary
+from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
+
+TRAINING_FILE = "training.json"
+TASK_FOLDER = "lm_eval"
+"""Where a run keeps the data of a task of lm-eval."""
 
 
 class Stages(Protocol):
@@ -59,6 +64,10 @@ class Stages(Protocol):
 
     def benchmark(
         self, section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context
+    ) -> BenchmarkReport: ...
+
+    def benchmark_task(
+        self, section: BenchmarkRecipe, inputs: TaskInputs, output: Path, context: Context
     ) -> BenchmarkReport: ...
 
     def sample(self, section: SampleRecipe, inputs: SampleInputs, output: Path, context: Context) -> StageCost: ...
@@ -99,7 +108,9 @@ class StageCalls:
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
-                responses = ResponsesInputs(teacher=paths["teacher"], prompts=prompts)
+                learnt = any(phase.name == "sft" for phase in self.record.request.phases)
+                grading = None if learnt else recipe.benchmark
+                responses = ResponsesInputs(teacher=paths["teacher"], prompts=prompts, grading=grading)
                 cost = stages.generate_responses(recipe.responses, responses, output, context)
             case "sft":
                 cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
@@ -121,6 +132,8 @@ class StageCalls:
             case "sample":
                 shown = SampleInputs(model=paths["model"], prompts=paths["prompts"])
                 cost = stages.sample(recipe.sample, shown, output, context)
+            case _ if (task := self._task()) is not None:
+                cost = report_cost(stages.benchmark_task(recipe.benchmark, task, output, context))
             case _:
                 cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
         return cost
@@ -154,6 +167,7 @@ class StageCalls:
             responses=paths["responses"],
             sft_teacher=responses.sft_teacher if responses else None,
             tokenizer=own if own.is_dir() else paths.get("teacher"),
+            grading=self.record.request.recipe.benchmark,
         )
 
     def _distill(self) -> DistillInputs:
@@ -172,9 +186,28 @@ class StageCalls:
             allow_teacher_mismatch=allowed,
         )
 
+    def _task(self) -> TaskInputs | None:
+        """The inputs of a benchmark that is a task of lm-eval; None for one with prompts."""
+        suite = self.record.request.inputs.suite or ""
+        if not suite.startswith(LM_EVAL):
+            return None
+        models = self._benchmarked()
+        return TaskInputs(
+            models={**models, **self._references(models)[0]},
+            task=suite.removeprefix(LM_EVAL),
+            data=self.directory / TASK_FOLDER,
+            recipe_hash=self.record.request.recipe.content_hash(),
+        )
+
     def _benchmark(self) -> BenchmarkInputs:
+        models = self._benchmarked()
+        references, absent = self._references(models)
         return BenchmarkInputs(
-            models=self._benchmarked(),
+            models=models,
+            references=references,
+            not_measured=absent,
+            teacher_responses=self._teacher_responses(),
+            suite=self.record.request.inputs.suite,
             prompts=self._benchmark_prompts(),
             recipe_hash=self.record.request.recipe.content_hash(),
             teacher=self.paths.get("teacher"),
@@ -190,6 +223,28 @@ class StageCalls:
         if "model" in paths:
             return {"distilled": paths["model"], "sft": paths["student"]}
         return {"sft": paths["student"], "base": paths["base"]}
+
+    def _references(self, models: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
+        """The teacher and the student before its SFT, where the report is to have them, and why one is absent."""
+        inputs, wanted = self.record.request.inputs, self.record.request.recipe.benchmark.references
+        teacher, found, absent = self.paths.get("teacher"), {}, {}
+        if "teacher" in wanted and teacher is not None and teacher not in models.values():
+            found["teacher"] = teacher
+        elif "teacher" in wanted and teacher is None and inputs.model is None:
+            absent["teacher"] = "its files are not here, and its server scores tokens without generating any"
+        base = self.paths.get("base")
+        if "base" in wanted and base is not None and base not in models.values():
+            found["base"] = base
+        elif "base" in wanted and base is None and inputs.model is None:
+            absent["base"] = "the student came with its SFT done; name its base as a baseline of benchmark_student"
+        return found, absent
+
+    def _teacher_responses(self) -> GradedResponses | None:
+        """How the responses were graded that this run's SFT learnt from."""
+        if "base" not in self.paths:
+            return None
+        file = self.paths["student"] / TRAINING_FILE
+        return TrainingSummary.from_json(file.read_bytes()).teacher_responses if file.is_file() else None
 
     def _benchmark_prompts(self) -> Path:
         inputs = self.record.request.inputs

@@ -103,7 +103,7 @@ def serving(home: dict[str, str]) -> Iterator[Serving]:
 @pytest.fixture(scope="session")
 def url(serving: Serving) -> str:
     """Our server's base URL."""
-    return serving(*SERVE, "--transport", "http", "--port", "PORT")
+    return serving(*SERVE, "--transport", "http", "--port", "PORT", "--no-token")
 
 
 def fetched(address: str, **headers: str) -> str:

@@ -118,7 +118,7 @@ class Jobs:
             if not pending:
                 job.answered.set()
 
-    async def cancel(self, task_id: str) -> None:
+    async def cancel(self, task_id: str, client: str) -> None:
         await self.get(task_id)
         self.jobs[task_id].scope.cancel()
 

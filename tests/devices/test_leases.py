@@ -158,3 +158,86 @@ def test_gpu_runs_and_cpu_runs_do_not_wait_for_each_other(leases, busy_machine):
     lease.release()
     lease.release()
     assert leases.busy(["gpu-GPU-1"]) == []
+
+
+SHORT_HOLDER = """
+import sys, time
+from pathlib import Path
+from opd_mcp.devices.leases import LeaseFolder, Wish
+
+folder = LeaseFolder(Path(sys.argv[1]), 2)
+regular = folder.cpu_slot_names()
+admission = Path(sys.argv[3])
+wishes = [Wish(regular), Wish(folder.short_slots(regular), 1, lambda slot: admission.exists())]
+lease = folder.acquire_any(sys.argv[2], wishes, lambda: False, needs=100)
+print(*lease.slots, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hold_short(leases, tmp_path):
+    """`hold_short(owner)`: a process with a short run; without a file `admission` it is not let into the short slot."""
+    processes = []
+    (tmp_path / "admission").touch()
+
+    def start(owner: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SHORT_HOLDER, str(leases.root), owner, str(tmp_path / "admission")]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_short_run_does_not_wait_behind_long_ones(leases, hold, hold_short):
+    long = hold("long", 2)
+    long.stdout.readline()
+    hold("next-long")
+    waits(leases, "next-long")
+    first = hold_short("sample-a")
+    assert first.stdout.readline() == "short-cpu\n"
+    second = hold_short("sample-b")
+    waits(leases, "sample-b")
+    assert leases.place("sample-b").text() == "waits for a CPU slot for short runs: 1 of 1 held by sample-a"
+    assert leases.place("next-long").text().endswith("2 of 2 held by long")
+    first.kill()
+    assert second.stdout.readline() == "short-cpu\n"
+
+
+def test_short_runs_use_the_other_slots_of_an_idle_machine_as_well(leases, hold_short):
+    slots = {hold_short(f"sample-{name}").stdout.readline().strip() for name in "abc"}
+    assert slots == {"cpu-0", "cpu-1", "short-cpu"}
+
+
+def test_a_short_run_whose_memory_is_taken_waits_for_memory_or_its_turn(leases, hold, hold_short, tmp_path):
+    long = hold("long", 2)
+    long.stdout.readline()
+    (tmp_path / "admission").unlink()
+    first, second = hold_short("sample-a"), hold_short("sample-b")
+    for owner in ("sample-a", "sample-b"):
+        waits(leases, owner)
+    assert leases.busy(["short-cpu"]) == []
+    (tmp_path / "admission").touch()
+    places = [first.stdout, second.stdout]
+    while not leases.busy(["short-cpu"]):
+        pass
+    long.kill()
+    assert {place.readline().strip()[:4] for place in places} == {"shor", "cpu-"}
+
+
+def test_the_holder_of_a_slot_says_how_much_memory_it_needs(leases, hold, hold_short):
+    hold("long", 2).stdout.readline()
+    assert leases.needed("gpu-GPU-1") == 0
+    assert leases.needed("cpu-0") is None
+    hold_short("sample-a").stdout.readline()
+    assert leases.needed("short-cpu") == 100
+    assert leases.holders(["short-cpu"]) == ["sample-a"]
+
+
+def test_the_slots_for_short_runs_are_one_on_each_device(leases):
+    assert leases.short_slots(["cpu-0", "cpu-1"]) == ["short-cpu"]
+    assert leases.short_slots(["gpu-GPU-1", "gpu-GPU-2"]) == ["short-gpu-GPU-1", "short-gpu-GPU-2"]

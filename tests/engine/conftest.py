@@ -187,13 +187,13 @@ def content():
 
 
 class Serving:
-    """`serve-teacher` of one of the example's models in a thread, at a free port."""
+    """`serve-teacher` of one of the example's models in a thread, at a free port unless one is given."""
 
-    def __init__(self, model: str, key: str, limits: RequestLimits) -> None:
+    def __init__(self, model: str, key: str, limits: RequestLimits, port: int = 0) -> None:
         torch.set_num_threads(1)
         teacher = open_local(EXAMPLE / model, Runtime(torch.device("cpu"), torch.float32, seed=0), 4096)
         self.service = TeacherService(teacher, limits)
-        self._socket = listening("127.0.0.1", 0)
+        self._socket = listening("127.0.0.1", port)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = http_server(teacher_app(self.service, key))
@@ -209,5 +209,5 @@ class Serving:
 
 @pytest.fixture(scope="session")
 def serve_model() -> Callable[..., Serving]:
-    """`serve_model(name, key, limits)`: the running server; its user closes it."""
-    return lambda model, key, limits=None: Serving(model, key, limits or RequestLimits())
+    """`serve_model(name, key, limits, port)`: the running server; its user closes it."""
+    return lambda model, key, limits=None, port=0: Serving(model, key, limits or RequestLimits(), port)

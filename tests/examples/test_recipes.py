@@ -5,7 +5,7 @@ import pytest
 from opd_mcp.demo import TOPK_STEPS
 from opd_mcp.planning.run_requests import distillation_recipe
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.resolve import recipe_arguments, resolve_recipe
 
 NAMES = ["arithmetic.toml", "one_gpu_quick.toml", "qwen3_4b_from_8b.toml"]
 # What the embedded example, or the command line, gives where a recipe names no models or data.
@@ -18,8 +18,6 @@ def test_these_are_all_recipes(examples):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_resolves_and_each_of_its_settings_arrives(examples, name):
-    from agent_session import recipe_arguments
-
     arguments = PlanDistillation.model_validate(GIVEN | recipe_arguments(examples / "recipes" / name))
     resolved = resolve_recipe(arguments.preset, arguments.overrides)
     assert arguments.overrides
@@ -32,16 +30,12 @@ def test_a_recipe_resolves_and_each_of_its_settings_arrives(examples, name):
 
 
 def test_a_recipe_that_names_its_optimizer_keeps_warm_up_and_schedule(examples):
-    from agent_session import recipe_arguments
-
     quick = recipe_arguments(examples / "recipes" / "one_gpu_quick.toml")
     optimizer = resolve_recipe(quick["preset"], quick["overrides"]).sft.optimizer
     assert (optimizer.schedule, optimizer.warmup_steps) == ("cosine", 12)
 
 
 def test_the_arithmetic_recipe_is_the_demos_topk_arm(examples):
-    from agent_session import recipe_arguments
-
     arguments = recipe_arguments(examples / "recipes" / "arithmetic.toml")
     demo = resolve_recipe("demo", TOPK_STEPS)
     assert arguments["estimator"] == "topk_reverse_kl"
@@ -49,8 +43,6 @@ def test_the_arithmetic_recipe_is_the_demos_topk_arm(examples):
 
 
 def test_tables_become_dotted_keys_and_template_arguments_stay_whole(examples, tmp_path):
-    from agent_session import recipe_arguments
-
     file = tmp_path / "recipe.toml"
     file.write_text(
         'preset = "quick"\n[rollout]\nsampling = { top_p = 0.9 }\n'

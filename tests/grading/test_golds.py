@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from opd_mcp.grading.golds import chosen_grader, gold_problems, recipe_grader
-from opd_mcp.grading.grade import WHAT_IT_DOES, Grade, Tally, answers_text
+from opd_mcp.grading.grade import WHAT_IT_DOES, Grade, Tally
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName
 
 
@@ -78,4 +78,4 @@ def test_a_tally_keeps_three_examples():
     counts = tally.counts()
     assert (counts.responses, counts.without_answer, counts.timed_out) == (7, 5, 1)
     assert counts.examples == ["nothing 0", "nothing 1", "nothing 2"]
-    assert "5 of 7 responses had no extractable answer" in answers_text("student", counts)
+    assert "5 of 7 responses had no extractable answer" in counts.text("student")

@@ -43,6 +43,13 @@ def test_a_missing_file_is_named(cache):
         verified_lineage(cache)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "b/" * 3 + "c" * 300, "nul\x00"])
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path, name):
+    write_lineage(tmp_path, Lineage(kind="cache", stage="score", recipe={}, files={name: "0" * 64}))
+    with pytest.raises(IntegrityError, match=r"lineage_mismatch|damaged_file"):
+        verified_lineage(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b"])
 def test_a_lineage_never_leads_out_of_its_directory(tmp_path, name):
     write_lineage(tmp_path, Lineage(kind="cache", stage="score", recipe={}, files={name: "0"}))

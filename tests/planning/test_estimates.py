@@ -1,5 +1,6 @@
 """Costs: more work costs more, and what was measured here counts before what is assumed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ def test_a_larger_model_is_more_work_and_memory(phase):
     small, large = (Workload(recipe, shape, shape, DATA).work(phase) for shape in (SMALL, LARGE))
     assert large.flops > small.flops > 0
     assert large.memory > small.memory > 0
+
+
+def test_each_row_of_a_report_costs_its_own_model():
+    def benchmark(rows, **data):
+        recipe = resolve_recipe("demo", {"benchmark.references": rows, "benchmark.kl_prompts": 1})
+        return Workload(recipe, SMALL, LARGE, replace(DATA, **data)).work("benchmark")
+
+    here = {"references": frozenset({"teacher", "base"})}
+    plain, base, both = (benchmark(rows, **here).flops for rows in ([], ["base"], ["teacher", "base"]))
+    assert base == pytest.approx(1.5 * plain)
+    assert both - base == pytest.approx(5 * plain, rel=0.1), "ten times the size of one of the two students"
+    assert benchmark(["teacher", "base"]).flops == plain, "the run has neither"
+    assert benchmark(["teacher"], **here, eval_prompts=0).flops == benchmark([], **here, eval_prompts=0).flops
 
 
 def test_training_flops_are_six_a_parameter_and_token():

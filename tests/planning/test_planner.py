@@ -275,7 +275,7 @@ def test_the_plan_shows_what_is_odd_in_the_prompts(service, world):
     assert "prompts read as prompt (prompt" in plan_text(plan)
     assert "prompts: 4, over-long 1, duplicates 1, in the evaluation set 2 exactly, 3 normalised" in plan_text(plan)
     found = {warning.code: warning.message for warning in plan.warnings}
-    assert "1 of 4 prompts stand in the set more than once" in found["duplicate_prompts"]
+    assert "1 of 4 prompts are duplicates" in found["duplicate_prompts"]
     assert "1 of 4 prompts are over 100 tokens" in found["over_long_prompts"]
     assert "2 of 2 eval prompts are also training prompts (1 to the letter" in found["eval_overlap"]
 

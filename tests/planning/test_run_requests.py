@@ -125,7 +125,7 @@ def test_sft_adopts_the_template_of_a_declared_teacher_that_is_here(world, servi
 def test_sft_refuses_a_declared_teacher_with_other_tokens(world, service):
     teacher = world.copy_of(world.teacher, "other-tokens")
     content = (teacher / "tokenizer.json").read_text()
-    (teacher / "tokenizer.json").write_text(content.replace('"<user>"', '"<person>"'))
+    (teacher / "tokenizer.json").write_text(content.replace('"7"', '"@"'))
     responses = world.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n')
     arguments = StartSft(student=world.student, responses=responses, preset="demo", declared_teacher=str(teacher))
     with pytest.raises(ConsistencyError, match="tokenizer_mismatch"):
@@ -208,3 +208,12 @@ def test_a_cache_that_is_too_small_for_the_estimator_by_an_override_is_refused(w
     changes = {"estimator": "topk_reverse_kl", "overrides": {"score.topk": 4, "distill.topk": 8}}
     with pytest.raises(ArgumentError, match=r"score.topk=4 contradicts distill.topk=8"):
         service.plan(world.plan_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"method": "live"}, "live distillation has none"), ({"estimator": "topk_reverse_kl"}, "needs the estimator")],
+)
+def test_a_repair_without_cached_scores_of_sampled_tokens_is_refused(world, service, changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        service.plan(world.plan_arguments(**changes, overrides={"distill.repair": "residual"}))

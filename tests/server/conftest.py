@@ -59,7 +59,8 @@ IDENTITY = ModelIdentity(name="teacher", weights="a" * 64, tokenizer="b" * 64, s
 class ScriptedService:
     """Answers like a JobService; a test sets `run`, `token` and `fails` and reads `calls`."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path) -> None:
+        self.workspace = Workspace(root)
         self.calls: list[tuple[str, Any]] = []
         self.token = "running/distill/0"
         self.fails: Exception | None = None
@@ -271,8 +272,8 @@ class ScriptedService:
 
 
 @pytest.fixture
-def service() -> ScriptedService:
-    return ScriptedService()
+def service(tmp_path: Path) -> ScriptedService:
+    return ScriptedService(tmp_path / "scripted")
 
 
 Connect = Callable[[], AbstractAsyncContextManager[Client]]

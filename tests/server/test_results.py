@@ -28,6 +28,28 @@ def test_the_evidence_comes_with_its_intervals():
     assert "seconds by stage: sft 3.086, rollout reused" in lines
 
 
+def test_the_gap_what_is_absent_and_what_could_not_be_read_have_a_line_each():
+    lines = result_lines(
+        {
+            "teacher_row": "teacher",
+            "gap_closed": [
+                {"from": "sft", "to": "teacher", "share": [0.71, 0.6, 0.83]},
+                {"from": "base", "to": "teacher", "share": "teacher is not more accurate"},
+            ],
+            "not_measured": {"base": "it is not here"},
+            "no_answer": ["sft: 3 of 40 responses had no extractable answer; they end: `…and so`."],
+            "teacher_responses": "9 of 10 are right.",
+        }
+    )
+    assert lines == [
+        "share of the gap closed from sft to teacher: 0.71 [0.6, 0.83]",
+        "share of the gap closed from base to teacher: not measured: teacher is not more accurate",
+        "not measured: base: it is not here",
+        "sft: 3 of 40 responses had no extractable answer; they end: `…and so`.",
+        "before the SFT: 9 of 10 are right.",
+    ]
+
+
 def test_parts_that_are_not_known_here_are_shown_as_json():
     assert result_lines({"note": {"a": 1, "b": None, "c": float("nan")}}) == ['{"note":{"a":1}}']
 

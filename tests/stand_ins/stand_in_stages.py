@@ -2,9 +2,11 @@
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
 rate of 666 makes `sft` fail, one of 777 after the noise that libraries make, one of 28 fills the disk, one of 555 makes
-it stand still until it is cancelled; a file `die-once` beside the building directory kills the worker in `score`.
+it stand still until it is cancelled, one of 440 to 445 makes it not answer, as `HANGS` says; a file `die-once` beside
+the building directory kills the worker in `score`.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -22,7 +24,7 @@ from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import CacheManifest, EngineGap, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import Lineage, Parent
-from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TrainingSummary
+from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore, StageCost, TaskMetric, TrainingSummary
 
 STEP_SECONDS = 0.01
 library = logging.getLogger("a_library")
@@ -48,6 +50,9 @@ def sft(section, inputs, output, context):
     if section.optimizer.learning_rate == 28:
         raise OSError(28, "No space left on device", str(output))
     steps(context, section.steps)
+    if section.optimizer.learning_rate in HANGS:
+        context.reporter.phase("hangs")
+        HANGS[section.optimizer.learning_rate](context)
     if section.optimizer.learning_rate == 555:
         stand_still(context)
     lineage = read_lineage(inputs.responses) if inputs.responses.is_dir() else None
@@ -124,6 +129,7 @@ def benchmark(section, inputs, output, context):
     accuracy = Estimate95(value=0.5, low=0.4, high=0.6, samples=answered, basis="stand-in") if answered else None
     report = BenchmarkReport(
         recipe=section,
+        suite=inputs.suite,
         seed=0,
         prompts_sha256=prompts_hash(rows),
         prompts=len(rows),
@@ -151,6 +157,26 @@ def benchmark(section, inputs, output, context):
     return report
 
 
+def benchmark_task(section, inputs, output, context):
+    metrics = {"acc": TaskMetric(value=0.5, low=0.4, high=0.6, samples=9)}
+    report = BenchmarkReport(
+        recipe=section,
+        suite=f"lm_eval:{inputs.task}",
+        seed=0,
+        prompts_sha256="0" * 64,
+        prompts=9,
+        prompts_with_answer=9,
+        models=[
+            ModelScore(name=name, identity=inspect_model(path).identity, task_metrics=metrics, seconds=0.1, tokens=0)
+            for name, path in inputs.models.items()
+        ],
+        hardware="stand-in",
+        recipe_hash=inputs.recipe_hash,
+    )
+    (output / "report.json").write_text(report.to_json())
+    return report
+
+
 def sample(section, inputs, output, context):
     output.mkdir()
     rows = [
@@ -171,6 +197,61 @@ def make_noise(context):
     library.warning("a file is missing")
     library.info("nobody wants to know")
     context.reporter.phase("after the noise")
+
+
+def native_call(context=None):
+    """A comparison that takes years, in one call that holds the interpreter's lock."""
+    one, other = [0] * 10_000, [0] * 10_000
+    for _ in range(6):
+        one, other = [one] * 10_000, [other] * 10_000
+    return one == other
+
+
+def native_call_under_a_limit(context):
+    """The same, with a limit on processor time that only Python code would notice."""
+
+    def too_slow(number, frame):
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        raise TimeoutError
+
+    signal.signal(signal.SIGVTALRM, too_slow)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.1, 0.1)
+    native_call()
+
+
+def deaf(context):
+    """Every signal that can be blocked is."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    while True:
+        time.sleep(STEP_SECONDS)
+
+
+def busy(context):
+    """Python code that asks nobody."""
+    while True:
+        time.sleep(STEP_SECONDS)
+
+
+def hears_sigterm(context):
+    """Python code that ends on SIGTERM only."""
+    while not context.reporter.terminated:
+        time.sleep(STEP_SECONDS)
+    steps(context, 1)
+
+
+def never_exits(context):
+    """The run ends, its process does not."""
+    atexit.register(native_call)
+
+
+HANGS = {
+    440: native_call,
+    441: deaf,
+    442: busy,
+    443: hears_sigterm,
+    444: never_exits,
+    445: native_call_under_a_limit,
+}
 
 
 def stand_still(context):

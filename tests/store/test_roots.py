@@ -31,6 +31,14 @@ def code_of(roots, reference):
     return caught.value.code
 
 
+@pytest.mark.parametrize("name", ["lineage.key", "http.token", "http.sessions"])
+def test_the_workspaces_own_secrets_are_not_read_though_they_lie_below_a_root(roots, tree, name):
+    (tree / "root" / name).write_text("secret")
+    (tree / "root" / "prompts.jsonl").symlink_to(tree / "root" / name)
+    for reference in (name, "prompts.jsonl", f"model/../{name}"):
+        assert code_of(roots, tree / "root" / reference) == "outside_roots"
+
+
 def test_paths_below_a_root_are_resolved(roots, tree):
     model = tree / "root" / "model"
     assert roots.resolve(str(model)) == model
@@ -104,7 +112,7 @@ def test_a_loop_of_links_is_not_found(roots, tree):
     assert code_of(roots, tree / "root" / "a") == "not_found"
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(st.sampled_from(["..", ".", "root", "model", "secret", "key", "link", "", "ä", "a\0"]), max_size=7)
 )

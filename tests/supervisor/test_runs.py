@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from opd_mcp.schemas.errors import ResourceError, RunError, UnknownIdError
-from opd_mcp.schemas.requests import BuildTeacherCache, GenerateTeacherResponses, StartSft
+from opd_mcp.schemas.requests import BuildTeacherCache, GenerateTeacherResponses, SampleModel, StartSft
 from opd_mcp.store.journal import read_journal
 from opd_mcp.worker.pipeline import require_disk
 
@@ -127,6 +127,17 @@ def test_a_queued_run_knows_its_place_and_can_be_cancelled(world, service, busy_
     until(service, second.run_id, lambda status: status.queue_position == 1)
     busy_machine.release()
     assert finished(service, second.run_id).state == "succeeded"
+
+
+def test_a_sample_does_not_wait_behind_long_runs(world, service, leases, until, finished):
+    held = leases.acquire("a-long-run", leases.cpu_slot_names(), 2, lambda: False)
+    queued = service.start_distillation(world.start_arguments())
+    until(service, queued.run_id, lambda status: status.queue_position == 1)
+    sample = service.sample_model(SampleModel(model=world.student, prompts=["1+1=?"]))
+    assert finished(service, sample.run_id).state == "succeeded"
+    assert service.status(queued.run_id).state == "queued"
+    held.release()
+    assert finished(service, queued.run_id).state == "succeeded"
 
 
 def test_a_running_run_stops_at_its_next_step(world, service, until, finished):

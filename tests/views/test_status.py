@@ -180,6 +180,14 @@ def test_each_ended_kind_names_the_next_call(tmp_path, journal, record):
         assert next_action(view, ended).tool == call
 
 
+def test_a_student_below_its_teacher_is_no_warning(tmp_path, journal, record):
+    comparison = {"candidate": "distilled", "baseline": "teacher", "accuracy_difference": [-0.1, -0.15, -0.05]}
+    journal.append("state", {"state": "running"})
+    journal.append("result", {"comparisons": [comparison], "teacher_row": "teacher"})
+    journal.append("state", {"state": "succeeded"})
+    assert "Beware" not in next_action(view_of(tmp_path), record).why
+
+
 @pytest.mark.parametrize(("difference", "said"), [([-0.1, -0.15, -0.05], True), ([-0.02, -0.06, 0.02], False)])
 def test_a_result_below_its_baseline_is_said(tmp_path, journal, record, difference, said):
     comparison = {"candidate": "distilled", "baseline": "sft", "accuracy_difference": difference}

@@ -203,7 +203,7 @@ async def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, flo
     bare = StdioServerParameters(command=sys.executable, args=[str(script)])
     figures = {"runs": float(arguments.runs), **await start_ratio(ours, bare, arguments.rounds)}
     figures |= await call_medians(ours, bare, "stdio")
-    http = [*SERVE, "--transport", "http", "--port", "PORT"]
+    http = [*SERVE, "--transport", "http", "--port", "PORT", "--no-token"]
     async with served(http, environment) as url, served([sys.executable, str(script), "PORT"], {}) as other:
         figures |= await call_medians(url, other, "http")
         load = arguments.clients, arguments.seconds

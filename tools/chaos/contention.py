@@ -52,15 +52,16 @@ def contention(root: Path, seed: int, seconds: float, tell: Callable[[str], None
     return errors + [f"no process called {name}" for name in missing]
 
 
-def hammer(root: Path, seconds: float, seed: str) -> dict[str, Any]:
-    """One process's calls by name, and the errors that it got."""
+def hammer(root: Path, seconds: float, seed: str, without: str = "") -> dict[str, Any]:
+    """One process's calls by name, none of the name `without`, and the errors that it got."""
     place, rng = Place(root, command("idle", RUN_SECONDS)), random.Random(seed)
     service = place.service()
     calls: Counter[str] = Counter()
     errors: list[str] = []
-    end, names = time.monotonic() + seconds, list(WEIGHTS)
+    weights = {name: weight for name, weight in WEIGHTS.items() if name != without}
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
-        name = rng.choices(names, list(WEIGHTS.values()))[0]
+        name = rng.choices(list(weights), list(weights.values()))[0]
         try:
             call(service, name, rng)
         except OpdError as error:
@@ -96,4 +97,4 @@ def call(service: JobService, name: str, rng: random.Random) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(hammer(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(hammer(Path(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:])))

@@ -6,16 +6,20 @@
   read the plan: from then on hits count.
 - `python processes.py idle SECONDS RUN_ID --workspace …`: a worker that computes nothing. It holds the run's lock,
   keeps its journal, and ends after these seconds or on a cancel request.
+- `python processes.py hanging HOW RUN_ID --workspace …`: the real worker with a stage that hangs as the file HOW says
+  (one of `HANGS`), or is over at once where there is no such file.
 
 Failpoints lie under the standard library, so opd_mcp is imported only once they are installed.
 """
 
 import argparse
+import atexit
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +114,62 @@ def idle_worker(words: list[str]) -> None:
         journal.append("state", {"state": "cancelled" if stopped else "succeeded"})
 
 
+def hanging_worker(how: Path, words: list[str]) -> None:
+    """The real worker, whose stage is not the engine's; ends with the worker's exit status."""
+    from opd_mcp.cli import main as command_line
+    from opd_mcp.schemas.reports import StageCost
+    from opd_mcp.worker import main as worker
+
+    class HangingStages:
+        def sample(self, section: Any, inputs: Any, output: Path, context: Any) -> StageCost:
+            if how.exists():
+                hang = HANGS[how.read_text(encoding="utf-8")]
+                how.with_suffix(".begun").touch()
+                hang()
+            output.mkdir()
+            (output / "samples.json").write_text("[]", encoding="utf-8")
+            return StageCost(stage="sample", seconds=0.0)
+
+    settings = worker.WorkerSettings.__init__
+    settings.__defaults__ = tuple(  # the command line gives no stages of its own
+        HangingStages if value is worker.engine_stages else value for value in settings.__defaults__ or ()
+    )
+    sys.argv = ["opd-mcp", "worker", *words]
+    command_line()
+
+
+def native() -> None:
+    """A comparison that takes years, in one call that holds the interpreter's lock."""
+    one, other = [0] * 10_000, [0] * 10_000
+    for _ in range(6):
+        one, other = [one] * 10_000, [other] * 10_000
+    assert one == other
+
+
+def blocked() -> None:
+    """Every signal that can be blocked is."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    busy()
+
+
+def busy() -> None:
+    """Python code that asks nobody."""
+    while True:
+        time.sleep(0.01)
+
+
+def never_exits() -> None:
+    """The run ends, its process does not."""
+    atexit.register(native)
+
+
+HANGS: dict[str, Callable[[], None]] = {
+    "native": native,
+    "blocked": blocked,
+    "busy": busy,
+    "never_exits": never_exits,
+}
+
 if __name__ == "__main__":
     kind, *words = sys.argv[1:]
     match kind:
@@ -119,5 +179,7 @@ if __name__ == "__main__":
             failing_server(*map(Path, words[:3]))
         case "idle":
             idle_worker(words)
+        case "hanging":
+            hanging_worker(Path(words[0]), words[1:])
         case _:
-            sys.exit(f"{kind} is not worker, server or idle.")
+            sys.exit(f"{kind} is not worker, server, idle or hanging.")

@@ -1,6 +1,7 @@
-"""Kills, full disks, damage and contention against the real product; prints a JSON line, exits with 1 below a bar.
+"""Kills, full disks, damage, contention, hangs and lost indexes against the real product; exits with 1 below a bar.
 
-Run: `make chaos` or `python tools/chaos/run.py [--seed N] [--quick] [--only worker|server|enospc|damage|contention]`.
+Run: `make chaos` or `python tools/chaos/run.py [--seed N] [--quick] [--only PART] [--hangs N] [--index-losses N]`; the
+parts are worker, server, enospc, damage, contention, hang and index. The last line is the result in JSON.
 The same seed chooses the same failpoints, bytes and calls; times differ. docs/reliability.md says what each part
 proves. The product has no failpoints: failpoints.py replaces the system calls below it.
 """
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from opd_mcp.schemas.runs import RunStatus
 from tools.chaos.contention import contention
 from tools.chaos.damage import damaged
 from tools.chaos.full_disk import full_disk_chain, full_stores
+from tools.chaos.hangs import hung_workers
+from tools.chaos.index_losses import lost_indexes
 from tools.chaos.server_kills import killed_servers
 from tools.chaos.worker_kills import KINDS, Chain, kill_chains, references, run_chains
 from tools.chaos.workload import Place, Work
 
-PARTS = ("worker", "server", "enospc", "damage", "contention")
+PARTS = ("worker", "server", "enospc", "damage", "contention", "hang", "index")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Size:
     enospc: int
     damage: int
     contention_seconds: float
+    hangs: int
+    index_losses: int
 
 
 FULL = Size(
@@ -55,6 +60,8 @@ FULL = Size(
     enospc=50,
     damage=240,
     contention_seconds=60.0,
+    hangs=33,
+    index_losses=35,
 )
 QUICK = Size(
     chains={"lightning": 1},
@@ -65,6 +72,8 @@ QUICK = Size(
     enospc=50,
     damage=40,
     contention_seconds=5.0,
+    hangs=3,
+    index_losses=7,
 )
 QUICK_KINDS = ("phase_sft", "checkpoint_write", "checkpoint_rename", "shard_write", "phase_distill")
 """The kinds of kills in the short run, one each."""
@@ -142,6 +151,18 @@ class Chaos:
         self.result["contention_errors"] = len(errors)
         self.problems += errors
 
+    def hang(self) -> None:
+        """Workers that do not answer."""
+        found = hung_workers(self.root / "hangs", self.seed, self.size.hangs, self.tell)
+        self.result |= {"hangs": found.kinds.total(), "hangs_ended": found.ended}
+        self.problems += found.wrong
+
+    def index(self) -> None:
+        """Losses of the index."""
+        found = anyio.run(lost_indexes, self.root / "index", self.seed, self.size.index_losses, self.tell)
+        self.result |= {"index_losses": found.kinds.total(), "index_lost_or_duplicate": len(found.wrong)}
+        self.problems += found.wrong
+
     def _problems_of(self, chains: list[Chain]) -> None:
         self.problems += [problem for chain in chains for problem in chain.wrong]
 
@@ -154,8 +175,10 @@ def main() -> int:
     """The command line's exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--quick", action="store_true", help="about two minutes; the test suite runs this")
+    parser.add_argument("--quick", action="store_true", help="about three minutes; the test suite runs this")
     parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--hangs", type=int, help="how many workers hang in this part")
+    parser.add_argument("--index-losses", type=int, help="how often the index is lost in this part")
     arguments = parser.parse_args()
     seed = secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
     started = time.monotonic()
@@ -165,7 +188,8 @@ def main() -> int:
 
     tell(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="opd-chaos-") as folder:
-        chaos = Chaos(Path(folder), seed, QUICK if arguments.quick else FULL, tell)
+        given = {name: getattr(arguments, name) for name in ("hangs", "index_losses") if getattr(arguments, name)}
+        chaos = Chaos(Path(folder), seed, replace(QUICK if arguments.quick else FULL, **given), tell)
         for part in arguments.only or PARTS:
             run_part(chaos, part)
             tell(f"{part} done")

@@ -3,6 +3,7 @@
     python tools/demo/tune.py --work DIR --initialisations 0 1 2 3 4 5 6 7 8 --seeds 100 101 102
     python tools/demo/tune.py --work DIR --arms sft lightning_sampled lightning_topk --seeds 100 101 102 103 104 105
     python tools/demo/tune.py --work DIR --arms lightning_topk --set distill.batch_size=256 --set distill.steps=200
+    python tools/demo/tune.py --work DIR --task chain_sum --arms sft lightning_sampled --seeds 100 101
 
 With `--initialisations` it compares the student's initial weights by SFT alone. The rule chooses, among those with
 every seed between 0.25 and 0.60, the one whose mean accuracy is nearest to the middle. Without, it runs the arms with
@@ -18,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opd_mcp.demo import TOPK_STEPS
+from opd_mcp.demo import TOPK_STEPS, TaskName, embedded_task
 from opd_mcp.engine import stages
 from opd_mcp.engine.context import (
     BenchmarkInputs,
@@ -62,15 +63,32 @@ class Outcome:
     seconds: float
 
 
-def arms_of_seed(
-    seed: int, *, student: Path, work: Path, arms: list[str], overrides: Mapping[str, Any]
-) -> dict[str, Outcome]:
+@dataclass(frozen=True)
+class Place:
+    """The task, the student of its candidates, and the folder for what they share."""
+
+    task: TaskName
+    student: Path
+    work: Path
+
+    @property
+    def folder(self) -> Path:
+        """The task's files."""
+        return EXAMPLE.with_name(self.task)
+
+    def recipe(self, overrides: Mapping[str, Any]) -> Recipe:
+        """The recipe of the task's demo with the overrides."""
+        arguments = embedded_task(self.task, {"student": str(EXAMPLE / "student")}).arguments
+        return resolve_recipe(arguments["preset"], {**arguments.get("overrides", {}), **overrides})
+
+
+def arms_of_seed(seed: int, *, place: Place, arms: list[str], overrides: Mapping[str, Any]) -> dict[str, Outcome]:
     """Outcomes of the arms with this run seed; SFT always, the others from its teacher cache."""
-    shared = SeedFolder(work, student, resolve_recipe("demo", {"runtime.seed": seed} | _before_distill(overrides)))
+    shared = SeedFolder(place, place.recipe({"runtime.seed": seed} | _before_distill(overrides)))
     found = {"sft": shared.sft_outcome()}
     for arm in arms:
         if arm != "sft":
-            recipe = resolve_recipe("demo", {"runtime.seed": seed} | ARMS[arm] | dict(overrides))
+            recipe = place.recipe({"runtime.seed": seed} | ARMS[arm] | dict(overrides))
             found[arm] = shared.distilled(arm, recipe)
     return found
 
@@ -78,19 +96,19 @@ def arms_of_seed(
 class SeedFolder:
     """What all candidates of one seed share: responses, SFT student, rollouts and teacher cache, each made once."""
 
-    def __init__(self, work: Path, student: Path, recipe: Recipe) -> None:
-        weights = [
-            hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest() for path in (student, _TEACHER)
-        ]
+    def __init__(self, place: Place, recipe: Recipe) -> None:
+        self.prompts, self.teacher = place.folder, place.folder / "teacher"
+        models = (place.student, self.teacher)
+        weights = [hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest() for path in models]
         sections = {name: getattr(recipe, name).to_dict() for name in SHARED_SECTIONS}
-        self.folder = work / f"seed-{recipe.runtime.seed}-{content_hash([weights, sections])[:12]}"
-        self.student, self.recipe = student, recipe
+        self.folder = place.work / f"seed-{recipe.runtime.seed}-{content_hash([weights, sections])[:12]}"
+        self.student, self.recipe = place.student, recipe
         self.context = Context(recipe.runtime, recipe.prompting)
 
     def sft(self) -> Path:
         """The SFT student."""
         recipe = self.recipe
-        responses_of = ResponsesInputs(teacher=_TEACHER, prompts=EXAMPLE / "sft.jsonl")
+        responses_of = ResponsesInputs(teacher=self.teacher, prompts=self.prompts / "sft.jsonl")
         responses = self._made(
             "responses",
             partial(stages.generate_responses, recipe.responses, responses_of),
@@ -103,18 +121,22 @@ class SeedFolder:
 
     def distilled(self, arm: str, recipe: Recipe) -> Outcome:
         """The outcome of distilling from the shared cache with this recipe; replaces the arm's previous model."""
-        student, prompts = self.sft(), EXAMPLE / "opd.jsonl"
+        student, prompts = self.sft(), self.prompts / "opd.jsonl"
         rollouts = self._made(
             "rollouts",
             partial(
                 stages.rollout,
                 self.recipe.rollout,
-                RolloutInputs(student=student, prompts=prompts, tokenizer=_TEACHER),
+                RolloutInputs(student=student, prompts=prompts, tokenizer=self.teacher),
             ),
         )
         cache = self._made(
             "cache",
-            partial(stages.score, self.recipe.score, ScoreInputs(student=student, rollouts=rollouts, teacher=_TEACHER)),
+            partial(
+                stages.score,
+                self.recipe.score,
+                ScoreInputs(student=student, rollouts=rollouts, teacher=self.teacher),
+            ),
         )
         for name in (arm, f"{arm}-report"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -128,7 +150,7 @@ class SeedFolder:
             recipe,
             BenchmarkInputs(
                 models={arm: model},
-                prompts=EXAMPLE / "tune.jsonl",
+                prompts=self.prompts / "tune.jsonl",
                 recipe_hash=self.recipe.content_hash(),
             ),
         )
@@ -170,15 +192,16 @@ def chosen_initialisation(rows: Mapping[str, list[Outcome]]) -> str | None:
 
 
 def compare_initialisations(
-    pool: ProcessPoolExecutor, work: Path, numbers: list[int], seeds: list[int], overrides: dict[str, Any]
+    pool: ProcessPoolExecutor, place: Place, numbers: list[int], seeds: list[int], overrides: dict[str, Any]
 ) -> None:
     """Print the SFT accuracy of each initialisation, and which one the rule chooses."""
     pending = {}
     for number in numbers:
-        student = work / "students" / str(number)
+        student = place.work / "students" / str(number)
         if not student.is_dir():
-            write_student(number, student)
-        task = partial(arms_of_seed, student=student, work=work, arms=["sft"], overrides=overrides)
+            _WRITE_STUDENT[place.task](number, student)
+        candidate = replace(place, student=student)
+        task = partial(arms_of_seed, place=candidate, arms=["sft"], overrides=overrides)
         pending[str(number)] = [pool.submit(task, seed) for seed in seeds]
     rows = {name: [future.result()["sft"] for future in futures] for name, futures in pending.items()}
     print("\n".join(outcome_table(seeds, rows, "initialisation")))
@@ -186,11 +209,10 @@ def compare_initialisations(
 
 
 def compare_arms(
-    pool: ProcessPoolExecutor, work: Path, arms: list[str], seeds: list[int], overrides: dict[str, Any]
+    pool: ProcessPoolExecutor, place: Place, arms: list[str], seeds: list[int], overrides: dict[str, Any]
 ) -> None:
     """Print the arms with the demo's settings and the overrides."""
-    student = EXAMPLE / "student"
-    task = partial(arms_of_seed, student=student, work=work, arms=arms, overrides=overrides)
+    task = partial(arms_of_seed, place=place, arms=arms, overrides=overrides)
     results = list(pool.map(task, seeds))
     rows = {arm: [result[arm] for result in results] for arm in arms}
     print(
@@ -217,11 +239,21 @@ def _before_distill(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in overrides.items() if not key.startswith("distill.")}
 
 
-_TEACHER = EXAMPLE / "teacher"
+def _chain_sum_student(number: int, student: Path) -> None:
+    from tools.demo.chain_sum import write_student as write  # needs the extra `tasks`
+
+    write(number, student)
+
+
+_WRITE_STUDENT: dict[TaskName, Callable[[int, Path], None]] = {
+    "arithmetic": write_student,
+    "chain_sum": _chain_sum_student,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(_WRITE_STUDENT), default="arithmetic")
     parser.add_argument("--work", type=Path, required=True, help="folder for what the candidates share")
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102, 103, 104, 105], help="run seeds")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -232,10 +264,11 @@ def main() -> None:
     print("`" + " ".join(["python", "tools/demo/tune.py", *sys.argv[1:]]) + "`\n", flush=True)
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         overrides = dict(arguments.overrides)
+        place = Place(arguments.task, EXAMPLE.with_name(arguments.task) / "student", arguments.work)
         if arguments.initialisations:
-            compare_initialisations(pool, arguments.work, arguments.initialisations, arguments.seeds, overrides)
+            compare_initialisations(pool, place, arguments.initialisations, arguments.seeds, overrides)
         else:
-            compare_arms(pool, arguments.work, arguments.arms, arguments.seeds, overrides)
+            compare_arms(pool, place, arguments.arms, arguments.seeds, overrides)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Valid JSON-RPC requests are damaged: bytes flipped, cut and repeated, ids and members of other types, half surrogates,
 deep nesting, batches. A ping follows each line; whatever is answered before it belongs to the line. Exits with 1 and
-prints the lines that broke a rule.
+prints the lines that broke a rule, and what the server opened outside of its roots (`opens.py`).
 """
 
 import argparse
@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools import EXAMPLE
+from tools.fuzz.opens import OpensAudit
 
 METHODS = ("ping", "tools/list", "tools/call", "resources/read", "prompts/get", "completion/complete", "no/such", "")
 ODD: list[Any] = [None, True, -1, 1.5, "", "x" * 300, [], {}, {"a": [1]}, "\x00", "\u202e", 2**70, "latest"]
@@ -80,7 +83,9 @@ class Server:
     """A real server process over a fresh workspace."""
 
     def __init__(self, folder: Path) -> None:
+        self.audit = OpensAudit(folder / "opens")
         environment = {**os.environ, "OPD_HOME": str(folder / "home"), "XDG_RUNTIME_DIR": str(folder)}
+        environment |= self.audit.environment()
         command = [sys.executable, "-m", "opd_mcp.cli", "serve"]
         with (folder / "stderr").open("wb") as log:
             self.process = subprocess.Popen(
@@ -131,6 +136,7 @@ def fuzz(lines: int, seed: int, folder: Path) -> dict[str, Any]:
                 problems.append({"line": repr(line[:500]), "rule": "an internal error"})
     server.process.kill()
     server.process.wait()
+    problems += [{"line": path, "rule": "opened"} for path in server.audit.outside([folder, EXAMPLE])]
     return {"lines": lines, "seed": seed, "answers": dict(sorted(kinds.items())), "problems": problems}
 
 

@@ -37,7 +37,8 @@ from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.planning.checks import mean_prompt_tokens
+from opd_mcp.planning.text_child import answer
+from opd_mcp.planning.text_work import Asked
 from opd_mcp.planning.workload import DataSize, Workload, model_shape
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
@@ -45,7 +46,7 @@ from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
-from opd_mcp.schemas.recipes import Recipe, Sampling
+from opd_mcp.schemas.recipes import PromptingRecipe, Recipe, Sampling
 from opd_mcp.schemas.reports import CheckpointRecord, LoopState
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
@@ -124,7 +125,7 @@ def model_targets(root: Path) -> list[Target]:
         workload = Workload(Recipe(), size, teacher, DataSize(10, 5.0, 10, 10))
         for phase in ("sft", "rollout", "score", "distill", "benchmark"):
             workload.work(phase)
-        mean_prompt_tokens(model, scan)
+        answer(Asked(model, PromptingRecipe(), scan, "all").request())
         verified_lineage(model, full=True)
 
     damages: dict[str, Damage] = dict.fromkeys(

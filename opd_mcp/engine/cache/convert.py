@@ -13,7 +13,7 @@ import numpy as np
 from opd_mcp.engine.cache.manifest import RolloutTally, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, write_shard
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.encoding import prompt_ids
+from opd_mcp.engine.data.encoding import chat_of
 from opd_mcp.engine.data.sequences import EOS, build_sequences
 from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
 from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
@@ -135,13 +135,14 @@ def _problem(row: dict[str, Any], vocab_size: int) -> str | None:
 
 
 def _sequences(rows: list[dict[str, Any]], adopted: AdoptedTokenizer, before: int) -> Any:
+    chat = chat_of(adopted.tokenizer, PromptingRecipe())
     prompts, responses, scores, reasons = [], [], [], []
     for row in rows:
         metadata, prompt = row["metadata"], row["prompt"]
         mask = metadata.get("loss_mask")
         count = sum(mask) if mask is not None else len(metadata["response_tokens"])
         asked = PromptRow("", prompt=prompt) if isinstance(prompt, str) else PromptRow("", messages=tuple(prompt))
-        prompts.append(prompt_ids(asked, adopted.tokenizer, Context()))
+        prompts.append(chat.prompt_ids(asked))
         responses.append(metadata["response_tokens"][:count])
         scores += metadata["teacher_log_probs"][:count]
         reasons.append(EOS if responses[-1] and responses[-1][-1] in adopted.eos_token_ids else UNKNOWN)

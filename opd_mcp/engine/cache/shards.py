@@ -175,7 +175,7 @@ def row_crcs(sequences: Sequences) -> NDArray[np.uint32]:
 
 
 class ContentHash:
-    """sha256 over the rows added, in order: what they say, whatever shards and encodings hold them."""
+    """sha256 over the rows added, in order: their content, independent of shards and encodings."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()

@@ -57,6 +57,9 @@ def verified(cache: Path, rescore: Rescore | None = None, *, sample: int = 16) -
             problems.append("there is no lineage.json that proves the manifest")
     except IntegrityError as error:
         problems.append(error.message)
+    gap = manifest.engine_gap
+    if gap is not None and not gap.mean <= gap.bound():
+        problems.append(f"the behaviour log-probs are {gap.mean:.2g} nats from what scoring gives their student")
     parts, content = [], ContentHash()
     for shard in manifest.shards:
         try:

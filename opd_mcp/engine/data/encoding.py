@@ -1,14 +1,21 @@
-"""Prompts to token ids, by the chat template where the tokenizer has one."""
+"""Prompts to token ids, by the chat template where the tokenizer has one, within a limit of time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.templates import REFUSALS, limited_rendering, rendered
+from opd_mcp.engine.runtime import TooSlow, processor_seconds
+from opd_mcp.identity.chat.tokenizer import ChatTokenizer
 from opd_mcp.identity.data.rows import PromptRow
-from opd_mcp.schemas.errors import DataError, OpdError
+from opd_mcp.schemas.errors import ArgumentError, DataError
+from opd_mcp.schemas.recipes import PromptingRecipe
+
+# far above what a template and a tokenizer take for a prompt
+TEMPLATE_SECONDS = 20.0
+TEMPLATE_SECONDS_A_ROW = 0.05
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,20 @@ def encode_prompts(
 
     Raises DataError `empty_data` if none fits, ArgumentError `too_slow` for a chat template that does not end.
     """
-    limit = context.prompting.max_prompt_tokens
+    limit, chat = context.prompting.max_prompt_tokens, chat_of(tokenizer, context.prompting)
     with limited_rendering(len(rows)):
-        encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, context)) for row in rows]
+        encoded = [EncodedPrompt(row, chat.prompt_ids(row)) for row in rows]
+        spelt = sum(bool(chat.spelt_control_tokens(row)) for row in rows)
     kept = [prompt for prompt in encoded if 0 < len(prompt.ids) <= limit]
     if len(kept) < len(encoded):
         context.reporter.alert(
             "prompts_dropped", f"{len(encoded) - len(kept)} of {len(encoded)} prompts are empty or over {limit} tokens."
+        )
+    if spelt:
+        context.reporter.alert(
+            "control_tokens_spelt",
+            f"{spelt} of {len(rows)} prompts spell control tokens of the tokenizer; they are encoded as "
+            f"{'text' if chat.writes_spelt_as_text else 'tokens'} (prompting.control_tokens).",
         )
     if not kept:
         raise DataError(
@@ -44,22 +58,28 @@ def encode_prompts(
     return kept
 
 
-def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase, context: Context) -> list[int]:
-    """Token ids of one prompt, with the chat template where the tokenizer has one.
+def ids_of(prompts: Sequence[EncodedPrompt]) -> set[int]:
+    """Every id that stands in one of the prompts."""
+    return set().union(*(prompt.ids for prompt in prompts))
 
-    Raises DataError `too_large` for a template that writes without end, `template_failed` for one that fails.
-    """
-    messages = [{"role": "user", "content": row.prompt}] if row.messages is None else list(row.messages)
-    if tokenizer.chat_template is None:
-        return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, prompting: PromptingRecipe) -> ChatTokenizer:
+    """The tokenizer as prompts are encoded by it; its `chat_template` is the one that renders."""
+    return ChatTokenizer(
+        tokenizer.backend_tokenizer, tokenizer.chat_template, dict(tokenizer.special_tokens_map), prompting
+    )
+
+
+@contextmanager
+def limited_rendering(rows: int) -> Iterator[None]:
+    """Raise ArgumentError `too_slow` inside when templates take far longer than `rows` rows should."""
+    seconds = TEMPLATE_SECONDS + TEMPLATE_SECONDS_A_ROW * rows
     try:
-        text = rendered(tokenizer, messages, context.prompting.chat_template_kwargs, to_answer=True)
-    except OpdError:
-        raise
-    except (*REFUSALS, ArithmeticError) as error:
-        raise DataError(
-            "template_failed",
-            f"The model's chat template fails on prompt {row.id} ({type(error).__name__}: {error}).",
-            fix="Look at the model's chat_template.jinja and at the prompt's roles, or give another model.",
-        ) from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+        with processor_seconds(seconds):
+            yield
+    except TooSlow:
+        raise ArgumentError(
+            "too_slow",
+            f"The chat template took more than {seconds:.0f} s for {rows} rows.",
+            fix="Look at the model's chat_template.jinja; use a model whose template ends.",
+        ) from None

@@ -61,6 +61,33 @@ def paired_difference(candidate: NDArray[np.float64], baseline: NDArray[np.float
     )
 
 
+def gap_closed(
+    candidate: NDArray[np.float64], baseline: NDArray[np.float64], teacher: NDArray[np.float64], *, basis: str
+) -> Estimate95 | None:
+    """Σ (candidate − baseline) / Σ (teacher − baseline) over the same prompts [P], with Fieller's interval (1954).
+
+    None where the teacher is not better than the baseline beyond chance: the interval then has no end. Two prompts on
+    which only the candidate or only the teacher gains are added for the interval alone, so that it has width where all
+    prompts agree.
+    """
+    gained, gap = candidate - baseline, teacher - baseline
+    x, y = np.append(gained, [1.0, 0.0]), np.append(gap, [0.0, 1.0])
+    (xx, xy), (_, yy) = np.cov(x, y) / len(x) * Z95**2
+    mean_x, mean_y = float(x.mean()), float(y.mean())
+    squared = mean_y**2 - yy
+    if gap.mean() <= 0 or mean_y <= 0 or squared <= 0:
+        return None
+    half = math.sqrt(max(0.0, (mean_x * mean_y - xy) ** 2 - squared * (mean_x**2 - xx)))
+    share = float(gained.mean() / gap.mean())
+    return Estimate95(
+        value=share,
+        low=min(share, float((mean_x * mean_y - xy - half) / squared)),
+        high=max(share, float((mean_x * mean_y - xy + half) / squared)),
+        samples=len(candidate),
+        basis=f"{basis}, paired by prompt; Fieller interval",
+    )
+
+
 def _difference_bound(gained: int, lost: int, pairs: int, end: float) -> float:
     """The difference between the measured one and `end` (−1 or 1) whose score statistic is 1.96, by bisection."""
     inside, outside = (gained - lost) / pairs, end

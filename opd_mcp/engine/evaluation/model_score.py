@@ -50,10 +50,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's score, and per-prompt greedy correctness [P] for paired comparisons."""
+    """A model's score, and per prompt [P] its greedy correctness and the share of right samples, for paired numbers."""
 
     score: ModelScore
     greedy_correct: NDArray[np.float64] | None
+    sampled_shares: NDArray[np.float64] | None = None
 
 
 def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], task: Measurement) -> Scored:
@@ -69,7 +70,7 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
         greedy, measured.greedy_correct = draw.greedy_accuracy(answered, measured)
         if settings.samples_per_prompt:
             sampled, passes = draw.sampled_accuracy(answered, measured)
-    if task.teacher is not None:
+    if task.teacher is not None and model is not task.teacher:
         divergence = draw.reverse_kl(prompts[: settings.kl_prompts], task.teacher, measured)
     if not measured.drawn:
         draw.responses(prompts, settings.sampling, "sampled", measured)
@@ -89,7 +90,7 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
         seconds=time.perf_counter() - started,
         tokens=len(everything.response_ids),
     )
-    return Scored(score, measured.greedy_correct)
+    return Scored(score, measured.greedy_correct, measured.sampled_shares)
 
 
 @dataclass
@@ -99,6 +100,7 @@ class _Measured:
     drawn: list[Sequences] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     greedy_correct: NDArray[np.float64] | None = None
+    sampled_shares: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class _Drawer:
             for k in PASS_AT
             if k <= n
         }
-        return mean_over_prompts(correct.mean(axis=1), n), passes
+        measured.sampled_shares = correct.mean(axis=1)
+        return mean_over_prompts(measured.sampled_shares, n), passes
 
     def reverse_kl(self, prompts: Sequence[EncodedPrompt], teacher: LoadedModel, measured: _Measured) -> Estimate95:
         """Exact KL(student‖teacher) per token on fresh samples at temperature 1."""

@@ -13,7 +13,7 @@ from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
 from opd_mcp.engine.generation.replay import draw_replayed, replays
 from opd_mcp.engine.models.embeddings import head_logits
-from opd_mcp.engine.models.kv_cache import roomy_cache
+from opd_mcp.engine.models.kv_cache import continued, keep_rows, roomy_cache
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import generator_for
 
@@ -81,11 +81,9 @@ def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], st
     input_ids, mask = left_padded(prompts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = roomy_cache(model.config)
-    output = model.get_decoder()(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    )
-    drawn = state.take(head_logits(model, output.last_hidden_state[:, -1]))
-    del output  # [B, L, H], unused from here on
+    hidden = continued(model, cache, input_ids, mask, positions)
+    drawn = state.take(head_logits(model, hidden[:, -1]))
+    del hidden  # [B, L, H], unused from here on
     draw_rest = draw_replayed if replays(model, cache) else _draw_growing
     draw_rest(model, cache, mask, positions[:, -1:], drawn, state)
     return state.responses()
@@ -95,7 +93,6 @@ def _draw_growing(
     model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, state: BatchState
 ) -> None:
     """The rest of a batch after its prefill, with a cache that grows and loses its finished rows."""
-    decoder = model.get_decoder()
     for _ in range(1, state.limit):
         going = state.going()
         count = int(going.sum())
@@ -104,10 +101,8 @@ def _draw_growing(
         positions, mask = positions + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if count <= len(going) * (1 - FINISHED_SHARE_TO_DROP):
             kept = going.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
+            keep_rows(cache, kept)
             state.keep(kept)
             drawn, positions, mask = drawn[kept], positions[kept], mask[kept]
-        output = decoder(
-            input_ids=drawn[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        drawn = state.take(head_logits(model, output.last_hidden_state[:, -1]))
+        hidden = continued(model, cache, drawn[:, None], mask, positions)
+        drawn = state.take(head_logits(model, hidden[:, -1]))

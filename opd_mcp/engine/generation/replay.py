@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from opd_mcp.engine.generation.batch_state import BatchState
 from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.models.embeddings import head_logits
-from opd_mcp.engine.models.kv_cache import FixedCache, FixedLayer, RoomyLayer
+from opd_mcp.engine.models.kv_cache import FixedCache, FixedLayer, RoomyLayer, continued
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,8 @@ class Segment:
     def step(self) -> None:
         """Draw the next token of each row."""
         self.mask.index_fill_(3, self.cursor, 0.0)
-        output = self.model.get_decoder()(
-            input_ids=self.input_ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        drawn = self.state.take(head_logits(self.model, output.last_hidden_state[:, -1]))
+        hidden = continued(self.model, self.cache, self.input_ids, self.mask, self.positions)
+        drawn = self.state.take(head_logits(self.model, hidden[:, -1]))
         self.input_ids.copy_(drawn[:, None])
         self.positions += 1
         self.cursor += 1

@@ -22,7 +22,7 @@ class Head:
 
     Logits are float32 (float64 for float64 weights) whatever the operands are: bf16-rounded logits would put errors of
     the size of a typical advantage into the log-probs. `kernel` decides whether the Triton kernel (fused.py) or plain
-    torch goes over the tiles; by default the kernel does wherever it can.
+    torch computes the tiles; by default the kernel does where it can.
     """
 
     weight: Tensor
@@ -177,7 +177,7 @@ def kernel_problem(device: torch.device) -> str | None:
         from opd_mcp.engine.losses.fused import row_sums
 
         outside = row_sums(torch.zeros(1, 8, device=device), torch.zeros(1, device=device)).outside
-    except Exception as error:  # whatever Triton, its compiler or the C compiler raise; it is told, never hidden
+    except Exception as error:  # Triton, its compiler and the C compiler raise many kinds; reported, never hidden
         return f"Triton cannot build it here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     assert outside.item() == 8, "the kernel counts eight ones"
     return None

@@ -50,7 +50,7 @@ def compile_layers(model: PreTrainedModel, *, autocast: bool) -> str | None:
 
 
 def compiled_or_problem(model: PreTrainedModel, *, autocast: bool, backend: str = "inductor") -> str | None:
-    """Compile the layers of a model that packs, whatever its size and device; or leave them, and say why.
+    """Compile the layers of a model that packs, of any size and on any device; or leave them, and say why.
 
     `backend` is one of torch's compilers: "eager" traces as "inductor" does, and makes no kernels.
     """
@@ -68,7 +68,7 @@ def compiled_or_problem(model: PreTrainedModel, *, autocast: bool, backend: str 
         most = MOST_DEVIATION[torch.bfloat16 if narrow else torch.float32]
         if not deviation <= most:
             problem = f"compiled layers differ from plain ones by {deviation:.2g}, more than {most}"
-    except Exception as error:  # whatever the compiler, its compiler or a class's code raise; it is told, never hidden
+    except Exception as error:  # the compilers and a class's code raise many kinds; reported, never hidden
         problem = f"they cannot be compiled here ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     model.zero_grad(set_to_none=True)
     if problem is not None:

@@ -1,13 +1,26 @@
 """KV caches that are written in place: one with room ahead, so that a new token copies itself and not all before it,
-and one of fixed size, so that every decoding step has the same shapes.
+and one of fixed size, so that every decoding step has the same shapes; how a model is continued with a cache, and
+whether it then computes what it computes at once.
 """
+
+import inspect
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from opd_mcp.engine.runtime import is_out_of_memory
 
 ROOM_AHEAD = 64
+# what decoders call it: most classes, the same before transformers 5.20, and those with a state only before that
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+# Largest difference of a step from the whole, as a share of the largest value. Measured with tiny random models of 70
+# classes: in float32 at most 2e-5 where a class decodes rightly and 0.2 or more where it does not (docs/data.md).
+DECODING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+NARROW_TOLERANCE = 0.1
 
 
 class RoomyLayer(DynamicLayer):
@@ -22,11 +35,6 @@ class RoomyLayer(DynamicLayer):
         keys, values = appended(self.keys, key_states), appended(self.values, value_states)  # type: ignore[has-type]
         self.keys, self.values = keys, values
         return keys, values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch, moved together."""
-        if self.get_seq_length() > 0:
-            self.keys, self.values = self.keys.index_select(0, indices), self.values.index_select(0, indices)
 
 
 def appended(states: Tensor, new: Tensor) -> Tensor:
@@ -50,6 +58,90 @@ def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def continued(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """Last hidden states [B, n, H] of the next tokens `ids` [B, n], which the cache takes in.
+
+    `mask` covers all tokens [B, L], those in the cache among them; `positions` are those of the new ones.
+    """
+    decoder = model.get_decoder()
+    output = decoder(
+        input_ids=ids,
+        # a state has taken in what the mask is about: Mamba would apply the whole mask to the one new token
+        attention_mask=mask if ids.shape[1] > 1 or keeps_keys(cache) else None,
+        position_ids=positions,
+        use_cache=True,
+        **{_cache_argument(type(decoder).forward): cache},
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def keeps_keys(cache: DynamicCache) -> bool:
+    """Whether a layer keeps keys and values of tokens, which a mask can hide."""
+    return any(isinstance(e, DynamicLayer) or not isinstance(e, LinearAttentionLayer) for e in cache.layers)
+
+
+def keep_rows(cache: DynamicCache, kept: Tensor) -> None:
+    """Keep the rows `kept` [m] of the batch; unlike `batch_select_indices`, every kind of layer knows how."""
+    cache.reorder_cache(kept)
+
+
+@cache
+def _cache_argument(forward: Callable[..., object]) -> str:
+    known = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values")
+
+
+@torch.no_grad()
+def decoding_problem(model: PreTrainedModel) -> str | None:
+    """Why the model cannot be decoded with a cache here; None where each step equals the whole sequence computed alone.
+
+    Three documents of other lengths are left-padded and continued token by token, and one row ends before the others,
+    as in generation.
+    """
+    vocab, device = model.config.get_text_config().vocab_size, model.device
+    lengths, prompts, steps = (14, 10, 12), (9, 4, 6), 5
+    ids = [(torch.arange(length, device=device) * 7 + 3 * length) % vocab for length in lengths]
+    was_training = model.training
+    model.eval()
+    try:
+        alone = [model.get_decoder()(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in ids]
+        worst = _largest_difference(model, ids, alone, prompts, steps)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        return f"decoding with a cache fails ({type(error).__name__}: {first[:120]})"
+    finally:
+        model.train(was_training)
+    if worst <= DECODING_TOLERANCE.get(model.dtype, NARROW_TOLERANCE):
+        return None
+    return f"decoding with a cache differs from the whole sequence by {worst:.1g} of its largest value"
+
+
+def _largest_difference(
+    model: PreTrainedModel, ids: list[Tensor], alone: list[Tensor], prompts: tuple[int, ...], steps: int
+) -> float:
+    width, rows = max(prompts), torch.arange(len(ids), device=ids[0].device)
+    padded = torch.stack(
+        [torch.cat([part.new_zeros(width - n), part[:n]]) for part, n in zip(ids, prompts, strict=True)]
+    )
+    mask = torch.stack([(torch.arange(width, device=padded.device) >= width - n).long() for n in prompts])
+    positions, kept = (mask.cumsum(-1) - 1).clamp_min(0), roomy_cache(model.config)
+    worst = torch.zeros((), device=padded.device)
+    for step in range(steps):
+        hidden = continued(model, kept, padded, mask, positions)[:, -1].float()
+        expected = torch.stack([alone[row][prompts[row] - 1 + step] for row in rows.tolist()]).float()
+        worst = torch.maximum(worst, (hidden - expected).abs().max() / expected.abs().max())
+        if step == 1:
+            left = torch.tensor([0, 2], device=rows.device)
+            keep_rows(kept, left)
+            rows, mask, positions = rows[left], mask[left], positions[left]
+        padded = torch.stack([ids[row][prompts[row] + step] for row in rows.tolist()])[:, None]
+        positions, mask = positions[:, -1:] + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return float(worst) if bool(worst.isfinite()) else float("inf")
 
 
 class FixedLayer(DynamicLayer):

@@ -11,18 +11,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.templates import end_of_turn
+from opd_mcp.engine.data.encoding import chat_of, limited_rendering
 from opd_mcp.engine.losses.logit_tiles import kernel_problem
 from opd_mcp.engine.models.attention import padding_warning, use_packed_attention
 from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.embeddings import head_logits
+from opd_mcp.engine.models.kv_cache import decoding_problem
 from opd_mcp.engine.models.lora import add_adapter, load_adapter, merge, require_continuable
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable, undecodable
 from opd_mcp.identity.safetensors import read_tensors
-from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids, token_map
+from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, token_map
 from opd_mcp.schemas.errors import IntegrityError, PathError
 from opd_mcp.schemas.recipes import AdapterRecipe, PromptingRecipe
 
@@ -72,6 +73,7 @@ def load_model(
     runtime: Runtime,
     *,
     for_training: bool = False,
+    generates: bool = False,
     compiled: bool = True,
     adapter: AdapterRecipe | None = None,
 ) -> LoadedModel:
@@ -82,10 +84,12 @@ def load_model(
     merged in float32 where all weights are trained.
 
     Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), `unsupported_model` for a configuration
-    that transformers cannot build, or `unsupported_head` for a class whose logits are not its head applied to its
-    decoder's last hidden state.
+    that transformers cannot build or, where it `generates`, a class that this engine does not decode rightly with a
+    cache, or `unsupported_head` for a class whose logits are not its head applied to its decoder's last hidden state.
     """
     facts = inspect_model(path)
+    if generates:
+        require_decodable(facts)
     trains_all = for_training and adapter is None
     dtype = torch.float32 if trains_all else runtime.dtype
     if adapter is not None:
@@ -120,6 +124,8 @@ def load_model(
     model.train(for_training)
     _require_plain_head(model, path)
     use_packed_attention(model)
+    if generates and (wrong := decoding_problem(model)) is not None:
+        raise undecodable(facts, wrong)
     problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast) if compiled else None
     return LoadedModel(model, facts, path, problem)
 
@@ -238,25 +244,8 @@ class AdoptedTokenizer:
 
 
 def adopt_tokenizer(path: Path, prompting: PromptingRecipe) -> AdoptedTokenizer:
-    """The tokenizer at `path` with the ids that end a response: the recipe's, or all that its files name.
-
-    Those are the ids in generation_config.json (else config.json), the tokenizer's EOS token, and the token that the
-    chat template writes after an assistant's turn, which is the one that is taught; without a template it is the
-    tokenizer's EOS token.
-
-    Raises PathError `not_a_model` if nothing names one: without a stop token no response would end.
-    """
+    """The tokenizer at `path` with the ids that end a response, as `ChatTokenizer.stop_ids` says; raises as it does."""
     tokenizer, tokens = load_tokenizer(path), token_map(path)
-    own = tokenizer.eos_token_id
-    named = {*eos_token_ids(path, tokens), *([own] if own is not None else [])}
-    end = end_of_turn(tokenizer, named, prompting.chat_template_kwargs)
-    stops = tuple(prompting.eos_token_ids or sorted(named | ({end} if end is not None else set())))
-    if not stops:
-        raise PathError(
-            "not_a_model",
-            "No EOS id is named in generation_config.json, config.json, tokenizer_config.json or the chat template.",
-            value=path,
-            fix="Set the override 'prompting.eos_token_ids'.",
-        )
-    taught = next((token_id for token_id in (end, own) if token_id in stops), stops[0])
+    with limited_rendering(1):
+        stops, taught = chat_of(tokenizer, prompting).stop_ids(path)
     return AdoptedTokenizer(tokenizer, stops, taught, max(tokens) + 1, path)

@@ -81,7 +81,7 @@ class SavedForm:
                 AutoConfig.from_pretrained(trial, local_files_only=True, trust_remote_code=False)
                 GenerationConfig.from_pretrained(trial, local_files_only=True)
                 load_tokenizer(trial)
-            except Exception as error:  # the libraries raise whatever they like
+            except Exception as error:  # the libraries raise exceptions of any kind
                 raise PathError(
                     "cannot_be_saved",
                     f"A student made of this model could not be saved ({type(error).__name__}: {error}).",

@@ -5,8 +5,11 @@ import logging
 import random
 import ssl
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from opd_mcp.engine.context import run_cancelled
@@ -19,9 +22,14 @@ MAX_ERROR_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait for one answer, and how often and with which pauses to ask again."""
+    """How long to wait for one answer, and how often and with which pauses to ask again.
+
+    `timeout_s` is for each wait on the connection, `total_s` for the whole request: a server that sends a byte now and
+    then would never exceed the first.
+    """
 
     timeout_s: float = 120.0
+    total_s: float = 300.0
     attempts: int = 8
     first_pause_s: float = 0.5
     longest_pause_s: float = 30.0
@@ -53,11 +61,23 @@ class _Retry(Exception):
 
 
 class Server:
-    """A server's address and its open connections; requests may come from several threads."""
+    """A server's address and one connection to it, opened again when it is lost, for one thread at a time.
+
+    `opened` counts the connections: who answers over a new one may be another server.
+    """
 
     def __init__(self, url: str, access: Access | None = None, stopped: threading.Event | None = None) -> None:
         self.url, self.access, self.stopped = url, access or Access(), stopped or threading.Event()
-        self._client = _client(url, self.access)
+        self.opened = 0
+        self._turn = _Turn(self._require_going)
+
+    @cached_property
+    def _client(self) -> Any:
+        return _client(self.url, self.access, self._turn)
+
+    def another(self) -> "Server":
+        """Another connection to the same server; `close` of either ends the requests of both."""
+        return Server(self.url, self.access, self.stopped)
 
     def ask(self, method: str, path: str, body: Any = None, *, max_bytes: int = 1 << 24) -> Any:
         """The JSON of the answer.
@@ -68,8 +88,7 @@ class Server:
         patience = self.access.patience
         pause, why = patience.first_pause_s, ""
         for attempt in range(patience.attempts):
-            if self.stopped.is_set() or self.access.should_stop():
-                raise run_cancelled()
+            self._require_going()
             try:
                 return self._once(method, path, body, max_bytes)
             except _Retry as retry:
@@ -87,22 +106,31 @@ class Server:
         )
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close the connection, and let no request begin over the others."""
         self.stopped.set()
-        self._client.close()
+        if "_client" in vars(self):
+            self._client.close()
+
+    def _require_going(self) -> None:
+        if self.stopped.is_set() or self.access.should_stop():
+            raise run_cancelled()
 
     def _once(self, method: str, path: str, body: Any, max_bytes: int) -> Any:
         import httpx2
 
-        content = b""
+        content, total = b"", self.access.patience.total_s
         try:
-            with self._client.stream(method, path, json=body) as response:
+            with (
+                self._turn.within(total),
+                self._client.stream(method, path, json=body, extensions={"trace": self._trace}) as response,
+            ):
                 for part in response.iter_raw():
                     content += part
                     if len(content) > max_bytes:
                         raise _Retry("an answer that is too long")
         except (httpx2.TransportError, OSError) as error:
-            raise _Retry(type(error).__name__) from error
+            why = f"no whole answer within {total:g} s" if self._turn.is_over() else type(error).__name__
+            raise _Retry(why) from error
         if response.status_code == 429 or response.status_code >= 500:
             raise _Retry(f"HTTP {response.status_code}", _seconds(response.headers.get("Retry-After")))
         if response.status_code != 200:
@@ -112,12 +140,104 @@ class Server:
         except ValueError as error:
             raise _Retry("an answer that is not JSON") from error
 
+    def _trace(self, event: str, info: Any) -> None:
+        self.opened += event == "connection.connect_tcp.complete"
+
     def _shown(self, content: bytes) -> str:
         text = content.decode(errors="replace")[:MAX_ERROR_CHARACTERS]
         return text.replace(self.access.key, "…") if self.access.key else text
 
 
-def _client(url: str, access: Access) -> Any:
+# How soon a waiting request notices that the run is to stop, in seconds.
+LOOK_SECONDS = 1.0
+WRITTEN_BYTES = 64 << 10
+IDLE_SECONDS = 5.0
+
+
+class _Turn:
+    """The deadline of the request that a thread is making; every wait on a connection is cut into short ones."""
+
+    def __init__(self, require_going: Callable[[], None]) -> None:
+        self.require_going = require_going
+        self._thread = threading.local()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Give this thread's request so many seconds in all."""
+        self._thread.deadline = time.monotonic() + seconds
+        yield
+
+    def is_over(self) -> bool:
+        """Whether this thread's request has used up its time."""
+        return self.left() <= 0
+
+    def left(self) -> float:
+        """Seconds that this thread's request still has."""
+        return float(getattr(self._thread, "deadline", float("inf"))) - time.monotonic()
+
+    def wait(self, operation: Callable[[float], Any], timeout: float | None, expired: type[Exception]) -> Any:
+        """The result of `operation(seconds)`, tried in short waits while it raises `expired`.
+
+        Raises `expired` once `timeout` or the request's time is over, and RunError `run_cancelled` when asked to stop.
+        """
+        until = time.monotonic() + min(self.left(), float("inf") if timeout is None else timeout)
+        while True:
+            self.require_going()
+            left = until - time.monotonic()
+            if left <= 0:
+                raise expired
+            try:
+                return operation(min(left, LOOK_SECONDS))
+            except expired:
+                continue
+
+
+def _transport(context: Any, turn: _Turn) -> Any:
+    """A transport whose connections obey the deadline of the request that uses them.
+
+    A body is read by us, but status line and headers inside the library, which knows no deadline for all of a request.
+    """
+    import httpcore2
+    import httpx2
+
+    class Stream(httpcore2.NetworkStream):
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+            read: bytes = turn.wait(lambda wait: self._inner.read(max_bytes, wait), timeout, httpcore2.ReadTimeout)
+            return read
+
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            for start in range(0, len(buffer), WRITTEN_BYTES):
+                # An interrupted write cannot be repeated, so each is one wait.
+                wait = turn.left() if timeout is None else min(turn.left(), timeout)
+                if wait <= 0:
+                    raise httpcore2.WriteTimeout
+                self._inner.write(buffer[start : start + WRITTEN_BYTES], wait)
+
+        def close(self) -> None:
+            self._inner.close()
+
+        def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
+            return Stream(self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+        def get_extra_info(self, info: str) -> Any:
+            return self._inner.get_extra_info(info)
+
+    class Backend(httpcore2.NetworkBackend):
+        def connect_tcp(self, *given: Any, **named: Any) -> Any:
+            return Stream(httpcore2.SyncBackend().connect_tcp(*given, **named))
+
+    transport = httpx2.HTTPTransport(verify=context, trust_env=False)
+    # The transport has no parameter for its pool's network backend.
+    transport._pool = httpcore2.ConnectionPool(
+        ssl_context=context or None, max_connections=1, keepalive_expiry=IDLE_SECONDS, network_backend=Backend()
+    )
+    return transport
+
+
+def _client(url: str, access: Access, turn: _Turn) -> Any:
     """Connections to the checked address alone: no redirects, no proxies or credentials from the environment."""
     address = checked_url(url)
     try:
@@ -137,10 +257,9 @@ def _client(url: str, access: Access) -> Any:
         base_url=httpx2.URL(scheme=address.scheme, host=address.hostname, port=address.port, path=address.path or "/"),
         headers=headers,
         timeout=access.patience.timeout_s,
-        limits=httpx2.Limits(),
         follow_redirects=False,
         trust_env=False,
-        verify=ssl.create_default_context() if address.scheme == "https" else False,
+        transport=_transport(ssl.create_default_context() if address.scheme == "https" else False, turn),
     )
 
 

@@ -115,7 +115,7 @@ def _read_sglang(answer: Any, ids: Sequence[int], start: int, topk: int) -> Toke
 
 
 def _number(logprob: Any) -> float:
-    """A log-prob; null, which is what strict JSON makes of a value that is not finite, as NaN."""
+    """A log-prob; NaN for null, which strict JSON writes for a value that is not finite."""
     return nan if logprob is None else float(logprob)
 
 

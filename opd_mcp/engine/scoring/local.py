@@ -20,11 +20,14 @@ from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.models.loading import LoadedModel, load_model
 from opd_mcp.engine.provenance import full_identity
 from opd_mcp.engine.runtime import Runtime, open_runtime
+from opd_mcp.schemas.cache import EngineGap
+from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.recipes import RuntimeRecipe
 
 # a log-prob may exceed 0 by rounding only
 ROUNDING = 1e-4
+GAP_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Teacher(Protocol):
     def score(self, sequences: Sequences, topk: int) -> ScoredRows:
         """Scores of every row; raises OpdError when the teacher has become unusable."""
 
+    def prove(self) -> None:
+        """Raise ConsistencyError `teacher_untrue` when it is no longer the teacher that was opened."""
+
     def close(self) -> None:
         """Close its connections."""
 
@@ -105,6 +111,9 @@ class LocalTeacher:
             valid_vocab=self.model.facts.tokens,
         )
         return ScoredRows(scores)
+
+    def prove(self) -> None:
+        """Its weights are in this process: it is who it was."""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -152,3 +161,35 @@ def score_sequences(
             topk_ids[batch.positions] = scores.topk_ids.int().cpu().numpy()
             topk_logprobs[batch.positions] = scores.topk_logprobs.cpu().numpy()
     return TeacherScores(logprobs, topk_ids, topk_logprobs)
+
+
+def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime) -> EngineGap | None:
+    """How far the generator's log-probs are from the scorer's, on the first rows; None when they hold no token.
+
+    Raises RunError `engine_disagrees` where rounding cannot explain the difference.
+    """
+    sample = drawn.slice(0, min(GAP_ROWS, len(drawn)))
+    if len(sample.response_ids) == 0:
+        return None
+    was_training = model.model.training
+    model.model.eval()
+    scores = score_sequences(model, sample, topk=0, micro_batch_tokens=4096, runtime=runtime)
+    model.model.train(was_training)
+    difference = np.abs(scores.logprobs.astype(np.float64) - sample.columns["behaviour_logprobs"].astype(np.float64))
+    gap = EngineGap(tokens=len(difference), mean=float(difference.mean()), largest=float(difference.max()))
+    require_agreement(gap, str(model.model.dtype).removeprefix("torch."))
+    return gap
+
+
+def require_agreement(gap: EngineGap | None, dtype: str | None = None) -> None:
+    """Raise RunError `engine_disagrees` for a gap, of a model in `dtype`, that rounding cannot explain."""
+    if gap is None or gap.mean <= gap.bound(dtype):  # NaN is not at most anything
+        return
+    raise RunError(
+        "engine_disagrees",
+        f"The generator's log-probs of its own tokens differ from the scorer's by {gap.mean:.2g} nats on average, more "
+        f"than the {gap.bound(dtype):g} that rounding explains: one of the two does not compute this model.",
+        value=gap.mean,
+        fix="Set 'runtime.dtype' to 'float32' to see whether it is rounding after all; else give a model of another "
+        "architecture (docs/data.md lists those that were tried).",
+    )

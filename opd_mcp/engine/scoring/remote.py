@@ -1,9 +1,11 @@
 """A teacher at a URL: vLLM, SGLang, or our own `opd-mcp serve-teacher`, proven by a probe before any row is sent."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import LifoQueue
 from typing import Any
 
 import numpy as np
@@ -37,29 +39,56 @@ from opd_mcp.identity.tokenizers import (
 )
 from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
 from opd_mcp.schemas.identity import ModelIdentity, RemoteTeacher
+from opd_mcp.schemas.next_action import resume_call
 
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.05  # nats; far above rounding in bf16, far below another model or temperature
 WRONG_ANSWERS = 3
 BYTES_PER_ENTRY = 160
-MOST_TOKENS = 1 << 22  # no vocabulary is larger, whatever a server says
+MOST_TOKENS = 1 << 22  # no vocabulary is larger; a server's claim is not trusted
+
+
+@dataclass
+class Line:
+    """A connection to the server; `proven` is the number of the one over which the teacher last showed who it is."""
+
+    server: Server
+    proven: int = 0
 
 
 @dataclass(frozen=True)
 class RemoteScorer:
-    """A proven remote teacher; `model` is its name on the server, ids at or above `tokens` mean nothing."""
+    """A proven remote teacher; `model` is its name on the server, ids at or above `tokens` mean nothing.
+
+    Each of the `lines` serves one request at a time.
+    """
 
     server: Server
     dialect: Dialect
     model: str
     tokens: int
     max_length: int | None
-    concurrency: int
+    lines: "LifoQueue[Line]"
     identity: ModelIdentity
     vocab_size: int
 
     def score(self, sequences: Sequences, topk: int) -> ScoredRows:
-        """Scores of every row, `concurrency` requests at a time; rows that the server cannot score are refused."""
+        """Scores of every row, one request at a time per line; rows that the server cannot score are refused.
+
+        The teacher is asked who it is before the first row, after the last one, and on each connection that is new.
+        Raises ConsistencyError `teacher_untrue` when it is another: then none of these rows counts.
+        """
+        self.prove()
+        result = self._scored(sequences, topk)
+        self.prove()
+        return result
+
+    def prove(self) -> None:
+        """Raise ConsistencyError `teacher_untrue` unless the server gives the same identity and probe as before."""
+        with self._line() as line:
+            self._prove(line)
+
+    def _scored(self, sequences: Sequences, topk: int) -> ScoredRows:
         total = len(sequences.response_ids)
         logprobs = np.zeros(total, dtype=np.float32)
         topk_ids = np.zeros((total, topk), dtype=np.int32) if topk else None
@@ -70,7 +99,10 @@ class RemoteScorer:
             prompt, response = sequences.prompt(row).tolist(), sequences.response(row).tolist()
             if not response:
                 return
-            answer = self.row_scores(prompt + response, len(prompt), topk)
+            with self._line() as line:
+                answer = self.row_scores(line.server, prompt + response, len(prompt), topk)
+                if line.proven != line.server.opened:
+                    self._prove(line)
             if isinstance(answer, str):
                 refused[row] = answer
                 return
@@ -79,7 +111,7 @@ class RemoteScorer:
             if topk_ids is not None and topk_logprobs is not None:
                 topk_ids[here], topk_logprobs[here] = answer.topk_ids, answer.topk_logprobs
 
-        with ThreadPoolExecutor(self.concurrency) as pool:
+        with ThreadPoolExecutor(self.lines.maxsize) as pool:
             futures = [pool.submit(one, row) for row in range(len(sequences))]
             done, pending = wait(futures, return_when=FIRST_EXCEPTION)
             if pending:  # one failed for good: the others would only wait for the same server
@@ -91,7 +123,31 @@ class RemoteScorer:
             raise errors[0]
         return ScoredRows(TeacherScores(logprobs, topk_ids, topk_logprobs), refused)
 
-    def row_scores(self, ids: Sequence[int], start: int, topk: int, temperature: float = 1.0) -> TokenScores | str:
+    @contextmanager
+    def _line(self) -> Iterator[Line]:
+        line = self.lines.get()
+        try:
+            yield line
+        finally:
+            self.lines.put(line)
+
+    def _prove(self, line: Line) -> None:
+        """Ask over this line, and note over which connection the answer came."""
+        served = _served_identity(line.server, _served_model(line.server, self.model))
+        if served is None and self.dialect == "opd-mcp":
+            raise _replaced(self, "it no longer says who it is")
+        if served is not None and served.differences(self.identity) & {"weights", "configuration", "tokenizer"}:
+            raise _replaced(self, f"it now serves {served.label()}")
+        answer = self.row_scores(line.server, probe_ids(self.tokens), 1, 0)
+        if isinstance(answer, str):
+            raise _replaced(self, f"it can no longer score the probe sequence: {answer}")
+        if not same_probe(answer.logprobs, self.identity.probe):
+            raise _replaced(self, "it gives other log-probs of the probe sequence than before")
+        line.proven = line.server.opened
+
+    def row_scores(
+        self, server: Server, ids: Sequence[int], start: int, topk: int, temperature: float = 1.0
+    ) -> TokenScores | str:
         """The scores of `ids[start:]`, or the reason why the server cannot give them."""
         if self.max_length is not None and len(ids) + 1 > self.max_length:
             return "longer than the server's context"
@@ -100,14 +156,14 @@ class RemoteScorer:
         for _ in range(WRONG_ANSWERS):
             try:
                 limit = (1 << 20) + len(ids) * (topk + 2) * BYTES_PER_ENTRY
-                answer = self.server.ask("POST", PATHS[self.dialect], body, max_bytes=limit)
+                answer = server.ask("POST", PATHS[self.dialect], body, max_bytes=limit)
                 scores = read_answer(self.dialect, answer, ids, start, topk)
             except WireError as error:
                 reason = str(error)
                 continue
             except Refusal as refusal:
                 if refusal.status in (401, 403, 404):
-                    raise _refused(self.server, refusal) from refusal
+                    raise _refused(server, refusal) from refusal
                 return f"server refused: HTTP {refusal.status}"
             if any(token >= self.tokens for best in scores.topk_ids for token in best):
                 return "top token outside the vocabulary"
@@ -117,6 +173,8 @@ class RemoteScorer:
     def close(self) -> None:
         """Close the connections."""
         self.server.close()
+        while not self.lines.empty():
+            self.lines.get().server.close()
 
 
 def open_remote(
@@ -149,7 +207,7 @@ def open_remote(
             model=str(entry["id"]),
             tokens=max(tokens) + 1,
             max_length=length if type(length) is int else None,
-            concurrency=concurrency,
+            lines=_lines(server, concurrency),
             identity=identity,
             vocab_size=int(entry.get("opd_vocab_size") or max(tokens) + 1),
         )
@@ -160,17 +218,29 @@ def open_remote(
     return replace(teacher, identity=identity.model_copy(update={"probe": probe}))
 
 
+def _lines(server: Server, count: int) -> "LifoQueue[Line]":
+    """As many lines as requests at a time; the last one used is the next one used, so that idle ones stay closed."""
+    lines: LifoQueue[Line] = LifoQueue(count)
+    for _ in range(count - 1):
+        lines.put(Line(server.another()))
+    lines.put(Line(server))
+    return lines
+
+
 def remote_rescorer(
-    remote: RemoteTeacher, tokenizer: Path, key: str | None
+    remote: RemoteTeacher, tokenizer: Path, key: str | None, expected: ModelIdentity | None = None
 ) -> Callable[[Sequences, int], NDArray[np.float32]]:
     """What `cache verify` asks for: from rows and k to the log-probs that a server gives them.
 
-    It raises as `open_remote`, and RunError `bad_rows` for a row that the server cannot score.
+    It raises as `open_remote` and `RemoteScorer.score`, ConsistencyError `teacher_untrue` for a server with another
+    probe than the `expected` teacher's, and RunError `bad_rows` for a row that the server cannot score.
     """
 
     def rescored(rows: Sequences, topk: int) -> NDArray[np.float32]:
         teacher = open_remote(remote, tokenizer, access=Access(key))
         try:
+            if expected is not None and expected.probe and not same_probe(expected.probe, teacher.identity.probe):
+                raise _untrue(remote, "it gives other log-probs of the probe sequence than the cache's teacher gave")
             result = teacher.score(rows, 0)
         finally:
             teacher.close()
@@ -227,17 +297,12 @@ def _identity(
     tokenizer: Path,
     files: Path | None,
 ) -> ModelIdentity:
-    served = None
-    if isinstance(entry.get("opd_identity"), dict):
-        try:
-            served = ModelIdentity.model_validate(entry["opd_identity"])
-        except ValidationError as error:
-            raise _untrue(remote, "its identity cannot be read") from error
-        if served.tokenizer != token_map_hash(tokens):
-            difference = map_difference(_served_tokens(server, remote), tokens)
-            if difference is None:
-                raise _untrue(remote, "its tokens are not those of the hash that it gives")
-            raise mismatch_error(difference, remote.url)
+    served = _served_identity(server, entry)
+    if served is not None and served.tokenizer != token_map_hash(tokens):
+        difference = map_difference(_served_tokens(server, remote), tokens)
+        if difference is None:
+            raise _untrue(remote, "its tokens are not those of the hash that it gives")
+        raise mismatch_error(difference, remote.url)
     if files is not None:
         local = full_identity(files)
         if served is not None and not served.same_model(local):
@@ -252,6 +317,22 @@ def _identity(
         special_tokens=special_tokens_hash(eos_token_ids(tokenizer, tokens), special_token_names(tokenizer)),
         remote="named",
     )
+
+
+def _served_identity(server: Server, entry: dict[str, Any]) -> ModelIdentity | None:
+    """What `serve-teacher` says of itself; None for other servers."""
+    given = entry.get("opd_identity")
+    if not isinstance(given, dict):
+        return None
+    try:
+        return ModelIdentity.model_validate(given)
+    except ValidationError as error:
+        raise ConsistencyError(
+            "teacher_untrue",
+            "The server gives an identity that cannot be read.",
+            value=server.url,
+            fix="Serve the teacher with the version of opd-mcp that is used here.",
+        ) from error
 
 
 def _served_tokens(server: Server, remote: RemoteTeacher) -> dict[int, str]:
@@ -272,7 +353,7 @@ def _served_tokens(server: Server, remote: RemoteTeacher) -> dict[int, str]:
 
 def _probed(teacher: RemoteScorer, topk: int) -> list[float]:
     ids = probe_ids(teacher.tokens)
-    answers = [teacher.row_scores(ids, 1, topk, temperature) for temperature in (1.0, 0.5)]
+    answers = [teacher.row_scores(teacher.server, ids, 1, topk, temperature) for temperature in (1.0, 0.5)]
     for answer in answers:
         if isinstance(answer, str):
             raise ConsistencyError(
@@ -306,6 +387,17 @@ def _untrue(remote: RemoteTeacher, why: str) -> ConsistencyError:
         f"The server is not the teacher {remote.name}: {why}.",
         value=remote.url,
         fix="Give the URL of the declared teacher, or the teacher that is served there.",
+    )
+
+
+def _replaced(teacher: RemoteScorer, why: str) -> ConsistencyError:
+    return ConsistencyError(
+        "teacher_untrue",
+        f"The server is not the teacher {teacher.model} any more that it was when this began: {why}.",
+        value=teacher.server.url,
+        fix="Serve the same teacher again at this address, then resume the run: the shards that were finished before "
+        "are kept.",
+        call=resume_call(),
     )
 
 

@@ -145,7 +145,7 @@ def _entry(token: int, logprob: float, best: tuple[list[int], list[float]]) -> d
         str(other): {"logprob": _finite(value), "rank": rank}
         for rank, (other, value) in enumerate(zip(*best, strict=True), 1)
     }
-    # the token's own number counts, whatever the k best say of it: what is trained on is never covered up
+    # the token's own log-prob wins over its entry among the k best: the number that is trained on is never hidden
     return entries | {str(token): entries.get(str(token), {}) | {"logprob": _finite(logprob)}}
 
 

@@ -4,7 +4,8 @@ prompts ─► generate_responses ─► sft ─► rollout ─► score ─► 
 
 Every stage fills `output`, an empty or new directory, and writes its lineage.json last; `rollout` and `score` also
 continue in a directory that an earlier, interrupted call left. The caller decides where a finished directory lives. A
-stage stops with RunError `run_cancelled` when its reporter asks for it. `sample` shows a few responses of any model.
+stage stops with RunError `run_cancelled` when its reporter asks for it. `sample` shows a few responses of any model,
+`benchmark_task` asks a task of lm-eval instead of prompts.
 The inputs are in `opd_mcp.engine.context`, which needs no torch. May import all of the engine.
 """
 
@@ -15,5 +16,16 @@ from opd_mcp.engine.stages.rollout import rollout
 from opd_mcp.engine.stages.sample import sample
 from opd_mcp.engine.stages.score import check_teacher, score
 from opd_mcp.engine.stages.sft import sft
+from opd_mcp.engine.stages.task import benchmark_task
 
-__all__ = ["benchmark", "check_teacher", "distill", "generate_responses", "rollout", "sample", "score", "sft"]
+__all__ = [
+    "benchmark",
+    "benchmark_task",
+    "check_teacher",
+    "distill",
+    "generate_responses",
+    "rollout",
+    "sample",
+    "score",
+    "sft",
+]

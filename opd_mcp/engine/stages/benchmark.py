@@ -1,25 +1,29 @@
 """Every model measured on the same prompts, and the report: `report.json`, and `report.md` that a person reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
-from opd_mcp.engine.evaluation.intervals import paired_difference
+from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, score_model
-from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, model_warnings
+from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.provenance import Provenance, record_lineage
-from opd_mcp.engine.runtime import hardware_name, open_runtime
+from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
-from opd_mcp.grading.grade import answers_text
 from opd_mcp.grading.graders import grader_for
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
-from opd_mcp.identity.data.rows import prompts_hash
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe
-from opd_mcp.schemas.reports import BenchmarkReport, Comparison, Estimate95, ModelScore
+from opd_mcp.schemas.reports import BenchmarkReport, Comparison, Estimate95, GapClosed, ModelScore
+
+# A tenth of the answers cut short moves an accuracy by more than its interval.
+TRUNCATED_SHARE = 0.1
 
 
 def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context) -> BenchmarkReport:
@@ -29,48 +33,100 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     """
     runtime = open_runtime(context.runtime)
     rows = read_prompts(inputs.prompts)
-    chosen = rows[: section.limit]
+    chosen = [asked(row, section.prompt_template) for row in rows[: section.limit]]
     grader_name, reason = recipe_grader(section, [row.answer for row in chosen if row.answer is not None])
     grader = grader_for(grader_name, pattern=section.answer_pattern, allow_code=section.allow_code)
-    teacher = load_model(inputs.teacher, runtime) if inputs.teacher else None
+    answered = sum(row.answer is not None for row in chosen)
+    references = inputs.references if answered else {}
+    teacher, references, warnings = _teacher_and_references(inputs.teacher, references, runtime)
     task = Measurement(section, chosen, grader, teacher, runtime, context)
     scored: dict[str, Scored] = {}
-    warnings = model_warnings(context, teacher)
-    for name, path in inputs.models.items():
+    warnings += model_warnings(context, teacher)
+    models = {**inputs.models, **references}
+    for name, path in models.items():
         context.reporter.phase(f"measuring {name}")
-        model = load_model(path, runtime)
+        # As a row of its own the teacher has no reverse KL; one that the caller names as a model has: about 0.
+        itself = teacher is not None and name not in inputs.models and path == inputs.teacher
+        model = teacher if teacher is not None and itself else load_model(path, runtime, generates=True)
         warnings += model_warnings(context, model)
         with grader:
             scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
+    # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
+    judged = [entry.score for name, entry in scored.items() if name in inputs.models or models[name] == inputs.teacher]
+    cut = truncation_warnings(judged, section)
     candidate = next(iter(inputs.models))
+    teacher_row = next((name for name, path in reversed(models.items()) if path == inputs.teacher), None)
     lineage = verified_lineage(inputs.models[candidate])
     claim = vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(inputs.models[candidate]))
     report = BenchmarkReport(
         recipe=section,
+        suite=inputs.suite,
         seed=runtime.seed,
         prompts_sha256=prompts_hash(rows),
         prompts=len(chosen),
-        prompts_with_answer=sum(row.answer is not None for row in chosen),
+        prompts_with_answer=answered,
         grader=grader_name,
         grader_reason=reason,
         teacher=teacher.facts.identity if teacher else None,
+        teacher_row=teacher_row,
         models=[entry.score for entry in scored.values()],
         comparisons=_comparisons(candidate, scored),
+        gap_closed=_gaps(candidate, teacher_row, scored),
+        not_measured=dict(inputs.not_measured) if answered else {},
+        teacher_responses=inputs.teacher_responses,
         hardware=hardware_name(runtime.device),
         recipe_hash=inputs.recipe_hash,
         teacher_mismatch_allowed=bool(lineage and lineage.teacher_mismatch_allowed),
         teacher_basis=claim.basis if claim else None,
         costs=list(inputs.costs),
         alerts=list(inputs.alerts),
-        warnings=list(dict.fromkeys(warnings)),
+        warnings=list(dict.fromkeys([*warnings, *cut])),
     )
+    write_report(report, output, context)
+    for message in cut:  # last, so that whoever waits for the run is not woken twice
+        context.reporter.alert("answers_truncated", message)
+    return report
+
+
+def write_report(report: BenchmarkReport, output: Path, context: Context) -> None:
+    """Write report.json, report.md and the lineage."""
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "report.json", report.to_json(indent=2))
     write_atomic(output / "report.md", report_markdown(report))
-    parents = [Parent(role=name, identity=entry.score.identity) for name, entry in scored.items()]
+    parents = [Parent(role=score.name, identity=score.identity) for score in report.models]
     parents.append(Parent(role="prompts", sha256=report.prompts_sha256))
-    record_lineage(output, Provenance("report", "benchmark", section, parents, ["report.json", "report.md"]), context)
-    return report
+    made = Provenance("report", "benchmark", report.recipe, parents, ["report.json", "report.md"])
+    record_lineage(output, made, context)
+
+
+def asked(row: PromptRow, template: str | None) -> PromptRow:
+    """The prompt within the template; of a chat, its last turn that is the user's and a text."""
+    if template is None:
+        return row
+    if row.prompt is not None:
+        return replace(row, prompt=template.replace("{prompt}", row.prompt))
+    turns = list(row.messages or ())
+    for number in reversed(range(len(turns))):
+        if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
+            turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
+            break
+    return replace(row, messages=tuple(turns))
+
+
+def _teacher_and_references(
+    path: Path | None, references: Mapping[str, Path], runtime: Runtime
+) -> tuple[LoadedModel | None, Mapping[str, Path], list[str]]:
+    """The teacher, the references that can be measured, and why one cannot: some teachers can only score."""
+    if path is None:
+        return None, references, []
+    generates = path in references.values()
+    try:
+        return load_model(path, runtime, generates=generates), references, []
+    except PathError as error:
+        if not generates or error.code != "unsupported_model":
+            raise
+        others = {name: other for name, other in references.items() if other != path}
+        return load_model(path, runtime), others, [f"The teacher's accuracy is not measured. {error.message}"]
 
 
 def _comparisons(candidate: str, scored: Mapping[str, Scored]) -> list[Comparison]:
@@ -82,6 +138,42 @@ def _comparisons(candidate: str, scored: Mapping[str, Scored]) -> list[Compariso
     ]
 
 
+def _gaps(candidate: str, teacher: str | None, scored: Mapping[str, Scored]) -> list[GapClosed]:
+    """The share of the gap to the teacher that the candidate closed, from every other model on."""
+    if teacher is None or teacher == candidate:
+        return []
+    gaps = []
+    for name in scored.keys() - {candidate, teacher}:
+        triple = [scored[each] for each in (candidate, name, teacher)]
+        shares = [entry.sampled_shares for entry in triple]
+        basis = "sampled accuracy"
+        if any(values is None for values in shares):
+            shares, basis = [entry.greedy_correct for entry in triple], "greedy accuracy"
+        measured = [values for values in shares if values is not None]
+        if len(measured) < len(triple):
+            continue
+        share = gap_closed(*measured, basis=basis)
+        why = None if share else f"{teacher} is not more accurate than {name} beyond chance"
+        gaps.append(GapClosed(candidate=candidate, baseline=name, teacher=teacher, share=share, not_measured=why))
+    return sorted(gaps, key=lambda gap: list(scored).index(gap.baseline))
+
+
+def truncation_warnings(scores: Iterable[ModelScore], section: BenchmarkRecipe) -> list[str]:
+    """At most one warning: where the length limit cut many responses: a cut response mostly has no answer."""
+    cut = [
+        f"{score.truncated_fraction:.0%} of {score.name}"
+        for score in scores
+        if score.truncated_fraction is not None and score.truncated_fraction > TRUNCATED_SHARE
+    ]
+    if not cut:
+        return []
+    message = (
+        f"Responses cut at {section.sampling.max_new_tokens} tokens: {', '.join(cut)}. Such an accuracy is that of the "
+        "limit; raise 'benchmark.sampling.max_new_tokens' (a thinking model needs 32768 or more)."
+    )
+    return [message]
+
+
 def report_markdown(report: BenchmarkReport) -> str:
     """Markdown: one row per model, paired differences, costs, and how each number was obtained."""
     lines = [
@@ -89,20 +181,32 @@ def report_markdown(report: BenchmarkReport) -> str:
         "",
         f"{report.prompts} prompts, {report.prompts_with_answer} with an answer; seed {report.seed}; "
         f"{report.hardware}; recipe {report.recipe_hash[:12]}.",
+        *([f"Suite `{report.suite}`, with its published prompt and sampling unless changed."] if report.suite else []),
         "",
-        "| model | greedy accuracy | sampled accuracy | reverse KL, nats/token | mean tokens | truncated | EOS rate |",
+        f"| model | greedy accuracy | sampled accuracy{_samples(report)} | reverse KL, nats/token | mean tokens "
+        "| truncated | EOS rate |",
         "|---|---|---|---|---|---|---|",
         *(_row(model) for model in report.models),
+        *(f"| {name} | not measured: {why} | | | | | |" for name, why in report.not_measured.items()),
         "",
     ]
+    lines += _metric_lines(report)
     lines += [
         f"{c.candidate} − {c.baseline}: accuracy {_interval(c.accuracy_difference, signed=True)} "
         f"({c.accuracy_difference.basis})."
         for c in report.comparisons
     ]
+    lines += [line for gap in report.gap_closed for line in ("", _gap_text(gap))]
     if report.grader and report.prompts_with_answer:
         lines += ["", f"Answers graded by `{report.grader}`: {report.grader_reason}."]
-        lines += [f"- {answers_text(model.name, model.answers)}" for model in report.models if model.answers]
+        lines += [f"- {model.answers.text(model.name)}" for model in report.models if model.answers]
+    elif report.grader_reason and report.prompts_with_answer:
+        lines += ["", f"Graded {report.grader_reason}."]
+    if report.teacher_responses:
+        lines += [
+            "",
+            f"Before the SFT: {report.teacher_responses.text()}, {_interval(report.teacher_responses.right)}.",
+        ]
     if report.teacher:
         lines += ["", f"Reverse KL to {report.teacher.label()}: {_kl_basis(report)}."]
     if report.teacher_mismatch_allowed:
@@ -124,9 +228,37 @@ def report_markdown(report: BenchmarkReport) -> str:
 def _row(model: ModelScore) -> str:
     return (
         f"| {model.name} | {_interval(model.greedy_accuracy)} | {_interval(model.sampled_accuracy)} "
-        f"| {_interval(model.reverse_kl)} | {model.mean_response_tokens:.1f} | {model.truncated_fraction:.3f} "
-        f"| {model.eos_rate:.3f} |"
+        f"| {_interval(model.reverse_kl)} | {_number(model.mean_response_tokens, '.1f')} "
+        f"| {_number(model.truncated_fraction, '.3f')} | {_number(model.eos_rate, '.3f')} |"
     )
+
+
+def _metric_lines(report: BenchmarkReport) -> list[str]:
+    """The metrics of a task of lm-eval, one column per model."""
+    measured = [model for model in report.models if model.task_metrics]
+    names = dict.fromkeys(name for model in measured for name in model.task_metrics or ())
+    if not names:
+        return []
+    rows = [f"| {name} | {' | '.join(_metric(model, name) for model in measured)} |" for name in names]
+    heads = [f"| metric | {' | '.join(model.name for model in measured)} |", "|---" * (len(measured) + 1) + "|"]
+    return [*heads, *rows, ""]
+
+
+def _metric(model: ModelScore, name: str) -> str:
+    metric = (model.task_metrics or {}).get(name)
+    if metric is None:
+        return "–"
+    interval = "" if metric.low is None else f" [{metric.low:.3f}, {metric.high:.3f}]"
+    return f"{metric.value:.3f}{interval} (n = {metric.samples})"
+
+
+def _samples(report: BenchmarkReport) -> str:
+    return f" (avg@{report.recipe.samples_per_prompt})" if report.recipe.samples_per_prompt else ""
+
+
+def _gap_text(gap: GapClosed) -> str:
+    found = f"not measured: {gap.not_measured}" if gap.share is None else f"{_interval(gap.share)} ({gap.share.basis})"
+    return f"Share of the gap from {gap.baseline} to {gap.teacher} that {gap.candidate} closed: {found}."
 
 
 def _interval(estimate: Estimate95 | None, *, signed: bool = False) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_mcp.engine.cache.flat import open_flat
+from opd_mcp.engine.cache.repair import repaired
 from opd_mcp.engine.context import Context, DistillInputs
 from opd_mcp.engine.data.batches import StepData, StepsFrom, shuffled_batches, stored_batches
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
@@ -30,7 +31,7 @@ from opd_mcp.engine.models.loading import (
 from opd_mcp.engine.models.saving import SavedForm, saved_files
 from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, frozen_hash, full_identity, record_lineage
 from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
-from opd_mcp.engine.scoring.local import score_sequences
+from opd_mcp.engine.scoring.local import engine_gap, require_agreement, score_sequences
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.watches import DistillWatch
 from opd_mcp.identity.consistency import require_behaviour, require_consistent, vouched
@@ -38,11 +39,11 @@ from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
 from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe
-from opd_mcp.schemas.reports import TrainingSummary
+from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
 
 
 def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context: Context) -> TrainingSummary:
@@ -65,7 +66,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         assert inputs.teacher is not None, "live distillation queries a teacher"
         assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
         source = open_live(inputs, claim, context)
-        model = load_model(student, runtime, for_training=True, adapter=section.adapter)
+        model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
         teacher = load_model(inputs.teacher, runtime)
         steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
     model_warnings(context, model, teacher)
@@ -76,6 +77,8 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
     watch, frozen = DistillWatch(section, context), frozen_hash(origin, student)
     task = TrainingTask(settings, steps, distill_objective(section), watch, frozen)
     summary = train(model.model, task, runtime, context)
+    if isinstance(source, CacheSource):
+        summary = summary.model_copy(update={"repair": source.repair})
     if (refused := form.save(model.model, output)) is not None:
         context.reporter.alert("lossy_merge", refused)
     write_atomic(output / "training.json", summary.to_json(indent=2))
@@ -102,6 +105,7 @@ class CacheSource:
     teacher: ModelIdentity
     adopted: AdoptedTokenizer
     parents: list[Parent]
+    repair: RepairSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,14 @@ def open_cache(
     """The cache's rows, proven to belong to this student and its SFT teacher.
 
     Raises ConsistencyError `behaviour_mismatch`, `teacher_mismatch`, `lineage_missing`, or `topk_missing` for a cache
-    with fewer teacher tokens than the estimator needs; IntegrityError `damaged_file` or `lineage_mismatch`.
+    with fewer teacher tokens than the estimator needs; IntegrityError `damaged_file` or `lineage_mismatch`; RunError
+    `engine_disagrees` for one whose behaviour log-probs are not its student's.
     """
     cache = inputs.cache
     assert cache is not None, "lightning distills from a teacher cache"
     verified_lineage(cache)
     manifest = read_manifest(cache)
+    require_agreement(manifest.engine_gap)
     require_behaviour(manifest.behaviour, full_identity(inputs.student))
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
     if section.estimator != "sampled" and manifest.topk < section.topk:
@@ -140,7 +146,10 @@ def open_cache(
         Parent(role="cache", sha256=manifest.content_hash()),
     ]
     adopted = adopt_tokenizer(cache / "tokenizer", context.prompting)
-    return CacheSource(cache, open_flat(cache), manifest.teacher, adopted, parents)
+    sequences, repair = open_flat(cache), None
+    if section.repair == "residual":
+        sequences, repair = repaired(sequences)
+    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, repair)
 
 
 def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Context) -> LiveSource:
@@ -150,13 +159,15 @@ def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Contex
     """
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.prompts is not None, "live distillation draws rollouts for prompts"
-    require_same_tokens(inputs.teacher, inputs.student)
+    differing = special_differences(inputs.teacher, inputs.student)
     identity = full_identity(inputs.teacher)
     require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     adopted = adopt_tokenizer(inputs.teacher, context.prompting)
     rows = read_prompts(inputs.prompts)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
-    return LiveSource(encode_prompts(rows, adopted.tokenizer, context), identity, adopted, parents)
+    encoded = encode_prompts(rows, adopted.tokenizer, context)
+    require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
+    return LiveSource(encoded, identity, adopted, parents)
 
 
 def live_batches(
@@ -170,14 +181,17 @@ def live_batches(
     """Each step's rollouts drawn from the student as it is then, scored by the teacher at once.
 
     A step's random stream follows from the seed and the step's number, so a resumed run draws what it would have drawn.
+    The first step raises RunError `engine_disagrees` as `engine_gap` does.
     """
     valid_vocab, prompts = min(student.facts.tokens, teacher.facts.tokens), source.prompts
 
-    def step_data(step: int, indices: NDArray[np.int64]) -> StepData:
+    def step_data(step: int, indices: NDArray[np.int64], *, checked: bool) -> StepData:
         started = time.perf_counter()
         eos, scope = source.adopted.eos_token_ids, f"live/{step}"
         settings = GenerationSettings(rollout.sampling, eos, rollout.batch_size, runtime.seed, scope, valid_vocab)
         sequences = draw_rollouts(student, [prompts[row] for row in indices], settings)
+        if checked:
+            engine_gap(student, sequences, runtime)
         generated = time.perf_counter()
         scores = score_sequences(
             teacher,
@@ -193,6 +207,6 @@ def live_batches(
     def steps_from(first: int) -> Iterator[StepData]:
         generator, size = generator_for(runtime.seed, "live", "order"), min(section.batch_size, len(prompts))
         batches = shuffled_batches(len(prompts), size, section.steps, generator, first=first)
-        return (step_data(step, indices) for step, indices in enumerate(batches, start=first))
+        return (step_data(step, rows, checked=step == first) for step, rows in enumerate(batches, start=first))
 
     return steps_from

@@ -6,13 +6,15 @@ from pathlib import Path
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, ResponsesInputs, counter
 from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage, stage_cost, tokenizer_files
 from opd_mcp.engine.runtime import open_runtime
+from opd_mcp.engine.scoring.local import engine_gap
 from opd_mcp.identity.consistency import proven_claim
-from opd_mcp.identity.data.reading import read_prompts
+from opd_mcp.identity.data.reading import read_prompts, read_responses
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import ResponsesRecipe
@@ -22,17 +24,21 @@ RESPONSES_FILE = "responses.parquet"
 
 
 def generate_responses(section: ResponsesRecipe, inputs: ResponsesInputs, output: Path, context: Context) -> StageCost:
-    """The teacher's responses: `responses.parquet` with exact ids, and the tokenizer to adopt."""
+    """The teacher's responses: `responses.parquet` with exact ids, and the tokenizer to adopt.
+
+    Raises RunError `engine_disagrees` when their log-probs are not those that scoring gives.
+    """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
     adopted = adopt_tokenizer(inputs.teacher, context.prompting)
     rows = read_prompts(inputs.prompts)
     encoded = encode_prompts(rows[: section.limit], adopted.tokenizer, context)
-    model = load_model(inputs.teacher, runtime)
+    model = load_model(inputs.teacher, runtime, generates=True)
     settings = GenerationSettings(
         section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, "responses", model.facts.tokens
     )
     drawn = draw_rollouts(model, encoded, settings, counter(context, len(encoded), "responses"))
+    engine_gap(model, drawn, runtime)
     output.mkdir(parents=True, exist_ok=True)
     texts = adopted.tokenizer.batch_decode(
         [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
@@ -48,6 +54,8 @@ def generate_responses(section: ResponsesRecipe, inputs: ResponsesInputs, output
         },
     )
     adopted.save(output / "tokenizer")
+    if inputs.grading is not None:
+        graded_responses(read_responses(output / RESPONSES_FILE), adopted.tokenizer, inputs.grading, context)
     identity = full_identity(inputs.teacher)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
     made = Provenance("responses", "responses", section, parents, [RESPONSES_FILE, *tokenizer_files(output)])

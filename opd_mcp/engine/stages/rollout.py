@@ -5,41 +5,41 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from opd_mcp.engine.cache.building import ShardNote, built_shard, open_build
 from opd_mcp.engine.cache.manifest import RECORD_FILE, RolloutRecord, RolloutTally, read_record, write_record
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, RolloutInputs, counter, require_going
-from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.data.encoding import encode_prompts, ids_of
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
-from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model
+from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import full_identity, stage_cost
-from opd_mcp.engine.runtime import Runtime, open_runtime
-from opd_mcp.engine.scoring.local import score_sequences
-from opd_mcp.identity.data.overlap import eval_overlap
+from opd_mcp.engine.runtime import open_runtime
+from opd_mcp.engine.scoring.local import engine_gap
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
-from opd_mcp.schemas.cache import BuildLayout, EngineGap, Hygiene
+from opd_mcp.identity.data.scan import eval_overlap
+from opd_mcp.identity.tokenizers import require_unused, special_differences
+from opd_mcp.schemas.cache import BuildLayout, Hygiene
 from opd_mcp.schemas.recipes import RolloutRecipe
 from opd_mcp.schemas.reports import StageCost
-
-GAP_ROWS = 16
 
 
 def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost:
     """The student's own rollouts in shards.
 
     `output` may hold what an interrupted call made: its finished shards are kept. Raises IntegrityError
-    `input_changed` when that call had another student, other prompts or other settings.
+    `input_changed` when that call had another student, other prompts or other settings; RunError `engine_disagrees`
+    when the first shard's log-probs are not those that scoring gives.
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
     adopted = adopt_tokenizer(inputs.tokenizer or inputs.student, context.prompting)
     rows = read_prompts(inputs.prompts)
     encoded = encode_prompts(rows, adopted.tokenizer, context)
+    differing = special_differences(adopted.path, inputs.student)
+    require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
     count = section.count or len(encoded)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student)
@@ -57,7 +57,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     )
     if (output / RECORD_FILE).is_file():
         return stage_cost("rollout", started, read_record(output).statistics.response_tokens, runtime.device)
-    model = load_model(inputs.student, runtime)
+    model = load_model(inputs.student, runtime, generates=True)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
     for number, first in enumerate(range(0, count, section.shard_rows)):
         require_going(context)
@@ -112,13 +112,3 @@ def prompt_hygiene(rows: list[PromptRow], usable: int, evaluation: Path | None) 
         duplicate_prompts=len(texts) - len(set(texts)),
         **overlap,
     )
-
-
-def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime) -> EngineGap | None:
-    """How far the generator's log-probs are from the scorer's, on the first rows; None when they hold no token."""
-    sample = drawn.slice(0, min(GAP_ROWS, len(drawn)))
-    if len(sample.response_ids) == 0:
-        return None
-    scores = score_sequences(model, sample, topk=0, micro_batch_tokens=4096, runtime=runtime)
-    difference = np.abs(scores.logprobs.astype(np.float64) - sample.columns["behaviour_logprobs"].astype(np.float64))
-    return EngineGap(tokens=len(difference), mean=float(difference.mean()), largest=float(difference.max()))

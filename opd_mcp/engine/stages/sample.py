@@ -26,7 +26,7 @@ def sample(section: SampleRecipe, inputs: SampleInputs, output: Path, context: C
     runtime = open_runtime(context.runtime)
     adopted = adopt_tokenizer(inputs.model, context.prompting)
     encoded = encode_prompts(read_prompts(inputs.prompts), adopted.tokenizer, context)
-    loaded = load_model(inputs.model, runtime, compiled=False)  # a few short responses are there before it pays
+    loaded = load_model(inputs.model, runtime, generates=True, compiled=False)  # compiling pays for more rows
     settings = GenerationSettings(
         section.sampling, adopted.eos_token_ids, BATCH, runtime.seed, "sample", loaded.facts.tokens
     )

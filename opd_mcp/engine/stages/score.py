@@ -28,7 +28,7 @@ from opd_mcp.engine.models.loading import adopt_tokenizer, model_warnings
 from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage, stage_cost, tokenizer_files
 from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.scoring.connection import Access
-from opd_mcp.engine.scoring.local import LocalTeacher, Teacher, open_local
+from opd_mcp.engine.scoring.local import LocalTeacher, Teacher, open_local, require_agreement
 from opd_mcp.engine.scoring.remote import open_remote, same_probe
 from opd_mcp.identity.consistency import (
     delta_by_construction,
@@ -38,7 +38,7 @@ from opd_mcp.identity.consistency import (
 )
 from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import special_differences
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard, TeacherDelta
 from opd_mcp.schemas.errors import DataError, RunError
 from opd_mcp.schemas.identity import Parent, TeacherClaim
@@ -54,12 +54,14 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
 
     `output` may hold what an interrupted call made. With `sft_teacher_path` Δ is measured. Raises ConsistencyError
     `tokenizer_mismatch`, `teacher_mismatch`, `lineage_missing` or `behaviour_mismatch`; IntegrityError `input_changed`
-    for another teacher than the build was begun with; RunError `bad_rows` when over 1 % of the rows cannot be scored.
+    for another teacher than the build was begun with, ConsistencyError `teacher_untrue` for a server that has become
+    another during the build; RunError `bad_rows` when over 1 % of the rows cannot be scored.
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
     return_large_blocks()
     record = read_record(inputs.rollouts)
+    require_agreement(record.engine_gap)
     require_behaviour(record.behaviour, full_identity(inputs.student))
     teacher = open_teacher(section, inputs, runtime, context)
     if isinstance(teacher, LocalTeacher):
@@ -94,7 +96,7 @@ def open_teacher(section: ScoreRecipe, inputs: TeacherInputs, runtime: Runtime, 
     Raises ConsistencyError `tokenizer_mismatch` for a teacher's directory with other tokens than the student.
     """
     if inputs.teacher is not None:
-        require_same_tokens(inputs.teacher, inputs.student)
+        special_differences(inputs.teacher, inputs.student)  # the rollouts had none of these in their prompts
     if inputs.remote is not None:
         return open_remote(
             inputs.remote,
@@ -217,7 +219,8 @@ class _CacheBuild:
         )
 
     def finish(self, built: _ScoredShards) -> None:
-        """Write the tokenizer, the manifest and the lineage."""
+        """Write the tokenizer, the manifest and the lineage, once the teacher has shown again who it is."""
+        self.teacher.prove()
         record, section, output = self.rollouts, self.section, self.output
         delta = self.teacher_delta(built.sample)
         adopt_tokenizer(self.inputs.rollouts / "tokenizer", self.context.prompting).save(output / "tokenizer")

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from opd_mcp.engine.context import Context, SftInputs
 from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.targets import sft_targets
+from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.models.saving import SavedForm, saved_files
@@ -14,7 +17,7 @@ from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.identity.tokenizers import require_same_tokens
+from opd_mcp.identity.tokenizers import differences_text, require_unused, special_differences
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import SftRecipe
@@ -28,9 +31,14 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     claim = claim_of(responses, inputs.sft_teacher, context) if responses.is_dir() else inputs.sft_teacher
     saved = responses / "tokenizer"
     adopted = adopt_tokenizer(inputs.tokenizer or (saved if saved.is_dir() else student), context.prompting)
-    require_same_tokens(adopted.path, student)
+    differing = special_differences(adopted.path, student)
     rows = read_responses(responses)
+    graded = graded_responses(rows, adopted.tokenizer, inputs.grading, context) if inputs.grading else None
     targets = sft_targets(rows, adopted, section, context)
+    used = {*map(int, np.unique(targets.sequences.prompt_ids)), adopted.end_of_turn}
+    require_unused(differing, used, context.prompting, student)
+    if differing:
+        context.reporter.alert("special_tokens_differ", f"Teacher / student: {differences_text(differing)}.")
     model = load_model(student, runtime, for_training=True, adapter=section.adapter)
     model_warnings(context, model)
     origin = adapter_origin(student, section.adapter, context)
@@ -41,7 +49,8 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     )
     frozen = frozen_hash(origin, student)
     task = TrainingTask(LoopSettings.of(section, "token"), steps, SFT_OBJECTIVE, sft_metrics, frozen)
-    summary = train(model.model, task, runtime, context).model_copy(update={"sft_rows": targets.rows})
+    summary = train(model.model, task, runtime, context)
+    summary = summary.model_copy(update={"sft_rows": targets.rows, "teacher_responses": graded})
     if (refused := form.save(model.model, output)) is not None:
         context.reporter.alert("lossy_merge", refused)
     write_atomic(output / "training.json", summary.to_json(indent=2))
@@ -52,5 +61,6 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
         *([Parent(role="base", identity=origin.base)] if origin else []),
     ]
     made = Provenance("model", "sft", section, parents, saved_files(output))
-    record_lineage(output, made, context, sft_teacher=claim, adapter=origin)
+    told = differences_text(differing, len(differing)) or None
+    record_lineage(output, made, context, sft_teacher=claim, adapter=origin, special_tokens_differ=told)
     return summary

@@ -200,7 +200,7 @@ def _gradients(
 ) -> tuple[StepResult, StepSettings]:
     """The step's gradient and the settings it fitted in; out of memory, the step begins again with half the tokens.
 
-    Normalisers are those of the whole step, so the gradient is the same whatever the micro-batches.
+    Normalisers are those of the whole step, so the gradient does not depend on the micro-batches.
     """
     while True:
         try:

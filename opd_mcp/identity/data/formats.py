@@ -6,26 +6,28 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opd_mcp.identity.data.chunks import (
+from pydantic_core import from_json
+
+from opd_mcp.identity.data.rows import BadRow, Chunk, Row
+from opd_mcp.identity.data.sources import (
     MAX_ROW_BYTES,
     MAX_ROWS,
-    BadRow,
-    Chunk,
-    Row,
+    Format,
+    Source,
     damaged,
     open_pyarrow,
     short,
     too_large,
 )
-from opd_mcp.identity.data.sources import Format, Source
 from opd_mcp.identity.data.tables import SelectColumns, arrow_chunks, parquet_chunks
-from opd_mcp.schemas.errors import DataError
+from opd_mcp.schemas.errors import DataError, ResourceError
 
 MAX_LINE_BYTES = 1 << 20
 # A JSON object that holds the rows in one list is decoded as a whole.
@@ -35,6 +37,9 @@ MAX_UNPACKED_BYTES = 64 << 30
 MAX_UNPACKED_RATIO = 200
 RATIO_FREE_BYTES = 64 << 20
 CHUNK_ROWS = 512
+# Smaller tables are not worth loading pyarrow.
+QUICK_CSV_BYTES = 4 << 20
+QUICK_CSV_BLOCK = 1 << 18
 # What fits into a processor's cache with all that is made of it: a third faster than a megabyte at a time.
 READ_BYTES = 1 << 16
 # How spreadsheets and pandas write a whole number in a column that has gaps.
@@ -59,7 +64,7 @@ def read_chunks(source: Source, select: SelectColumns) -> Iterator[Chunk]:
     count = 0
     for file in source.files:
         for chunk in readers[source.format](file):
-            count += len(chunk.rows)
+            count += len(chunk)
             if count > MAX_ROWS:
                 raise too_large(file, f"more than {MAX_ROWS} rows")
             yield chunk
@@ -121,7 +126,11 @@ def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
             number += len(lines)
             if number > MAX_ROWS:
                 raise too_large(path, f"more than {MAX_ROWS} lines")
-            rows = _rows_at_once(lines)
+            rows = _rows_at_once(lines, _quick_rows)
+            if rows is not None:
+                yield Chunk(path, numbers, rows, valid_text=True)
+                continue
+            rows = _rows_at_once(lines, _plain_rows)
             if rows is None:
                 numbers = [line for line, data in zip(numbers, lines, strict=True) if data.strip()]
                 rows = [_row_of_line(data) for data in lines if data.strip()]
@@ -140,17 +149,26 @@ def _lines(file: BinaryIO) -> Iterator[list[bytes]]:
         yield [rest]
 
 
-def _rows_at_once(lines: list[bytes]) -> list[Row | BadRow] | None:
+def _rows_at_once(lines: list[bytes], decode: Callable[[bytes], Any]) -> list[Row | BadRow] | None:
     """The rows of lines that are one object each, decoded by one call; None when they must be looked at one by one."""
     if max(map(len, lines)) > MAX_LINE_BYTES:
         return None
     try:
-        rows = json.loads((b"[" + b",".join(lines) + b"]").decode("utf-8"))
+        rows = decode(b"[" + b",".join(lines) + b"]")
     except (ValueError, RecursionError):
         return None
     # A line that breaks off, completed by the next one, makes fewer rows than lines.
     whole = len(rows) == len(lines) and set(map(type, rows)) == {dict}
     return rows if whole else None
+
+
+def _plain_rows(data: bytes) -> Any:
+    return json.loads(data.decode("utf-8"))
+
+
+def _quick_rows(data: bytes) -> Any:
+    """As `_plain_rows`, in half the time; it refuses half a surrogate pair."""
+    return from_json(data, cache_strings="keys")
 
 
 def _row_of_line(data: bytes) -> Row | BadRow:
@@ -204,7 +222,7 @@ def _listed_rows(path: Path) -> Iterator[Row | BadRow]:
                 row, end = decode(buffer, at)
                 end = _SPACE.match(buffer, end).end()  # type: ignore[union-attr]
                 if buffer[end] not in ",]":
-                    raise malformed(path, number + 1, "not JSON (no comma behind a row)", fix=fix)
+                    raise malformed(path, number + 1, "not JSON (no comma after a row)", fix=fix)
             except (ValueError, IndexError, RecursionError) as error:
                 if isinstance(error, DataError):
                     raise
@@ -251,19 +269,32 @@ def _rows_in_object(path: Path) -> list[Row | BadRow]:
 
 
 def _csv_chunks(path: Path, delimiter: str) -> Iterator[Chunk]:
+    read = 0
+    if path.suffix.lower() in (".csv", ".tsv") and path.stat().st_size >= QUICK_CSV_BYTES:
+        read, complete = yield from _quick_csv_chunks(path, delimiter)
+        if complete:
+            return
+    numbers: list[int] = []
+    rows: list[Row | BadRow] = []
+    for number, row in islice(_csv_rows(path, delimiter), read, None):
+        numbers.append(number)
+        rows.append(_row_of_fields(row))
+        if len(rows) == CHUNK_ROWS:
+            yield Chunk(path, numbers, rows)
+            numbers, rows = [], []
+    if rows:
+        yield Chunk(path, numbers, rows)
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """The rows of a table, each with the line on which it ends; raises DataError `malformed_line`."""
     csv.field_size_limit(MAX_LINE_BYTES)  # the module's own is 128 KiB, and known to the whole process only
     with _open_text(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.DictReader(text, delimiter=delimiter)
-        numbers: list[int] = []
-        rows: list[Row | BadRow] = []
         try:
             for row in reader:
-                numbers.append(reader.line_num)
-                rows.append(_row_of_fields(row))
-                if len(rows) == CHUNK_ROWS:
-                    yield Chunk(path, numbers, rows)
-                    numbers, rows = [], []
+                yield reader.line_num, row
         except csv.Error as error:
             raise malformed(
                 path,
@@ -271,8 +302,82 @@ def _csv_chunks(path: Path, delimiter: str) -> Iterator[Chunk]:
                 f"not CSV ({short(error)}); perhaps a quote that never closes",
                 fix="Write the table again with every quote inside a field doubled, or give JSONL or Parquet.",
             ) from error
-        if rows:
-            yield Chunk(path, numbers, rows)
+
+
+class _CsvLines(Sequence[int]):
+    """On which lines the rows of a part of a table end, found by reading it again once a message must say so."""
+
+    def __init__(self, path: Path, delimiter: str, first: int, count: int) -> None:
+        self._place = path, delimiter, first
+        self._count = count
+        self._lines: list[int] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: Any) -> Any:
+        path, delimiter, first = self._place
+        if not self._lines:
+            self._lines = [line for line, _ in islice(_csv_rows(path, delimiter), first, first + self._count)]
+        return self._lines[position]
+
+
+def _quick_csv_chunks(path: Path, delimiter: str) -> Generator[Chunk, None, tuple[int, bool]]:
+    """A table's first rows, up to one that must be looked at closely; pyarrow reads them in a tenth of the time.
+
+    Returns how many they are, and whether they are all.
+    """
+    try:
+        pyarrow = open_pyarrow(path)
+        from pyarrow import compute
+        from pyarrow import csv as table
+    except (ResourceError, ImportError):
+        return 0, False
+    read = 0
+    with path.open("rb", buffering=0) as file:
+        names = _header_names(file.readline(MAX_LINE_BYTES), delimiter)
+        begin = file.tell()
+        if names is None or file.read(3) == b"\xef\xbb\xbf":
+            return 0, False
+        file.seek(begin)
+        try:
+            batches = table.open_csv(
+                file,
+                table.ReadOptions(column_names=names, block_size=QUICK_CSV_BLOCK, use_threads=False),
+                table.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                table.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False),
+            )
+            for batch in filter(len, batches):
+                lengths = [compute.min_max(compute.binary_length(column)) for column in batch.columns]
+                if any(length["max"].as_py() > MAX_LINE_BYTES for length in lengths):
+                    return read, False
+                columns: dict[str, list[Any]] = {}
+                for name, column in zip(names, batch.columns, strict=True):
+                    columns[name] = column.to_pylist()
+                    if compute.any(compute.ends_with(column, ".0")).as_py():
+                        columns[name] = [_WHOLE.sub(r"\1", value) for value in columns[name]]
+                lines = _CsvLines(path, delimiter, read, len(batch))
+                read += len(batch)
+                if all(length["min"].as_py() for length in lengths):
+                    yield Chunk(path, lines, columns=columns, valid_text=True)
+                    continue
+                values = zip(*columns.values(), strict=True)
+                rows = [{name: value for name, value in zip(names, row, strict=True) if value} for row in values]
+                yield Chunk(path, lines, rows, valid_text=True)
+        except pyarrow.ArrowException:
+            return read, False  # a row with fewer or more fields, a quote that never closes, bytes that are not UTF-8
+    return read, True
+
+
+def _header_names(line: bytes, delimiter: str) -> list[str] | None:
+    """The names in a simple first line; None where another reader must decide what the header is."""
+    try:
+        text = line.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        return None
+    names = text.split(delimiter)
+    simple = line.endswith(b"\n") and text and not set(text) & {'"', "\r", "\0"}
+    return names if simple and len(set(names)) == len(names) else None
 
 
 def _row_of_fields(row: dict[Any, Any]) -> Row | BadRow:

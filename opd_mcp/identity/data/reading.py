@@ -6,24 +6,21 @@ error that names the fields found and the nearest mapping.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from math import isnan
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from opd_mcp.identity.data.chunks import BadRow, Row
 from opd_mcp.identity.data.formats import read_chunks
-from opd_mcp.identity.data.rows import PromptRow, ResponseRow
+from opd_mcp.identity.data.rows import BadRow, Chunk, PromptRow, RawIds, ResponseRow, Row, is_turns, missing
 from opd_mcp.identity.data.shapes import (
     PROMPT_SHAPES,
     RESPONSE_SHAPES,
     Shape,
     all_prompt_parts,
     has_required,
-    missing,
-    nearest_columns,
-    paths_in,
     prompt_parts,
     response_row,
     shape_of,
@@ -31,12 +28,13 @@ from opd_mcp.identity.data.shapes import (
     value_at,
 )
 from opd_mcp.identity.data.sources import Source, source_of
-from opd_mcp.identity.data.tables import table_header
+from opd_mcp.identity.data.tables import table_header, table_ids
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import DataError, nearest
 from opd_mcp.schemas.runs import SkippedRow, UnderstoodData
 
 LISTED_ROWS = 5
+HEADER_ROWS = 64
 LISTED_REASONS = 20
 LISTED_FIELDS = 40
 # A data set whose rows have ever new fields must not fill the memory with them.
@@ -44,8 +42,8 @@ MAX_FIELD_SETS = 1000
 Columns = Mapping[str, str]
 RowT = TypeVar("RowT")
 MakeRow = Callable[[Shape, Row, int], RowT]
-MakeRows = Callable[[Shape, Sequence[Row], int], list[RowT] | None]
-"""Rows of one shape and the same fields; None where they must be made one by one."""
+MakeRows = Callable[[Shape, Chunk, int], list[RowT] | None]
+"""The rows of a chunk, all of one shape and with the same fields; None where they must be made one by one."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,10 @@ class ResponsesHeader:
     sha256: str
     """Of the files' bytes, and of `columns` where the caller named them."""
     understood: UnderstoodData
+    first: tuple[ResponseRow, ...] = ()
+    """The first rows, up to 64."""
+    raw_ids: RawIds | None = None
+    """Extremes of the token ids in all rows; None where rows have none."""
 
 
 def read_prompts(path: Path, columns: Columns | None = None) -> list[PromptRow]:
@@ -85,7 +87,13 @@ def read_responses_header(path: Path, columns: Columns | None = None) -> Respons
     sha256 = responses_sha256(path, columns)
     has_text = has_ids = True
     table = table_header(reader.source)
+    first: list[ResponseRow] = []
+    raw = RawIds()
     for rows in reader.batches():
+        first += rows[: HEADER_ROWS - len(first)]
+        for row in rows:
+            if ids := [*(row.prompt_ids or ()), *(row.response_ids or ())]:
+                raw.add(f"row {row.prompt.id}", max(ids), len(ids))
         has_text = has_text and all(row.response is not None for row in rows)
         has_ids = has_ids and all(row.response_ids is not None for row in rows)
         if table is not None and reader.rows:
@@ -96,7 +104,18 @@ def read_responses_header(path: Path, columns: Columns | None = None) -> Respons
         note = f"the first {checked} of {table[0]} rows were checked"
         update = {"rows": table[0] - reader.skipped, "notes": [*understood.notes, note]}
         understood = understood.model_copy(update=update)
-    return ResponsesHeader(reader.source, understood.rows, has_text, has_ids, sha256, understood)
+        if raw.shortest is not None:
+            paths = [understood.columns.get(part) for part in ("prompt_ids", "response_ids")]
+            raw = table_ids(reader.source, [path for path in paths if path is not None])
+    return ResponsesHeader(
+        *(reader.source, understood.rows, has_text, has_ids, sha256, understood, tuple(first)),
+        raw_ids=None if raw.shortest is None else raw,
+    )
+
+
+def first_response(path: Path, columns: Columns | None = None) -> ResponseRow:
+    """The first usable row of a responses data set; raises as `read_prompts`."""
+    return next(row for rows in RowReader(path, RESPONSE_SHAPES, response_row, columns).batches() for row in rows)
 
 
 def responses_sha256(path: Path, columns: Columns | None = None) -> str:
@@ -138,7 +157,7 @@ class RowReader(Generic[RowT]):
         index = 0
         make, shape_for = self._make, self._shape_for
         for chunk in read_chunks(self.source, self._selected):
-            made = self._made_at_once(chunk.rows, index) or []
+            made = self._made_at_once(chunk, index) or []
             if made:
                 index += len(made)
                 self.rows += len(made)
@@ -151,21 +170,19 @@ class RowReader(Generic[RowT]):
                     shape, present = shape_for(row)
                     made.append(make(shape, present, index + position))
                 except BadRow as bad:
-                    self._skip(f"{chunk.file.name} line {chunk.lines[position]}", str(chunk.file), bad)
-            index += len(chunk.rows)
+                    self._skip(chunk, position, bad)
+            index += len(chunk)
             self.rows += len(made)
             yield made
         self._require_rows()
 
-    def _made_at_once(self, rows: Sequence[Row | BadRow], index: int) -> list[RowT] | None:
+    def _made_at_once(self, chunk: Chunk, index: int) -> list[RowT] | None:
         """The rows of a chunk whose fields are all the same and were met before; None for other chunks."""
-        if self._make_all is None or self._unseen or not rows or isinstance(rows[0], BadRow):
+        if self._make_all is None or self._unseen:
             return None
-        fields = tuple(rows[0])
-        shape = self._by_fields.get(fields)
-        if shape is None or set(map(type, rows)) != {dict} or set(map(tuple, rows)) != {fields}:  # type: ignore[arg-type]
-            return None
-        return self._make_all(shape, rows, index)  # type: ignore[arg-type]
+        fields = chunk.fields()
+        shape = self._by_fields.get(fields) if fields else None
+        return None if shape is None else self._make_all(shape, chunk, index)
 
     def understood(self) -> UnderstoodData:
         """How the rows that were read so far are understood."""
@@ -254,11 +271,11 @@ class RowReader(Generic[RowT]):
         paths = {path for shape in own or fitting[:1] for path in shape.columns().values()}
         return [name for name in names if name in paths | {path.split(".")[0] for path in paths}]
 
-    def _skip(self, place: str, file: str, bad: BadRow) -> None:
+    def _skip(self, chunk: Chunk, position: int, bad: BadRow) -> None:
         self.skipped += 1
-        if self._first_bad is None:
-            self._first_bad = (place, bad)
         if len(self._listed) < LISTED_ROWS:
+            place = f"{chunk.file.name} line {chunk.lines[position]}"
+            self._first_bad = self._first_bad or (place, bad)
             self._listed.append(SkippedRow(place=place, reason=bad.why))
         reason = bad.why.split(" (")[0]
         if reason in self._reasons or len(self._reasons) < 10 * LISTED_REASONS:
@@ -320,3 +337,51 @@ class RowReader(Generic[RowT]):
 
 def _text(columns: Mapping[str, str]) -> str:
     return json.dumps(dict(columns), ensure_ascii=False)
+
+
+# What fields that hold a prompt, an answer or a response are called, likeliest first.
+_NAMES = {
+    "prompt": ("prompt", "question", "problem", "query", "instruction", "input", "task", "user", "text"),
+    "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "turns"),
+    "answer": ("answer", "final_answer", "ground_truth", "gold", "target", "label", "solution", "expected"),
+    "response": ("response", "completion", "output", "reply", "generation", "assistant", "target", "solution"),
+}
+
+
+def nearest_columns(fields: Mapping[str, Any], *, responses: bool) -> dict[str, str]:
+    """The likeliest `columns` for a file, from its fields (paths) with one value of each; may be empty."""
+    chats = [path for path, value in fields.items() if is_turns(value)]
+    texts = [path for path, value in fields.items() if isinstance(value, str | int | float) and value != ""]
+    guess: dict[str, str] = {}
+    for part in ("prompt", "response" if responses else "answer"):
+        close = _closest(_NAMES[part], [path for path in texts if path not in guess.values()])
+        if close is not None:
+            guess[part] = close
+    if "prompt" not in guess and chats:
+        return {"messages": _closest(_NAMES["messages"], chats) or chats[0], **guess}
+    if "prompt" not in guess and texts:
+        guess["prompt"] = max(texts, key=lambda path: len(str(fields[path])))
+    return (
+        {part: guess[part] for part in ("prompt", "response", "answer") if part in guess} if "prompt" in guess else {}
+    )
+
+
+def paths_in(row: Row) -> dict[str, Any]:
+    """A row's fields with their values, those of nested objects by dotted path."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        found[name] = value
+        if isinstance(value, dict):
+            found |= {f"{name}.{inner}": part for inner, part in value.items()}
+    return found
+
+
+def _closest(names: Iterable[str], paths: Sequence[str]) -> str | None:
+    best, score = None, 0.74
+    for path in paths:
+        last = path.rsplit(".", 1)[-1].lower()
+        for name in names:
+            ratio = SequenceMatcher(None, last, name).ratio()
+            if ratio > score:
+                best, score = path, ratio
+    return best

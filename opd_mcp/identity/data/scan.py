@@ -1,22 +1,27 @@
-"""What a plan needs of a prompts data set, taken in one pass and in bounded memory, however many rows there are."""
+"""What a plan needs of a prompts data set, in one pass and bounded memory; which prompts also stand in another set."""
 
+import re
+import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, compress
+from operator import methodcaller
 from pathlib import Path
 from random import Random
 
-from opd_mcp.identity.data.overlap import normalised_all
 from opd_mcp.identity.data.reading import Columns, RowReader
-from opd_mcp.identity.data.rows import PromptRow, PromptsHash
-from opd_mcp.identity.data.shapes import PROMPT_SHAPES, PromptParts, all_prompt_parts, prompt_parts
+from opd_mcp.identity.data.rows import PromptParts, PromptRow, PromptsHash, Turns, shown_text, whole_text
+from opd_mcp.identity.data.shapes import PROMPT_SHAPES, all_prompt_parts, prompt_parts
 from opd_mcp.schemas.runs import UnderstoodData
 
 FIRST_ROWS = 8
 SAMPLED_ROWS = 64
+KEPT_GOLDS = 1024
 LONG_ROWS = 512
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
+_CONTENT = methodcaller("get", "content", "")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class PromptScan:
     """The first rows, for showing."""
     sample: tuple[PromptRow, ...] = ()
     """Rows at even distances, 64 to 127 where there are as many."""
+    golds: tuple[tuple[str, str], ...] = ()
+    """(id, expected answer) of rows with one, at even distances, 1024 to 2047 where there are as many."""
     long_bytes: int = 0
     long_rows: int = 0
     """Rows with more than `long_bytes` bytes of text."""
@@ -41,16 +48,16 @@ class PromptScan:
     normal_texts: "array[int]" = field(default_factory=lambda: array("q"))
 
     def duplicates(self) -> int:
-        """Rows whose text stands in an earlier row."""
+        """Rows with the text of an earlier row."""
         return self.rows - len(set(self.texts))
 
     def overlap(self, evaluation: "PromptScan") -> dict[str, int]:
-        """How many prompts also stand in the evaluation set, as `eval_overlap` counts them."""
+        """How many prompts the evaluation set also holds, as `eval_overlap` counts them."""
         return overlap_of([self], [evaluation])
 
 
 def overlap_of(scans: Sequence[PromptScan], others: Sequence[PromptScan]) -> dict[str, int]:
-    """How many rows of `scans` also stand in one of `others`, as they are and normalised."""
+    """How many rows of `scans` one of `others` also holds, as they are and normalised."""
     exact: set[int] = set().union(*(other.texts for other in others))
     found = sum(text in exact for scan in scans for text in scan.texts)
     del exact  # a set of a million numbers takes as much memory as all else here
@@ -85,6 +92,8 @@ class _Scanner:
         self.first: list[PromptParts] = []
         self.sample: list[PromptParts] = []
         self.distance = 1
+        self.golds: list[tuple[str, str]] = []
+        self.gold_distance = 1
         self.long_texts: list[str] = []
         self.texts, self.normal_texts = array("q"), array("q")
         self.random = Random(0)
@@ -100,22 +109,33 @@ class _Scanner:
             self.distance *= 2
         if not batch:
             return
-        _, prompts, messages, answers = zip(*batch, strict=True)
-        shown = wholes = list(prompts)
-        if messages.count(None) < len(batch):
-            rows = [PromptRow(*parts) for parts in batch]
-            shown, wholes = [row.text() for row in rows], [row.whole_text() for row in rows]
+        ids, prompts, messages, answers = zip(*batch, strict=True)
+        self._add_golds(ids, answers)
+        shown = prompts if messages.count(None) == len(batch) else list(map(shown_text, prompts, messages))
         self.texts.extend(map(hash, shown))
         self.normal_texts.extend(map(hash, normalised_all(shown)))
         self.answers += len(batch) - answers.count(None)
         self.rows += len(batch)
-        self._add_long(wholes)
+        self._add_long(prompts, messages, max(map(len, shown)))
 
-    def _add_long(self, texts: list[str]) -> None:
+    def _add_golds(self, ids: Sequence[str], answers: Sequence[str | None]) -> None:
+        if not any(answers):
+            return
+        answered = [pair for pair in zip(ids, answers, strict=True) if pair[1] is not None]
+        self.golds += answered[-self.answers % self.gold_distance :: self.gold_distance]  # type: ignore[arg-type]
+        while len(self.golds) >= 2 * KEPT_GOLDS:
+            self.golds = self.golds[::2]
+            self.gold_distance *= 2
+
+    def _add_long(self, prompts: Sequence[str | None], messages: Sequence[Turns | None], longest: int) -> None:
         limit = self.long_bytes
-        # A character takes up to four bytes.
-        candidates = texts if 4 * max(map(len, texts)) > limit else []
-        for text in candidates:
+        chats = list(filter(None, messages))
+        if chats:
+            longest = max(longest, *map(len, map(str, map(_CONTENT, chain.from_iterable(chats)))))
+            longest = (longest + 1) * max(map(len, chats))
+        if 4 * longest <= limit:  # a character takes up to four bytes
+            return
+        for text in map(whole_text, prompts, messages):
             if len(text) <= limit and (text.isascii() or len(text.encode(errors="replace")) <= limit):
                 continue
             self.long_rows += 1
@@ -135,9 +155,76 @@ class _Scanner:
             rows_with_answer=self.answers,
             first=tuple(PromptRow(*parts) for parts in self.first),
             sample=tuple(PromptRow(*parts) for parts in sample),
+            golds=tuple(self.golds),
             long_bytes=self.long_bytes,
             long_rows=self.long_rows,
             long_texts=tuple(self.long_texts),
             texts=self.texts,
             normal_texts=self.normal_texts,
         )
+
+
+def eval_overlap(texts: list[str], evaluation: Iterable[str]) -> dict[str, int]:
+    """How many prompts also stand in the evaluation set, as they are and normalised."""
+    held_out = set(evaluation)
+    normal = set(normalised_all(list(held_out)))
+    return {
+        "eval_overlap_exact": sum(text in held_out for text in texts),
+        "eval_overlap_normalised": sum(text in normal for text in normalised_all(texts)),
+    }
+
+
+def normalised(text: str) -> str:
+    """Letters, digits, symbols and arithmetic signs of a text, without case, white space and other punctuation."""
+    if text.isascii():
+        return text.encode().translate(_ASCII, _ASCII_DROPPED).decode()
+    folded = unicodedata.normalize("NFKC", text).casefold().encode("utf-8", "surrogatepass")
+    # Most characters are ASCII in most texts, and bytes are translated many times faster than characters.
+    rest = folded.translate(None, _ASCII_DROPPED).decode("utf-8", "surrogatepass")
+    return _NOT_ASCII.sub(lambda run: run[0].translate(_KEPT), rest)
+
+
+def normalised_all(texts: Sequence[str]) -> list[str]:
+    """Each text normalised; many at once, at a fraction of the time that they take one by one."""
+    simple = list(map(str.isascii, texts))
+    done = iter(_joined_normalised(list(compress(texts, simple))))
+    if all(simple):
+        return list(done)
+    others = iter(_joined_normalised([text for text in texts if not text.isascii()]))
+    return [next(done) if is_ascii else next(others) for is_ascii in simple]
+
+
+def _joined_normalised(texts: list[str]) -> list[str]:
+    """Texts normalised as one, with NUL between them: it separates them for all that depends on neighbours."""
+    joined = "\0".join(texts)
+    if not texts or joined.count("\0") != len(texts) - 1:
+        return [normalised(text) for text in texts]
+    if joined.isascii():
+        return joined.encode().translate(_ASCII, _ASCII_DROPPED_BUT_NUL).decode().split("\0")
+    folded = unicodedata.normalize("NFKC", joined).casefold().encode("utf-8", "surrogatepass")
+    rest = folded.translate(None, _ASCII_DROPPED_BUT_NUL).decode("utf-8", "surrogatepass")
+    for character in set(folded.translate(None, _ASCII_BYTES).decode("utf-8", "surrogatepass")):
+        if _KEPT[ord(character)] is None:
+            rest = rest.replace(character, "")
+    return rest.split("\0")
+
+
+def _is_kept(character: str) -> bool:
+    # - and * are punctuation to Unicode, but between digits they are what tells two sums apart
+    return not character.isspace() and (character in "-*/%" or unicodedata.category(character)[0] not in "PZC")
+
+
+class _Kept(dict[int, int | None]):
+    """Whether a character stays, decided once per character: a plan compares whole data sets."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = code if _is_kept(chr(code)) else None
+        return self[code]
+
+
+_KEPT = _Kept()
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+_ASCII = bytes(ord(chr(code).casefold()) if code < 128 else code for code in range(256))
+_ASCII_DROPPED = bytes(code for code in range(128) if not _is_kept(chr(code)))
+_ASCII_BYTES = bytes(range(128))
+_ASCII_DROPPED_BUT_NUL = _ASCII_DROPPED.replace(b"\0", b"")

@@ -5,21 +5,35 @@ A path such as `reward_model.ground_truth` leads into nested fields; a part of i
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import SequenceMatcher
 from itertools import repeat
 from math import isnan
 from typing import Any, Literal
 
-from opd_mcp.identity.data.chunks import BadRow, Row
-from opd_mcp.identity.data.rows import PromptRow, ResponseRow, Turns
-from opd_mcp.identity.data.turns import answer_text, before_answer, is_turns, tools_of, turns_of
+from opd_mcp.identity.data.rows import (
+    BadRow,
+    Chunk,
+    PromptParts,
+    PromptRow,
+    ResponseRow,
+    Row,
+    Turns,
+    answer_text,
+    before_answer,
+    is_turns,
+    is_valid_text,
+    missing,
+    scalar_text,
+    text_of,
+    token_ids,
+    tools_of,
+    turns_of,
+    turns_of_all,
+)
 from opd_mcp.schemas.errors import ArgumentError, nearest
 
 PROMPT_PARTS = ("id", "prompt", "messages", "system", "answer")
 RESPONSE_PARTS = (*PROMPT_PARTS, "response", "response_ids", "prompt_ids", "tools", "finish_reason")
 Gold = Literal["as it is", "after ####", "in \\boxed{}", "after ####, in \\boxed{}, or as it is"]
-PromptParts = tuple[str, str | None, Turns | None, str | None]
-"""(id, prompt, messages, answer) of a `PromptRow`."""
 
 
 @dataclass(frozen=True)
@@ -198,48 +212,78 @@ def prompt_parts(shape: Shape, row: Row, index: int) -> PromptParts:
     return row_id, prompt, turns, _answer_of(shape, row, chat=turns is not None)
 
 
-def all_prompt_parts(shape: Shape, rows: Sequence[Row], index: int) -> list[PromptParts] | None:
+def all_prompt_parts(shape: Shape, chunk: Chunk, index: int) -> list[PromptParts] | None:
     """`prompt_parts` of rows that all have the same fields, column by column, which takes a fraction of the time.
 
-    None where a row needs a closer look: a value is missing, or is not simply a text or a whole number.
+    None where a row needs a closer look: a value is missing, or is not simply a text, a whole number or plain turns.
     """
-    names = rows[0]
-    if shape.prompt is None or shape.context or shape.system or ("prompt" in names and "messages" in names):
+    names = dict.fromkeys(chunk.fields() or ())
+    if shape.context or (shape.system and shape.system in names) or ("prompt" in names and "messages" in names):
         return None
-    prompts = _column(rows, shape.prompt, (str,))
-    ids: list[str] | None = list(map(str, range(index, index + len(rows))))
-    if value_at(names, shape.id) is not None:
-        ids = _column(rows, shape.id, (str, int))
-    if prompts is None or ids is None or not all(prompts):
+    ids: list[str] | None = list(map(str, range(index, index + len(chunk))))
+    if _root(shape.id) in names:
+        ids = _texts(chunk, shape.id, (str, int))
+    prompts = _values(chunk, shape.key)
+    if ids is None or prompts is None:
         return None
-    answers: list[str | None] = [None] * len(rows)
-    if shape.answer is not None and value_at(names, shape.answer) is not None:
-        golds = _column(rows, shape.answer, (str, int))
-        if golds is None:
-            return None
-        answers = [*golds] if shape.gold == "as it is" else [_gold(shape, gold) for gold in golds]
-    elif shape.answer is not None and "." in shape.answer:
+    if set(map(type, prompts)) == {list}:
+        turns = turns_of_all(prompts, chunk.valid_text)
+        prompts = turns and [before_answer(some) if some[-1]["role"] == "assistant" else some for some in turns]
+        answers = _answers(shape, chunk, chat=True)
+        return None if not prompts or answers is None else _parts(prompts, zip(ids, repeat(None), prompts, answers))
+    if shape.turns is not None or set(map(type, prompts)) != {str}:
         return None
-    elif shape.solution is not None and shape.solution in names:
-        solutions = _column(rows, shape.solution, (str,))
-        if solutions is None:
-            return None
-        answers = [boxed(solution) for solution in solutions]
-    return list(zip(ids, prompts, repeat(None), answers, strict=False))
+    if not (chunk.valid_text or is_valid_text(prompts)):
+        return None
+    answers = _answers(shape, chunk, chat=False)
+    return None if answers is None else _parts(prompts, zip(ids, prompts, repeat(None), answers))
 
 
-def _column(rows: Sequence[Row], path: str, kinds: tuple[type, ...]) -> list[str] | None:
+def _parts(prompts: Sequence[Any], parts: Iterable[PromptParts]) -> list[PromptParts] | None:
+    return list(parts) if all(prompts) else None
+
+
+def _answers(shape: Shape, chunk: Chunk, *, chat: bool) -> Sequence[str | None] | None:
+    """`_answer_of` every row; None where a row needs a closer look."""
+    names = chunk.fields() or ()
+    found = next(
+        (path for path in (shape.answer, shape.verifier if chat else None) if path and _root(path) in names), None
+    )
+    if found is not None:
+        golds = _texts(chunk, found, (str, int))
+        if golds is None or shape.gold == "as it is":
+            return golds
+        return [_gold(shape, gold) if "####" in gold or "boxed" in shape.gold else gold for gold in golds]
+    if shape.solution is None or _root(shape.solution) not in names:
+        return [None] * len(chunk)
+    solutions = _texts(chunk, shape.solution, (str,))
+    if solutions is None or shape.turns != "messages":
+        return solutions and [boxed(text) for text in solutions]
+    chats = chunk.column("messages")
+    return [boxed(text) if _ends_answered(turns) else None for text, turns in zip(solutions, chats, strict=True)]
+
+
+def _texts(chunk: Chunk, path: str, kinds: tuple[type, ...]) -> list[str] | None:
     """The texts at a path, whole numbers turned into text; None where a value is of no such kind."""
-    values: list[Any] = [row[path] for row in rows] if path in rows[0] else [value_at(row, path) for row in rows]
-    found = set(map(type, values))
-    if not found <= set(kinds):
+    values = _values(chunk, path)
+    found = set(map(type, values or ()))
+    if values is None or not found <= set(kinds):
         return None
     texts = values if found == {str} else list(map(str, values))
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return None
-    return texts
+    return texts if chunk.valid_text or is_valid_text(texts) else None
+
+
+def _values(chunk: Chunk, path: str) -> list[Any] | None:
+    """The values at a path that begins with one of a chunk's fields."""
+    names = chunk.fields() or ()
+    if path in names:
+        return chunk.column(path)
+    root = _root(path)
+    return [value_at({root: value}, path) for value in chunk.column(root)] if root in names else None
+
+
+def _root(path: str) -> str:
+    return path.split(".", maxsplit=1)[0]
 
 
 def prompt_row(shape: Shape, row: Row, index: int) -> PromptRow:
@@ -273,44 +317,6 @@ def response_row(shape: Shape, row: Row, index: int) -> ResponseRow:
         prompt_ids=prompt_ids,
         truncated=_is_truncated(shape, row),
     )
-
-
-def missing(name: str) -> BadRow:
-    """The error for a row without a part."""
-    needed = "`prompt` or `messages`" if name == "prompt" else f"`{name}`"
-    return BadRow("missing_field", f"no {needed}, or it is empty", f"Give every row a non-empty {needed}.")
-
-
-def text_of(name: str, value: Any, *, may_be_empty: bool = False) -> str:
-    """The text in the field `name`; raises BadRow."""
-    if not isinstance(value, str):
-        raise BadRow("malformed_line", f"{name} is not a text", f"Give {name} as a JSON string.")
-    if not value and not may_be_empty:
-        raise missing(name)
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRow("malformed_line", f"{name} holds half a surrogate pair", "Write valid Unicode.") from None
-    return value
-
-
-def scalar_text(name: str, value: Any) -> str:
-    """A text or number as text, a whole number without a fraction: `8` for 8.0; raises BadRow."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise BadRow("malformed_line", f"{name} is neither text nor a number", f"Give {name} as a string or a number.")
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        value = int(value)
-    return text_of(name, str(value), may_be_empty=True)
-
-
-def token_ids(name: str, value: Any) -> tuple[int, ...] | None:
-    """Token ids, whole numbers from 0; raises BadRow."""
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-        raise BadRow("malformed_line", f"{name} is not a list of token ids", f"Give {name} as [1, 2, …].")
-    return tuple(value)
 
 
 def boxed(text: str) -> str | None:
@@ -410,7 +416,7 @@ def _answer_of(shape: Shape, row: Row, *, chat: bool) -> str | None:
     # `messages` that end with the user's turn were read without a solution, and their hash must stay what it was.
     if not isinstance(solution, str) or (shape.turns == "messages" and not _ends_answered(row[shape.turns])):
         return None
-    return boxed(text_of(str(shape.solution), solution))
+    return boxed(text_of(str(shape.solution), solution, may_be_empty=True))
 
 
 def _gold(shape: Shape, text: str) -> str:
@@ -418,59 +424,11 @@ def _gold(shape: Shape, text: str) -> str:
     if shape.gold == "as it is":
         return text
     _, mark, after = text.rpartition("####")
-    if mark and after.strip():
-        return after.strip()
+    if mark and (after := after.strip()):
+        return after
     return (boxed(text) or text) if "boxed" in shape.gold else text
 
 
 def _ends_answered(turns: Any) -> bool:
     last = turns[-1] if isinstance(turns, list) and turns else None
     return isinstance(last, dict) and last.get("role") == "assistant"
-
-
-# What fields that hold a prompt, an answer or a response are called, likeliest first.
-_NAMES = {
-    "prompt": ("prompt", "question", "problem", "query", "instruction", "input", "task", "user", "text"),
-    "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "turns"),
-    "answer": ("answer", "final_answer", "ground_truth", "gold", "target", "label", "solution", "expected"),
-    "response": ("response", "completion", "output", "reply", "generation", "assistant", "target", "solution"),
-}
-
-
-def nearest_columns(fields: Mapping[str, Any], *, responses: bool) -> dict[str, str]:
-    """The likeliest `columns` for a file, from its fields (paths) with one value of each; may be empty."""
-    chats = [path for path, value in fields.items() if is_turns(value)]
-    texts = [path for path, value in fields.items() if isinstance(value, str | int | float) and value != ""]
-    guess: dict[str, str] = {}
-    for part in ("prompt", "response" if responses else "answer"):
-        close = _closest(_NAMES[part], [path for path in texts if path not in guess.values()])
-        if close is not None:
-            guess[part] = close
-    if "prompt" not in guess and chats:
-        return {"messages": _closest(_NAMES["messages"], chats) or chats[0], **guess}
-    if "prompt" not in guess and texts:
-        guess["prompt"] = max(texts, key=lambda path: len(str(fields[path])))
-    return (
-        {part: guess[part] for part in ("prompt", "response", "answer") if part in guess} if "prompt" in guess else {}
-    )
-
-
-def paths_in(row: Row) -> dict[str, Any]:
-    """A row's fields with their values, those of nested objects by dotted path."""
-    found: dict[str, Any] = {}
-    for name, value in row.items():
-        found[name] = value
-        if isinstance(value, dict):
-            found |= {f"{name}.{inner}": part for inner, part in value.items()}
-    return found
-
-
-def _closest(names: Iterable[str], paths: Sequence[str]) -> str | None:
-    best, score = None, 0.74
-    for path in paths:
-        last = path.rsplit(".", 1)[-1].lower()
-        for name in names:
-            ratio = SequenceMatcher(None, last, name).ratio()
-            if ratio > score:
-                best, score = path, ratio
-    return best

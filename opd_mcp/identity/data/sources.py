@@ -5,11 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from opd_mcp.identity.files import file_sha256, read_json_object
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.errors import DataError, PathError, nearest
+from opd_mcp.schemas.errors import DataError, IntegrityError, PathError, ResourceError, nearest
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 SUFFIXES: dict[str, Format] = {
@@ -33,6 +33,8 @@ DESCRIPTIONS = frozenset(
     }
 )
 MAX_FILES = 10_000
+MAX_ROWS = 5_000_000
+MAX_ROW_BYTES = 16 << 20
 MAX_STATE_BYTES = 16 << 20
 
 
@@ -208,3 +210,41 @@ def _is_plain(name: str) -> bool:
 
 def _has_wildcard(text: str) -> bool:
     return any(sign in text for sign in "*?[")
+
+
+def too_large(path: Path, what: str) -> DataError:
+    """The error for data beyond a limit."""
+    return DataError(
+        "too_large",
+        f"{path.name} holds {what}.",
+        value=path,
+        fix="Give a part of it; runs cycle through their prompts.",
+    )
+
+
+def damaged(path: Path, kind: str, error: Exception) -> IntegrityError:
+    """The error for a file whose bytes are not what its format says."""
+    return IntegrityError(
+        "damaged_file",
+        f"{path.name} is not a readable {kind} ({short(error)}).",
+        value=path,
+        fix="Write or copy the file again.",
+    )
+
+
+def short(error: Exception) -> str:
+    """The first line of an exception's text."""
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def open_pyarrow(path: Path) -> Any:
+    """The package with what reads Parquet and Arrow; raises ResourceError `missing_package`."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ResourceError(
+            "missing_package", "Reading this format needs pyarrow.", value=path, fix="Install pyarrow, or give JSONL."
+        ) from error
+    return pyarrow

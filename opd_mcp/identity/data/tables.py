@@ -4,11 +4,12 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opd_mcp.identity.data.chunks import MAX_ROW_BYTES, MAX_ROWS, BadRow, Chunk, Row, damaged, open_pyarrow, too_large
-from opd_mcp.identity.data.sources import Source
+from opd_mcp.identity.data.rows import Chunk, RawIds
+from opd_mcp.identity.data.sources import MAX_ROW_BYTES, MAX_ROWS, Source, damaged, open_pyarrow, too_large
 from opd_mcp.schemas.errors import DataError
 
 MAX_COLUMN_BYTES = 1 << 30
@@ -31,6 +32,48 @@ def table_header(source: Source) -> tuple[int, list[str]] | None:
             rows += opened.metadata.num_rows
             names = names or opened.schema_arrow.names
     return rows, names
+
+
+def table_ids(source: Source, paths: Sequence[str]) -> RawIds:
+    """The extremes of the token ids in all rows of Parquet files, in columns of lists; raises as `read_chunks`."""
+    raw, before = RawIds(), 0
+    for file in source.files:
+        with _open_parquet(file) as opened:
+            lists = [field.name for field in opened.schema_arrow if "list<" in str(field.type)]
+            names = [path for path in paths if path in lists]
+            for batch in opened.iter_batches(batch_size=_batch_rows(file, opened.metadata), columns=names):
+                _add_ids(raw, batch, before)
+                before += batch.num_rows
+    return raw
+
+
+def _add_ids(raw: RawIds, batch: Any, before: int) -> None:
+    """Take in a batch whose columns are lists of ids; `before` rows stand before it."""
+    import pyarrow.compute as pc
+
+    totals = [0] * batch.num_rows
+    for column in batch.columns:
+        totals = [
+            total + (length or 0)
+            for total, length in zip(totals, pc.list_value_length(column).to_pylist(), strict=True)
+        ]
+    for row, length in enumerate(totals):
+        raw.add(f"row {before + row}", -1, length)
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        flat = column.flatten()
+        extremes = pc.min_max(flat).as_py()
+        for extreme in (extremes["min"], extremes["max"]):
+            if extreme is None or 0 <= extreme <= raw.largest:
+                continue
+            row = pc.list_parent_indices(column)[pc.index(flat, extreme).as_py()].as_py()
+            if extreme < 0:
+                raise DataError(
+                    "malformed_line",
+                    f"{name} of row {before + row} holds the id {extreme}.",
+                    value=extreme,
+                    fix=f"Give {name} as whole numbers from 0.",
+                )
+            raw.add(f"row {before + row}", int(extreme), totals[row])
 
 
 def parquet_chunks(path: Path, select: SelectColumns) -> Iterator[Chunk]:
@@ -62,32 +105,51 @@ def _checked(batch: Any) -> Any:
 
 def _table_chunks(path: Path, batches: Iterator[Any]) -> Iterator[Chunk]:
     first = 1
-    rows: list[Row | BadRow] = []
-    held = 0
+    held: list[Any] = []
+    rows = size = 0
     for whole in batches:
         for start in range(0, whole.num_rows, BATCH_ROWS):
             batch = whole.slice(start, BATCH_ROWS)
             if batch.nbytes > MAX_ROW_BYTES and any(
                 batch.slice(row, 1).nbytes > MAX_ROW_BYTES for row in range(batch.num_rows)
             ):
-                raise too_large(path, f"a row of more than {MAX_ROW_BYTES} bytes, after row {first + len(rows) - 1}")
-            rows += _dictionaries(batch)
-            held += batch.nbytes
-            if len(rows) >= BATCH_ROWS or held > CHUNK_BYTES:
-                yield Chunk(path, range(first, first + len(rows)), rows)
-                first, rows, held = first + len(rows), [], 0
+                raise too_large(path, f"a row of more than {MAX_ROW_BYTES} bytes, after row {first + rows - 1}")
+            held.append(batch)
+            rows, size = rows + batch.num_rows, size + batch.nbytes
+            if rows >= BATCH_ROWS or size > CHUNK_BYTES:
+                yield _chunk(path, first, held)
+                first, held, rows, size = first + rows, [], 0, 0
     if rows:
-        yield Chunk(path, range(first, first + len(rows)), rows)
+        yield _chunk(path, first, held)
 
 
-def _dictionaries(batch: Any) -> list[Row | BadRow]:
-    names = batch.schema.names
-    if not names:
-        return [{} for _ in range(batch.num_rows)]
-    values = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-    if any(column.null_count for column in batch.columns):
-        return [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in values]
-    return [dict(zip(names, row, strict=True)) for row in values]
+def _chunk(path: Path, first: int, batches: list[Any]) -> Chunk:
+    """The rows of small batches, by column where no value is missing."""
+    lines = range(first, first + sum(batch.num_rows for batch in batches))
+    names = batches[0].schema.names
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for batch in batches:
+        for name, column in zip(names, batch.columns, strict=True):
+            columns[name] += python_values(column)
+    if names and not any(column.null_count for batch in batches for column in batch.columns):
+        return Chunk(path, lines, columns=columns, valid_text=True)
+    values = zip(*columns.values(), strict=True) if names else ((),) * len(lines)
+    rows = [{name: value for name, value in zip(names, row, strict=True) if value is not None} for row in values]
+    return Chunk(path, lines, rows, valid_text=True)
+
+
+def python_values(column: Any) -> list[Any]:
+    """A column as Python's values; lists of structures, as chats are, in a fraction of the time of `to_pylist`."""
+    kind = column.type
+    if getattr(kind, "value_type", None) is None or not str(kind).startswith("list<") or column.null_count:
+        return list(column.to_pylist())
+    items = column.flatten()
+    if not str(items.type).startswith("struct<") or items.null_count or not items.type.num_fields:
+        return list(column.to_pylist())
+    names = [items.type.field(place).name for place in range(items.type.num_fields)]
+    fields = [python_values(field) for field in items.flatten()]
+    made = iter([dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True)])
+    return [list(islice(made, length)) for length in column.value_lengths().to_pylist()]
 
 
 def _batch_rows(path: Path, metadata: Any) -> int:

@@ -1,4 +1,4 @@
-"""From a call's raw arguments to the typed request, with one clear error for whatever is wrong."""
+"""From a call's raw arguments to the typed request, with one clear error for a wrong one."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def request_from_arguments(tool: str, model: type[RequestT], arguments: Mapping[
             raise ArgumentError(
                 "invalid_argument",
                 f"Argument {name!r} holds {found}.",
-                fix="Give less; long lists of prompts belong into a file.",
+                fix="Give less; put long lists of prompts into a file.",
             )
         if any(isinstance(part, float) and not math.isfinite(part) for level in levels(value) for part in level):
             raise _invalid(model, name, "holds a number that is not finite", value)

@@ -8,6 +8,7 @@ ToolError.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -23,6 +24,7 @@ from pydantic import ConfigDict
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.server.audit import AuditLog, client_name
 from opd_mcp.server.protocol.arguments import request_from_arguments, require_no_secret
 from opd_mcp.server.protocol.elicitation import Consent, asked, require_agreed
 from opd_mcp.server.protocol.json_schema import input_schema, output_schema
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class _RawArguments(ArgModelBase):
-    """Takes whatever the client sends: the spec's own request model validates it, with better errors."""
+    """Takes any arguments: the spec's own request model validates it, with better errors."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +49,7 @@ class _RawArguments(ArgModelBase):
 
 @contextmanager
 def readable_errors(tool: str, outgoing: Outgoing, service: JobService) -> Iterator[None]:
-    """Turn whatever is raised inside into a ToolError that a model can act on, in one line and without secrets.
+    """Turn every exception inside into a ToolError that a model can act on, in one line and without secrets.
 
     Cancellation and the end of the process pass.
     """
@@ -89,8 +91,11 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
         if statuses is not None:
             return await statuses.answer(request, context)
         # A thread is not cancelled with its caller: a start or a resume is done or not begun, never half.
-        answer = await to_thread.run_sync(spec.call, service, request)
-        return answer, spec.text
+        if spec.read_only:
+            return await to_thread.run_sync(spec.call, service, request), spec.text
+        audit, client = AuditLog(service.workspace, secrets), client_name(context.session)
+        call = partial(spec.call, service, request)
+        return await to_thread.run_sync(audit.recorded, client, spec.name, request.to_dict(), call), spec.text
 
     async def call(arguments: dict[str, Any], context: Context) -> CallToolResult:
         with readable_errors(spec.name, outgoing, service):

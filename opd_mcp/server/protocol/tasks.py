@@ -5,8 +5,9 @@ extension, and the backend finds the task that the answer stands for, the answer
 All other clients, and the legacy era, get the plain answer: run id and status tool stay the main path.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from anyio import to_thread
@@ -15,14 +16,24 @@ from mcp.server.extension import Extension, MethodBinding
 from mcp.server.mcpserver import require_client_extension
 from mcp.shared.exceptions import MCPError
 from mcp.shared.inbound import MCP_NAME_HEADER, decode_header_value
-from mcp_types import HEADER_MISMATCH, INVALID_PARAMS, CallToolRequestParams, CallToolResult, RequestParams, TextContent
+from mcp_types import (
+    HEADER_MISMATCH,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    CallToolRequestParams,
+    CallToolResult,
+    RequestParams,
+    TextContent,
+)
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from pydantic import Field
 
 from opd_mcp.schemas.errors import RunError, UnknownIdError
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
+from opd_mcp.server.audit import AuditLog, client_name
 from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.server.render.runs import status_text, unchanged_text
+from opd_mcp.server.serve import ServerSettings
 from opd_mcp.service import LATEST, JobService
 
 TASKS_EXTENSION = "io.modelcontextprotocol/tasks"
@@ -87,8 +98,8 @@ class TaskBackend(Protocol):
     async def update(self, task_id: str, responses: Mapping[str, Any]) -> None:
         """Hand answers to a task's input requests; those without a request are ignored."""
 
-    async def cancel(self, task_id: str) -> None:
-        """Ask a task to stop; for one that has ended this is nothing."""
+    async def cancel(self, task_id: str, client: str) -> None:
+        """Ask a task to stop, in the name of a client; for one that has ended this is nothing."""
 
 
 class TaskParams(RequestParams):
@@ -152,7 +163,7 @@ class TasksExtension(Extension):
     async def _cancel(self, ctx: Request, params: TaskParams) -> HandlerResult:
         self._admit(ctx, params)
         try:
-            await self._backend.cancel(params.task_id)
+            await self._backend.cancel(params.task_id, client_name(ctx.session))
         except UnknownTask:
             raise unknown_task(params.task_id) from None
         return {"resultType": "complete"}
@@ -187,10 +198,12 @@ class RunTasks:
     No task holds one of the secrets.
     """
 
-    def __init__(self, service: JobService, tools: frozenset[str], secrets: Sequence[str] = ()) -> None:
+    def __init__(self, service: JobService, tools: frozenset[str], settings: ServerSettings) -> None:
         self._service = service
         self._tools = tools
-        self._outgoing = Outgoing(tuple(secrets))
+        self._read_only = settings.read_only
+        self._audit = AuditLog(service.workspace, settings.secrets)
+        self._outgoing = Outgoing(settings.secrets)
 
     def support(self, tool: str) -> TaskSupport:
         """Starting a run may become a task; nothing must."""
@@ -209,11 +222,14 @@ class RunTasks:
         """A run never asks for input once it has started, so there is nothing to hand over."""
         await self.get(task_id)
 
-    async def cancel(self, task_id: str) -> None:
-        """A durable cancel request; nothing for a run that has ended."""
+    async def cancel(self, task_id: str, client: str) -> None:
+        """A durable cancel request; nothing for a run that has ended. Raises MCPError where the server only reads."""
         await self.get(task_id)
+        if self._read_only:
+            raise MCPError(INVALID_REQUEST, "The server was started with --read-only: it cancels no run")
+        call = partial(self._service.cancel, task_id)
         try:
-            await to_thread.run_sync(self._service.cancel, task_id)
+            await to_thread.run_sync(self._audit.recorded, client, "tasks/cancel", {"run_id": task_id}, call)
         except RunError as error:
             if error.code != "run_not_active":
                 raise

@@ -66,7 +66,7 @@ class StatusCalls:
     def __init__(self, service: JobService, outgoing: Outgoing) -> None:
         self._service = service
         self._outgoing = outgoing
-        self._told: OrderedDict[tuple[str, str], _Told] = OrderedDict()
+        self._told: OrderedDict[tuple[str | None, str], _Told] = OrderedDict()
 
     async def answer(self, request: GetRunStatus, context: Context) -> tuple[RunStatus, StatusText]:
         """The run's status and what words it, at once or after a wait.
@@ -114,11 +114,13 @@ class StatusCalls:
             await anyio.sleep(min(POLL_SECONDS, max(end - anyio.current_time(), 0)))
         return await to_thread.run_sync(self._service.status, run_id)
 
-    def _told_answer(self, key: tuple[str, str], status: RunStatus) -> tuple[RunStatus, StatusText]:
+    def _told_answer(self, key: tuple[str | None, str], status: RunStatus) -> tuple[RunStatus, StatusText]:
         """In full when there is news (or, for an ended run, when the last full answer is a minute old)."""
         news, told = _News.of(status), self._told.get(key)
         recent = told is not None and time.monotonic() - told.at < REPEAT_SECONDS
-        if told is not None and told.news == news and (status.state in ACTIVE_STATES or recent):
+        # Requests without a session come from many clients: what one was told is news to another.
+        known = key[0] is not None and told is not None and told.news == news
+        if known and (status.state in ACTIVE_STATES or recent):
             status = status.model_copy(update={"unchanged": True})
             return status, unchanged_text
         self._told[key] = _Told(news, time.monotonic())
@@ -128,7 +130,7 @@ class StatusCalls:
         return status, status_text
 
 
-def _session(context: Context) -> str:
-    """The HTTP session where there is one; stdio has one client, and stateless requests share one memory."""
-    headers = context.headers or {}
-    return headers.get("mcp-session-id") or ""
+def _session(context: Context) -> str | None:
+    """The HTTP session; empty over stdio, which has one client, and None for HTTP requests without a session."""
+    headers = context.headers
+    return "" if headers is None else headers.get("mcp-session-id")

@@ -4,7 +4,7 @@ import json
 
 from opd_mcp.planning.estimates import PROCESS_START
 from opd_mcp.schemas.next_action import advice_text
-from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan
+from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, Preview
 from opd_mcp.schemas.runs import UnderstoodData
 from opd_mcp.schemas.texts import byte_size, duration, shortened
 from opd_mcp.server.render.caches import measured_lines, prompts_text, rollouts_text
@@ -12,6 +12,8 @@ from opd_mcp.server.render.recipe_keys import setting_lines
 from opd_mcp.server.render.runs import next_line
 
 UNDERSTOOD_CHARACTERS = 300
+PREVIEW_CHARACTERS = 160
+FACT_CHARACTERS = 110
 
 
 def plan_text(plan: Plan) -> str:
@@ -22,6 +24,7 @@ def plan_text(plan: Plan) -> str:
     basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
     lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
     lines += _plan_measures(plan)
+    lines += preview_lines(plan.preview) if plan.preview else []
     lines += [_estimate_line(estimate) for estimate in plan.estimates]
     lines += [_fit_line(option) for option in plan.fits]
     lines += setting_lines(plan)
@@ -48,6 +51,32 @@ def _plan_measures(plan: Plan) -> list[str]:
     if verdict.not_measured:
         lines.append(f"not known: {verdict.not_measured}")
     return lines
+
+
+def preview_lines(preview: Preview) -> list[str]:
+    """What the model is given and taught: a prompt, a row of SFT, stops, template, limits that are exceeded."""
+    lines = []
+    if preview.prompts:
+        first = preview.prompts[0]
+        lines.append(f"prompt {first.id} ({first.tokens} tokens): {_quoted(first.text)}")
+    if preview.learnt is not None:
+        learnt = preview.learnt
+        lines.append(f"SFT learns ({learnt.source}, {learnt.learnt_tokens} tokens): {_quoted(learnt.learnt)}")
+    stops = ", ".join(f"{token_id} {text!r}" for token_id, text in list(preview.stops.items())[:4])
+    taught = preview.stops.get(str(preview.end_of_turn))
+    lines.append(f"a response ends at {stops}" + (f"; taught: {taught!r}" if len(preview.stops) > 1 else ""))
+    lines += [f"template, {name}: {shortened(said, FACT_CHARACTERS)}" for name, said in preview.template.items()]
+    of = f"all {preview.of}" if preview.measured == preview.of else f"{preview.measured} sampled of {preview.of}"
+    over = [f"{share.over} over {share.limit} ({share.tokens})" for share in preview.limits if share.over]
+    lines.append(f"of {of} prompts: {', '.join(over) or 'none over a limit'}")
+    return lines
+
+
+def _quoted(text: str) -> str:
+    """A text with its beginning and its end, quoted in one line."""
+    if len(text) > PREVIEW_CHARACTERS:
+        text = f"{text[: PREVIEW_CHARACTERS // 2]} … {text[-PREVIEW_CHARACTERS // 2 :]}"
+    return repr(text)
 
 
 def understood_text(data: UnderstoodData) -> str:

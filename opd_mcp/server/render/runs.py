@@ -12,6 +12,8 @@ from opd_mcp.server.protocol.json_schema import known
 
 UNCHANGED_BYTES = 240
 LIST_CHARACTERS = 6_000
+EVIDENCE = ("teacher_row", "gap_closed", "not_measured", "no_answer", "teacher_responses")
+"""Parts of a result that have lines of their own, besides scores and comparisons."""
 
 
 def cancel_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_text) -> str:
@@ -65,12 +67,12 @@ def unchanged_text(status: RunStatus) -> str:
 
 
 def list_text(runs: RunList) -> str:
-    """One line a run, as many as fit; models by the last part of their names."""
+    """One line per run, as many as fit; models by the last part of their names."""
     lines = [f"{len(runs.rows)} of {runs.total} runs"]
     room = LIST_CHARACTERS
     for number, row in enumerate(runs.rows):
         models = " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part)
-        line = facts(row.run_id, row.kind, row.state, row.created_at, models)
+        line = facts(row.run_id, row.kind, row.state, row.note, row.created_at, models)
         room -= len(line) + 1
         if room < 0:
             lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")
@@ -108,7 +110,8 @@ def _bounded(text: str, extras: Iterable[str]) -> str:
 def result_lines(result: Mapping[str, Any]) -> list[str]:
     """Paths, scores with their 95 % intervals, differences, training steps and seconds per stage, then the rest."""
     result = known(dict(result))
-    lines = [*_path_lines(result), *_score_lines(result), *_comparison_lines(result), *_training_lines(result)]
+    lines = [*_path_lines(result), *_score_lines(result), *_comparison_lines(result)]
+    lines += [*_evidence_lines(result), *_training_lines(result)]
     if costs := _items(result, "costs"):
         spent = ", ".join(
             f"{cost.get('stage')} reused"
@@ -117,7 +120,7 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
             for cost in costs
         )
         lines.append(f"seconds by stage: {spent}")
-    shown = {"artifacts", "paths", "scores", "comparisons", "training", "costs"}
+    shown = {"artifacts", "paths", "scores", "comparisons", "training", "costs", *EVIDENCE}
     if rest := {name: value for name, value in result.items() if name not in shown}:
         lines.append(compact(rest))
     return lines
@@ -143,6 +146,20 @@ def _comparison_lines(result: Mapping[str, Any]) -> Iterator[str]:
     for pair in _items(result, "comparisons"):
         difference = _figure(pair.get("accuracy_difference"))
         yield f"accuracy of {pair.get('candidate')} minus {pair.get('baseline')}: {difference}"
+
+
+def _evidence_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """The share of the gap closed, rows that are absent, answers that could not be read, the teacher's own answers."""
+    for gap in _items(result, "gap_closed"):
+        share = gap.get("share")
+        found = f"not measured: {share}" if isinstance(share, str) else _figure(share)
+        yield f"share of the gap closed from {gap.get('from')} to {gap.get('to')}: {found}"
+    for name, why in _mapping(result, "not_measured").items():
+        yield f"not measured: {name}: {why}"
+    unread = result.get("no_answer")
+    yield from (str(sentence) for sentence in unread) if isinstance(unread, list) else ()
+    if graded := result.get("teacher_responses"):
+        yield f"before the SFT: {graded}"
 
 
 def _training_lines(result: Mapping[str, Any]) -> Iterator[str]:

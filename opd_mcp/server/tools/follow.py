@@ -79,8 +79,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="get_run_logs",
         title="Read a run's log",
-        description="The last lines of a run's log, older ones by cursor. Never needed to learn the state: "
-        "get_run_status has a failed run's last lines.",
+        description="The last lines of a run's log, older ones by cursor; get_run_status has a failed run's last ones.",
         request=GetRunLogs,
         answer=LogPage,
         call=lambda service, request: service.run_logs(request),

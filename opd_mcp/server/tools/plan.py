@@ -25,9 +25,9 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="plan_distillation",
         title="Plan a distillation",
-        description="Checks the inputs and answers with the resolved recipe, the phases (and which "
-        "existing artifacts already satisfy), time, memory and disk for live and lightning, `blocking` and "
-        "`warnings`. Starts nothing. Give the `plan_id` to start_distillation.",
+        description="Checks the inputs and answers with the resolved recipe, the phases (and which are done), time, "
+        "memory and disk for live and lightning, a `preview` of the data, `blocking` and `warnings`. Starts "
+        "nothing. Give the `plan_id` to start_distillation.",
         request=PlanDistillation,
         answer=Plan,
         call=lambda service, request: service.plan(request),
@@ -36,7 +36,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         open_world=True,
         opaque=frozenset(
             {"Recipe", "RunInputs", "ModelIdentity", "TeacherClaim", "ConsistencyVerdict", "PlannedPhase"}
-            | {"PhaseEstimate", "Finding", "PromptHygiene", "RolloutStatistics", "NextAction"}
+            | {"PhaseEstimate", "Finding", "PromptHygiene", "RolloutStatistics", "NextAction", "Preview"}
         ),
     ),
 )

@@ -4,8 +4,10 @@ To add a tool: its request in schemas/requests.py, its row in its group's file h
 Nothing here imports mcp, so that the command line can read it.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from opd_mcp.schemas.errors import ArgumentError, nearest
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.server.tools import artifacts, dashboard, follow, plan, start
 from opd_mcp.server.tools.spec import ToolSpec
@@ -13,6 +15,13 @@ from opd_mcp.server.tools.spec import ToolSpec
 if TYPE_CHECKING:
     from opd_mcp.server.serve import ServerSettings
 
+GROUPS: dict[str, tuple[ToolSpec[Any, Any], ...]] = {
+    "plan": plan.TOOLS,
+    "start": start.TOOLS,
+    "follow": follow.TOOLS,
+    "artifacts": (artifacts.INSPECT_CACHE, *artifacts.TOOLS),
+    "dashboard": dashboard.TOOLS,
+}
 TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     *plan.TOOLS,
     *start.TOOLS,
@@ -24,8 +33,35 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
 
 
 def offered_tools(settings: "ServerSettings") -> list[ToolSpec[Any, Any]]:
-    """The tools that a server with these settings lists."""
-    return [spec for spec in TOOLS if settings.allow_delete or not spec.deletes]
+    """The tools that a server with these settings lists; it knows no others."""
+    chosen = [spec for group in settings.groups or GROUPS for spec in GROUPS[group]]
+    return [
+        spec
+        for spec in TOOLS
+        if spec in chosen and (spec.read_only or not settings.read_only) and (settings.allow_delete or not spec.deletes)
+    ]
+
+
+def named_groups(texts: Sequence[str]) -> tuple[str, ...]:
+    """The groups of tools that `--tools` names, one or more per option; raises ArgumentError `invalid_argument`."""
+    names = tuple(dict.fromkeys(name for text in texts for name in text.replace(",", " ").split()))
+    for name in names if names or not texts else [""]:
+        if name not in GROUPS:
+            raise ArgumentError(
+                "invalid_argument",
+                "There is no such group of tools.",
+                value=name,
+                nearest=nearest(name, GROUPS),
+                fix=f"Name some of: {', '.join(GROUPS)}.",
+            )
+    return names
+
+
+def restriction_text(settings: "ServerSettings") -> str:
+    """What an agent must know of the tools that its instructions name and this server does not offer."""
+    offered = {spec.name for spec in offered_tools(settings)}
+    missing = [spec.name for spec in TOOLS if spec.name not in offered and not spec.deletes]
+    return f"\nThis server was started without: {', '.join(missing)}." if missing else ""
 
 
 def command_text(action: NextAction) -> str:

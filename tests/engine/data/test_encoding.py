@@ -24,7 +24,7 @@ def encoded(template):
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr("opd_mcp.engine.data.templates.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("opd_mcp.engine.data.encoding.TEMPLATE_SECONDS", 0.3)
     with pytest.raises(ArgumentError, match="too_slow"):
         encoded("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x")
 
@@ -43,6 +43,7 @@ def test_a_template_cannot_leave_its_sandbox():
         "{{ messages[5].content.more }}",
         "{{ 1 / 0 }}",
         "{{ messages + 1 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_a_template_that_fails_is_named_with_its_prompt(template):
@@ -58,7 +59,7 @@ def test_a_template_of_megabytes_is_refused(tmp_path):
 
 
 def test_a_template_that_writes_without_end_is_refused_before_it_is_tokenized():
-    with pytest.raises(DataError, match="90000000 characters"):
+    with pytest.raises(DataError, match="more than 8388608 characters"):
         encoded("{% for a in range(90000) %}{{ 'x' * 1000 }}{% endfor %}")
 
 

@@ -119,7 +119,7 @@ def test_a_template_without_an_end_leaves_it_to_the_tokenizer(tmp_path, template
 
 
 def test_a_template_that_does_not_end_is_no_hang(tmp_path, monkeypatch):
-    monkeypatch.setattr("opd_mcp.engine.data.templates.TEMPLATE_SECONDS", 0.3)
+    monkeypatch.setattr("opd_mcp.engine.data.encoding.TEMPLATE_SECONDS", 0.3)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
     with pytest.raises(ArgumentError, match="too_slow"):
         Taught(tmp_path / "model", endless).adopted()

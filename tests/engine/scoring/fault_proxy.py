@@ -6,17 +6,23 @@ import time
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from opd_mcp.engine.scoring.remote import probe_ids
+
 STALL_SECONDS = 1.5
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Forwards to `upstream`; request number n on POST suffers `faults(n)`: a fault's name, or None."""
+    """Forwards to `upstream`; request number n on POST suffers `faults(n)`: a fault's name, or None.
+
+    Requests for the probe are not counted and suffer nothing, unless `spoils_probes`.
+    """
 
     daemon_threads = True
 
     def __init__(self, upstream: int, faults) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream, self.faults = upstream, faults
+        self.spoils_probes = False
         self.posts, self.lock = 0, threading.Lock()
         self.at_a_time = self.most_at_a_time = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -25,7 +31,10 @@ class FaultProxy(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fault(self) -> str | None:
+    def fault(self, body: bytes) -> str | None:
+        ids = json.loads(body)["prompt"]
+        if ids == probe_ids(max(ids) + 1) and not self.spoils_probes:
+            return None
         with self.lock:
             self.posts += 1
             return self.faults(self.posts)
@@ -35,14 +44,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._forward(None)
+        self._forward(self._body(), None)
 
     def do_POST(self) -> None:
         with self.server.lock:
             self.server.at_a_time += 1
             self.server.most_at_a_time = max(self.server.most_at_a_time, self.server.at_a_time)
         try:
-            self._forward(self.server.fault())
+            body = self._body()
+            self._forward(body, self.server.fault(body))
         finally:
             with self.server.lock:
                 self.server.at_a_time -= 1
@@ -50,8 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Nothing."""
 
-    def _forward(self, fault: str | None) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _forward(self, body: bytes, fault: str | None) -> None:
         if fault == "refused":
             self.close_connection = True
             self.connection.close()

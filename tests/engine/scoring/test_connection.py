@@ -1,7 +1,10 @@
 """One request, asked again where that can help: which answers that is, and how long the pauses are."""
 
+import contextlib
 import json
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -139,3 +142,71 @@ def test_a_run_that_shall_stop_asks_no_more(client):
     with pytest.raises(RunError, match="run_cancelled"):
         server.ask("GET", "/")
     assert served.seen == []
+
+
+STATUS, HEADERS = b"HTTP/1.1 200 OK\r\n", b"Content-Length: 100000\r\n\r\n"
+
+
+class Trickling(threading.Thread):
+    """A server that sends `begin` at once, and then one byte at a time without end."""
+
+    def __init__(self, begin: bytes, byte: bytes) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.begin, self.byte, self.sent = begin, byte, threading.Event()
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def run(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(self.begin)
+            while True:
+                connection.sendall(self.byte)
+                self.sent.set()
+                time.sleep(0.02)
+
+
+TRICKLES = {
+    "status": (b"HTTP/1.1 200 O", b"K"),
+    "headers": (STATUS + b"X-Long: ", b"x"),
+    "body": (STATUS + HEADERS, b" "),
+}
+
+
+@pytest.fixture(params=TRICKLES)
+def trickling(request):
+    server = Trickling(*TRICKLES[request.param])
+    yield server
+    server.listener.close()
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(trickling):
+    access = Access(patience=Patience(timeout_s=60, total_s=0.3, attempts=2, first_pause_s=0.01))
+    with pytest.raises(ResourceError, match=r"teacher_unreachable.*2 attempts.*no whole answer within 0.3 s"):
+        Server(trickling.url, access).ask("GET", "/")
+
+
+def test_a_cancel_ends_a_request_that_is_under_way(trickling):
+    access = Access(patience=Patience(timeout_s=3600, total_s=3600), should_stop=trickling.sent.is_set)
+    with pytest.raises(RunError, match="run_cancelled"):
+        Server(trickling.url, access).ask("GET", "/")
+
+
+def test_a_cancel_ends_the_wait_for_a_server_that_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url, asked = f"http://127.0.0.1:{listener.getsockname()[1]}", iter([False, False])
+        access = Access(patience=Patience(timeout_s=3600), should_stop=lambda: next(asked, True))
+        with pytest.raises(RunError, match="run_cancelled"):
+            Server(url, access).ask("GET", "/")

@@ -11,7 +11,7 @@ from opd_mcp.engine.cache.manifest import RolloutTally, read_cache, read_rollout
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.scoring.local import ScoredRows
-from opd_mcp.identity.data.overlap import eval_overlap, normalised
+from opd_mcp.identity.data.scan import eval_overlap, normalised
 from opd_mcp.identity.lineage import read_manifest
 from opd_mcp.schemas.errors import RunError
 

@@ -1,5 +1,6 @@
 """The stages on the arithmetic example: real models, few steps, every border checked."""
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.manifest import read_cache
@@ -23,11 +24,13 @@ from opd_mcp.engine.context import (
     SilentReporter,
 )
 from opd_mcp.engine.models.loading import copy_tokenizer
+from opd_mcp.engine.stages.benchmark import asked
 from opd_mcp.identity.consistency import asserted_claim
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.lineage import read_lineage, read_manifest, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, OpdError, RunError
-from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, Recipe
 from opd_mcp.schemas.reports import BenchmarkReport, TrainingSummary
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import Alert
@@ -203,6 +206,110 @@ def test_without_a_pattern_the_answers_choose_the_grader_and_the_report_counts_w
     assert "teacher: 8 of 8 responses had no extractable answer; they end: `" in text
 
 
+class Alerted(SilentReporter):
+    """Keeps alerts."""
+
+    def __init__(self) -> None:
+        self.alerts: dict[str, str] = {}
+
+    def alert(self, code: str, message: str) -> None:
+        self.alerts[code] = message
+
+
+def test_teacher_and_base_are_rows_and_the_share_of_the_gap_is_said(made: Made, example: Path, tmp_path: Path) -> None:
+    reporter = Alerted()
+    recipe = made.recipe.benchmark.model_copy(update={"limit": 40, "kl_prompts": 2})
+    report = stages.benchmark(
+        recipe,
+        BenchmarkInputs(
+            models={"distilled": made.teacher, "sft": made.sft},
+            references={"teacher": made.teacher, "base": example / "student"},
+            not_measured={"somebody": "is not here"},
+            prompts=made.prompts,
+            recipe_hash="abc",
+            teacher=made.teacher,
+        ),
+        tmp_path,
+        replace(made.context, reporter=reporter),
+    )
+    assert [model.name for model in report.models] == ["distilled", "sft", "teacher", "base"]
+    assert report.models[2].reverse_kl is None, "the teacher's divergence from itself"
+    sft, base = report.gap_closed
+    assert (sft.baseline, base.baseline) == ("sft", "base")
+    assert sft.share is not None
+    assert sft.share.low < sft.share.value == pytest.approx(1.0, abs=0.1)
+    text = (tmp_path / "report.md").read_text()
+    assert "Share of the gap from sft to teacher that distilled closed: 1.0" in text
+    assert "| somebody | not measured: is not here |" in text
+    assert "'benchmark.sampling.max_new_tokens'" in reporter.alerts["answers_truncated"]
+    assert "Responses cut at 64 tokens: 100% of sft. Such" in text, (
+        "nothing is said of a base that never learnt to stop"
+    )
+
+
+def test_a_template_stands_around_each_prompt_or_around_a_chat_s_last_question(made: Made, tmp_path: Path) -> None:
+    row = asked(PromptRow("0", prompt="1+1=?"), "Solve {prompt} in $\\boxed{}$.")
+    assert row.prompt == "Solve 1+1=? in $\\boxed{}$."
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+    chat = asked(PromptRow("0", messages=turns), "<{prompt}>")
+    assert [turn["content"] for turn in chat.messages or ()] == ["a", "b", "<c>"]
+    changed = made.recipe.benchmark.model_copy(update={"prompt_template": "0*0+{prompt}", "samples_per_prompt": 0})
+    plain, within = (
+        stages.benchmark(
+            section,
+            BenchmarkInputs(models={"teacher": made.teacher}, prompts=made.prompts, recipe_hash="abc", suite="sums"),
+            tmp_path / str(section.prompt_template is None),
+            made.context,
+        )
+        for section in (changed.model_copy(update={"prompt_template": None}), changed)
+    )
+    assert plain.prompts_sha256 == within.prompts_sha256, "the data is the same; the recipe has the template"
+    assert plain.models[0].tokens != within.models[0].tokens
+    assert "Suite `sums`" in (tmp_path / "True" / "report.md").read_text()
+
+
+def test_references_are_left_out_where_there_is_no_accuracy_to_compare(made: Made, tmp_path: Path) -> None:
+    unanswered = tmp_path / "prompts.jsonl"
+    unanswered.write_text('{"prompt": "1+1=?"}\n{"prompt": "1+2=?"}\n')
+    report = stages.benchmark(
+        made.recipe.benchmark,
+        BenchmarkInputs(
+            models={"sft": made.sft}, references={"teacher": made.teacher}, prompts=unanswered, recipe_hash="abc"
+        ),
+        tmp_path / "report",
+        made.context,
+    )
+    assert [model.name for model in report.models] == ["sft"]
+    assert report.gap_closed == []
+
+
+def test_the_teacher_s_responses_are_graded_before_the_student_learns_from_them(
+    made: Made, example: Path, tmp_path: Path
+) -> None:
+    def trained(grading: BenchmarkRecipe, name: str) -> tuple[TrainingSummary, dict[str, str]]:
+        reporter = Alerted()
+        inputs = SftInputs(student=example / "student", responses=made.root / "responses", grading=grading)
+        section = made.recipe.sft.model_copy(update={"steps": 1})
+        summary = stages.sft(section, inputs, tmp_path / name, replace(made.context, reporter=reporter))
+        return summary, reporter.alerts
+
+    right, quiet = trained(made.recipe.benchmark, "right")
+    assert right.teacher_responses is not None
+    assert right.teacher_responses.right.value > 0.9
+    assert right.teacher_responses.right.samples == 24
+    assert quiet == {}
+    wrong, alerts = trained(made.recipe.benchmark.model_copy(update={"answer_pattern": r"(never)"}), "wrong")
+    assert wrong.teacher_responses is not None
+    assert wrong.teacher_responses.right.value == 0
+    assert len(wrong.teacher_responses.wrong) == 3
+    message = alerts["teacher_often_wrong"]
+    assert "Only 0 of 24 responses of the teacher are right by `regex`" in message
+    assert message.count("read nothing, response ends `…") == 3
+    ungraded, failed = trained(made.recipe.benchmark.model_copy(update={"grader": "code"}), "ungraded")
+    assert ungraded.teacher_responses is None, "training needs no grader"
+    assert list(failed) == ["responses_not_graded"]
+
+
 @pytest.mark.parametrize(
     ("precision", "dtype"),
     [
@@ -260,8 +367,30 @@ def test_a_class_that_does_not_pack_is_padded_and_alert_summary_and_report_say_s
         tmp_path / "report",
         context,
     )
-    assert report.warnings == [message]
+    assert report.warnings[0] == message
     assert f"Note: {message}" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_teacher_that_can_only_score_is_no_row_of_the_report(made: Made, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    scorer = tmp_path / "scorer"
+    OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=22, n_embd=16, n_layer=1, n_head=2)).save_pretrained(scorer)
+    copy_tokenizer(made.teacher, scorer)
+    report = stages.benchmark(
+        made.recipe.benchmark.model_copy(update={"limit": 4, "kl_prompts": 2}),
+        BenchmarkInputs(
+            models={"sft": made.sft},
+            references={"teacher": scorer, "base": made.teacher},
+            prompts=made.prompts,
+            recipe_hash="abc",
+            teacher=scorer,
+        ),
+        tmp_path / "report",
+        made.context,
+    )
+    assert [model.name for model in report.models] == ["sft", "base"]
+    assert report.models[0].reverse_kl is not None
+    assert "The teacher's accuracy is not measured" in report.warnings[0]
 
 
 def test_another_teacher_is_refused_with_both_identities(made: Made, example: Path) -> None:
@@ -288,6 +417,15 @@ def test_another_teacher_may_be_allowed_and_is_recorded(made: Made, example: Pat
     with pytest.raises(ConsistencyError, match="teacher_mismatch"):
         made.distill("refused", cache=cache)
     assert read_lineage(made.distill("allowed", cache=cache, **allowed)).teacher_mismatch_allowed
+
+    mending = made.recipe.distill.model_copy(update={"repair": "residual"})
+    mended = made.distill("mended", cache=cache, recipe=mending, **allowed)
+    repair = json.loads((mended / "training.json").read_text())["repair"]
+    assert repair["tokens"] == read_manifest(cache).tokens
+    assert repair["mean_residual"] == pytest.approx(repair["mean_difference"], rel=0.2)
+    assert "'repair': 'residual'" in str(read_lineage(mended).recipe)
+    unmended = weights_of(made.root / "allowed")
+    assert any(values.ne(unmended[name]).any() for name, values in weights_of(mended).items())
 
 
 def test_rollouts_of_another_policy_are_refused(made: Made) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mcp.identity.data.overlap import normalised
+from opd_mcp.identity.data.scan import normalised
 
 
 @pytest.mark.parametrize(("one", "other"), [("1-2=?", "1*2=?"), ("1-2=?", "12=?"), ("4/2", "4%2")])

@@ -223,7 +223,7 @@ row_lines = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.binary(max_size=40) | row_lines, max_size=5))
 def test_any_bytes_are_read_or_refused_with_a_way_out(tmp_path, lines):
     file = tmp_path / "p.jsonl"

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opd_mcp.identity.data.overlap import eval_overlap, normalised, normalised_all
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import prompts_hash
-from opd_mcp.identity.data.scan import overlap_of, scan_of_rows, scan_prompts
+from opd_mcp.identity.data.scan import eval_overlap, normalised, normalised_all, overlap_of, scan_of_rows, scan_prompts
 from opd_mcp.schemas.base import content_hash
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
@@ -82,7 +81,7 @@ def test_of_many_long_texts_a_bounded_sample_is_kept(tmp_path):
 texts = st.lists(st.text(alphabet="aB +-é\0．１?", min_size=1, max_size=4), max_size=12)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(training=texts, evaluation=texts)
 def test_overlap_by_hashes_is_overlap_by_texts(tmp_path, training, evaluation):
     scans = []

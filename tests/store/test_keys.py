@@ -13,14 +13,14 @@ from opd_mcp.identity.signatures import SIGNATURE_FILE
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactRecord, require_intact
-from opd_mcp.store.lineage_key import KEY_FILE, workspace_key
+from opd_mcp.store.keys import workspace_key
 from opd_mcp.store.store import Store
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import LINEAGE_KEY, Workspace
 
 MAKE_KEY = """
 import sys
 from pathlib import Path
-from opd_mcp.store.lineage_key import workspace_key
+from opd_mcp.store.keys import workspace_key
 from opd_mcp.store.workspace import Workspace
 print(workspace_key(Workspace(Path(sys.argv[1]))).key.secret.hex())
 """
@@ -53,7 +53,7 @@ def test_the_key_is_private_and_made_once_by_whoever_comes_first(tmp_path):
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
     secrets = {process.communicate()[0].strip() for process in processes}
     assert len(secrets) == 1
-    file = tmp_path / "home" / KEY_FILE
+    file = tmp_path / "home" / LINEAGE_KEY
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert secrets == {workspace_key(Workspace(tmp_path / "home")).key.secret.hex()}
     file.chmod(0o644)
@@ -67,7 +67,7 @@ def test_two_workspaces_have_two_keys(tmp_path):
 
 
 def test_a_damaged_key_is_named_and_not_replaced(store):
-    file = store.workspace.root / KEY_FILE
+    file = store.workspace.root / LINEAGE_KEY
     file.write_text(json.dumps({"secret": "short", "created_at": "2020"}))
     with pytest.raises(IntegrityError, match=r"lineage\.key") as caught:
         published(store)
@@ -118,7 +118,7 @@ def test_an_unsigned_artifact_that_is_younger_than_the_key_does_not_count(store)
 
 def test_a_lost_key_makes_proofs_assertions(store):
     artifact = published(store)
-    (store.workspace.root / KEY_FILE).unlink()
+    (store.workspace.root / LINEAGE_KEY).unlink()
     again = Store(store.workspace)
     assert not again.artifacts.made_here(artifact.path)
     assert again.artifacts.made_here(published(again, "report-2").path)
