@@ -66,9 +66,10 @@ def preview_lines(preview: Preview) -> list[str]:
     taught = preview.stops.get(str(preview.end_of_turn))
     lines.append(f"a response ends at {stops}" + (f"; taught: {taught!r}" if len(preview.stops) > 1 else ""))
     lines += [f"template, {name}: {shortened(said, FACT_CHARACTERS)}" for name, said in preview.template.items()]
-    of = f"all {preview.of}" if preview.measured == preview.of else f"{preview.measured} sampled of {preview.of}"
+    whole = preview.measured == preview.of
+    of = f"all {preview.of} prompts" if whole else f"{preview.measured} prompts, sampled of {preview.of}"
     over = [f"{share.over} over {share.limit} ({share.tokens})" for share in preview.limits if share.over]
-    lines.append(f"of {of} prompts: {', '.join(over) or 'none over a limit'}")
+    lines.append(f"of {of}: {', '.join(over) or 'none over a limit'}")
     return lines
 
 
