@@ -341,10 +341,11 @@ class RunViews:
         signature = _signature(directory / JOURNAL_FILE)
         with self._lock:
             known = self._written.get(run_id)
-        if known is None or known[0] != signature:
-            known = signature, self.look(run_id, lambda view: view.written)
-            self._keep(self._written, run_id, known, MAX_STATES)
-        return state_of(known[1], alive)
+        if known is not None and known[0] == signature:
+            return state_of(known[1], alive)
+        written, state = self.look(run_id, lambda view: (view.written, view.state))
+        self._keep(self._written, run_id, (signature, written), MAX_STATES)
+        return state
 
     def _keep(self, kept: "OrderedDict[str, Kept]", run_id: str, value: Kept, limit: int) -> None:
         with self._lock:
