@@ -56,12 +56,11 @@ from opd_mcp.schemas.runs import (
 )
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.logs import log_page
-from opd_mcp.store.plans import read_arguments, read_plan, save_plan
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
 from opd_mcp.store.store import StartedRun, Store
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, read_arguments, read_plan, save_plan
 from opd_mcp.supervisor.launch import Supervisor
 from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache

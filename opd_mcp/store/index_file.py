@@ -48,6 +48,7 @@ POLL_SECONDS = 0.003
 BUILDING = ".building"
 COMPANIONS = ("", "-wal", "-shm")
 Fill = Callable[[sqlite3.Connection], list[IntegrityError]]
+MAGIC = b"SQLite format 3\0"
 APPLICATION_ID_OFFSET = 68
 """Where SQLite's header has the number that any program may use; the generation's digits are in it."""
 
@@ -171,6 +172,7 @@ class IndexFile:
         noted, before = self._read_note(), self._status()
         if before is None:
             raise UntrueIndex
+        self._require_noted(noted, before[1])
         try:
             # Never created here: an index appears under its name only once it is filled.
             database = sqlite3.connect(
@@ -189,7 +191,7 @@ class IndexFile:
                 raise UntrueIndex(f"version-{version}" if version else "damaged")
             if noted is None:
                 raise UntrueIndex
-            kept, mark = _kept(database), self._header_mark()
+            kept, mark = _kept(database), _mark_of(self._header())
             # SQLite opens the log by its name at the first query: it must be that of the same file.
             if self._status() != before or not noted.describes(kept, before[1], mark):
                 raise UntrueIndex
@@ -249,14 +251,23 @@ class IndexFile:
             return None
         return found.st_dev, found.st_ino
 
-    def _header_mark(self) -> int | None:
-        """The number in the main file's header, as no log changes it; None without a whole header."""
+    def _require_noted(self, noted: Note | None, inode: int) -> None:
+        """Raise UntrueIndex for another file than the note's, before SQLite opens it with the log that is there.
+
+        On closing it, SQLite would write that log into the wrong file and take it from those who use the right one.
+        An index without a note, of an earlier version, is looked at by its version first.
+        """
+        header = self._header()
+        if noted is not None and (inode, _mark_of(header)) != (noted.inode, _mark(noted.kept.generation)):
+            raise UntrueIndex("damaged" if header and not header.startswith(MAGIC) else None)
+
+    def _header(self) -> bytes:
+        """The begin of the main file's header, as no log changes it; empty without a file."""
         try:
             with self.path.open("rb") as file:
-                header = file.read(APPLICATION_ID_OFFSET + 4)
+                return file.read(APPLICATION_ID_OFFSET + 4)
         except FileNotFoundError:
-            return None
-        return int.from_bytes(header[APPLICATION_ID_OFFSET:]) if len(header) == APPLICATION_ID_OFFSET + 4 else None
+            return b""
 
     def _read_note(self) -> Note | None:
         try:
@@ -373,3 +384,8 @@ def _mark(generation: str) -> int:
 
 def _companion(path: Path, part: str) -> Path:
     return path.with_name(path.name + part)
+
+
+def _mark_of(header: bytes) -> int | None:
+    """The number in a header; None for one that is cut off."""
+    return int.from_bytes(header[APPLICATION_ID_OFFSET:]) if len(header) == APPLICATION_ID_OFFSET + 4 else None

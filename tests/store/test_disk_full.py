@@ -17,10 +17,9 @@ from opd_mcp.schemas.runs import RunInputs
 from opd_mcp.store import store as store_module
 from opd_mcp.store.artifacts import ARTIFACT_FILE
 from opd_mcp.store.journal import JournalWriter, read_journal
-from opd_mcp.store.plans import read_plan, save_plan
 from opd_mcp.store.runs import RESERVE_BYTES, RESERVE_FILE, use_reserve
 from opd_mcp.store.store import Store
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, read_plan, save_plan
 
 
 def write_points(disk, work) -> int:

@@ -11,7 +11,7 @@ from opd_mcp.schemas.plans import ConsistencyVerdict, Plan
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs
-from opd_mcp.store.plans import read_arguments, read_plan, save_plan
+from opd_mcp.store.workspace import read_arguments, read_plan, save_plan
 
 
 @pytest.fixture

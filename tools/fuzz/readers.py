@@ -52,10 +52,9 @@ from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
 from opd_mcp.store.artifacts import ArtifactRecord, read_artifact
 from opd_mcp.store.journal import JournalWriter, next_attempt
-from opd_mcp.store.plans import read_arguments, read_plan, save_plan
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import create_run, read_record
-from opd_mcp.store.workspace import Workspace
+from opd_mcp.store.workspace import Workspace, read_arguments, read_plan, save_plan
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.status import snapshot_of, status_of
 from tools import EXAMPLE

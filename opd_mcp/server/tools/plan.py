@@ -36,7 +36,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         open_world=True,
         opaque=frozenset(
             {"Recipe", "RunInputs", "ModelIdentity", "TeacherClaim", "ConsistencyVerdict", "PlannedPhase"}
-            | {"PhaseEstimate", "Finding", "PromptHygiene", "RolloutStatistics", "NextAction", "Preview"}
+            | {"PhaseEstimate", "FitOption", "Finding", "PromptHygiene", "RolloutStatistics", "NextAction", "Preview"}
         ),
     ),
 )
