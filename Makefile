@@ -16,6 +16,7 @@ test: .venv/fresh
 test-extras: .venv/fresh .extras/fresh
 	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py \
 	  tests/planning/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
+	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opd_mcp.identity.adapters import is_adapter, read_adapter
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
 from opd_mcp.identity.data.reading import ResponsesHeader, read_responses_header
 from opd_mcp.identity.data.rows import PromptRow
@@ -17,6 +18,7 @@ from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
+from opd_mcp.planning.adapter_bases import AdapterBases
 from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.planning.task_prompts import is_task, task_prompts, write_task_prompts
 from opd_mcp.planning.text_work import TextWork
@@ -109,6 +111,9 @@ class References:
             place = _Place(local)
         else:
             place = self._place(reference, "model")
+        if is_adapter(place.path):
+            completed = AdapterBases(self.store, self.models, self._named_base).loadable(place.path)
+            place = place if completed is None else _Place(completed.path, completed.artifact_id)
         facts = self.models.inspect_model(place.path)
         resolved = ModelInput(
             reference=reference,
@@ -120,6 +125,13 @@ class References:
             parameters=facts.parameters,
         )
         return ResolvedModel(resolved, facts)
+
+    def _named_base(self, name: str) -> Path | None:
+        """The directory of the base that an adapter names, below the allowed roots or fetched from the Hub."""
+        if Path(name).is_absolute():
+            return self.roots.resolve(name)
+        local = hub_directory(self.workspace, name) if HUB_ID.fullmatch(name) else None
+        return local if local is not None and local.is_dir() else None
 
     def sft_student(self, reference: str, declared_teacher: str | None) -> ResolvedModel:
         """As `model`, with `declared_teacher` as its SFT teacher where no lineage names one."""
@@ -160,6 +172,8 @@ class References:
             if path is None:
                 continue
             with suppress(OpdError):  # what cannot be used is not the teacher
+                if is_adapter(path):
+                    self._named_base(read_adapter(path).base)
                 if self.models.inspect_model(path).identity.same_model(claim.identity):
                     return model.path
         return None

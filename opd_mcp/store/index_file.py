@@ -22,7 +22,7 @@ from opd_mcp.identity.files import fsync_directory
 from opd_mcp.schemas.errors import IntegrityError, ResourceError
 from opd_mcp.store.files import free_bytes, workspace_missing
 
-SCHEMA_VERSION = 3  # 2: artifacts by time; 3: generation and transactions
+SCHEMA_VERSION = 4  # 2: artifacts by time; 3: generation and transactions; 4: artifacts by kind and time
 SCHEMA = """
 CREATE TABLE runs (
     run_id TEXT PRIMARY KEY, kind TEXT NOT NULL, created_at TEXT NOT NULL, request_hash TEXT NOT NULL,
@@ -36,6 +36,8 @@ CREATE TABLE artifacts (
 ) STRICT;
 CREATE INDEX artifacts_by_key ON artifacts (kind, key);
 CREATE INDEX artifacts_by_time ON artifacts (created_at, artifact_id);
+CREATE INDEX artifacts_by_kind ON artifacts (kind, created_at, artifact_id);
+CREATE INDEX runs_unfinished ON runs (created_at, run_id) WHERE final_state IS NULL;
 CREATE TABLE kept (generation TEXT NOT NULL, transactions INTEGER NOT NULL) STRICT;
 """
 # A larger index is not checked at every start.
@@ -152,14 +154,17 @@ class IndexFile:
         """A connection to a trusted index, built if there is none."""
         with suppress(UntrueIndex):
             return self._believed()
-        deadline = time.monotonic() + self._busy_seconds
+        deadline: float | None = None
         with self._turn():
-            while time.monotonic() < deadline:
+            while True:
                 try:
                     return self._believed()  # another process was faster, or this one has built it
                 except UntrueIndex as untrue:
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise self._busy() from untrue  # another process deletes it as fast as it is built
                     self._build(untrue.mark)
-            raise self._busy()  # another process deletes it as fast as it is built
+                # However long the first build took, e.g. of long journals that nobody has folded.
+                deadline = deadline or time.monotonic() + self._busy_seconds
 
     def _believed(self) -> sqlite3.Connection:
         """A connection to the file as it is; raises UntrueIndex."""

@@ -17,7 +17,7 @@ from opd_mcp.schemas.runs import UnderstoodData
 
 FIRST_ROWS = 8
 SAMPLED_ROWS = 64
-KEPT_GOLDS = 1024
+KEPT_GOLDS, GOLD_CHARACTERS = 1024, 1 << 14
 LONG_ROWS = 512
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
@@ -38,7 +38,7 @@ class PromptScan:
     sample: tuple[PromptRow, ...] = ()
     """Rows at even distances, 64 to 127 where there are as many."""
     golds: tuple[tuple[str, str], ...] = ()
-    """(id, expected answer) of rows with one, at even distances, 1024 to 2047 where there are as many."""
+    """(id, expected answer) of rows at even distances, huge answers left out; 1024 to 2047 where there are as many."""
     long_bytes: int = 0
     long_rows: int = 0
     """Rows with more than `long_bytes` bytes of text."""
@@ -121,8 +121,12 @@ class _Scanner:
     def _add_golds(self, ids: Sequence[str], answers: Sequence[str | None]) -> None:
         if not any(answers):
             return
-        answered = [pair for pair in zip(ids, answers, strict=True) if pair[1] is not None]
-        self.golds += answered[-self.answers % self.gold_distance :: self.gold_distance]  # type: ignore[arg-type]
+        if None in answers:
+            present = [answer is not None for answer in answers]
+            ids, answers = list(compress(ids, present)), list(compress(answers, present))
+        kept = slice(-self.answers % self.gold_distance, None, self.gold_distance)
+        chosen = zip(ids[kept], answers[kept], strict=True)
+        self.golds += [(row, gold) for row, gold in chosen if gold is not None and len(gold) <= GOLD_CHARACTERS]
         while len(self.golds) >= 2 * KEPT_GOLDS:
             self.golds = self.golds[::2]
             self.gold_distance *= 2
