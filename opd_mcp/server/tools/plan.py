@@ -13,8 +13,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="inspect_setup",
         title="Inspect the set-up",
-        description="Version, devices and free memory, workspace, allowed roots, active runs, limits, and the "
-        "absolute paths of a small example task that runs on any machine. Call it first.",
+        description="Version, devices and free memory, workspace, allowed roots, active runs, limits, and the paths of "
+        "a small example task for any machine. Call it first.",
         request=InspectSetup,
         answer=SetupReport,
         call=lambda service, request: service.setup(),
@@ -25,9 +25,9 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="plan_distillation",
         title="Plan a distillation",
-        description="Checks the inputs and answers with the resolved recipe, the phases (which are done), time, "
-        "memory and disk for live and lightning, a `preview` of the data, `blocking` and `warnings`. Starts "
-        "nothing. Give the `plan_id` to start_distillation.",
+        description="Checks the inputs; gives the recipe, phases (which are done), time, memory and disk for live and "
+        "lightning, a `preview` of data, `blocking` and `warnings`. Starts nothing. Give the `plan_id` to "
+        "start_distillation.",
         request=PlanDistillation,
         answer=Plan,
         call=lambda service, request: service.plan(request),
