@@ -3,8 +3,8 @@
 A model brings its own template, written by the model's author: it may refuse roles, fail, or never end. Time is
 limited by the caller: a signal in a worker, the kernel in the child that makes a plan's preview.
 
-The same turns give the same text: the clock shows the moment that the caller gives, in UTC, and a template that draws at
-random or writes an address of memory is refused.
+The same turns give the same text: the clock shows the moment that the caller gives, in UTC, and a template that draws
+at random or writes an address of memory is refused.
 """
 
 import json
@@ -144,8 +144,9 @@ def render(
 ) -> str:
     """The turns as the template writes them, `to_answer` with the beginning of the assistant's next turn.
 
-    `moment` is what the template's clock shows, an aware time; `variables` are the special tokens by name and the recipe's `chat_template_kwargs`. Raises DataError `too_large` for
-    a template that writes without end, one of `REFUSALS` for turns that it refuses.
+    `moment` is what the template's clock shows, an aware time; `variables` are the special tokens by name and the
+    recipe's `chat_template_kwargs`. Raises DataError `too_large` for a template that writes without end, one of
+    `REFUSALS` for turns that it refuses and for a text that another process would not write.
     """
     given = {
         "messages": [_shown(turn) for turn in turns],

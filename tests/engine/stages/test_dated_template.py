@@ -17,7 +17,8 @@ from opd_mcp.schemas.errors import RunError
 
 DATED = (
     "{{ strftime_now('%d%m') }}{{ messages[0]['content'] }}"
-    "{% for m in messages[1:] %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages[1:] %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 FIRST, LATER = datetime(2026, 3, 7, 23, 59, tzinfo=UTC), datetime(2026, 3, 8, 0, 1, tzinfo=UTC)
 
