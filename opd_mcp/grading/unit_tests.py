@@ -40,13 +40,17 @@ class Example:
 def require_sandbox() -> None:
     """Raise ResourceError `sandbox_unavailable` where this machine cannot cut off network and files."""
     limits = CodeLimits()
-    tried = subprocess.run(
-        _command(limits), capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL, env={}
-    )
-    if tried.returncode != 0:
+    try:
+        tried = subprocess.run(
+            _command(limits), capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL, env={}
+        )
+        why = tried.stderr.strip()[-200:] if tried.returncode != 0 else None
+    except subprocess.TimeoutExpired:
+        why = "the sandbox did not answer within 60 s"
+    if why is not None:
         raise ResourceError(
             "sandbox_unavailable",
-            f"Generated code cannot be run safely here: {tried.stderr.strip()[-200:]}.",
+            f"Generated code cannot be run safely here: {why}.",
             fix="Run on Linux 5.12 or later where unprivileged user namespaces are allowed, or take another grader.",
         )
 

@@ -65,6 +65,18 @@ class ModelFacts:
         return self.setting("hidden_size")
 
     @property
+    def positions(self) -> int | None:
+        """The positions that the model was made for, with what its RoPE scaling adds."""
+        own, config = self.setting("max_position_embeddings"), _text_config(self.config)
+        rope = config.get("rope_scaling") or config.get("rope_parameters")
+        if own is None or not isinstance(rope, dict):
+            return own
+        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings", own)
+        if not isinstance(factor, int | float) or not isinstance(original, int) or not 1 <= factor <= 1e6:
+            return own
+        return max(own, int(factor * original))
+
+    @property
     def layers(self) -> int | None:
         """Number of transformer layers."""
         return self.setting("num_hidden_layers")

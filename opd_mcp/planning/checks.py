@@ -1,27 +1,42 @@
 """What stands in a plan's way, and what its reader should know: tokenizers, teacher consistency, evaluation."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from opd_mcp.grading.child import AnswerLimits
+from opd_mcp.grading.golds import gold_problems, recipe_grader
+from opd_mcp.grading.graders import grader_for
 from opd_mcp.identity.consistency import consistency, delta_by_construction, proven_claim, require_consistent
+from opd_mcp.identity.data.rows import RawIds
 from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage, read_manifest
-from opd_mcp.identity.models import require_decodable
-from opd_mcp.identity.tokenizers import TokenDifference, differences_text, require_unused, special_differences
+from opd_mcp.identity.models import ModelFacts, require_decodable
+from opd_mcp.identity.tokenizers import (
+    TokenDifference,
+    differences_text,
+    require_unused,
+    special_differences,
+    token_map,
+)
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.planning.text_work import TextFacts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
-from opd_mcp.schemas.errors import ConsistencyError, OpdError
+from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
 from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
-from opd_mcp.schemas.recipes import Method, PromptingRecipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, Method, PromptingRecipe, SftRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRequest
+from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.artifacts import Artifact, ArtifactStore
 
 # above this share a distillation learns much from answers without an end
 TRUNCATED_SHARE = 0.1
+# Grading of expected answers stops after so many seconds, and says how many it has graded.
+GOLDS_SECONDS, GOLD_SECONDS, GOLDS_AT_ONCE = 20.0, 2.0, 32
 # above this share the wrong field may be meant
 SKIPPED_SHARE = 0.1
 
@@ -60,6 +75,43 @@ def differing_tokens(teacher: ResolvedModel, student: ResolvedModel) -> tuple[To
     if teacher.facts.identity.tokenizer == student.facts.identity.tokenizer:
         return ()
     return special_differences(teacher.facts.path, student.facts.path)
+
+
+def require_usable_ids(raw: RawIds | None, tokenizer: Path, student: ModelFacts | None, section: SftRecipe) -> None:
+    """Raise DataError for token ids that SFT could not learn.
+
+    `unknown_token`: outside the vocabulary of the directory `tokenizer`; `too_large`: more in a row than the student
+    has positions; `empty_data`: more in every row than `sft.max_length`.
+    """
+    if raw is None or raw.shortest is None:
+        return
+    size = max(token_map(tokenizer), default=-1) + 1
+    if raw.largest >= size:
+        raise DataError(
+            "unknown_token",
+            f"{_sentence(raw.largest_at)} holds the id {raw.largest}, and the vocabulary ends at {size - 1}.",
+            value=raw.largest,
+            fix="Give ids of the teacher's tokenizer, or leave the ids out and give text.",
+        )
+    if raw.shortest > section.max_length:
+        raise DataError(
+            "empty_data",
+            f"Every row has more ids than sft.max_length ({section.max_length}); the shortest has {raw.shortest}.",
+            value=raw.shortest,
+            fix="Raise 'sft.max_length', or give other responses.",
+        )
+    positions = student.positions if student else None
+    if positions is not None and positions < min(raw.longest, section.max_length):
+        raise DataError(
+            "too_large",
+            f"{_sentence(raw.longest_at)} has {raw.longest} ids, and the student was made for {positions} positions.",
+            value=raw.longest,
+            fix=f"Set 'sft.max_length' to at most {positions}: longer rows are then left out and counted.",
+        )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def judge_special_tokens(
@@ -175,6 +227,38 @@ def judge_data(inputs: PlanInputs, found: Findings) -> None:
                 f"the first is {first.place}: {first.reason}.",
                 "Repair these rows, or name the fields that are meant with columns=….",
             )
+
+
+def judge_golds(inputs: PlanInputs, recipe: BenchmarkRecipe, found: Findings) -> None:
+    """Block expected answers that their grader would not take for right if a response said just them."""
+    if inputs.eval_prompts is None or not (golds := inputs.eval_prompts.scan.golds):
+        return
+    answers, total = [gold for _, gold in golds], inputs.eval_prompts.scan.rows_with_answer
+    name, why = recipe_grader(recipe, answers)
+    limits = AnswerLimits(cpu_seconds=GOLD_SECONDS)
+    problems: list[tuple[str, str]] = []
+    graded, until = 0, time.monotonic() + GOLDS_SECONDS
+    try:
+        with grader_for(name, pattern=recipe.answer_pattern, allow_code=recipe.allow_code, limits=limits) as grader:
+            while graded < len(golds) and time.monotonic() < until:
+                part = golds[graded : graded + GOLDS_AT_ONCE]
+                found_in = gold_problems(grader, [gold for _, gold in part])
+                problems += [part[problem.row] for problem in found_in]
+                graded += len(part)
+    except OpdError as error:
+        found.blocking.append(Finding.of_error(error))
+        return
+    if problems:
+        shown = ", ".join(f"{row}: {shortened(gold, 60)!r}" for row, gold in problems[:3])
+        of = f"all {total}" if graded == total else f"{graded} sampled of {total}"
+        found.blocking.append(
+            Finding(
+                code="golds_not_gradable",
+                message=f"{len(problems)} of {of} expected answers are graded as wrong by the grader '{name}' ({why}) "
+                f"when a response says just them, in a sentence or in \\boxed{{}}: {shown}.",
+                fix="Set 'benchmark.grader' to one that fits, repair these answers, or name their field by columns=….",
+            )
+        )
 
 
 def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:

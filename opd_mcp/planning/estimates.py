@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -21,9 +22,10 @@ from opd_mcp.planning.workload import (
     workload_of,
 )
 from opd_mcp.schemas.base import Schema
-from opd_mcp.schemas.plans import MethodEstimate, PhaseEstimate
+from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate
 from opd_mcp.schemas.recipes import Method, Recipe
 from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.resolve import changed_recipe
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRequest
 from opd_mcp.schemas.texts import byte_size
 
@@ -137,12 +139,89 @@ def estimate_of(
     request: RunRequest, target: Target, measured: Sequence[PhaseCost], inspect: Callable[[Path], ModelFacts]
 ) -> MethodEstimate | None:
     """What a run takes on the target, by earlier measured costs; None while a model of it is still to be fetched."""
-    room = Room(target.kind, max(target.memory - PROCESS_BYTES, 0))
-    workload = workload_of(request.recipe, request.inputs, room, inspect)
+    workload = workload_of(request.recipe, request.inputs, room_of(target), inspect)
     if workload is None:
         return None
     method: Method = "sft" if request.kind == "sft" else request.recipe.distill.method
     return CostModel(workload, target, measured).estimate(method, request.phases)
+
+
+LEAST_MICRO_BATCH_TOKENS = 1024
+FACTORS = (1, 2, 4, 8, 16, 32)
+BATCHES = ("rollout", "responses", "benchmark")
+
+
+def fit_options(request: RunRequest, target: Target, inspect: Callable[[Path], ModelFacts]) -> list[FitOption]:
+    """All weights trained, and adapters: each with the largest micro-batches and batches with which the run fits.
+
+    Empty where nothing is trained, or a model is still to be fetched.
+    """
+    pending = {phase.name for phase in request.phases if phase.satisfied_by is None}
+    ways: tuple[Literal["full", "lora"], ...] = ("full", "lora") if pending & {"sft", "distill"} else ()
+    found: list[FitOption] = []
+    for way in ways:
+        option: FitOption | None = None
+        for factor in FACTORS:
+            changes = _trained_so(way, request.recipe) | (_smaller(request.recipe, factor) if factor > 1 else {})
+            option = _fit_option(way, request, changes, target, inspect)
+            if option is None or option.fits:
+                break
+        if option is not None:
+            found.append(option)
+    return found
+
+
+def _trained_so(way: Literal["full", "lora"], recipe: Recipe) -> dict[str, Any]:
+    """The changes that turn adapters on or off where they are not so already."""
+    changes: dict[str, Any] = {}
+    for name, section in (("sft", recipe.sft), ("distill", recipe.distill)):
+        if (section.adapter is None) == (way == "lora"):
+            changes[f"{name}.adapter"] = {} if way == "lora" else None
+        if way == "lora" and section.optimizer.precision != "fp32_master":
+            changes[f"{name}.optimizer.precision"] = "fp32_master"
+    return changes
+
+
+def _smaller(recipe: Recipe, factor: int) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for name in ("sft", "distill", "score"):
+        tokens = getattr(recipe, name).micro_batch_tokens
+        changes[f"{name}.micro_batch_tokens"] = min(tokens, max(tokens // factor, LEAST_MICRO_BATCH_TOKENS))
+    for name in BATCHES:
+        changes[f"{name}.batch_size"] = max(getattr(recipe, name).batch_size // factor, 1)
+    return changes
+
+
+def _fit_option(
+    way: Literal["full", "lora"],
+    request: RunRequest,
+    changes: dict[str, Any],
+    target: Target,
+    inspect: Callable[[Path], ModelFacts],
+) -> FitOption | None:
+    recipe = changed_recipe(request.recipe, changes)
+    workload = workload_of(recipe, request.inputs, room_of(target), inspect)
+    if workload is None:
+        return None
+    works = {phase.name: workload.work(phase.name) for phase in request.phases if phase.satisfied_by is None}
+    training = max((works[name] for name in works if works[name].checkpointing), key=lambda work: work.memory)
+    peak = max(work.memory for work in works.values()) + PROCESS_BYTES
+    micro = max(getattr(recipe, name).micro_batch_tokens for name in works if works[name].checkpointing)
+    sections = {"responses" if name == "generate_responses" else name for name in works}
+    assert training.checkpointing is not None, "a training phase has a policy"
+    return FitOption(
+        name=way,
+        fits=peak <= target.memory - target.claimed,
+        peak_memory_bytes=peak,
+        checkpointing=training.checkpointing,
+        micro_batch_tokens=micro,
+        overrides={key: value for key, value in changes.items() if key.split(".")[0] in sections},
+    )
+
+
+def room_of(target: Target) -> Room:
+    """What of a target is there for a run's tensors."""
+    return Room(target.kind, max(target.memory - PROCESS_BYTES, 0))
 
 
 def _recomputed(work: Work) -> str:

@@ -20,13 +20,14 @@ from opd_mcp.planning.checks import (
     judge_data,
     judge_evaluation,
     judge_files,
+    judge_golds,
     judge_prompts,
     judge_special_tokens,
     measured_cache,
     require_generating,
     with_measures,
 )
-from opd_mcp.planning.estimates import estimate_of, measured_costs
+from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
@@ -35,11 +36,11 @@ from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
-from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan, PlannedPhase
+from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunPhase, RunRequest
-from opd_mcp.schemas.texts import shortened
+from opd_mcp.schemas.texts import byte_size, shortened
 
 SAMPLE_ROWS = 3
 SAMPLE_CHARACTERS = 160
@@ -73,6 +74,7 @@ class Planner:
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
+        judge_golds(inputs, recipe.benchmark, found)
         hygiene = judge_prompts(inputs, facts, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
         phases = requests[method].phases
@@ -84,6 +86,8 @@ class Planner:
         mine = next((estimate for estimate in estimates if estimate.method == method), None)
         if mine is not None:
             found.blocking += resource_findings(mine, target, free_disk(self.references.workspace.root))
+        fits = fit_options(requests[method], target, self.references.models.inspect_model)
+        found.blocking = [with_way_to_fit(finding, arguments, fits) for finding in found.blocking]
         plan_id = f"plan-{content_hash(fingerprint(arguments, schema, recipe, phases))[:12]}"
         request = requests[method].model_copy(update={"plan_id": plan_id})
         quota = quota_findings(self.references.store, request, mine.seconds if mine else None)
@@ -95,6 +99,7 @@ class Planner:
             phases=[PlannedPhase.model_validate(phase.model_dump()) for phase in phases],
             consistency=verdict,
             estimates=estimates,
+            fits=fits,
             sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.scan.first[:SAMPLE_ROWS]],
             preview=preview,
             hygiene=hygiene,
@@ -229,8 +234,30 @@ def _with_mean(inputs: RunInputs, mean: float | None) -> RunInputs:
     return inputs.model_copy(update=update)
 
 
+def with_way_to_fit(finding: Finding, arguments: PlanDistillation, fits: Sequence[FitOption]) -> Finding:
+    """A shortage of memory with the plan that would fit: the first way that does, or that none does."""
+    if finding.code != "not_enough_memory" or not fits:
+        return finding
+    option = next((option for option in fits if option.fits), None)
+    if option is None:
+        return finding.model_copy(
+            update={"fix": f"Neither full training nor LoRA fits with smaller batches. {finding.fix}"}
+        )
+    what = "Training all weights with smaller batches" if option.name == "full" else "LoRA (docs/adapters.md)"
+    given = arguments.to_dict() | {"overrides": {**arguments.overrides, **option.overrides}}
+    return finding.model_copy(
+        update={
+            "fix": f"{what} fits, with about {byte_size(option.peak_memory_bytes)}: plan again with these overrides. "
+            "Or choose smaller models, or wait until memory is free.",
+            "call": next_call("plan_distillation", **given),
+        }
+    )
+
+
 def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan."""
+    if blocking and blocking[0].code == "not_enough_memory" and (call := blocking[0].call) is not None:
+        return call.with_why(f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}")
     if blocking:
         return plan_call(f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}")
     return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)

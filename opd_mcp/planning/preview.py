@@ -218,7 +218,8 @@ def _limits(
     if "sft" in phases:
         room = recipe.sft.max_length
         yield LimitShare(limit="sft.max_length", tokens=room, over=sum(length >= room for length in used)), None
-    positions = [facts for model in (inputs.teacher, inputs.student) if (facts := _positions(model.facts))]
+    models = [model.facts for model in (inputs.teacher, inputs.student) if model.facts]
+    positions = [facts.positions for facts in models if facts.positions is not None]
     drawn: dict[str, Sampling] = {}
     if "generate_responses" in phases:
         drawn["responses"] = recipe.responses.sampling
@@ -248,19 +249,3 @@ def _judge_positions(limits: Sequence[tuple[LimitShare, tuple[int, Sampling] | N
                 + " 'prompting.max_prompt_tokens', or give models with more positions.",
             )
         )
-
-
-def _positions(facts: ModelFacts | None) -> int | None:
-    """The positions that a model was made for, with what its RoPE scaling adds."""
-    if facts is None or (own := facts.setting("max_position_embeddings")) is None:
-        return None
-    config = facts.config
-    nested = config.get("text_config")
-    scaling = {**config, **(nested if isinstance(nested, dict) else {})}
-    rope = scaling.get("rope_scaling") or scaling.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return own
-    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings", own)
-    if not isinstance(factor, int | float) or not isinstance(original, int) or not 1 <= factor <= 1e6:
-        return own
-    return max(own, int(factor * original))

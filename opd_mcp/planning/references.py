@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opd_mcp.identity.adapters import is_adapter, read_adapter
 from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
-from opd_mcp.identity.data.reading import read_responses_header
+from opd_mcp.identity.data.reading import ResponsesHeader, read_responses_header
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.data.scan import PromptScan, scan_of_rows, scan_prompts
 from opd_mcp.identity.data.sources import COMPRESSED, SUFFIXES, is_glob, matching_files
@@ -17,6 +18,7 @@ from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
+from opd_mcp.planning.adapter_bases import AdapterBases
 from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.planning.task_prompts import is_task, task_prompts, write_task_prompts
 from opd_mcp.planning.text_work import TextWork
@@ -56,6 +58,14 @@ class ResolvedPrompts:
 
     input: DataInput
     scan: PromptScan = field(default_factory=lambda: scan_of_rows([]))
+
+
+@dataclass(frozen=True)
+class ResolvedResponses:
+    """Responses with what a look at them found; nothing for a Hub data set that is not here yet."""
+
+    input: DataInput
+    header: ResponsesHeader | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,9 @@ class References:
             place = _Place(local)
         else:
             place = self._place(reference, "model")
+        if is_adapter(place.path):
+            completed = AdapterBases(self.store, self.models, self._named_base).loadable(place.path)
+            place = place if completed is None else _Place(completed.path, completed.artifact_id)
         facts = self.models.inspect_model(place.path)
         resolved = ModelInput(
             reference=reference,
@@ -112,6 +125,13 @@ class References:
             parameters=facts.parameters,
         )
         return ResolvedModel(resolved, facts)
+
+    def _named_base(self, name: str) -> Path | None:
+        """The directory of the base that an adapter names, below the allowed roots or fetched from the Hub."""
+        if Path(name).is_absolute():
+            return self.roots.resolve(name)
+        local = hub_directory(self.workspace, name) if HUB_ID.fullmatch(name) else None
+        return local if local is not None and local.is_dir() else None
 
     def sft_student(self, reference: str, declared_teacher: str | None) -> ResolvedModel:
         """As `model`, with `declared_teacher` as its SFT teacher where no lineage names one."""
@@ -152,6 +172,8 @@ class References:
             if path is None:
                 continue
             with suppress(OpdError):  # what cannot be used is not the teacher
+                if is_adapter(path):
+                    self._named_base(read_adapter(path).base)
                 if self.models.inspect_model(path).identity.same_model(claim.identity):
                     return model.path
         return None
@@ -195,16 +217,16 @@ class References:
 
     def responses(
         self, reference: str, declared_teacher: str | None, columns: Mapping[str, str] | None = None
-    ) -> DataInput:
+    ) -> ResolvedResponses:
         """Responses by reference, with whose they are: proven by lineage, else as declared."""
         declared = self.claim(declared_teacher)
         place, absent = self._data_place(reference, "responses", columns)
         if absent is not None:
-            return absent.model_copy(update={"sft_teacher": declared})
+            return ResolvedResponses(absent.model_copy(update={"sft_teacher": declared}))
         mapped = None if place.artifact_id else columns
         header = read_responses_header(place.path, mapped)
         claim = self._lineage_claim(place.path) or declared
-        return DataInput(
+        resolved = DataInput(
             reference=reference,
             path=str(place.path),
             artifact_id=place.artifact_id,
@@ -215,6 +237,7 @@ class References:
             columns=dict(mapped) if mapped else None,
             understood=header.understood,
         )
+        return ResolvedResponses(resolved, header)
 
     def cache(self, reference: str) -> ResolvedCache:
         """A teacher cache by artifact id, run id or path; raises PathError `not_a_cache` for anything else."""

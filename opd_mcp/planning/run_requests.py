@@ -11,10 +11,17 @@ from typing import Any
 import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
+from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
-from opd_mcp.planning.checks import Findings, differing_tokens, judge_special_tokens, require_generating
+from opd_mcp.planning.checks import (
+    Findings,
+    differing_tokens,
+    judge_special_tokens,
+    require_generating,
+    require_usable_ids,
+)
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
-from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, columns_of
+from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
@@ -68,21 +75,28 @@ class RequestBuilder:
         """The student is fine-tuned on responses; whose they are is proven by lineage, else as declared.
 
         It adopts the tokenizer and template that came with the responses, else those of a declared teacher that is
-        here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's.
+        here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's, and as
+        `require_usable_ids`.
         """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
         columns = columns_of(arguments.columns, "responses")
         responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
         teacher = None
-        if not (Path(str(responses.path)) / TOKENIZER_FOLDER).is_dir():
+        saved = Path(str(responses.input.path)) / TOKENIZER_FOLDER
+        if not saved.is_dir():
             teacher = self.references.declared_teacher(arguments.declared_teacher)
+        if responses.header is not None:
+            facts = teacher.facts if teacher else student.facts
+            tokenizer = saved if saved.is_dir() else facts.path if facts else None
+            if tokenizer is not None:
+                require_usable_ids(responses.header.raw_ids, tokenizer, student.facts, recipe.sft)
         if teacher is not None:
-            differing_tokens(teacher, student)
+            self._require_fitting_tokens(teacher, student, responses, recipe)
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input if teacher else None,
-            responses=responses,
+            responses=responses.input,
             declared_teacher=arguments.declared_teacher,
         )
         return self.request("sft", recipe, inputs, PhaseChain(recipe, inputs).sft().phases)
@@ -223,6 +237,19 @@ class RequestBuilder:
             judge_special_tokens(differing, facts, prompting, Findings())
             mean = facts.mean_prompt_tokens
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
+
+    def _require_fitting_tokens(
+        self, teacher: ResolvedModel, student: ResolvedModel, responses: ResolvedResponses, recipe: Recipe
+    ) -> None:
+        """Raise ConsistencyError `tokenizer_mismatch` unless the tokens that the responses need are the same."""
+        differing = differing_tokens(teacher, student)
+        if not differing or teacher.facts is None or responses.header is None:
+            return
+        rows = responses.header.first
+        watched = tuple(difference.id for difference in differing)
+        scan = scan_of_rows([row.prompt for row in rows])
+        asked = Asked(teacher.facts.path, recipe.prompting, scan, recipe.sft.train_turns, rows[0], watched)
+        judge_special_tokens(differing, self.references.texts.facts(asked), recipe.prompting, Findings())
 
     def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:
         """The cache's teacher: as given, or where the run that made the cache had it, if it is still the same."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.schemas.memory import (
     TILE_BYTES,
+    AdapterSize,
     CheckpointingPolicy,
     ModelShape,
     StepSize,
@@ -52,7 +53,8 @@ class DataSize:
     sft_prompts: int = 0
     eval_prompts: int = 0
     models: int = 2
-    teacher: bool = False
+    references: frozenset[str] = frozenset()
+    """The rows of a report that the run has the models for, besides `models`."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Workload:
     teacher: ModelShape
     data: DataSize
     room: Room = Room()
+    stored_bytes: float = 2.0
+    """Bytes per weight of the student's files."""
 
     def work(self, name: PhaseName) -> Work:
         """The work of one phase; a fetch counts as none."""
@@ -96,8 +100,7 @@ class Workload:
                 rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
                 return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
             case "sft" | "distill":
-                section = recipe.sft if name == "sft" else recipe.distill
-                return saved_bytes(section.optimizer.precision) * self.student.parameters + (16 << 20)
+                return self._saved(recipe.sft if name == "sft" else recipe.distill) + (16 << 20)
             case "rollout" | "score":
                 # Ids and the student's log-probs; then the teacher's, with its top k.
                 token = 8 if name == "rollout" else 12 + 8 * recipe.score.topk
@@ -113,8 +116,40 @@ class Workload:
         """
         if name not in ("sft", "distill"):
             return 0
-        precision = (self.recipe.sft if name == "sft" else self.recipe.distill).optimizer.precision
+        section = self.recipe.sft if name == "sft" else self.recipe.distill
+        precision, adapter = section.optimizer.precision, self.adapter(section)
+        if adapter is not None:
+            return 3 * (4 + 8) * adapter.trained
         return 3 * (weight_bytes(precision) * self.student.parameters + optimizer_bytes(precision, self.student))
+
+    def adapter(self, section: SftRecipe | DistillRecipe) -> AdapterSize | None:
+        """The adapter that a training phase makes; None where it trains all weights."""
+        recipe = section.adapter
+        if recipe is None:
+            return None
+        narrow = recipe.base_dtype == "bfloat16" or (
+            recipe.base_dtype == "auto" and self._value_bytes == 2 and not self._is_float32(section)
+        )
+        trained = self.student.adapter_parameters(recipe.rank, recipe.targets)
+        before = self.recipe.sft.adapter if section is self.recipe.distill and not recipe.continue_adapter else None
+        earlier = self.student.adapter_parameters(before.rank, before.targets) if before else 0
+        ranks = recipe.rank * (len(recipe.targets) if recipe.targets else 7)
+        return AdapterSize(trained, ranks, 2 if narrow else 4, earlier)
+
+    def _is_float32(self, section: SftRecipe | DistillRecipe) -> bool:
+        """Whether a training begins with a student that is stored in float32: as it was given, or merged by the SFT."""
+        before = self.recipe.sft.adapter if section is self.recipe.distill else None
+        merged = before is not None and before.saved_as(self.recipe.runtime.dtype) != "adapter"
+        return merged or self.stored_bytes >= 4
+
+    def _saved(self, section: SftRecipe | DistillRecipe) -> int:
+        """Bytes of a trained student."""
+        adapter = self.adapter(section)
+        if adapter is None or section.adapter is None:
+            return saved_bytes(section.optimizer.precision) * self.student.parameters
+        ways = section.adapter.saved_as(self.recipe.runtime.dtype)
+        alone = 4 * (adapter.trained + adapter.earlier) if ways != "merged" else 0
+        return alone + (4 * self.student.parameters if ways != "adapter" else 0)
 
     @property
     def _rollouts(self) -> int:
@@ -139,10 +174,15 @@ class Workload:
     def _training(self, section: SftRecipe | DistillRecipe, length: float, room: Room) -> Work:
         tokens = section.batch_size * length
         micro = micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens))
-        step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device)
+        adapter = self.adapter(section)
+        step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device, adapter=adapter)
         memory = training_memory(self.student, step, section.activation_checkpointing, room.memory)
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
-        flops = 6.0 * self.student.parameters * section.steps * tokens
+        # a frozen weight forms no gradient of its own
+        each = (
+            6.0 * self.student.parameters if adapter is None else 4.0 * self.student.parameters + 6.0 * adapter.trained
+        )
+        flops = each * section.steps * tokens
         return Work(flops, passes, memory.total, memory.policy)
 
     def _responses(self) -> Work:
@@ -165,7 +205,8 @@ class Workload:
     def _scoring(self) -> Work:
         budget, parameters = self.recipe.score.micro_batch_tokens, self.student.parameters + self.teacher.parameters
         tokens = self._rollouts * (self.data.prompt_tokens + self.recipe.rollout.sampling.max_new_tokens)
-        memory = parameters * self._value_bytes + self._forward_memory(self.teacher, min(budget, tokens))
+        # the student's log-probs were kept when it drew the rollouts: only the teacher is loaded
+        memory = self.teacher.parameters * self._value_bytes + self._forward_memory(self.teacher, min(budget, tokens))
         return Work(2.0 * parameters * tokens, 2 * ceil(tokens / budget), memory)
 
     def _distillation(self) -> Work:
@@ -195,10 +236,9 @@ class Workload:
         answers = self._generation(student, rows, section.batch_size, section.sampling)
         kl = self._generation(student, min(section.kl_prompts, prompts), section.batch_size, section.sampling)
         scored = 1 + (self.teacher.parameters + student.parameters) / student.parameters
-        models, flops, passes, memory = data.models, 0.0, 0.0, 0
-        if data.eval_prompts and "base" in section.references and data.models == 2:
-            models += 1
-        if data.eval_prompts and "teacher" in section.references and data.teacher:
+        rows_besides = data.references & set(section.references) if data.eval_prompts else set()
+        models, flops, passes, memory = data.models + ("base" in rows_besides), 0.0, 0.0, 0
+        if "teacher" in rows_besides:
             own = self._generation(self.teacher, rows, section.batch_size, section.sampling)
             flops, passes, memory = own.flops, own.passes, own.memory
         return Work(
@@ -224,20 +264,24 @@ def workload_of(
         return None
     if any(data is not None and data.path is None for data in (inputs.prompts, inputs.sft_prompts, inputs.responses)):
         return None
-    own, scoring = model_shape(inspect(Path(student.path))), model_shape(inspect(Path(teacher.path)))
-    return Workload(recipe, own, scoring, data_size(inputs), room or Room())
+    facts = inspect(Path(student.path))
+    own, scoring = model_shape(facts), model_shape(inspect(Path(teacher.path)))
+    stored = facts.weight_bytes / max(facts.parameters, 1)
+    return Workload(recipe, own, scoring, data_size(inputs), room or Room(), stored)
 
 
 def data_size(inputs: RunInputs) -> DataSize:
     """Rows and lengths of a run's inputs; an unmeasured length counts as one token."""
-    prompts, sft_prompts, evaluation = inputs.prompts, inputs.sft_prompts or inputs.prompts, inputs.eval_prompts
+    prompts, sft_prompts = inputs.prompts, inputs.sft_prompts or inputs.prompts
+    evaluation = inputs.eval_prompts or (prompts if inputs.model else None)
+    had = {"teacher": inputs.teacher is not None, "base": inputs.sft_prompts is not None}
     return DataSize(
         prompts=(prompts.rows if prompts else None) or 0,
         prompt_tokens=(prompts.mean_prompt_tokens if prompts else None) or 1.0,
         sft_prompts=(sft_prompts.rows if sft_prompts else None) or 0,
         eval_prompts=(evaluation.rows if evaluation else None) or 0,
         models=1 + len(inputs.baselines) if inputs.model else 2,
-        teacher=inputs.teacher is not None,
+        references=frozenset(name for name, here in had.items() if here),
     )
 
 

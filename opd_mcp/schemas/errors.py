@@ -7,7 +7,8 @@ OpdError
 │   │                              unsafe_config · cannot_be_saved · workspace_missing · unusable_name ·
 │   │                              unsupported_model · unsupported_adapter · base_missing
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
-│   │                              too_large · unknown_token · template_failed · too_long · doubled_think
+│   │                              too_large · unknown_token · template_failed · too_long · doubled_think ·
+│   │                              golds_not_gradable
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision ·

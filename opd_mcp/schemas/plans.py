@@ -1,6 +1,6 @@
 """Plans: what would run, on what basis, and what blocks it."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -8,6 +8,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.cache import EngineGap, PromptHygiene, RolloutStatistics, TeacherDelta
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
+from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
@@ -41,6 +42,17 @@ class MethodEstimate(Schema):
     memory_basis: str
     disk_basis: str
     phases: list[PhaseEstimate]
+
+
+class FitOption(Schema):
+    """One way to train, and whether it fits the device: with the largest micro-batches that do, else the smallest."""
+
+    name: Literal["full", "lora"]
+    fits: bool
+    peak_memory_bytes: int
+    checkpointing: CheckpointingPolicy
+    micro_batch_tokens: int
+    overrides: dict[str, Any] = Field(default_factory=dict, description="what the plan's overrides must add for it")
 
 
 class Finding(Schema):
@@ -133,6 +145,7 @@ class Plan(Schema):
     phases: list[PlannedPhase]
     consistency: ConsistencyVerdict
     estimates: list[MethodEstimate] = Field(description="lightning and live side by side")
+    fits: list[FitOption] = Field(default_factory=list, description="ways to train on this device")
     sample: list[str] = Field(default_factory=list, description="the first prompts, shortened")
     preview: Preview | None = None
     hygiene: PromptHygiene = PromptHygiene()

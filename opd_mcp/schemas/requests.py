@@ -194,7 +194,7 @@ class BenchmarkStudent(Schema):
 
     model: Reference
     prompts: Prompts | None = None
-    suite: Annotated[str, Field(max_length=120, description="instead: gsm8k, aime25, …, lm_eval:TASK")] | None = None
+    suite: Annotated[str, Field(max_length=120, description="instead: gsm8k, …, lm_eval:TASK")] | None = None
     columns: Columns | None = None
     teacher: Reference | None = None
     baselines: Annotated[list[Reference], Field(max_length=8)] = Field(default_factory=list)

@@ -1,5 +1,6 @@
 """From a preset and dotted overrides to a resolved recipe, with errors that name the nearest key."""
 
+import copy
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -62,7 +63,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     """
     values = _merged(Recipe().model_dump(), preset_values(preset))
     valid = set(recipe_keys())
-    for key, value in overrides.items():
+    for key in overrides:
         if key not in valid:
             raise ArgumentError(
                 "unknown_override",
@@ -71,11 +72,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
                 nearest=nearest(key, valid) or sorted(k for k in valid if k.split(".")[0] == key.split(".")[0]),
                 fix="Use a dotted key such as 'distill.steps'; the resource opd://recipe-keys lists all of them.",
             )
-        section = values
-        *parents, name = key.split(".")
-        for parent in parents:
-            section[parent] = section = section.get(parent) or {}
-        section[name] = value
+    values = _with_changes(values, overrides)
     try:
         recipe = Recipe.model_validate({**values, "preset": preset})
     except ValidationError as error:
@@ -93,6 +90,24 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     for name, training in (("sft", recipe.sft), ("distill", recipe.distill)):
         require_adapter_precision(training, name)
     return recipe
+
+
+def changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with valid values of dotted keys; raises pydantic's ValidationError for others."""
+    return Recipe.model_validate(_with_changes(recipe.model_dump(), changes))
+
+
+def _with_changes(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested values with those of dotted keys."""
+    values = copy.deepcopy(values)
+    for key, value in changes.items():
+        section = values
+        *parents, name = key.split(".")
+        for parent in parents:
+            section[parent] = section[parent] if section.get(parent) is not None else {}
+            section = section[parent]
+        section[name] = value
+    return values
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -236,6 +236,16 @@ class ArtifactStore:
                 found.append(read_artifact(path))
         return found
 
+    def count(self, kind: ArtifactKind | None = None) -> int:
+        """How many artifacts there are; index rows whose directory is gone are removed."""
+        indexed = self.index.artifact_ids(kind)
+        kinds = ARTIFACT_KINDS if kind is None else (kind,)
+        # After the index, in which an artifact stands only once its directory is there.
+        here = {name for kind in kinds for name in os.listdir(self.workspace.artifacts_of(kind))}
+        for artifact_id in indexed - here:
+            self.index.remove_artifact(artifact_id)
+        return len(indexed & here)
+
     def damaged(self) -> Iterator[IntegrityError]:
         """What is wrong with artifacts whose record or lineage cannot be read."""
         for path in artifact_directories(self.workspace):

@@ -64,15 +64,22 @@ class Index(IndexFile):
             if state in FINAL_STATES:
                 database.execute("UPDATE runs SET final_state = ? WHERE run_id = ?", (state, run_id))
 
-    def runs(self, *, kind: RunKind | None = None) -> list[IndexedRun]:
-        """Rows newest first."""
+    def runs(self, *, kind: RunKind | None = None, unfinished: bool = False) -> list[IndexedRun]:
+        """Rows newest first; `unfinished` leaves out those that a process has seen end."""
+        condition = "kind = coalesce(?, kind)" + (" AND final_state IS NULL" if unfinished else "")
         with self.reading() as database:
             rows = database.execute(
                 "SELECT run_id, kind, created_at, request_hash, student, teacher, final_state FROM runs"
-                " WHERE kind = coalesce(?, kind) ORDER BY created_at DESC, run_id DESC",
+                f" WHERE {condition} ORDER BY created_at DESC, run_id DESC",
                 (kind,),
             ).fetchall()
         return [IndexedRun(*row) for row in rows]
+
+    def newest_runs(self, limit: int) -> list[str]:
+        """The ids of the newest runs."""
+        with self.reading() as database:
+            rows = database.execute("SELECT run_id FROM runs ORDER BY created_at DESC, run_id DESC LIMIT ?", (limit,))
+            return [run_id for (run_id,) in rows]
 
     def add_artifact(self, row: IndexedArtifact) -> None:
         """Insert or replace an artifact's row."""
@@ -91,6 +98,32 @@ class Index(IndexFile):
                 "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
                 " WHERE kind = coalesce(?, kind) AND key = coalesce(?, key) ORDER BY created_at, artifact_id",
                 (kind, key),
+            ).fetchall()
+        return [IndexedArtifact(*row) for row in rows]
+
+    def artifact_ids(self, kind: ArtifactKind | None) -> set[str]:
+        """The ids of all rows of a kind, or of every kind."""
+        condition = "" if kind is None else "WHERE kind = ?"
+        with self.reading() as database:
+            rows = database.execute(f"SELECT artifact_id FROM artifacts {condition}", (kind,) if kind else ())
+            return {artifact_id for (artifact_id,) in rows}
+
+    def artifacts_before(self, cursor: str | None, kind: ArtifactKind | None, limit: int) -> list[IndexedArtifact]:
+        """At most `limit` rows newest first, those after the cursor of the page before.
+
+        Raises ArgumentError `invalid_argument` for a cursor that no page gave.
+        """
+        conditions: list[str] = ["true"]
+        values: list[str] = []
+        if kind is not None:
+            conditions, values = [*conditions, "kind = ?"], [*values, kind]
+        if cursor is not None:
+            conditions, values = [*conditions, "(created_at, artifact_id) < (?, ?)"], [*values, *place_of(cursor)]
+        with self.reading() as database:
+            rows = database.execute(
+                "SELECT artifact_id, kind, key, run_id, created_at, bytes FROM artifacts"
+                f" WHERE {' AND '.join(conditions)} ORDER BY created_at DESC, artifact_id DESC LIMIT ?",
+                (*values, limit),
             ).fetchall()
         return [IndexedArtifact(*row) for row in rows]
 
@@ -127,13 +160,14 @@ def page_of(
 
     Raises ArgumentError `invalid_argument` for a cursor that no page gave.
     """
-    last_seen = None if cursor is None else _place_of(cursor)
+    last_seen = None if cursor is None else place_of(cursor)
     rest = [row for row in rows if last_seen is None or place(row) < last_seen]
     page = rest[:limit]
     return page, "/".join(place(page[-1])) if page and limit < len(rest) else None
 
 
-def _place_of(cursor: str) -> Place:
+def place_of(cursor: str) -> Place:
+    """The place that a cursor names; raises ArgumentError `invalid_argument` for one that no page gave."""
     created_at, _, row_id = cursor.partition("/")
     if _is_time(created_at) and is_id(row_id):
         return created_at, row_id

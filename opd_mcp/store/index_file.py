@@ -1,8 +1,10 @@
 """The file behind the index: opened for each call, trusted only while it matches its note, else rebuilt.
 
-The index has a generation and counts its transactions; a note next to it has both and is written after each
-transaction. An index of another generation, or one that is behind the note (an older copy, another workspace's, a
-new one, one that lost its last transactions with the machine's power) is filled from the directories before any answer.
+The index has a generation and counts its transactions; a note next to it has both, and the file's inode, and is
+written after each transaction. An index in another file, of another generation, or one that is behind the note (an
+older copy, another workspace's, a new one, one that lost its last transactions with the machine's power) is filled
+from the directories before any answer. The generation alone would not do: where only the main file is swapped, SQLite
+reads it together with the log of the one before, which still says the right one.
 """
 
 import fcntl
@@ -14,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from opd_mcp.identity.files import fsync_directory
 from opd_mcp.schemas.errors import IntegrityError, ResourceError
 from opd_mcp.store.files import free_bytes, workspace_missing
 
-SCHEMA_VERSION = 3  # 2: artifacts by time; 3: generation and transactions
+SCHEMA_VERSION = 4  # 2: artifacts by time; 3: generation and transactions; 4: artifacts by kind and time
 SCHEMA = """
 CREATE TABLE runs (
     run_id TEXT PRIMARY KEY, kind TEXT NOT NULL, created_at TEXT NOT NULL, request_hash TEXT NOT NULL,
@@ -33,6 +36,8 @@ CREATE TABLE artifacts (
 ) STRICT;
 CREATE INDEX artifacts_by_key ON artifacts (kind, key);
 CREATE INDEX artifacts_by_time ON artifacts (created_at, artifact_id);
+CREATE INDEX artifacts_by_kind ON artifacts (kind, created_at, artifact_id);
+CREATE INDEX runs_unfinished ON runs (created_at, run_id) WHERE final_state IS NULL;
 CREATE TABLE kept (generation TEXT NOT NULL, transactions INTEGER NOT NULL) STRICT;
 """
 # A larger index is not checked at every start.
@@ -43,7 +48,27 @@ POLL_SECONDS = 0.003
 BUILDING = ".building"
 COMPANIONS = ("", "-wal", "-shm")
 Fill = Callable[[sqlite3.Connection], list[IntegrityError]]
-Note = tuple[str, int]
+APPLICATION_ID_OFFSET = 68
+"""Where SQLite's header has the number that any program may use; the generation's digits are in it."""
+
+
+class Kept(NamedTuple):
+    """What index and note must agree on."""
+
+    generation: str
+    transactions: int
+
+
+class Note(NamedTuple):
+    """The note's content."""
+
+    kept: Kept
+    inode: int
+
+    def describes(self, kept: Kept, inode: int, mark: int | None) -> bool:
+        """Whether the index with these contents, in this file with this number in its header, is the true one."""
+        same = (kept.generation, inode, mark) == (self.kept.generation, self.inode, _mark(self.kept.generation))
+        return same and kept.transactions >= self.kept.transactions
 
 
 class UntrueIndex(Exception):
@@ -83,6 +108,7 @@ class IndexFile:
         as `reading` does.
         """
         with self._translated_errors(), self._turn(), closing(self._opened()) as database:
+            noted = self._read_note()  # nobody else writes it during this turn
             database.execute("BEGIN IMMEDIATE")
             try:
                 yield database
@@ -92,7 +118,8 @@ class IndexFile:
                 database.rollback()
                 raise
             database.commit()
-            self._write_note(kept)
+            # A note that was deleted meanwhile described nothing: then the next reader builds the index anew.
+            self._write_note(kept, noted.inode if noted else 0)
 
     def check(self) -> None:
         """Check the whole file; a damaged one or one of an earlier version is renamed, and a new one is built.
@@ -126,14 +153,17 @@ class IndexFile:
         """A connection to a trusted index, built if there is none."""
         with suppress(UntrueIndex):
             return self._believed()
-        deadline = time.monotonic() + self._busy_seconds
+        deadline: float | None = None
         with self._turn():
-            while time.monotonic() < deadline:
+            while True:
                 try:
                     return self._believed()  # another process was faster, or this one has built it
                 except UntrueIndex as untrue:
+                    if deadline is not None and time.monotonic() > deadline:
+                        raise self._busy() from untrue  # another process deletes it as fast as it is built
                     self._build(untrue.mark)
-            raise self._busy()  # another process deletes it as fast as it is built
+                # However long the first build took, e.g. of long journals that nobody has folded.
+                deadline = deadline or time.monotonic() + self._busy_seconds
 
     def _believed(self) -> sqlite3.Connection:
         """A connection to the file as it is; raises UntrueIndex."""
@@ -159,9 +189,9 @@ class IndexFile:
                 raise UntrueIndex(f"version-{version}" if version else "damaged")
             if noted is None:
                 raise UntrueIndex
-            generation, transactions = _kept(database)
+            kept, mark = _kept(database), self._header_mark()
             # SQLite opens the log by its name at the first query: it must be that of the same file.
-            if (generation, self._status()) != (noted[0], before) or transactions < noted[1]:
+            if self._status() != before or not noted.describes(kept, before[1], mark):
                 raise UntrueIndex
         except sqlite3.OperationalError as error:
             database.close()
@@ -183,7 +213,7 @@ class IndexFile:
         building = self.path.with_name(self.path.name + BUILDING)
         self._remove(building)
         os.close(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        kept = (secrets.token_hex(8), 0)
+        kept = Kept(secrets.token_hex(8), 0)
         with closing(sqlite3.connect(building, isolation_level=None)) as database:
             database.execute("PRAGMA journal_mode = WAL")
             database.executescript(SCHEMA)
@@ -191,6 +221,7 @@ class IndexFile:
             database.execute("INSERT INTO kept VALUES (?, ?)", kept)
             problems = self._fill(database)
             database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            database.execute(f"PRAGMA application_id = {_mark(kept.generation)}")
             database.commit()
         # The old file goes first: a process that opened it in between would keep its log under the new one's name.
         if mark is None:
@@ -200,9 +231,10 @@ class IndexFile:
             for part in COMPANIONS:
                 with suppress(FileNotFoundError):
                     os.rename(_companion(self.path, part), f"{_companion(self.path, part)}{suffix}")
+        inode = os.stat(building).st_ino
         os.replace(building, self.path)
         fsync_directory(self.path.parent)
-        self._write_note(kept)
+        self._write_note(kept, inode)
         return problems
 
     @staticmethod
@@ -217,17 +249,27 @@ class IndexFile:
             return None
         return found.st_dev, found.st_ino
 
+    def _header_mark(self) -> int | None:
+        """The number in the main file's header, as no log changes it; None without a whole header."""
+        try:
+            with self.path.open("rb") as file:
+                header = file.read(APPLICATION_ID_OFFSET + 4)
+        except FileNotFoundError:
+            return None
+        return int.from_bytes(header[APPLICATION_ID_OFFSET:]) if len(header) == APPLICATION_ID_OFFSET + 4 else None
+
     def _read_note(self) -> Note | None:
         try:
-            generation, transactions = self._note.read_text(encoding="utf-8").split()
-            return generation, int(transactions)
+            generation, transactions, inode = self._note.read_text(encoding="utf-8").split()
+            return Note(Kept(generation, int(transactions)), int(inode))
         except (FileNotFoundError, ValueError):
             return None
 
-    def _write_note(self, kept: Note) -> None:
+    def _write_note(self, kept: Kept, inode: int) -> None:
         """For the holder of the turn; of fixed length, so that a reader sees the old note or the new one."""
         assert self._note_descriptor is not None
-        os.pwrite(self._note_descriptor, f"{kept[0]:16} {kept[1]:020d}\n".encode(), 0)
+        text = f"{kept.generation:16} {kept.transactions:020d} {inode:020d}\n"
+        os.pwrite(self._note_descriptor, text.encode(), 0)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -319,9 +361,14 @@ class IndexFile:
         )
 
 
-def _kept(database: sqlite3.Connection) -> Note:
+def _kept(database: sqlite3.Connection) -> Kept:
     row = database.execute("SELECT generation, transactions FROM kept").fetchone()
-    return (str(row[0]), int(row[1])) if row else ("", -1)
+    return Kept(str(row[0]), int(row[1])) if row else Kept("", -1)
+
+
+def _mark(generation: str) -> int:
+    """A number of 28 bits from the generation's digits."""
+    return int(generation[:7], 16)
 
 
 def _companion(path: Path, part: str) -> Path:

@@ -13,20 +13,23 @@ A torn last line (a crash while writing) is ignored. Any other line that does no
 An attempt begins with its first line, written by the process that took the run's lock; see `states`.
 """
 
+import hashlib
 import json
 import math
 import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, BinaryIO, Literal, Self, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
 from opd_mcp.schemas.next_action import next_call
@@ -37,6 +40,7 @@ from opd_mcp.store.states import require_transition
 
 RecordType = Literal["state", "phase", "progress", "metric", "alert", "result", "error"]
 _CRC_TAIL = len(b',"crc":"00000000"}')
+BLOCK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,20 @@ def decode_record(line: bytes) -> JournalRecord | None:
     if line[-_CRC_TAIL:] != b',"crc":"%08x"}' % zlib.crc32(body):
         return None
     try:
-        value = json.loads(body.decode())
-        record = JournalRecord(**value)
+        record = JournalRecord(**_value_of(body))
         if b"\\ud" in body:  # half a surrogate pair can be read, but not written or shown
             json.dumps(record.data, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         return None
     numbers = is_count(record.seq) and is_count(record.attempt)
     return record if numbers and is_time(record.time) and fits(str(record.type), record.data) else None
+
+
+def _value_of(body: bytes) -> Any:
+    try:
+        return from_json(body, cache_strings="keys")
+    except ValueError:  # half a surrogate pair, or nested deeper than this decoder goes
+        return json.loads(body.decode())
 
 
 class JournalReader:
@@ -93,42 +103,60 @@ class JournalReader:
         self.next_seq = 1
         self.offset = 0
         """Bytes up to the end of the last whole record."""
-        self._line = 0
+        self.digest = hashlib.sha256()
+        """Has taken in these bytes."""
+        self.line = 0
+
+    def size(self) -> int:
+        """The file's size in bytes; 0 without a file."""
+        with suppress(FileNotFoundError):
+            return os.stat(self.path).st_size
+        return 0
+
+    def resume(self, offset: int, digest: Any, *, line: int, attempt: int, next_seq: int) -> None:
+        """Go on behind the first `offset` bytes, as a reader that has read them undamaged."""
+        self.offset, self.digest, self.line, self.attempt, self.next_seq = offset, digest, line, attempt, next_seq
 
     def new_records(self) -> list[JournalRecord]:
-        """The records since the last call, in order.
+        """The records since the last call, in order."""
+        return list(self.each_new_record())
+
+    def each_new_record(self) -> Iterator[JournalRecord]:
+        """The records since the last call, in order, with one block of the file in memory; read to the end.
 
         The part after the last whole record is torn: the next call reads it again.
         """
         try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < self.offset:
-                    self._flag(self._line, "the file became shorter")
-                    self.offset = size
-                file.seek(self.offset)
-                lines = file.read().split(b"\n")[:-1]
+            file = self.path.open("rb")
         except FileNotFoundError:
-            return []
-        records: list[JournalRecord] = []
-        position, line_number, bad_line = self.offset, self._line, 0
-        for line in lines:
-            position += len(line) + 1
-            line_number += 1
-            record = decode_record(line)
-            if record is None:
-                bad_line = bad_line or line_number
-                continue
-            if bad_line:
-                self._flag(bad_line, "the line is damaged")
-                bad_line = 0
-            elif not self._continues(record):
-                self._flag(line_number, f"record {record.seq} follows record {self.next_seq - 1}")
-            self.offset, self._line = position, line_number
-            if record.attempt >= self.attempt:  # an older attempt that woke up late is fenced off
-                self.attempt, self.next_seq = record.attempt, record.seq + 1
-                records.append(record)
-        return records
+            return
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            if size < self.offset:
+                self._flag(self.line, "the file became shorter")
+                self.offset = size
+            file.seek(self.offset)
+            position, line_number, bad_line = self.offset, self.line, 0
+            passed: list[bytes] = []
+            for line in _whole_lines(file):
+                position += len(line) + 1
+                line_number += 1
+                passed += line, b"\n"
+                record = decode_record(line)
+                if record is None:
+                    bad_line = bad_line or line_number
+                    continue
+                if bad_line:
+                    self._flag(bad_line, "the line is damaged")
+                    bad_line = 0
+                elif not self._continues(record):
+                    self._flag(line_number, f"record {record.seq} follows record {self.next_seq - 1}")
+                self.offset, self.line = position, line_number
+                self.digest.update(b"".join(passed))
+                passed.clear()
+                if record.attempt >= self.attempt:  # an older attempt that woke up late is fenced off
+                    self.attempt, self.next_seq = record.attempt, record.seq + 1
+                    yield record
 
     def _continues(self, record: JournalRecord) -> bool:
         # A new attempt may reuse numbers of records that an older one wrote after the new one had begun.
@@ -144,6 +172,18 @@ class JournalReader:
                 value=self.path,
                 fix="Trust the artifacts of this run, not its history; start the run again if it has not finished.",
             )
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines that have an end, without it."""
+    rest: list[bytes] = []
+    while block := file.read(BLOCK_BYTES):
+        first, *others = block.split(b"\n")
+        rest.append(first)
+        if others:
+            yield b"".join(rest)
+            rest = [others.pop()]
+            yield from others
 
 
 def read_journal(path: Path) -> list[JournalRecord]:
@@ -164,7 +204,7 @@ class JournalWriter:
 
     def __init__(self, path: Path, attempt: int, holds_lock: Callable[[], bool] = lambda: True) -> None:
         reader = JournalReader(path)
-        states = [record for record in reader.new_records() if record.type == "state" and record.attempt == attempt]
+        states = [record for record in reader.each_new_record() if record.type == "state" and record.attempt == attempt]
         self.path = path
         self.attempt = attempt
         self._holds_lock = holds_lock
@@ -264,7 +304,8 @@ class JournalWriter:
 def next_attempt(path: Path) -> int:
     """The attempt number for the process that takes a run's lock now: 1, or one more than the journal's last."""
     reader = JournalReader(path)
-    reader.new_records()
+    for _ in reader.each_new_record():
+        pass
     return reader.attempt + 1
 
 

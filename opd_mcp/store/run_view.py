@@ -1,24 +1,45 @@
 """A run as its journal and its lock show it: the one fold of the journal, line by line as it grows."""
 
-import statistics
-from collections import deque
+import math
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from opd_mcp.schemas.reports import StageCost
-from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, Alert, Failure, MetricTrend, PhaseName, Progress, RunState
+from opd_mcp.schemas.runs import (
+    ACTIVE_STATES,
+    FINAL_STATES,
+    Alert,
+    Failure,
+    MetricTrend,
+    PhaseName,
+    Progress,
+    RunRecord,
+    RunState,
+)
 from opd_mcp.store.journal import JournalReader, JournalRecord
-from opd_mcp.store.runs import JOURNAL_FILE, cancel_requested_at, is_alive
+from opd_mcp.store.runs import JOURNAL_FILE, cancel_requested_at, is_alive, read_record, run_directory
+from opd_mcp.store.series import KEPT_BYTES, Fold, Points, SeriesByName, read_fold, write_fold
 from opd_mcp.store.states import state_of
+from opd_mcp.store.workspace import Workspace
 
 TREND_POINTS = 20
 RATE_POINTS = 20
 MAX_ALERTS = 20
-
-Points = dict[int, float | None]
-"""A metric's values by step; None for one that was not finite."""
+MAX_VIEWS = 64
+MAX_STATES = 20_000
+Answer = TypeVar("Answer")
+Kept = TypeVar("Kept")
+# What a kept fold holds of a view as it is.
+KEPT_FIELDS = (
+    *("phase", "phases_done", "alert_count", "result", "artifacts", "started_at", "phase_started_at", "finished_at"),
+    *("updated_at", "attempt", "written", "step", "records"),
+)
 
 
 @dataclass
@@ -55,7 +76,10 @@ class RunView:
 
     def __post_init__(self) -> None:
         self._reader = JournalReader(self.directory / JOURNAL_FILE)
-        self._points: dict[tuple[str, str], deque[tuple[int, float | None]]] = {}
+        self._points: SeriesByName = {}
+        self._reached: int | None = None
+        self._opened = False
+        self._complete = True
         self._held: dict[int, tuple[str, str]] = {}
         self._begun_phase: PhaseName | None = None
         self._measured_phase: PhaseName | None = None
@@ -73,10 +97,56 @@ class RunView:
         return self
 
     def fold(self) -> "RunView":
-        """Fold the new lines of the journal only, without checking the lock; returns itself."""
-        for record in self._reader.new_records():
+        """Fold the new lines of the journal only, without checking the lock; returns itself.
+
+        The first time, a long journal's fold is taken from the file next to it, and kept there once it has grown.
+        """
+        first, self._opened = not self._opened, True
+        kept = self._restore() if first and self._reader.size() >= KEPT_BYTES else 0
+        # The first fold keeps all points: which of them the present trends need is known at its end.
+        self._complete = first or self.keep_series
+        for record in self._reader.each_new_record():
             self._fold(record)
+        grown = self._reader.offset - kept
+        if first and grown >= max(KEPT_BYTES, kept // 16) and self._reader.damage is None:
+            write_fold(self.directory, Fold(self._reader.offset, self._state_dict(), self._reader.digest, self._points))
+        if not self.keep_series:
+            self._drop_old_points()
         return self
+
+    def _restore(self) -> int:
+        """Begin with the fold that is kept next to the journal; returns how many bytes of the journal it stands for."""
+        fold = read_fold(self.directory, self._reader.path)
+        if fold is None:
+            return 0
+        state = fold.state
+        self._reader.resume(fold.offset, fold.digest, **state["reader"])
+        for name in KEPT_FIELDS:
+            setattr(self, name, state[name])
+        self.progress = state["progress"] and Progress.model_validate(state["progress"])
+        self.error = state["error"] and Failure.model_validate(state["error"])
+        self.alerts = [Alert.model_validate(alert) for alert in state["alerts"]]
+        self.costs = [StageCost.model_validate(cost) for cost in state["costs"]]
+        self._held = {int(attempt): (begun, last) for attempt, (begun, last) in state["held"].items()}
+        self._begun_phase, self._measured_phase = state["phases"]
+        self._pace.extend((seconds, done) for seconds, done in state["pace"])
+        self._points = fold.series
+        self._find_reached()
+        return fold.offset
+
+    def _state_dict(self) -> dict[str, Any]:
+        """All that a fold holds besides its points, as JSON."""
+        return {
+            **{name: getattr(self, name) for name in KEPT_FIELDS},
+            "reader": {"line": self._reader.line, "attempt": self._reader.attempt, "next_seq": self._reader.next_seq},
+            "progress": self.progress and self.progress.model_dump(mode="json"),
+            "error": self.error and self.error.model_dump(mode="json"),
+            "alerts": [alert.model_dump(mode="json") for alert in self.alerts],
+            "costs": [cost.model_dump(mode="json") for cost in self.costs],
+            "held": self._held,
+            "phases": [self._begun_phase, self._measured_phase],
+            "pace": list(self._pace),
+        }
 
     @property
     def device_seconds(self) -> float:
@@ -86,21 +156,19 @@ class RunView:
     @property
     def series(self) -> dict[str, Points]:
         """By `phase.metric`, the kept values by step; values that a later attempt rewound are gone."""
-        return {f"{phase}.{name}": dict(points) for (phase, name), points in self._points.items() if points}
+        return {f"{phase}.{name}": points for (phase, name), points in self._points.items() if points}
 
     @property
     def metrics(self) -> dict[str, MetricTrend]:
         """Each metric's latest value and trend in the latest phase; the value is absent if it is not finite."""
         if self._measured_phase != self._begun_phase:
             return {}
-        values = {
-            name: [value for _, value in points][-TREND_POINTS:]
+        return {
+            name: MetricTrend(
+                last=points.last(), trend=trend_of([n for n in points.numbers[-TREND_POINTS:] if math.isfinite(n)])
+            )
             for (phase, name), points in self._points.items()
             if points and phase == self._series_phase
-        }
-        return {
-            name: MetricTrend(last=found[-1], trend=trend_of([value for value in found if value is not None]))
-            for name, found in values.items()
         }
 
     def _fold(self, record: JournalRecord) -> None:
@@ -111,6 +179,7 @@ class RunView:
         if record.attempt > self.attempt:
             self.attempt, self.error, self.finished_at = record.attempt, None, None
             self.phase = self.progress = self._begun_phase = None
+            self._find_reached()
         data = record.data
         match record.type:
             case "state":
@@ -141,6 +210,7 @@ class RunView:
         name: PhaseName = data["phase"]
         if data["event"] == "started":
             self.phase = self._begun_phase = name
+            self._find_reached()
             self.phase_started_at = time
             self.progress = None
             self._pace.clear()
@@ -161,23 +231,41 @@ class RunView:
 
     def _fold_metrics(self, step: int, values: dict[str, float | None]) -> None:
         if self._measured_phase != self._begun_phase:  # another phase's loss is another quantity
-            if not self.keep_series:
+            if not self._complete:
                 self._points.clear()
             self._measured_phase = self._begun_phase
-        self._rewind(step - 1)
-        self.step = step
+            self._find_reached()
+        if self._reached is not None and step <= self._reached:
+            self._rewind(step - 1)
+        self.step = self._reached = step
         for name, value in values.items():
-            points = self._points.setdefault(
-                (self._series_phase, name), deque(maxlen=None if self.keep_series else TREND_POINTS)
-            )
-            points.append((step, value))
+            points = self._points.get((self._series_phase, name))
+            if points is None:
+                points = self._points[self._series_phase, name] = Points()
+            points.append(step, value)
+            if not self._complete and len(points) > 2 * TREND_POINTS:
+                points.keep_last(TREND_POINTS)
 
     def _rewind(self, step: int) -> None:
         """Drop what an earlier attempt recorded of later steps of this phase."""
         self.step = None if self.step is None else min(self.step, step)
         for (phase, _), points in self._points.items():
-            while phase == self._series_phase and points and points[-1][0] > step:
-                points.pop()
+            if phase == self._series_phase:
+                points.rewind(step)
+        self._find_reached()
+
+    def _find_reached(self) -> None:
+        own = [
+            points.steps[-1] for (phase, _), points in self._points.items() if points and phase == self._series_phase
+        ]
+        self._reached = max(own, default=None)
+
+    def _drop_old_points(self) -> None:
+        self._points = {
+            key: points for key, points in self._points.items() if key[0] == (self._measured_phase or "run")
+        }
+        for points in self._points.values():
+            points.keep_last(TREND_POINTS)
 
     def _fold_progress(self, time: str, data: dict[str, Any]) -> None:
         done, total, unit = data["done"], data["total"], data["unit"]
@@ -194,13 +282,14 @@ class RunView:
         self.alerts = [*self.alerts, Alert(time=time, code=code, message=message)][-MAX_ALERTS:]
 
 
-def trend_of(values: list[float]) -> Literal["up", "down", "flat"] | None:
+def trend_of(values: Sequence[float]) -> Literal["up", "down", "flat"] | None:
     """A series' trend: its later half against its earlier one, `flat` within the noise; None below four values."""
     if len(values) < 4:
         return None
     half = len(values) // 2
-    difference = statistics.fmean(values[-half:]) - statistics.fmean(values[:half])
-    noise = statistics.stdev(values) / half**0.5
+    difference = math.fsum(values[-half:]) / half - math.fsum(values[:half]) / half
+    mean = math.fsum(values) / len(values)
+    noise = math.sqrt(math.fsum([(value - mean) ** 2 for value in values]) / (len(values) - 1)) / half**0.5
     if abs(difference) <= 2 * noise:
         return "flat"
     return "up" if difference > 0 else "down"
@@ -209,3 +298,66 @@ def trend_of(values: list[float]) -> Literal["up", "down", "flat"] | None:
 def seconds_of(time: str) -> float:
     """Seconds since the epoch of a time in the journal's form."""
     return datetime.fromisoformat(time).timestamp()
+
+
+class RunViews:
+    """The latest used views of a workspace's runs; safe to share between threads."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._views: OrderedDict[str, tuple[threading.Lock, RunView]] = OrderedDict()
+        self._records: OrderedDict[str, RunRecord] = OrderedDict()
+        self._written: OrderedDict[str, tuple[tuple[int, int, int], RunState]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, run_id: str, answer: Callable[[RunView, RunRecord], Answer]) -> Answer:
+        """What `answer` makes of the refreshed view and the record.
+
+        Raises UnknownIdError `unknown_run`, IntegrityError `damaged_file`.
+        """
+        with self._lock:
+            record = self._records.get(run_id)
+        if record is None:
+            record = read_record(run_directory(self._workspace, run_id))
+            self._keep(self._records, run_id, record, MAX_VIEWS)
+        return self.look(run_id, lambda view: answer(view, record))
+
+    def look(self, run_id: str, answer: Callable[[RunView], Answer]) -> Answer:
+        """What `answer` makes of the refreshed view; raises UnknownIdError `unknown_run`."""
+        with self._lock:
+            if run_id not in self._views:
+                self._views[run_id] = (threading.Lock(), RunView(run_directory(self._workspace, run_id)))
+            self._views.move_to_end(run_id)
+            while len(self._views) > MAX_VIEWS:
+                self._views.popitem(last=False)
+            lock, view = self._views[run_id]
+        with lock:
+            return answer(view.refresh())
+
+    def state(self, run_id: str) -> RunState:
+        """A run's state now, its journal read only where it has changed; raises UnknownIdError `unknown_run`."""
+        directory = self._workspace.run(run_id)
+        alive = is_alive(directory)  # before the journal, as `refresh` does
+        signature = _signature(directory / JOURNAL_FILE)
+        with self._lock:
+            known = self._written.get(run_id)
+        if known is not None and known[0] == signature:
+            return state_of(known[1], alive)
+        written, state = self.look(run_id, lambda view: (view.written, view.state))
+        self._keep(self._written, run_id, (signature, written), MAX_STATES)
+        return state
+
+    def _keep(self, kept: "OrderedDict[str, Kept]", run_id: str, value: Kept, limit: int) -> None:
+        with self._lock:
+            kept[run_id] = value
+            kept.move_to_end(run_id)
+            while len(kept) > limit:
+                kept.popitem(last=False)
+
+
+def _signature(journal: Path) -> tuple[int, int, int]:
+    try:
+        found = os.stat(journal)
+    except FileNotFoundError:
+        return 0, 0, 0
+    return found.st_ino, found.st_size, found.st_mtime_ns

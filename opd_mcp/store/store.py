@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
@@ -13,7 +14,7 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, 
 from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactStore, artifact_directories, artifact_row, read_artifact
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run, page_of
 from opd_mcp.store.journal import read_journal
-from opd_mcp.store.run_view import RunView
+from opd_mcp.store.run_view import RunView, RunViews
 from opd_mcp.store.runs import (
     JOURNAL_FILE,
     RECORD_FILE,
@@ -28,6 +29,8 @@ from opd_mcp.store.runs import (
 from opd_mcp.store.states import require_resumable, state_of
 from opd_mcp.store.worker_process import stopped_worker
 from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
+
+NEWEST = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Store:
         self.workspace = workspace
         self.index = Index(workspace.index, workspace.index_note, self._fill)
         self.artifacts = ArtifactStore(workspace, self.index)
+        self.views = RunViews(workspace)
         self.index.check()
         self._add_unindexed()
 
@@ -131,12 +135,13 @@ class Store:
 
     def latest_run(self) -> str | None:
         """The id of the newest run; None when there is none."""
-        return next((row.run_id for row in self.index.runs() if self._exists(row.run_id)), None)
+        newest = chain(self.index.newest_runs(NEWEST), (row.run_id for row in self.index.runs()))
+        return next((run_id for run_id in newest if self._exists(run_id)), None)
 
     def active_runs(self) -> list[str]:
         """The ids of the runs that are queued or running."""
-        open_rows = [row for row in self.index.runs() if row.final_state is None and self._exists(row.run_id)]
-        return [row.run_id for row in open_rows if self.view(row.run_id).state in ACTIVE_STATES]
+        open_rows = [row.run_id for row in self.index.runs(unfinished=True) if self._exists(row.run_id)]
+        return [run_id for run_id in open_rows if self.views.state(run_id) in ACTIVE_STATES]
 
     def list_runs(
         self,
@@ -150,10 +155,25 @@ class Store:
 
         Raises ArgumentError `invalid_argument` for a cursor that no list gave.
         """
-        indexed = [row for row in self.index.runs(kind=kind) if self._exists(row.run_id)]
-        rows = [row for row in map(self._row, indexed) if state in {None, row.state}]
-        page, next_cursor = page_of(rows, lambda row: (row.created_at, row.run_id), limit, cursor)
-        return RunList(rows=page, total=len(rows), next_cursor=next_cursor)
+        indexed = self.index.runs(kind=kind)
+        here = set(os.listdir(self.workspace.runs))  # after the index: what was indexed then is here now, or gone
+        listed = [row for row in indexed if row.run_id in here and (row.final_state or self._exists(row.run_id))]
+        matching = [row for row in listed if state is None or state == self._state(row)]
+        page, next_cursor = page_of(matching, lambda row: (row.created_at, row.run_id), limit, cursor)
+        states = [self._state(row) for row in page]
+        rows = [
+            RunRow(
+                run_id=row.run_id,
+                kind=row.kind,
+                state=found,
+                note=self._note(row.run_id) if found in ACTIVE_STATES else None,
+                created_at=row.created_at,
+                student=row.student,
+                teacher=row.teacher,
+            )
+            for row, found in zip(page, states, strict=True)
+        ]
+        return RunList(rows=rows, total=len(matching), next_cursor=next_cursor)
 
     def rebuild(self) -> list[IntegrityError]:
         """Rebuild the index from the directories; returns what could not be read and is left out."""
@@ -212,27 +232,23 @@ class Store:
             " ORDER BY created_at",
             (request_hash, besides),
         ).fetchall()
-        active = (id for (id,) in rows if self._exists(id) and self.view(id).state in ACTIVE_STATES)
+        active = (id for (id,) in rows if self._exists(id) and self.views.state(id) in ACTIVE_STATES)
         return next(active, None)
 
-    def _row(self, row: IndexedRun) -> RunRow:
-        state, note = row.final_state, None
-        if state is None:
-            view = RunView(self.workspace.run(row.run_id)).refresh()
-            state = view.state
-            if state in FINAL_STATES:
-                self.index.set_final_state(row.run_id, lambda: view.refresh().state)
-            elif state in ACTIVE_STATES and (pid := stopped_worker(view.directory, view.attempt)) is not None:
-                note = f"worker stopped, pid {pid}"
-        return RunRow(
-            run_id=row.run_id,
-            kind=row.kind,
-            state=state,
-            note=note,
-            created_at=row.created_at,
-            student=row.student,
-            teacher=row.teacher,
-        )
+    def _state(self, row: IndexedRun) -> RunState:
+        """A run's state, recorded in the index once the run has ended."""
+        if row.final_state is not None:
+            return row.final_state
+        state = self.views.state(row.run_id)
+        if state in FINAL_STATES:
+            self.index.set_final_state(row.run_id, lambda: self.views.state(row.run_id))
+        return state
+
+    def _note(self, run_id: str) -> str | None:
+        """What an active run's row says of its process."""
+        directory = self.workspace.run(run_id)
+        pid = stopped_worker(directory, self.views.look(run_id, lambda view: view.attempt))
+        return None if pid is None else f"worker stopped, pid {pid}"
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from opd_mcp.identity.files import fsync_directory
 from opd_mcp.identity.lineage import read_lineage
@@ -13,8 +13,7 @@ from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import IntegrityError, OpdError
 from opd_mcp.schemas.identity import ArtifactKind, Parent
 from opd_mcp.schemas.runs import RunRecord
-from opd_mcp.store.artifacts import ARTIFACT_FILE, BUILDING_PREFIX, Artifact
-from opd_mcp.store.index import IndexedArtifact, page_of
+from opd_mcp.store.artifacts import BUILDING_PREFIX, Artifact, read_artifact
 from opd_mcp.store.store import Store
 from opd_mcp.views.next_steps import after_deletion
 
@@ -22,21 +21,24 @@ MANIFEST_FILE = "manifest.json"
 
 
 def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: str | None) -> ArtifactList:
-    """A page of artifacts, newest first; raises ArgumentError `invalid_argument` for a cursor that no page gave."""
-    indexed = store.index.artifacts(kind=kind)
-    found = store.artifacts.list(kind)
-    damaged = unread(store, indexed, found)
-    rows = [row(artifact) for artifact in reversed(found)]
-    page, next_cursor = page_of(rows, lambda item: (item.created_at, item.artifact_id), limit, cursor)
-    return ArtifactList(rows=page, total=len(rows), next_cursor=next_cursor, damaged=damaged or None)
+    """A page of artifacts, newest first, those with a damaged record only named.
 
-
-def unread(store: Store, indexed: Sequence[IndexedArtifact], found: Sequence[Artifact]) -> list[str]:
-    """The ids of those indexed artifacts that are on the disk and yet were not found, since their record is damaged."""
-    known = {artifact.artifact_id for artifact in found}
-    missing = [entry for entry in indexed if entry.artifact_id not in known]
-    places = {entry.artifact_id: store.workspace.artifacts_of(entry.kind) / entry.artifact_id for entry in missing}
-    return sorted(name for name, path in places.items() if (path / ARTIFACT_FILE).is_file())
+    Raises ArgumentError `invalid_argument` for a cursor that no page gave.
+    """
+    total = store.artifacts.count(kind)
+    found = store.index.artifacts_before(cursor, kind, limit + 1)
+    rows, damaged = [], []
+    for entry in found[:limit]:
+        path = store.workspace.artifacts_of(entry.kind) / entry.artifact_id
+        try:
+            rows.append(row(read_artifact(path)))
+        except IntegrityError:
+            damaged.append(entry.artifact_id)
+        except FileNotFoundError:  # removed meanwhile
+            total -= 1
+    more = len(found) > limit
+    next_cursor = f"{found[limit - 1].created_at}/{found[limit - 1].artifact_id}" if more else None
+    return ArtifactList(rows=rows, total=total, next_cursor=next_cursor, damaged=sorted(damaged) or None)
 
 
 def row(artifact: Artifact) -> ArtifactRow:

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from opd_mcp.schemas.answers import MetricSeries, MetricsReport, RunMetrics
 from opd_mcp.schemas.errors import ArgumentError, nearest
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.store.run_view import Points, RunView, trend_of
+from opd_mcp.store.run_view import RunView, trend_of
+from opd_mcp.store.series import Points
 
 MAX_VALUES = 1_200
 """Points of one answer, all series of all runs: about the size of 4k tokens."""
@@ -72,41 +74,38 @@ def fitting(names: Sequence[str], recorded: Sequence[dict[str, Points]], max_poi
 
 def series(name: str, points: Points, max_points: int) -> MetricSeries:
     """A metric's finite points, thinned out to means of equal stretches; the last point stays what it is."""
-    finite = [(step, value) for step, value in points.items() if value is not None and math.isfinite(value)]
-    steps, values = thinned(finite, max_points)
-    every = [value for _, value in finite]
+    every, finite = points.finite()
+    steps, values = thinned(every, finite, max_points)
     return MetricSeries(
         key=name,
         steps=steps,
         values=[float(f"{value:.5g}") for value in values],
         points=len(points),
-        last=next(reversed(points.values()), None),
-        low=min(every, default=None),
-        high=max(every, default=None),
-        trend=trend_of(every),
+        last=points.last(),
+        low=min(finite, default=None),
+        high=max(finite, default=None),
+        trend=trend_of(finite),
     )
 
 
-def thinned(points: Sequence[tuple[int, float]], max_points: int) -> tuple[list[int], list[float]]:
+def thinned(steps: Sequence[int], values: Sequence[float], max_points: int) -> tuple[list[int], list[float]]:
     """Steps and values, at most so many: the mean of each stretch, and the last point as it is."""
-    if len(points) <= max_points:
-        return [step for step, _ in points], [value for _, value in points]
-    stretches, body = max_points - 1, len(points) - 1
-    parts = [points[number * body // stretches : (number + 1) * body // stretches] for number in range(stretches)]
-    steps = [part[-1][0] for part in parts]
-    values = [math.fsum(value for _, value in part) / len(part) for part in parts]
-    return [*steps, points[-1][0]], [*values, points[-1][1]]
+    if len(steps) <= max_points:
+        return list(steps), list(values)
+    stretches, body = max_points - 1, len(steps) - 1
+    ends = [number * body // stretches for number in range(stretches + 1)]
+    means = [math.fsum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
+    return [*(steps[end - 1] for end in ends[1:]), steps[-1]], [*means, values[-1]]
 
 
 def diagnosis(view: RunView, points: dict[str, Points]) -> str:
     """One line: what went wrong, else where the objective goes."""
-    broken = next(((name, values) for name, values in points.items() if None in values.values()), None)
-    if broken:
-        key, values = broken
-        bad = [step for step, value in values.items() if value is None]
-        if bad[-1] == next(reversed(values)):
+    for key, values in points.items():
+        bad = values.not_finite()
+        if bad and values.last() is None:
             return f"{key} stopped being finite at step {bad[0]}: lower the learning rate."
-        return f"{key} was not finite at step {bad[0]} ({len(bad)} of {len(values)} steps); such steps are skipped."
+        if bad:
+            return f"{key} was not finite at step {bad[0]} ({len(bad)} of {len(values)} steps); such steps are skipped."
     if view.alerts:
         alert = view.alerts[-1]
         return f"Alert {alert.code}: {shortened(alert.message, 200)}"
@@ -118,7 +117,7 @@ def diagnosis(view: RunView, points: dict[str, Points]) -> str:
 
 def direction(name: str, points: Points) -> str:
     """Where a metric that should fall goes."""
-    values = [value for value in points.values() if value is not None]
+    _, values = points.finite()
     if len(values) < 4:
         return f"{name} is {values[-1]:.4g} after {len(values)} points: too few for a trend."
     half = values[len(values) // 2 :]

@@ -65,12 +65,11 @@ def lineage_json(store: Store, artifact_id: str) -> str:
 def known_ids(store: Store, name: str) -> list[str]:
     """The ids that complete `run_id` or `artifact_id`, newest first."""
     if name == "artifact_id":
-        return [row.artifact_id for row in reversed(store.index.artifacts())][:MAX_IDS]
-    return [row.run_id for row in store.index.runs()][:MAX_IDS]
+        return [row.artifact_id for row in store.index.artifacts_before(None, None, MAX_IDS)]
+    return store.index.newest_runs(MAX_IDS)
 
 
 def change_tokens(store: Store, watched: Iterable[str]) -> dict[str, str]:
     """By id, for the active runs and those watched so far, a text that changes with every line of their journal."""
     ids = dict.fromkeys([*store.active_runs(), *watched])
-    views = {run_id: store.view(run_id) for run_id in ids}
-    return {run_id: f"{view.state}/{view.records}" for run_id, view in views.items()}
+    return {run_id: store.views.look(run_id, lambda view: f"{view.state}/{view.records}") for run_id in ids}

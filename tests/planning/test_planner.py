@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, PathError, PlanError, ResourceError
-from opd_mcp.schemas.requests import StartDistillation
+from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
 from opd_mcp.server.render.plans import plan_text
 
 NEEDS_SFT = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
@@ -297,3 +297,35 @@ def test_a_start_uses_the_plan_that_was_made_while_its_files_stay_what_they_are(
     assert len(made) == 2
     assert service.store.record(other.run_id).request.inputs.prompts.rows == 7
     service.cancel(other.run_id)
+
+
+def test_what_would_fit_is_listed_with_numbers(service, world):
+    plan = service.plan(world.plan_arguments())
+    full, lora = plan.fits
+    assert (full.name, full.fits, full.overrides) == ("full", True, {})
+    assert (lora.name, lora.fits, lora.overrides) == ("lora", True, {"sft.adapter": {}, "distill.adapter": {}})
+    mine = next(estimate for estimate in plan.estimates if estimate.method == plan.method)
+    assert full.peak_memory_bytes == mine.peak_memory_bytes
+
+
+def test_a_device_too_small_for_the_batches_is_offered_smaller_ones_in_a_call_that_fits(service, world, gpu):
+    """All weights first: smaller micro-batches give the same gradient."""
+    overrides = {"runtime.device": "auto", "rollout.batch_size": 4096, "rollout.count": 4096}
+    needed = service.plan(world.plan_arguments(overrides=overrides)).fits[0].peak_memory_bytes >> 20
+    gpu(total=80_000, free=needed - 100)
+    plan = service.plan(world.plan_arguments(overrides=overrides))
+    [shortage] = plan.blocking
+    assert shortage.code == "not_enough_memory"
+    assert "smaller batches" in shortage.fix
+    assert plan.next_action.tool == "plan_distillation"
+    again = service.plan(PlanDistillation(**plan.next_action.arguments))
+    assert not again.blocking
+    assert again.recipe.rollout.batch_size < 4096
+    assert again.recipe.distill.adapter is None
+
+
+def test_nothing_fits_a_device_that_is_smaller_than_a_process(service, world, gpu):
+    gpu(total=400, free=300)
+    plan = service.plan(world.plan_arguments(overrides={"runtime.device": "auto"}))
+    assert [option.fits for option in plan.fits] == [False, False]
+    assert "Neither full training nor LoRA fits" in plan.blocking[0].fix

@@ -115,7 +115,7 @@ def test_data_of_the_hub_is_left_for_the_worker(references, reference):
     resolved = references.prompts(reference, columns)
     expected = DataInput(reference=reference, hub_id=reference, columns=columns)
     assert (resolved.input, resolved.scan.rows) == (expected, 0)
-    assert references.responses(reference, "Qwen3-8B").sft_teacher.name == "Qwen3-8B"
+    assert references.responses(reference, "Qwen3-8B").input.sft_teacher.name == "Qwen3-8B"
 
 
 def test_fetched_data_of_the_hub_is_read_where_it_is(references, world):
@@ -187,10 +187,10 @@ def test_inline_prompts_must_hold_something(references, prompts, code):
 
 def test_responses_are_declared_by_name_or_by_model(references, world):
     file = world.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n')
-    assert references.responses(file, None).sft_teacher is None
-    by_name = references.responses(file, "Qwen3-8B").sft_teacher
+    assert references.responses(file, None).input.sft_teacher is None
+    by_name = references.responses(file, "Qwen3-8B").input.sft_teacher
     assert (by_name.basis, by_name.name, by_name.identity) == ("asserted", "Qwen3-8B", None)
-    by_model = references.responses(file, world.teacher).sft_teacher
+    by_model = references.responses(file, world.teacher).input.sft_teacher
     assert by_model.identity == references.model(world.teacher).input.identity
 
 

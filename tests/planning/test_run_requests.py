@@ -125,7 +125,7 @@ def test_sft_adopts_the_template_of_a_declared_teacher_that_is_here(world, servi
 def test_sft_refuses_a_declared_teacher_with_other_tokens(world, service):
     teacher = world.copy_of(world.teacher, "other-tokens")
     content = (teacher / "tokenizer.json").read_text()
-    (teacher / "tokenizer.json").write_text(content.replace('"<user>"', '"<person>"'))
+    (teacher / "tokenizer.json").write_text(content.replace('"7"', '"@"'))
     responses = world.file("responses.jsonl", '{"prompt": "1+1=?", "response": "#2"}\n')
     arguments = StartSft(student=world.student, responses=responses, preset="demo", declared_teacher=str(teacher))
     with pytest.raises(ConsistencyError, match="tokenizer_mismatch"):

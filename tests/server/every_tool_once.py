@@ -87,7 +87,8 @@ def small_cache(folder: Path) -> Path:
 async def session(folder: Path) -> dict[str, Any]:
     """The tools called and the modules loaded at the end."""
     leases = LeaseFolder(folder / "leases", cpu_slots=1)
-    leases.acquire("test", leases.cpu_slot_names(), 1, lambda: False)
+    for slots in (leases.cpu_slot_names(), ["short-cpu"]):
+        leases.acquire("test", slots, 1, lambda: False)
     workspace = Workspace(folder / "workspace")
     roots = AllowedRoots([folder])
     service = JobService(workspace, roots, JobSettings(lease_folder=leases.root, cpu_slots=1))

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -197,7 +196,7 @@ def test_the_log_of_what_peers_can_cause_is_bounded(caplog):
     assert budget.filter(logging.LogRecord("opd_mcp.server", logging.ERROR, "x", 1, "a tool failed", (), None))
 
 
-@pytest.mark.parametrize("files", [96, 128, 256])
+@pytest.mark.parametrize("files", [128, 256, 1024])
 def test_200_half_open_requests_neither_stop_the_server_nor_fill_its_log(tmp_path, files):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -230,4 +229,3 @@ def test_200_half_open_requests_neither_stop_the_server_nor_fill_its_log(tmp_pat
     finally:
         server.terminate()
         server.wait(timeout=30)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 256

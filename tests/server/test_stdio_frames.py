@@ -165,6 +165,7 @@ def test_a_native_panic_is_one_error_of_its_call(server, tmp_path, panic):
     arguments = {**{name: str(path) for name, path in models.items()}, "prompts": ["a" * 5000 + "b"]}
     for tool in ("plan_distillation", "start_distillation"):
         text = called(server, tool, **arguments)
-        assert "[damaged_file] A native library gave up" in text
+        assert "[damaged_file]" in text
+        assert "PanicException" in text
         assert "tokenizer.json" in text
     assert ask(server, PING % 4)["result"] == {}

@@ -108,6 +108,23 @@ def test_what_is_written_next_does_not_hide_the_rest(store, earlier, mishap):
     assert store.list_runs().total == 2
 
 
+SWAPS = [swap_for_an_earlier_copy, swap_for_an_empty_file, swap_for_another_workspaces, swap_for_noise]
+
+
+@pytest.mark.parametrize("mishap", [*SWAPS, delete_only_the_main_file])
+def test_a_main_file_that_is_swapped_under_its_log_is_not_read_with_it(store, make_record, earlier, mishap):
+    """Another process has the index open, so the log stays: it holds the right generation, over the wrong rows."""
+    with closing(sqlite3.connect(store.workspace.index)) as other:
+        other.execute("SELECT count(*) FROM runs").fetchall()
+        for _ in range(2):
+            with store.index.writing():
+                pass
+        assert store.workspace.index.with_name("opd.sqlite-wal").stat().st_size > 0
+        mishap(store, earlier)
+        assert store.list_runs().total == 2
+        assert store.start_once(make_record("second")).reused
+
+
 CHILD = """
 import sys
 from pathlib import Path

@@ -31,6 +31,14 @@ def code_of(roots, reference):
     return caught.value.code
 
 
+@pytest.mark.parametrize("name", ["lineage.key", "http.token", "http.sessions"])
+def test_the_workspaces_own_secrets_are_not_read_though_they_lie_below_a_root(roots, tree, name):
+    (tree / "root" / name).write_text("secret")
+    (tree / "root" / "prompts.jsonl").symlink_to(tree / "root" / name)
+    for reference in (name, "prompts.jsonl", f"model/../{name}"):
+        assert code_of(roots, tree / "root" / reference) == "outside_roots"
+
+
 def test_paths_below_a_root_are_resolved(roots, tree):
     model = tree / "root" / "model"
     assert roots.resolve(str(model)) == model

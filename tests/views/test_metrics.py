@@ -95,8 +95,8 @@ def test_an_answer_has_a_budget_and_says_what_it_left_out(service, run):
 
 
 def test_thinning_keeps_the_mean():
-    points = [(step, float(step % 2)) for step in range(1, 402)]
-    steps, values = thinned(points, 41)
+    steps = list(range(1, 402))
+    steps, values = thinned(steps, [float(step % 2) for step in steps], 41)
     assert steps[-1] == 401
     assert all(abs(value - 0.5) < 0.06 for value in values[:-1])
 

@@ -39,7 +39,7 @@ def test_the_engine_distills_through_all_phases_and_live_reuses_what_it_can(worl
     assert manifest.rollouts.rows == 8
     report_path = real_service.store.artifacts.get(status.result["artifacts"]["report"]).path
     report = BenchmarkReport.from_json((report_path / "report.json").read_bytes())
-    assert [model.name for model in report.models] == ["distilled", "sft"]
+    assert [model.name for model in report.models] == ["distilled", "sft", "teacher", "base"]
     assert report.teacher_basis == "proven"
     assert {cost.stage for cost in report.costs} >= {"sft", "rollout", "score", "distill"}
     assert status.result["training"]["distill"]["steps"] == 3

@@ -43,11 +43,13 @@ TRICKLES = {
 }
 ENGINE_KINDS = ("template", "teacher", "stopped")
 KINDS = (
-    *(*ENGINE_KINDS, "native", "blocked", "busy", "sigterm"),
+    *("template", "teacher", "native", "stopped", "blocked", "busy", "sigterm"),
     *("guardian_killed", "guardian_stopped", "never_exits", "stopped_native"),
 )
 EXPIRED = "template_expired"
 """A template that no one cancels, ended by the limit on its processor time: 20 s, so there is one."""
+EXPIRY_SECONDS = 120.0
+"""Time for so much processor time on a busy machine."""
 
 
 @dataclass
@@ -192,7 +194,7 @@ def stop(service: JobService, run_id: str, kind: str, worker: psutil.Process, gu
     elif kind not in (EXPIRED, "never_exits"):
         service.cancel(run_id)
     asked = time.monotonic()
-    return asked + (30.0 if kind == EXPIRED else 0.0)
+    return asked + (EXPIRY_SECONDS if kind == EXPIRED else 0.0)
 
 
 def ended_soon(service: JobService, run_id: str, asked: float) -> RunStatus:

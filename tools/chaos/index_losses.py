@@ -1,8 +1,8 @@
 """The index is lost under load: deleted, emptied, damaged or swapped while a server and other processes use it.
 
-A real stdio server starts runs and lists them; two more processes (`contention.py`) start, list, read and publish on
-the same workspace. After each loss everything that was acknowledged must be listed, and the same call must give the
-same run.
+A real stdio server starts runs and lists them; two more processes (`contention.py`) start, list, read and publish
+on the same workspace. After each loss everything that was acknowledged must be listed, and the same call must give
+the same run.
 """
 
 import json
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 
@@ -32,6 +33,8 @@ from tools.chaos.workload import Place
 
 CROWD = 2
 SECONDS_EACH = 2.0
+CALL_SECONDS = 0.15
+"""Roughly the length of a start, so that the losses fall within it."""
 COMPANIONS = ("", "-wal", "-shm")
 PAGE = 100
 KINDS = ("deleted", "deleted_alone", "emptied", "damaged", "older", "foreign", "new")
@@ -42,8 +45,13 @@ class IndexLosses:
     """How often the index was lost, by kind, and what was lost or made twice with it."""
 
     kinds: Counter[str] = field(default_factory=Counter)
-    acknowledged: set[str] = field(default_factory=set)
+    answers: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def acknowledged(self) -> set[str]:
+        """The runs that the server has answered with."""
+        return set(self.answers)
 
 
 async def lost_indexes(root: Path, seed: int, count: int, tell: Callable[[str], None]) -> IndexLosses:
@@ -58,9 +66,16 @@ async def lost_indexes(root: Path, seed: int, count: int, tell: Callable[[str], 
         try:
             for number in range(count):
                 kind = KINDS[number % len(KINDS)] if number < len(KINDS) else rng.choice(KINDS)
-                first = await _started(client, number, found)
-                lose(root, kind, rng)
+                begun = len(found.answers)
+                async with anyio.create_task_group() as calls:
+                    for _ in range(2):  # two agents that want the same run
+                        calls.start_soon(_started, client, number, found)
+                    await anyio.sleep(rng.uniform(0, CALL_SECONDS))
+                    lose(root, kind, rng)
                 found.kinds[kind] += 1
+                first, second = found.answers[begun:]
+                if first != second:
+                    found.wrong.append(f"{kind}: one request is {first} and {second}")
                 await _check(client, kind, number, first, found)
                 check_directories(place, kind, found)
         finally:
@@ -123,10 +138,9 @@ def check_directories(place: Place, kind: str, found: IndexLosses) -> None:
     found.wrong += [f"{kind}: two active runs of {request}" for request in (twice() and twice() & twice())]
 
 
-async def _started(client: Client, number: int, found: IndexLosses) -> str:
+async def _started(client: Client, number: int, found: IndexLosses) -> None:
     answer = await _answer(client, "sample_model", **_request(number))
-    found.acknowledged.add(answer["run_id"])
-    return str(answer["run_id"])
+    found.answers.append(str(answer["run_id"]))
 
 
 async def _check(client: Client, kind: str, number: int, first: str, found: IndexLosses) -> None:

@@ -122,7 +122,7 @@ def evidence(place: Place, status: RunStatus) -> dict[str, Any]:
         manifest = CacheManifest.from_json((Path(paths["cache"]) / "manifest.json").read_bytes())
         found["cache"] = manifest.content_sha256
     points = RunView(place.run_directory(status.run_id), keep_series=True).fold().series
-    found["series"] = {name: series for name, series in points.items() if not name.endswith(TIMINGS)}
+    found["series"] = {name: dict(series) for name, series in points.items() if not name.endswith(TIMINGS)}
     found["scores"] = (status.result or {}).get("scores")
     return found
 

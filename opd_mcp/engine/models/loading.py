@@ -106,13 +106,15 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (ValueError, LookupError, ImportError) as error:
+    except Exception as error:  # of any kind, for a configuration or sizes that cannot be
+        if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
         raise PathError(
             "unsupported_model",
             f"transformers cannot build this model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}).",
             value=path,
-            fix="Look at model_type, architectures and hidden_act in its config.json; give a causal language model of "
-            "an architecture that the installed transformers has.",
+            fix="Look at model_type, architectures, hidden_act and the sizes in its config.json; give a causal "
+            "language model of an architecture that the installed transformers has.",
         ) from error
     model = model.to(runtime.device)
     if facts.adapter is not None:

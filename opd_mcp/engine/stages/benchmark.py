@@ -53,7 +53,9 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         warnings += model_warnings(context, model)
         with grader:
             scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
-        warnings += truncation_warnings(scored[name].score, section, context)
+    # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
+    judged = [entry.score for name, entry in scored.items() if name in inputs.models or models[name] == inputs.teacher]
+    cut = truncation_warnings(judged, section)
     candidate = next(iter(inputs.models))
     teacher_row = next((name for name, path in reversed(models.items()) if path == inputs.teacher), None)
     lineage = verified_lineage(inputs.models[candidate])
@@ -80,9 +82,11 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         teacher_basis=claim.basis if claim else None,
         costs=list(inputs.costs),
         alerts=list(inputs.alerts),
-        warnings=list(dict.fromkeys(warnings)),
+        warnings=list(dict.fromkeys([*warnings, *cut])),
     )
     write_report(report, output, context, models.values())
+    for message in cut:  # last, so that whoever waits for the run is not woken twice
+        context.reporter.alert("answers_truncated", message)
     return report
 
 
@@ -157,16 +161,19 @@ def _gaps(candidate: str, teacher: str | None, scored: Mapping[str, Scored]) -> 
     return sorted(gaps, key=lambda gap: list(scored).index(gap.baseline))
 
 
-def truncation_warnings(score: ModelScore, section: BenchmarkRecipe, context: Context) -> list[str]:
-    """A warning, and an alert, where the length limit cut many responses: a cut response mostly has no answer."""
-    if score.truncated_fraction is None or score.truncated_fraction <= TRUNCATED_SHARE:
+def truncation_warnings(scores: Iterable[ModelScore], section: BenchmarkRecipe) -> list[str]:
+    """At most one warning: where the length limit cut many responses: a cut response mostly has no answer."""
+    cut = [
+        f"{score.truncated_fraction:.0%} of {score.name}"
+        for score in scores
+        if score.truncated_fraction is not None and score.truncated_fraction > TRUNCATED_SHARE
+    ]
+    if not cut:
         return []
-    limit = section.sampling.max_new_tokens
     message = (
-        f"{score.truncated_fraction:.0%} of the responses of {score.name} were cut at {limit} tokens, so its accuracy "
-        "is that of the limit; raise 'benchmark.sampling.max_new_tokens' (a thinking model needs 32768 or more)."
+        f"Responses cut at {section.sampling.max_new_tokens} tokens: {', '.join(cut)}. Such an accuracy is that of the "
+        "limit; raise 'benchmark.sampling.max_new_tokens' (a thinking model needs 32768 or more)."
     )
-    context.reporter.alert("answers_truncated", message)
     return [message]
 
 

@@ -83,6 +83,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         context.reporter.alert("lossy_merge", refused)
     write_atomic(output / "training.json", summary.to_json(indent=2))
     parents = [Parent(role="student", identity=full_identity(student)), *source.parents]
+    parents += [Parent(role="base", identity=origin.base)] if origin else []
     record_lineage(
         output,
         Provenance("model", "distill", section, parents, saved_files(output)),

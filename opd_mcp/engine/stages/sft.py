@@ -59,6 +59,7 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     parents = [
         Parent(role="student", identity=full_identity(student)),
         Parent(role="responses", sha256=responses_hash),
+        *([Parent(role="base", identity=origin.base)] if origin else []),
     ]
     made = Provenance("model", "sft", section, parents, saved_files(output))
     told = differences_text(differing, len(differing)) or None

@@ -39,8 +39,8 @@ def benchmark_task(section: BenchmarkRecipe, inputs: TaskInputs, output: Path, c
             seconds=time.perf_counter() - started,
             tokens=sum(len(text.response_ids) for text in run.drawn),
         )
-        warnings += truncation_warnings(score, section, context)
         scores.append(score)
+    cut = truncation_warnings(scores, section)
     report = BenchmarkReport(
         recipe=section,
         suite=f"{LM_EVAL}{inputs.task}",
@@ -52,7 +52,9 @@ def benchmark_task(section: BenchmarkRecipe, inputs: TaskInputs, output: Path, c
         models=scores,
         hardware=hardware_name(runtime.device),
         recipe_hash=inputs.recipe_hash,
-        warnings=list(dict.fromkeys(warnings)),
+        warnings=list(dict.fromkeys([*warnings, *cut])),
     )
     write_report(report, output, context, inputs.models.values())
+    for message in cut:
+        context.reporter.alert("answers_truncated", message)
     return report

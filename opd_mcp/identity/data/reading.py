@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from opd_mcp.identity.data.formats import read_chunks
-from opd_mcp.identity.data.rows import BadRow, Chunk, PromptRow, ResponseRow, Row, is_turns, missing
+from opd_mcp.identity.data.rows import BadRow, Chunk, PromptRow, RawIds, ResponseRow, Row, is_turns, missing
 from opd_mcp.identity.data.shapes import (
     PROMPT_SHAPES,
     RESPONSE_SHAPES,
@@ -28,12 +28,13 @@ from opd_mcp.identity.data.shapes import (
     value_at,
 )
 from opd_mcp.identity.data.sources import Source, source_of
-from opd_mcp.identity.data.tables import table_header
+from opd_mcp.identity.data.tables import table_header, table_ids
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import DataError, nearest
 from opd_mcp.schemas.runs import SkippedRow, UnderstoodData
 
 LISTED_ROWS = 5
+HEADER_ROWS = 64
 LISTED_REASONS = 20
 LISTED_FIELDS = 40
 # A data set whose rows have ever new fields must not fill the memory with them.
@@ -56,6 +57,10 @@ class ResponsesHeader:
     sha256: str
     """Of the files' bytes, and of `columns` where the caller named them."""
     understood: UnderstoodData
+    first: tuple[ResponseRow, ...] = ()
+    """The first rows, up to 64."""
+    raw_ids: RawIds | None = None
+    """Extremes of the token ids in all rows; None where rows have none."""
 
 
 def read_prompts(path: Path, columns: Columns | None = None) -> list[PromptRow]:
@@ -82,7 +87,13 @@ def read_responses_header(path: Path, columns: Columns | None = None) -> Respons
     sha256 = responses_sha256(path, columns)
     has_text = has_ids = True
     table = table_header(reader.source)
+    first: list[ResponseRow] = []
+    raw = RawIds()
     for rows in reader.batches():
+        first += rows[: HEADER_ROWS - len(first)]
+        for row in rows:
+            if ids := [*(row.prompt_ids or ()), *(row.response_ids or ())]:
+                raw.add(f"row {row.prompt.id}", max(ids), len(ids))
         has_text = has_text and all(row.response is not None for row in rows)
         has_ids = has_ids and all(row.response_ids is not None for row in rows)
         if table is not None and reader.rows:
@@ -93,7 +104,13 @@ def read_responses_header(path: Path, columns: Columns | None = None) -> Respons
         note = f"the first {checked} of {table[0]} rows were checked"
         update = {"rows": table[0] - reader.skipped, "notes": [*understood.notes, note]}
         understood = understood.model_copy(update=update)
-    return ResponsesHeader(reader.source, understood.rows, has_text, has_ids, sha256, understood)
+        if raw.shortest is not None:
+            paths = [understood.columns.get(part) for part in ("prompt_ids", "response_ids")]
+            raw = table_ids(reader.source, [path for path in paths if path is not None])
+    return ResponsesHeader(
+        *(reader.source, understood.rows, has_text, has_ids, sha256, understood, tuple(first)),
+        raw_ids=None if raw.shortest is None else raw,
+    )
 
 
 def first_response(path: Path, columns: Columns | None = None) -> ResponseRow:

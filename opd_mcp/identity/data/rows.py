@@ -215,6 +215,25 @@ def scalar_text(name: str, value: Any) -> str:
     return text_of(name, str(value), may_be_empty=True)
 
 
+@dataclass
+class RawIds:
+    """Extremes of the rows that hold token ids: the largest id, and how long the shortest and longest rows are."""
+
+    largest: int = -1
+    largest_at: str = ""
+    longest: int = 0
+    longest_at: str = ""
+    shortest: int | None = None
+
+    def add(self, at: str, largest: int, length: int) -> None:
+        """Take in a row, `at` a place for people."""
+        if largest > self.largest:
+            self.largest, self.largest_at = largest, at
+        if length > self.longest:
+            self.longest, self.longest_at = length, at
+        self.shortest = length if self.shortest is None else min(self.shortest, length)
+
+
 def token_ids(name: str, value: Any) -> tuple[int, ...] | None:
     """Token ids, whole numbers from 0; raises BadRow."""
     if value is None:

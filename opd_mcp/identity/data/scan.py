@@ -17,6 +17,7 @@ from opd_mcp.schemas.runs import UnderstoodData
 
 FIRST_ROWS = 8
 SAMPLED_ROWS = 64
+KEPT_GOLDS, GOLD_CHARACTERS = 1024, 1 << 14
 LONG_ROWS = 512
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
@@ -36,6 +37,8 @@ class PromptScan:
     """The first rows, for showing."""
     sample: tuple[PromptRow, ...] = ()
     """Rows at even distances, 64 to 127 where there are as many."""
+    golds: tuple[tuple[str, str], ...] = ()
+    """(id, expected answer) of rows at even distances, huge answers left out; 1024 to 2047 where there are as many."""
     long_bytes: int = 0
     long_rows: int = 0
     """Rows with more than `long_bytes` bytes of text."""
@@ -89,6 +92,8 @@ class _Scanner:
         self.first: list[PromptParts] = []
         self.sample: list[PromptParts] = []
         self.distance = 1
+        self.golds: list[tuple[str, str]] = []
+        self.gold_distance = 1
         self.long_texts: list[str] = []
         self.texts, self.normal_texts = array("q"), array("q")
         self.random = Random(0)
@@ -104,13 +109,27 @@ class _Scanner:
             self.distance *= 2
         if not batch:
             return
-        _, prompts, messages, answers = zip(*batch, strict=True)
+        ids, prompts, messages, answers = zip(*batch, strict=True)
+        self._add_golds(ids, answers)
         shown = prompts if messages.count(None) == len(batch) else list(map(shown_text, prompts, messages))
         self.texts.extend(map(hash, shown))
         self.normal_texts.extend(map(hash, normalised_all(shown)))
         self.answers += len(batch) - answers.count(None)
         self.rows += len(batch)
         self._add_long(prompts, messages, max(map(len, shown)))
+
+    def _add_golds(self, ids: Sequence[str], answers: Sequence[str | None]) -> None:
+        if not any(answers):
+            return
+        if None in answers:
+            present = [answer is not None for answer in answers]
+            ids, answers = list(compress(ids, present)), list(compress(answers, present))
+        kept = slice(-self.answers % self.gold_distance, None, self.gold_distance)
+        chosen = zip(ids[kept], answers[kept], strict=True)
+        self.golds += [(row, gold) for row, gold in chosen if gold is not None and len(gold) <= GOLD_CHARACTERS]
+        while len(self.golds) >= 2 * KEPT_GOLDS:
+            self.golds = self.golds[::2]
+            self.gold_distance *= 2
 
     def _add_long(self, prompts: Sequence[str | None], messages: Sequence[Turns | None], longest: int) -> None:
         limit = self.long_bytes
@@ -140,6 +159,7 @@ class _Scanner:
             rows_with_answer=self.answers,
             first=tuple(PromptRow(*parts) for parts in self.first),
             sample=tuple(PromptRow(*parts) for parts in sample),
+            golds=tuple(self.golds),
             long_bytes=self.long_bytes,
             long_rows=self.long_rows,
             long_texts=tuple(self.long_texts),

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from opd_mcp.identity.data.rows import Chunk
+from opd_mcp.identity.data.rows import Chunk, RawIds
 from opd_mcp.identity.data.sources import MAX_ROW_BYTES, MAX_ROWS, Source, damaged, open_pyarrow, too_large
 from opd_mcp.schemas.errors import DataError
 
@@ -32,6 +32,48 @@ def table_header(source: Source) -> tuple[int, list[str]] | None:
             rows += opened.metadata.num_rows
             names = names or opened.schema_arrow.names
     return rows, names
+
+
+def table_ids(source: Source, paths: Sequence[str]) -> RawIds:
+    """The extremes of the token ids in all rows of Parquet files, in columns of lists; raises as `read_chunks`."""
+    raw, before = RawIds(), 0
+    for file in source.files:
+        with _open_parquet(file) as opened:
+            lists = [field.name for field in opened.schema_arrow if "list<" in str(field.type)]
+            names = [path for path in paths if path in lists]
+            for batch in opened.iter_batches(batch_size=_batch_rows(file, opened.metadata), columns=names):
+                _add_ids(raw, batch, before)
+                before += batch.num_rows
+    return raw
+
+
+def _add_ids(raw: RawIds, batch: Any, before: int) -> None:
+    """Take in a batch whose columns are lists of ids; `before` rows stand before it."""
+    import pyarrow.compute as pc
+
+    totals = [0] * batch.num_rows
+    for column in batch.columns:
+        totals = [
+            total + (length or 0)
+            for total, length in zip(totals, pc.list_value_length(column).to_pylist(), strict=True)
+        ]
+    for row, length in enumerate(totals):
+        raw.add(f"row {before + row}", -1, length)
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        flat = column.flatten()
+        extremes = pc.min_max(flat).as_py()
+        for extreme in (extremes["min"], extremes["max"]):
+            if extreme is None or 0 <= extreme <= raw.largest:
+                continue
+            row = pc.list_parent_indices(column)[pc.index(flat, extreme).as_py()].as_py()
+            if extreme < 0:
+                raise DataError(
+                    "malformed_line",
+                    f"{name} of row {before + row} holds the id {extreme}.",
+                    value=extreme,
+                    fix=f"Give {name} as whole numbers from 0.",
+                )
+            raw.add(f"row {before + row}", int(extreme), totals[row])
 
 
 def parquet_chunks(path: Path, select: SelectColumns) -> Iterator[Chunk]:

@@ -1,8 +1,10 @@
 """A plan in words: phases, costs, settings, and what stands in its way."""
 
+import json
+
 from opd_mcp.planning.estimates import PROCESS_START
 from opd_mcp.schemas.next_action import advice_text
-from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan, Preview
+from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, Preview
 from opd_mcp.schemas.runs import UnderstoodData
 from opd_mcp.schemas.texts import byte_size, duration, shortened
 from opd_mcp.server.render.caches import measured_lines, prompts_text, rollouts_text
@@ -24,6 +26,7 @@ def plan_text(plan: Plan) -> str:
     lines += _plan_measures(plan)
     lines += preview_lines(plan.preview) if plan.preview else []
     lines += [_estimate_line(estimate) for estimate in plan.estimates]
+    lines += [_fit_line(option) for option in plan.fits]
     lines += setting_lines(plan)
     lines += [finding_text("BLOCKING", finding) for finding in plan.blocking]
     lines += [finding_text("warning", finding) for finding in plan.warnings]
@@ -63,9 +66,10 @@ def preview_lines(preview: Preview) -> list[str]:
     taught = preview.stops.get(str(preview.end_of_turn))
     lines.append(f"a response ends at {stops}" + (f"; taught: {taught!r}" if len(preview.stops) > 1 else ""))
     lines += [f"template, {name}: {shortened(said, FACT_CHARACTERS)}" for name, said in preview.template.items()]
-    of = f"all {preview.of}" if preview.measured == preview.of else f"{preview.measured} sampled of {preview.of}"
+    whole = preview.measured == preview.of
+    of = f"all {preview.of} prompts" if whole else f"{preview.measured} prompts, sampled of {preview.of}"
     over = [f"{share.over} over {share.limit} ({share.tokens})" for share in preview.limits if share.over]
-    lines.append(f"of {of} prompts: {', '.join(over) or 'none over a limit'}")
+    lines.append(f"of {of}: {', '.join(over) or 'none over a limit'}")
     return lines
 
 
@@ -82,6 +86,16 @@ def understood_text(data: UnderstoodData) -> str:
     skipped = f"; {data.skipped} of {data.rows + data.skipped} rows skipped" if data.skipped else ""
     notes = "".join(f"; {note}" for note in data.notes)
     return shortened(f"{data.shape} ({fields}){skipped}{notes}", UNDERSTOOD_CHARACTERS)
+
+
+def _fit_line(option: FitOption) -> str:
+    """A way to train, its memory, and the overrides for it."""
+    overrides = f"; overrides {json.dumps(option.overrides)}" if option.overrides else ""
+    return (
+        f"training {'all weights' if option.name == 'full' else 'a LoRA adapter'} "
+        f"{'fits' if option.fits else 'does not fit'}: {byte_size(option.peak_memory_bytes)} at "
+        f"{option.micro_batch_tokens} tokens per micro-batch, {option.checkpointing} checkpointing{overrides}"
+    )
 
 
 def _estimate_line(estimate: MethodEstimate) -> str:

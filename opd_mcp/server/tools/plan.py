@@ -25,7 +25,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="plan_distillation",
         title="Plan a distillation",
-        description="Checks the inputs and answers with the resolved recipe, the phases (and which are done), time, "
+        description="Checks the inputs and answers with the resolved recipe, the phases (which are done), time, "
         "memory and disk for live and lightning, a `preview` of the data, `blocking` and `warnings`. Starts "
         "nothing. Give the `plan_id` to start_distillation.",
         request=PlanDistillation,

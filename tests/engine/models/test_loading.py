@@ -62,6 +62,11 @@ def test_logits_that_are_changed_after_the_head_are_refused_by_name(
         {"model_type": "nosuch", "architectures": ["NosuchForCausalLM"]},
         {"model_type": "t5", "architectures": ["T5Model"]},
         {"hidden_act": "nosuch_act"},
+        {"head_dim": 0},
+        {"rms_norm_eps": 0},
+        {"hidden_size": 10**12},
+        {"vocab_size": 10**12},
+        {"num_attention_heads": 2**31},
     ],
 )
 def test_a_configuration_that_cannot_be_built_is_refused_by_name(

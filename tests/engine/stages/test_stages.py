@@ -241,8 +241,12 @@ def test_teacher_and_base_are_rows_and_the_share_of_the_gap_is_said(made: Made, 
     text = (tmp_path / "report.md").read_text()
     assert "Share of the gap from sft to teacher that distilled closed: 1.0" in text
     assert "| somebody | not measured: is not here |" in text
-    assert "'benchmark.sampling.max_new_tokens'" in reporter.alerts["answers_truncated"]
-    assert "responses of base were cut at 64 tokens" in text
+    message = reporter.alerts["answers_truncated"]
+    assert message.startswith("Responses cut at 64 tokens: ")
+    assert "% of sft" in message
+    assert "base" not in message, "a base that never learnt to stop is no news"
+    assert "raise 'benchmark.sampling.max_new_tokens'" in message
+    assert f"Note: {message}" in text
 
 
 def test_a_template_stands_around_each_prompt_or_around_a_chat_s_last_question(made: Made, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One pass over prompts says what reading them all would say."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,16 @@ def test_the_hash_taken_in_batches_is_that_of_the_whole_list(rows):
     digest.add(parts[2:])
     assert digest.hexdigest() == content_hash([list(row) for row in parts])
     assert digest.hexdigest() == scan_of_rows([PromptRow(*row) for row in parts]).sha256
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_expected_answers_are_kept_at_even_distances(tmp_path, every):
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{n}", **({"answer": f"{n}"} if n % every == 0 else {})} for n in range(20_000)]
+    rows.append({"prompt": "long", "answer": "x" * (1 << 15)})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scan = scan_prompts(file)
+    assert 1024 <= len(scan.golds) < 2048
+    assert all(row == answer for row, answer in scan.golds)
+    numbers = [int(row) for row, _ in scan.golds]
+    assert {later - earlier for earlier, later in pairwise(numbers)} == {numbers[1]}

@@ -1,4 +1,4 @@
-"""Two minutes of the 15 that `make chaos` takes: kills, full disks, damage and contention."""
+"""Three minutes of the 25 that `make chaos` takes: kills, full disks, damage, contention, hangs and lost indexes."""
 
 import json
 import subprocess
@@ -18,3 +18,5 @@ def test_nothing_is_lost_corrupt_or_silently_different():
     assert result["enospc_points"] >= 50
     assert result["damage"] == 40
     assert (result["corrupt"], result["silent"], result["contention_errors"]) == (0, 0, 0)
+    assert (result["hangs"], result["hangs_ended"]) == (3, 3)
+    assert (result["index_losses"], result["index_lost_or_duplicate"]) == (7, 0)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from opd_mcp.engine.models.loading import load_tokenizer
 
 TASK = Path(__file__).resolve().parents[3] / "examples" / "chain_sum"
-SIZES = {"sft": 319, "opd": 2538, "tune": 423, "eval": 625}
+SIZES = {"sft": 991, "opd": 2517, "tune": 418, "eval": 601}
 QUESTION = "State the final answer to the following arithmetic problem: 4 - 7 + 9 ="
 
 
@@ -35,8 +35,12 @@ def test_no_prompt_is_in_two_sets_or_twice_in_one():
 def test_the_sets_are_the_tasks_rows_and_the_responses_are_right():
     from tools.demo import chain_sum
 
-    for name, rows in chain_sum.prompt_sets().items():
+    sets = chain_sum.prompt_sets()
+    retired = {row["prompt"] for row in sets.pop(chain_sum.RETIRED)}
+    assert len(retired) == 619
+    for name, rows in sets.items():
         assert rows == rows_of(name)
+        assert retired.isdisjoint(row["prompt"] for row in rows)
     for row in rows_of("tune"):
         expression = row["prompt"].rpartition(": ")[2].removesuffix(" =")
         thinking, _, answer = chain_sum.response(expression).partition("</think>\n\n")
