@@ -5,6 +5,7 @@ Imports no torch: a worker makes these before it loads the engine.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +70,8 @@ class Context:
     made_here: MadeHere = everywhere
     """Whether a directory's lineage proves its claims. A workspace asks its key. Who calls the stages as a library, and
     says nothing, vouches for every directory that it names."""
+    rendered_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    """The moment that chat templates write which ask for the time: one for all stages and attempts of a run."""
     check_fence: Callable[[], None] = lambda: None
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
 

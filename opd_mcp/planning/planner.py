@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from opd_mcp.devices.hardware import Target, free_disk
@@ -28,7 +29,7 @@ from opd_mcp.planning.checks import (
 )
 from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
-from opd_mcp.planning.preview import judge_sizes, plan_preview, text_facts
+from opd_mcp.planning.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.planning.text_work import Asked
@@ -66,7 +67,7 @@ class Planner:
         sft, verdict = judge_consistency(arguments, inputs, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
         schema = self._schema(arguments, inputs, sft, found)
-        facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing), found)
+        facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
         judge_special_tokens(differing, facts, recipe.prompting, found)
         schema = _with_mean(schema, facts.mean_prompt_tokens)
         judge_sizes(inputs, found)
@@ -151,7 +152,12 @@ class Planner:
         return inputs.schema.model_copy(update=update)
 
     def _asked(
-        self, inputs: PlanInputs, recipe: Recipe, schema: RunInputs, differing: Sequence[TokenDifference]
+        self,
+        inputs: PlanInputs,
+        recipe: Recipe,
+        schema: RunInputs,
+        differing: Sequence[TokenDifference],
+        found: Findings,
     ) -> Asked | None:
         """What is asked of the tokenizer that both models will use, with a row of the responses where they are here."""
         model = inputs.teacher.facts or inputs.student.facts
@@ -162,8 +168,9 @@ class Planner:
             key = PhaseChain(recipe, schema).generate_responses().phases[-1].key
             made = self.builder.artifacts.made_by([key]).get(key)
             taught = first_response(self.builder.artifacts.get(made).path) if made else None
-        watched = tuple(difference.id for difference in differing)
-        return Asked(model.path, recipe.prompting, inputs.prompts.scan, recipe.sft.train_turns, taught, watched)
+        watched, turns = tuple(difference.id for difference in differing), recipe.sft.train_turns
+        moment = judge_clock(model, datetime.now(UTC), found)
+        return Asked(model.path, recipe.prompting, inputs.prompts.scan, turns, taught, watched, moment)
 
     def _requests(self, recipe: Recipe, inputs: RunInputs, method: Method, sft: bool) -> dict[Method, RunRequest]:
         """By method, what it would run: the asked one, and the two to compare it with.

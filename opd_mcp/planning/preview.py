@@ -1,9 +1,12 @@
 """A plan's preview: prompts as the run encodes them, and what blocks a plan in templates, options and lengths."""
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any, Literal
 
+from opd_mcp.identity.chat.rendering import clock_examples, reads_clock
 from opd_mcp.identity.models import ModelFacts
+from opd_mcp.identity.tokenizers import chat_template
 from opd_mcp.planning.checks import Findings, PlanInputs
 from opd_mcp.planning.text_work import Asked, TextFacts, TextWork
 from opd_mcp.schemas.errors import OpdError, nearest
@@ -41,6 +44,21 @@ def text_facts(work: TextWork, asked: Asked | None, found: Findings) -> TextFact
     except OpdError as error:
         found.blocking.append(Finding.of_error(error))
         return TextFacts()
+
+
+def judge_clock(model: ModelFacts, moment: datetime, found: Findings) -> datetime | None:
+    """The moment for a template that asks for the time, of which the plan then warns; None for any other."""
+    template = chat_template(model.path)
+    if template is None or not reads_clock(template):
+        return None
+    shown = ", ".join(map(repr, clock_examples(template, moment))) or "the date"
+    found.warn(
+        "template_dated",
+        f"The chat template writes the time into prompts, here {shown} (UTC); a run writes that of its start in all of "
+        "its phases and attempts, and records it.",
+        "Nothing has to be done; a fixed date needs a template that takes one from 'prompting.chat_template_kwargs'.",
+    )
+    return moment
 
 
 def judge_sizes(inputs: PlanInputs, found: Findings) -> None:

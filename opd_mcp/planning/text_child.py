@@ -13,12 +13,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from opd_mcp.identity.chat.rendering import FAILURES, names_read
+from opd_mcp.identity.chat.rendering import FAILURES, NO_MOMENT, names_read
 from opd_mcp.identity.chat.sft_targets import TargetWriter
 from opd_mcp.identity.chat.tokenizer import (
     ANSWER,
@@ -68,7 +69,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if "decode" in request:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         return {"decoded": [tokenizer.decode(ids, skip_special_tokens=False) for ids in request["decode"]]}
-    chat = load_chat_tokenizer(path, PromptingRecipe.model_validate(request["prompting"]))
+    moment = datetime.fromisoformat(request["moment"]) if "moment" in request else NO_MOMENT
+    chat = load_chat_tokenizer(path, PromptingRecipe.model_validate(request["prompting"]), moment)
     reply = {"counts": counts(chat, **request["counts"])}
     if "preview" in request:
         reply["preview"] = preview(chat, path, request["preview"])
@@ -213,7 +215,8 @@ def _thinking(chat: ChatTokenizer, turns: list[dict[str, str]]) -> str:
     for value in (True, False):
         options = {**chat.prompting.chat_template_kwargs, "enable_thinking": value}
         prompting = chat.prompting.model_copy(update={"chat_template_kwargs": options})
-        text, refusal = _tried(ChatTokenizer(chat.backend, chat.template, chat.names, prompting), turns, to_answer=True)
+        other = ChatTokenizer(chat.backend, chat.template, chat.names, prompting, chat.moment)
+        text, refusal = _tried(other, turns, to_answer=True)
         ends.append(refusal or (text or "").rpartition(QUESTION)[2])
     given = chat.prompting.chat_template_kwargs.get("enable_thinking")
     here = "as the template decides" if given is None else repr(given)

@@ -11,6 +11,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Asked:
     taught: ResponseRow | None = None
     watched: tuple[int, ...] = ()
     """Ids of which it is told whether prompts, or the end of a turn, have them."""
+    moment: datetime | None = None
+    """What the template's clock shows, for a template that asks for it."""
 
     def request(self) -> dict[str, Any]:
         """The request, as JSON-ready values."""
@@ -58,6 +61,8 @@ class Asked:
             "prompting": self.prompting.to_dict(),
             "counts": {"texts": texts, "long_texts": list(scan.long_texts), "limit": scan.long_bytes},
         }
+        if self.moment is not None:
+            request["moment"] = self.moment.isoformat()
         if self.train_turns is not None:
             first = scan.first[:SHOWN_PROMPTS]
             rows = [*first, *(row for row in scan.sample if row not in first)]

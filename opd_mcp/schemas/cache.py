@@ -123,6 +123,9 @@ class CacheManifest(Record):
     scores: ScoreStatistics
     hygiene: Hygiene = Hygiene()
     engine_gap: EngineGap | None = None
+    rendered_at: str | None = Field(
+        None, description="what a chat template with a clock showed; absent for one without"
+    )
     teacher_delta: TeacherDelta | None = Field(None, description="absent where the SFT teacher was not at hand")
     lacks: list[str] = Field(default_factory=list, description="what a converted cache does not have")
 

@@ -109,3 +109,6 @@ class Lineage(Record):
     parents: list[Parent] = Field(default_factory=list)
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of each data file")
     versions: dict[str, str] = Field(default_factory=dict)
+    rendered_at: str | None = Field(
+        None, description="the moment in UTC that prompts were written with, where the chat template asks for the time"
+    )

@@ -116,7 +116,7 @@ class RunRecord(Record):
 
     upgrades = (unchanged,)  # 2: sealed, with the memory that was expected
     run_id: str
-    created_at: str
+    created_at: str = Field(description="also the moment that chat templates with a clock write, in every attempt")
     request_hash: str
     request: RunRequest
     versions: dict[str, str]

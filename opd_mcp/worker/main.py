@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ class RunWorker:
             checkpoint=recipe.checkpoint,
             made_here=self.store.artifacts.made_here,
             check_fence=self.journal.check_fence,
+            rendered_at=datetime.fromisoformat(record.created_at),
         )
         return Pipeline(
             record=record,

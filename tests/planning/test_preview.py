@@ -1,6 +1,7 @@
 """What a plan shows of the data as the run encodes it, and what of templates, options and lengths blocks it."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -282,3 +283,22 @@ def test_special_tokens_that_prompts_have_must_be_the_same_or_be_learnt(pair, to
         pair.plan(*rows)
     plan = pair.plan(*rows, overrides={"prompting.differing_tokens": "learn"})
     assert "which the student learns in its SFT" in said(plan, "special_tokens_differ")
+
+
+def test_the_preview_shows_the_moment_of_the_plan_and_says_that_a_run_has_its_own(pair):
+    pair.template("{{ strftime_now('%Y-%m-%d') }} " + CHATML)
+    before = datetime.now(UTC).strftime("%Y-%m-%d")
+    plan = pair.plan({"prompt": "1+1=?"})
+    days = {before, datetime.now(UTC).strftime("%Y-%m-%d")}
+    told = said(plan, "template_dated")
+    assert any(f"here {day!r} (UTC)" in told for day in days)
+    assert "a run writes that of its start" in told
+    shown = plan.preview.prompts[0].text
+    assert any(all(character in shown for character in day) for day in days)
+
+
+def test_a_template_that_draws_at_random_blocks(pair):
+    pair.template(CHATML + "{{ ['a', 'b'] | random }}")
+    code, text = pair.blocked({"prompt": "1+1=?"})
+    assert code == "template_failed"
+    assert "draws at random" in text

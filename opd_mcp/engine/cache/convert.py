@@ -5,6 +5,7 @@ token. Rollouts went through text there, so the stop token is gone, and nothing 
 """
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy as np
 from opd_mcp.engine.cache.manifest import RolloutTally, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, write_shard
 from opd_mcp.engine.context import Context
-from opd_mcp.engine.data.encoding import chat_of
+from opd_mcp.engine.data.encoding import chat_of, recorded_moment
 from opd_mcp.engine.data.sequences import EOS, build_sequences
-from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer
+from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.engine.provenance import Provenance, full_identity, record_lineage
+from opd_mcp.identity.chat.tokenizer import ChatTokenizer
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.lineage import MANIFEST_FILE
@@ -40,6 +42,9 @@ def converted(source: Path, output: Path, *, student: Path, teacher_name: str) -
     if output.exists():
         raise ArgumentError("invalid_argument", "The output exists.", value=output, fix="Give a new directory.")
     adopted, facts = adopt_tokenizer(student, PromptingRecipe()), inspect_model(student)
+    context = Context()
+    chat = chat_of(adopted.tokenizer, context.prompting, context.rendered_at)
+    moment = recorded_moment(adopted.tokenizer, context)
     building = output.with_name(f".{output.name}.building")
     building.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
@@ -54,7 +59,7 @@ def converted(source: Path, output: Path, *, student: Path, teacher_name: str) -
                 good.append(row)
         if not good:
             continue
-        rows = _sequences(good, adopted, sum(shard.rows for shard in shards))
+        rows = _sequences(good, chat, adopted.eos_token_ids, sum(shard.rows for shard in shards))
         ended += sum(reason == EOS for reason in rows.finish_reasons)
         clipped += float(rows.columns["teacher_logprobs"].sum(dtype=np.float64))
         shards.append(write_shard(building / f"shard-{len(shards):05d}.parquet", rows))
@@ -91,12 +96,13 @@ def converted(source: Path, output: Path, *, student: Path, teacher_name: str) -
         rollouts=tally.statistics(),
         scores=ScoreStatistics(mean_teacher_logprob=mean),
         hygiene=Hygiene(prompts=tally.statistics().rows + bad.total(), quarantined=dict(bad)),
+        rendered_at=moment,
         lacks=PROVENANCE if ended else ["EOS", *PROVENANCE],
     )
     write_manifest(building, manifest)
     parents = [Parent(role="prompts", sha256=manifest.prompts_sha256)]
     made = Provenance("cache", "convert", ScoreRecipe(), parents, [MANIFEST_FILE])
-    record_lineage(building, made, Context(), sft_teacher=claim)
+    record_lineage(building, made, context, sft_teacher=claim, rendered_at=moment)
     publish_directory(building, output)
     return manifest
 
@@ -134,8 +140,7 @@ def _problem(row: dict[str, Any], vocab_size: int) -> str | None:
     return None if row["prompt"] else "no prompt"
 
 
-def _sequences(rows: list[dict[str, Any]], adopted: AdoptedTokenizer, before: int) -> Any:
-    chat = chat_of(adopted.tokenizer, PromptingRecipe())
+def _sequences(rows: list[dict[str, Any]], chat: ChatTokenizer, stops: Collection[int], before: int) -> Any:
     prompts, responses, scores, reasons = [], [], [], []
     for row in rows:
         metadata, prompt = row["metadata"], row["prompt"]
@@ -145,7 +150,7 @@ def _sequences(rows: list[dict[str, Any]], adopted: AdoptedTokenizer, before: in
         prompts.append(chat.prompt_ids(asked))
         responses.append(metadata["response_tokens"][:count])
         scores += metadata["teacher_log_probs"][:count]
-        reasons.append(EOS if responses[-1] and responses[-1][-1] in adopted.eos_token_ids else UNKNOWN)
+        reasons.append(EOS if responses[-1] and responses[-1][-1] in stops else UNKNOWN)
     return build_sequences(
         prompts,
         responses,

@@ -50,6 +50,7 @@ class RolloutRecord(Record):
     statistics: RolloutStatistics
     hygiene: Hygiene
     engine_gap: EngineGap | None = None
+    rendered_at: str | None = None
 
 
 def write_record(directory: Path, record: RolloutRecord) -> None:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.runtime import TooSlow, processor_seconds
+from opd_mcp.identity.chat.rendering import NO_MOMENT, reads_clock
 from opd_mcp.identity.chat.tokenizer import ChatTokenizer
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.schemas.errors import ArgumentError, DataError
@@ -33,7 +35,8 @@ def encode_prompts(
 
     Raises DataError `empty_data` if none fits, ArgumentError `too_slow` for a chat template that does not end.
     """
-    limit, chat = context.prompting.max_prompt_tokens, chat_of(tokenizer, context.prompting)
+    limit = context.prompting.max_prompt_tokens
+    chat = chat_of(tokenizer, context.prompting, context.rendered_at)
     with limited_rendering(len(rows)):
         encoded = [EncodedPrompt(row, chat.prompt_ids(row)) for row in rows]
         spelt = sum(bool(chat.spelt_control_tokens(row)) for row in rows)
@@ -63,11 +66,17 @@ def ids_of(prompts: Sequence[EncodedPrompt]) -> set[int]:
     return set().union(*(prompt.ids for prompt in prompts))
 
 
-def chat_of(tokenizer: PreTrainedTokenizerBase, prompting: PromptingRecipe) -> ChatTokenizer:
-    """The tokenizer as prompts are encoded by it; its `chat_template` is the one that renders."""
-    return ChatTokenizer(
-        tokenizer.backend_tokenizer, tokenizer.chat_template, dict(tokenizer.special_tokens_map), prompting
-    )
+def chat_of(
+    tokenizer: PreTrainedTokenizerBase, prompting: PromptingRecipe, moment: datetime = NO_MOMENT
+) -> ChatTokenizer:
+    """The tokenizer as prompts are encoded by it; its `chat_template` is the one that renders, at this moment."""
+    names = dict(tokenizer.special_tokens_map)
+    return ChatTokenizer(tokenizer.backend_tokenizer, tokenizer.chat_template, names, prompting, moment)
+
+
+def recorded_moment(tokenizer: PreTrainedTokenizerBase, context: Context) -> str | None:
+    """The moment of rendering as records name it; None for a template that does not ask for it."""
+    return context.rendered_at.isoformat() if reads_clock(tokenizer.chat_template) else None
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def sft_targets(
     `too_slow` for a chat template that does not end.
     """
     _require_known_ids(rows, adopted)
-    chat = chat_of(adopted.tokenizer, context.prompting)
+    chat = chat_of(adopted.tokenizer, context.prompting, context.rendered_at)
     writer = TargetWriter(chat, adopted.eos_token_ids, adopted.end_of_turn, section.train_turns)
     kept: list[Target] = []
     counts: Counter[str] = Counter()

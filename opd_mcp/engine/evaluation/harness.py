@@ -56,7 +56,8 @@ class EngineModel(TemplateLM):
         self.drawn: list[Generated] = []
         self.asked: list[Any] = []
         self._model, self._adopted, self._section, self._runtime = model, adopted, section, runtime
-        self._context, self._chat = context, chat_of(adopted.tokenizer, context.prompting)
+        self._context = context
+        self._chat = chat_of(adopted.tokenizer, context.prompting, context.rendered_at)
         positions = getattr(model.model.config, "max_position_embeddings", None)
         self._longest = min(positions or 1 << 31, context.prompting.max_prompt_tokens + section.sampling.max_new_tokens)
 

@@ -12,11 +12,13 @@ from opd_mcp.engine.provenance import Provenance, record_lineage
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
+from opd_mcp.identity.chat.rendering import reads_clock
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.tokenizers import chat_template
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe
@@ -82,21 +84,22 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         alerts=list(inputs.alerts),
         warnings=list(dict.fromkeys([*warnings, *cut])),
     )
-    write_report(report, output, context)
+    write_report(report, output, context, models.values())
     for message in cut:  # last, so that whoever waits for the run is not woken twice
         context.reporter.alert("answers_truncated", message)
     return report
 
 
-def write_report(report: BenchmarkReport, output: Path, context: Context) -> None:
-    """Write report.json, report.md and the lineage."""
+def write_report(report: BenchmarkReport, output: Path, context: Context, models: Iterable[Path]) -> None:
+    """Write report.json, report.md and the lineage; `models` are the directories whose templates were used."""
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "report.json", report.to_json(indent=2))
     write_atomic(output / "report.md", report_markdown(report))
     parents = [Parent(role=score.name, identity=score.identity) for score in report.models]
     parents.append(Parent(role="prompts", sha256=report.prompts_sha256))
     made = Provenance("report", "benchmark", report.recipe, parents, ["report.json", "report.md"])
-    record_lineage(output, made, context)
+    dated = any(reads_clock(chat_template(path)) for path in models)
+    record_lineage(output, made, context, rendered_at=context.rendered_at.isoformat() if dated else None)
 
 
 def asked(row: PromptRow, template: str | None) -> PromptRow:

@@ -16,7 +16,7 @@ from opd_mcp.engine.cache.flat import open_flat
 from opd_mcp.engine.cache.repair import repaired
 from opd_mcp.engine.context import Context, DistillInputs
 from opd_mcp.engine.data.batches import StepData, StepsFrom, shuffled_batches, stored_batches
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
@@ -92,6 +92,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         distilled_from=source.teacher,
         adapter=origin,
         teacher_mismatch_allowed=inputs.allow_teacher_mismatch,
+        rendered_at=source.rendered_at,
     )
     return summary
 
@@ -106,6 +107,7 @@ class CacheSource:
     adopted: AdoptedTokenizer
     parents: list[Parent]
     repair: RepairSummary | None = None
+    rendered_at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class LiveSource:
     teacher: ModelIdentity
     adopted: AdoptedTokenizer
     parents: list[Parent]
+    rendered_at: str | None = None
 
 
 def open_cache(
@@ -149,7 +152,7 @@ def open_cache(
     sequences, repair = open_flat(cache), None
     if section.repair == "residual":
         sequences, repair = repaired(sequences)
-    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, repair)
+    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, repair, manifest.rendered_at)
 
 
 def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Context) -> LiveSource:
@@ -167,7 +170,7 @@ def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Contex
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
     encoded = encode_prompts(rows, adopted.tokenizer, context)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
-    return LiveSource(encoded, identity, adopted, parents)
+    return LiveSource(encoded, identity, adopted, parents, recorded_moment(adopted.tokenizer, context))
 
 
 def live_batches(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, ResponsesInputs, counter
-from opd_mcp.engine.data.encoding import encode_prompts
+from opd_mcp.engine.data.encoding import encode_prompts, recorded_moment
 from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
@@ -59,5 +59,6 @@ def generate_responses(section: ResponsesRecipe, inputs: ResponsesInputs, output
     identity = full_identity(inputs.teacher)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
     made = Provenance("responses", "responses", section, parents, [RESPONSES_FILE, *tokenizer_files(output)])
-    record_lineage(output, made, context, sft_teacher=proven_claim(identity))
+    moment = recorded_moment(adopted.tokenizer, context)
+    record_lineage(output, made, context, sft_teacher=proven_claim(identity), rendered_at=moment)
     return stage_cost("generate_responses", started, len(drawn.response_ids), model.device)

@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from opd_mcp.engine.cache.building import ShardNote, built_shard, open_build
+from opd_mcp.engine.cache.building import ShardNote, begun_build, built_shard, open_build
 from opd_mcp.engine.cache.manifest import RECORD_FILE, RolloutRecord, RolloutTally, read_record, write_record
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, RolloutInputs, counter, require_going
-from opd_mcp.engine.data.encoding import encode_prompts, ids_of
+from opd_mcp.engine.data.encoding import encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import draw_rollouts
@@ -29,13 +31,20 @@ from opd_mcp.schemas.reports import StageCost
 def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost:
     """The student's own rollouts in shards.
 
-    `output` may hold what an interrupted call made: its finished shards are kept. Raises IntegrityError
+    `output` may hold what an interrupted call made: its finished shards are kept, and prompts are rendered as at the
+    moment when it began. Raises IntegrityError
     `input_changed` when that call had another student, other prompts or other settings; RunError `engine_disagrees`
     when the first shard's log-probs are not those that scoring gives.
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
     adopted = adopt_tokenizer(inputs.tokenizer or inputs.student, context.prompting)
+    begun = begun_build(output)
+    if "rendered_at" in begun:
+        context = replace(context, rendered_at=datetime.fromisoformat(begun["rendered_at"]))
+    moment = recorded_moment(adopted.tokenizer, context)
+    if begun and "rendered_at" not in begun:
+        moment = None  # of an earlier version, which did not record it
     rows = read_prompts(inputs.prompts)
     encoded = encode_prompts(rows, adopted.tokenizer, context)
     differing = special_differences(adopted.path, inputs.student)
@@ -53,6 +62,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             "eos_token_ids": list(adopted.eos_token_ids),
             "prompting": context.prompting.to_dict(),
             "dtype": str(runtime.dtype),
+            **({"rendered_at": moment} if moment else {}),
         },
     )
     if (output / RECORD_FILE).is_file():
@@ -90,6 +100,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             statistics=statistics,
             hygiene=prompt_hygiene(rows, len(encoded), inputs.eval_prompts),
             engine_gap=gap,
+            rendered_at=moment,
         ),
     )
     return stage_cost("rollout", started, statistics.response_tokens, model.device, earlier=earlier)

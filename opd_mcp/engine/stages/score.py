@@ -245,6 +245,7 @@ class _CacheBuild:
                 scores=built.tally.statistics(),
                 hygiene=_hygiene(record.hygiene, section, built.notes),
                 engine_gap=record.engine_gap,
+                rendered_at=record.rendered_at,
                 teacher_delta=delta,
             ),
         )
@@ -259,6 +260,7 @@ class _CacheBuild:
             self.context,
             sft_teacher=self.claim,
             teacher_mismatch_allowed=self.inputs.allow_teacher_mismatch,
+            rendered_at=self.rollouts.rendered_at,
         )
 
 

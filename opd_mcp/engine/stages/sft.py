@@ -6,6 +6,7 @@ import numpy as np
 
 from opd_mcp.engine.context import Context, SftInputs
 from opd_mcp.engine.data.batches import stored_batches
+from opd_mcp.engine.data.encoding import recorded_moment
 from opd_mcp.engine.data.targets import sft_targets
 from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
@@ -62,5 +63,8 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     ]
     made = Provenance("model", "sft", section, parents, saved_files(output))
     told = differences_text(differing, len(differing)) or None
-    record_lineage(output, made, context, sft_teacher=claim, adapter=origin, special_tokens_differ=told)
+    rendered = any(row.response_ids is None or not row.prompt_ids for row in rows)
+    moment = recorded_moment(adopted.tokenizer, context) if rendered else None
+    claims = {"adapter": origin, "special_tokens_differ": told, "rendered_at": moment}
+    record_lineage(output, made, context, sft_teacher=claim, **claims)
     return summary

@@ -26,7 +26,7 @@ def benchmark_task(section: BenchmarkRecipe, inputs: TaskInputs, output: Path, c
     scores, warnings, documents, asked = [], [], 0, ""
     for name, path in inputs.models.items():
         context.reporter.phase(f"measuring {name}")
-        started, model = time.perf_counter(), load_model(path, runtime)
+        started, model = time.perf_counter(), load_model(path, runtime, generates=True)
         warnings += model_warnings(context, model)
         asking = EngineModel(model, adopt_tokenizer(path, context.prompting), section, runtime, context)
         run = harness.measure(asking, section, runtime.seed)
@@ -54,7 +54,7 @@ def benchmark_task(section: BenchmarkRecipe, inputs: TaskInputs, output: Path, c
         recipe_hash=inputs.recipe_hash,
         warnings=list(dict.fromkeys([*warnings, *cut])),
     )
-    write_report(report, output, context)
+    write_report(report, output, context, inputs.models.values())
     for message in cut:
         context.reporter.alert("answers_truncated", message)
     return report

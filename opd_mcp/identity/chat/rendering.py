@@ -2,11 +2,15 @@
 
 A model brings its own template, written by the model's author: it may refuse roles, fail, or never end. Time is
 limited by the caller: a signal in a worker, the kernel in the child that makes a plan's preview.
+
+The same turns give the same text: the clock shows the moment that the caller gives, in UTC, and a template that draws
+at random or writes an address of memory is refused.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +31,10 @@ FAILURES = (*REFUSALS, ArithmeticError, RecursionError)
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What a rendering gives every template; no setting of the recipe replaces them.
 GIVEN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
+# What a clock shows where no prompt is written, as in finding the end of a turn.
+NO_MOMENT = datetime(1970, 1, 1, tzinfo=UTC)
+ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")
 
 Turn = Mapping[str, Any]
 
@@ -74,8 +82,8 @@ def _tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)  # noqa: DTZ005 - local time, as transformers gives it
+def _drawn_at_random(*_: Any, **__: Any) -> None:
+    raise TemplateError("the template draws at random, so no two renderings are the same")
 
 
 def _new_dict(*items: Any, **named: Any) -> dict[Any, Any]:
@@ -88,7 +96,8 @@ def _environment() -> Environment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = _clock(NO_MOMENT)
+    environment.globals["lipsum"] = environment.filters["random"] = _drawn_at_random
     environment.globals["namespace"] = _TemplateNamespace
     environment.globals["dict"] = _new_dict  # not the class, whose attributes lead elsewhere
     return environment
@@ -106,24 +115,45 @@ def names_read(template: str) -> set[str]:
     return meta.find_undeclared_variables(environment.parse(template)) - set(environment.globals)
 
 
+def reads_clock(template: str | None) -> bool:
+    """Whether a template asks for the time, so that its prompts are those of one moment."""
+    return template is not None and "strftime_now" in template
+
+
+def clock_examples(template: str, moment: datetime) -> list[str]:
+    """What the clock shows at this moment in the forms that stand in the template."""
+    forms = re.findall(r"""strftime_now\(\s*(["'])(.+?)\1""", template)
+    return list(dict.fromkeys(moment.strftime(form) for _, form in forms))
+
+
+def _clock(moment: datetime) -> Callable[[str], str]:
+    def strftime_now(form: str) -> str:
+        return moment.strftime(form)
+
+    return strftime_now
+
+
 def render(
     template: str,
     turns: Sequence[Turn],
     variables: Mapping[str, Any],
     *,
     to_answer: bool,
+    moment: datetime = NO_MOMENT,
     tools: Sequence[Turn] | None = None,
 ) -> str:
     """The turns as the template writes them, `to_answer` with the beginning of the assistant's next turn.
 
-    `variables` are the special tokens by name and the recipe's `chat_template_kwargs`. Raises DataError `too_large` for
-    a template that writes without end, one of `REFUSALS` for turns that it refuses.
+    `moment` is what the template's clock shows, an aware time; `variables` are the special tokens by name and the
+    recipe's `chat_template_kwargs`. Raises DataError `too_large` for a template that writes without end, one of
+    `REFUSALS` for turns that it refuses and for a text that another process would not write.
     """
     given = {
         "messages": [_shown(turn) for turn in turns],
         "tools": None if tools is None else [dict(tool) for tool in tools],
         "documents": None,
         "add_generation_prompt": to_answer,
+        "strftime_now": _clock(moment),
     }
     parts, size = [], 0
     for part in compiled(template).generate({**variables, **given}):
@@ -135,7 +165,10 @@ def render(
                 f"The chat template makes more than {MAX_RENDERED_CHARACTERS} characters of a prompt.",
                 fix="Look at the model's chat_template.jinja, or give another model.",
             )
-    return "".join(parts)
+    text = "".join(parts)
+    if " at 0x" in text and len(ADDRESS.findall(text)) > len(ADDRESS.findall(repr((turns, tools, variables)))):
+        raise TemplateError("the template writes an address of memory, so no two processes render the same")
+    return text
 
 
 def _shown(turn: Turn) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
-from opd_mcp.identity.chat.rendering import FAILURES, Turn, render
+from opd_mcp.identity.chat.rendering import FAILURES, NO_MOMENT, Turn, render
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, eos_token_ids
@@ -32,14 +33,23 @@ SPELT, WRITTEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 class ChatTokenizer:
-    """Encodes prompts as one recipe's `prompting` says; `names` are the special tokens that a template sees."""
+    """Encodes prompts as one recipe's `prompting` says; `names` are the special tokens that a template sees.
+
+    `moment` is what the template's clock shows.
+    """
 
     def __init__(
-        self, backend: Tokenizer, template: str | None, names: Mapping[str, str], prompting: PromptingRecipe
+        self,
+        backend: Tokenizer,
+        template: str | None,
+        names: Mapping[str, str],
+        prompting: PromptingRecipe,
+        moment: datetime = NO_MOMENT,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.template, self.names, self.prompting = backend, template, names, prompting
+        self.moment = moment
         # Nobody who wrote a text knew this number, so no text holds a mark.
         self._nonce = str(secrets.randbelow(10**12) + 10**12)
 
@@ -53,7 +63,7 @@ class ChatTokenizer:
             turns = [turn if turn.get("role") == "assistant" else self._marked(turn) for turn in turns]
             tools = None if tools is None else self._marked(tools)
         variables = {**self.names, **self.prompting.chat_template_kwargs}
-        return render(self.template, turns, variables, to_answer=to_answer, tools=tools)
+        return render(self.template, turns, variables, to_answer=to_answer, moment=self.moment, tools=tools)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a rendered text, or of plain text that begins no sequence.
@@ -258,7 +268,7 @@ class ChatTokenizer:
         return whole[:start], whole[start + len(bare) :]
 
 
-def load_chat_tokenizer(path: Path, prompting: PromptingRecipe) -> ChatTokenizer:
+def load_chat_tokenizer(path: Path, prompting: PromptingRecipe, moment: datetime = NO_MOMENT) -> ChatTokenizer:
     """The tokenizer and template of a model directory, built of what its identity hashes.
 
     Raises PathError `unsafe_config`, IntegrityError `damaged_file`.
@@ -279,7 +289,7 @@ def load_chat_tokenizer(path: Path, prompting: PromptingRecipe) -> ChatTokenizer
     named = dict.fromkeys([*special.names.values(), *special.extra])
     backend.add_tokens([AddedToken(text, special=True) for text in named if text not in added])
     backend.encode_special_tokens = special.split
-    return ChatTokenizer(backend, chat_template(path), special.names, prompting)
+    return ChatTokenizer(backend, chat_template(path), special.names, prompting, moment)
 
 
 def template_error(error: Exception) -> str:
