@@ -90,7 +90,7 @@ RunId = Annotated[
 SftPrompts = Annotated[Prompts, Field(description="prompts for SFT on the teacher's responses, run first")]
 EvalPrompts = Annotated[Prompts, Field(description="held-out prompts with answers, for the report")]
 DeclaredTeacher = Annotated[
-    Reference, Field(description="teacher whose responses the student was fine-tuned on, where no lineage says so")
+    Reference, Field(description="whose responses the student was fine-tuned on, if no lineage says so")
 ]
 AllowMismatch = Annotated[bool, Field(description="train although the SFT teacher differs")]
 

@@ -79,7 +79,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="get_run_logs",
         title="Read a run's log",
-        description="The last lines of a run's log, older ones by cursor; get_run_status has a failed run's last ones.",
+        description="The last lines of a run's log, older ones by cursor.",
         request=GetRunLogs,
         answer=LogPage,
         call=lambda service, request: service.run_logs(request),

@@ -25,9 +25,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="plan_distillation",
         title="Plan a distillation",
-        description="Checks the inputs and answers with the resolved recipe, the phases (which are done), time, "
-        "memory and disk for live and lightning, a `preview` of the data, `blocking` and `warnings`. Starts "
-        "nothing. Give the `plan_id` to start_distillation.",
+        description="Checks the inputs and answers with recipe, phases, time, memory and disk of live and lightning, "
+        "`preview` of the data, `blocking` and `warnings`. Starts nothing. Give the `plan_id` to start_distillation.",
         request=PlanDistillation,
         answer=Plan,
         call=lambda service, request: service.plan(request),

@@ -64,7 +64,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         name="benchmark_student",
         title="Benchmark a student",
         description="Accuracy with 95 % intervals, pass@k, reverse KL to the teacher and lengths, against baselines on "
-        f"the same prompts, yours or a suite's. {RETURNS}",
+        f"the same prompts. {RETURNS}",
         request=BenchmarkStudent,
         call=lambda service, request: service.benchmark_student(request),
         **SHARED,
