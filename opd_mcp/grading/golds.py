@@ -67,11 +67,14 @@ def recipe_grader(recipe: BenchmarkRecipe, golds: Sequence[str]) -> tuple[Grader
 def gold_problems(grader: Grader, golds: Sequence[str]) -> list[GoldProblem]:
     r"""Every expected answer that is not right when a response says just it, in a sentence or in `\boxed{}`.
 
-    For `code` and `reasoning_gym`: every answer field that holds no tests or entry. For `regex`: nothing, since only
-    the pattern's author knows how a response says an answer.
+    For `code` and `reasoning_gym`: every answer field that holds no tests or entry. For `regex`, whose author alone
+    knows how a response says an answer: every one of which the pattern finds only a part in the usual ways to say it.
     """
     problems: dict[str, str | None] = {}
     for gold in dict.fromkeys(golds):
+        if grader.name == "regex":
+            problems[gold] = _cut_short(grader, gold)
+            continue
         problems[gold] = next((said for said in _said(grader, gold) if not grader.grade(said, gold).correct), None)
         if grader.name in ("code", "reasoning_gym") and not _is_readable(grader.name, gold):
             problems[gold] = ""
@@ -93,6 +96,16 @@ def _said(grader: Grader, gold: str) -> list[str]:
     sentence = f"The answer is {answer}{'' if answer.endswith('.') else '.'}"
     boxed = f"So the answer is $\\boxed{{{answer.strip('$')}}}$."
     return [boxed] if grader.name == "boxed" else [sentence, boxed]
+
+
+def _cut_short(grader: Grader, gold: str) -> str | None:
+    """A response in which the pattern finds something else than the answer, where it finds the answer in none."""
+    usual = ("{}", "#{}", "#### {}", "The answer is {}.", "Answer: {}", "\\boxed{{{}}}", "<answer>{}</answer>")
+    said = [form.format(gold.strip()) for form in usual]
+    grades = [grader.grade(response, gold) for response in said]
+    if any(grade.correct for grade in grades):
+        return None
+    return next((response for response, grade in zip(said, grades, strict=True) if grade.extracted is not None), None)
 
 
 def _is_readable(name: GraderName, gold: str) -> bool:

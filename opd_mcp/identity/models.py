@@ -168,8 +168,8 @@ def undecodable(facts: ModelFacts, why: str) -> PathError:
         "unsupported_model",
         f"Models of type {facts.config.get('model_type')!r} cannot generate here: {why}.",
         value=facts.path,
-        fix="Give a model of another architecture; docs/data.md lists those that were tried. As the teacher of "
-        "build_teacher_cache, which only scores, this one can be used.",
+        fix="Give a model of another architecture; docs/data.md lists those that were tried. As the teacher "
+        "of a teacher cache, which only scores, this one can be used.",
     )
 
 

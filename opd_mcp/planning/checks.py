@@ -256,7 +256,13 @@ def judge_golds(inputs: PlanInputs, recipe: BenchmarkRecipe, found: Findings) ->
                 code="golds_not_gradable",
                 message=f"{len(problems)} of {of} expected answers are graded as wrong by the grader '{name}' ({why}) "
                 f"when a response says just them, in a sentence or in \\boxed{{}}: {shown}.",
-                fix="Set 'benchmark.grader' to one that fits, repair these answers, or name their field by columns=….",
+                fix=(
+                    "Set 'benchmark.answer_pattern' to null, so that the answers choose the grader, or to a pattern "
+                    "that finds them whole."
+                    if name == "regex"
+                    else "Set 'benchmark.grader' to one that fits, repair these answers, or name their field by "
+                    "columns=…."
+                ),
             )
         )
 

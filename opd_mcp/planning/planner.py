@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +35,7 @@ from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.errors import PlanError
+from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
 from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
@@ -165,9 +166,9 @@ class Planner:
             return None
         taught = None
         if schema.sft_prompts is not None:
-            key = PhaseChain(recipe, schema).generate_responses().phases[-1].key
-            made = self.builder.artifacts.made_by([key]).get(key)
-            taught = first_response(self.builder.artifacts.get(made).path) if made else None
+            with suppress(IntegrityError):  # damaged responses are made anew by the run
+                made = self.builder.artifacts.find(str(PhaseChain(recipe, schema).generate_responses().responses))
+                taught = first_response(made.path) if made else None
         watched, turns = tuple(difference.id for difference in differing), recipe.sft.train_turns
         moment = judge_clock(model, datetime.now(UTC), found)
         return Asked(model.path, recipe.prompting, inputs.prompts.scan, turns, taught, watched, moment)

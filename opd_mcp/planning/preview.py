@@ -231,6 +231,13 @@ def _limits(
             over = sum(length > room for length in used)
             limit = f"max_position_embeddings with {name}.sampling.max_new_tokens"
             yield LimitShare(limit=limit, tokens=min(positions), over=over), (max(used), sampling)
+        # These prompts are not the evaluation's: only what is too much for the shortest of them is surely too much.
+        if "benchmark" in phases and min(used) + recipe.benchmark.sampling.max_new_tokens > min(positions):
+            limit = "max_position_embeddings with benchmark.sampling.max_new_tokens"
+            yield (
+                LimitShare(limit=limit, tokens=min(positions), over=len(used)),
+                (min(used), recipe.benchmark.sampling),
+            )
 
 
 def _judge_positions(limits: Sequence[tuple[LimitShare, tuple[int, Sampling] | None]], found: Findings) -> None:

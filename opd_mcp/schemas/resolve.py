@@ -73,6 +73,11 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
                 fix="Use a dotted key such as 'distill.steps'; the resource opd://recipe-keys lists all of them.",
             )
     values = _with_changes(values, overrides)
+    if (
+        overrides.get("benchmark.grader", "auto") not in ("auto", "regex")
+        and "benchmark.answer_pattern" not in overrides
+    ):
+        values["benchmark"]["answer_pattern"] = None  # the preset's pattern belongs to the preset's grader
     try:
         recipe = Recipe.model_validate({**values, "preset": preset})
     except ValidationError as error:

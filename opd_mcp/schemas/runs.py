@@ -245,3 +245,4 @@ class RunList(Schema):
     rows: list[RunRow]
     total: int
     next_cursor: str | None = None
+    damaged: list[str] | None = Field(None, description="runs left out: their record cannot be read")

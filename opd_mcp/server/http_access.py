@@ -150,7 +150,12 @@ def announcement(access: HttpAccess, *, on_terminal: bool) -> str:
     file = access.token if isinstance(access.token, WatchedFile) else None
     word = "$OPD_TOKEN"
     if file is not None:
-        word = "$(opd-mcp token)" if file.path.name == HTTP_TOKEN else f"$(cat {shlex.quote(str(file.path))})"
+        home = shlex.quote(str(file.path.parent))
+        word = (
+            f"$(OPD_HOME={home} opd-mcp token)"
+            if file.path.name == HTTP_TOKEN
+            else f"$(cat {shlex.quote(str(file.path))})"
+        )
         lines.append(f"The bearer token is in {file.path}.")
     if file is not None and (file.made or on_terminal):
         word = access.token()

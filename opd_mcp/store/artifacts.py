@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -246,6 +246,14 @@ class ArtifactStore:
             self.index.remove_artifact(artifact_id)
         return len(indexed & here)
 
+    def unindexed_damaged(self, kind: ArtifactKind | None = None) -> Sequence[str]:
+        """The ids that a rebuilt index had to leave out, since their record cannot be read."""
+        kinds = ARTIFACT_KINDS if kind is None else (kind,)
+        folders = [self.workspace.artifacts_of(kind) for kind in kinds]
+        here = [folder / name for folder in folders for name in os.listdir(folder) if is_id(name)]
+        indexed = self.index.artifact_ids(kind)  # after the folders: what is published meanwhile is in the index
+        return sorted(path.name for path in here if path.name not in indexed and _is_damaged(path))
+
     def damaged(self) -> Iterator[IntegrityError]:
         """What is wrong with artifacts whose record or lineage cannot be read."""
         for path in artifact_directories(self.workspace):
@@ -290,6 +298,16 @@ def _locked(lock: Path) -> int | None:
         pass  # held, or removed by its last holder in between
     os.close(descriptor)
     return None
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        read_artifact(path)
+    except IntegrityError:
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # no artifact, or removed meanwhile
+    return False
 
 
 def read_artifact(path: Path) -> Artifact:

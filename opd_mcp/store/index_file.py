@@ -13,6 +13,7 @@ import secrets
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -80,6 +81,37 @@ class UntrueIndex(Exception):
         self.mark = mark
 
 
+class _OpenFile:
+    """The main file's begin, read through one descriptor that stays open while the file is the index.
+
+    To close any descriptor of a file drops the locks that SQLite holds on it in this process, for all threads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._turn = threading.Lock()
+        self._inode = 0
+        self._close: Callable[[], object] | None = None
+        self._descriptor = -1
+
+    def begin(self) -> bytes:
+        """The begin of the header, as no log changes it; empty without a file."""
+        with self._turn:
+            try:
+                if self._close is None or os.stat(self.path).st_ino != self._inode:
+                    self._open()
+            except FileNotFoundError:
+                return b""
+            return os.pread(self._descriptor, APPLICATION_ID_OFFSET + 4, 0)
+
+    def _open(self) -> None:
+        descriptor, before = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), self._close
+        self._inode, self._descriptor = os.fstat(descriptor).st_ino, descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
+        if before is not None:
+            before()  # of a file that is no index any more
+
+
 class IndexFile:
     """One workspace's index, safe in threads and processes; `fill` writes the rows of all directories."""
 
@@ -90,6 +122,7 @@ class IndexFile:
         self._busy_seconds = busy_seconds
         self._in_turn = threading.RLock()
         self._note_descriptor: int | None = None
+        self._header_of = _OpenFile(path)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -191,7 +224,7 @@ class IndexFile:
                 raise UntrueIndex(f"version-{version}" if version else "damaged")
             if noted is None:
                 raise UntrueIndex
-            kept, mark = _kept(database), _mark_of(self._header())
+            kept, mark = _kept(database), _mark_of(self._header_of.begin())
             # SQLite opens the log by its name at the first query: it must be that of the same file.
             if self._status() != before or not noted.describes(kept, before[1], mark):
                 raise UntrueIndex
@@ -257,17 +290,9 @@ class IndexFile:
         On closing it, SQLite would write that log into the wrong file and take it from those who use the right one.
         An index without a note, of an earlier version, is looked at by its version first.
         """
-        header = self._header()
+        header = self._header_of.begin()
         if noted is not None and (inode, _mark_of(header)) != (noted.inode, _mark(noted.kept.generation)):
             raise UntrueIndex("damaged" if header and not header.startswith(MAGIC) else None)
-
-    def _header(self) -> bytes:
-        """The begin of the main file's header, as no log changes it; empty without a file."""
-        try:
-            with self.path.open("rb") as file:
-                return file.read(APPLICATION_ID_OFFSET + 4)
-        except FileNotFoundError:
-            return b""
 
     def _read_note(self) -> Note | None:
         try:

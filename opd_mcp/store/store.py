@@ -173,7 +173,25 @@ class Store:
             )
             for row, found in zip(page, states, strict=True)
         ]
-        return RunList(rows=rows, total=len(matching), next_cursor=next_cursor)
+        damaged = self._unindexed_damaged() if cursor is None else []
+        return RunList(rows=rows, total=len(matching), next_cursor=next_cursor, damaged=damaged or None)
+
+    def _unindexed_damaged(self) -> list[str]:
+        """The runs that a rebuilt index had to leave out, since their record or journal cannot be read."""
+        here = os.listdir(self.workspace.runs)
+        indexed = {row.run_id for row in self.index.runs()}  # after the folder: what starts meanwhile is in the index
+        return sorted(name for name in here if name not in indexed and self._exists(name) and self._is_damaged(name))
+
+    def _is_damaged(self, run_id: str) -> bool:
+        directory = self.workspace.run(run_id)
+        try:
+            read_record(directory)
+            read_journal(directory / JOURNAL_FILE)
+        except IntegrityError:
+            return True
+        except FileNotFoundError:  # removed meanwhile
+            pass
+        return False
 
     def rebuild(self) -> list[IntegrityError]:
         """Rebuild the index from the directories; returns what could not be read and is left out."""

@@ -21,7 +21,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: str | None) -> ArtifactList:
-    """A page of artifacts, newest first, those with a damaged record only named.
+    """A page of artifacts, newest first, those with a damaged record only named; the first names the unindexed too.
 
     Raises ArgumentError `invalid_argument` for a cursor that no page gave.
     """
@@ -36,6 +36,8 @@ def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: s
             damaged.append(entry.artifact_id)
         except FileNotFoundError:  # removed meanwhile
             total -= 1
+    if cursor is None:
+        damaged += store.artifacts.unindexed_damaged(kind)
     more = len(found) > limit
     next_cursor = f"{found[limit - 1].created_at}/{found[limit - 1].artifact_id}" if more else None
     return ArtifactList(rows=rows, total=total, next_cursor=next_cursor, damaged=sorted(damaged) or None)

@@ -20,8 +20,7 @@ async def test_an_alert_of_the_training_stands_in_the_report(world, connect, ans
                 run = await answer(client, "get_run_status", run_id=run["run_id"], wait_seconds=25)
         assert run["state"] == "succeeded", run
         [text] = (await client.read_resource(f"opd://runs/{run['run_id']}/report")).contents
-    [alert] = run["alerts"]
-    assert alert["code"] == "advantages_clipped"
+    [alert] = [alert for alert in run["alerts"] if alert["code"] == "advantages_clipped"]
     report = json.loads((Path(run["result"]["paths"]["report"]) / "report.json").read_bytes())
-    assert report["alerts"] == [alert]
+    assert alert in report["alerts"]
     assert f"- {alert['time']} `advantages_clipped`: {alert['message']}" in text.text

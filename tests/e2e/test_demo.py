@@ -14,7 +14,7 @@ FEW = {
     "rollout.sampling.max_new_tokens": 16,
     "distill.steps": 3,
     "distill.batch_size": 4,
-    "benchmark.limit": 16,
+    "benchmark.limit": 64,
     "benchmark.samples_per_prompt": 0,
     "benchmark.kl_prompts": 4,
 }

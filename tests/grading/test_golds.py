@@ -57,6 +57,7 @@ def test_a_recipe_from_before_graders_had_names_still_loads():
         ("boxed", [r"\frac12", "x^2"], []),
         ("math", [r"\frac12", r"x^2 + 1", r"(1, \infty)", r"\text{Yes}", "$7$", r"so \boxed{3}"], []),
         ("regex", ["4"], []),
+        ("regex", ["4", "12", "x y"], [1, 2]),
     ],
 )
 def test_golds_that_their_grader_does_not_recognise_are_listed(name, golds, failing, grader):

@@ -123,6 +123,17 @@ def test_golds_that_no_response_could_meet_block_with_examples(service, world, g
     assert f"of all {len(golds)} expected answers are graded as wrong by the grader '{grader}'" in problems(plan)
 
 
+def test_golds_that_a_pattern_would_cut_short_block_with_the_way_out(service, world):
+    """The preset's pattern reads one digit: it is for the embedded task, not for everybody's answers."""
+    plan = evaluated(service, world, ["7", "12", "3"], **{"benchmark.answer_pattern": r"#(\d)"})
+    assert "1 of all 3" in problems(plan)
+    assert "g1: '12'" in problems(plan)
+    fixes = [finding.fix for finding in plan.blocking if finding.code == "golds_not_gradable"]
+    assert "'benchmark.answer_pattern' to null" in fixes[0]
+    whole = evaluated(service, world, ["7", "12", "3"], **{"benchmark.answer_pattern": r"#(\d+)"})
+    assert problems(whole) == ""
+
+
 def test_a_sample_of_many_golds_is_graded_and_said(service, world):
     golds = ["1"] * 5000
     assert problems(evaluated(service, world, golds)) == ""

@@ -108,3 +108,10 @@ def test_8_bit_moments_are_refused_without_their_library(section: str, monkeypat
 def test_8_bit_moments_are_a_recipe_s_choice_with_their_library() -> None:
     recipe = resolve_recipe("paper", {"sft.optimizer.precision": "fp32_master_8bit"})
     assert recipe.sft.optimizer.precision == "fp32_master_8bit"
+
+
+def test_a_named_grader_takes_the_place_of_the_presets_pattern() -> None:
+    assert resolve_recipe("demo", {}).benchmark.answer_pattern is not None
+    assert resolve_recipe("demo", {"benchmark.grader": "gsm8k"}).benchmark.answer_pattern is None
+    with pytest.raises(ArgumentError, match="answer_pattern is for the grader 'regex'"):
+        resolve_recipe("demo", {"benchmark.grader": "gsm8k", "benchmark.answer_pattern": "x"})

@@ -166,7 +166,7 @@ async def test_a_token_is_made_at_the_first_start_and_its_change_ends_sessions(s
     assert f"{url}/dashboard?token={token}" in said
     again = serving(log=tmp_path / "second", **home)
     assert token not in (tmp_path / "second").read_text()
-    assert "$(opd-mcp token)" in (tmp_path / "second").read_text()
+    assert " opd-mcp token)" in (tmp_path / "second").read_text()
 
     def command(*options: str) -> str:
         done = subprocess.run(

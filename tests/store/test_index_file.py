@@ -4,6 +4,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -229,3 +230,21 @@ def test_a_moved_workspace_is_named(store, earlier):
     with pytest.raises(PathError, match="workspace_missing"):
         store.list_runs()
     assert Store(Workspace(moved)).list_runs().total == 2
+
+
+def test_a_reader_does_not_drop_the_lock_of_a_writer_in_the_same_process(tmp_path):
+    """Closing any descriptor of a file drops a process's locks on it: another process would write at the same time."""
+    index = Store(Workspace(tmp_path)).index
+    begin = f"import sqlite3; sqlite3.connect({str(index.path)!r}, timeout=0, isolation_level=None)"
+    command = [sys.executable, "-c", f"{begin}.execute('BEGIN IMMEDIATE')"]
+
+    def read() -> None:
+        index.runs()
+
+    with index.writing():
+        reader = threading.Thread(target=read)
+        reader.start()
+        reader.join()
+        other = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "database is locked" in other.stderr
+    assert subprocess.run(command, check=False).returncode == 0

@@ -277,3 +277,18 @@ def test_a_resume_that_fails_half_way_gives_the_lock_back(store, make_record, mo
     resumed = store.resume(started.run_id)
     assert (resumed.attempt, store.view(started.run_id).state) == (2, "queued")
     resumed.lock.release()
+
+
+def test_runs_that_a_rebuilt_index_leaves_out_are_named_on_the_first_page(full_store):
+    """Otherwise a lost index would make a damaged run vanish without a word."""
+    whole = full_store.list_runs()
+    damaged = whole.rows[0].run_id
+    (full_store.workspace.run(damaged) / "run.json").write_text("{")
+    full_store.workspace.index.unlink()
+    found = full_store.list_runs()
+    assert found.damaged == [damaged]
+    assert [row.run_id for row in found.rows] == [row.run_id for row in whole.rows[1:]]
+    artifact = full_store.artifacts.list()[0]
+    (artifact.path / "artifact.json").write_text("{")
+    full_store.workspace.index.unlink()
+    assert full_store.artifacts.unindexed_damaged() == [artifact.record.artifact_id]

@@ -45,7 +45,7 @@ def looks(place: Place, run_id: str) -> dict[str, Any]:
         "record": answer(lambda: service.store.record(run_id).to_dict()),
         "status": answer(lambda: status_of(service.status(run_id).to_dict())),
         "metrics": answer(lambda: metrics_of(place, service.status(run_id).to_dict(), run_id)),
-        "list": answer(lambda: [row.to_dict() for row in service.list_runs().rows]),
+        "list": answer(lambda: service.list_runs().to_dict()),
         "artifacts": answer(lambda: service.list_artifacts(ListArtifacts()).to_dict()),
         "cache": answer(lambda: [service.inspect_cache(name).to_dict() for name in caches]),
         "plan": answer(lambda: [consent(service, name) for name in plans]),

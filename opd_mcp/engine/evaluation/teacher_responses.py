@@ -97,7 +97,7 @@ def _warning(graded: GradedResponses) -> str:
     parts = [
         f"Only {graded.text()}: grader, chat template or teacher is wrong, and the student is about to learn from it.",
         f"Wrong are: {'; '.join(graded.wrong)}.",
-        "Look at 'benchmark.grader' and 'prompting.chat_template_kwargs'; the bound is "
+        "Look at 'benchmark.grader', 'benchmark.answer_pattern' and 'prompting.chat_template_kwargs'; the bound is "
         "'benchmark.least_teacher_accuracy'.",
     ]
     if graded.truncated * 2 > graded.right.samples:

@@ -78,6 +78,7 @@ def list_text(runs: RunList) -> str:
             lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")
             break
         lines.append(line)
+    lines += [f"{run_id}: its record is damaged, `opd-mcp doctor` says how" for run_id in (runs.damaged or [])[:10]]
     if runs.next_cursor:
         lines.append(f"next_cursor: {runs.next_cursor}")
     return "\n".join(lines)
