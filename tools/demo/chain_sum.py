@@ -31,8 +31,12 @@ TASK = ROOT / "examples" / "chain_sum"
 PARAMETERS = {"min_terms": 3, "max_terms": 6, "max_digits": 1}
 # Name: seed and size. A prompt that stands in an earlier set, or twice, is left out, so a set has fewer rows.
 SETS = {
-    **{"sft": (1, 1000), "opd": (2, 2600), "tune": (3, 440)},
-    **{"retired": (4, 660), "retired_again": (5, 660), "eval": (6, 660)},
+    "sft": (1, 1000),
+    "opd": (2, 2600),
+    "tune": (3, 440),
+    "retired": (4, 660),
+    "retired_again": (5, 660),
+    "eval": (6, 660),
 }
 # Each was the evaluation set until its result with one seed influenced the settings; they are no files any more.
 RETIRED = ("retired", "retired_again")
