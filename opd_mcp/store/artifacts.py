@@ -236,23 +236,19 @@ class ArtifactStore:
                 found.append(read_artifact(path))
         return found
 
-    def count(self, kind: ArtifactKind | None = None) -> int:
-        """How many artifacts there are; index rows whose directory is gone are removed."""
+    def census(self, kind: ArtifactKind | None = None) -> tuple[int, Sequence[str]]:
+        """How many artifacts there are, and the ids that a rebuilt index left out since their record cannot be read.
+
+        Index rows whose directory is gone are removed.
+        """
         indexed = self.index.artifact_ids(kind)
         kinds = ARTIFACT_KINDS if kind is None else (kind,)
         # After the index, in which an artifact stands only once its directory is there.
-        here = {name for kind in kinds for name in os.listdir(self.workspace.artifacts_of(kind))}
-        for artifact_id in indexed - here:
+        here = {name: kind for kind in kinds for name in os.listdir(self.workspace.artifacts_of(kind))}
+        for artifact_id in indexed - here.keys():
             self.index.remove_artifact(artifact_id)
-        return len(indexed & here)
-
-    def unindexed_damaged(self, kind: ArtifactKind | None = None) -> Sequence[str]:
-        """The ids that a rebuilt index had to leave out, since their record cannot be read."""
-        kinds = ARTIFACT_KINDS if kind is None else (kind,)
-        folders = [self.workspace.artifacts_of(kind) for kind in kinds]
-        here = [folder / name for folder in folders for name in os.listdir(folder) if is_id(name)]
-        indexed = self.index.artifact_ids(kind)  # after the folders: what is published meanwhile is in the index
-        return sorted(path.name for path in here if path.name not in indexed and _is_damaged(path))
+        unknown = [self.workspace.artifacts_of(here[name]) / name for name in here.keys() - indexed if is_id(name)]
+        return len(indexed & here.keys()), sorted(path.name for path in unknown if _is_damaged(path))
 
     def damaged(self) -> Iterator[IntegrityError]:
         """What is wrong with artifacts whose record or lineage cannot be read."""

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,7 @@ from opd_mcp.store.runs import (
 )
 from opd_mcp.store.states import require_resumable, state_of
 from opd_mcp.store.worker_process import stopped_worker
-from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace
+from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
 
 NEWEST = 16
 
@@ -173,14 +173,12 @@ class Store:
             )
             for row, found in zip(page, states, strict=True)
         ]
-        damaged = self._unindexed_damaged() if cursor is None else []
+        damaged = self._damaged_among(here - {row.run_id for row in indexed}) if cursor is None and kind is None else []
         return RunList(rows=rows, total=len(matching), next_cursor=next_cursor, damaged=damaged or None)
 
-    def _unindexed_damaged(self) -> list[str]:
-        """The runs that a rebuilt index had to leave out, since their record or journal cannot be read."""
-        here = os.listdir(self.workspace.runs)
-        indexed = {row.run_id for row in self.index.runs()}  # after the folder: what starts meanwhile is in the index
-        return sorted(name for name in here if name not in indexed and self._exists(name) and self._is_damaged(name))
+    def _damaged_among(self, run_ids: Collection[str]) -> list[str]:
+        """Those runs that a rebuilt index had to leave out, since their record or journal cannot be read."""
+        return sorted(name for name in run_ids if is_id(name) and self._exists(name) and self._is_damaged(name))
 
     def _is_damaged(self, run_id: str) -> bool:
         directory = self.workspace.run(run_id)

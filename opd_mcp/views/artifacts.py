@@ -25,7 +25,7 @@ def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: s
 
     Raises ArgumentError `invalid_argument` for a cursor that no page gave.
     """
-    total = store.artifacts.count(kind)
+    total, unindexed = store.artifacts.census(kind)
     found = store.index.artifacts_before(cursor, kind, limit + 1)
     rows, damaged = [], []
     for entry in found[:limit]:
@@ -37,7 +37,7 @@ def artifact_list(store: Store, kind: ArtifactKind | None, limit: int, cursor: s
         except FileNotFoundError:  # removed meanwhile
             total -= 1
     if cursor is None:
-        damaged += store.artifacts.unindexed_damaged(kind)
+        damaged += unindexed
     more = len(found) > limit
     next_cursor = f"{found[limit - 1].created_at}/{found[limit - 1].artifact_id}" if more else None
     return ArtifactList(rows=rows, total=total, next_cursor=next_cursor, damaged=sorted(damaged) or None)

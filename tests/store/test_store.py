@@ -291,4 +291,4 @@ def test_runs_that_a_rebuilt_index_leaves_out_are_named_on_the_first_page(full_s
     artifact = full_store.artifacts.list()[0]
     (artifact.path / "artifact.json").write_text("{")
     full_store.workspace.index.unlink()
-    assert full_store.artifacts.unindexed_damaged() == [artifact.record.artifact_id]
+    assert full_store.artifacts.census()[1] == [artifact.record.artifact_id]
