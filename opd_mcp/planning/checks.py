@@ -27,7 +27,7 @@ from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
 from opd_mcp.schemas.identity import Lineage, ModelIdentity
 from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding
-from opd_mcp.schemas.recipes import BenchmarkRecipe, Method, PromptingRecipe, SftRecipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, Method, PromptingRecipe, Recipe, SftRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRequest
 from opd_mcp.schemas.texts import shortened
@@ -140,6 +140,31 @@ def require_generating(*models: ResolvedModel) -> None:
     for model in models:
         if model.facts is not None:
             require_decodable(model.facts)
+
+
+def judge_adapters(recipe: Recipe, sft: bool, found: Findings) -> None:
+    """Block a distillation that continues an adapter which the run's own SFT does not leave as it is needed."""
+    wanted, made = recipe.distill.adapter, recipe.sft.adapter
+    if not sft or wanted is None or not wanted.continue_adapter:
+        return
+    if made is None or made.saved_as(recipe.runtime.dtype) == "merged":
+        found.blocking.append(
+            Finding(
+                code="no_adapter",
+                message="distill.adapter.continue_adapter needs an adapter, but the SFT of this run ends with a whole "
+                "model.",
+                fix="Set 'sft.adapter.save' to 'adapter' or 'both', or 'distill.adapter.continue_adapter' to false.",
+            )
+        )
+    elif (made.rank, made.scale) != (wanted.rank, wanted.scale):
+        found.blocking.append(
+            Finding(
+                code="invalid_argument",
+                message=f"The adapter to continue has rank {made.rank} and scale {made.scale:g} after the SFT, "
+                f"distill.adapter asks for rank {wanted.rank} and scale {wanted.scale:g}.",
+                fix="Give 'distill.adapter' the rank, alpha and scaling of 'sft.adapter'.",
+            )
+        )
 
 
 def judge_files(inputs: PlanInputs, found: Findings) -> None:

@@ -17,6 +17,7 @@ from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
     differing_tokens,
+    judge_adapters,
     judge_consistency,
     judge_data,
     judge_evaluation,
@@ -67,6 +68,7 @@ class Planner:
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
+        judge_adapters(recipe, sft, found)
         schema = self._schema(arguments, inputs, sft, found)
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
         judge_special_tokens(differing, facts, recipe.prompting, found)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from opd_mcp.devices.environment import bounded_environment
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import ArgumentError, ResourceError, nearest
 
@@ -105,7 +106,7 @@ def write_task_prompts(task: TaskPrompts, file: Path) -> None:
     """
     command = [sys.executable, "-P", "-m", "opd_mcp.planning.task_prompts", str(file)]
     # Some tasks iterate over sets of words, whose order follows this seed.
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    environment = {**bounded_environment(os.environ), "PYTHONHASHSEED": "0"}
     value = f"reasoning_gym:{task.task}?size={task.size}"
     try:
         done = subprocess.run(
@@ -223,7 +224,7 @@ def _write_rows(task: TaskPrompts, file: Path) -> int:
 
 def main() -> None:
     """Write the rows of the task on standard input to the file."""
-    # What tasks print goes where nobody reads; the answer has standard output for itself.
+    # The tasks' own output is discarded; standard output carries the answer only.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     given = json.load(sys.stdin)

@@ -6,6 +6,7 @@ the child ends then, the server goes on, and the plan has one finding that says 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from opd_mcp.devices.environment import bounded_environment
 from opd_mcp.identity.data.rows import PromptRow, ResponseRow
 from opd_mcp.identity.data.scan import PromptScan
 from opd_mcp.identity.files import path_signature
@@ -26,7 +28,6 @@ from opd_mcp.schemas.texts import byte_size
 SHOWN_PROMPTS = 3
 # Characters of sampled prompts that are rendered for a preview; a sample of long ones is smaller.
 SAMPLE_CHARACTERS = 4 << 20
-INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def bounded_reply(request: Mapping[str, Any], limits: TextLimits) -> dict[str, A
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=limits.wall_seconds,
-            env=_environment(),
+            env=bounded_environment(os.environ),
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -159,8 +160,8 @@ def bounded_reply(request: Mapping[str, Any], limits: TextLimits) -> dict[str, A
     return reply
 
 
-# SIGXCPU at the limit; the kernel's SIGKILL where that did not end it.
-_SLOW_SIGNALS = (24, 9)
+# At the limit; and where that did not end it.
+_SLOW_SIGNALS = (signal.SIGXCPU, signal.SIGKILL)
 
 
 def _error_of(error: Mapping[str, Any], request: Mapping[str, Any], limits: TextLimits) -> OpdError:
@@ -196,19 +197,6 @@ def _too_large(request: Mapping[str, Any], limits: TextLimits) -> DataError:
         value=request["model"],
         fix="Look at its tokenizer.json and chat_template.jinja, or give another model.",
     )
-
-
-def _environment() -> dict[str, str]:
-    """What the child needs: none of the caller's secrets, one thread, and this package."""
-    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    return {
-        **inherited,
-        "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in entries),
-        "PYTHONUTF8": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "RAYON_NUM_THREADS": "1",
-    }
 
 
 def _within(texts: Sequence[str]) -> list[str]:

@@ -148,7 +148,7 @@ class AuditLog:
             finally:
                 os.close(descriptor)
             if not size:
-                sync_names(self.workspace.root)
+                self.workspace.sync_names()
 
     def _older(self, number: int) -> Path:
         return self.file.with_name(f"audit.{number}.jsonl")
@@ -162,15 +162,6 @@ class AuditLog:
             yield
         finally:
             os.close(descriptor)
-
-
-def sync_names(directory: Path) -> None:
-    """Make the names in a directory survive a power loss."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def subject_of(values: Any) -> str | None:

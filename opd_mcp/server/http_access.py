@@ -137,9 +137,9 @@ def known_token(workspace: Workspace, file: Path | None, given: str | None) -> T
 
 
 def announcement(access: HttpAccess, *, on_terminal: bool) -> str:
-    """What whoever starts the server is told: where it is, how to connect, and what letting everyone in means.
+    """What the server prints at its start: where it is, how to connect, and what a start without a token means.
 
-    The token itself stands there at its making and on a terminal; logs elsewhere only say how to print it.
+    The token itself is printed when it is made and on a terminal; logs elsewhere only say how to print it.
     """
     host = f"[{access.host}]" if ":" in access.host else access.host
     base = f"http://{host}:{access.port}"

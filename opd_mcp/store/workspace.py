@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.files import fsync_directory, write_atomic
 from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind
@@ -49,6 +49,10 @@ class Workspace:
         kinds = map(self.artifacts_of, ARTIFACT_KINDS)
         for directory in (self.runs, self.artifacts, *kinds, self.plans, self.hub, self.compiled):
             directory.mkdir(exist_ok=True, mode=0o700)
+
+    def sync_names(self) -> None:
+        """Make new names directly below the root survive a power loss."""
+        fsync_directory(self.root)
 
     @property
     def runs(self) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd_mcp.devices.environment import worker_environment
 from opd_mcp.devices.hardware import Target, free_disk, target_of
 from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
@@ -32,7 +33,6 @@ from opd_mcp.store.runs import CHECKPOINTS, LOG_FILE, RunLock
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.worker_process import has_begun, note_exit
 from opd_mcp.store.workspace import Workspace, grace_seconds
-from opd_mcp.supervisor.environment import worker_environment
 from opd_mcp.supervisor.liveness import attend
 
 

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools import EXAMPLE
+from tools.fuzz import printed
 from tools.fuzz.frames import INITIALIZE, drawn_line
 from tools.fuzz.opens import OpensAudit
 
@@ -255,12 +256,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard) if hard > 0 else soft, hard))
     with tempfile.TemporaryDirectory() as folder:
         report = fuzz(options.connections, options.seed, Path(folder))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for problem in report["problems"][:10]:
-        print(json.dumps(problem), file=sys.stderr)
-    print(json.dumps({**report, "problems": len(report["problems"])}))
-    return 1 if report["problems"] else 0
+    return printed(report, options.json)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools import EXAMPLE
+from tools.fuzz import printed
 from tools.fuzz.opens import OpensAudit
 
 METHODS = ("ping", "tools/list", "tools/call", "resources/read", "prompts/get", "completion/complete", "no/such", "")
@@ -149,12 +150,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = fuzz(options.lines, options.seed, Path(folder))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for problem in report["problems"][:10]:
-        print(json.dumps(problem), file=sys.stderr)
-    print(json.dumps({**report, "problems": len(report["problems"])}))
-    return 1 if report["problems"] else 0
+    return printed(report, options.json)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from opd_mcp.identity.lineage import write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.identity import Lineage, TeacherClaim
 from tools import EXAMPLE
+from tools.fuzz import printed
 from tools.fuzz.opens import OpensAudit
 
 CALL_SECONDS = 120
@@ -325,12 +326,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = anyio.run(fuzz, options.models, options.runs, options.seed, Path(folder))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for problem in report["problems"][:10]:
-        print(json.dumps(problem), file=sys.stderr)
-    print(json.dumps({**report, "problems": len(report["problems"])}))
-    return 1 if report["problems"] else 0
+    return printed(report, options.json)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.supervisor import launch
 from tools import EXAMPLE
+from tools.fuzz import printed
 
 TEXT_BUDGET = 8_000
 """Characters of an answer: about 2k tokens."""
@@ -204,12 +205,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = anyio.run(fuzz, arguments.calls, arguments.seed, Path(folder))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for problem in report["problems"][:10]:
-        print(json.dumps(problem), file=sys.stderr)
-    print(json.dumps({**report, "problems": len(report["problems"])}))
-    return 1 if report["problems"] else 0
+    return printed(report, arguments.json)
 
 
 if __name__ == "__main__":

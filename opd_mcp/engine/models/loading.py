@@ -19,12 +19,13 @@ from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.kv_cache import decoding_problem
 from opd_mcp.engine.models.lora import add_adapter, load_adapter, merge, require_continuable
 from opd_mcp.engine.runtime import Runtime
+from opd_mcp.identity.chat.tokenizer import unusable_tokenizer
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable, undecodable
 from opd_mcp.identity.safetensors import read_tensors
 from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, token_map
-from opd_mcp.schemas.errors import IntegrityError, PathError
+from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.recipes import AdapterRecipe, PromptingRecipe
 
 # its bars would fill a worker's log; a stage reports its progress through its Reporter
@@ -208,12 +209,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             split_special_tokens=special.split,
         )
     except Exception as error:  # tokenizers raises nothing more precise
-        raise IntegrityError(
-            "damaged_file",
-            f"{TOKENIZER_FILE} cannot be used ({error}).",
-            value=path / TOKENIZER_FILE,
-            fix="Save the tokenizer again with tokenizer.save_pretrained(DIR).",
-        ) from error
+        raise unusable_tokenizer(path, error) from error
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:

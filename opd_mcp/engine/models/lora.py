@@ -177,7 +177,8 @@ def require_continuable(files: AdapterFiles | None, recipe: AdapterRecipe, stude
             f"The adapter to continue has rank {files.rank} and scale {files.scale:g}, the recipe rank {recipe.rank} "
             f"and scale {recipe.scale:g}.",
             value=student,
-            fix=f"Set adapter.rank to {files.rank} and adapter.alpha to {files.scale * files.rank:g}.",
+            fix=f"Set rank to {files.rank} and alpha to {files.scale * files.rank:g} in 'distill.adapter' (or "
+            "'sft.adapter').",
         )
     return files
 

@@ -277,12 +277,7 @@ def load_chat_tokenizer(path: Path, prompting: PromptingRecipe, moment: datetime
     try:
         backend = Tokenizer.from_file(str(path / TOKENIZER_FILE))
     except Exception as error:  # tokenizers raises nothing more precise
-        raise IntegrityError(
-            "damaged_file",
-            f"{TOKENIZER_FILE} cannot be used ({error}).",
-            value=path / TOKENIZER_FILE,
-            fix="Save the tokenizer again with tokenizer.save_pretrained(DIR).",
-        ) from error
+        raise unusable_tokenizer(path, error) from error
     known = {token_id: text for text, token_id in backend.get_vocab(with_added_tokens=True).items()}
     special = special_tokens(path, known)
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -290,6 +285,16 @@ def load_chat_tokenizer(path: Path, prompting: PromptingRecipe, moment: datetime
     backend.add_tokens([AddedToken(text, special=True) for text in named if text not in added])
     backend.encode_special_tokens = special.split
     return ChatTokenizer(backend, chat_template(path), special.names, prompting, moment)
+
+
+def unusable_tokenizer(path: Path, error: Exception) -> IntegrityError:
+    """The error for a model directory whose tokenizer.json the library refuses."""
+    return IntegrityError(
+        "damaged_file",
+        f"{TOKENIZER_FILE} cannot be used ({error}).",
+        value=path / TOKENIZER_FILE,
+        fix="Save the tokenizer again with tokenizer.save_pretrained(DIR).",
+    )
 
 
 def template_error(error: Exception) -> str:

@@ -322,7 +322,7 @@ def test_a_continued_adapter_goes_on_from_its_values(saved, runtime: Runtime) ->
         assert torch.equal(layer.lora_B, adapters(model)[name].lora_B)
         assert layer.lora_B.requires_grad
         assert layer.earlier_A is None
-    with pytest.raises(ArgumentError, match=r"adapter\.rank to 3 and adapter\.alpha to 5"):
+    with pytest.raises(ArgumentError, match=r"rank to 3 and alpha to 5 in 'distill\.adapter"):
         load_model(directory, runtime, for_training=True, adapter=AdapterRecipe(continue_adapter=True))
 
 

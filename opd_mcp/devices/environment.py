@@ -1,4 +1,4 @@
-"""Which of the server's environment variables a worker inherits: those that its work needs, and no others."""
+"""Which of the server's environment variables its children inherit: those that their work needs, and no others."""
 
 import os
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ PREFIXES = (
     *("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "NVIDIA_", "NCCL_"),
     *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "VECLIB_", "NUMEXPR_"),
 )
+BOUNDED_NAMES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
 # What is called a secret is passed on by its full name only.
 TEACHER_KEY = "OPD_TEACHER_KEY"
 HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
@@ -35,6 +36,18 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in environment.items() if name in secrets or _is_needed(name)}
     # Python's own way of finding this package must survive the change of folder.
     return {**inherited, "PYTHONPATH": absolute_import_path(environment), "PYTHONUNBUFFERED": "1"}
+
+
+def bounded_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a short child under limits: no secret, no network's settings, one thread."""
+    inherited = {name: environment[name] for name in BOUNDED_NAMES if name in environment}
+    return {
+        **inherited,
+        "PYTHONPATH": absolute_import_path(environment),
+        "PYTHONUTF8": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+    }
 
 
 def absolute_import_path(environment: Mapping[str, str]) -> str:
