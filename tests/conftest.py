@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from opd_mcp.devices import hardware as devices
 from opd_mcp.devices.leases import LeaseFolder
@@ -27,7 +27,9 @@ from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-settings.register_profile("suite")  # a busy machine is no failure
+# A busy machine is no failure, and every example writes its files anew.
+TOLERATED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("suite", deadline=None, suppress_health_check=TOLERATED)
 settings.load_profile("suite")
 
 

@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -59,7 +59,7 @@ def test_a_second_copy_in_another_format_beside_the_model_is_left_alone(make_mod
     assert [file.name for file in weight_files(model)] == ["model.safetensors"]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_mutated_files_are_read_or_refused(tmp_path, data):
     path = tmp_path / "model.safetensors"

@@ -8,7 +8,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
@@ -217,7 +217,7 @@ def test_everything_acknowledged_survives_a_kill(tmp_path, python):
 values = st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.text(max_size=8), max_size=3)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(payloads=st.lists(values, max_size=6))
 def test_any_data_comes_back_as_it_was(tmp_path, payloads):
     path = tmp_path / "any.jsonl"
@@ -228,7 +228,7 @@ def test_any_data_comes_back_as_it_was(tmp_path, payloads):
     assert [record.data for record in read_journal(path)] == payloads
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(data=st.data())
 def test_mutated_bytes_never_invent_a_record_and_never_stop_the_reader(tmp_path, journal, data):
     original = read_journal(journal)
@@ -248,7 +248,7 @@ def test_mutated_bytes_never_invent_a_record_and_never_stop_the_reader(tmp_path,
     assert [record.type for record in reader.new_records()] == ["state"]
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(content=st.binary(max_size=300))
 def test_foreign_bytes_hold_no_records(tmp_path, content):
     (tmp_path / "foreign").write_bytes(content)

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.schemas.errors import PathError
@@ -112,7 +112,7 @@ def test_a_loop_of_links_is_not_found(roots, tree):
     assert code_of(roots, tree / "root" / "a") == "not_found"
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(
     parts=st.lists(st.sampled_from(["..", ".", "root", "model", "secret", "key", "link", "", "ä", "a\0"]), max_size=7)
 )

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.store import run_view
@@ -56,7 +56,7 @@ EVENTS = st.one_of(
 )
 # A higher attempt fences off lines of the ones before it, which come late.
 STEPS = st.lists(st.tuples(EVENTS, st.sampled_from([0, 0, 0, 0, 1, -1])), max_size=40)
-FEW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=100)
 
 
 def lines_of(steps) -> list[bytes]:

@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.identity.data import formats, rows, scan
@@ -35,7 +35,7 @@ ROWS = {
     "gsm8k": st.fixed_dictionaries({"question": WORDS, "answer": ANSWERS}),
     "mixed": st.dictionaries(st.sampled_from(["id", "prompt", "Prompt", "problem", "solution"]), ANSWERS, max_size=4),
 }
-FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=60)
 
 
 def found(path, quick: bool):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.identity.data.reading import read_prompts, read_responses, read_responses_header
@@ -223,7 +223,7 @@ row_lines = st.builds(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(lines=st.lists(st.binary(max_size=40) | row_lines, max_size=5))
 def test_any_bytes_are_read_or_refused_with_a_way_out(tmp_path, lines):
     file = tmp_path / "p.jsonl"

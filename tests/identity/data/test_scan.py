@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.identity.data.reading import read_prompts
@@ -82,7 +82,7 @@ def test_of_many_long_texts_a_bounded_sample_is_kept(tmp_path):
 texts = st.lists(st.text(alphabet="aB +-é\0．１?", min_size=1, max_size=4), max_size=12)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(training=texts, evaluation=texts)
 def test_overlap_by_hashes_is_overlap_by_texts(tmp_path, training, evaluation):
     scans = []
