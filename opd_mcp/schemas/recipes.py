@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import AddedLater, Schema
 
 Method = Literal["lightning", "live", "sft"]
 Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl"]
@@ -177,7 +177,7 @@ class DistillRecipe(Schema):
     method: Literal["lightning", "live"] = "lightning"
     estimator: Estimator = "sampled"
     topk: PositiveInt = Field(8, description="k of the top-k estimators")
-    repair: Literal["none", "residual"] = Field(
+    repair: Annotated[Literal["none", "residual"], AddedLater()] = Field(
         "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
     )
     normalize: Normalize = "sample"

@@ -1,8 +1,8 @@
 """Run records: the immutable request, the journal's lines, and what a status call answers."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
@@ -16,6 +16,8 @@ PhaseName = Literal[
 ]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
+LISTED_AS_TEXT = WithJsonSchema({"type": "string"})
+"""For an answer's names that no caller chooses between: the listing of tools spares their enumeration."""
 LM_EVAL = "lm_eval:"
 """How the name of a suite begins that is a task of lm-eval."""
 TOKENIZER_FOLDER = "tokenizer"
@@ -244,11 +246,11 @@ class RunStatus(Schema):
     """The answer of `get_run_status`."""
 
     run_id: str
-    kind: RunKind
+    kind: Annotated[RunKind, LISTED_AS_TEXT]
     state: RunState
     created_at: str
     updated_at: str
-    phase: PhaseName | None = None
+    phase: Annotated[PhaseName, LISTED_AS_TEXT] | None = None
     phases_done: list[str] = Field(default_factory=list)
     phases_total: int
     progress: Progress | None = None

@@ -15,7 +15,7 @@ from opd_mcp.schemas.runs import RunSnapshot
 from opd_mcp.server.render.runs import snapshot_text
 from opd_mcp.server.tools.spec import ToolSpec
 
-RETURNS = "Returns at once with a run_id for get_run_status."
+RETURNS = "Returns a run_id at once."
 SHARED: dict[str, Any] = {
     "answer": RunSnapshot,
     "text": snapshot_text,
