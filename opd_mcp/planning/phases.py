@@ -158,6 +158,13 @@ class PhaseChain:
         )
         return self
 
+    def export(self) -> "PhaseChain":
+        """A model is written outside of the workspace, with its card."""
+        target = self.inputs.export
+        assert target is not None, "an export has a destination"
+        self._add("export", {"model": model_token(self.inputs.model), "target": target.to_dict()})
+        return self
+
     def _claims(self) -> dict[str, Any]:
         # A proven claim follows from the student itself; only what the caller asserts is an input of its own.
         claim = _asserted(self.inputs.student)
