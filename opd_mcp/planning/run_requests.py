@@ -360,21 +360,25 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
 def method_recipe(recipe: Recipe, method: Method) -> Recipe:
     """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on.
 
-    Raises ArgumentError `invalid_argument` for a live distillation with a repair, which needs cached scores.
+    Raises ArgumentError `invalid_argument` for a live distillation with what needs a cache's scores.
     """
     if method == "sft":
         return recipe
-    if method == "live" and recipe.distill.repair != "none":
-        raise ArgumentError(
-            "invalid_argument",
-            "distill.repair repairs the scores of a teacher cache; live distillation has none.",
-            value=recipe.distill.repair,
-            fix="Leave out distill.repair, or use method='lightning'.",
-        )
+    for key, value, off in (
+        ("repair", recipe.distill.repair, "none"),
+        ("extrapolation", recipe.distill.extrapolation, 1.0),
+    ):
+        if method == "live" and value != off:
+            raise ArgumentError(
+                "invalid_argument",
+                f"distill.{key} works on the scores of a teacher cache; live distillation has none.",
+                value=value,
+                fix=f"Leave out distill.{key}, or use method='lightning'.",
+            )
     distill = recipe.distill.model_copy(update={"method": method})
     update: dict[str, object] = {"distill": distill}
-    if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:
-        update["score"] = recipe.score.model_copy(update={"topk": distill.topk})
+    if method == "lightning" and recipe.score.topk < distill.teacher_tokens:
+        update["score"] = recipe.score.model_copy(update={"topk": distill.teacher_tokens})
     return recipe.model_copy(update=update)
 
 
@@ -385,14 +389,14 @@ def kind_of(method: Method) -> RunKind:
 
 def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
     """Raise ArgumentError for a cache that holds fewer of the teacher's top tokens than the estimator trains on."""
-    needed = recipe.distill.topk if recipe.distill.estimator != "sampled" else 0
+    needed = recipe.distill.teacher_tokens
     if cache.manifest.topk < needed:
         raise ArgumentError(
             "invalid_argument",
-            f"Estimator {recipe.distill.estimator} trains on the teacher's top {needed} tokens; the cache holds "
-            f"{cache.manifest.topk}.",
+            f"Estimator {recipe.distill.estimator} with entropy_share {recipe.distill.entropy_share:g} reads the "
+            f"teacher's top {needed} tokens; the cache holds {cache.manifest.topk}.",
             value=cache.input.reference,
-            fix=f"Build the cache with topk={needed}, or use estimator='sampled'.",
+            fix=f"Build the cache with topk={needed}, or use estimator='sampled' on all tokens.",
         )
 
 
