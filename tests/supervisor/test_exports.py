@@ -49,7 +49,9 @@ def test_a_distilled_student_is_exported_proven_and_used_from_there(world, expor
 
     call = status.next_action
     assert (call.tool, call.arguments["model"]) == ("sample_model", str(out / "mine"))
-    measured = exporter.benchmark_student(BenchmarkStudent(model=str(out / "mine"), prompts=world.prompts("eval")))
+    measured = exporter.benchmark_student(
+        BenchmarkStudent(model=str(out / "mine"), prompts=world.prompts(), preset="demo")
+    )
     assert finished(exporter, measured.run_id).state == "succeeded"
     assert exporter.store.record(measured.run_id).request.inputs.model.sft_teacher.basis == "proven"
     assert read_artifact(Path(distilled.result["paths"]["model"])).kind == "model"
