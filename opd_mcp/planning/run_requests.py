@@ -21,6 +21,7 @@ from opd_mcp.planning.checks import (
     require_positions,
     require_usable_ids,
 )
+from opd_mcp.planning.estimates import recipe_for_device
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
@@ -42,6 +43,7 @@ from opd_mcp.schemas.runs import (
     TOKENIZER_FOLDER,
     DataInput,
     ModelInput,
+    PhaseName,
     RunInputs,
     RunKind,
     RunPhase,
@@ -72,6 +74,7 @@ class RequestBuilder:
         teacher = self.references.model(arguments.teacher)
         require_generating(teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, [teacher], recipe))
+        recipe = self._for_device(recipe, inputs, "generate_responses", arguments.overrides)
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
@@ -129,6 +132,7 @@ class RequestBuilder:
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
         )
+        recipe = self._for_device(recipe, inputs, "rollout", arguments.overrides)
         return self.request("cache", recipe, inputs, PhaseChain(recipe, inputs).cache_of_rollouts().phases)
 
     def from_plan(self, plan: Plan, *, benchmark: bool) -> RunRequest:
@@ -176,6 +180,7 @@ class RequestBuilder:
         # Without answers and without the teacher at hand there is nothing to measure.
         measurable = evaluation is not None or (teacher is not None and inputs.prompts is not None)
         benchmark = arguments.benchmark and measurable
+        recipe = self._for_device(recipe, inputs, "benchmark", arguments.overrides)
         phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
         return self.request("distill", recipe, inputs, phases)
 
@@ -199,6 +204,7 @@ class RequestBuilder:
             prompts=None if arguments.prompts is None else self._prompts(arguments, [model, *baselines], recipe),
             suite=suite,
         )
+        recipe = self._for_device(recipe, inputs, "benchmark", overrides)
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
     def sample(self, arguments: SampleModel) -> RunRequest:
@@ -217,6 +223,11 @@ class RequestBuilder:
         """The request, each phase with the artifact that already holds its result."""
         made = self.artifacts.made_by([phase.key for phase in phases])
         return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=with_satisfied(phases, made))
+
+    def _for_device(self, recipe: Recipe, inputs: RunInputs, phase: PhaseName, overrides: Mapping[str, Any]) -> Recipe:
+        """The recipe with a batch for this phase that the device holds, unless an override says it."""
+        inspect = self.references.models.inspect_model
+        return recipe_for_device(recipe, inputs, target_of(recipe.runtime), (phase,), overrides, inspect)
 
     def _prompts(
         self,

@@ -24,6 +24,10 @@ AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 ReferenceRow = Literal["teacher", "base"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+BATCH = (
+    "rows drawn at a time; halved by the plan, unless an override names it, until the device's memory holds it. "
+    "Sampled tokens depend on it: each batch has a random stream of its own"
+)
 
 
 class RuntimeRecipe(Schema):
@@ -118,7 +122,7 @@ class ResponsesRecipe(Schema):
 
     sampling: Sampling = Sampling()
     limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = Field(64, description=BATCH)
 
 
 class SftRecipe(Schema):
@@ -154,7 +158,7 @@ class RolloutRecipe(Schema):
 
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=4096)
     count: PositiveInt | None = Field(None, description="default: one response a prompt")
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = Field(256, description=BATCH)
     shard_rows: PositiveInt = 4096
 
 
@@ -238,7 +242,7 @@ class BenchmarkRecipe(Schema):
     )
     limit: PositiveInt | None = None
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = Field(256, description=BATCH)
 
     @model_validator(mode="after")
     def _one_way_to_grade(self) -> Self:

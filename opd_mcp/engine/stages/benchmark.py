@@ -52,6 +52,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         warnings += model_warnings(context, model)
         with grader:
             scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
+        del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     judged = [entry.score for name, entry in scored.items() if name in inputs.models or models[name] == inputs.teacher]
     cut = truncation_warnings(judged, section)
