@@ -7,6 +7,7 @@ import pytest
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.schemas.errors import ConsistencyError, PathError
 from opd_mcp.schemas.requests import BenchmarkStudent, ExportStudent
+from opd_mcp.server.render.workspace import setup_text
 from opd_mcp.service import JobService
 from opd_mcp.store.artifacts import read_artifact
 from opd_mcp.store.roots import AllowedRoots, ExportRoots
@@ -124,6 +125,8 @@ def test_the_workspaces_settings_name_export_roots(world, out):
     (workspace.root / "settings.toml").write_text(f'[export]\nroots = ["{out}", "relative"]\n')
     service = JobService(workspace, AllowedRoots([]), world.settings)
     assert service.exports.roots == (out.resolve(),)
+    assert service.setup().export_roots == [str(out.resolve())]
+    assert f"export roots: {out.resolve()}" in setup_text(service.setup())
 
 
 @pytest.mark.parametrize(
