@@ -58,13 +58,7 @@ def test_a_distilled_student_is_exported_proven_and_used_from_there(world, expor
     assert read_artifact(Path(distilled.result["paths"]["model"])).kind == "model"
 
 
-def test_a_model_that_was_not_made_here_stays_unproven(world, exporter, out, finished):
-    exported = exporter.export_student(ExportStudent(model=world.student, destination=str(out / "theirs")))
-    assert finished(exporter, exported.run_id).state == "succeeded"
-    assert not exporter.store.artifacts.made_here(out / "theirs")
-
-
-def test_an_export_that_died_leaves_nothing_and_is_resumed(world, exporter, out, finished, until):
+def test_an_export_that_died_is_resumed_and_proves_nothing_of_a_foreign_model(world, exporter, out, finished, until):
     (out / "die-once").touch()
     started = exporter.export_student(ExportStudent(model=world.student, destination=str(out / "mine")))
     assert until(exporter, started.run_id, lambda status: status.state == "lost").state == "lost"
@@ -72,6 +66,7 @@ def test_an_export_that_died_leaves_nothing_and_is_resumed(world, exporter, out,
     exporter.resume(started.run_id)
     assert finished(exporter, started.run_id).state == "succeeded"
     assert [path.name for path in out.iterdir()] == ["mine"]
+    assert not exporter.store.artifacts.made_here(out / "mine")
 
 
 def test_an_export_that_was_named_before_its_worker_died_is_taken_as_done(world, exporter, out, finished, monkeypatch):
