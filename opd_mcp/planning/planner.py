@@ -22,14 +22,13 @@ from opd_mcp.planning.checks import (
     judge_data,
     judge_evaluation,
     judge_files,
-    judge_golds,
     judge_prompts,
     judge_special_tokens,
-    measured_cache,
+    judged_golds,
     require_generating,
-    with_measures,
 )
 from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
+from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
@@ -80,7 +79,7 @@ class Planner:
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
-        judge_golds(inputs, recipe.benchmark, found)
+        grading = judged_golds(inputs, recipe.benchmark, found)
         hygiene = judge_prompts(inputs, facts, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
         phases = requests[method].phases
@@ -108,6 +107,7 @@ class Planner:
             fits=fits,
             sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.scan.first[:SAMPLE_ROWS]],
             preview=preview,
+            grading=grading,
             hygiene=hygiene,
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,

@@ -23,7 +23,7 @@ from opd_mcp.schemas.memory import (
     training_memory,
     weight_bytes,
 )
-from opd_mcp.schemas.recipes import DistillRecipe, Recipe, Sampling, SftRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, ExportFormat, Recipe, Sampling, SftRecipe
 from opd_mcp.schemas.resolve import changed_recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
 
@@ -85,6 +85,8 @@ class Workload:
     room: Room = Room()
     stored_bytes: float = 2.0
     """Bytes per weight of the student's files."""
+    converted_bytes: int = 0
+    """Bytes that an export holds in memory while it converts or merges; 0 where it copies files."""
     teacher_is_base: bool = False
     """Whether a distillation's adapter is trained on the teacher's own weights."""
 
@@ -98,6 +100,7 @@ class Workload:
             "distill": self._distillation,
             "benchmark": self._benchmark,
             "sample": self._sample,
+            "export": self._export,
         }
         return works[name]() if name in works else Work(0.0, 0.0, 0)
 
@@ -217,6 +220,9 @@ class Workload:
     def _sample(self) -> Work:
         return self._generation(self.student, self.data.prompts, 8, self.recipe.sample.sampling)
 
+    def _export(self) -> Work:
+        return Work(0.0, 1.0, self.converted_bytes)
+
     def _scoring(self) -> Work:
         budget, parameters = self.recipe.score.micro_batch_tokens, self.student.parameters + self.teacher.parameters
         tokens = self._rollouts * (self.data.prompt_tokens + self.recipe.rollout.sampling.max_new_tokens)
@@ -312,6 +318,7 @@ def workload_of(
         return None
     facts, scorer = inspect(Path(student.path)), inspect(Path(teacher.path))
     stored = facts.weight_bytes / max(facts.parameters, 1)
+    converted = converted_bytes(facts, inputs.export.format) if inputs.export else 0
     base = inspect(facts.weights_path).identity if trains_on_given_base(recipe, inputs) else None
     return Workload(
         recipe,
@@ -320,6 +327,7 @@ def workload_of(
         data_size(inputs),
         room or Room(),
         stored,
+        converted,
         teacher_is_base=base is not None and base.same_model(scorer.identity),
     )
 
@@ -344,6 +352,24 @@ def data_size(inputs: RunInputs) -> DataSize:
         models=1 + len(inputs.baselines) if inputs.model else 2,
         references=frozenset(name for name, here in had.items() if here),
     )
+
+
+def converted_bytes(facts: ModelFacts, form: ExportFormat) -> int:
+    """What an export in this form holds of a model: merging is done in float32, with the result next to it."""
+    if form == "adapter" or (form == "input" and facts.adapter is None):
+        return 0
+    return facts.parameters * (8 if facts.adapter is not None or form == "float32" else 4)
+
+
+def exported_bytes(inputs: RunInputs) -> int:
+    """The bytes of an export at its destination, at most; 0 while its model is not here."""
+    model, target = inputs.model, inputs.export
+    if model is None or model.path is None or target is None:
+        return 0
+    facts = inspect_model(Path(model.path))
+    own = 4 * facts.parameters if facts.adapter is not None and target.format == "input" else facts.weight_bytes
+    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters}
+    return widths.get(target.format, own) + (16 << 20)
 
 
 def expected_disk(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> int:

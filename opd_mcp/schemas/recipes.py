@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import AddedLater, Schema
 
 Method = Literal["lightning", "live", "sft"]
 Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl"]
@@ -14,6 +14,7 @@ CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
 TrainTurns = Literal["all", "last"]
 SaveDtype = Literal["input", "float32", "bfloat16"]
+ExportFormat = Literal["input", "float32", "bfloat16", "adapter"]
 Preset = Literal["quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
@@ -180,7 +181,7 @@ class DistillRecipe(Schema):
     method: Literal["lightning", "live"] = "lightning"
     estimator: Estimator = "sampled"
     topk: PositiveInt = Field(8, description="k of the top-k estimators")
-    repair: Literal["none", "residual"] = Field(
+    repair: Annotated[Literal["none", "residual"], AddedLater()] = Field(
         "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
     )
     normalize: Normalize = "sample"
@@ -268,6 +269,13 @@ class SampleRecipe(Schema):
     """A few responses to look at."""
 
     sampling: Sampling = Sampling(max_new_tokens=256)
+
+
+class ExportRecipe(Schema):
+    """How a model is exported: in the dtype of its files or in another one, merged, or its adapter alone."""
+
+    format: ExportFormat = "input"
+    shard_bytes: PositiveInt = Field(5_000_000_000, description="of one file of weights, at most")
 
 
 class Recipe(Schema):

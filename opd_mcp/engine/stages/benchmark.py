@@ -12,13 +12,12 @@ from opd_mcp.engine.provenance import Provenance, record_lineage, trained_adapte
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.chat.rendering import reads_clock
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
-from opd_mcp.identity.tokenizers import chat_template
+from opd_mcp.identity.tokenizers import chat_template, reads_clock
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe

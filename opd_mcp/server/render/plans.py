@@ -45,6 +45,9 @@ def _plan_measures(plan: Plan) -> list[str]:
     for role, data in (("prompts", plan.inputs.prompts), ("eval_prompts", plan.inputs.eval_prompts)):
         if data is not None and data.understood is not None:
             lines.append(f"{role} read as {understood_text(data.understood)}")
+    if (grading := plan.grading) is not None:
+        right = f"{grading.right} of {grading.graded} expected answers are right when a response says just them"
+        lines.append(f"answers are graded by '{grading.grader}' ({grading.why}); {right}")
     lines += measured_lines(verdict.teacher_delta, verdict.engine_gap)
     if verdict.measured_in and plan.rollouts:
         lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
