@@ -47,6 +47,9 @@ from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
 from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe
 from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
 
+OWN_SETTINGS = {"rank", "alpha", "targets", "init", "scaling"}
+"""What adapters on one base may differ in."""
+
 
 def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context: Context) -> TrainingSummary:
     """Train the SFT student towards the teacher: `lightning` from `cache`, `live` from `teacher`, `prompts`, `rollout`.
@@ -107,8 +110,8 @@ def require_kept_base(sections: Sequence[DistillRecipe]) -> None:
             why, fix = "it continues the student's own adapter", "Set continue_adapter to false."
         elif adapter.save != "adapter":
             why, fix = "its student is merged, which changes the base", "Set save to 'adapter'."
-        elif adapter.base_dtype != first.base_dtype:
-            why, fix = "it keeps the base in another dtype than the first one", "Give all the same base_dtype."
+        elif adapter.model_dump(exclude=OWN_SETTINGS) != first.model_dump(exclude=OWN_SETTINGS):
+            why, fix = "it keeps the base in another form than the first one", "Give all the same base_dtype."
         else:
             continue
         raise ArgumentError(

@@ -228,7 +228,7 @@ def test_several_adapters_are_trained_on_one_loaded_base_as_each_would_be_alone(
         ({"adapter": AdapterRecipe()}, "merged"),
         ({"adapter": AdapterRecipe(save="both")}, "merged"),
         ({"adapter": AdapterRecipe(save="adapter", continue_adapter=True)}, "continues"),
-        ({"adapter": AdapterRecipe(save="adapter", base_dtype="bfloat16")}, "another dtype"),
+        ({"adapter": AdapterRecipe(save="adapter", base_dtype="bfloat16")}, "another form"),
         ({"method": "live"}, "live"),
     ],
 )
