@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema
-from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName, Precision
 from opd_mcp.schemas.runs import Alert
@@ -163,6 +163,7 @@ class ModelScore(Schema):
     eos_rate: float | None = None
     seconds: float
     tokens: int
+    generated_by: EngineFacts | None = Field(None, description="absent: this program's own engine")
 
 
 class Comparison(Schema):
