@@ -11,6 +11,7 @@ from opd_mcp.devices.hardware import Target, free_disk
 from opd_mcp.identity.data.reading import first_response
 from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
+from opd_mcp.identity.models import ModelFacts, is_untrained
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
@@ -285,6 +286,20 @@ def judge_rates(arguments: PlanDistillation, recipe: Recipe, inputs: PlanInputs,
     call = plan_again(arguments, overrides={rate.key: rate.fitting for rate in far})
     for rate in far:
         found.warn(rate.code, rate.message, rate.fix, call)
+    student = inputs.student.facts
+    if sft and recipe.preset != "demo" and student is not None and student.adapter is None:
+        judge_training(student, recipe, found)
+
+
+def judge_training(student: ModelFacts, recipe: Recipe, found: Findings) -> None:
+    """Warn of a student that was never trained, which presets for pretrained ones teach little."""
+    if is_untrained(student.path):
+        found.warn(
+            "student_untrained",
+            f"The student's weights are as they were initialised: its {student.parameters / 1e6:.3g}M parameters were "
+            f"never trained. Preset '{recipe.preset}' fine-tunes a pretrained student, for {recipe.sft.steps} steps.",
+            "Give a pretrained student, or raise 'sft.steps' and the learning rates to those of a pretraining.",
+        )
 
 
 def plan_again(

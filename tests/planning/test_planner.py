@@ -389,6 +389,7 @@ def test_rates_that_do_not_fit_the_student_are_a_warning_with_the_plan_that_does
     warnings = service.plan(world.plan_arguments(preset=preset, overrides=overrides)).warnings
     found = [warning for warning in warnings if warning.code in ("learning_rate_far", "preset_rates")]
     assert {warning.code for warning in found} == set(told)
+    assert ("student_untrained" in codes(warnings)) == (preset == "quick"), "its norms are as they were initialised"
     for warning in found:
         assert told[warning.code] in warning.message
         fitting = service.plan(PlanDistillation(**warning.call.arguments))
