@@ -4,13 +4,14 @@ Imports no torch: a worker makes these before it loads the engine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from opd_mcp.identity.signatures import MadeHere, everywhere
-from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import BenchmarkRecipe, CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
@@ -56,6 +57,41 @@ class SilentReporter(Reporter):
 
 
 @dataclass(frozen=True)
+class EngineWish:
+    """An engine that a stage needs: which one, serving which directory, in which dtype, for sequences of `length`.
+
+    `topk` are the top tokens that it must be able to tell of each position.
+    """
+
+    kind: str
+    model: Path
+    dtype: Literal["float32", "bfloat16"]
+    length: int
+    topk: int = 0
+
+
+@dataclass(frozen=True)
+class EngineAddress:
+    """Where an engine answers; `check` raises once it can no longer be kept running."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    dtype: str | None = None
+    managed: bool = False
+    check: Callable[[], None] = lambda: None
+
+
+def no_engine(wish: EngineWish) -> AbstractContextManager[EngineAddress]:
+    """Raises ResourceError `engine_failed`: only a worker starts engines."""
+    raise ResourceError(
+        "engine_failed",
+        f"Nothing here can start {wish.kind}: a worker does that.",
+        value=wish.kind,
+        fix="Give the URL of a server that runs as the engine, or 'local'.",
+    )
+
+
+@dataclass(frozen=True)
 class Context:
     """Shared by all stages of a run."""
 
@@ -74,6 +110,8 @@ class Context:
     """The moment that chat templates write which ask for the time: one for all stages and attempts of a run."""
     check_fence: Callable[[], None] = lambda: None
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
+    start_engine: Callable[[EngineWish], AbstractContextManager[EngineAddress]] = no_engine
+    """Starts an engine for a block's time; whoever keeps the processes of a run gives it."""
 
 
 def require_going(context: Context) -> None:
@@ -127,12 +165,16 @@ class SftInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutInputs:
-    """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold."""
+    """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold.
+
+    `longest` are the tokens of the longest sequence that whoever scores the rollouts takes.
+    """
 
     student: Path
     prompts: Path
     tokenizer: Path | None = None
     eval_prompts: Path | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

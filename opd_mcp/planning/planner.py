@@ -63,9 +63,9 @@ class Planner:
 
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
-        recipe, method = distillation_recipe(arguments), arguments.method
+        method, found = arguments.method, Findings()
+        recipe, found.warnings = self.builder.with_engines(distillation_recipe(arguments))
         target = self.target_of(recipe.runtime)
-        found = Findings()
         inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)

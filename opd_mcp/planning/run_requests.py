@@ -22,13 +22,14 @@ from opd_mcp.planning.checks import (
     require_positions,
     require_usable_ids,
 )
+from opd_mcp.planning.engines import require_engines_used, with_engines
 from opd_mcp.planning.estimates import recipe_for_device
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.plans import MethodEstimate, Plan
+from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
 from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
@@ -53,7 +54,7 @@ from opd_mcp.schemas.runs import (
 )
 from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.journal import utc_now
-from opd_mcp.store.workspace import new_id
+from opd_mcp.store.workspace import new_id, read_settings
 
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
 NAME_CHARACTERS = 32
@@ -71,7 +72,7 @@ class RequestBuilder:
 
     def responses(self, arguments: GenerateTeacherResponses) -> RunRequest:
         """The teacher answers prompts."""
-        recipe = usable_recipe(arguments.preset, arguments.overrides)
+        recipe = self._recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
         require_generating(teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, [teacher], recipe))
@@ -115,7 +116,7 @@ class RequestBuilder:
         Raises ConsistencyError `teacher_mismatch`, `lineage_missing` or `tokenizer_mismatch`.
         """
         given = {f"score.{name}": getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
-        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
+        recipe = self._recipe(arguments.preset, arguments.overrides, given)
         if arguments.teacher_url is None:
             teacher = self.references.model(arguments.teacher)
         else:
@@ -156,7 +157,7 @@ class RequestBuilder:
                 value=arguments.method,
                 fix="Leave out method, or leave out cache_id and give teacher and prompts.",
             )
-        recipe = distillation_recipe(arguments)
+        recipe, _ = self.with_engines(distillation_recipe(arguments))
         target_of(recipe.runtime)
         cache = self.references.cache(str(arguments.cache_id))
         student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
@@ -192,7 +193,7 @@ class RequestBuilder:
         arguments, suite, settings = with_suite(arguments)
         given = {"benchmark.samples_per_prompt": arguments.samples_per_prompt}
         overrides = {key: value for key, value in settings.items() if given.get(key) is None} | arguments.overrides
-        recipe = usable_recipe(arguments.preset, overrides, given)
+        recipe = self._recipe(arguments.preset, overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
@@ -221,6 +222,14 @@ class RequestBuilder:
         require_generating(model)
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
+
+    def with_engines(self, recipe: Recipe) -> tuple[Recipe, list[Finding]]:
+        """As `planning.engines.with_engines`, with what this workspace's settings say."""
+        settings = read_settings(self.references.workspace).engines
+        return with_engines(recipe, settings, self.references.teacher_hosts)
+
+    def _recipe(self, preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
+        return self.with_engines(usable_recipe(preset, overrides, given))[0]
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
         """The request, each phase with the artifact that already holds its result."""
@@ -349,6 +358,7 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
     require_no_contradiction(overrides, {"distill.method": arguments.method})
     recipe = requested_recipe(arguments.preset, overrides, {"distill.estimator": estimator})
     recipe = method_recipe(recipe, arguments.method)
+    require_engines_used(recipe, arguments.method)
     if "score.topk" in overrides and recipe.score.topk != overrides["score.topk"]:
         raise ArgumentError(
             "invalid_argument",
@@ -363,21 +373,25 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
 def method_recipe(recipe: Recipe, method: Method) -> Recipe:
     """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on.
 
-    Raises ArgumentError `invalid_argument` for a live distillation with a repair, which needs cached scores.
+    Raises ArgumentError `invalid_argument` for a live distillation with what needs a cache's scores.
     """
     if method == "sft":
         return recipe
-    if method == "live" and recipe.distill.repair != "none":
-        raise ArgumentError(
-            "invalid_argument",
-            "distill.repair repairs the scores of a teacher cache; live distillation has none.",
-            value=recipe.distill.repair,
-            fix="Leave out distill.repair, or use method='lightning'.",
-        )
+    for key, value, off in (
+        ("repair", recipe.distill.repair, "none"),
+        ("extrapolation", recipe.distill.extrapolation, 1.0),
+    ):
+        if method == "live" and value != off:
+            raise ArgumentError(
+                "invalid_argument",
+                f"distill.{key} works on the scores of a teacher cache; live distillation has none.",
+                value=value,
+                fix=f"Leave out distill.{key}, or use method='lightning'.",
+            )
     distill = recipe.distill.model_copy(update={"method": method})
     update: dict[str, object] = {"distill": distill}
-    if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:
-        update["score"] = recipe.score.model_copy(update={"topk": distill.topk})
+    if method == "lightning" and recipe.score.topk < distill.teacher_tokens:
+        update["score"] = recipe.score.model_copy(update={"topk": distill.teacher_tokens})
     return recipe.model_copy(update=update)
 
 
@@ -388,14 +402,14 @@ def kind_of(method: Method) -> RunKind:
 
 def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
     """Raise ArgumentError for a cache that holds fewer of the teacher's top tokens than the estimator trains on."""
-    needed = recipe.distill.topk if recipe.distill.estimator != "sampled" else 0
+    needed = recipe.distill.teacher_tokens
     if cache.manifest.topk < needed:
         raise ArgumentError(
             "invalid_argument",
-            f"Estimator {recipe.distill.estimator} trains on the teacher's top {needed} tokens; the cache holds "
-            f"{cache.manifest.topk}.",
+            f"Estimator {recipe.distill.estimator} with entropy_share {recipe.distill.entropy_share:g} reads the "
+            f"teacher's top {needed} tokens; the cache holds {cache.manifest.topk}.",
             value=cache.input.reference,
-            fix=f"Build the cache with topk={needed}, or use estimator='sampled'.",
+            fix=f"Build the cache with topk={needed}, or use estimator='sampled' on all tokens.",
         )
 
 

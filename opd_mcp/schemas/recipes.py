@@ -3,12 +3,13 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from opd_mcp.schemas.base import AddedLater, Schema
 
 Method = Literal["lightning", "live", "sft"]
-Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl"]
+Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl", "topk_js", "topk_entropy_mixed", "opsa"]
+TokenWeighting = Literal["uniform", "early"]
 Normalize = Literal["sample", "token"]
 CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
@@ -28,6 +29,26 @@ BATCH = (
     "rows drawn at a time; halved by the plan, unless an override names it, until the device's memory holds it. "
     "Sampled tokens depend on it: each batch has a random stream of its own"
 )
+MANAGED_ENGINES = ("vllm", "sglang")
+
+
+def _engine(value: object) -> object:
+    """None for the engine of this program: absent, it leaves a phase's key as it was before there were others."""
+    if value in (None, "local"):
+        return None
+    if isinstance(value, str) and (value in (*MANAGED_ENGINES, "auto") or value.startswith(("http://", "https://"))):
+        return value
+    raise ValueError("an engine is 'local', 'vllm', 'sglang', 'auto', or the URL of a server")
+
+
+# `local`, a managed engine's name, `auto` until a plan has chosen, or a server's URL
+Engine = Annotated[str | None, BeforeValidator(_engine)]
+ENGINE = "'local' (default), 'vllm', 'sglang', 'auto', or the URL of a server (docs/engines.md)"
+
+
+def is_url(engine: str | None) -> bool:
+    """Whether an engine is a server that the user runs."""
+    return engine is not None and "://" in engine
 
 
 class RuntimeRecipe(Schema):
@@ -123,6 +144,7 @@ class ResponsesRecipe(Schema):
     sampling: Sampling = Sampling()
     limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
     batch_size: PositiveInt = Field(64, description=BATCH)
+    engine: Engine = Field(None, description=f"what generates: {ENGINE}")
 
 
 class SftRecipe(Schema):
@@ -160,6 +182,12 @@ class RolloutRecipe(Schema):
     count: PositiveInt | None = Field(None, description="default: one response a prompt")
     batch_size: PositiveInt = Field(256, description=BATCH)
     shard_rows: PositiveInt = 4096
+    engine: Engine = Field(None, description=f"what generates: {ENGINE}")
+    rescore: Literal["local"] | None = Field(
+        None,
+        description="'local': store the log-probs of this program's own scorer instead of the generator's, for a "
+        "generator that rounds (bf16)",
+    )
 
 
 class ScoreRecipe(Schema):
@@ -173,6 +201,7 @@ class ScoreRecipe(Schema):
     )
     micro_batch_tokens: PositiveInt = 16384
     concurrency: Annotated[int, Field(ge=1, le=256)] = Field(8, description="requests at a time to a remote teacher")
+    engine: Engine = Field(None, description=f"what computes the teacher's log-probs: {ENGINE}")
 
 
 class DistillRecipe(Schema):
@@ -184,6 +213,25 @@ class DistillRecipe(Schema):
     repair: Annotated[Literal["none", "residual"], AddedLater()] = Field(
         "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
     )
+    js_beta: Annotated[float, Field(gt=0, lt=1), AddedLater()] = Field(
+        0.5, description="β of topk_js: near 0 towards the forward KL, near 1 towards the reverse KL"
+    )
+    extrapolation: Annotated[float, Field(gt=0, le=4), AddedLater()] = Field(
+        1.0,
+        description="λ: trains on log π_ref + λ (log π_T − log π_ref); above 1 beyond the teacher, below 1 near π_ref",
+    )
+    horizon: PositiveFloat | None = Field(
+        None, description="train on the beginning of each response only: so many tokens, or below 1 such a share"
+    )
+    horizon_growth_steps: PositiveInt | None = Field(
+        None, description="steps in which the horizon grows to whole responses; default: it stays"
+    )
+    token_weighting: Annotated[TokenWeighting, AddedLater()] = Field(
+        "uniform", description="'early' weighs a token by what of its response's disagreement is still to come"
+    )
+    entropy_share: Annotated[float, Field(gt=0, le=1), AddedLater()] = Field(
+        1.0, description="train only on this share of a step's tokens, those where the teacher is least sure"
+    )
     normalize: Normalize = "sample"
     advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
     steps: PositiveInt = 150
@@ -194,13 +242,25 @@ class DistillRecipe(Schema):
     save_dtype: SaveDtype = "input"
     adapter: AdapterRecipe | None = None
 
+    @property
+    def teacher_tokens(self) -> int:
+        """How many of the teacher's likeliest tokens the training reads."""
+        return self.topk if self.estimator.startswith("topk_") or self.entropy_share < 1 else 0
+
     @model_validator(mode="after")
-    def _repairs_sampled_scores(self) -> Self:
-        if self.repair != "none" and self.estimator != "sampled":
-            raise ValueError(
-                f"distill.repair repairs the scores of sampled tokens: it needs the estimator 'sampled', not "
-                f"'{self.estimator}'"
-            )
+    def _settings_fit_the_estimator(self) -> Self:
+        for key, changed in (("repair", self.repair != "none"), ("extrapolation", self.extrapolation != 1)):
+            if changed and self.estimator != "sampled":
+                raise ValueError(
+                    f"distill.{key} changes the scores of sampled tokens: it needs the estimator 'sampled', not "
+                    f"'{self.estimator}'"
+                )
+        if self.extrapolation != 1 and self.method == "live":
+            raise ValueError("distill.extrapolation needs π_ref's log-probs, which a teacher cache holds: not 'live'")
+        if self.horizon_growth_steps is not None and self.horizon is None:
+            raise ValueError("distill.horizon_growth_steps needs a distill.horizon to grow from")
+        if self.horizon is not None and self.horizon > 1 and not self.horizon.is_integer():
+            raise ValueError("distill.horizon is a whole number of tokens, or a share below 1")
         return self
 
 
@@ -243,6 +303,7 @@ class BenchmarkRecipe(Schema):
     limit: PositiveInt | None = None
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")
     batch_size: PositiveInt = Field(256, description=BATCH)
+    engine: Engine = Field(None, description=f"what generates: {ENGINE}")
 
     @model_validator(mode="after")
     def _one_way_to_grade(self) -> Self:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema
-from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName, Precision
@@ -192,6 +192,7 @@ class ModelScore(Schema):
     entropy: float | None = Field(None, description="nats per token of its own samples at T = 1")
     seconds: float
     tokens: int
+    generated_by: EngineFacts | None = Field(None, description="absent: this program's own engine")
 
 
 class Comparison(Schema):

@@ -15,6 +15,7 @@ from opd_mcp.planning.estimates import (
     PROCESS_START,
     ArtifactCosts,
     PhaseCost,
+    engine_of,
     recorded_cost,
     work_name,
 )
@@ -173,8 +174,9 @@ class Pipeline:
         return PhaseCost(work=PROCESS_START, device=self.device, expected_flops=0.0, cost=cost)
 
     def _phase_cost(self, name: PhaseName, cost: StageCost) -> PhaseCost:
-        method = self.record.request.recipe.distill.method
-        return PhaseCost(work=work_name(name, method), device=self.device, expected_flops=self.flops(name), cost=cost)
+        recipe = self.record.request.recipe
+        work = work_name(name, recipe.distill.method, engine_of(recipe, name))
+        return PhaseCost(work=work, device=self.device, expected_flops=self.flops(name), cost=cost)
 
     def _take(self, name: PhaseName, artifact_id: str, path: Path) -> None:
         """Make a phase's artifact an input of later phases and part of the result."""

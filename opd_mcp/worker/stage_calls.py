@@ -36,6 +36,7 @@ from opd_mcp.schemas.recipes import (
     SampleRecipe,
     ScoreRecipe,
     SftRecipe,
+    is_url,
 )
 from opd_mcp.schemas.reports import BenchmarkReport, Curve, GradedResponses, StageCost, TrainingSummary
 from opd_mcp.schemas.resolve import far_rates
@@ -62,7 +63,7 @@ class Stages(Protocol):
 
     def rollout(self, section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost: ...
 
-    def check_teacher(self, section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> None: ...
+    def check_teacher(self, section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> int | None: ...
 
     def score(self, section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Context) -> StageCost: ...
 
@@ -129,13 +130,16 @@ class StageCalls:
             case "sft":
                 cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
             case "rollout":
-                if self._remote() is not None:  # its identity is checked before the work, not after it
-                    stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
+                longest = None
+                if self._remote() is not None or is_url(recipe.score.engine):
+                    # its identity is checked before the work, not after it
+                    longest = stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
                 rollouts = RolloutInputs(
                     student=paths["student"],
                     prompts=paths["prompts"],
                     tokenizer=paths.get("teacher"),
                     eval_prompts=paths.get("eval_prompts"),
+                    longest=longest,
                 )
                 cost = stages.rollout(recipe.rollout, rollouts, output, context)
             case "score":

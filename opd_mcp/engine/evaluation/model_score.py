@@ -18,7 +18,8 @@ from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
 from opd_mcp.engine.evaluation.intervals import mean_over_prompts, pass_at_k, per_token_mean, wilson
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.generation.generator import Generator, LocalGenerator
+from opd_mcp.engine.generation.served import generator_gap
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.loading import LoadedModel, load_tokenizer
@@ -64,11 +65,21 @@ class Scored:
     shown: dict[str, str] = field(default_factory=dict)
 
 
-def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], task: Measurement) -> Scored:
-    """Measure one model; accuracy only on rows with an answer, reverse KL only with a teacher."""
+def score_model(
+    name: str,
+    model: LoadedModel,
+    eos_token_ids: Sequence[int],
+    task: Measurement,
+    generator: Generator | None = None,
+) -> Scored:
+    """Measure one model; accuracy only on rows with an answer, reverse KL only with a teacher.
+
+    `generator` draws its responses, by default the model itself. Raises RunError `engine_disagrees` for an engine that
+    draws from another model.
+    """
     started, settings = time.perf_counter(), task.settings
     prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)
-    draw = _Drawer(name, model, eos_token_ids, task)
+    draw = _Drawer(name, model, eos_token_ids, task, generator or LocalGenerator(model))
     measured = _Measured()
     answered = [prompt for prompt in prompts if prompt.row.answer is not None]
     greedy = sampled = divergence = entropy = None
@@ -98,6 +109,7 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
         entropy=entropy,
         seconds=time.perf_counter() - started,
         tokens=len(everything.response_ids),
+        generated_by=draw.generator.facts,
     )
     # The first responses drawn are one per prompt: the greedy ones where there are answers.
     texts = draw.texts(measured.drawn[0], SHOWN_PROMPTS)
@@ -123,6 +135,7 @@ class _Drawer:
     model: LoadedModel
     eos_token_ids: Sequence[int]
     task: Measurement
+    generator: Generator
 
     def responses(
         self, prompts: Sequence[EncodedPrompt], sampling: Sampling, scope: str, measured: _Measured
@@ -142,7 +155,9 @@ class _Drawer:
         def on_batch(done: int) -> None:
             task.context.reporter.progress(done, len(prompts), f"{scope} responses of {self.name}")
 
-        drawn = draw_rollouts(self.model, prompts, settings, on_batch)
+        drawn = self.generator.draw(prompts, settings, on_batch)
+        if self.generator.facts is not None and not measured.drawn:
+            generator_gap(self.generator, drawn, self.model, task.context)
         measured.drawn.append(drawn)
         return drawn
 

@@ -8,6 +8,7 @@ from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
+from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.provenance import Provenance, record_lineage, trained_adapter
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
@@ -21,7 +22,7 @@ from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.tokenizers import chat_template, reads_clock
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
-from opd_mcp.schemas.recipes import BenchmarkRecipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, is_url
 from opd_mcp.schemas.reports import BenchmarkReport, Comparison, Estimate95, GapClosed, ModelScore, ShownAnswers
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.schemas.verdicts import findings_of, verdict_of
@@ -56,8 +57,14 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         itself = teacher is not None and name not in inputs.models and path == inputs.teacher
         model = teacher if teacher is not None and itself else load_model(path, runtime, generates=True)
         warnings += model_warnings(context, model)
-        with grader:
-            scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
+        stops = adopt_tokenizer(path, context.prompting).eos_token_ids
+        # An adapter, which engines do not load, is measured here; so is every baseline of a server with one model.
+        engine = section.engine if serves(section.engine, name == next(iter(models)), model) else None
+        if engine != section.engine:
+            warnings.append(f"{name} answered here, not on the engine that 'benchmark.engine' names.")
+        room = context.prompting.max_prompt_tokens + section.sampling.max_new_tokens
+        with grader, opened_generator(engine, model, room, section.batch_size, context) as generator:
+            scored[name] = score_model(name, model, stops, task, generator)
         del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     judged = [entry.score for name, entry in scored.items() if name in inputs.models or models[name] == inputs.teacher]
@@ -103,6 +110,11 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     for code, message in [*(("answers_truncated", message) for message in cut), *found]:
         context.reporter.alert(code, message)
     return report
+
+
+def serves(engine: str | None, candidate: bool, model: LoadedModel) -> bool:
+    """Whether an engine answers for a model: a user's server only for the candidate, none for an adapter."""
+    return engine is not None and model.facts.adapter is None and (candidate or not is_url(engine))
 
 
 def write_report(report: BenchmarkReport, output: Path, context: Context, models: Iterable[Path]) -> None:
@@ -250,6 +262,8 @@ def report_markdown(report: BenchmarkReport) -> str:
         lines += [f"- {model.answers.text(model.name)}" for model in report.models if model.answers]
     elif report.grader_reason and report.prompts_with_answer:
         lines += ["", f"Graded {report.grader_reason}."]
+    made = {model.name: model.generated_by for model in report.models if model.generated_by}
+    lines += [line for name, facts in made.items() for line in ("", f"Responses of {name} by {facts.label()}.")]
     if report.teacher_responses:
         lines += [
             "",
