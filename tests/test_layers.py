@@ -19,7 +19,7 @@ ALLOWED = {
     "planning": {"schemas", "identity", "grading", "store", "devices"},
     "supervisor": {"schemas", "identity", "store", "devices", "planning"},
     "worker": {"schemas", "identity", "store", "devices", "planning"},
-    "views": {"schemas", "identity", "store", "devices", "planning", "supervisor"},
+    "views": {"schemas", "identity", "grading", "store", "devices", "planning", "supervisor"},
     "service": {"schemas", "identity", "store", "devices", "planning", "supervisor", "views"},
     "maintenance": {"schemas", "identity", "store", "devices", "planning", "views", "service"},
     "server": {"schemas", "store", "planning", "views", "service"},

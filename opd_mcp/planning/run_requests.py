@@ -1,15 +1,11 @@
-"""From a tool's arguments, a plan or a cache to a run: its request (recipe, inputs, keyed phases) and its record."""
+"""From a tool's arguments, a plan or a cache to a run's request: recipe, inputs, keyed phases."""
 
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import opd_mcp
-from opd_mcp.devices.hardware import Target, target_of
+from opd_mcp.devices.hardware import target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
@@ -20,12 +16,12 @@ from opd_mcp.planning.checks import (
     require_generating,
     require_usable_ids,
 )
-from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
+from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.plans import MethodEstimate, Plan
+from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.recipes import Method, Preset, PromptingRecipe, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
@@ -35,6 +31,7 @@ from opd_mcp.schemas.requests import (
     SampleModel,
     StartDistillation,
     StartSft,
+    Sweep,
 )
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import (
@@ -43,17 +40,13 @@ from opd_mcp.schemas.runs import (
     ModelInput,
     RunInputs,
     RunKind,
+    RunLabels,
     RunPhase,
-    RunRecord,
     RunRequest,
 )
 from opd_mcp.store.artifacts import ArtifactStore
-from opd_mcp.store.journal import utc_now
-from opd_mcp.store.workspace import new_id
 
-RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-NAME_CHARACTERS = 32
-PLAN_ONLY = {"plan_id", "benchmark", "confirm"}
+NEXT_TO_A_PLAN = {"plan_id", "benchmark", "name", "tags", "notes", "confirm"}
 
 
 @dataclass(frozen=True)
@@ -150,31 +143,27 @@ class RequestBuilder:
         recipe = distillation_recipe(arguments)
         target_of(recipe.runtime)
         cache = self.references.cache(str(arguments.cache_id))
-        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
-        allowed = arguments.allow_teacher_mismatch
-        if student.input.identity is not None:
-            require_behaviour(cache.manifest.behaviour, student.input.identity)
-        require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
-        require_topk(cache, recipe)
-        teacher = self._teacher_of(cache, arguments.teacher)
-        evaluation, prompts = (
-            None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
-            for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
-        )
-        inputs = RunInputs(
-            student=student.input,
-            teacher=teacher,
-            prompts=prompts or self._prompts_of(cache),
-            eval_prompts=evaluation,
-            cache=cache.input,
-            declared_teacher=arguments.declared_teacher,
-            allow_teacher_mismatch=allowed,
-        )
-        # Without answers and without the teacher at hand there is nothing to measure.
-        measurable = evaluation is not None or (teacher is not None and inputs.prompts is not None)
-        benchmark = arguments.benchmark and measurable
-        phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
-        return self.request("distill", recipe, inputs, phases)
+        return self._of_cache(cache, recipe, self._cache_inputs(cache, arguments), arguments.benchmark)
+
+    def sweep(self, arguments: Sweep, points: Sequence[Mapping[str, Any]]) -> list[RunRequest]:
+        """A distillation from the cache for each point, which has the overrides of its own; inputs are read once.
+
+        The student is by default the one whose rollouts the cache holds, the evaluation that of the cache's run.
+        Raises as `from_cache`, and ArgumentError `invalid_argument` where the student of the cache is not known.
+        """
+        cache = self.references.cache(arguments.cache_id)
+        shared = {name: getattr(arguments, name) for name in StartDistillation.model_fields if hasattr(arguments, name)}
+        start = StartDistillation(**shared | {"student": arguments.student or self._student_of(cache)})
+        inputs, made_by = self._cache_inputs(cache, start), self._inputs_of(cache)
+        usual = made_by.eval_prompts if made_by else None
+        if inputs.eval_prompts is None and usual is not None and self.references.allowed(usual.path):
+            inputs = inputs.model_copy(update={"eval_prompts": usual})
+        requests = []
+        for point in points:
+            recipe = distillation_recipe(start.model_copy(update={"overrides": {**start.overrides, **point}}))
+            target_of(recipe.runtime)
+            requests.append(self._of_cache(cache, recipe, inputs, benchmark=True))
+        return requests
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
         """A model and its baselines are measured on prompts, on those of a suite, or on a task of lm-eval."""
@@ -279,6 +268,50 @@ class RequestBuilder:
         prompts = made_by.prompts if made_by else None
         return prompts if prompts and self.references.allowed(prompts.path) else None
 
+    def _cache_inputs(self, cache: ResolvedCache, arguments: StartDistillation) -> RunInputs:
+        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
+        allowed = arguments.allow_teacher_mismatch
+        if student.input.identity is not None:
+            require_behaviour(cache.manifest.behaviour, student.input.identity)
+        require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
+        teacher = self._teacher_of(cache, arguments.teacher)
+        evaluation, prompts = (
+            None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
+            for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
+        )
+        return RunInputs(
+            student=student.input,
+            teacher=teacher,
+            prompts=prompts or self._prompts_of(cache),
+            eval_prompts=evaluation,
+            cache=cache.input,
+            declared_teacher=arguments.declared_teacher,
+            allow_teacher_mismatch=allowed,
+        )
+
+    def _of_cache(self, cache: ResolvedCache, recipe: Recipe, inputs: RunInputs, benchmark: bool) -> RunRequest:
+        require_topk(cache, recipe)
+        # Without answers and without the teacher at hand there is nothing to measure.
+        measurable = inputs.eval_prompts is not None or (inputs.teacher is not None and inputs.prompts is not None)
+        phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark and measurable)
+        return self.request("distill", recipe, inputs, phases)
+
+    def _student_of(self, cache: ResolvedCache) -> str:
+        """The student whose rollouts a cache of this workspace holds; raises ArgumentError `invalid_argument`."""
+        artifact = self.artifacts.find(cache.input.artifact_id) if cache.input.artifact_id else None
+        made_by = self._inputs_of(cache)
+        if artifact is not None and artifact.record.run_id is not None and made_by is not None:
+            fine_tuned = self.references.store.view(artifact.record.run_id).artifacts.get("sft")
+            student = made_by.student
+            if found := fine_tuned or (student and (student.artifact_id or student.path)):
+                return found
+        raise ArgumentError(
+            "invalid_argument",
+            "Which student's rollouts this cache holds is not known here: another workspace made it.",
+            value=cache.input.reference,
+            fix="Give student as well.",
+        )
+
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None
 
@@ -376,55 +409,21 @@ def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
         )
 
 
-def new_record(request: RunRequest, target: Target, estimate: MethodEstimate | None) -> RunRecord:
-    """A record with a fresh id, for a run on the target; no estimate while a model is still to be fetched."""
-    return RunRecord(
-        run_id=new_id(run_label(request)),
-        created_at=utc_now(),
-        request_hash=request_hash(request.kind, request.phases),
-        request=request,
-        versions=installed_versions(),
-        hardware=f"{target.name}, {platform.machine()}, {platform.system()}",
-        expected_seconds=estimate.seconds if estimate else None,
-        expected_memory_bytes=estimate.peak_memory_bytes if estimate else None,
-        expected_phase_seconds={phase.phase: phase.seconds for phase in estimate.phases} if estimate else {},
-        trace_context=current_trace(),
-    )
+Labelled = (
+    PlanDistillation
+    | GenerateTeacherResponses
+    | StartSft
+    | BuildTeacherCache
+    | StartDistillation
+    | BenchmarkStudent
+    | SampleModel
+    | Sweep
+)
 
 
-def run_label(request: RunRequest) -> str:
-    """The readable part of a run's id: what it does, and to which model."""
-    inputs = request.inputs
-    model = inputs.student or inputs.model or inputs.teacher
-    prefix = request.recipe.distill.method if request.kind == "distill" else request.kind
-    return f"{prefix}-{model_label(model)[:NAME_CHARACTERS]}"
-
-
-def model_label(model: ModelInput | None) -> str:
-    """A model's short name: its artifact, else the last part of its Hub id or path."""
-    if model is None:
-        return "run"
-    return model.artifact_id or (model.hub_id or model.path or model.reference).rstrip("/").rsplit("/", 1)[-1]
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    found = {"opd-mcp": opd_mcp.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for name in RECORDED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue  # an extra that is not installed decides nothing
-    return found
-
-
-def current_trace() -> dict[str, str]:
-    """The W3C trace context of the present span; empty where nothing is traced."""
-    from opentelemetry import propagate
-
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return carrier
+def labels_of(arguments: Labelled) -> RunLabels:
+    """What the caller wants the run to be called; tags that are given twice count once."""
+    return RunLabels(name=arguments.name, tags=list(dict.fromkeys(arguments.tags)), notes=arguments.notes)
 
 
 def plan_arguments(arguments: StartDistillation) -> PlanDistillation:
@@ -457,12 +456,12 @@ def require_nothing_but_plan(arguments: StartDistillation) -> None:
     fields = type(arguments).model_fields
     given = [
         name
-        for name in arguments.model_fields_set - PLAN_ONLY
+        for name in arguments.model_fields_set - NEXT_TO_A_PLAN
         if getattr(arguments, name) != fields[name].get_default(call_default_factory=True)
     ]
     if given:
         raise ArgumentError(
             "invalid_argument",
             f"A plan_id stands for all its arguments; given next to it: {', '.join(sorted(given))}.",
-            fix="Give plan_id alone (and benchmark), or leave plan_id out.",
+            fix="Give plan_id alone (and benchmark, name, tags, notes), or leave plan_id out.",
         )

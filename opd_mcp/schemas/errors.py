@@ -23,9 +23,9 @@ OpdError
 ├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused · grader_failed ·
 │                                  sandbox_unavailable · workspace_busy · workspace_unusable · child_failed
-└── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
-                                   worker_terminated · attempt_superseded · same_request_active · run_starting ·
-                                   bad_number · bad_rows · engine_disagrees
+└── RunError                       run_not_active · run_active · run_locked · run_cancelled · launch_failed ·
+                                   worker_lost · worker_terminated · attempt_superseded · same_request_active ·
+                                   run_starting · bad_number · bad_rows · engine_disagrees
 """
 
 from collections.abc import Iterable

@@ -3,7 +3,7 @@
 import copy
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,14 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
             yield prefix + name
         for section in sections:
             yield from recipe_keys(section, f"{prefix}{name}.")
+
+
+def leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The dotted names of a nested record's values."""
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    nested = (leaves(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in value.items())
+    return [leaf for part in nested for leaf in part]
 
 
 def _is_section(annotation: Any) -> bool:

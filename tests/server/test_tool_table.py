@@ -59,7 +59,7 @@ def test_every_name_stands_once_and_every_command_exists():
 
 def test_deletion_is_offered_only_where_it_is_allowed():
     without, allowed = offered_tools(ServerSettings()), offered_tools(ServerSettings(allow_delete=True))
-    assert [spec.name for spec in allowed if spec not in without] == ["delete_artifact"]
+    assert [spec.name for spec in allowed if spec not in without] == ["delete_artifact", "delete_run"]
 
 
 def test_no_fix_names_a_tool_in_words():

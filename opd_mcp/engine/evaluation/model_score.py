@@ -80,6 +80,7 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
         name=name,
         identity=model.facts.identity,
         greedy_accuracy=greedy,
+        greedy_right=_outcomes(measured.greedy_correct),
         sampled_accuracy=sampled,
         pass_at_k=passes or None,
         reverse_kl=divergence,
@@ -91,6 +92,11 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
         tokens=len(everything.response_ids),
     )
     return Scored(score, measured.greedy_correct, measured.sampled_shares)
+
+
+def _outcomes(correct: NDArray[np.float64] | None) -> str | None:
+    """0/1 outcomes [P] as a report keeps them."""
+    return None if correct is None else "".join("1" if right else "0" for right in correct)
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from opd_mcp.schemas.answers import SweepStarted
 from opd_mcp.schemas.next_action import CallText, NextAction, advice_text
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.texts import duration, shortened, shortened_bytes
@@ -12,6 +13,8 @@ from opd_mcp.server.protocol.json_schema import known
 
 UNCHANGED_BYTES = 240
 LIST_CHARACTERS = 6_000
+NOTES_CHARACTERS = 300
+SETTINGS_CHARACTERS = 120
 EVIDENCE = ("teacher_row", "gap_closed", "not_measured", "no_answer", "teacher_responses")
 """Parts of a result that have lines of their own, besides scores and comparisons."""
 
@@ -26,10 +29,25 @@ def snapshot_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_t
     line = facts(f"run_id: {snapshot.run_id}", snapshot.kind, snapshot.state, snapshot.phase, snapshot.progress)
     if snapshot.reused:
         line += "; reused: it was active already"
-    lines = [line]
+    lines = [line, *([f"name: {snapshot.name}"] if snapshot.name else []), *([snapshot.note] if snapshot.note else [])]
     if snapshot.cache_id:
         lines.append(f"cache_id: {snapshot.cache_id}")
     return "\n".join([*lines, next_line(snapshot.next_action, call_text)])
+
+
+def sweep_text(sweep: SweepStarted, call_text: CallText = NextAction.call_text) -> str:
+    """A line per run with its settings, what it takes together, and what was refused."""
+    lines = [f"sweep_id: {sweep.sweep_id}, {len(sweep.runs)} runs"]
+    if sweep.expected_seconds:
+        lines[0] += f", about {duration(sweep.expected_seconds)} one after another"
+    lines += [
+        facts(
+            f"  {run.run_id}", run.state, "reused" if run.reused else None, compact(run.settings, SETTINGS_CHARACTERS)
+        )
+        for run in sweep.runs
+    ]
+    lines += [f"not started: {why}" for why in sweep.not_started]
+    return "\n".join([*lines, next_line(sweep.next_action, call_text)])
 
 
 def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -> str:
@@ -41,7 +59,7 @@ def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -
         f"eta {duration(status.eta_s)}" if status.eta_s is not None else "",
         f"queue position {status.queue_position}" if status.queue_position is not None else "",
     ]
-    lines = [head, ", ".join(part for part in times if part)]
+    lines = [head, *label_lines(status.name, status.tags, status.notes), ", ".join(part for part in times if part)]
     if status.waits_for is not None:
         lines.append(status.waits_for)
     if status.cancel_requested is not None:
@@ -54,6 +72,12 @@ def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -
     if status.error is not None:
         lines += _failure_lines(status.error, call_text)
     return "\n".join([*filter(None, lines), next_line(status.next_action, call_text)])
+
+
+def label_lines(name: str | None, tags: Sequence[str] | None, notes: str | None) -> list[str]:
+    """What people call a run, in a line each, where it is called anything."""
+    named = " ".join([*([f"name: {name}"] if name else []), *(f"#{tag}" for tag in tags or ())])
+    return [*filter(None, [named]), *([f"notes: {shortened(notes, NOTES_CHARACTERS)}"] if notes else [])]
 
 
 def unchanged_text(status: RunStatus) -> str:
@@ -72,7 +96,8 @@ def list_text(runs: RunList) -> str:
     room = LIST_CHARACTERS
     for number, row in enumerate(runs.rows):
         models = " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part)
-        line = facts(row.run_id, row.kind, row.state, row.note, row.created_at, models)
+        tags = " ".join(f"#{tag}" for tag in row.tags or ())
+        line = facts(row.run_id, row.kind, row.state, row.note, row.created_at, models, row.name, tags)
         room -= len(line) + 1
         if room < 0:
             lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")
