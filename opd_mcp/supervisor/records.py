@@ -19,6 +19,8 @@ ID_CHARACTERS = 32
 NAME_CHARACTERS = 80
 SECTIONS_OF_PHASE = {"generate_responses": "responses"}
 SHARED_SECTIONS = frozenset({"runtime", "prompting"})
+# The method is named anyway, and how many responses are drawn at a time follows from the device.
+NOT_NAMED = frozenset({"distill.method", "responses.batch_size", "rollout.batch_size", "benchmark.batch_size"})
 
 
 def new_record(request: RunRequest, target: Target, estimate: MethodEstimate | None) -> RunRecord:
@@ -60,7 +62,7 @@ def changed_settings(request: RunRequest) -> dict[str, object]:
     changed = {
         key: value
         for key, value in leaves(request.recipe.to_dict())
-        if key.split(".")[0] in sections and key in usual and value != usual[key] and key != "distill.method"
+        if key.split(".")[0] in sections and key in usual and value != usual[key] and key not in NOT_NAMED
     }
     return dict(sorted(changed.items(), key=lambda item: item[0].split(".")[0] in SHARED_SECTIONS))
 

@@ -325,6 +325,27 @@ def test_a_device_too_small_for_the_batches_is_offered_smaller_ones_in_a_call_th
     assert again.recipe.distill.adapter is None
 
 
+def test_the_batch_follows_from_all_memory_of_the_device_not_from_what_is_free(service, world, gpu):
+    """1024 rows of the preset have 73 MiB of keys and values; a plan and a cache of the same rows agree."""
+    overrides = {"runtime.device": "auto", "rollout.count": 4096}
+    declared = {"declared_teacher": world.teacher}
+    plans = []
+    for free in (760, 300):
+        gpu(total=760, free=free)
+        plans.append(service.plan(world.plan_arguments(overrides=overrides, **declared)))
+    assert [plan.recipe.rollout.batch_size for plan in plans] == [512, 512]
+    assert plans[0].plan_id == plans[1].plan_id
+    [rollout] = [phase for phase in plans[0].estimates[0].phases if phase.phase == "rollout"]
+    assert rollout.batch_size == 512
+    assert "rollout 512 rows, 3" in plan_text(plans[0])
+    cache = service._builder.cache(world.cache_arguments(world.student, overrides=overrides, **declared))
+    assert [phase.key for phase in cache.phases] == [phase.key for phase in plans[0].phases][:2]
+    named = service.plan(world.plan_arguments(overrides=overrides | {"rollout.batch_size": 1024}, **declared))
+    assert named.recipe.rollout.batch_size == 1024
+    gpu(total=80_000, free=80_000)
+    assert service.plan(world.plan_arguments(overrides=overrides, **declared)).recipe.rollout.batch_size == 1024
+
+
 def test_nothing_fits_a_device_that_is_smaller_than_a_process(service, world, gpu):
     gpu(total=400, free=300)
     plan = service.plan(world.plan_arguments(overrides={"runtime.device": "auto"}))

@@ -18,6 +18,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "sweep": ("sweep", {"cache_id": "cache-1", "grid": {"distill.steps": [1, 2]}}),
     "benchmark_student": ("benchmark_student", {"model": "run-1", "prompts": "/data/eval.jsonl"}),
     "sample_model": ("sample_model", {"model": "run-1", "prompts": ["1+1=?"]}),
+    "export_student": ("export_student", {"model": "run-1", "destination": "/out/student"}),
     "inspect_cache": ("inspect_cache", {"cache": "cache-1"}),
     "get_run_status": ("status", {}),
     "list_runs": ("list_runs", {"state": "running", "limit": 5}),

@@ -2,7 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
 from opd_mcp.schemas.base import Schema
 
@@ -32,6 +36,20 @@ def input_schema(model: type[Schema], described_by: type[Schema] | None = None) 
     return {**short, "required": required} if required else short
 
 
+@cache
+def _outline(opaque: frozenset[str]) -> type[GenerateJsonSchema]:
+    """The generator that neither enters the models named in `opaque` nor writes defaults, for a quick start."""
+
+    class Outline(GenerateJsonSchema):
+        def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+            return dict(_OBJECT) if schema["cls"].__name__ in opaque else super().model_schema(schema)
+
+        def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+            return self.generate_inner(schema["schema"])
+
+    return Outline
+
+
 def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, brief: bool = False) -> dict[str, Any]:
     """The output schema of a tool as its results are really sent: without nulls, absent when unknown.
 
@@ -39,7 +57,7 @@ def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, 
     required, since a NaN is left out of a result. `brief` names the fields alone, for answers whose meaning
     another tool's schema explains.
     """
-    schema = model.model_json_schema()
+    schema = model.model_json_schema(schema_generator=_outline(opaque))
     definitions = schema.pop("$defs", {})
     required = [name for name in schema.get("required", ()) if schema["properties"][name].get("type") != "number"]
     short: dict[str, Any] = _without_noise(

@@ -36,6 +36,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         opaque=frozenset(
             {"Recipe", "RunInputs", "ModelIdentity", "TeacherClaim", "ConsistencyVerdict", "PlannedPhase"}
             | {"PhaseEstimate", "FitOption", "Finding", "PromptHygiene", "RolloutStatistics", "NextAction", "Preview"}
+            | {"GradingPlan"}
         ),
     ),
 )

@@ -6,6 +6,7 @@ from opd_mcp.schemas.answers import SweepStarted
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
+    ExportStudent,
     GenerateTeacherResponses,
     SampleModel,
     StartDistillation,
@@ -91,6 +92,15 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         description=f"A model answers up to 8 prompts; the run's result holds the texts. {RETURNS}",
         request=SampleModel,
         call=lambda service, request: service.sample_model(request),
+        **SHARED,
+    ),
+    ToolSpec(
+        name="export_student",
+        title="Export a student",
+        description=f"Writes a model (merged or its adapter) with tokenizer and model card to a new folder. {RETURNS}",
+        request=ExportStudent,
+        call=lambda service, request: service.export_student(request),
+        command="export {model} {destination}",
         **SHARED,
     ),
 )
