@@ -428,6 +428,13 @@ def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
         )
 
 
+def model_label(model: ModelInput | None) -> str:
+    """A model's short name: its artifact, else the last part of its Hub id or path."""
+    if model is None:
+        return "run"
+    return model.artifact_id or (model.hub_id or model.path or model.reference).rstrip("/").rsplit("/", 1)[-1]
+
+
 Labelled = (
     PlanDistillation
     | GenerateTeacherResponses

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import opd_mcp
 from opd_mcp.devices.hardware import Target
 from opd_mcp.planning.phases import request_hash
+from opd_mcp.planning.run_requests import model_label
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.resolve import leaves, resolve_recipe
 from opd_mcp.schemas.runs import ModelInput, RunRecord, RunRequest
@@ -91,13 +92,6 @@ def run_model(request: RunRequest) -> ModelInput | None:
     """The model that a run is about."""
     inputs = request.inputs
     return inputs.student or inputs.model or inputs.teacher
-
-
-def model_label(model: ModelInput | None) -> str:
-    """A model's short name: its artifact, else the last part of its Hub id or path."""
-    if model is None:
-        return "run"
-    return model.artifact_id or (model.hub_id or model.path or model.reference).rstrip("/").rsplit("/", 1)[-1]
 
 
 def installed_versions() -> dict[str, str]:

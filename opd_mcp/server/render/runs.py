@@ -14,6 +14,7 @@ from opd_mcp.server.protocol.json_schema import known
 UNCHANGED_BYTES = 240
 LIST_CHARACTERS = 6_000
 NOTES_CHARACTERS = 300
+NAME_BYTES = 40
 SETTINGS_CHARACTERS = 120
 EVIDENCE = ("teacher_row", "gap_closed", "not_measured", "no_answer", "teacher_responses")
 """Parts of a result that have lines of their own, besides scores and comparisons."""
@@ -106,6 +107,30 @@ def list_text(runs: RunList) -> str:
     lines += [f"{run_id}: its record is damaged, `opd-mcp doctor` says how" for run_id in (runs.damaged or [])[:10]]
     if runs.next_cursor:
         lines.append(f"next_cursor: {runs.next_cursor}")
+    return "\n".join(lines)
+
+
+def runs_table(runs: RunList, width: int | None) -> str:
+    """Runs as a table for people: state, name, id, when, what; a line is cut where it is wider than the terminal."""
+    heads = ("STATE", "NAME", "RUN", "CREATED", "MODELS", "TAGS")
+    rows = [
+        (
+            row.note or row.state,
+            shortened_bytes(row.name or "", NAME_BYTES),
+            row.run_id,
+            row.created_at[:16].replace("T", " "),
+            " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part),
+            " ".join(row.tags or ()),
+        )
+        for row in runs.rows
+    ]
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)] if rows else []
+    if width is not None:
+        lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+    lines.append(f"{len(runs.rows)} of {runs.total} runs")
+    lines += [f"{run_id}: its record is damaged, `opd-mcp doctor` says how" for run_id in (runs.damaged or [])[:10]]
+    lines += [f"older ones: --cursor {runs.next_cursor}"] if runs.next_cursor else []
     return "\n".join(lines)
 
 
