@@ -67,7 +67,7 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
         list[str] | None,
         typer.Option(help="Offer only these groups: plan, start, follow, artifacts, dashboard; comma or repeat."),
     ] = None,
-    allow_delete: Annotated[bool, typer.Option(help="Offer delete_artifact.")] = False,
+    allow_delete: Annotated[bool, typer.Option(help="Offer delete_artifact and delete_run.")] = False,
     confirm_gpu_hours: Annotated[
         float, typer.Option(help="Ask before plans that take a device for longer.", min=0)
     ] = 8.0,

@@ -79,9 +79,7 @@ def delete_run(store: Store, run_id: str) -> DeletedRun:
     """
     deletion = run_deletion(store, run_id)
     directory = store.workspace.run(run_id)
-    with RunLock.acquire(directory):  # nobody resumes it from here on
-        if store.view(run_id).phase is not None and store.view(run_id).state in ACTIVE_STATES:
-            raise _active(run_id)
+    with RunLock.acquire(directory):  # no worker has it, and none can get it from here on
         gone = store.workspace.root / f"{BUILDING_PREFIX}deleted-{secrets.token_hex(6)}"
         os.rename(directory, gone)
     fsync_directory(store.workspace.runs)
@@ -109,7 +107,7 @@ def _needed_by_runs(store: Store, run_id: str, own: Iterable[Artifact]) -> Itera
     ids = {item.artifact_id for item in own}
     for other in run_ids(store.workspace):
         if other != run_id and ids:
-            for artifact_id in sorted(ids & (used_by(store.record(other)) | set(store.view(other).artifacts.values()))):
+            for artifact_id in sorted(ids & used_by(store.record(other))):
                 ids.discard(artifact_id)
                 yield artifact_id, f"of {other} too"
 

@@ -24,6 +24,7 @@ from opd_mcp.engine.context import (
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
@@ -231,7 +232,7 @@ class StageCalls:
             models = [inputs.model, *inputs.baselines]
             return dict(zip(model_names(models), [Path(str(model.path)) for model in models], strict=True))
         if "model" in paths:
-            return {"distilled": paths["model"], "sft": paths["student"]}
+            return {"distilled": paths["model"], start_name(paths["student"]): paths["student"]}
         return {"sft": paths["student"], "base": paths["base"]}
 
     def _references(self, models: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
@@ -271,6 +272,12 @@ class StageCalls:
         """The teacher claimed for the student's SFT responses; after an SFT phase the student's lineage says it."""
         student = self.record.request.inputs.student
         return student.sft_teacher if student and "base" not in self.paths else None
+
+
+def start_name(student: Path) -> str:
+    """What a report calls the model that a distillation began with: the SFT student, or an earlier round's result."""
+    lineage = read_lineage(student)
+    return "previous round" if lineage is not None and lineage.stage == "distill" else "sft"
 
 
 def checkpoints_of(run: Path, phase: str) -> Path:
