@@ -34,7 +34,9 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
         list[Path] | None,
         typer.Option(help="A folder that clients may name paths below; repeatable.", exists=True, file_okay=False),
     ] = None,
-    transport: Annotated[Transport, typer.Option(help="stdio for a client on this machine.")] = Transport.STDIO,
+    transport: Annotated[
+        Transport, typer.Option(metavar="WAY", help="stdio for a client on this machine, or http.")
+    ] = Transport.STDIO,
     host: Annotated[str, typer.Option(help="For http; one that others can reach needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="For http.", min=1, max=65535)] = 8000,
     token_file: Annotated[

@@ -24,6 +24,7 @@ NUMBERS = {int: "N", float: "N"}
 def described(params: list[Any]) -> list[Any]:
     """The parameters with a word for people in place of a type, where they have none: nothing for a switch."""
     for param in params:
+        param._get_number_range_help_str = lambda: None  # a wrong number is told with its range
         if param.type_descriptor.is_choice:
             continue
         if param.param_type_name == "argument":

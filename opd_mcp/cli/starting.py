@@ -24,6 +24,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="A recipe key, e.g. distill.steps=100; repeatable."),
 ]
+Mismatch = Annotated[bool, typer.Option("--allow-teacher-mismatch", help="Train although the SFT teacher differs.")]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="What the run is called.", show_default=False)]
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="TAG", help="To find runs by; repeatable.")]
 Notes = Annotated[str | None, typer.Option(metavar="NOTES", help="What you want to remember.", show_default=False)]
@@ -37,12 +38,28 @@ class Method(StrEnum):
     SFT = "sft"
 
 
+class Estimator(StrEnum):
+    """What a distillation minimises."""
+
+    SAMPLED = "sampled"
+    TOPK_REVERSE_KL = "topk_reverse_kl"
+    TOPK_FORWARD_KL = "topk_forward_kl"
+
+
 class Preset(StrEnum):
     """The size of a run."""
 
     QUICK = "quick"
     PAPER = "paper"
     DEMO = "demo"
+
+
+How = Annotated[Method, typer.Option(metavar="METHOD", help="lightning, live or sft.")]
+Size = Annotated[Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large a run is.")]
+Objective = Annotated[
+    Estimator,
+    typer.Option(metavar="ESTIMATOR", help="sampled, topk_reverse_kl or topk_forward_kl.", show_choices=False),
+]
 
 
 @command(rich_help_panel=STARTS)
@@ -52,9 +69,13 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     prompts: Data = None,
     sft_prompts: Data = None,
     eval_prompts: Data = None,
-    method: Annotated[Method, typer.Option(help="How the student learns.")] = Method.LIGHTNING,
-    preset: Annotated[Preset, typer.Option(help="How large the run is.")] = Preset.QUICK,
+    method: How = Method.LIGHTNING,
+    estimator: Objective = Estimator.SAMPLED,
+    preset: Annotated[
+        Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large the run is.")
+    ] = Preset.QUICK,
     declared_teacher: Model = None,
+    allow_teacher_mismatch: Mismatch = False,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -64,11 +85,13 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     """Show what a distillation would do and cost; start it by its plan id."""
     from opd_mcp.schemas.requests import PlanDistillation
     from opd_mcp.server.render.plans import plan_text
+    from opd_mcp.server.tools.table import command_text
 
     given = _named(locals(), "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
-    given |= _labels(name, tags, notes) | {"method": method.value, "preset": preset.value}
-    service, request = _request("plan", PlanDistillation, given | {"overrides": parsed_settings(settings)})
-    show(service.plan(request), as_json, plan_text)
+    given |= {"method": method.value, "estimator": estimator.value, "preset": preset.value}
+    given |= {"allow_teacher_mismatch": allow_teacher_mismatch, "overrides": parsed_settings(settings)}
+    service, request = _request("plan", PlanDistillation, given | _labels(name, tags, notes))
+    show(service.plan(request), as_json, lambda plan: plan_text(plan, command_text))
 
 
 @command(rich_help_panel=STARTS)
@@ -80,9 +103,13 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     sft_prompts: Data = None,
     eval_prompts: Data = None,
     cache: Annotated[str | None, typer.Option(metavar="CACHE", help="A teacher cache, with --student.")] = None,
-    method: Annotated[Method, typer.Option(help="How the student learns.")] = Method.LIGHTNING,
-    preset: Annotated[Preset, typer.Option(help="How large the run is.")] = Preset.QUICK,
+    method: How = Method.LIGHTNING,
+    estimator: Objective = Estimator.SAMPLED,
+    preset: Annotated[
+        Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large the run is.")
+    ] = Preset.QUICK,
     declared_teacher: Model = None,
+    allow_teacher_mismatch: Mismatch = False,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -96,8 +123,9 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.tools.table import command_text
 
     given = _named(locals(), "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
-    given |= {"plan_id": plan_id, "cache_id": cache, "method": method.value, "preset": preset.value}
-    given |= _labels(name, tags, notes) | {"overrides": parsed_settings(settings)}
+    given |= {"method": method.value, "estimator": estimator.value, "preset": preset.value}
+    given |= {"allow_teacher_mismatch": allow_teacher_mismatch, "overrides": parsed_settings(settings)}
+    given |= {"plan_id": plan_id, "cache_id": cache} | _labels(name, tags, notes)
     service, request = _request("start", StartDistillation, given)
     agree(service.start_question(request, GPU_HOURS), yes)
     found = audited(service, "start_distillation", request.to_dict(), lambda: service.start_distillation(request))
@@ -117,7 +145,9 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     ] = None,
     student: Model = None,
     eval_prompts: Data = None,
-    preset: Annotated[Preset, typer.Option(help="How large each run is.")] = Preset.QUICK,
+    preset: Annotated[
+        Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large each run is.")
+    ] = Preset.QUICK,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,

@@ -32,7 +32,7 @@ def runs_with_tag(store: Store, tag: str) -> list[str]:
         "No run has this tag.",
         value=tag,
         nearest=nearest(tag, sorted(tags)),
-        fix="Give run_ids, or a tag that list_runs shows.",
+        fix="Give run_ids, or a tag of the listed runs.",
         call=next_call("list_runs"),
     )
 

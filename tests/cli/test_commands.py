@@ -15,7 +15,7 @@ from opd_mcp.cli.shared import wrapped
 from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.store.runs import LOG_FILE
 
-RAW_TYPES = re.compile(r"<(str|int|bool|float|path|list\[\w+\])>|\b(TEXT|INTEGER|PATH|FLOAT|DIRECTORY|FILE)\b", re.I)
+RAW_TYPES = re.compile(r"<(str|int|bool|float|path|list\[\w+\])>|\b(TEXT|INTEGER|PATH|FLOAT|DIRECTORY|FILE)\b")
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_every_help_is_in_words_without_types_of_python(words):
     assert "Usage:" in shown.output
     assert RAW_TYPES.search(shown.output) is None, shown.output
     assert max(map(len, shown.output.splitlines())) <= 80
+    assert "…" not in shown.output, "a name or word is cut"
 
 
 def test_the_version_is_one_line():

@@ -60,6 +60,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         f"stages (responses, SFT, cache) become phases of the run. Ends with a report when `benchmark`. {RETURNS}",
         request=StartDistillation,
         call=lambda service, request: service.start_distillation(request),
+        command="start",
+        options=True,
         ask=lambda service, request, settings: service.start_question(request, settings.gpu_hours),
         **SHARED,
     ),
