@@ -1,5 +1,6 @@
 """What looks after a workspace: doctor, gc, artifacts, deletion, the audit log and the token."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,13 +81,11 @@ def rm(
     for name in ids:
         if service.store.artifacts.find(name) is not None:
             agree(service.deletion_question(name), yes)
-            gone = audited(
-                service, "delete_artifact", {"artifact_id": name}, lambda name=name: service.delete_artifact(name)
-            )
+            gone = audited(service, "delete_artifact", {"artifact_id": name}, partial(service.delete_artifact, name))
             show(gone, as_json, deleted_text)
         else:
             agree(service.run_deletion_question(name), yes)
-            deleted = audited(service, "delete_run", {"run_id": name}, lambda name=name: service.delete_run(name))
+            deleted = audited(service, "delete_run", {"run_id": name}, partial(service.delete_run, name))
             show(deleted, as_json, deleted_run_text)
 
 
