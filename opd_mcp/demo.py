@@ -37,6 +37,20 @@ ARMS: dict[TaskName, tuple[str, ...]] = {
 # half of lightning's steps
 LIVE_CHANGES: dict[TaskName, dict[str, Any]] = {"arithmetic": SHORT_STEPS, "chain_sum": {"distill.steps": 150}}
 RECIPE_FILE = "recipe.toml"
+# every stage on a few rows: seconds of work per run
+QUICK = {
+    "responses.limit": 16,
+    "sft.steps": 4,
+    "sft.batch_size": 8,
+    "sft.on_truncated": "keep",
+    "rollout.count": 16,
+    "rollout.sampling.max_new_tokens": 16,
+    "distill.steps": 3,
+    "distill.batch_size": 4,
+    "benchmark.limit": 64,
+    "benchmark.samples_per_prompt": 0,
+    "benchmark.kl_prompts": 4,
+}
 
 
 @dataclass(frozen=True)

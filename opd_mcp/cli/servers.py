@@ -107,11 +107,12 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of every stage.", min=0)] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     task: Annotated[DemoTask, typer.Option(help="The embedded task.")] = DemoTask.ARITHMETIC,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps: does it run here? Not: does it learn?")] = False,
 ) -> None:
     """Run the whole method on an embedded task through a real server, and print one table."""
-    from opd_mcp.demo import run_demo
+    from opd_mcp.demo import QUICK, run_demo
 
-    run_demo(seed, json_path, workspace_root(), task=task.value)
+    run_demo(seed, json_path, workspace_root(), task=task.value, overrides=QUICK if quick else None)
 
 
 @command(rich_help_panel=SERVERS)

@@ -9,6 +9,7 @@ from opd_mcp.devices.hardware import target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
+from opd_mcp.planning.adapter_bases import require_targets
 from opd_mcp.planning.checks import (
     Findings,
     differing_tokens,
@@ -80,6 +81,7 @@ class RequestBuilder:
         """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
+        require_targets({"sft": recipe.sft}, student.facts)
         columns = columns_of(arguments.columns, "responses")
         responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
         teacher = None
@@ -150,7 +152,8 @@ class RequestBuilder:
             )
         distillation_recipe(arguments)  # a wrong override is told before any file is read
         cache = self.references.cache(str(arguments.cache_id))
-        return self._of_cache(cache, self._cache_inputs(cache, arguments), arguments)
+        student, inputs = self._cache_inputs(cache, arguments)
+        return self._of_cache(cache, student, inputs, arguments)
 
     def sweep(self, arguments: Sweep, points: Sequence[Mapping[str, Any]]) -> list[RunRequest]:
         """A distillation from the cache for each point, which has the overrides of its own; inputs are read once.
@@ -161,12 +164,13 @@ class RequestBuilder:
         cache = self.references.cache(arguments.cache_id)
         shared = {name: getattr(arguments, name) for name in StartDistillation.model_fields if hasattr(arguments, name)}
         start = StartDistillation(**shared | {"student": arguments.student or self._student_of(cache)})
-        inputs, made_by = self._cache_inputs(cache, start), self._inputs_of(cache)
+        student, inputs = self._cache_inputs(cache, start)
+        made_by = self._inputs_of(cache)
         usual = made_by.eval_prompts if made_by else None
         if inputs.eval_prompts is None and usual is not None and self.references.allowed(usual.path):
             inputs = inputs.model_copy(update={"eval_prompts": usual})
         each = [start.model_copy(update={"overrides": {**start.overrides, **point}}) for point in points]
-        return [self._of_cache(cache, inputs, one) for one in each]
+        return [self._of_cache(cache, student, inputs, one) for one in each]
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
         """A model and its baselines are measured on prompts, on those of a suite, or on a task of lm-eval."""
@@ -283,7 +287,8 @@ class RequestBuilder:
         prompts = made_by.prompts if made_by else None
         return prompts if prompts and self.references.allowed(prompts.path) else None
 
-    def _cache_inputs(self, cache: ResolvedCache, arguments: StartDistillation) -> RunInputs:
+    def _cache_inputs(self, cache: ResolvedCache, arguments: StartDistillation) -> tuple[ResolvedModel, RunInputs]:
+        """The student that a cache is for, and the inputs of its distillation."""
         student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
         allowed = arguments.allow_teacher_mismatch
         if student.input.identity is not None:
@@ -294,7 +299,7 @@ class RequestBuilder:
             None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
             for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
         )
-        return RunInputs(
+        inputs = RunInputs(
             student=student.input,
             teacher=teacher,
             prompts=prompts or self._prompts_of(cache),
@@ -303,10 +308,14 @@ class RequestBuilder:
             declared_teacher=arguments.declared_teacher,
             allow_teacher_mismatch=allowed,
         )
+        return student, inputs
 
-    def _of_cache(self, cache: ResolvedCache, inputs: RunInputs, arguments: StartDistillation) -> RunRequest:
+    def _of_cache(
+        self, cache: ResolvedCache, student: ResolvedModel, inputs: RunInputs, arguments: StartDistillation
+    ) -> RunRequest:
         recipe = distillation_recipe(arguments)
         target_of(recipe.runtime)
+        require_targets({"distill": recipe.distill}, student.facts)
         require_topk(cache, recipe)
         # Without answers and without the teacher at hand there is nothing to measure.
         measurable = inputs.eval_prompts is not None or (inputs.teacher is not None and inputs.prompts is not None)

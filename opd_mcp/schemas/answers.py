@@ -272,6 +272,7 @@ class SetupReport(Schema):
     free_disk_bytes: int
     workspace: str
     allowed_roots: list[str]
+    export_roots: list[str] | None = Field(None, description="absent where nothing may be exported")
     active_runs: list[ActiveRun] = Field(default_factory=list)
     limits: Limits = Limits()
     quotas: Quotas = Quotas()

@@ -186,6 +186,35 @@ class GapClosed(Schema):
     not_measured: str | None = Field(None, description="why there is no share")
 
 
+class TrainedAdapter(Schema):
+    """The adapter that a model's training made, as its lineage and its training's summary say."""
+
+    stage: str
+    rank: int
+    scale: float = Field(description="the factor of the product BA")
+    targets: list[str] | None = Field(None, description="absent: all linear layers of the decoder")
+    trained_parameters: int | None = Field(None, description="absent where the model came without its summary")
+    parameters: int | None = None
+    start: Literal["zero", "continued"]
+    saved: Literal["adapter", "merged", "both"]
+
+    def text(self, name: str) -> str:
+        """One sentence about it."""
+        layers = ", ".join(self.targets) if self.targets else "all linear layers"
+        share = ""
+        if self.trained_parameters is not None and self.parameters:
+            share = (
+                f": {self.trained_parameters:,} of {self.parameters:,} parameters "
+                f"({self.trained_parameters / self.parameters:.2%})"
+            )
+        begun = "from zero" if self.start == "zero" else "on from the student's own"
+        kept = {"adapter": "as an adapter", "merged": "merged", "both": "merged and as an adapter"}[self.saved]
+        return (
+            f"{name}: a LoRA adapter of rank {self.rank} on {layers} was trained {begun} ({self.stage}){share}; saved "
+            f"{kept}."
+        )
+
+
 class BenchmarkReport(Schema):
     """`report.json`: the evidence."""
 
@@ -204,6 +233,7 @@ class BenchmarkReport(Schema):
     comparisons: list[Comparison] = Field(default_factory=list)
     gap_closed: list[GapClosed] = Field(default_factory=list)
     not_measured: dict[str, str] = Field(default_factory=dict, description="rows that are absent, and why")
+    adapters: dict[str, TrainedAdapter] = Field(default_factory=dict, description="by model, where one was trained")
     teacher_responses: GradedResponses | None = Field(None, description="what the SFT of this run learnt from")
     hardware: str
     recipe_hash: str

@@ -8,7 +8,7 @@ from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, score_model
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
-from opd_mcp.engine.provenance import Provenance, record_lineage
+from opd_mcp.engine.provenance import Provenance, record_lineage, trained_adapter
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
@@ -75,6 +75,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         comparisons=_comparisons(candidate, scored),
         gap_closed=_gaps(candidate, teacher_row, scored),
         not_measured=dict(inputs.not_measured) if answered else {},
+        adapters={name: made for name, path in models.items() if (made := trained_adapter(path)) is not None},
         teacher_responses=inputs.teacher_responses,
         hardware=hardware_name(runtime.device),
         recipe_hash=inputs.recipe_hash,
@@ -200,6 +201,7 @@ def report_markdown(report: BenchmarkReport) -> str:
         for c in report.comparisons
     ]
     lines += [line for gap in report.gap_closed for line in ("", _gap_text(gap))]
+    lines += [line for name, made in report.adapters.items() for line in ("", made.text(name))]
     if report.grader and report.prompts_with_answer:
         lines += ["", f"Answers graded by `{report.grader}`: {report.grader_reason}."]
         lines += [f"- {model.answers.text(model.name)}" for model in report.models if model.answers]
