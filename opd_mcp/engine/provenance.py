@@ -18,11 +18,24 @@ from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.identity.models import full_weights_hash, inspect_model
 from opd_mcp.schemas.base import Schema, content_hash
-from opd_mcp.schemas.identity import AdapterOrigin, ArtifactKind, Lineage, ModelIdentity, Parent, TeacherClaim
+from opd_mcp.schemas.identity import (
+    AdapterOrigin,
+    ArtifactKind,
+    EngineFacts,
+    Lineage,
+    ModelIdentity,
+    Parent,
+    TeacherClaim,
+)
 from opd_mcp.schemas.recipes import AdapterRecipe
 from opd_mcp.schemas.reports import StageCost, TrainedAdapter, TrainingSummary
 
 RECORDED_PACKAGES = ("opd-mcp", "torch", "transformers", "numpy")
+
+
+def engines_of(**made: EngineFacts | None) -> dict[str, EngineFacts] | None:
+    """What a lineage says of the engines that made rows, by stage; None where this program's own did."""
+    return {stage: facts for stage, facts in made.items() if facts is not None} or None
 
 
 def full_identity(path: Path) -> ModelIdentity:

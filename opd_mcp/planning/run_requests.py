@@ -18,18 +18,18 @@ from opd_mcp.planning.checks import (
     require_positions,
     require_usable_ids,
 )
+from opd_mcp.planning.engines import require_engines_used, with_engines
 from opd_mcp.planning.estimates import recipe_for_device
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.plans import Plan
+from opd_mcp.schemas.plans import Finding, Plan
 from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
-    ExportStudent,
     GenerateTeacherResponses,
     PlanDistillation,
     SampleModel,
@@ -45,15 +45,14 @@ from opd_mcp.schemas.runs import (
     PhaseName,
     RunInputs,
     RunKind,
-    RunLabels,
     RunPhase,
     RunRequest,
 )
 from opd_mcp.store.artifacts import ArtifactStore
+from opd_mcp.store.workspace import read_settings
 
 # The section of the recipe that says how many tokens are drawn after the prompts of a request.
 DRAWN_BY = {GenerateTeacherResponses: "responses", BuildTeacherCache: "rollout", BenchmarkStudent: "benchmark"}
-NEXT_TO_A_PLAN = {"plan_id", "benchmark", "name", "tags", "notes", "confirm"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class RequestBuilder:
 
     def responses(self, arguments: GenerateTeacherResponses) -> RunRequest:
         """The teacher answers prompts."""
-        recipe = usable_recipe(arguments.preset, arguments.overrides)
+        recipe = self._recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
         require_generating(teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, [teacher], recipe))
@@ -109,7 +108,7 @@ class RequestBuilder:
         Raises ConsistencyError `teacher_mismatch`, `lineage_missing` or `tokenizer_mismatch`.
         """
         given = {f"score.{name}": getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
-        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
+        recipe = self._recipe(arguments.preset, arguments.overrides, given)
         if arguments.teacher_url is None:
             teacher = self.references.model(arguments.teacher)
         else:
@@ -177,7 +176,7 @@ class RequestBuilder:
         arguments, suite, settings = with_suite(arguments)
         given = {"benchmark.samples_per_prompt": arguments.samples_per_prompt}
         overrides = {key: value for key, value in settings.items() if given.get(key) is None} | arguments.overrides
-        recipe = usable_recipe(arguments.preset, overrides, given)
+        recipe = self._recipe(arguments.preset, overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
@@ -206,6 +205,14 @@ class RequestBuilder:
         require_generating(model)
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
+
+    def with_engines(self, recipe: Recipe) -> tuple[Recipe, list[Finding]]:
+        """As `planning.engines.with_engines`, with what this workspace's settings say."""
+        settings = read_settings(self.references.workspace).engines
+        return with_engines(recipe, settings, self.references.teacher_hosts)
+
+    def _recipe(self, preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
+        return self.with_engines(usable_recipe(preset, overrides, given))[0]
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
         """The request, each phase with the artifact that already holds its result."""
@@ -313,7 +320,7 @@ class RequestBuilder:
     def _of_cache(
         self, cache: ResolvedCache, student: ResolvedModel, inputs: RunInputs, arguments: StartDistillation
     ) -> RunRequest:
-        recipe = distillation_recipe(arguments)
+        recipe, _ = self.with_engines(distillation_recipe(arguments))
         target_of(recipe.runtime)
         require_targets({"distill": recipe.distill}, student.facts)
         require_topk(cache, recipe)
@@ -387,6 +394,7 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
     require_no_contradiction(overrides, {"distill.method": arguments.method})
     recipe = requested_recipe(arguments.preset, overrides, {"distill.estimator": estimator})
     recipe = method_recipe(recipe, arguments.method)
+    require_engines_used(recipe, arguments.method)
     if "score.topk" in overrides and recipe.score.topk != overrides["score.topk"]:
         raise ArgumentError(
             "invalid_argument",
@@ -442,62 +450,3 @@ def model_label(model: ModelInput | None) -> str:
     if model is None:
         return "run"
     return model.artifact_id or (model.hub_id or model.path or model.reference).rstrip("/").rsplit("/", 1)[-1]
-
-
-Labelled = (
-    PlanDistillation
-    | GenerateTeacherResponses
-    | StartSft
-    | BuildTeacherCache
-    | StartDistillation
-    | BenchmarkStudent
-    | SampleModel
-    | ExportStudent
-    | Sweep
-)
-
-
-def labels_of(arguments: Labelled) -> RunLabels:
-    """What the caller wants the run to be called; tags that are given twice count once."""
-    return RunLabels(name=arguments.name, tags=list(dict.fromkeys(arguments.tags)), notes=arguments.notes)
-
-
-def plan_arguments(arguments: StartDistillation) -> PlanDistillation:
-    """The plan's arguments in those of a start; raises ArgumentError `invalid_argument` naming what is missing."""
-    missing = [name for name in ("student", "teacher", "prompts") if getattr(arguments, name) is None]
-    if missing:
-        raise ArgumentError(
-            "invalid_argument",
-            f"Missing: {', '.join(missing)}.",
-            fix="Give plan_id, or student + teacher + prompts, or student + cache_id.",
-        )
-    values = {name: getattr(arguments, name) for name in PlanDistillation.model_fields}
-    return PlanDistillation(**values)
-
-
-def require_cache_arguments(arguments: StartDistillation) -> None:
-    """Raise ArgumentError `invalid_argument` for a start from a cache without a student, or with what is of no use."""
-    if arguments.student is None:
-        raise ArgumentError("invalid_argument", "cache_id needs a student.", fix="Give the cache's student as well.")
-    if arguments.sft_prompts is not None:
-        raise ArgumentError(
-            "invalid_argument",
-            "sft_prompts have no use with cache_id: the cache's student has had its SFT.",
-            fix="Leave out sft_prompts.",
-        )
-
-
-def require_nothing_but_plan(arguments: StartDistillation) -> None:
-    """Raise ArgumentError `invalid_argument` for arguments next to plan_id that would change the plan."""
-    fields = type(arguments).model_fields
-    given = [
-        name
-        for name in arguments.model_fields_set - NEXT_TO_A_PLAN
-        if getattr(arguments, name) != fields[name].get_default(call_default_factory=True)
-    ]
-    if given:
-        raise ArgumentError(
-            "invalid_argument",
-            f"A plan_id stands for all its arguments; given next to it: {', '.join(sorted(given))}.",
-            fix="Give plan_id alone (and benchmark, name, tags, notes), or leave plan_id out.",
-        )

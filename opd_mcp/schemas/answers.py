@@ -8,7 +8,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.reports import Curve, Judgement, StageCost, Verdict
 from opd_mcp.schemas.runs import Alert, Progress, Quotas, RunKind, RunRow, RunState
 
 
@@ -66,6 +66,7 @@ class ComparedRun(Schema):
     reverse_kl: Interval | None = Field(None, description="nats per token")
     baseline: str | None = None
     gain: Interval | None = Field(None, description="accuracy minus the baseline's, paired by prompt")
+    verdict: Judgement | None = None
     seconds: float | None = Field(None, description="of the stages that this run computed itself")
     not_measured: str | None = Field(None, description="why there are no figures")
 
@@ -164,20 +165,13 @@ class ShownPhase(Schema):
     state: str
 
 
-class Curve(Schema):
-    """A metric's finite points, thinned out."""
-
-    key: str
-    steps: list[int]
-    values: list[float]
-
-
 class DashboardRun(Schema):
     """One run as the page draws it."""
 
     run_id: str
     kind: RunKind
     state: RunState
+    verdict: Verdict | None = None
     created_at: str
     name: str | None = None
     tags: list[str] = Field(default_factory=list)
@@ -192,6 +186,7 @@ class DashboardRun(Schema):
     costs: list[StageCost] = Field(default_factory=list)
     scores: dict[str, Any] = Field(default_factory=dict)
     comparisons: list[Any] = Field(default_factory=list)
+    teacher_row: str | None = Field(None, description="the teacher's name among the scores")
     error: str | None = None
 
 

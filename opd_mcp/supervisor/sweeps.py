@@ -9,7 +9,7 @@ from typing import Any
 
 from opd_mcp.planning.confirmation import Question, sweep_question
 from opd_mcp.planning.phases import request_hash
-from opd_mcp.planning.run_requests import labels_of
+from opd_mcp.planning.start_arguments import labels_of
 from opd_mcp.schemas.answers import SweepStarted, SweptRun
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import ArgumentError, OpdError

@@ -125,6 +125,7 @@ def _figures(report: BenchmarkReport) -> dict[str, object]:
         "reverse_kl": interval(score.reverse_kl),
         "baseline": against.baseline if against else None,
         "gain": interval(against.accuracy_difference) if against else None,
+        "verdict": report.verdict.judgement if report.verdict else None,
     }
 
 

@@ -3,7 +3,7 @@
 from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
 from opd_mcp.schemas.next_action import CallText, NextAction
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.server.render.runs import compact, next_line, result_lines
+from opd_mcp.server.render.runs import compact, judged_state, next_line, result_lines, verdict_lines
 
 SHOWN_POINTS = 6
 MAX_CHARACTERS = 6_000
@@ -38,7 +38,7 @@ def series_line(series: MetricSeries) -> str:
 
 def comparison_text(found: RunComparison, call_text: CallText = NextAction.call_text) -> str:
     """One table, a row per run, oldest first; then the paired differences, and how to read both."""
-    figures = ("accuracy", "sampled_accuracy", "reverse_kl", "gain", "seconds")
+    figures = ("accuracy", "sampled_accuracy", "reverse_kl", "gain", "verdict", "seconds")
     shown = [name for name in figures if any(getattr(run, name) is not None for run in found.runs)]
     heads = ["run", *(name.rpartition(".")[2] for name in found.settings), *shown, "state"]
     rows = [
@@ -90,7 +90,9 @@ def dashboard_text(feed: DashboardFeed) -> str:
     """The same in words: state, phases, last values, alerts, and the comparison."""
     lines = [f"{len(feed.runs)} of {len(feed.listed)} runs" if feed.listed else "no runs yet"]
     for run in feed.runs:
-        lines.append(f"{run.run_id}, {run.kind}, {run.state}, {run.name or run.models}")
+        result = {"verdict": run.verdict.to_dict()} if run.verdict else {}
+        lines.append(f"{run.run_id}, {run.kind}, {judged_state(run.state, result)}, {run.name or run.models}")
+        lines += [f"  {line}" for line in verdict_lines(result)]
         lines.append("  phases: " + ", ".join(f"{phase.name} {phase.state}" for phase in run.phases))
         if run.progress:
             lines.append(f"  {run.progress.done}/{run.progress.total} {run.progress.unit}")
