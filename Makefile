@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-wheel test-extras test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -10,6 +10,10 @@ demo: .venv/fresh
 
 test: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The wheel, outside of the checkout: --version, and the demo on a few steps.
+test-wheel: .venv/fresh
+	$(BIN)/python tools/docs/wheel.py $(ARGS)
 
 # What needs packages that every process would load once they are there: torchao, Triton in its interpreter, and
 # reasoning-gym.
@@ -62,7 +66,7 @@ fuzz-connections: .venv/fresh
 fuzz-meaning: .venv/fresh
 	$(BIN)/python tools/fuzz/meaning.py $(ARGS)
 
-# The README's tables of tools and resources.
+# The tables of tools and resources in docs/tools.md.
 docs: .venv/fresh
 	$(BIN)/python tools/docs/readme_table.py $(ARGS)
 

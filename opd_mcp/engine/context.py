@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from opd_mcp.identity.signatures import MadeHere, everywhere
 from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import BenchmarkRecipe, CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
-from opd_mcp.schemas.reports import GradedResponses, StageCost
+from opd_mcp.schemas.reports import Curve, GradedResponses, StageCost
 from opd_mcp.schemas.runs import Alert, DataOrigin, ModelOrigin
 
 
@@ -217,7 +217,8 @@ class BenchmarkInputs:
     """Of `stages.benchmark`: models by name, the candidate first; what earlier stages took, alerted and graded.
 
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
-    `suite` names what the prompts are.
+    `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
+    `planned_seconds` by stage and `curves` are for the report's figures.
     """
 
     models: Mapping[str, Path]
@@ -228,8 +229,11 @@ class BenchmarkInputs:
     not_measured: Mapping[str, str] = field(default_factory=dict)
     teacher_responses: GradedResponses | None = None
     suite: str | None = None
+    suite_changes: Mapping[str, list[Any]] = field(default_factory=dict)
     costs: Sequence[StageCost] = ()
     alerts: Sequence[Alert] = ()
+    planned_seconds: Mapping[str, float] = field(default_factory=dict)
+    curves: Sequence[Curve] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.runtime import hardware_name
@@ -26,7 +28,7 @@ from opd_mcp.schemas.identity import (
     TeacherClaim,
 )
 from opd_mcp.schemas.recipes import AdapterRecipe
-from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.reports import StageCost, TrainedAdapter, TrainingSummary
 
 RECORDED_PACKAGES = ("opd-mcp", "torch", "transformers", "numpy")
 
@@ -61,6 +63,28 @@ def adapter_origin(student: Path, recipe: AdapterRecipe | None, context: Context
         scale=recipe.scale,
         start="continued" if recipe.continue_adapter else "zero",
         saved=recipe.saved_as(context.runtime.dtype),
+    )
+
+
+def trained_adapter(model: Path) -> TrainedAdapter | None:
+    """The adapter that the training of a model made, by its lineage; None where all weights were trained."""
+    lineage = verified_lineage(model)
+    if lineage is None or lineage.adapter is None:
+        return None
+    settings = (lineage.recipe.get(lineage.stage) or {}).get("adapter") or {}
+    summary, file = None, model / "training.json"
+    if file.is_file():
+        with suppress(ValidationError):  # another program's file of that name says nothing
+            summary = TrainingSummary.from_json(file.read_bytes())
+    return TrainedAdapter(
+        stage=lineage.stage,
+        rank=lineage.adapter.rank,
+        scale=lineage.adapter.scale,
+        targets=settings.get("targets"),
+        trained_parameters=summary.trained_parameters if summary else None,
+        parameters=summary.parameters if summary else None,
+        start=lineage.adapter.start,
+        saved=lineage.adapter.saved,
     )
 
 

@@ -18,6 +18,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 BASE_IDENTITY = "opd_base_identity"
 """The key of the weights' metadata under which our adapters carry the identity of their base."""
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])\.weight")
+LAYER_WEIGHT = re.compile(r"\.\d+\.(?:\w+\.)*(?P<name>\w+)\.weight$")
 # what an adapter may say without changing what rank, alpha and its tensors compute
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -92,6 +93,12 @@ def read_adapter(directory: Path) -> AdapterFiles:
         parameters=sum(tensor.elements for tensor in read_tensors(directory)),
         base_identity=_base_identity(directory / ADAPTER_WEIGHTS),
     )
+
+
+def linear_layers(directory: Path) -> set[str]:
+    """The last names of the weights [out, in] in a model's numbered layers, e.g. `q_proj`."""
+    found = (LAYER_WEIGHT.search(tensor.name) for tensor in read_tensors(directory) if len(tensor.shape) == 2)
+    return {match["name"] for match in found if match}
 
 
 def base_missing(adapter: AdapterFiles) -> PathError:

@@ -19,13 +19,14 @@ from opd_mcp.identity.tokenizers import (
     special_differences,
     token_map,
 )
+from opd_mcp.planning.adapter_bases import target_problems
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.planning.text_work import TextFacts
 from opd_mcp.schemas.cache import PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, GradingPlan
-from opd_mcp.schemas.recipes import BenchmarkRecipe, PromptingRecipe, Recipe, SftRecipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, PromptingRecipe, Recipe, SftRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs
 from opd_mcp.schemas.texts import shortened
@@ -156,8 +157,11 @@ def require_positions(longest: int, drawn: tuple[str, int], models: Sequence[Res
         )
 
 
-def judge_adapters(recipe: Recipe, sft: bool, found: Findings) -> None:
-    """Block a distillation that continues an adapter which the run's own SFT does not leave as it is needed."""
+def judge_adapters(recipe: Recipe, student: ModelFacts | None, sft: bool, found: Findings) -> None:
+    """Block adapters on layers that the student does not have, and one that is to continue another than the SFT's."""
+    sections: dict[str, SftRecipe | DistillRecipe] = {"sft": recipe.sft} if sft else {}
+    problems = target_problems(sections | {"distill": recipe.distill}, student)
+    found.blocking += [Finding.of_error(error) for error in problems]
     wanted, made = recipe.distill.adapter, recipe.sft.adapter
     if not sft or wanted is None or not wanted.continue_adapter:
         return

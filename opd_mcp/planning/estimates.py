@@ -241,8 +241,10 @@ def recipe_for_device(
 ) -> Recipe:
     """The recipe with batches for these phases that the device's whole memory holds, whatever of it is free now.
 
-    Keys that were `named` stay; all do while a model is still to be fetched.
+    Keys that were `named` stay; all do while a model is still to be fetched. A teacher on a server takes no room here.
     """
+    if inputs.teacher is not None and inputs.teacher.url is not None:
+        inputs = inputs.model_copy(update={"teacher": None})
     room = Room(target.kind, max((target.capacity or target.memory) - PROCESS_BYTES, 0))
     workload = workload_of(recipe, inputs, room, inspect)
     return recipe if workload is None else with_fitting_batches(workload, phases, named)

@@ -13,6 +13,7 @@ from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
+from opd_mcp.planning.adapter_bases import require_targets
 from opd_mcp.planning.checks import (
     Findings,
     differing_tokens,
@@ -87,6 +88,7 @@ class RequestBuilder:
         """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
+        require_targets({"sft": recipe.sft}, student.facts)
         columns = columns_of(arguments.columns, "responses")
         responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
         teacher = None
@@ -159,6 +161,7 @@ class RequestBuilder:
         target_of(recipe.runtime)
         cache = self.references.cache(str(arguments.cache_id))
         student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
+        require_targets({"distill": recipe.distill}, student.facts)
         allowed = arguments.allow_teacher_mismatch
         if student.input.identity is not None:
             require_behaviour(cache.manifest.behaviour, student.input.identity)

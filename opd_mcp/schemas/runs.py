@@ -288,7 +288,7 @@ class RunRow(Schema):
     run_id: str
     kind: RunKind
     state: RunState
-    note: str | None = None
+    note: str | None = Field(None, description="of an active run, its process; of a succeeded one, its judgement")
     created_at: str
     student: str | None = None
     teacher: str | None = None

@@ -142,7 +142,12 @@ def read_settings(workspace: Workspace) -> WorkspaceSettings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid(f"not TOML: {error}", str(file)) from error
     _require_known(values, WorkspaceSettings, "")
-    sections = {"quotas": Quotas, "stop": StopSettings, "export": ExportSettings, "engines": EngineSettings}
+    sections: dict[str, type[BaseModel]] = {
+        "quotas": Quotas,
+        "stop": StopSettings,
+        "export": ExportSettings,
+        "engines": EngineSettings,
+    }
     for name, section in sections.items():
         if isinstance(values.get(name), dict):
             _require_known(values[name], section, f"{name}.")

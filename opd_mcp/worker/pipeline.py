@@ -34,6 +34,7 @@ from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
 
 REPORT_FILE = "report.json"
+REPORT_PAGE = "report.html"
 ROLLOUTS = "rollouts"
 
 
@@ -189,6 +190,8 @@ class Pipeline:
             self.result.setdefault("training", {})[name] = json.loads((path / TRAINING_FILE).read_bytes())
         if name == "benchmark":
             self.result.update(report_figures(BenchmarkReport.from_json((path / REPORT_FILE).read_bytes())))
+            if (path / REPORT_PAGE).is_file():
+                self.result["paths"]["report_page"] = str(path / REPORT_PAGE)
 
 
 def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:

@@ -149,7 +149,7 @@ def _use(card: Card) -> Iterator[str]:
         yield f"python -m sglang.launch_server --model-path . --served-model-name {card.name}"
     yield "```"
     yield ""
-    yield "opd-mcp tests the first block with a whole model; the servers' commands follow their documentation."
+    yield "The tests of opd-mcp run the first block; the servers' commands follow their documentation."
     yield ""
 
 
