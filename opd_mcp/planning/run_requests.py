@@ -18,8 +18,8 @@ from opd_mcp.planning.checks import (
     require_positions,
     require_usable_ids,
 )
+from opd_mcp.planning.costs.estimates import recipe_for_device
 from opd_mcp.planning.engines import require_engines_used, with_engines
-from opd_mcp.planning.estimates import recipe_for_device
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite

@@ -2,7 +2,7 @@
 
 import json
 
-from opd_mcp.planning.estimates import PROCESS_START
+from opd_mcp.planning.costs.estimates import PROCESS_START
 from opd_mcp.schemas.next_action import CallText, NextAction, advice_text
 from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, Preview
 from opd_mcp.schemas.runs import UnderstoodData
