@@ -379,7 +379,7 @@ def test_an_adapter_that_the_sft_does_not_leave_blocks_before_any_work(world, se
     [
         ("demo", {}, {}),
         ("demo", {"distill.optimizer.learning_rate": 0.3}, {"learning_rate_far": "100 times the preset's 0.003"}),
-        ("quick", {}, {"preset_rates": "as preset 'quick' has it; a student of 0.0"}),
+        ("quick", {}, {"preset_rates": "as preset 'quick' has it; a student of 0.108M"}),
         ("quick", {"sft.optimizer.learning_rate": 4e-3, "distill.optimizer.learning_rate": 3e-3}, {}),
     ],
 )
