@@ -167,6 +167,28 @@ def judge_adapters(recipe: Recipe, sft: bool, found: Findings) -> None:
         )
 
 
+def judge_quantization(recipe: Recipe, sft: bool, student: ResolvedModel, found: Findings) -> None:
+    """Block what would round dequantised weights with a merged adapter to 4 bits again."""
+    distilled, made = recipe.distill.adapter, recipe.sft.adapter
+    first = made if sft else distilled
+    lineage = read_lineage(student.facts.path) if student.facts else None
+    before = lineage.adapter if lineage else None
+    was_merged = before is not None and before.quantization is not None and before.saved != "adapter"
+    again = was_merged and first is not None and first.quantization is not None
+    if sft and made is not None and distilled is not None and distilled.quantization is not None:
+        again = again or made.saved_as(recipe.runtime.dtype) != "adapter"
+    if again:
+        found.blocking.append(
+            Finding(
+                code="lossy_precision",
+                message="A student with a merged adapter would be rounded to 4 bits: weights that already were on the "
+                "16 levels go back to them, and most of what the adapter learnt is lost.",
+                fix="Give a student that was saved as an adapter ('sft.adapter.save' = 'adapter'): base and adapter "
+                "then stay apart. Or leave out the quantization.",
+            )
+        )
+
+
 def judge_files(inputs: PlanInputs, found: Findings) -> None:
     """Warn of what a model's directory holds that other programs would load and this one does not."""
     for role, model in (("teacher", inputs.teacher), ("student", inputs.student)):

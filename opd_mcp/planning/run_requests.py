@@ -12,6 +12,7 @@ import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.checks import (
     Findings,
@@ -26,7 +27,7 @@ from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
-from opd_mcp.schemas.recipes import Method, Preset, PromptingRecipe, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.recipes import Method, Preset, PromptingRecipe, Recipe, SampleRecipe, Sampling, base_form
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -152,8 +153,9 @@ class RequestBuilder:
         cache = self.references.cache(str(arguments.cache_id))
         student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
         allowed = arguments.allow_teacher_mismatch
-        if student.input.identity is not None:
-            require_behaviour(cache.manifest.behaviour, student.input.identity)
+        if student.facts is not None:
+            form = base_form(recipe.distill.adapter)
+            require_behaviour(cache.manifest.behaviour, inspect_model(student.facts.path, form=form).identity)
         require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
         require_topk(cache, recipe)
         teacher = self._teacher_of(cache, arguments.teacher)

@@ -5,12 +5,13 @@ run and measured throughput carries over from one run to the next.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
 from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.schemas.memory import (
+    NF4_BYTES,
     TILE_BYTES,
     AdapterSize,
     CheckpointingPolicy,
@@ -78,6 +79,8 @@ class Workload:
     room: Room = Room()
     stored_bytes: float = 2.0
     """Bytes per weight of the student's files."""
+    quantized: bool = False
+    """Whether the student, as it was given, is an adapter on a base in 4 bits."""
 
     def work(self, name: PhaseName) -> Work:
         """The work of one phase; a fetch counts as none."""
@@ -134,13 +137,28 @@ class Workload:
         before = self.recipe.sft.adapter if section is self.recipe.distill and not recipe.continue_adapter else None
         earlier = self.student.adapter_parameters(before.rank, before.targets) if before else 0
         ranks = recipe.rank * (len(recipe.targets) if recipe.targets else 7)
-        return AdapterSize(trained, ranks, 2 if narrow else 4, earlier)
+        return AdapterSize(trained, ranks, 2 if narrow else 4, earlier, self._packed(section))
+
+    def _packed(self, section: SftRecipe | DistillRecipe) -> int:
+        """Values of the student that are held in 4 bits while this section trains it."""
+        before = self.recipe.sft.adapter if section is self.recipe.distill else None
+        kept = before is not None and before.saved_as(self.recipe.runtime.dtype) == "adapter"
+        packed = self.quantized or (kept and before is not None and before.quantization is not None)
+        if section.adapter is not None and section.adapter.quantization is not None:
+            packed = True
+        return self.student.linear_values() if packed else 0
 
     def _is_float32(self, section: SftRecipe | DistillRecipe) -> bool:
         """Whether a training begins with a student that is stored in float32: as it was given, or merged by the SFT."""
         before = self.recipe.sft.adapter if section is self.recipe.distill else None
         merged = before is not None and before.saved_as(self.recipe.runtime.dtype) != "adapter"
         return merged or self.stored_bytes >= 4
+
+    def _loading(self, packed: int) -> int:
+        """Bytes while a model is quantised: on the CPU its files' weights are there next to the 4-bit ones."""
+        if not packed or self.room.device != "cpu":
+            return 0
+        return int(self.stored_bytes * self.student.parameters + NF4_BYTES * packed)
 
     def _saved(self, section: SftRecipe | DistillRecipe) -> int:
         """Bytes of a trained student."""
@@ -159,11 +177,12 @@ class Workload:
     def _value_bytes(self) -> int:
         return 2 if self.recipe.runtime.dtype == "bfloat16" else 4
 
-    def _generation(self, model: ModelShape, rows: int, batch: int, sampling: Sampling) -> Work:
+    def _generation(self, model: ModelShape, rows: int, batch: int, sampling: Sampling, packed: int = 0) -> Work:
         batch, new_tokens = min(batch, max(rows, 1)), sampling.max_new_tokens
         length = self.data.prompt_tokens + new_tokens
         keys_and_values = 2 * batch * length * model.layers * model.kv_width * self._value_bytes
-        memory = model.parameters * self._value_bytes + keys_and_values + LOGIT_COPIES * 4 * batch * model.vocab
+        weights = model.weights(self._value_bytes, packed)
+        memory = weights + keys_and_values + LOGIT_COPIES * 4 * batch * model.vocab
         return Work(2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens, int(memory))
 
     def _forward_memory(self, model: ModelShape, tokens: float) -> int:
@@ -177,13 +196,14 @@ class Workload:
         adapter = self.adapter(section)
         step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device, adapter=adapter)
         memory = training_memory(self.student, step, section.activation_checkpointing, room.memory)
+        total = max(memory.total, self._loading(self._packed(section)))
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         # a frozen weight forms no gradient of its own
         each = (
             6.0 * self.student.parameters if adapter is None else 4.0 * self.student.parameters + 6.0 * adapter.trained
         )
         flops = each * section.steps * tokens
-        return Work(flops, passes, memory.total, memory.policy)
+        return Work(flops, passes, total, memory.policy)
 
     def _responses(self) -> Work:
         section = self.recipe.responses
@@ -197,7 +217,9 @@ class Workload:
 
     def _rollout(self) -> Work:
         section = self.recipe.rollout
-        return self._generation(self.student, self._rollouts, section.batch_size, section.sampling)
+        packed = self._packed(self.recipe.distill)
+        work = self._generation(self.student, self._rollouts, section.batch_size, section.sampling, packed)
+        return replace(work, memory=max(work.memory, self._loading(packed)))
 
     def _sample(self) -> Work:
         return self._generation(self.student, self.data.prompts, 8, self.recipe.sample.sampling)
@@ -215,7 +237,7 @@ class Workload:
         if section.method == "lightning":
             return self._training(section, length, self.room)
         rows, room = section.batch_size, self.room
-        rollouts = self._generation(self.student, rows, rows, self.recipe.rollout.sampling)
+        rollouts = self._generation(self.student, rows, rows, self.recipe.rollout.sampling, self._packed(section))
         micro = min(section.micro_batch_tokens, rows * length)
         # The student trains next to the resident teacher and its own generation cache.
         resident = teacher.parameters * self._value_bytes + self._forward_memory(teacher, micro) + rollouts.memory
@@ -267,7 +289,8 @@ def workload_of(
     facts = inspect(Path(student.path))
     own, scoring = model_shape(facts), model_shape(inspect(Path(teacher.path)))
     stored = facts.weight_bytes / max(facts.parameters, 1)
-    return Workload(recipe, own, scoring, data_size(inputs), room or Room(), stored)
+    packed = facts.identity.quantization is not None
+    return Workload(recipe, own, scoring, data_size(inputs), room or Room(), stored, packed)
 
 
 def data_size(inputs: RunInputs) -> DataSize:

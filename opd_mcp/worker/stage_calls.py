@@ -23,7 +23,7 @@ from opd_mcp.engine.context import (
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
     DistillRecipe,
@@ -32,6 +32,7 @@ from opd_mcp.schemas.recipes import (
     SampleRecipe,
     ScoreRecipe,
     SftRecipe,
+    base_form,
 )
 from opd_mcp.schemas.reports import BenchmarkReport, GradedResponses, StageCost, TrainingSummary
 from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
@@ -122,6 +123,7 @@ class StageCalls:
                     prompts=paths["prompts"],
                     tokenizer=paths.get("teacher"),
                     eval_prompts=paths.get("eval_prompts"),
+                    form=base_form(recipe.distill.adapter),
                 )
                 cost = stages.rollout(recipe.rollout, rollouts, output, context)
             case "score":
@@ -147,6 +149,7 @@ class StageCalls:
             "sft_teacher": self._claim(),
             "sft_teacher_path": self._sft_teacher_path(),
             "allow_teacher_mismatch": self.record.request.inputs.allow_teacher_mismatch,
+            "form": base_form(self.record.request.recipe.distill.adapter),
         }
 
     def _remote(self) -> RemoteTeacher | None:
@@ -208,6 +211,7 @@ class StageCalls:
             not_measured=absent,
             teacher_responses=self._teacher_responses(),
             suite=self.record.request.inputs.suite,
+            forms=self._forms(),
             prompts=self._benchmark_prompts(),
             recipe_hash=self.record.request.recipe.content_hash(),
             teacher=self.paths.get("teacher"),
@@ -223,6 +227,15 @@ class StageCalls:
         if "model" in paths:
             return {"distilled": paths["model"], "sft": paths["student"]}
         return {"sft": paths["student"], "base": paths["base"]}
+
+    def _forms(self) -> dict[str, BaseForm]:
+        """How the run's last training held the student that it began with."""
+        recipe = self.record.request.recipe
+        if self.record.request.inputs.model is not None:
+            return {}
+        if "model" in self.paths:
+            return {"sft": base_form(recipe.distill.adapter)}
+        return {"base": base_form(recipe.sft.adapter)}
 
     def _references(self, models: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
         """The teacher and the student before its SFT, where the report is to have them, and why one is absent."""

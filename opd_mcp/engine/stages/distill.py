@@ -42,7 +42,7 @@ from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
-from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe, base_form
 from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
 
 
@@ -70,7 +70,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         teacher = load_model(inputs.teacher, runtime)
         steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
     model_warnings(context, model, teacher)
-    origin = adapter_origin(student, section.adapter, context)
+    origin = adapter_origin(model, section.adapter, context)
     form = SavedForm.of(model, source.adopted, section.save_dtype, origin.saved if origin else None)
     form.try_out(model.model)
     settings = LoopSettings.of(section, section.normalize)
@@ -135,7 +135,7 @@ def open_cache(
     verified_lineage(cache)
     manifest = read_manifest(cache)
     require_agreement(manifest.engine_gap)
-    require_behaviour(manifest.behaviour, full_identity(inputs.student))
+    require_behaviour(manifest.behaviour, full_identity(inputs.student, base_form(section.adapter)))
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
     if section.estimator != "sampled" and manifest.topk < section.topk:
         raise ConsistencyError(

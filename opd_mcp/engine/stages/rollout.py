@@ -22,6 +22,7 @@ from opd_mcp.engine.scoring.local import engine_gap
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.data.scan import eval_overlap
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.cache import BuildLayout, Hygiene
 from opd_mcp.schemas.recipes import RolloutRecipe
@@ -51,7 +52,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
     count = section.count or len(encoded)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
-    behaviour = full_identity(inputs.student)
+    behaviour = full_identity(inputs.student, inputs.form)
     open_build(
         output,
         {
@@ -67,7 +68,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     )
     if (output / RECORD_FILE).is_file():
         return stage_cost("rollout", started, read_record(output).statistics.response_tokens, runtime.device)
-    model = load_model(inputs.student, runtime, generates=True)
+    model = load_model(inspect_model(inputs.student, form=inputs.form), runtime, generates=True)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
     for number, first in enumerate(range(0, count, section.shard_rows)):
         require_going(context)

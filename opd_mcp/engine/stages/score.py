@@ -62,7 +62,7 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
     return_large_blocks()
     record = read_record(inputs.rollouts)
     require_agreement(record.engine_gap)
-    require_behaviour(record.behaviour, full_identity(inputs.student))
+    require_behaviour(record.behaviour, full_identity(inputs.student, inputs.form))
     teacher = open_teacher(section, inputs, runtime, context)
     if isinstance(teacher, LocalTeacher):
         model_warnings(context, teacher.model)
