@@ -75,6 +75,10 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
         list[str] | None,
         typer.Option(help="A host besides this machine that a teacher_url may name; repeatable."),
     ] = None,
+    export_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder that models may be exported to; repeatable.", exists=True, file_okay=False),
+    ] = None,
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Offer no tool that starts, stops, deletes or exports.")
     ] = False,
@@ -93,7 +97,7 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.tools.table import named_groups
 
     def opened() -> "JobService":
-        return open_service(allow_root or [], tuple(allow_teacher_host or ()))
+        return open_service(allow_root or [], tuple(allow_teacher_host or ()), export_root or [])
 
     def settings(token: str) -> ServerSettings:
         secrets = environment_secrets(os.environ | {"OPD_TOKEN": token})
@@ -182,6 +186,35 @@ def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
 
     service = open_service()
     found = audited(service, "resume_run", {"run_id": run_id}, lambda: service.resume(run_id))
+    show(found, as_json, lambda found: snapshot_text(found, command_text))
+
+
+class Form(StrEnum):
+    """How a model is exported."""
+
+    INPUT = "input"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    ADAPTER = "adapter"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run id, an artifact id, a Hub id or a directory.")],
+    destination: Annotated[Path, typer.Argument(help="A new directory.")],
+    form: Annotated[Form, typer.Option("--format", help="Dtype of the weights, or the adapter alone.")] = Form.INPUT,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model with its tokenizer and model card to a new directory, in the background."""
+    from opd_mcp.schemas.requests import ExportStudent
+    from opd_mcp.server.render.runs import snapshot_text
+    from opd_mcp.server.tools.table import command_text
+
+    source, target = Path(model), destination.absolute()
+    reference = str(source.resolve()) if source.is_dir() else model
+    service = open_service([source] if source.is_dir() else [], export_roots=[target.parent])
+    request = ExportStudent(model=reference, destination=str(target), format=form.value)
+    found = audited(service, "export_student", request.to_dict(), lambda: service.export_student(request))
     show(found, as_json, lambda found: snapshot_text(found, command_text))
 
 
@@ -419,13 +452,19 @@ def cache_directory(reference: str) -> Path:
     return path if path.is_dir() else open_service().cache_directory(reference)
 
 
-def open_service(allow_roots: Sequence[Path] = (), teacher_hosts: tuple[str, ...] = ()) -> "JobService":
+def open_service(
+    allow_roots: Sequence[Path] = (), teacher_hosts: tuple[str, ...] = (), export_roots: Sequence[Path] = ()
+) -> "JobService":
     """The service over the workspace; it may read what is below it, the examples and the given folders."""
     from opd_mcp.devices.settings import JobSettings
     from opd_mcp.service import JobService
     from opd_mcp.store.roots import AllowedRoots
 
-    return JobService(open_workspace(), AllowedRoots(allow_roots), JobSettings(teacher_hosts=teacher_hosts))
+    return JobService(
+        open_workspace(),
+        AllowedRoots(allow_roots),
+        JobSettings(teacher_hosts=teacher_hosts, export_roots=tuple(export_roots)),
+    )
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.models import ModelCache
 from opd_mcp.planning.confirmation import Question, cache_question, deletion_question, plan_question
+from opd_mcp.planning.exports import export_request
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
 from opd_mcp.planning.references import References
@@ -35,6 +36,7 @@ from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
+    ExportStudent,
     GenerateTeacherResponses,
     GetRunLogs,
     GetRunMetrics,
@@ -56,11 +58,11 @@ from opd_mcp.schemas.runs import (
 )
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.logs import log_page
-from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.roots import AllowedRoots, ExportRoots
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
 from opd_mcp.store.store import StartedRun, Store
-from opd_mcp.store.workspace import Workspace, read_arguments, read_plan, save_plan
+from opd_mcp.store.workspace import Workspace, export_folders, read_arguments, read_plan, save_plan
 from opd_mcp.supervisor.launch import Supervisor
 from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
@@ -79,7 +81,9 @@ class JobService:
     def __init__(self, workspace: Workspace, roots: AllowedRoots, settings: JobSettings | None = None) -> None:
         self.settings = settings or JobSettings()
         self.workspace = workspace
-        self.roots = AllowedRoots([workspace.root, *roots.roots, self.settings.examples])
+        exports = [*self.settings.export_roots, *export_folders(workspace)]
+        self.exports = ExportRoots(exports, workspace.root)
+        self.roots = AllowedRoots([workspace.root, *roots.roots, self.settings.examples, *self.exports.roots])
         self.store = Store(workspace)
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
         models = ModelCache()
@@ -141,6 +145,10 @@ class JobService:
     def sample_model(self, arguments: SampleModel) -> RunSnapshot:
         """The run in which a model answers a few prompts; its result holds the texts."""
         return self._started(self._builder.sample, arguments)
+
+    def export_student(self, arguments: ExportStudent) -> RunSnapshot:
+        """The run that writes a model with its card below an export root."""
+        return self._started(lambda given: export_request(self._builder, self.exports, given), arguments)
 
     def start_question(self, arguments: StartDistillation, gpu_hours: float) -> Question | None:
         """What the user must agree to before this start: a plan above so many hours, or a teacher mismatch."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from opd_mcp.identity.machine import container_room
+from opd_mcp.identity.machine import container_limit, container_room
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 
@@ -30,13 +30,14 @@ class Gpu:
 class Target:
     """Where a run of a given recipe computes; `memory` is the free memory there, in bytes.
 
-    `claimed` is the part of it that active runs will still use.
+    `claimed` is the part of it that active runs will still use. `capacity` is all memory, free or not; 0: unknown.
     """
 
     kind: str
     name: str
     memory: int
     claimed: int = 0
+    capacity: int = 0
 
 
 def gpus() -> list[Gpu]:
@@ -83,6 +84,12 @@ def available_memory() -> int:
     return free if room is None else min(free, room)
 
 
+def total_memory() -> int:
+    """Bytes of memory of the machine, or of a container's limit where that is less."""
+    total, limit = int(psutil.virtual_memory().total), container_limit()
+    return total if limit is None else min(total, limit)
+
+
 def free_disk(path: Path) -> int:
     """Bytes free on the disk that holds the path."""
     return shutil.disk_usage(path).free
@@ -104,7 +111,8 @@ def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[s
         leased = busy([gpu_slot(gpu) for gpu in found])
         room = {gpu: gpu.total_memory if gpu_slot(gpu) in leased else gpu.free_memory for gpu in found}
         best = max(found, key=lambda gpu: room[gpu])
-        return Target("cuda", best.name, room[best])
+        # which GPU it will be is not known before a lease: the smallest decides what fits any of them
+        return Target("cuda", best.name, room[best], capacity=min(gpu.total_memory for gpu in found))
     if runtime.device == "cuda":
         raise ResourceError(
             "device_unavailable",
@@ -112,4 +120,5 @@ def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[s
             value="runtime.device='cuda'",
             fix="Leave runtime.device at 'auto' or set it to 'cpu'.",
         )
-    return Target("cpu", f"{runtime.threads} CPU thread{'s' if runtime.threads > 1 else ''}", available_memory())
+    name = f"{runtime.threads} CPU thread{'s' if runtime.threads > 1 else ''}"
+    return Target("cpu", name, available_memory(), capacity=total_memory())

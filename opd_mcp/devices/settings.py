@@ -30,7 +30,8 @@ def default_examples_directory() -> Path:
 class JobSettings:
     """Where leases and examples are, how many CPU runs fit at the same time, and what starts a worker.
 
-    `teacher_hosts` are hosts besides this machine that a `teacher_url` may name.
+    `teacher_hosts` are hosts besides this machine that a `teacher_url` may name; below `export_roots` models are
+    exported.
     """
 
     lease_folder: Path = field(default_factory=default_lease_folder)
@@ -38,3 +39,4 @@ class JobSettings:
     examples: Path = field(default_factory=default_examples_directory)
     worker_command: tuple[str, ...] = (sys.executable, "-P", "-m", "opd_mcp.cli", "worker")
     teacher_hosts: tuple[str, ...] = ()
+    export_roots: tuple[Path, ...] = ()

@@ -15,7 +15,7 @@ from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import BenchmarkRecipe, CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
 from opd_mcp.schemas.reports import GradedResponses, StageCost
-from opd_mcp.schemas.runs import Alert
+from opd_mcp.schemas.runs import Alert, DataOrigin, ModelOrigin
 
 
 class Reporter(Protocol):
@@ -217,3 +217,13 @@ class SampleInputs:
 
     model: Path
     prompts: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportInputs:
+    """Of `stages.export`: a model's directory, its newest report, and what it was made of, for its card."""
+
+    model: Path
+    report: Path | None = None
+    models: Sequence[ModelOrigin] = ()
+    data: Sequence[DataOrigin] = ()

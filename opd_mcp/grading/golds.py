@@ -35,6 +35,17 @@ _FITTING: tuple[tuple[GraderName, Callable[[str], bool], str], ...] = (
 
 
 @dataclass(frozen=True)
+class OddGolds:
+    """Expected answers that are of another kind than most: how many of how many, the kind's grader, and the first."""
+
+    count: int
+    of: int
+    usual: GraderName
+    first: int
+    """The place of the first of them."""
+
+
+@dataclass(frozen=True)
 class GoldProblem:
     """An expected answer that its grader does not recognise: its place, and the response in which it failed."""
 
@@ -53,6 +64,15 @@ def chosen_grader(golds: Sequence[str]) -> tuple[GraderName, str]:
             return name, why
     words = sum(is_words(gold) for gold in golds)
     return "math", f"{len(golds) - words} of {len(golds)} answers are mathematical expressions"
+
+
+def odd_golds(golds: Sequence[str]) -> OddGolds | None:
+    """The expected answers that keep a simpler grader from being chosen; None where fewer than 90 % are of one kind."""
+    for name, fits, _ in _FITTING:
+        odd = [place for place, gold in enumerate(golds) if not fits(gold.strip())]
+        if len(odd) <= len(golds) // 10:
+            return OddGolds(len(odd), len(golds), name, odd[0]) if odd else None
+    return None
 
 
 def recipe_grader(recipe: BenchmarkRecipe, golds: Sequence[str]) -> tuple[GraderName, str]:

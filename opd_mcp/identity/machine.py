@@ -5,9 +5,14 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def container_limit() -> int | None:
+    """Bytes that this process's container may use in all; None where it sets no limit."""
+    return _number(_CGROUP / "memory.max")
+
+
 def container_room() -> int | None:
     """Bytes that this process's container may still use; None where it sets no limit."""
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    limit, used = container_limit(), _number(_CGROUP / "memory.current")
     if limit is None or used is None:
         return None
     return max(limit - used + statistic(_CGROUP / "memory.stat", "inactive_file"), 0)

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,17 @@ def chat_template(path: Path) -> str | None:
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
         template = named.get("default")
     return _bounded(path / CONFIG_FILE, template) if isinstance(template, str) else None
+
+
+def reads_clock(template: str | None) -> bool:
+    """Whether a template asks for the time, so that its prompts are those of one moment."""
+    return template is not None and "strftime_now" in template
+
+
+def clock_examples(template: str, moment: datetime) -> list[str]:
+    """What the clock shows at this moment in the forms that stand in the template."""
+    forms = re.findall(r"""strftime_now\(\s*(["'])(.+?)\1""", template)
+    return list(dict.fromkeys(moment.strftime(form) for _, form in forms))
 
 
 def tokenizer_config(path: Path) -> dict[str, Any]:

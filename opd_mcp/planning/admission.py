@@ -56,14 +56,18 @@ def with_claims(target: Target, store: Store, cpu_slots: int) -> Target:
 
 # Longer work waits for its turn like any other.
 SHORT_SECONDS = 600.0
+SHORT_KINDS = frozenset({"sample", "export"})
 ADMISSION_SECONDS = 2.0
 GPU_MARGIN = 1 << 30
 
 
 def is_short(record: RunRecord) -> bool:
-    """Whether a run may use a device's slot for short runs: a sample of known memory that takes ten minutes at most."""
+    """Whether a run may use a device's slot for short runs.
+
+    It is a sample or an export of known memory that takes ten minutes at most.
+    """
     known = record.expected_memory_bytes is not None and record.expected_seconds is not None
-    return record.request.kind == "sample" and known and (record.expected_seconds or 0.0) <= SHORT_SECONDS
+    return record.request.kind in SHORT_KINDS and known and (record.expected_seconds or 0.0) <= SHORT_SECONDS
 
 
 def short_admission(store: Store, record: RunRecord, leases: LeaseFolder) -> Callable[[str], bool]:

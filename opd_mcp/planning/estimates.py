@@ -4,7 +4,7 @@ Time is what runs of this workspace have measured on the same kind of device, wh
 follows from the stated assumptions below.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from opd_mcp.planning.workload import (
     Room,
     Work,
     Workload,
+    with_fitting_batches,
     workload_of,
 )
 from opd_mcp.schemas.base import Schema
@@ -26,7 +27,7 @@ from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayT
 from opd_mcp.schemas.recipes import Method, Recipe
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.resolve import changed_recipe
-from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRequest
+from opd_mcp.schemas.runs import PhaseName, RunInputs, RunPhase, RunRequest
 from opd_mcp.schemas.texts import byte_size
 
 MEASUREMENTS_USED = 5
@@ -111,6 +112,9 @@ class CostModel:
             flops=work.flops,
             seconds=round(seconds, 3),
             basis=f"{source}; every response counted at its full length, so an upper bound for the tokens",
+            memory_bytes=work.memory + PROCESS_BYTES,
+            batch_size=work.batch,
+            kv_cache_bytes=work.kv_bytes,
         )
 
     def _measured_rates(self, name: str, work: Work) -> list[float]:
@@ -183,8 +187,8 @@ def _trained_so(way: WayToTrain, recipe: Recipe) -> dict[str, Any]:
             changes[f"{name}.adapter"] = {"quantization": quantization} if quantization else {}
         elif section.adapter.quantization != quantization:
             changes[f"{name}.adapter.quantization"] = quantization
-        if section.adapter is not None and quantization and section.adapter.save in ("merged", "both"):
-            changes[f"{name}.adapter.save"] = "adapter"
+        if name == "sft" and section.adapter is not None and quantization and section.adapter.save is not None:
+            changes["sft.adapter.save"] = "adapter"  # a merged student is not rounded to 4 bits again
         if section.optimizer.precision != "fp32_master":
             changes[f"{name}.optimizer.precision"] = "fp32_master"
     return changes
@@ -225,6 +229,23 @@ def _fit_option(
         micro_batch_tokens=micro,
         overrides={key: value for key, value in changes.items() if key.split(".")[0] in sections},
     )
+
+
+def recipe_for_device(
+    recipe: Recipe,
+    inputs: RunInputs,
+    target: Target,
+    phases: Iterable[PhaseName],
+    named: Collection[str],
+    inspect: Callable[[Path], ModelFacts],
+) -> Recipe:
+    """The recipe with batches for these phases that the device's whole memory holds, whatever of it is free now.
+
+    Keys that were `named` stay; all do while a model is still to be fetched.
+    """
+    room = Room(target.kind, max((target.capacity or target.memory) - PROCESS_BYTES, 0))
+    workload = workload_of(recipe, inputs, room, inspect)
+    return recipe if workload is None else with_fitting_batches(workload, phases, named)
 
 
 def room_of(target: Target) -> Room:

@@ -133,7 +133,7 @@ class PhaseChain:
         else:
             live = {"teacher": model_token(self.inputs.teacher), "prompts": data_token(self.inputs.prompts)}
             rollout = self.recipe.rollout.model_copy(update={"count": None})
-            key = self._add("distill", {**parts, **live, "rollout": rollout.to_dict()}, self.recipe.distill)
+            key = self._add("distill", {**parts, **live, "rollout": rollout.key_settings()}, self.recipe.distill)
         self.distilled = _product_id("distill", key, self.recipe.distill.method)
         return self
 
@@ -160,6 +160,13 @@ class PhaseChain:
         )
         return self
 
+    def export(self) -> "PhaseChain":
+        """A model is written outside of the workspace, with its card."""
+        target = self.inputs.export
+        assert target is not None, "an export has a destination"
+        self._add("export", {"model": model_token(self.inputs.model), "target": target.to_dict()})
+        return self
+
     def _claims(self) -> dict[str, Any]:
         # A proven claim follows from the student itself; only what the caller asserts is an input of its own.
         claim = _asserted(self.inputs.student)
@@ -169,9 +176,9 @@ class PhaseChain:
         key = content_hash(
             {
                 "phase": name,
-                "recipe": section.to_dict() if section else None,
-                "runtime": self.recipe.runtime.to_dict(),
-                "prompting": self.recipe.prompting.to_dict(),
+                "recipe": section.key_settings() if section else None,
+                "runtime": self.recipe.runtime.key_settings(),
+                "prompting": self.recipe.prompting.key_settings(),
                 **parts,
             }
         )

@@ -22,20 +22,20 @@ from opd_mcp.planning.checks import (
     judge_data,
     judge_evaluation,
     judge_files,
-    judge_golds,
     judge_prompts,
     judge_quantization,
     judge_special_tokens,
-    measured_cache,
+    judged_golds,
     require_generating,
-    with_measures,
 )
-from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs
+from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
+from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.planning.text_work import Asked
+from opd_mcp.planning.workload import DRAWN
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
@@ -75,11 +75,13 @@ class Planner:
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
         judge_special_tokens(differing, facts, recipe.prompting, found)
         schema = _with_mean(schema, facts.mean_prompt_tokens)
+        inspect = self.references.models.inspect_model
+        recipe = recipe_for_device(recipe, schema, target, DRAWN, arguments.overrides, inspect)
         judge_sizes(inputs, found)
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
-        judge_golds(inputs, recipe.benchmark, found)
+        grading = judged_golds(inputs, recipe.benchmark, found)
         hygiene = judge_prompts(inputs, facts, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
         phases = requests[method].phases
@@ -91,7 +93,7 @@ class Planner:
         mine = next((estimate for estimate in estimates if estimate.method == method), None)
         if mine is not None:
             found.blocking += resource_findings(mine, target, free_disk(self.references.workspace.root))
-        fits = fit_options(requests[method], target, self.references.models.inspect_model)
+        fits = fit_options(requests[method], target, inspect)
         found.blocking = [with_way_to_fit(finding, arguments, fits) for finding in found.blocking]
         plan_id = f"plan-{content_hash(fingerprint(arguments, schema, recipe, phases))[:12]}"
         request = requests[method].model_copy(update={"plan_id": plan_id})
@@ -107,6 +109,7 @@ class Planner:
             fits=fits,
             sample=[shortened(row.text(), SAMPLE_CHARACTERS) for row in inputs.prompts.scan.first[:SAMPLE_ROWS]],
             preview=preview,
+            grading=grading,
             hygiene=hygiene,
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,

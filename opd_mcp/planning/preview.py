@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
-from opd_mcp.identity.chat.rendering import clock_examples, reads_clock
 from opd_mcp.identity.models import ModelFacts
-from opd_mcp.identity.tokenizers import chat_template
+from opd_mcp.identity.tokenizers import chat_template, clock_examples, reads_clock
 from opd_mcp.planning.checks import Findings, PlanInputs
 from opd_mcp.planning.text_work import Asked, TextFacts, TextWork
 from opd_mcp.schemas.errors import OpdError, nearest

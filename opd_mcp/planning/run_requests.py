@@ -19,15 +19,17 @@ from opd_mcp.planning.checks import (
     differing_tokens,
     judge_special_tokens,
     require_generating,
+    require_positions,
     require_usable_ids,
 )
+from opd_mcp.planning.estimates import recipe_for_device
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import MethodEstimate, Plan
-from opd_mcp.schemas.recipes import Method, Preset, PromptingRecipe, Recipe, SampleRecipe, Sampling, base_form
+from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling, base_form
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -42,6 +44,7 @@ from opd_mcp.schemas.runs import (
     TOKENIZER_FOLDER,
     DataInput,
     ModelInput,
+    PhaseName,
     RunInputs,
     RunKind,
     RunPhase,
@@ -54,6 +57,8 @@ from opd_mcp.store.workspace import new_id
 
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
 NAME_CHARACTERS = 32
+# The section of the recipe that says how many tokens are drawn after the prompts of a request.
+DRAWN_BY = {GenerateTeacherResponses: "responses", BuildTeacherCache: "rollout", BenchmarkStudent: "benchmark"}
 PLAN_ONLY = {"plan_id", "benchmark", "confirm"}
 
 
@@ -69,7 +74,8 @@ class RequestBuilder:
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
         require_generating(teacher)
-        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, teacher, recipe.prompting))
+        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, [teacher], recipe))
+        recipe = self._for_device(recipe, inputs, "generate_responses", arguments.overrides)
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
     def sft(self, arguments: StartSft) -> RunRequest:
@@ -122,11 +128,12 @@ class RequestBuilder:
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments, teacher if teacher.facts else student, recipe.prompting, differing),
+            prompts=self._prompts(arguments, [teacher, student] if teacher.facts else [student], recipe, differing),
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
         )
+        recipe = self._for_device(recipe, inputs, "rollout", arguments.overrides)
         return self.request("cache", recipe, inputs, PhaseChain(recipe, inputs).cache_of_rollouts().phases)
 
     def from_plan(self, plan: Plan, *, benchmark: bool) -> RunRequest:
@@ -175,6 +182,7 @@ class RequestBuilder:
         # Without answers and without the teacher at hand there is nothing to measure.
         measurable = evaluation is not None or (teacher is not None and inputs.prompts is not None)
         benchmark = arguments.benchmark and measurable
+        recipe = self._for_device(recipe, inputs, "benchmark", arguments.overrides)
         phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
         return self.request("distill", recipe, inputs, phases)
 
@@ -195,9 +203,10 @@ class RequestBuilder:
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=self._prompts(arguments, model, recipe.prompting) if arguments.prompts is not None else None,
+            prompts=None if arguments.prompts is None else self._prompts(arguments, [model, *baselines], recipe),
             suite=suite,
         )
+        recipe = self._for_device(recipe, inputs, "benchmark", overrides)
         return self.request("benchmark", recipe, inputs, PhaseChain(recipe, inputs).benchmark().phases)
 
     def sample(self, arguments: SampleModel) -> RunRequest:
@@ -209,7 +218,7 @@ class RequestBuilder:
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
         require_generating(model)
-        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, model, recipe.prompting))
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
@@ -217,17 +226,24 @@ class RequestBuilder:
         made = self.artifacts.made_by([phase.key for phase in phases])
         return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=with_satisfied(phases, made))
 
+    def _for_device(self, recipe: Recipe, inputs: RunInputs, phase: PhaseName, overrides: Mapping[str, Any]) -> Recipe:
+        """The recipe with a batch for this phase that the device holds, unless an override says it."""
+        inspect = self.references.models.inspect_model
+        return recipe_for_device(recipe, inputs, target_of(recipe.runtime), (phase,), overrides, inspect)
+
     def _prompts(
         self,
         arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel,
-        model: ResolvedModel,
-        prompting: PromptingRecipe,
+        models: Sequence[ResolvedModel],
+        recipe: Recipe,
         differing: Sequence[TokenDifference] = (),
     ) -> DataInput:
-        """The prompts, looked at by the tokenizer that encodes them; raises as `TextWork.facts`.
+        """The prompts, looked at by the first model's tokenizer, which encodes them; raises as `TextWork.facts`.
 
-        Raises ConsistencyError `tokenizer_mismatch` where they have one of the special tokens that differ.
+        Raises ConsistencyError `tokenizer_mismatch` where they have one of the special tokens that differ, and as
+        `require_positions`.
         """
+        model, prompting = models[0], recipe.prompting
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
         assert arguments.prompts is not None, "a suite's are filled in, a task of lm-eval has none"
         prompts = self.references.prompts(arguments.prompts, columns)
@@ -237,6 +253,10 @@ class RequestBuilder:
             asked = Asked(model.facts.path, prompting, prompts.scan, "all" if watched else None, watched=watched)
             facts = self.references.texts.facts(asked)
             judge_special_tokens(differing, facts, prompting, Findings())
+            if (section := DRAWN_BY.get(type(arguments))) is not None:
+                longest = min(facts.longest_prompt_tokens, prompting.max_prompt_tokens)
+                drawn = f"{section}.sampling.max_new_tokens", getattr(recipe, section).sampling.max_new_tokens
+                require_positions(longest, drawn, models)
             mean = facts.mean_prompt_tokens
         return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
 

@@ -87,7 +87,8 @@ def counts(chat: ChatTokenizer, texts: Sequence[str], long_texts: Sequence[str],
             break
         over += len(chat.backend.encode(text).ids) > limit
         counted += 1
-    return {"mean": sum(lengths) / len(lengths) if lengths else None, "over": over, "counted": counted}
+    mean = sum(lengths) / len(lengths) if lengths else None
+    return {"mean": mean, "longest": max(lengths, default=0), "over": over, "counted": counted}
 
 
 def preview(chat: ChatTokenizer, path: Path, asked: dict[str, Any]) -> dict[str, Any]:

@@ -82,14 +82,15 @@ class Asked:
 class TextFacts:
     """What a child said; nothing of models that are still to be fetched, or of a tokenizer that fails.
 
-    `mean_prompt_tokens` is over sampled prompts and `over` counts those of the `counted` long texts that are over the
-    limit, both without the template's tokens.
+    `mean_prompt_tokens` and `longest_prompt_tokens` are over sampled prompts and `over` counts those of the `counted`
+    long texts that are over the limit, all without the template's tokens.
     """
 
     mean_prompt_tokens: float | None = None
     over: int = 0
     counted: int = 0
     preview: dict[str, Any] | None = None
+    longest_prompt_tokens: int = 0
 
 
 @dataclass
@@ -111,7 +112,11 @@ class TextWork:
         counts = reply["counts"]
         mean = counts["mean"]
         return TextFacts(
-            None if mean is None else round(mean, 2), counts["over"], counts["counted"], reply.get("preview")
+            None if mean is None else round(mean, 2),
+            counts["over"],
+            counts["counted"],
+            reply.get("preview"),
+            counts["longest"],
         )
 
     def decoded(self, model: Path, sequences: Sequence[Sequence[int]]) -> list[str]:

@@ -4,7 +4,7 @@ Lengths are upper bounds (every response uses all its new tokens), so the same s
 run and measured throughput carries over from one run to the next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -13,6 +13,7 @@ from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.schemas.memory import (
     NF4_BYTES,
     TILE_BYTES,
+    USABLE_SHARE,
     AdapterSize,
     CheckpointingPolicy,
     ModelShape,
@@ -23,7 +24,8 @@ from opd_mcp.schemas.memory import (
     training_memory,
     weight_bytes,
 )
-from opd_mcp.schemas.recipes import DistillRecipe, Recipe, Sampling, SftRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, ExportFormat, Recipe, Sampling, SftRecipe
+from opd_mcp.schemas.resolve import changed_recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
 
 PROCESS_BYTES = 700 << 20
@@ -60,12 +62,17 @@ class DataSize:
 
 @dataclass(frozen=True)
 class Work:
-    """One phase: operations, forward passes in sequence, peak memory in bytes, and training's checkpointing."""
+    """One phase: operations, forward passes in sequence, peak memory in bytes, and training's checkpointing.
+
+    Of a phase that generates, `batch` is the number of rows drawn at a time, and `kv_bytes` are their keys and values.
+    """
 
     flops: float
     passes: float
     memory: int
     checkpointing: CheckpointingPolicy | None = None
+    batch: int | None = None
+    kv_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ class Workload:
     room: Room = Room()
     stored_bytes: float = 2.0
     """Bytes per weight of the student's files."""
+    converted_bytes: int = 0
+    """Bytes that an export holds in memory while it converts or merges; 0 where it copies files."""
+    teacher_is_base: bool = False
+    """Whether a distillation's adapter is trained on the teacher's own weights."""
     quantized: bool = False
     """Whether the student, as it was given, is an adapter on a base in 4 bits."""
 
@@ -92,6 +103,7 @@ class Workload:
             "distill": self._distillation,
             "benchmark": self._benchmark,
             "sample": self._sample,
+            "export": self._export,
         }
         return works[name]() if name in works else Work(0.0, 0.0, 0)
 
@@ -148,6 +160,13 @@ class Workload:
             packed = True
         return self.student.linear_values() if packed else 0
 
+    def _shares_base(self, section: DistillRecipe) -> bool:
+        """Whether a live teacher is the student's own base with the adapters off, in the same dtype."""
+        adapter = self.adapter(section)
+        if adapter is None or adapter.packed:
+            return False
+        return self.teacher_is_base and adapter.base_bytes == self._value_bytes
+
     def _is_float32(self, section: SftRecipe | DistillRecipe) -> bool:
         """Whether a training begins with a student that is stored in float32: as it was given, or merged by the SFT."""
         before = self.recipe.sft.adapter if section is self.recipe.distill else None
@@ -180,10 +199,10 @@ class Workload:
     def _generation(self, model: ModelShape, rows: int, batch: int, sampling: Sampling, packed: int = 0) -> Work:
         batch, new_tokens = min(batch, max(rows, 1)), sampling.max_new_tokens
         length = self.data.prompt_tokens + new_tokens
-        keys_and_values = 2 * batch * length * model.layers * model.kv_width * self._value_bytes
-        weights = model.weights(self._value_bytes, packed)
-        memory = weights + keys_and_values + LOGIT_COPIES * 4 * batch * model.vocab
-        return Work(2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens, int(memory))
+        kv = int(2 * batch * length * model.layers * model.kv_width * self._value_bytes)
+        memory = model.weights(self._value_bytes, packed) + kv + LOGIT_COPIES * 4 * batch * model.vocab
+        flops, passes = 2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens
+        return Work(flops, passes, memory, batch=batch, kv_bytes=kv)
 
     def _forward_memory(self, model: ModelShape, tokens: float) -> int:
         activations = ACTIVATIONS_PER_WIDTH * model.hidden * self._value_bytes
@@ -224,6 +243,9 @@ class Workload:
     def _sample(self) -> Work:
         return self._generation(self.student, self.data.prompts, 8, self.recipe.sample.sampling)
 
+    def _export(self) -> Work:
+        return Work(0.0, 1.0, self.converted_bytes)
+
     def _scoring(self) -> Work:
         budget, parameters = self.recipe.score.micro_batch_tokens, self.student.parameters + self.teacher.parameters
         tokens = self._rollouts * (self.data.prompt_tokens + self.recipe.rollout.sampling.max_new_tokens)
@@ -237,10 +259,13 @@ class Workload:
         if section.method == "lightning":
             return self._training(section, length, self.room)
         rows, room = section.batch_size, self.room
-        rollouts = self._generation(self.student, rows, rows, self.recipe.rollout.sampling, self._packed(section))
+        drawn, packed = self.recipe.rollout, self._packed(section)
+        rollouts = self._generation(self.student, rows, drawn.batch_size, drawn.sampling, packed)
         micro = min(section.micro_batch_tokens, rows * length)
-        # The student trains next to the resident teacher and its own generation cache.
-        resident = teacher.parameters * self._value_bytes + self._forward_memory(teacher, micro) + rollouts.memory
+        # The student trains next to the resident teacher and its own generation cache; its weights draw the rollouts.
+        cached = rollouts.memory - self.student.weights(self._value_bytes, packed)
+        second = 0 if self._shares_base(section) else teacher.parameters * self._value_bytes
+        resident = second + self._forward_memory(teacher, micro) + cached
         training = self._training(section, length, Room(room.device, max(room.memory - resident, 0)))
         scoring_passes = ceil(rows * length / section.micro_batch_tokens)
         return Work(
@@ -248,6 +273,8 @@ class Workload:
             training.passes + section.steps * (rollouts.passes + scoring_passes),
             training.memory + resident,
             training.checkpointing,
+            rollouts.batch,
+            rollouts.kv_bytes,
         )
 
     def _benchmark(self) -> Work:
@@ -267,7 +294,33 @@ class Workload:
             models * (answers.flops + kl.flops * scored) + flops,
             models * (answers.passes + kl.passes) + passes,
             max(answers.memory + self.teacher.parameters * self._value_bytes, memory),
+            batch=answers.batch,
+            kv_bytes=answers.kv_bytes,
         )
+
+
+DRAWN: dict[PhaseName, str] = {"generate_responses": "responses", "rollout": "rollout", "benchmark": "benchmark"}
+"""The phases whose batch is chosen from memory, with their sections."""
+
+
+def with_fitting_batches(workload: Workload, phases: Iterable[PhaseName], named: Collection[str]) -> Recipe:
+    """The workload's recipe, each of these phases drawing the largest batch that its room holds.
+
+    That is the recipe's batch, halved as often as needed; one whose key was `named` stays, as does one that would not
+    fit with a single row. The choice follows from the room alone, so the same device gives the same keys.
+    """
+    for phase in phases:
+        key = f"{DRAWN[phase]}.batch_size"
+        batch = getattr(workload.recipe, DRAWN[phase]).batch_size
+        halved = (changed_recipe(workload.recipe, {key: batch >> times}) for times in range(batch.bit_length()))
+        fitting = (recipe for recipe in halved if _fits(replace(workload, recipe=recipe), phase))
+        if key not in named and (recipe := next(fitting, None)) is not None:
+            workload = replace(workload, recipe=recipe)
+    return workload.recipe
+
+
+def _fits(workload: Workload, phase: PhaseName) -> bool:
+    return workload.work(phase).memory <= USABLE_SHARE * workload.room.memory
 
 
 def workload_of(
@@ -286,11 +339,28 @@ def workload_of(
         return None
     if any(data is not None and data.path is None for data in (inputs.prompts, inputs.sft_prompts, inputs.responses)):
         return None
-    facts = inspect(Path(student.path))
-    own, scoring = model_shape(facts), model_shape(inspect(Path(teacher.path)))
+    facts, scorer = inspect(Path(student.path)), inspect(Path(teacher.path))
     stored = facts.weight_bytes / max(facts.parameters, 1)
-    packed = facts.identity.quantization is not None
-    return Workload(recipe, own, scoring, data_size(inputs), room or Room(), stored, packed)
+    converted = converted_bytes(facts, inputs.export.format) if inputs.export else 0
+    base = inspect(facts.weights_path).identity if trains_on_given_base(recipe, inputs) else None
+    return Workload(
+        recipe,
+        model_shape(facts),
+        model_shape(scorer),
+        data_size(inputs),
+        room or Room(),
+        stored,
+        converted,
+        quantized=facts.identity.quantization is not None,
+        teacher_is_base=base is not None and base.same_model(scorer.identity),
+    )
+
+
+def trains_on_given_base(recipe: Recipe, inputs: RunInputs) -> bool:
+    """Whether a distillation's adapter is trained on weights that were given, not on those that an SFT has changed."""
+    before = recipe.sft.adapter if inputs.sft_prompts is not None else None
+    kept = before is not None and before.saved_as(recipe.runtime.dtype) == "adapter"
+    return recipe.distill.adapter is not None and (inputs.sft_prompts is None or kept)
 
 
 def data_size(inputs: RunInputs) -> DataSize:
@@ -306,6 +376,24 @@ def data_size(inputs: RunInputs) -> DataSize:
         models=1 + len(inputs.baselines) if inputs.model else 2,
         references=frozenset(name for name, here in had.items() if here),
     )
+
+
+def converted_bytes(facts: ModelFacts, form: ExportFormat) -> int:
+    """What an export in this form holds of a model: merging is done in float32, with the result next to it."""
+    if form == "adapter" or (form == "input" and facts.adapter is None):
+        return 0
+    return facts.parameters * (8 if facts.adapter is not None or form == "float32" else 4)
+
+
+def exported_bytes(inputs: RunInputs) -> int:
+    """The bytes of an export at its destination, at most; 0 while its model is not here."""
+    model, target = inputs.model, inputs.export
+    if model is None or model.path is None or target is None:
+        return 0
+    facts = inspect_model(Path(model.path))
+    own = 4 * facts.parameters if facts.adapter is not None and target.format == "input" else facts.weight_bytes
+    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters}
+    return widths.get(target.format, own) + (16 << 20)
 
 
 def expected_disk(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> int:

@@ -10,6 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from opd_mcp.schemas.texts import escaped
 
 
+class AddedLater:
+    """Marks a setting that older versions lack, and whose default is what they did (`Annotated[…, AddedLater()]`).
+
+    At its default it stays out of the keys of results, so that those of older workspaces are still found.
+    """
+
+
 class Schema(BaseModel):
     """A strict, immutable record: unknown fields are errors, and absent values are absent."""
 
@@ -22,6 +29,17 @@ class Schema(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON-ready values without null fields."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    def key_settings(self) -> dict[str, Any]:
+        """`to_dict` without the settings that are `AddedLater` and at their default."""
+        values = self.to_dict()
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if value == field.default and any(isinstance(mark, AddedLater) for mark in field.metadata):
+                values.pop(name, None)
+            elif isinstance(value, Schema):
+                values[name] = value.key_settings()
+        return values
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

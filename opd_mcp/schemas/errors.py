@@ -5,7 +5,7 @@ OpdError
 │   ├── PathError                  relative_path · outside_roots · not_found · not_a_model · not_a_cache ·
 │   │                              unsafe_weights · unsupported_head · special_file · unsafe_folder ·
 │   │                              unsafe_config · cannot_be_saved · workspace_missing · unusable_name ·
-│   │                              unsupported_model · unsupported_adapter · base_missing
+│   │                              unsupported_model · unsupported_adapter · base_missing · destination_exists
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
 │   │                              too_large · unknown_token · template_failed · too_long · doubled_think ·
 │   │                              golds_not_gradable

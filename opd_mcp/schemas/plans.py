@@ -10,7 +10,7 @@ from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.next_action import NextAction
-from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.recipes import GraderName, Recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs
 
 
@@ -29,6 +29,9 @@ class PhaseEstimate(Schema):
     flops: float
     seconds: float
     basis: str
+    memory_bytes: int | None = Field(None, description="its peak: only of the models that it loads")
+    batch_size: int | None = Field(None, description="rows that it generates at a time, by the memory of the device")
+    kv_cache_bytes: int | None = Field(None, description="keys and values of such a batch at full length")
 
 
 class MethodEstimate(Schema):
@@ -138,6 +141,15 @@ class Preview(Schema):
     spelt_control_tokens: dict[str, int] = Field(default_factory=dict)
 
 
+class GradingPlan(Schema):
+    """How answers will be graded, and how many expected answers are right when a response says just them."""
+
+    grader: GraderName
+    why: str
+    right: int
+    graded: int
+
+
 class Plan(Schema):
     """The answer of `plan_distillation`; `plan_id` is the approval and the idempotency key."""
 
@@ -151,6 +163,7 @@ class Plan(Schema):
     fits: list[FitOption] = Field(default_factory=list, description="ways to train on this device")
     sample: list[str] = Field(default_factory=list, description="the first prompts, shortened")
     preview: Preview | None = None
+    grading: GradingPlan | None = None
     hygiene: PromptHygiene = PromptHygiene()
     rollouts: RolloutStatistics | None = None
     blocking: list[Finding] = Field(default_factory=list)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import AddedLater, Schema
 from opd_mcp.schemas.identity import BaseForm, Quantization
 
 Method = Literal["lightning", "live", "sft"]
@@ -15,6 +15,7 @@ CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
 TrainTurns = Literal["all", "last"]
 SaveDtype = Literal["input", "float32", "bfloat16"]
+ExportFormat = Literal["input", "float32", "bfloat16", "adapter"]
 Preset = Literal["quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
@@ -24,6 +25,10 @@ AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 ReferenceRow = Literal["teacher", "base"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+BATCH = (
+    "rows drawn at a time; halved by the plan, unless an override names it, until the device's memory holds it. "
+    "Sampled tokens depend on it: each batch has a random stream of its own"
+)
 
 
 class RuntimeRecipe(Schema):
@@ -128,7 +133,7 @@ class ResponsesRecipe(Schema):
 
     sampling: Sampling = Sampling()
     limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = Field(64, description=BATCH)
 
 
 class SftRecipe(Schema):
@@ -164,7 +169,7 @@ class RolloutRecipe(Schema):
 
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=4096)
     count: PositiveInt | None = Field(None, description="default: one response a prompt")
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = Field(256, description=BATCH)
     shard_rows: PositiveInt = 4096
 
 
@@ -187,7 +192,7 @@ class DistillRecipe(Schema):
     method: Literal["lightning", "live"] = "lightning"
     estimator: Estimator = "sampled"
     topk: PositiveInt = Field(8, description="k of the top-k estimators")
-    repair: Literal["none", "residual"] = Field(
+    repair: Annotated[Literal["none", "residual"], AddedLater()] = Field(
         "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
     )
     normalize: Normalize = "sample"
@@ -248,7 +253,7 @@ class BenchmarkRecipe(Schema):
     )
     limit: PositiveInt | None = None
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")
-    batch_size: PositiveInt = 256
+    batch_size: PositiveInt = Field(256, description=BATCH)
 
     @model_validator(mode="after")
     def _one_way_to_grade(self) -> Self:
@@ -275,6 +280,13 @@ class SampleRecipe(Schema):
     """A few responses to look at."""
 
     sampling: Sampling = Sampling(max_new_tokens=256)
+
+
+class ExportRecipe(Schema):
+    """How a model is exported: in the dtype of its files or in another one, merged, or its adapter alone."""
+
+    format: ExportFormat = "input"
+    shard_bytes: PositiveInt = Field(5_000_000_000, description="of one file of weights, at most")
 
 
 class Recipe(Schema):

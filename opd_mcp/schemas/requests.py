@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.recipes import CacheDtype, Estimator, Method, OnTruncated, Preset, Seed
+from opd_mcp.schemas.recipes import CacheDtype, Estimator, ExportFormat, Method, OnTruncated, Preset, Seed
 from opd_mcp.schemas.runs import RunKind, RunState
 
 Reference = Annotated[
@@ -215,6 +215,18 @@ class SampleModel(Schema):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
     seed: Seed = 0
+
+
+class ExportStudent(Schema):
+    """Arguments of `export_student`."""
+
+    model: Reference
+    destination: Annotated[
+        str,
+        StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
+        Field(description="new folder below an export root"),
+    ]
+    format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; or the adapter alone")] = "input"
 
 
 class GetRunStatus(Schema):

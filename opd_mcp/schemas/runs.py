@@ -1,19 +1,23 @@
 """Run records: the immutable request, the journal's lines, and what a status call answers."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.next_action import NextAction
-from opd_mcp.schemas.recipes import Recipe
+from opd_mcp.schemas.recipes import ExportFormat, Recipe
 
-RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample"]
+RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample", "export"]
 RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
-PhaseName = Literal["fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample"]
+PhaseName = Literal[
+    "fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample", "export"
+]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
+LISTED_AS_TEXT = WithJsonSchema({"type": "string"})
+"""For an answer's names that no caller chooses between: the listing of tools spares their enumeration."""
 LM_EVAL = "lm_eval:"
 """How the name of a suite begins that is a task of lm-eval."""
 TOKENIZER_FOLDER = "tokenizer"
@@ -75,6 +79,33 @@ class DataInput(Schema):
     sft_teacher: TeacherClaim | None = None
 
 
+class ModelOrigin(Schema):
+    """A model that another one was made of, for the other one's card."""
+
+    role: Literal["teacher", "student"]
+    name: str = Field(description="its Hub id, else the last part of its path")
+    path: str | None = Field(None, description="where its own card and licence may be read")
+
+
+class DataOrigin(Schema):
+    """A data set that a model was made with."""
+
+    role: str
+    name: str = Field(description="its Hub id, else the name of its file or artifact")
+    rows: int | None = None
+    sha256: str | None = None
+
+
+class ExportTarget(Schema):
+    """What a run exports: where to, in which form, and what its card tells besides the lineage."""
+
+    destination: str = Field(description="absolute, below an export root; made by the run")
+    format: ExportFormat = "input"
+    report: str | None = Field(None, description="the directory of the newest report on this model")
+    models: list[ModelOrigin] = Field(default_factory=list)
+    data: list[DataOrigin] = Field(default_factory=list)
+
+
 class RunInputs(Schema):
     """Every input of a run; absent ones are made by an earlier phase or not needed."""
 
@@ -85,12 +116,15 @@ class RunInputs(Schema):
     eval_prompts: DataInput | None = None
     responses: DataInput | None = None
     cache: DataInput | None = None
-    model: ModelInput | None = Field(None, description="the model that a benchmark measures or that answers samples")
+    model: ModelInput | None = Field(
+        None, description="the model that a benchmark measures, that answers samples or that is exported"
+    )
     baselines: list[ModelInput] = Field(default_factory=list)
     suite: str | None = Field(None, description="of a benchmark: a suite by name, or lm_eval:TASK")
     declared_teacher: str | None = None
     sft_teacher_path: str | None = Field(None, description="where the SFT teacher is at hand, to measure Δ")
     allow_teacher_mismatch: bool = False
+    export: ExportTarget | None = None
 
 
 class RunPhase(Schema):
@@ -143,11 +177,18 @@ class StopSettings(Schema):
     )
 
 
+class ExportSettings(Schema):
+    """Where models may be exported to, besides the folders of `serve --export-root`."""
+
+    roots: list[str] = Field(default_factory=list, description="absolute paths of folders")
+
+
 class WorkspaceSettings(Schema):
     """The settings file of a workspace."""
 
     quotas: Quotas = Quotas()
     stop: StopSettings = StopSettings()
+    export: ExportSettings = ExportSettings()
 
 
 class Progress(Schema):
@@ -205,11 +246,11 @@ class RunStatus(Schema):
     """The answer of `get_run_status`."""
 
     run_id: str
-    kind: RunKind
+    kind: Annotated[RunKind, LISTED_AS_TEXT]
     state: RunState
     created_at: str
     updated_at: str
-    phase: PhaseName | None = None
+    phase: Annotated[PhaseName, LISTED_AS_TEXT] | None = None
     phases_done: list[str] = Field(default_factory=list)
     phases_total: int
     progress: Progress | None = None

@@ -1,5 +1,6 @@
 """Serving over stdio or HTTP."""
 
+import gc
 import os
 import signal
 import sys
@@ -32,6 +33,20 @@ def stdout_to_stderr() -> Iterator[None]:
         os.close(wire)
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Inside, no cyclic garbage is looked for, and what was made there is never looked through again.
+
+    A start makes hundreds of thousands of objects that stay: looking through them took a quarter of it.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """`gpu_hours`: plans that take the device for longer are asked about; `allow_delete`: offer delete_artifact.
@@ -54,7 +69,7 @@ def serve_stdio(open_service: Callable[[], "JobService"], settings: ServerSettin
     end in order.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with stdout_to_stderr():
+    with stdout_to_stderr(), collector_paused():
         import anyio
 
         from opd_mcp.server.app import build_server
@@ -77,10 +92,11 @@ def serve_http(open_service: Callable[[], "JobService"], settings: ServerSetting
     Raises ArgumentError `invalid_argument` for a host that others can reach without a token and allowed hosts.
     """
     access = access.checked()
-    from opd_mcp.server.app import build_server
-    from opd_mcp.server.http import http_app
-    from opd_mcp.server.http_limits import http_server
+    with collector_paused():
+        from opd_mcp.server.app import build_server
+        from opd_mcp.server.http import http_app
+        from opd_mcp.server.http_limits import http_server
 
-    service = open_service()
-    app = http_app(build_server(service, settings), service, access, settings.secrets)
+        service = open_service()
+        app = http_app(build_server(service, settings), service, access, settings.secrets)
     http_server(app, access.host, access.port).run()

@@ -1,6 +1,10 @@
-"""The allowed roots: the only directories whose files are read for a caller, after symbolic links are resolved."""
+"""The allowed roots, below which files are read for a caller, and the export roots, below which models are written.
+
+Symbolic links are resolved before anything is compared.
+"""
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +14,8 @@ from opd_mcp.store.workspace import SECRET_FILES
 
 # Model, data and cache directories are shallow; nothing deeper is opened.
 LINK_DEPTH = 3
+EXPORT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
+"""The name of an exported model, which stands in its card and in commands."""
 
 
 class AllowedRoots:
@@ -84,6 +90,74 @@ class AllowedRoots:
 
     def _names(self) -> str:
         return ", ".join(map(str, self.roots))
+
+
+class ExportRoots:
+    """Directories below which a new directory may be made for an exported model; never in the workspace itself."""
+
+    def __init__(self, roots: Iterable[Path], workspace: Path) -> None:
+        self.roots = tuple(dict.fromkeys(root.resolve() for root in roots))
+        self.workspace = workspace
+
+    def new_directory(self, destination: str) -> Path:
+        """The real path of a directory that may be made.
+
+        Raises PathError: `relative_path` (also for a Hub id), `unusable_name`, `outside_roots` without or outside of
+        the export roots, `not_found` for a missing parent, `destination_exists`.
+        """
+        path = Path(destination)
+        if not path.is_absolute():
+            raise PathError(
+                "relative_path",
+                "A model is exported to an absolute path; uploading to the Hub is not this tool's.",
+                value=destination,
+                fix=f"Give an absolute path{self._below()}. To publish it, the user runs "
+                "`hf upload OWNER/NAME DIRECTORY --private`.",
+            )
+        if not EXPORT_NAME.fullmatch(path.name):
+            raise PathError(
+                "unusable_name",
+                "The last part of the destination names the model: letters, digits, '.', '_' and '-', 96 at most.",
+                value=destination,
+                fix="Choose such a name.",
+            )
+        try:
+            parent = path.parent.resolve()
+        except (ValueError, OSError, RuntimeError) as error:  # a NUL, a name too long, a loop of links
+            raise PathError(
+                "not_found", f"This cannot be a path ({error}).", value=destination, fix="Check the path."
+            ) from error
+        inside = any(parent == root or root in parent.parents for root in self.roots)
+        if not inside or parent == self.workspace or self.workspace in parent.parents:
+            raise PathError(
+                "outside_roots",
+                f"Models are exported below {', '.join(map(str, self.roots))}."
+                if self.roots
+                else "This server has no export root, so it writes no model anywhere.",
+                value=destination,
+                fix="Choose a destination there (and outside of the workspace), or ask the user to start the server "
+                "with --export-root DIR.",
+            )
+        if not parent.is_dir():
+            raise PathError(
+                "not_found", "The folder of the destination does not exist.", value=destination, fix="Make it first."
+            )
+        if os.path.lexists(parent / path.name):
+            raise destination_exists(parent / path.name)
+        return parent / path.name
+
+    def _below(self) -> str:
+        return f" below {self.roots[0]}" if self.roots else ""
+
+
+def destination_exists(path: Path) -> PathError:
+    """The error for an export that would replace something."""
+    return PathError(
+        "destination_exists",
+        "There is something of this name already; an export never replaces anything.",
+        value=path,
+        fix="Choose another name, or remove what is there.",
+    )
 
 
 def _require_plain(path: Path) -> None:

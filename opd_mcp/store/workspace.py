@@ -21,7 +21,7 @@ from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.runs import Quotas, StopSettings, WorkspaceSettings
+from opd_mcp.schemas.runs import ExportSettings, Quotas, StopSettings, WorkspaceSettings
 
 # Secrets of the workspace itself: no reference of a caller opens them.
 LINEAGE_KEY, HTTP_TOKEN, HTTP_SESSIONS = "lineage.key", "http.token", "http.sessions"
@@ -142,7 +142,7 @@ def read_settings(workspace: Workspace) -> WorkspaceSettings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid(f"not TOML: {error}", str(file)) from error
     _require_known(values, WorkspaceSettings, "")
-    for name, section in (("quotas", Quotas), ("stop", StopSettings)):
+    for name, section in (("quotas", Quotas), ("stop", StopSettings), ("export", ExportSettings)):
         if isinstance(values.get(name), dict):
             _require_known(values[name], section, f"{name}.")
     try:
@@ -175,6 +175,15 @@ def grace_seconds(workspace: Workspace) -> float:
         return read_settings(workspace).stop.grace_seconds
     except ArgumentError:
         return StopSettings().grace_seconds
+
+
+def export_folders(workspace: Workspace) -> list[Path]:
+    """The absolute folders that the settings let models be exported to; none while the settings are unusable."""
+    try:
+        folders = [Path(root).expanduser() for root in read_settings(workspace).export.roots]
+    except ArgumentError:
+        return []
+    return [folder for folder in folders if folder.is_absolute()]
 
 
 Content = TypeVar("Content", bound=Schema)

@@ -93,10 +93,13 @@ def _after_success(record: RunRecord, *, benchmarked: bool) -> NextAction:
         case "distill" if not benchmarked:
             why, missing = "The student is ready and not yet measured.", ["prompts", "teacher"]
             return next_call("benchmark_student", why, missing=missing, model=run_id).filled(teacher=teacher)
-        case "sample":
-            return NextAction(why="Read result: `samples` holds the texts.")
-        case _:
-            return NextAction(
-                why="Read result: `scores` holds the evidence, `paths` the absolute paths of what was made; "
+        case "export":
+            why, target = "The export is complete; its README.md says how to serve it.", inputs.export
+            return next_call("sample_model", why, missing=["prompts"], model=target.destination if target else run_id)
+        case kind:
+            texts = "Read result: `samples` holds the texts."
+            evidence = (
+                "Read result: `scores` holds the evidence, `paths` the absolute paths of what was made; "
                 f"the whole report is the resource opd://runs/{run_id}/report."
             )
+            return NextAction(why=texts if kind == "sample" else evidence)

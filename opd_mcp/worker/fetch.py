@@ -19,7 +19,8 @@ from opd_mcp.worker.fetch_data import with_present_data
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.pipeline import run_cancelled
 
-ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+# the card and the licence are read for the card of an export
+ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*"]
 
 
 def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], None] = lambda: None) -> Path:

@@ -27,6 +27,7 @@ from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.artifacts import ArtifactStore, require_intact
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
+from opd_mcp.worker.exporting import Exporting
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
@@ -63,6 +64,11 @@ class Pipeline:
             for position, phase in enumerate(phases):
                 if self.reporter.should_stop():
                     raise run_cancelled()
+                if phase.name == "export" and self._exporting.is_done():
+                    self.reporter.begin(phase.name)
+                    self.result |= self._exporting.result()
+                    self.journal.append("phase", {"phase": phase.name, "event": "finished"})
+                    continue
                 # Rollouts are only an intermediate of the cache that comes next.
                 holder = phases[position + 1] if phase.name == "rollout" else phase
                 if self._reused(phase, holder):
@@ -108,6 +114,9 @@ class Pipeline:
         if made is None:
             if phase.name == "sample":
                 self.result |= sampled(building)
+            elif phase.name == "export":
+                self._exporting.published(building)
+                self.result |= self._exporting.result()
             else:
                 self.calls.paths[ROLLOUTS] = building
         else:
@@ -138,6 +147,9 @@ class Pipeline:
             if building is None:
                 raise run_cancelled()
             return building
+        if phase.name == "export":
+            self.held.callback(self._exporting.remove_building)
+            return self._exporting.building()
         made = self._product(phase)
         if made is None:  # in the run's own directory, which a suspended earlier attempt may still write to
             return self.directory / f"{phase.name}-{self.journal.attempt}"
@@ -147,6 +159,10 @@ class Pipeline:
         named = building / made.artifact_id
         named.mkdir(mode=0o700)
         return named
+
+    @property
+    def _exporting(self) -> Exporting:
+        return Exporting(self.record.request.inputs, self.directory, self.artifacts, self.journal)
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)

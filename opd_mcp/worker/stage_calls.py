@@ -12,6 +12,7 @@ from opd_mcp.engine.context import (
     BenchmarkInputs,
     Context,
     DistillInputs,
+    ExportInputs,
     ResponsesInputs,
     RolloutInputs,
     SampleInputs,
@@ -27,6 +28,7 @@ from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
     DistillRecipe,
+    ExportRecipe,
     ResponsesRecipe,
     RolloutRecipe,
     SampleRecipe,
@@ -72,6 +74,8 @@ class Stages(Protocol):
     ) -> BenchmarkReport: ...
 
     def sample(self, section: SampleRecipe, inputs: SampleInputs, output: Path, context: Context) -> StageCost: ...
+
+    def export(self, section: ExportRecipe, inputs: ExportInputs, output: Path, context: Context) -> StageCost: ...
 
 
 @dataclass
@@ -134,6 +138,12 @@ class StageCalls:
             case "sample":
                 shown = SampleInputs(model=paths["model"], prompts=paths["prompts"])
                 cost = stages.sample(recipe.sample, shown, output, context)
+            case "export":
+                target = self.record.request.inputs.export
+                assert target is not None, "an export has a destination"
+                report = Path(target.report) if target.report else None
+                made = ExportInputs(model=paths["model"], report=report, models=target.models, data=target.data)
+                cost = stages.export(ExportRecipe(format=target.format), made, output, context)
             case _ if (task := self._task()) is not None:
                 cost = report_cost(stages.benchmark_task(recipe.benchmark, task, output, context))
             case _:

@@ -32,6 +32,18 @@ def test_gpus_are_what_the_driver_lists(tool):
     assert (target.kind, target.memory) == ("cuda", 143000 << 20)
 
 
+def test_the_capacity_is_all_memory_of_the_smallest_gpu_whatever_is_free(tool):
+    tool(f"printf '{ANSWER}GPU-3c, NVIDIA H100, 81559, 5\n'".replace("\n", "\\n"))
+    assert target_of(RuntimeRecipe()).capacity == 81559 << 20
+
+
+def test_the_capacity_of_the_cpu_is_the_container_s_limit(monkeypatch):
+    monkeypatch.setattr(devices, "container_limit", lambda: 1 << 30)
+    assert target_of(RuntimeRecipe(device="cpu")).capacity == 1 << 30
+    monkeypatch.setattr(devices, "container_limit", lambda: None)
+    assert target_of(RuntimeRecipe(device="cpu")).capacity > 1 << 30
+
+
 def test_a_leased_gpu_counts_as_free_for_whoever_comes_after_its_holder(tool):
     tool(f"printf '{ANSWER}'".replace("\n", "\\n"))
     assert target_of(RuntimeRecipe(), lambda slots: ["gpu-GPU-2b"]).memory == 143771 << 20

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from opd_mcp.grading.golds import chosen_grader, gold_problems, recipe_grader
+from opd_mcp.grading.golds import OddGolds, chosen_grader, gold_problems, odd_golds, recipe_grader
 from opd_mcp.grading.grade import WHAT_IT_DOES, Grade, Tally
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName
 
@@ -25,6 +25,13 @@ def test_a_grader_that_fits_is_chosen_and_the_reason_given(golds, name):
     chosen, why = chosen_grader(golds)
     assert chosen == name
     assert why
+
+
+def test_a_few_answers_of_another_kind_are_named():
+    assert odd_golds(["1"] * 10 + ["n/a"]) == OddGolds(1, 11, "number", 10)
+    assert odd_golds(["2 #### 2"] * 20 + ["7", "8"]) == OddGolds(2, 22, "gsm8k", 20)
+    assert odd_golds(["1"] * 10) is None
+    assert odd_golds(["x^2", "7", "y+1", "8"]) is None
 
 
 def test_a_recipe_says_its_grader_or_leaves_it_to_the_answers():

@@ -18,12 +18,21 @@ from opd_mcp.planning.estimates import (
     measured_costs,
     work_name,
 )
-from opd_mcp.planning.workload import PROCESS_BYTES, DataSize, Room, Workload, model_shape
+from opd_mcp.planning.workload import (
+    DRAWN,
+    PROCESS_BYTES,
+    DataSize,
+    Room,
+    Workload,
+    model_shape,
+    with_fitting_batches,
+    workload_of,
+)
 from opd_mcp.schemas.memory import ModelShape, micro_tokens
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import RunPhase
+from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunPhase
 
 SMALL = ModelShape(10**6, layers=2, hidden=64, query_width=64, kv_width=64, intermediate=128, vocab=1000)
 LARGE = ModelShape(10**7, layers=4, hidden=256, query_width=256, kv_width=256, intermediate=512, vocab=1000)
@@ -226,6 +235,92 @@ def test_8b_fits_a_card_with_an_adapter_on_a_bf16_base_and_not_whole():
     assert EIGHT.adapter_parameters(32) == 36 * 32 * (2 * 8192 + 2 * 5120 + 3 * 16384)
     merged = {"sft.adapter.save": "merged", "distill.adapter": {}} | full
     assert memory(**merged) > 4 * EIGHT.parameters, "a student that was merged in float32 stays so"
+
+
+ONE_SEVEN = ModelShape(1_720_574_976, 28, 2048, query_width=2048, kv_width=1024, intermediate=6144, vocab=151936)
+CARD = Room("cuda", 80 * 10**9 - PROCESS_BYTES)
+
+
+@pytest.mark.parametrize(("shape", "batch"), [(ONE_SEVEN, 128), (EIGHT, 64)])
+def test_rollouts_are_drawn_in_the_largest_batch_that_the_card_holds(shape, batch):
+    """The preset's 256 rows of 4096 tokens would need 123 GB of keys and values for 1.7B."""
+    workload = Workload(resolve_recipe("paper", {}), shape, EIGHT, DATA, CARD)
+    whole = workload.work("rollout")
+    assert (whole.batch, whole.kv_bytes) == (256, 2 * 256 * 4106 * shape.layers * 1024 * 2)
+    chosen = with_fitting_batches(workload, ["rollout"], ())
+    assert chosen == workload.recipe.model_copy(
+        update={"rollout": workload.recipe.rollout.model_copy(update={"batch_size": batch})}
+    ), "and nothing else changes"
+    now, twice = (replace(workload, recipe=chosen).work("rollout"), whole)
+    assert now.memory <= 0.9 * CARD.memory < twice.memory
+    assert now.batch == batch
+
+
+def test_every_phase_that_generates_gets_its_own_batch():
+    workload = Workload(resolve_recipe("paper", {}), ONE_SEVEN, EIGHT, replace(DATA, sft_prompts=10**4), CARD)
+    chosen = with_fitting_batches(workload, DRAWN, ())
+    assert chosen.responses.batch_size == 16, "16,384 tokens of the teacher"
+    assert chosen.rollout.batch_size == 128
+    assert chosen.benchmark.batch_size == 8, "32,768 tokens, next to the teacher"
+    for phase in DRAWN:
+        assert replace(workload, recipe=chosen).work(phase).memory <= 0.9 * CARD.memory
+
+
+def test_a_batch_that_was_named_stays_and_so_does_one_that_a_single_row_would_not_make_fit():
+    recipe = resolve_recipe("paper", {"rollout.batch_size": 200})
+    workload = Workload(recipe, EIGHT, EIGHT, DATA, CARD)
+    assert with_fitting_batches(workload, ["rollout"], {"rollout.batch_size": 200}) == recipe
+    assert with_fitting_batches(workload, ["rollout"], ()).rollout.batch_size == 50
+    assert with_fitting_batches(replace(workload, room=Room("cuda", 10**9)), ["rollout"], ()) == recipe
+
+
+def test_the_plan_says_the_batch_and_its_keys_and_values():
+    phases = {phase.phase: phase for phase in estimator().estimate("lightning", PHASES).phases}
+    assert phases["rollout"].batch_size == 1024
+    assert phases["rollout"].kv_cache_bytes == 2 * 1024 * 74 * SMALL.layers * SMALL.kv_width * 4
+    assert phases["score"].batch_size is None
+    assert phases["score"].memory_bytes < phases["rollout"].memory_bytes
+
+
+def test_live_counts_the_student_s_weights_once():
+    recipe = resolve_recipe("demo", {"distill.method": "live"})
+    live = Workload(recipe, LARGE, SMALL, DATA).work("distill")
+    apart = Workload(resolve_recipe("demo", {}), LARGE, SMALL, DATA).work("distill")
+    teacher = SMALL.parameters * 4
+    assert live.batch == recipe.distill.batch_size
+    assert live.memory - apart.memory - teacher - live.kv_bytes < LARGE.parameters * 4
+
+
+def test_a_live_teacher_that_is_the_student_s_base_is_counted_once():
+    """Not for another dtype, and not where the SFT before it changes the weights."""
+
+    def live(shared: bool, **changes: object) -> int:
+        recipe = resolve_recipe("demo", {"distill.method": "live", "distill.adapter": {}} | changes)
+        return Workload(recipe, LARGE, LARGE, DATA, stored_bytes=4, teacher_is_base=shared).work("distill").memory
+
+    assert live(False) - live(True) == 4 * LARGE.parameters
+    narrow = {"distill.adapter.base_dtype": "bfloat16"}
+    assert live(False, **narrow) == live(True, **narrow)
+    full = {"distill.adapter": None}
+    assert live(False, **full) == live(True, **full)
+
+
+def test_whether_the_teacher_is_the_base_follows_from_identities_and_from_the_sft():
+    teacher = ModelInput(reference="teacher", path=str(EXAMPLE / "teacher"))
+    student = ModelInput(reference="student", path=str(EXAMPLE / "student"))
+    prompts = DataInput(reference="p", path=str(EXAMPLE / "opd.jsonl"), rows=10)
+
+    def shared(own: ModelInput = teacher, *, sft: bool = False, **changes: object) -> bool:
+        recipe = resolve_recipe("demo", {"distill.method": "live", "distill.adapter": {}} | changes)
+        inputs = RunInputs(student=own, teacher=teacher, prompts=prompts, sft_prompts=prompts if sft else None)
+        return workload_of(recipe, inputs).teacher_is_base
+
+    assert shared()
+    assert not shared(student)
+    assert not shared(**{"distill.adapter": None})
+    assert not shared(sft=True), "its SFT trains all weights"
+    assert not shared(sft=True, **{"sft.adapter": {}}), "merged: other weights than the teacher's"
+    assert shared(sft=True, **{"sft.adapter": {"save": "adapter"}})
 
 
 def test_8b_on_a_base_in_4_bits_needs_a_third_less_and_so_do_its_rollouts():

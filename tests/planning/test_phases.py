@@ -45,6 +45,13 @@ def test_a_setting_changes_its_phase_and_all_that_follow(overrides, kept):
     assert [name for name in before if before[name] == after[name]] == kept
 
 
+def test_a_setting_that_came_later_changes_no_key_at_its_default():
+    assert keys(inputs(), distill__repair="none") == keys(inputs())
+    assert keys(inputs(), distill__repair="residual")["distill"] != keys(inputs())["distill"]
+    assert "repair" not in resolve_recipe("demo", {}).distill.key_settings()
+    assert "repair" in resolve_recipe("demo", {"distill.repair": "residual"}).distill.key_settings()
+
+
 def test_where_a_model_lies_and_how_it_is_called_does_not_matter():
     moved = model("student", reference="elsewhere", path="/elsewhere/model")
     moved = moved.model_copy(update={"identity": moved.identity.model_copy(update={"name": "model"})})

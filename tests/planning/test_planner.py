@@ -331,6 +331,27 @@ def test_a_device_too_small_for_the_batches_is_offered_smaller_ones_in_a_call_th
     assert again.recipe.distill.adapter is None
 
 
+def test_the_batch_follows_from_all_memory_of_the_device_not_from_what_is_free(service, world, gpu):
+    """1024 rows of the preset have 73 MiB of keys and values; a plan and a cache of the same rows agree."""
+    overrides = {"runtime.device": "auto", "rollout.count": 4096}
+    declared = {"declared_teacher": world.teacher}
+    plans = []
+    for free in (760, 300):
+        gpu(total=760, free=free)
+        plans.append(service.plan(world.plan_arguments(overrides=overrides, **declared)))
+    assert [plan.recipe.rollout.batch_size for plan in plans] == [512, 512]
+    assert plans[0].plan_id == plans[1].plan_id
+    [rollout] = [phase for phase in plans[0].estimates[0].phases if phase.phase == "rollout"]
+    assert rollout.batch_size == 512
+    assert "rollout 512 rows, 3" in plan_text(plans[0])
+    cache = service._builder.cache(world.cache_arguments(world.student, overrides=overrides, **declared))
+    assert [phase.key for phase in cache.phases] == [phase.key for phase in plans[0].phases][:2]
+    named = service.plan(world.plan_arguments(overrides=overrides | {"rollout.batch_size": 1024}, **declared))
+    assert named.recipe.rollout.batch_size == 1024
+    gpu(total=80_000, free=80_000)
+    assert service.plan(world.plan_arguments(overrides=overrides, **declared)).recipe.rollout.batch_size == 1024
+
+
 def test_nothing_fits_a_device_that_is_smaller_than_a_process(service, world, gpu):
     gpu(total=400, free=300)
     plan = service.plan(world.plan_arguments(overrides={"runtime.device": "auto"}))
@@ -352,7 +373,9 @@ def test_a_device_too_small_for_a_bf16_base_is_offered_one_in_4_bits(service, wo
 
     monkeypatch.setattr(ModelCache, "inspect_model", large)
     gpu(total=80_000, free=79_000)
-    overrides = {"runtime.device": "auto", "runtime.dtype": "bfloat16", "distill.batch_size": 64}
+    few = {f"{name}.batch_size": 1 for name in ("sft", "distill", "responses", "rollout", "benchmark")}
+    full = {f"{name}.activation_checkpointing": "full" for name in ("sft", "distill")}
+    overrides = {"runtime.device": "auto", "runtime.dtype": "bfloat16"} | few | full
     arguments = world.plan_arguments(overrides=overrides)
     full, lora, packed = service.plan(arguments).fits
     assert packed.peak_memory_bytes < lora.peak_memory_bytes < full.peak_memory_bytes

@@ -9,6 +9,7 @@ import pytest
 
 from opd_mcp.schemas.errors import ConsistencyError, DataError
 from opd_mcp.schemas.requests import StartSft
+from opd_mcp.server.render.plans import plan_text
 
 GOOD = {"prompt": "1+1=?", "response_ids": [4, 5, 1]}
 
@@ -104,6 +105,17 @@ def problems(plan) -> str:
 )
 def test_golds_that_their_grader_takes_for_right_block_nothing(service, world, golds, grader):
     assert problems(evaluated(service, world, golds, **{"benchmark.grader": grader})) == ""
+
+
+def test_the_plan_names_its_grader_and_a_few_answers_that_decided_it(service, world):
+    plan = evaluated(service, world, ["1", "2", "3"])
+    assert plan.grading.to_dict() == {"grader": "number", "why": "every answer is a number", "right": 3, "graded": 3}
+    assert "answers are graded by 'number' (every answer is a number); 3 of 3" in plan_text(plan)
+    odd = evaluated(service, world, ["1"] * 20 + ["n/a"])
+    (warning,) = [finding for finding in odd.warnings if finding.code == "golds_of_two_kinds"]
+    assert "1 of 21 expected answers do not fit the grader 'number'" in warning.message
+    assert "g20: 'n/a'" in warning.message
+    assert service.plan(world.plan_arguments(eval_prompts=None)).grading is None
 
 
 @pytest.mark.parametrize(

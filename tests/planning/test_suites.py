@@ -8,13 +8,14 @@ import pytest
 
 from opd_mcp.planning import suites as module
 from opd_mcp.planning.suites import suite_name, suites, with_suite
-from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.errors import ArgumentError, DataError, ResourceError
 from opd_mcp.schemas.recipes import Preset
 from opd_mcp.schemas.requests import BenchmarkStudent
 from opd_mcp.schemas.resolve import resolve_recipe
 
 USABLE = [name for name, suite in suites().items() if suite.refused is None]
 ALLOWED = {"benchmark.allow_code": True}
+SHORT = {"benchmark.sampling.max_new_tokens": 64}  # the world's models have 256 positions
 
 
 @pytest.mark.parametrize("preset", get_args(Preset))
@@ -63,7 +64,10 @@ def harness_is_here(monkeypatch):
 
 
 def test_a_suite_from_the_hub_is_fetched_by_the_run_and_its_settings_are_in_the_recipe(service, world):
-    request = service._builder.benchmark(BenchmarkStudent(model=world.student, suite="aime25", preset="demo"))
+    arguments = BenchmarkStudent(model=world.student, suite="aime25", preset="demo")
+    with pytest.raises(DataError, match=r"too_long.*256 positions.*'benchmark.sampling.max_new_tokens' to at most 256"):
+        service._builder.benchmark(arguments)
+    request = service._builder.benchmark(arguments.model_copy(update={"overrides": SHORT}))
     assert [phase.name for phase in request.phases] == ["fetch", "benchmark"]
     assert request.inputs.suite == "aime25"
     assert request.inputs.prompts.hub_id == "math-ai/aime25@test"
@@ -96,7 +100,7 @@ def test_generated_programs_run_only_where_that_is_allowed(service, world):
     arguments = BenchmarkStudent(model=world.student, suite="livecodebench", prompts=file)
     with pytest.raises(ArgumentError, match=r"benchmark\.allow_code must be true"):
         service._builder.benchmark(arguments)
-    allowed = service._builder.benchmark(arguments.model_copy(update={"overrides": ALLOWED}))
+    allowed = service._builder.benchmark(arguments.model_copy(update={"overrides": ALLOWED | SHORT}))
     assert allowed.recipe.benchmark.grader == "code"
 
 

@@ -213,6 +213,9 @@ class ScriptedService:
     def sample_model(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("sample_model", "sample", arguments)
 
+    def export_student(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("export_student", "export", arguments)
+
     def run_metrics(self, arguments: Any) -> MetricsReport:
         self._record("run_metrics", arguments)
         series = MetricSeries(

@@ -40,6 +40,7 @@ def calls(folder: Path, plan_id: str) -> list[tuple[str, dict[str, Any]]]:
         ("start_distillation", {"plan_id": plan_id}),
         ("benchmark_student", {"model": student, "prompts": str(EXAMPLES / "tune.jsonl"), **common}),
         ("sample_model", {"model": student, "prompts": ["1+1=?"]}),
+        ("export_student", {"model": student, "destination": str(folder / "exports" / "student")}),
         ("get_run_status", {"wait_seconds": 0.1}),
         ("get_run_metrics", {}),
         ("get_run_logs", {}),
@@ -91,7 +92,9 @@ async def session(folder: Path) -> dict[str, Any]:
         leases.acquire("test", slots, 1, lambda: False)
     workspace = Workspace(folder / "workspace")
     roots = AllowedRoots([folder])
-    service = JobService(workspace, roots, JobSettings(lease_folder=leases.root, cpu_slots=1))
+    exports = folder / "exports"
+    exports.mkdir()
+    service = JobService(workspace, roots, JobSettings(lease_folder=leases.root, cpu_slots=1, export_roots=(exports,)))
     (folder / "responses.jsonl").write_text('{"prompt": "1+1=?", "response": "1+1=2;#2"}\n')
     plan_arguments = {
         "teacher": str(EXAMPLES / "teacher"),

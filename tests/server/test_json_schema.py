@@ -1,11 +1,14 @@
 """The published schemas are short, flat where they go in, and true of what comes out."""
 
+from contextlib import nullcontext
+
 import jsonschema
 import pytest
+from pydantic import ValidationError
 
 from opd_mcp.schemas.plans import Plan
-from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
-from opd_mcp.schemas.runs import RunStatus
+from opd_mcp.schemas.requests import BuildTeacherCache, PlanDistillation, StartDistillation
+from opd_mcp.schemas.runs import RunSnapshot, RunStatus
 from opd_mcp.server.protocol.json_schema import input_schema, output_schema, structured
 
 
@@ -13,7 +16,42 @@ def test_an_optional_argument_is_its_type_without_null():
     properties = input_schema(StartDistillation)["properties"]
     assert properties["student"] == {"type": "string", "description": "absolute path, artifact, run or Hub id"}
     assert properties["benchmark"]["default"] is True
-    assert properties["prompts"]["anyOf"][1] == {"type": "array", "items": {"type": "string"}, "maxItems": 200}
+    assert properties["prompts"] == {
+        "type": ["string", "array"],
+        "items": {"type": "string"},
+        "maxItems": 200,
+        "description": "reference, or up to 200 inline",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "valid"), [("a", True), (["a"], True), (["a"] * 201, False), ([1], False), (1, False)]
+)
+def test_a_list_of_types_accepts_what_pydantic_accepts(value, valid):
+    schema = input_schema(PlanDistillation)
+    arguments = {"student": "/s", "teacher": "/t", "prompts": value}
+    assert jsonschema.Draft202012Validator(schema).is_valid(arguments) is valid
+    with nullcontext() if valid else pytest.raises(ValidationError):
+        PlanDistillation.model_validate(arguments)
+
+
+def test_what_the_plan_says_of_an_optional_argument_is_said_once():
+    alone = input_schema(BuildTeacherCache)["properties"]
+    listed = input_schema(BuildTeacherCache, PlanDistillation)["properties"]
+    assert alone.keys() == listed.keys()
+    assert alone["overrides"]["description"]
+    assert listed["overrides"] == {"type": "object"}
+    assert listed["preset"] == {"type": "string", "enum": ["quick", "paper", "demo"]}
+    assert listed["student"] == alone["student"]
+    assert listed["topk"] == alone["topk"]
+
+
+def test_a_brief_answer_names_every_field_and_types_those_that_are_always_there():
+    full, brief = output_schema(RunSnapshot), output_schema(RunSnapshot, brief=True)
+    assert brief["properties"].keys() == full["properties"].keys()
+    assert brief["required"] == full["required"]
+    assert brief["properties"]["run_id"] == {"type": "string"}
+    assert brief["properties"]["result"] == {}
 
 
 def test_a_field_named_like_a_keyword_is_kept():

@@ -17,6 +17,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "start_distillation": ("start_distillation", {"plan_id": "plan-1"}),
     "benchmark_student": ("benchmark_student", {"model": "run-1", "prompts": "/data/eval.jsonl"}),
     "sample_model": ("sample_model", {"model": "run-1", "prompts": ["1+1=?"]}),
+    "export_student": ("export_student", {"model": "run-1", "destination": "/out/student"}),
     "inspect_cache": ("inspect_cache", {"cache": "cache-1"}),
     "get_run_status": ("status", {}),
     "list_runs": ("list_runs", {"state": "running", "limit": 5}),
@@ -50,8 +51,11 @@ async def test_the_server_has_exactly_the_tools_of_the_contract(connect):
     assert [tool.name for tool in tools] == list(CALLS)
     for tool in tools:
         assert tool.annotations.read_only_hint is (tool.name in READ_ONLY)
-        assert tool.annotations.destructive_hint is (tool.name == "cancel_run")
-        assert tool.annotations.idempotent_hint is not None
+        if tool.name in READ_ONLY:  # the protocol gives the two a meaning only for tools that change something
+            assert tool.annotations.destructive_hint is tool.annotations.idempotent_hint is None
+        else:
+            assert tool.annotations.destructive_hint is (tool.name == "cancel_run")
+            assert tool.annotations.idempotent_hint is not None
         assert tool.annotations.open_world_hint is not None
         assert tool.input_schema["additionalProperties"] is False
         assert tool.output_schema["type"] == "object"

@@ -187,6 +187,16 @@ def sample(section, inputs, output, context):
     return cost("sample", 2 * len(rows))
 
 
+def export(section, inputs, output, context):
+    trained(inputs.model, output, sft_teacher=claim_of(inputs.model, context))
+    (output / "README.md").write_text(f"{section.format}: {[origin.name for origin in inputs.models]}")
+    fatal = output.parents[1] / "die-once"
+    if fatal.exists():
+        fatal.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cost("export", 0)
+
+
 def make_noise(context):
     for number in range(40):
         with warnings.catch_warnings():  # whatever changes the filters makes Python forget what it has shown

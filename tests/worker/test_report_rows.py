@@ -68,7 +68,9 @@ def test_what_is_not_measured_is_said_with_its_reason(world, real_service, finis
 
 def test_a_suite_goes_through_the_worker_and_its_name_is_in_the_report(world, service, finished):
     file = world.file("gsm8k.jsonl", json.dumps({"question": "1+1=?", "answer": "#### 2"}) + "\n")
-    started = service.benchmark_student(BenchmarkStudent(model=world.teacher, suite="GSM8K", prompts=file))
+    overrides = {"benchmark.sampling.max_new_tokens": 64}
+    arguments = BenchmarkStudent(model=world.teacher, suite="GSM8K", prompts=file, overrides=overrides)
+    started = service.benchmark_student(arguments)
     status = finished(service, started.run_id)
     assert status.state == "succeeded", status.error
     assert report_of(status).suite == "gsm8k"

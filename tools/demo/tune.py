@@ -119,25 +119,17 @@ class SeedFolder:
         """The SFT student's outcome."""
         return self._outcome("sft", self.sft())
 
+    def cache(self) -> Path:
+        """The teacher cache of the SFT student's rollouts."""
+        recipe, student, prompts = self.recipe, self.sft(), self.prompts / "opd.jsonl"
+        drawn = RolloutInputs(student=student, prompts=prompts, tokenizer=self.teacher)
+        rollouts = self._made("rollouts", partial(stages.rollout, recipe.rollout, drawn))
+        scored = ScoreInputs(student=student, rollouts=rollouts, teacher=self.teacher)
+        return self._made("cache", partial(stages.score, recipe.score, scored))
+
     def distilled(self, arm: str, recipe: Recipe) -> Outcome:
         """The outcome of distilling from the shared cache with this recipe; replaces the arm's previous model."""
-        student, prompts = self.sft(), self.prompts / "opd.jsonl"
-        rollouts = self._made(
-            "rollouts",
-            partial(
-                stages.rollout,
-                self.recipe.rollout,
-                RolloutInputs(student=student, prompts=prompts, tokenizer=self.teacher),
-            ),
-        )
-        cache = self._made(
-            "cache",
-            partial(
-                stages.score,
-                self.recipe.score,
-                ScoreInputs(student=student, rollouts=rollouts, teacher=self.teacher),
-            ),
-        )
+        student, cache = self.sft(), self.cache()
         for name in (arm, f"{arm}-report"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         model = self._made(arm, partial(stages.distill, recipe.distill, DistillInputs(student=student, cache=cache)))

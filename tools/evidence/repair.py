@@ -82,13 +82,14 @@ def recovered(seeds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     lost = [seed["consistent"]["accuracy"] - seed["mismatched"]["accuracy"] for seed in seeds]
     won = [seed["repaired"]["accuracy"] - seed["mismatched"]["accuracy"] for seed in seeds]
     return {
-        "lost": _interval(lost),
-        "won_back": _interval(won),
+        "lost": t_interval(lost),
+        "won_back": t_interval(won),
         "share": mean(won) / mean(lost) if mean(lost) else None,
     }
 
 
-def _interval(values: list[float]) -> list[float]:
+def t_interval(values: list[float]) -> list[float]:
+    """Mean, and the ends of its 95 % t-interval; NaN for one value."""
     half = T95[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) in T95 else float("nan")
     return [mean(values), mean(values) - half, mean(values) + half]
 

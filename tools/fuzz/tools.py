@@ -87,6 +87,7 @@ class Fuzzer:
         if "enum" in schema:
             return pick(schema["enum"])
         kind = schema.get("type") or pick(schema["anyOf"])["type"]
+        kind = pick(kind) if isinstance(kind, list) else kind
         if kind in ("integer", "number"):
             return self.random.randint(schema.get("minimum", 0), min(schema.get("maximum", 50), 100))
         drawn = {"boolean": pick([True, False]), "array": [pick(["x", "1+1=?"])], "object": {}}

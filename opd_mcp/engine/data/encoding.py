@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.runtime import TooSlow, processor_seconds
-from opd_mcp.identity.chat.rendering import NO_MOMENT, reads_clock
+from opd_mcp.identity.chat.rendering import NO_MOMENT
 from opd_mcp.identity.chat.tokenizer import ChatTokenizer
 from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.tokenizers import reads_clock
 from opd_mcp.schemas.errors import ArgumentError, DataError
 from opd_mcp.schemas.recipes import PromptingRecipe
 

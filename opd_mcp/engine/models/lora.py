@@ -220,14 +220,16 @@ def require_continuable(files: AdapterFiles | None, recipe: AdapterRecipe, stude
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what it did before it had adapters."""
-    layers = list(adapters(model).values())
+    """Inside, the model computes what its base does in inference: earlier, frozen adapters are off as well."""
+    layers, was_training = list(adapters(model).values()), model.training
     before = [layer.active for layer in layers]
+    model.eval()
     for layer in layers:
         layer.active = False
     try:
         yield
     finally:
+        model.train(was_training)
         for layer, active in zip(layers, before, strict=True):
             layer.active = active
 

@@ -49,7 +49,8 @@ class SavedForm:
     """How a student is saved: with the files of which original, with which tokenizer, in which dtype.
 
     A dtype that was not `asked` for never widens weights that training kept narrower. `adapter` says in which ways a
-    student with an adapter is saved, which belongs to the weights in `base`.
+    student with an adapter is saved, which belongs to the weights in `base`; no file of weights has more than
+    `shard_bytes`, where that is said.
     """
 
     original: Path
@@ -58,15 +59,21 @@ class SavedForm:
     asked: bool
     adapter: AdapterSave | None = None
     base: Path | None = None
+    shard_bytes: int | None = None
 
     @classmethod
     def of(
-        cls, student: LoadedModel, adopted: AdoptedTokenizer, dtype: SaveDtype, adapter: AdapterSave | None = None
+        cls,
+        student: LoadedModel,
+        adopted: AdoptedTokenizer,
+        dtype: SaveDtype,
+        adapter: AdapterSave | None = None,
+        shard_bytes: int | None = None,
     ) -> "SavedForm":
         """The form that a recipe's `save_dtype` asks for; "input" is the dtype of most of the original's weights."""
         base = student.facts.weights_path
         chosen = stored_dtype(base) if dtype == "input" else getattr(torch, dtype)
-        return cls(student.path, adopted, chosen, dtype != "input", adapter, base)
+        return cls(student.path, adopted, chosen, dtype != "input", adapter, base, shard_bytes)
 
     def try_out(self, model: PreTrainedModel) -> None:
         """Write everything but the weights to a temporary folder and read it again: no training ends in an error.
@@ -100,7 +107,7 @@ class SavedForm:
         if self.adapter is not None:
             return self._save_adapter(model, output, self.adapter)
         cast(model, model.dtype if model.dtype.itemsize < self.dtype.itemsize and not self.asked else self.dtype)
-        model.save_pretrained(output)
+        self._write_weights(model, output)
         self._write_companions(output)
         return None
 
@@ -122,9 +129,13 @@ class SavedForm:
             dtype = torch.float32
         merge(model)
         cast(model, dtype)
-        model.save_pretrained(output)
+        self._write_weights(model, output)
         self._write_companions(output)
         return refused
+
+    def _write_weights(self, model: PreTrainedModel, output: Path) -> None:
+        limit = {} if self.shard_bytes is None else {"max_shard_size": self.shard_bytes}
+        model.save_pretrained(output, **limit)
 
     def _prepare(self, model: PreTrainedModel) -> None:
         model.config.eos_token_id = list(self.adopted.eos_token_ids)

@@ -4,7 +4,7 @@ All scores are log-probs of given tokens at temperature 1, untruncated.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,10 @@ from opd_mcp.engine.losses.linear_head import row_scores
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.models.loading import LoadedModel, load_model
+from opd_mcp.engine.models.lora import adapters
 from opd_mcp.engine.provenance import full_identity
 from opd_mcp.engine.runtime import Runtime, open_runtime
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import EngineGap
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import ModelIdentity
@@ -123,6 +125,20 @@ def open_local(path: Path, runtime: Runtime, micro_batch_tokens: int) -> LocalTe
     """The teacher in a model directory; raises what `load_model` raises."""
     model = load_model(path, runtime)
     return LocalTeacher(model, full_identity(path), model.vocab_size, micro_batch_tokens, runtime)
+
+
+def base_as_teacher(student: LoadedModel, teacher: Path, runtime: Runtime) -> LoadedModel | None:
+    """The student's module as this teacher, where its frozen base is the teacher, byte for byte, in the same dtype.
+
+    It computes the teacher's log-probs inside `without_adapters`, to the bit. None: the teacher must be loaded.
+    """
+    layers, base = adapters(student.model).values(), student.facts.weights_path
+    if not layers or any(getattr(layer.weight, "dtype", None) is not runtime.dtype for layer in layers):
+        return None
+    mine, theirs = full_identity(base), full_identity(teacher)
+    if not mine.same_model(theirs) or mine.weights_full != theirs.weights_full:
+        return None
+    return replace(student, facts=inspect_model(teacher), path=teacher)
 
 
 def rescorer(path: Path) -> Callable[[Sequences, int], NDArray[np.float32]]:

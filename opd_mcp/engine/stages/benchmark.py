@@ -12,14 +12,13 @@ from opd_mcp.engine.provenance import Provenance, record_lineage
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.chat.rendering import reads_clock
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.models import ModelFacts, inspect_model
-from opd_mcp.identity.tokenizers import chat_template
+from opd_mcp.identity.tokenizers import chat_template, reads_clock
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe
@@ -57,7 +56,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         warnings += model_warnings(context, model)
         with grader:
             scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
-    del model
+        del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     marks = {name for name, path in references.items() if path != inputs.teacher}
     judged = [entry.score for name, entry in scored.items() if name not in marks]

@@ -6,6 +6,7 @@ opened and checked before any step.
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from opd_mcp.engine.models.loading import (
     load_model,
     model_warnings,
 )
+from opd_mcp.engine.models.lora import without_adapters
 from opd_mcp.engine.models.saving import SavedForm, saved_files
 from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, frozen_hash, full_identity, record_lineage
 from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
-from opd_mcp.engine.scoring.local import engine_gap, require_agreement, score_sequences
+from opd_mcp.engine.scoring.local import base_as_teacher, engine_gap, require_agreement, score_sequences
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.watches import DistillWatch
 from opd_mcp.identity.consistency import require_behaviour, require_consistent, vouched
@@ -67,7 +69,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
         source = open_live(inputs, claim, context)
         model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
-        teacher = load_model(inputs.teacher, runtime)
+        teacher = base_as_teacher(model, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
         steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
     model_warnings(context, model, teacher)
     origin = adapter_origin(model, section.adapter, context)
@@ -184,7 +186,8 @@ def live_batches(
     """Each step's rollouts drawn from the student as it is then, scored by the teacher at once.
 
     A step's random stream follows from the seed and the step's number, so a resumed run draws what it would have drawn.
-    The first step raises RunError `engine_disagrees` as `engine_gap` does.
+    A teacher that is the student's own base is the same module with its adapters off. The first step raises RunError
+    `engine_disagrees` as `engine_gap` does.
     """
     valid_vocab, prompts = min(student.facts.tokens, teacher.facts.tokens), source.prompts
 
@@ -196,14 +199,15 @@ def live_batches(
         if checked:
             engine_gap(student, sequences, runtime)
         generated = time.perf_counter()
-        scores = score_sequences(
-            teacher,
-            sequences,
-            topk=section.topk if section.estimator != "sampled" else 0,
-            micro_batch_tokens=section.micro_batch_tokens,
-            runtime=runtime,
-            valid_vocab=valid_vocab,
-        )
+        with without_adapters(student.model) if teacher.model is student.model else nullcontext():
+            scores = score_sequences(
+                teacher,
+                sequences,
+                topk=section.topk if section.estimator != "sampled" else 0,
+                micro_batch_tokens=section.micro_batch_tokens,
+                runtime=runtime,
+                valid_vocab=valid_vocab,
+            )
         rows, scored = sequences.with_columns(**scores.columns()), time.perf_counter()
         return StepData(rows, np.arange(len(rows)), generated - started, scored - generated)
 

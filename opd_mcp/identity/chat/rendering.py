@@ -115,17 +115,6 @@ def names_read(template: str) -> set[str]:
     return meta.find_undeclared_variables(environment.parse(template)) - set(environment.globals)
 
 
-def reads_clock(template: str | None) -> bool:
-    """Whether a template asks for the time, so that its prompts are those of one moment."""
-    return template is not None and "strftime_now" in template
-
-
-def clock_examples(template: str, moment: datetime) -> list[str]:
-    """What the clock shows at this moment in the forms that stand in the template."""
-    forms = re.findall(r"""strftime_now\(\s*(["'])(.+?)\1""", template)
-    return list(dict.fromkeys(moment.strftime(form) for _, form in forms))
-
-
 def _clock(moment: datetime) -> Callable[[str], str]:
     def strftime_now(form: str) -> str:
         return moment.strftime(form)

@@ -108,7 +108,7 @@ def _described(part: Mapping[str, Any]) -> str:
     if "enum" in part:
         return "one of " + ", ".join(map(str, part["enum"]))
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "object": "an object"}
-    kind = words.get(part.get("type", ""))
+    kind = words.get(str(part.get("type", "")))
     if kind and ("minimum" in part or "maximum" in part):
         kind += f" from {part.get('minimum', '-∞')} to {part.get('maximum', '∞')}"
     if part.get("type") == "array":

@@ -2,7 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
 from opd_mcp.schemas.base import Schema
 
@@ -10,27 +14,50 @@ _NULL = {"type": "null"}
 _OBJECT = {"type": "object"}
 _INPUT_NOISE = frozenset({"title", "minLength", "maxLength", "maxProperties"})
 _OUTPUT_NOISE = _INPUT_NOISE | {"default"}
+_SAID_ONCE = ("description", "default")
+_ARRAY_KEYWORDS = frozenset({"items", "minItems", "maxItems"})
 _BRIEF_NOISE = _OUTPUT_NOISE | {"enum", "description"}
 
 
-def input_schema(model: type[Schema]) -> dict[str, Any]:
-    """The flat input schema of a tool; unknown arguments are forbidden."""
+def input_schema(model: type[Schema], described_by: type[Schema] | None = None) -> dict[str, Any]:
+    """The flat input schema of a tool; unknown arguments are forbidden.
+
+    Optional arguments are listed without the description and the default that they share with those of the request
+    `described_by`: six tools have them, and one of them says what they are.
+    """
     schema = model.model_json_schema()
     properties = {name: _without_noise(part, _INPUT_NOISE) for name, part in schema.get("properties", {}).items()}
+    required = schema.get("required", [])
+    known = {} if described_by is None else input_schema(described_by)["properties"]
+    for name in properties.keys() & known.keys() - set(required):
+        said = {key: value for key, value in known[name].items() if key in _SAID_ONCE}
+        properties[name] = {key: value for key, value in properties[name].items() if said.get(key) != value}
     short: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
-    if required := schema.get("required"):
-        short["required"] = required
-    return short
+    return {**short, "required": required} if required else short
+
+
+@cache
+def _outline(opaque: frozenset[str]) -> type[GenerateJsonSchema]:
+    """The generator that neither enters the models named in `opaque` nor writes defaults, for a quick start."""
+
+    class Outline(GenerateJsonSchema):
+        def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+            return dict(_OBJECT) if schema["cls"].__name__ in opaque else super().model_schema(schema)
+
+        def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+            return self.generate_inner(schema["schema"])
+
+    return Outline
 
 
 def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, brief: bool = False) -> dict[str, Any]:
     """The output schema of a tool as its results are really sent: without nulls, absent when unknown.
 
     Nested models are written in place; those named in `opaque` are published as a plain object. Numbers are never
-    required, since a NaN is left out of a result. `brief` leaves out descriptions and the values of enumerations, for
-    answers whose meaning another tool's schema explains.
+    required, since a NaN is left out of a result. `brief` leaves out descriptions, the values of enumerations, what
+    lists hold, and the types of what may be absent, for answers whose meaning another tool's schema explains.
     """
-    schema = model.model_json_schema()
+    schema = model.model_json_schema(schema_generator=_outline(opaque))
     definitions = schema.pop("$defs", {})
     required = [name for name in schema.get("required", ()) if schema["properties"][name].get("type") != "number"]
     short: dict[str, Any] = _without_noise(
@@ -38,6 +65,11 @@ def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, 
     )
     for noise in ("description", "additionalProperties"):
         short.pop(noise, None)
+    if brief:
+        short["properties"] = {
+            name: {"type": part["type"]} if name in required and "type" in part else {}
+            for name, part in short["properties"].items()
+        }
     return {**short, "required": required} if required else short
 
 
@@ -64,13 +96,18 @@ def _without_noise(node: Any, noise: frozenset[str], *, names: bool = False) -> 
     if names:
         return {name: _without_noise(value, noise) for name, value in node.items()}
     node = _without_null_alternative(node)
-    if "anyOf" in node and "description" in node:
-        # One description is enough: the alternatives' own only repeat the type.
-        node["anyOf"] = [{key: part for key, part in item.items() if key != "description"} for item in node["anyOf"]]
+    if "description" in node:
+        # One description is enough: those of alternatives and of a list's items only repeat the type.
+        if "anyOf" in node:
+            node["anyOf"] = [_undescribed(item) for item in node["anyOf"]]
+        if "items" in node:
+            node["items"] = _undescribed(node["items"])
+    if "anyOf" in node:
+        node = _types_together(node)
     return {
         key: _without_noise(value, noise, names=key == "properties")
         for key, value in node.items()
-        if key not in noise and not (key == "default" and value is None) and not _says_nothing(key, value)
+        if key not in noise and not _says_nothing(key, value)
     }
 
 
@@ -86,8 +123,28 @@ def _without_null_alternative(node: Mapping[str, Any]) -> dict[str, Any]:
     return _without_null_alternative({**rest[0], **outer})
 
 
+def _undescribed(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: part for key, part in node.items() if key != "description"}
+
+
+def _types_together(node: dict[str, Any]) -> dict[str, Any]:
+    """The node with `anyOf` of different types as one list of types, where no keyword bears on two of them.
+
+    `maxItems` and `items` say nothing of a text, so that text or list is one part with both types.
+    """
+    alternatives = [_without_noise(item, _INPUT_NOISE) for item in node["anyOf"]]
+    types = [item.get("type") for item in alternatives]
+    keywords = [key for item in alternatives for key in item if key != "type"]
+    plain = all(isinstance(name, str) for name in types) and len(set(types)) == len(types)
+    if not plain or not set(keywords) <= _ARRAY_KEYWORDS or len(set(keywords)) != len(keywords):
+        return node
+    together = {key: value for item in alternatives for key, value in item.items()}
+    return {**together, "type": types, **{key: value for key, value in node.items() if key != "anyOf"}}
+
+
 def _says_nothing(key: str, value: Any) -> bool:
-    return key == "additionalProperties" and value is True
+    """Whether a keyword repeats what its absence means: no, none, zero or empty as a default; any other property."""
+    return (key == "default" and not value) or (key == "additionalProperties" and value is True)
 
 
 def structured(record: Schema) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pydantic import ConfigDict
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.server.audit import AuditLog, client_name
 from opd_mcp.server.protocol.arguments import request_from_arguments, require_no_secret
 from opd_mcp.server.protocol.elicitation import Consent, asked, require_agreed
@@ -116,6 +117,8 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
         return await call(arguments, context)
 
     questions = find_resolved_parameters(call_if_agreed) if spec.ask else {}
+    # A server of some groups of tools may not offer the plan; then each tool describes all of its arguments.
+    described_by = PlanDistillation if spec.starts_run and not settings.groups else None
     return Tool(
         fn=call_if_agreed if spec.ask else call,
         resolved_params=questions,
@@ -124,7 +127,7 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
         name=spec.name,
         title=spec.title,
         description=spec.description,
-        parameters=input_schema(spec.request),
+        parameters=input_schema(spec.request, described_by),
         fn_metadata=FuncMetadata(
             arg_model=_RawArguments, output_schema=output_schema(spec.answer, spec.opaque, brief=not spec.explained)
         ),
@@ -132,8 +135,9 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
         context_kwarg="context",
         annotations=ToolAnnotations(
             read_only_hint=spec.read_only,
-            destructive_hint=spec.destructive,
-            idempotent_hint=spec.idempotent,
+            # These two say something of tools that change something only.
+            destructive_hint=None if spec.read_only else spec.destructive,
+            idempotent_hint=None if spec.read_only else spec.idempotent,
             open_world_hint=spec.open_world,
         ),
     )

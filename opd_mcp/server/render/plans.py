@@ -45,6 +45,9 @@ def _plan_measures(plan: Plan) -> list[str]:
     for role, data in (("prompts", plan.inputs.prompts), ("eval_prompts", plan.inputs.eval_prompts)):
         if data is not None and data.understood is not None:
             lines.append(f"{role} read as {understood_text(data.understood)}")
+    if (grading := plan.grading) is not None:
+        right = f"{grading.right} of {grading.graded} expected answers are right when a response says just them"
+        lines.append(f"answers are graded by '{grading.grader}' ({grading.why}); {right}")
     lines += measured_lines(verdict.teacher_delta, verdict.engine_gap)
     if verdict.measured_in and plan.rollouts:
         lines.append(f"rollouts in {verdict.measured_in}, where these were measured: {rollouts_text(plan.rollouts)}")
@@ -104,7 +107,13 @@ def _fit_line(option: FitOption) -> str:
 def _estimate_line(estimate: MethodEstimate) -> str:
     start = next((phase for phase in estimate.phases if phase.phase == PROCESS_START), None)
     of_it = f" (of it {duration(start.seconds)} process start, {start.basis.split(':')[0]})" if start else ""
+    batches = [
+        f"{phase.phase} {phase.batch_size} rows, {byte_size(phase.kv_cache_bytes)}"
+        for phase in estimate.phases
+        if phase.batch_size and phase.kv_cache_bytes is not None
+    ]
     return (
         f"{estimate.method}: {duration(estimate.seconds)}{of_it}, {estimate.flops:.2g} FLOPs, "
         f"{byte_size(estimate.peak_memory_bytes)} memory, {byte_size(estimate.disk_bytes)} disk"
+        + (f"; rows drawn at a time, and their keys and values: {'; '.join(batches)}" if batches else "")
     )

@@ -5,6 +5,7 @@ from typing import Any
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
+    ExportStudent,
     GenerateTeacherResponses,
     SampleModel,
     StartDistillation,
@@ -14,7 +15,7 @@ from opd_mcp.schemas.runs import RunSnapshot
 from opd_mcp.server.render.runs import snapshot_text
 from opd_mcp.server.tools.spec import ToolSpec
 
-RETURNS = "Returns at once with a run_id for get_run_status."
+RETURNS = "Returns a run_id at once."
 SHARED: dict[str, Any] = {
     "answer": RunSnapshot,
     "text": snapshot_text,
@@ -75,6 +76,15 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         description=f"A model answers up to 8 prompts; the run's result holds the texts. {RETURNS}",
         request=SampleModel,
         call=lambda service, request: service.sample_model(request),
+        **SHARED,
+    ),
+    ToolSpec(
+        name="export_student",
+        title="Export a student",
+        description=f"Writes a model (merged or its adapter) with tokenizer and model card to a new folder. {RETURNS}",
+        request=ExportStudent,
+        call=lambda service, request: service.export_student(request),
+        command="export {model} {destination}",
         **SHARED,
     ),
 )

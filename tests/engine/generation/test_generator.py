@@ -89,6 +89,18 @@ def test_same_seed_same_rollouts_other_seed_others(model: PreTrainedModel) -> No
     assert drawn(model, PROMPTS) != drawn(model, PROMPTS, scope="other")
 
 
+def test_the_batch_changes_no_greedy_response_and_log_probs_by_rounding_alone(model: PreTrainedModel) -> None:
+    """What a plan's choice of the batch may change: rounding, and the random stream that sampled tokens come from."""
+    greedy = Sampling(temperature=0, max_new_tokens=12)
+    whole = drawn(model, PROMPTS, sampling=greedy)
+    for batch in (1, 2, 3):
+        rows = drawn(model, PROMPTS, sampling=greedy, batch_size=batch)
+        assert [row.response_ids for row in rows] == [row.response_ids for row in whole]
+        for row, other in zip(rows, whole, strict=True):
+            assert np.allclose(row.logprobs, other.logprobs, atol=1e-5)
+    assert drawn(model, PROMPTS, batch_size=2) != drawn(model, PROMPTS), "each batch has a random stream of its own"
+
+
 def test_padded_ids_are_never_drawn(model: PreTrainedModel) -> None:
     rows = drawn(model, PROMPTS, sampling=Sampling(temperature=5.0, max_new_tokens=12), valid_vocab=6)
     assert max(token for row in rows for token in row.response_ids) < 6

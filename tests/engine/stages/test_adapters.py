@@ -1,15 +1,19 @@
 """Students trained with an adapter, through all stages: what is saved, what π_ref is, and who goes on from it."""
 
 import json
+import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from opd_mcp.engine import stages
+from opd_mcp.engine.cache.shards import read_shard
 from opd_mcp.engine.context import (
     BenchmarkInputs,
     Context,
@@ -22,7 +26,9 @@ from opd_mcp.engine.context import (
     SilentReporter,
 )
 from opd_mcp.engine.models.loading import load_model
+from opd_mcp.engine.models.lora import without_adapters
 from opd_mcp.engine.runtime import open_runtime
+from opd_mcp.engine.scoring.local import base_as_teacher, score_sequences
 from opd_mcp.identity.adapters import read_adapter
 from opd_mcp.identity.lineage import read_lineage, verified_lineage
 from opd_mcp.identity.models import inspect_model
@@ -211,6 +217,78 @@ def test_live_distillation_trains_an_adapter(pipeline: Pipeline, kept: Path) -> 
     )
     summary = stages.distill(section, inputs, pipeline.root / "live", pipeline.context)
     assert summary.trained_parameters == 4 * sum(sum(pair) for pair in _ends(kept))
+
+
+@pytest.fixture(scope="module")
+def own_student(pipeline: Pipeline) -> Path:
+    """An adapter on the teacher itself, fine-tuned on the teacher's own responses."""
+    section = pipeline.recipe.sft.model_copy(update={"adapter": AdapterRecipe(rank=4, save="adapter")})
+    inputs = SftInputs(student=pipeline.example / "teacher", responses=pipeline.root / "responses")
+    stages.sft(section, inputs, pipeline.root / "own", pipeline.context)
+    return pipeline.root / "own"
+
+
+def live_tensors(pipeline: Pipeline, student: Path, teacher: Path, name: str) -> dict[str, torch.Tensor]:
+    """What a live distillation of the student ends with."""
+    adapter = AdapterRecipe(rank=4, save="adapter")
+    section = pipeline.recipe.distill.model_copy(update={"method": "live", "steps": 3, "adapter": adapter})
+    prompts = pipeline.example / "opd.jsonl"
+    inputs = DistillInputs(student=student, teacher=teacher, prompts=prompts, rollout=pipeline.recipe.rollout)
+    stages.distill(section, inputs, pipeline.root / name, pipeline.context)
+    return load_file(pipeline.root / name / "adapter_model.safetensors")
+
+
+def test_a_teacher_that_is_the_student_s_base_is_not_loaded_a_second_time_and_scores_to_the_bit(
+    pipeline: Pipeline, own_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, loaded = pipeline.example / "teacher", []
+    module = sys.modules[stages.distill.__module__]
+    load = module.load_model
+
+    def noting(path: Path, *args: Any, **kwargs: Any) -> Any:
+        loaded.append(path)
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(module, "load_model", noting)
+    shared = live_tensors(pipeline, own_student, teacher, "live-shared")
+    assert loaded == [own_student]
+    monkeypatch.setattr(module, "base_as_teacher", lambda *args: None)
+    apart = live_tensors(pipeline, own_student, teacher, "live-apart")
+    assert loaded == [own_student, own_student, teacher]
+    assert shared.keys() == apart.keys()
+    assert all(torch.equal(shared[name], apart[name]) for name in shared)
+    started = load_file(own_student / "adapter_model.safetensors")
+    assert any(not torch.equal(shared[name][:4], started[name]) for name in started if "lora_A" in name)
+
+
+def test_the_base_s_log_probs_are_those_of_the_teacher_loaded_alone(pipeline: Pipeline, own_student: Path) -> None:
+    """Bitwise, top k included; the student's own log-probs are others."""
+    runtime, teacher = open_runtime(pipeline.recipe.runtime), pipeline.example / "teacher"
+    rows = read_shard(pipeline.root / "responses" / "responses.parquet")
+    student = load_model(own_student, runtime, for_training=True, adapter=AdapterRecipe(rank=4))
+    base = base_as_teacher(student, teacher, runtime)
+    assert base is not None
+    assert base.model is student.model
+    scored = partial(score_sequences, sequences=rows, topk=4, micro_batch_tokens=512, runtime=runtime)
+    alone, own = scored(load_model(teacher, runtime)), scored(student)
+    with without_adapters(base.model):
+        shared = scored(base)
+    assert student.model.training
+    for name, values in alone.columns().items():
+        assert np.array_equal(shared.columns()[name], values), name
+    assert not np.array_equal(own.logprobs, alone.logprobs)
+
+
+def test_only_the_base_itself_in_the_teacher_s_dtype_is_shared(pipeline: Pipeline, own_student: Path) -> None:
+    runtime, example = open_runtime(pipeline.recipe.runtime), pipeline.example
+    on_base = load_model(own_student, runtime, for_training=True, adapter=AdapterRecipe(rank=4))
+    assert base_as_teacher(on_base, example / "teacher_other_style", runtime) is None
+    assert base_as_teacher(on_base, own_student, runtime) is None, "the adapter is more than its base"
+    assert base_as_teacher(on_base, example / "teacher", replace(runtime, dtype=torch.bfloat16)) is None
+    whole = load_model(example / "teacher", runtime, for_training=True)
+    assert base_as_teacher(whole, example / "teacher", runtime) is None, "its weights are trained"
+    new = load_model(example / "teacher", runtime, for_training=True, adapter=AdapterRecipe(rank=4))
+    assert base_as_teacher(new, example / "teacher", runtime) is not None
 
 
 def _ends(adapter: Path) -> list[tuple[int, int]]:

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import pytest
 from jinja2.exceptions import TemplateError
 
-from opd_mcp.identity.chat.rendering import clock_examples, reads_clock, render
+from opd_mcp.identity.chat.rendering import render
+from opd_mcp.identity.tokenizers import clock_examples, reads_clock
 
 MOMENT = datetime(2026, 12, 31, 23, 30, 5, tzinfo=UTC)
 TURNS = [{"role": "user", "content": "Hello"}]
