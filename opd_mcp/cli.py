@@ -8,11 +8,12 @@ what only a worker uses, and the other way round.
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import typer
+
+from opd_mcp import __version__
 
 if TYPE_CHECKING:
     from opd_mcp.schemas.answers import GarbageReport
@@ -25,26 +26,26 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Distill a student with Lightning OPD, driven by an MCP client.",
 )
 # the bearer token of a remote teacher, and of serve-teacher's own callers
 TEACHER_KEY = "OPD_TEACHER_KEY"
+Transport = Literal["stdio", "http"]
+DemoTask = Literal["arithmetic", "chain_sum"]
+ExportForm = Literal["input", "float32", "bfloat16", "adapter"]
 Shown = TypeVar("Shown", bound="Schema")
 AsJson = Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")]
 
 
-class Transport(StrEnum):
-    """How a client reaches the server."""
+def print_version(asked: bool) -> None:
+    """Print the version and end, where that was asked."""
+    if asked:
+        typer.echo(f"opd-mcp {__version__}")
+        raise typer.Exit
 
-    STDIO = "stdio"
-    HTTP = "http"
 
-
-class DemoTask(StrEnum):
-    """The embedded tasks."""
-
-    ARITHMETIC = "arithmetic"
-    CHAIN_SUM = "chain_sum"
+@app.callback()
+def common(version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True)] = False) -> None:
+    """Distill a student with Lightning OPD, driven by an MCP client."""
 
 
 @app.command()
@@ -53,7 +54,7 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
         list[Path] | None,
         typer.Option(help="A folder that clients may name paths below; repeatable.", exists=True, file_okay=False),
     ] = None,
-    transport: Annotated[Transport, typer.Option(help="stdio for a client on this machine.")] = Transport.STDIO,
+    transport: Annotated[Transport, typer.Option(help="stdio for a client on this machine.")] = "stdio",
     host: Annotated[str, typer.Option(help="For http; one that others can reach needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="For http.", min=1, max=65535)] = 8000,
     token_file: Annotated[
@@ -104,7 +105,7 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
         groups = named_groups(tools or [])
         return ServerSettings(confirm_gpu_hours, allow_delete, read_only, groups, secrets)
 
-    if transport is Transport.STDIO:
+    if transport == "stdio":
         serve_stdio(opened, settings(os.environ.get("OPD_TOKEN", "")))
         return
     from opd_mcp.server.http_access import HttpAccess, announcement, known_token
@@ -123,12 +124,13 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of every stage.", min=0)] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
-    task: Annotated[DemoTask, typer.Option(help="The embedded task.")] = DemoTask.ARITHMETIC,
+    task: Annotated[DemoTask, typer.Option(help="The embedded task.")] = "arithmetic",
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps: does it run here? Not: does it learn?")] = False,
 ) -> None:
     """Run the whole method on an embedded task through a real server, and print one table."""
-    from opd_mcp.demo import run_demo
+    from opd_mcp.demo import QUICK, run_demo
 
-    run_demo(seed, json_path, workspace_root(), task=task.value)
+    run_demo(seed, json_path, workspace_root(), task=task, overrides=QUICK if quick else None)
 
 
 @app.command()
@@ -189,20 +191,11 @@ def resume(run_id: Annotated[str, typer.Argument(help="A run id, or latest.")], 
     show(found, as_json, lambda found: snapshot_text(found, command_text))
 
 
-class Form(StrEnum):
-    """How a model is exported."""
-
-    INPUT = "input"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    ADAPTER = "adapter"
-
-
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run id, an artifact id, a Hub id or a directory.")],
     destination: Annotated[Path, typer.Argument(help="A new directory.")],
-    form: Annotated[Form, typer.Option("--format", help="Dtype of the weights, or the adapter alone.")] = Form.INPUT,
+    form: Annotated[ExportForm, typer.Option("--format", help="Dtype of the weights, or the adapter.")] = "input",
     as_json: AsJson = False,
 ) -> None:
     """Write a model with its tokenizer and model card to a new directory, in the background."""
@@ -213,7 +206,7 @@ def export(
     source, target = Path(model), destination.absolute()
     reference = str(source.resolve()) if source.is_dir() else model
     service = open_service([source] if source.is_dir() else [], export_roots=[target.parent])
-    request = ExportStudent(model=reference, destination=str(target), format=form.value)
+    request = ExportStudent(model=reference, destination=str(target), format=form)
     found = audited(service, "export_student", request.to_dict(), lambda: service.export_student(request))
     show(found, as_json, lambda found: snapshot_text(found, command_text))
 

@@ -1,28 +1,38 @@
 """The demo: a real client drives a real server over stdio through the whole method on an embedded task.
 
-It uses nothing but the tools that any agent sees. Runs take both cores where there are two, one thread each; an
-identical earlier stage (responses, SFT, teacher cache) is reused by content, never computed twice.
+It uses nothing but the tools that any agent sees; only Ctrl-C cancels its runs by their files, since the server may be
+gone by then. Runs take both cores where there are two, one thread each; an identical earlier stage (responses, SFT,
+teacher cache) is reused by content, never computed twice.
 """
 
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import anyio
+from anyio.abc import TaskStatus
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
+from pydantic import Field
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.reports import Verdict
 from opd_mcp.schemas.resolve import recipe_arguments
+from opd_mcp.store.runs import request_cancel, run_directory
+from opd_mcp.store.store import Store
+from opd_mcp.store.workspace import Workspace
 
 FINAL_STATES = ("succeeded", "failed", "cancelled", "lost")
 SHORT_STEPS = {"distill.steps": 200}
@@ -37,6 +47,22 @@ ARMS: dict[TaskName, tuple[str, ...]] = {
 # half of lightning's steps
 LIVE_CHANGES: dict[TaskName, dict[str, Any]] = {"arithmetic": SHORT_STEPS, "chain_sum": {"distill.steps": 150}}
 RECIPE_FILE = "recipe.toml"
+DESCRIPTION = 34
+Answer = TypeVar("Answer")
+# every stage on a few rows: seconds of work per run
+QUICK = {
+    "responses.limit": 16,
+    "sft.steps": 4,
+    "sft.batch_size": 8,
+    "sft.on_truncated": "keep",
+    "rollout.count": 16,
+    "rollout.sampling.max_new_tokens": 16,
+    "distill.steps": 3,
+    "distill.batch_size": 4,
+    "benchmark.limit": 64,
+    "benchmark.samples_per_prompt": 0,
+    "benchmark.kl_prompts": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,7 @@ class DemoResult(Schema):
     consistency_guard: Guard | None = None
     wall_seconds: float
     seed: int
+    conclusion: list[str] = Field(default_factory=list, exclude=True, description="verdict, next step, the page")
 
 
 def run_demo(
@@ -109,21 +136,77 @@ def run_demo(
     task: TaskName = "arithmetic",
     overrides: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run the demo of a task in a new workspace below `workspace`, print the table, and write `json_path` if given.
+    """Run the demo of a task in a new workspace below `workspace`, print its last screen, write `json_path` if given.
 
-    `overrides` change the recipe of every arm; with them the numbers are no longer the demo's.
+    `overrides` change the recipe of every arm; with them the numbers are no longer the demo's. Ctrl-C cancels its runs
+    and ends with exit status 130.
     """
     home = workspace / "demos" / f"{task}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     console = Console()
-    console.width = max(console.width, 100)
-    result = anyio.run(_demo, task, seed, home, console, dict(overrides or {}))
-    console.print(_table(result))
-    if guard := result.consistency_guard:
-        console.print(f"Consistency guard: {'refused' if guard.refused else 'NOT REFUSED'}.")
-        console.print(guard.message, markup=False, highlight=False)
-    console.print(f"{result.wall_seconds:.0f} s in all. Everything it made is in {home}", markup=False)
+    result = anyio.run(interruptible, partial(_demo, task, seed, home, console, dict(overrides or {})))
+    if result is None:
+        print_plain(console, stopped_text(home, cancelled_runs(home)))
+        raise SystemExit(128 + signal.SIGINT)
+    show_result(result, home, console)
     if json_path is not None:
         json_path.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def show_result(result: DemoResult, home: Path, console: Console) -> None:
+    """The last screen: verdict, one table, the guard, and where everything is."""
+    for line in result.conclusion:
+        print_plain(console, line)
+    console.print(result_table(result))
+    if guard := result.consistency_guard:
+        said = "refused as it should be" if guard.refused else "NOT REFUSED, and it should have been"
+        print_plain(console, f"Guard against a teacher that is not the SFT teacher: {said}.")
+        print_plain(console, guard.message)
+    print_plain(console, f"{result.wall_seconds:.0f} s in all. Everything it made is in {home}")
+
+
+def print_plain(console: Console, text: str) -> None:
+    """Print a text as it is, wrapped at words."""
+    console.print(text, markup=False, highlight=False)
+
+
+def cancelled_runs(home: Path) -> list[str]:
+    """The ids of the demo's runs that were active, now asked to stop; none where it had not made a workspace."""
+    if not home.is_dir():
+        return []
+    store = Store(Workspace(home))
+    active = store.active_runs()
+    for run_id in active:
+        request_cancel(run_directory(store.workspace, run_id))
+    return active
+
+
+def stopped_text(home: Path, run_ids: Sequence[str]) -> str:
+    """What Ctrl-C did."""
+    runs = f"{len(run_ids)} of its runs are cancelled ({', '.join(run_ids)})" if run_ids else "no run was active"
+    return f"Demo stopped; {runs}. What it had made is in {home}; delete that folder if you do not need it."
+
+
+async def interruptible(work: Callable[[], Awaitable[Answer]]) -> Answer | None:
+    """What the work answers; None once Ctrl-C has ended it, whatever else went wrong while it was ending."""
+    answers: list[Answer] = []
+    interrupted = anyio.Event()
+
+    async def watch(*, task_status: TaskStatus[None]) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT) as signals:
+            task_status.started()
+            async for _ in signals:
+                interrupted.set()
+                tasks.cancel_scope.cancel()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(watch)
+            answers.append(await work())
+            tasks.cancel_scope.cancel()
+    except Exception:
+        if not interrupted.is_set():
+            raise
+    return answers[0] if answers else None
 
 
 async def _demo(name: TaskName, seed: int, home: Path, console: Console, changes: dict[str, Any]) -> DemoResult:
@@ -147,6 +230,7 @@ async def _demo(name: TaskName, seed: int, home: Path, console: Console, changes
         consistency_guard=guard,
         wall_seconds=time.perf_counter() - started,
         seed=seed,
+        conclusion=session.conclusion,
     )
 
 
@@ -157,6 +241,8 @@ class _Session:
         self._client, self._changes, self._progress, self._console = client, changes, progress, console
         self._results: dict[str, dict[str, Any]] = {}
         self._common: Mapping[str, Any] = {}
+        self.conclusion: list[str] = []
+        """The verdict on the main arm, its next step, and where the report's page is."""
 
     async def all_arms(self, name: TaskName) -> tuple[dict[str, Arm], Guard | None]:
         """Every arm's row, and the guard's answer where the task has a second teacher."""
@@ -229,6 +315,8 @@ class _Session:
             }
             result = await self._follow(f"benchmark {number}", await self._start("benchmark_student", arguments), {})
             scores.update(zip(names, result["scores"].values(), strict=True))
+            if names[0] == task.main_arm:
+                self.conclusion = conclusion_of(result, names)
 
         first = [task.main_arm, "sft", "base", "teacher"]
         async with anyio.create_task_group() as tasks:
@@ -267,7 +355,7 @@ class _Session:
         return str((await self._call(tool, **self._with_settings(arguments)))["run_id"])
 
     async def _follow(self, label: str, run_id: str, reached: dict[str, anyio.Event]) -> dict[str, Any]:
-        bar, shown = self._progress.add_task(label, total=1), ""
+        bar, shown = self._progress.add_task(label[:DESCRIPTION], total=1), ""
         while True:
             status = await self._call("get_run_status", run_id=run_id, wait_seconds=2)
             for phase, event in reached.items():
@@ -275,7 +363,8 @@ class _Session:
                     event.set()
             phase = status.get("phase", status["state"])
             done = status.get("progress", {"done": 0, "total": 1})
-            self._progress.update(bar, description=f"{label}: {phase}", completed=done["done"] / done["total"])
+            share = done["done"] / done["total"]
+            self._progress.update(bar, description=f"{label}: {phase}"[:DESCRIPTION], completed=share)
             if phase != shown and not self._console.is_terminal:
                 self._console.print(f"{label}: {phase}")
             shown = phase
@@ -311,10 +400,22 @@ def _text(answer: Any) -> str:
     return "\n".join(part.text for part in answer.content if hasattr(part, "text"))
 
 
-def _table(result: DemoResult) -> Table:
-    table = Table(title=f"Lightning OPD on the {result.task} task, seed {result.seed}")
+def conclusion_of(result: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
+    """The verdict of a benchmark in the arms' names, its next step and its page; `arms` in the order of the scores."""
+    verdict = Verdict.model_validate(result["verdict"])
+    text = verdict.text()
+    for model, arm in zip(result["scores"], arms, strict=True):
+        text = text.replace(model, arm)
+    page = result.get("paths", {}).get("report_page")
+    return [text, *([f"Next: {verdict.next_action.why}"] if verdict.next_action.why else []), *filter(None, [page])]
+
+
+def result_table(result: DemoResult) -> Table:
+    """One row per arm, in at most 80 columns."""
+    title = f"Lightning OPD on the {result.task} task, seed {result.seed}"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("arm", no_wrap=True)
-    for heading in ("accuracy [95 %]", "reverse KL", "steps", "train s", "s per step", "total s"):
+    for heading in ("accuracy [95 %]", "KL", "steps", "train s", "total s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, arm in result.arms.items():
         low, high = arm.accuracy_ci
@@ -324,8 +425,8 @@ def _table(result: DemoResult) -> Table:
             f"{arm.reverse_kl:.3f}",
             str(arm.steps),
             f"{arm.seconds:.1f}",
-            "–" if arm.seconds_per_step is None else f"{arm.seconds_per_step:.3f}",
             f"{arm.seconds_total:.1f}",
         )
-    table.caption = "total: training with its responses, or its rollouts and teacher scoring"
+    kl = "KL: reverse, to the teacher, nats per token"
+    table.caption = f"{kl}\ntotal: training with its responses, or with its rollouts and scoring"
     return table

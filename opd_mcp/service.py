@@ -97,7 +97,7 @@ class JobService:
 
     def setup(self) -> SetupReport:
         """The machine, the workspace, the limits and the embedded example."""
-        return setup_report(self.store, self.roots, self.leases, self.settings)
+        return setup_report(self.store, self.roots, self.exports, self.leases, self.settings)
 
     def plan(self, arguments: PlanDistillation) -> Plan:
         """What a distillation would do, what it costs and what stands in its way; saved under its `plan_id`.

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from opd_mcp import __version__
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import RunInputs, RunPhase, RunRecord, RunRequest
 from opd_mcp.store.journal import utc_now
 from opd_mcp.store.runs import LOG_FILE
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.fixture
@@ -78,6 +82,19 @@ def test_a_root_that_does_not_exist_is_refused(opd_mcp, tmp_path):
     done = opd_mcp("serve", "--allow-root", str(tmp_path / "gone"))
     assert done.returncode == 2
     assert "does not exist" in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_the_version_is_the_packages(opd_mcp):
+    assert opd_mcp("--version").stdout == f"opd-mcp {__version__}\n"
+
+
+def test_a_refused_export_is_one_line_and_audited(opd_mcp, tmp_path):
+    """The agent's rules hold: here the folder of the destination does not exist."""
+    refused = opd_mcp("export", str(EXAMPLES / "arithmetic" / "student"), str(tmp_path / "gone" / "mine"))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("[not_found]")
+    [call] = json.loads(opd_mcp("audit", "--json").stdout)["entries"]
+    assert (call["tool"], call["outcome"]) == ("export_student", "not_found")
 
 
 def test_the_help_names_the_commands_and_hides_the_worker(opd_mcp):

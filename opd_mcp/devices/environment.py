@@ -21,6 +21,7 @@ PREFIXES = (
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DATASETS_", "TOKENIZERS_"),
     *("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "NVIDIA_", "NCCL_"),
     *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "VECLIB_", "NUMEXPR_"),
+    *("VLLM_", "SGLANG_"),
 )
 BOUNDED_NAMES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")
 # What is called a secret is passed on by its full name only.
@@ -36,6 +37,12 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in environment.items() if name in secrets or _is_needed(name)}
     # Python's own way of finding this package must survive the change of folder.
     return {**inherited, "PYTHONPATH": absolute_import_path(environment), "PYTHONUNBUFFERED": "1"}
+
+
+def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an engine that a worker starts, which has an environment of its own: no secret, no Python's."""
+    own = ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_PRELOAD", "COVERAGE_", "OTEL_")
+    return {name: value for name, value in environment.items() if _is_needed(name) and not name.startswith(own)}
 
 
 def bounded_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -4,17 +4,18 @@ Imports no torch: a worker makes these before it loads the engine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from opd_mcp.identity.signatures import MadeHere, everywhere
-from opd_mcp.schemas.errors import RunError
+from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import BenchmarkRecipe, CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
-from opd_mcp.schemas.reports import GradedResponses, StageCost
+from opd_mcp.schemas.reports import Curve, GradedResponses, StageCost
 from opd_mcp.schemas.runs import Alert, DataOrigin, ModelOrigin
 
 
@@ -56,6 +57,41 @@ class SilentReporter(Reporter):
 
 
 @dataclass(frozen=True)
+class EngineWish:
+    """An engine that a stage needs: which one, serving which directory, in which dtype, for sequences of `length`.
+
+    `topk` are the top tokens that it must be able to tell of each position.
+    """
+
+    kind: str
+    model: Path
+    dtype: Literal["float32", "bfloat16"]
+    length: int
+    topk: int = 0
+
+
+@dataclass(frozen=True)
+class EngineAddress:
+    """Where an engine answers; `check` raises once it can no longer be kept running."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    dtype: str | None = None
+    managed: bool = False
+    check: Callable[[], None] = lambda: None
+
+
+def no_engine(wish: EngineWish) -> AbstractContextManager[EngineAddress]:
+    """Raises ResourceError `engine_failed`: only a worker starts engines."""
+    raise ResourceError(
+        "engine_failed",
+        f"Nothing here can start {wish.kind}: a worker does that.",
+        value=wish.kind,
+        fix="Give the URL of a server that runs as the engine, or 'local'.",
+    )
+
+
+@dataclass(frozen=True)
 class Context:
     """Shared by all stages of a run."""
 
@@ -74,6 +110,8 @@ class Context:
     """The moment that chat templates write which ask for the time: one for all stages and attempts of a run."""
     check_fence: Callable[[], None] = lambda: None
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
+    start_engine: Callable[[EngineWish], AbstractContextManager[EngineAddress]] = no_engine
+    """Starts an engine for a block's time; whoever keeps the processes of a run gives it."""
 
 
 def require_going(context: Context) -> None:
@@ -129,7 +167,8 @@ class SftInputs:
 class RolloutInputs:
     """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold.
 
-    `form` is how the training that will learn from them holds the student's linear layers.
+    `longest` are the tokens of the longest sequence that whoever scores the rollouts takes. `form` is how the training
+    that will learn from them holds the student's linear layers.
     """
 
     student: Path
@@ -137,6 +176,7 @@ class RolloutInputs:
     tokenizer: Path | None = None
     eval_prompts: Path | None = None
     form: BaseForm = "as_saved"
+    longest: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +221,9 @@ class BenchmarkInputs:
     """Of `stages.benchmark`: models by name, the candidate first; what earlier stages took, alerted and graded.
 
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
-    `suite` names what the prompts are; `forms` says of models by name how the run's training held their linear layers.
+    `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
+    `planned_seconds` by stage and `curves` are for the report's figures; `forms` says of models by name how the run's
+    training held their linear layers.
     """
 
     models: Mapping[str, Path]
@@ -193,8 +235,11 @@ class BenchmarkInputs:
     teacher_responses: GradedResponses | None = None
     suite: str | None = None
     forms: Mapping[str, BaseForm] = field(default_factory=dict)
+    suite_changes: Mapping[str, list[Any]] = field(default_factory=dict)
     costs: Sequence[StageCost] = ()
     alerts: Sequence[Alert] = ()
+    planned_seconds: Mapping[str, float] = field(default_factory=dict)
+    curves: Sequence[Curve] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.models.loading import LoadedModel
@@ -18,11 +20,25 @@ from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.identity.models import full_weights_hash, inspect_model
 from opd_mcp.schemas.base import Schema, content_hash
-from opd_mcp.schemas.identity import AdapterOrigin, ArtifactKind, BaseForm, Lineage, ModelIdentity, Parent, TeacherClaim
+from opd_mcp.schemas.identity import (
+    AdapterOrigin,
+    ArtifactKind,
+    BaseForm,
+    EngineFacts,
+    Lineage,
+    ModelIdentity,
+    Parent,
+    TeacherClaim,
+)
 from opd_mcp.schemas.recipes import AdapterRecipe
-from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.reports import StageCost, TrainedAdapter, TrainingSummary
 
 RECORDED_PACKAGES = ("opd-mcp", "torch", "transformers", "numpy")
+
+
+def engines_of(**made: EngineFacts | None) -> dict[str, EngineFacts] | None:
+    """What a lineage says of the engines that made rows, by stage; None where this program's own did."""
+    return {stage: facts for stage, facts in made.items() if facts is not None} or None
 
 
 def full_identity(path: Path, form: BaseForm = "as_saved") -> ModelIdentity:
@@ -54,6 +70,28 @@ def adapter_origin(student: LoadedModel, recipe: AdapterRecipe | None, context: 
         saved=recipe.saved_as(context.runtime.dtype),
         quantization=quantization,
         kernel=kernel_name(student.device) if quantization else None,
+    )
+
+
+def trained_adapter(model: Path) -> TrainedAdapter | None:
+    """The adapter that the training of a model made, by its lineage; None where all weights were trained."""
+    lineage = verified_lineage(model)
+    if lineage is None or lineage.adapter is None:
+        return None
+    settings = (lineage.recipe.get(lineage.stage) or {}).get("adapter") or {}
+    summary, file = None, model / "training.json"
+    if file.is_file():
+        with suppress(ValidationError):  # another program's file of that name says nothing
+            summary = TrainingSummary.from_json(file.read_bytes())
+    return TrainedAdapter(
+        stage=lineage.stage,
+        rank=lineage.adapter.rank,
+        scale=lineage.adapter.scale,
+        targets=settings.get("targets"),
+        trained_parameters=summary.trained_parameters if summary else None,
+        parameters=summary.parameters if summary else None,
+        start=lineage.adapter.start,
+        saved=lineage.adapter.saved,
     )
 
 

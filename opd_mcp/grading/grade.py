@@ -39,6 +39,7 @@ class Tally:
 
     responses: int = 0
     without_answer: int = 0
+    empty: int = 0
     timed_out: int = 0
     examples: list[str] = field(default_factory=list)
 
@@ -46,16 +47,18 @@ class Tally:
         """Count one response. One whose grading was stopped may well hold an answer."""
         self.responses += 1
         self.timed_out += grade.timed_out
+        self.empty += not response.strip()
         if grade.extracted is None and not grade.timed_out:
             self.without_answer += 1
             if len(self.examples) < EXAMPLES:
-                self.examples.append(response.strip()[-EXAMPLE_CHARACTERS:])
+                self.examples.append((response.strip() or response)[-EXAMPLE_CHARACTERS:])
 
     def counts(self) -> GradedAnswers:
         """The counts as the report has them."""
         return GradedAnswers(
             responses=self.responses,
             without_answer=self.without_answer,
+            empty=self.empty,
             timed_out=self.timed_out,
             examples=list(self.examples),
         )

@@ -20,6 +20,7 @@ BASE_IDENTITY = "opd_base_identity"
 BASE_QUANTIZATION = "opd_base_quantization"
 """The key under which they say that they belong to the dequantised weights of their base."""
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])\.weight")
+LAYER_WEIGHT = re.compile(r"\.\d+\.(?:\w+\.)*(?P<name>\w+)\.weight$")
 # what an adapter may say without changing what rank, alpha and its tensors compute
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -97,6 +98,12 @@ def read_adapter(directory: Path) -> AdapterFiles:
         base_identity=_base_identity(directory / ADAPTER_WEIGHTS),
         quantization=_base_quantization(directory),
     )
+
+
+def linear_layers(directory: Path) -> set[str]:
+    """The last names of the weights [out, in] in a model's numbered layers, e.g. `q_proj`."""
+    found = (LAYER_WEIGHT.search(tensor.name) for tensor in read_tensors(directory) if len(tensor.shape) == 2)
+    return {match["name"] for match in found if match}
 
 
 def base_missing(adapter: AdapterFiles) -> PathError:

@@ -1,6 +1,7 @@
 """What a model directory holds, by its files alone: identity, size, vocabulary, EOS ids; no torch, no loading."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ UNDECODABLE = {
     "openai-gpt": "it takes no cache",
     "cpmant": "it takes no left-padded batch",
 }
+NORM = re.compile(r"(norm|ln_\w+)\.weight$")
+# The number 1 as safetensors stores it.
+ONE_BYTES = {"F32": b"\x00\x00\x80?", "BF16": b"\x80?", "F16": b"\x00<"}
 HUB_SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/[^/]+$")
 
 
@@ -207,6 +211,19 @@ def full_weights_hash(path: Path, form: BaseForm = "as_saved") -> str:
     adapter = read_adapter(path)
     base = _held_hash(full_weights_hash(adapter.base_directory()), held_quantization(adapter, form))
     return _joined_hash(adapter, weights, base)
+
+
+def is_untrained(path: Path) -> bool:
+    """Whether a whole model's norm weights are all as they are initialised, 1 or 0: no training leaves them so."""
+    norms = [tensor for tensor in read_tensors(path) if NORM.search(tensor.name) and len(tensor.shape) == 1]
+    return bool(norms) and all(_is_initial(tensor) for tensor in norms)
+
+
+def _is_initial(norm: Tensor) -> bool:
+    with norm.file.open("rb") as file:
+        content = os.pread(file.fileno(), norm.bytes, norm.begin)
+    one = ONE_BYTES.get(norm.dtype)
+    return one is not None and content in (one * norm.elements, bytes(norm.bytes))
 
 
 def identity_hash(identity: ModelIdentity) -> str:

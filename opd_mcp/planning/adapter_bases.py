@@ -1,8 +1,10 @@
-"""The base of an adapter that a caller names: by its path, by its Hub id, or by its identity where it has moved."""
+"""Adapters in a plan: the base of one that a caller names (by its path, by its Hub id, or by its identity where it has
+moved), and the layers that one to be trained is asked for.
+"""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +15,22 @@ from opd_mcp.identity.adapters import (
     AdapterFiles,
     base_missing,
     is_adapter,
+    linear_layers,
     read_adapter,
 )
 from opd_mcp.identity.files import read_json_object
 from opd_mcp.identity.lineage import read_lineage, write_lineage
-from opd_mcp.identity.models import ModelCache, weights_hash
+from opd_mcp.identity.models import ModelCache, ModelFacts, weights_hash
 from opd_mcp.identity.tokenizers import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.errors import ArgumentError, OpdError, nearest
 from opd_mcp.schemas.identity import Lineage, Parent
+from opd_mcp.schemas.recipes import DistillRecipe, SftRecipe
 from opd_mcp.store.artifacts import Artifact
 from opd_mcp.store.store import Store
 
 GENERATION_CONFIG = "generation_config.json"
+EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOKENIZER_FILES = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE, "special_tokens_map.json", "added_tokens.json")
 
 
@@ -105,3 +110,32 @@ class AdapterBases:
             return own.model_copy(update={"files": {}, "model": identity})
         parents = [Parent(role="base", identity=self.models.inspect_model(base).identity)]
         return Lineage(kind="model", stage="adapter", recipe={}, model=identity, parents=parents)
+
+
+def target_problems(
+    sections: Mapping[str, SftRecipe | DistillRecipe], student: ModelFacts | None
+) -> Iterator[ArgumentError]:
+    """An ArgumentError `invalid_argument` for each section whose adapter names layers that the student's files lack.
+
+    Experts may have other names when they are loaded, so of a model that has some only the loaded layers can tell.
+    """
+    asked = {name: section.adapter.targets for name, section in sections.items() if section.adapter is not None}
+    if student is None or not any(asked.values()) or any(student.setting(name) for name in EXPERT_SETTINGS):
+        return
+    known = sorted(linear_layers(student.weights_path))
+    for section, targets in asked.items():
+        missing = sorted(set(targets or ()) - set(known))
+        if missing:
+            yield ArgumentError(
+                "invalid_argument",
+                f"No linear layer of the student's decoder is called {', '.join(missing)}.",
+                value=f"{section}.adapter.targets={targets}",
+                nearest=[close for name in missing for close in nearest(name, known)],
+                fix=f"Name some of {known} in '{section}.adapter.targets', or leave it out for all of them.",
+            )
+
+
+def require_targets(sections: Mapping[str, SftRecipe | DistillRecipe], student: ModelFacts | None) -> None:
+    """Raise the first of `target_problems`."""
+    for error in target_problems(sections, student):
+        raise error

@@ -8,11 +8,11 @@ from pathlib import Path
 from opd_mcp.grading.child import AnswerLimits
 from opd_mcp.grading.golds import gold_problems, odd_golds, recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.consistency import consistency, require_consistent
+from opd_mcp.identity.consistency import consistency, require_behaviour, require_consistent
 from opd_mcp.identity.data.rows import RawIds
 from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage
-from opd_mcp.identity.models import ModelFacts, require_decodable
+from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable
 from opd_mcp.identity.tokenizers import (
     TokenDifference,
     differences_text,
@@ -20,13 +20,14 @@ from opd_mcp.identity.tokenizers import (
     special_differences,
     token_map,
 )
+from opd_mcp.planning.adapter_bases import target_problems
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.planning.text_work import TextFacts
-from opd_mcp.schemas.cache import PromptHygiene
+from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, GradingPlan
-from opd_mcp.schemas.recipes import BenchmarkRecipe, PromptingRecipe, Recipe, SftRecipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, PromptingRecipe, Recipe, SftRecipe, base_form
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs
 from opd_mcp.schemas.texts import shortened
@@ -157,8 +158,11 @@ def require_positions(longest: int, drawn: tuple[str, int], models: Sequence[Res
         )
 
 
-def judge_adapters(recipe: Recipe, sft: bool, found: Findings) -> None:
-    """Block a distillation that continues an adapter which the run's own SFT does not leave as it is needed."""
+def judge_adapters(recipe: Recipe, student: ModelFacts | None, sft: bool, found: Findings) -> None:
+    """Block adapters on layers that the student does not have, and one that is to continue another than the SFT's."""
+    sections: dict[str, SftRecipe | DistillRecipe] = {"sft": recipe.sft} if sft else {}
+    problems = target_problems(sections | {"distill": recipe.distill}, student)
+    found.blocking += [Finding.of_error(error) for error in problems]
     wanted, made = recipe.distill.adapter, recipe.sft.adapter
     if not sft or wanted is None or not wanted.continue_adapter:
         return
@@ -180,6 +184,13 @@ def judge_adapters(recipe: Recipe, sft: bool, found: Findings) -> None:
                 fix="Give 'distill.adapter' the rank, alpha and scaling of 'sft.adapter'.",
             )
         )
+
+
+def require_own_rollouts(cache: CacheManifest, student: ResolvedModel, recipe: Recipe) -> None:
+    """Raise ConsistencyError `behaviour_mismatch` unless a cache has rollouts of what would be distilled."""
+    if student.facts is not None:
+        held = inspect_model(student.facts.path, form=base_form(recipe.distill.adapter))
+        require_behaviour(cache.behaviour, held.identity)
 
 
 def judge_quantization(recipe: Recipe, sft: bool, student: ResolvedModel, found: Findings) -> None:

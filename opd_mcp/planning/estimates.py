@@ -24,7 +24,7 @@ from opd_mcp.planning.workload import (
 )
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayToTrain
-from opd_mcp.schemas.recipes import Method, Recipe
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, is_url
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.resolve import changed_recipe
 from opd_mcp.schemas.runs import PhaseName, RunInputs, RunPhase, RunRequest
@@ -34,6 +34,8 @@ MEASUREMENTS_USED = 5
 # Runs of models within this factor of the planned work's size tell something about it.
 COMPARABLE_FACTOR = 30.0
 ASSUMED_START_SECONDS = 8.0
+# vLLM on loaded cores took 2 to 5 minutes; on a GPU it compiles and records graphs.
+ASSUMED_ENGINE_START = 180.0
 
 
 class PhaseCost(Schema):
@@ -99,7 +101,8 @@ class CostModel:
     def _phase(self, name: PhaseName, work: Work) -> PhaseEstimate:
         if name == "fetch":
             return PhaseEstimate(phase=name, flops=0.0, seconds=0.0, basis="the download is not estimated")
-        rates = self._measured_rates(work_name(name, self.workload.recipe.distill.method), work)
+        engine = engine_of(self.workload.recipe, name)
+        rates = self._measured_rates(work_name(name, self.workload.recipe.distill.method, engine), work)
         if rates:
             seconds, source = (
                 work.flops / median(rates),
@@ -107,6 +110,11 @@ class CostModel:
             )
         else:
             seconds, source = self._assumed_seconds(name, work)
+            if engine in MANAGED_ENGINES:
+                seconds += ASSUMED_ENGINE_START
+                source += f", and {ASSUMED_ENGINE_START:g} s for its engine's start"
+        if engine is not None:
+            source = f"on {engine_name(engine)}, {source}"
         return PhaseEstimate(
             phase=name,
             flops=work.flops,
@@ -241,8 +249,10 @@ def recipe_for_device(
 ) -> Recipe:
     """The recipe with batches for these phases that the device's whole memory holds, whatever of it is free now.
 
-    Keys that were `named` stay; all do while a model is still to be fetched.
+    Keys that were `named` stay; all do while a model is still to be fetched. A teacher on a server takes no room here.
     """
+    if inputs.teacher is not None and inputs.teacher.url is not None:
+        inputs = inputs.model_copy(update={"teacher": None})
     room = Room(target.kind, max((target.capacity or target.memory) - PROCESS_BYTES, 0))
     workload = workload_of(recipe, inputs, room, inspect)
     return recipe if workload is None else with_fitting_batches(workload, phases, named)
@@ -264,9 +274,26 @@ MEASUREMENTS_READ = 60
 PROCESS_START = "process_start"
 
 
-def work_name(phase: str, method: str) -> str:
-    """What measured costs are compared by: the phase, and for `distill` its method as well."""
-    return f"{phase}:{method}" if phase == "distill" else phase
+def work_name(phase: str, method: str, engine: str | None = None) -> str:
+    """What measured costs are compared by: the phase, for `distill` its method as well, and an engine's name."""
+    name = f"{phase}:{method}" if phase == "distill" else phase
+    return name if engine is None else f"{name}@{engine_name(engine)}"
+
+
+def engine_name(engine: str) -> str:
+    """What an engine is called in estimates."""
+    return "a server" if is_url(engine) else engine
+
+
+def engine_of(recipe: Recipe, phase: str) -> str | None:
+    """The engine of a phase; None for this program's own."""
+    engines = {
+        "generate_responses": recipe.responses.engine,
+        "rollout": recipe.rollout.engine,
+        "score": recipe.score.engine,
+        "benchmark": recipe.benchmark.engine,
+    }
+    return engines.get(phase)
 
 
 @dataclass(frozen=True)

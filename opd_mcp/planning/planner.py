@@ -11,6 +11,7 @@ from opd_mcp.devices.hardware import Target, free_disk
 from opd_mcp.identity.data.reading import first_response
 from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
+from opd_mcp.identity.models import ModelFacts, is_untrained
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
@@ -38,10 +39,11 @@ from opd_mcp.planning.text_work import Asked
 from opd_mcp.planning.workload import DRAWN
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
-from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
+from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase, WayToTrain
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
+from opd_mcp.schemas.resolve import far_rates
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunPhase, RunRequest
 from opd_mcp.schemas.texts import byte_size, shortened
 
@@ -62,15 +64,16 @@ class Planner:
 
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
-        recipe, method = distillation_recipe(arguments), arguments.method
+        method, found = arguments.method, Findings()
+        recipe, found.warnings = self.builder.with_engines(distillation_recipe(arguments))
         target = self.target_of(recipe.runtime)
-        found = Findings()
         inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
-        judge_adapters(recipe, sft, found)
+        judge_adapters(recipe, inputs.student.facts, sft, found)
         judge_quantization(recipe, sft, inputs.student, found)
+        judge_rates(arguments, recipe, inputs, sft, found)
         schema = self._schema(arguments, inputs, sft, found)
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
         judge_special_tokens(differing, facts, recipe.prompting, found)
@@ -114,7 +117,7 @@ class Planner:
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
             warnings=[*quota, *found.warnings],
-            next_action=_next_action(plan_id, found.blocking, quota),
+            next_action=_next_action(plan_id, arguments, found.blocking, quota),
         )
 
     def _inputs(self, arguments: PlanDistillation, max_prompt_tokens: int) -> PlanInputs:
@@ -267,13 +270,56 @@ def with_way_to_fit(finding: Finding, arguments: PlanDistillation, fits: Sequenc
     )
 
 
-def _next_action(plan_id: str, blocking: list[Finding], quota: list[Finding]) -> NextAction:
-    """The one next call; a quota that is full now may have room by then, so it blocks no plan."""
-    if blocking and blocking[0].code == "not_enough_memory" and (call := blocking[0].call) is not None:
-        return call.with_why(f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}")
-    if blocking:
-        return plan_call(f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}")
-    return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
+def _next_action(
+    plan_id: str, arguments: PlanDistillation, blocking: list[Finding], quota: list[Finding]
+) -> NextAction:
+    """The one next call; a quota that is full now may have room by then, so it blocks no plan.
+
+    After a blocking finding it is the finding's own, else this plan's with its arguments, to be changed as `why` says.
+    """
+    if not blocking:
+        return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
+    why = f"Resolve {blocking[0].code} and plan again: {blocking[0].fix}"
+    call = blocking[0].call
+    if call is not None and call.tool == "plan_distillation":
+        return call.with_why(why)
+    return plan_again(arguments, why)
+
+
+def judge_rates(arguments: PlanDistillation, recipe: Recipe, inputs: PlanInputs, sft: bool, found: Findings) -> None:
+    """Warn of learning rates that are far from the preset's, or that do not fit a student of this size."""
+    stages = [*(["sft"] if sft else []), *([] if arguments.method == "sft" else ["distill"])]
+    far = far_rates(recipe, stages, inputs.student.input.parameters)
+    call = plan_again(arguments, overrides={rate.key: rate.fitting for rate in far})
+    for rate in far:
+        found.warn(rate.code, rate.message, rate.fix, call)
+    student = inputs.student.facts
+    if sft and recipe.preset != "demo" and student is not None and student.adapter is None:
+        judge_training(student, recipe, found)
+
+
+def judge_training(student: ModelFacts, recipe: Recipe, found: Findings) -> None:
+    """Warn of a student that was never trained, which presets for pretrained ones teach little."""
+    if is_untrained(student.path):
+        found.warn(
+            "student_untrained",
+            f"The student's weights are as they were initialised: its {student.parameters / 1e6:.3g}M parameters were "
+            f"never trained. Preset '{recipe.preset}' fine-tunes a pretrained student, for {recipe.sft.steps} steps.",
+            "Give a pretrained student, or raise 'sft.steps' and the learning rates to those of a pretraining.",
+        )
+
+
+def plan_again(
+    arguments: PlanDistillation, why: str | None = None, overrides: Mapping[str, object] | None = None
+) -> NextAction:
+    """The call that plans the same with further overrides; inline prompts, which the caller has, are to be added."""
+    given = arguments.to_dict() | {"overrides": {**arguments.overrides, **(overrides or {})}}
+    defaults = {
+        name: field.get_default(call_default_factory=True) for name, field in type(arguments).model_fields.items()
+    }
+    inline = [name for name, value in given.items() if isinstance(value, list)]
+    changed = {name: value for name, value in given.items() if name not in inline and value != defaults[name]}
+    return next_call("plan_distillation", why, missing=inline, **changed)
 
 
 def fingerprint(

@@ -10,26 +10,28 @@ from typing import Any
 
 import opd_mcp
 from opd_mcp.devices.hardware import Target, target_of
-from opd_mcp.identity.consistency import require_behaviour, require_consistent
+from opd_mcp.identity.consistency import require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
-from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import TokenDifference
+from opd_mcp.planning.adapter_bases import require_targets
 from opd_mcp.planning.checks import (
     Findings,
     differing_tokens,
     judge_special_tokens,
     require_generating,
+    require_own_rollouts,
     require_positions,
     require_usable_ids,
 )
+from opd_mcp.planning.engines import require_engines_used, with_engines
 from opd_mcp.planning.estimates import recipe_for_device
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.plans import MethodEstimate, Plan
-from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling, base_form
+from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
+from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -53,7 +55,7 @@ from opd_mcp.schemas.runs import (
 )
 from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.journal import utc_now
-from opd_mcp.store.workspace import new_id
+from opd_mcp.store.workspace import new_id, read_settings
 
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
 NAME_CHARACTERS = 32
@@ -71,7 +73,7 @@ class RequestBuilder:
 
     def responses(self, arguments: GenerateTeacherResponses) -> RunRequest:
         """The teacher answers prompts."""
-        recipe = usable_recipe(arguments.preset, arguments.overrides)
+        recipe = self._recipe(arguments.preset, arguments.overrides)
         teacher = self.references.model(arguments.teacher)
         require_generating(teacher)
         inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, [teacher], recipe))
@@ -87,6 +89,7 @@ class RequestBuilder:
         """
         recipe = usable_recipe(arguments.preset, arguments.overrides)
         student = self.references.model(arguments.student)
+        require_targets({"sft": recipe.sft}, student.facts)
         columns = columns_of(arguments.columns, "responses")
         responses = self.references.responses(arguments.responses, arguments.declared_teacher, columns)
         teacher = None
@@ -114,7 +117,7 @@ class RequestBuilder:
         Raises ConsistencyError `teacher_mismatch`, `lineage_missing` or `tokenizer_mismatch`.
         """
         given = {f"score.{name}": getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
-        recipe = usable_recipe(arguments.preset, arguments.overrides, given)
+        recipe = self._recipe(arguments.preset, arguments.overrides, given)
         if arguments.teacher_url is None:
             teacher = self.references.model(arguments.teacher)
         else:
@@ -155,24 +158,22 @@ class RequestBuilder:
                 value=arguments.method,
                 fix="Leave out method, or leave out cache_id and give teacher and prompts.",
             )
-        recipe = distillation_recipe(arguments)
+        recipe, _ = self.with_engines(distillation_recipe(arguments))
         target_of(recipe.runtime)
         cache = self.references.cache(str(arguments.cache_id))
         student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
+        require_targets({"distill": recipe.distill}, student.facts)
         allowed = arguments.allow_teacher_mismatch
-        if student.facts is not None:
-            form = base_form(recipe.distill.adapter)
-            require_behaviour(cache.manifest.behaviour, inspect_model(student.facts.path, form=form).identity)
+        require_own_rollouts(cache.manifest, student, recipe)
         require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
         require_topk(cache, recipe)
-        teacher = self._teacher_of(cache, arguments.teacher)
         evaluation, prompts = (
             None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
             for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
         )
         inputs = RunInputs(
             student=student.input,
-            teacher=teacher,
+            teacher=self._teacher_of(cache, arguments.teacher),
             prompts=prompts or self._prompts_of(cache),
             eval_prompts=evaluation,
             cache=cache.input,
@@ -180,7 +181,7 @@ class RequestBuilder:
             allow_teacher_mismatch=allowed,
         )
         # Without answers and without the teacher at hand there is nothing to measure.
-        measurable = evaluation is not None or (teacher is not None and inputs.prompts is not None)
+        measurable = evaluation is not None or (inputs.teacher is not None and inputs.prompts is not None)
         benchmark = arguments.benchmark and measurable
         recipe = self._for_device(recipe, inputs, "benchmark", arguments.overrides)
         phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
@@ -191,7 +192,7 @@ class RequestBuilder:
         arguments, suite, settings = with_suite(arguments)
         given = {"benchmark.samples_per_prompt": arguments.samples_per_prompt}
         overrides = {key: value for key, value in settings.items() if given.get(key) is None} | arguments.overrides
-        recipe = usable_recipe(arguments.preset, overrides, given)
+        recipe = self._recipe(arguments.preset, overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
         teacher = self.references.model(arguments.teacher) if arguments.teacher else None
@@ -220,6 +221,14 @@ class RequestBuilder:
         require_generating(model)
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
+
+    def with_engines(self, recipe: Recipe) -> tuple[Recipe, list[Finding]]:
+        """As `planning.engines.with_engines`, with what this workspace's settings say."""
+        settings = read_settings(self.references.workspace).engines
+        return with_engines(recipe, settings, self.references.teacher_hosts)
+
+    def _recipe(self, preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
+        return self.with_engines(usable_recipe(preset, overrides, given))[0]
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
         """The request, each phase with the artifact that already holds its result."""
@@ -348,6 +357,7 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
     require_no_contradiction(overrides, {"distill.method": arguments.method})
     recipe = requested_recipe(arguments.preset, overrides, {"distill.estimator": estimator})
     recipe = method_recipe(recipe, arguments.method)
+    require_engines_used(recipe, arguments.method)
     if "score.topk" in overrides and recipe.score.topk != overrides["score.topk"]:
         raise ArgumentError(
             "invalid_argument",

@@ -17,7 +17,9 @@ from pydantic import Field
 from opd_mcp.planning.references import columns_of
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import ArgumentError, ResourceError, nearest
+from opd_mcp.schemas.recipes import Recipe
 from opd_mcp.schemas.requests import BenchmarkStudent
+from opd_mcp.schemas.resolve import dotted, recipe_keys
 from opd_mcp.schemas.runs import LM_EVAL
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -126,3 +128,12 @@ def with_suite(arguments: BenchmarkStudent) -> tuple[BenchmarkStudent, str | Non
         )
     columns = columns_of(arguments.columns, "prompts") or suite.columns
     return arguments.model_copy(update={"prompts": prompts, "columns": columns}), name, suite.settings()
+
+
+def suite_changes(name: str | None, recipe: Recipe) -> dict[str, list[Any]]:
+    """The settings of a run that differ from its suite's, as [published, used]; none without a suite of the table."""
+    suite = suites().get(name or "")
+    if suite is None:
+        return {}
+    used = dict(dotted(recipe.model_dump(mode="json"), set(recipe_keys())))
+    return {key: [value, used[key]] for key, value in suite.settings().items() if used[key] != value}

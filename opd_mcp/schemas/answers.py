@@ -8,7 +8,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.reports import StageCost
+from opd_mcp.schemas.reports import Curve, StageCost, Verdict
 from opd_mcp.schemas.runs import Alert, Progress, Quotas, RunKind, RunRow, RunState
 
 
@@ -91,20 +91,13 @@ class ShownPhase(Schema):
     state: str
 
 
-class Curve(Schema):
-    """A metric's finite points, thinned out."""
-
-    key: str
-    steps: list[int]
-    values: list[float]
-
-
 class DashboardRun(Schema):
     """One run as the page draws it."""
 
     run_id: str
     kind: RunKind
     state: RunState
+    verdict: Verdict | None = None
     created_at: str
     models: str
     phases: list[ShownPhase]
@@ -116,6 +109,7 @@ class DashboardRun(Schema):
     costs: list[StageCost] = Field(default_factory=list)
     scores: dict[str, Any] = Field(default_factory=dict)
     comparisons: list[Any] = Field(default_factory=list)
+    teacher_row: str | None = Field(None, description="the teacher's name among the scores")
     error: str | None = None
 
 
@@ -195,6 +189,7 @@ class SetupReport(Schema):
     free_disk_bytes: int
     workspace: str
     allowed_roots: list[str]
+    export_roots: list[str] | None = Field(None, description="absent where nothing may be exported")
     active_runs: list[ActiveRun] = Field(default_factory=list)
     limits: Limits = Limits()
     quotas: Quotas = Quotas()

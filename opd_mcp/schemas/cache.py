@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
-from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity, TeacherClaim
 from opd_mcp.schemas.recipes import Sampling
 
 
@@ -123,6 +123,12 @@ class CacheManifest(Record):
     scores: ScoreStatistics
     hygiene: Hygiene = Hygiene()
     engine_gap: EngineGap | None = None
+    generated_by: EngineFacts | None = Field(None, description="absent: this program's own engine")
+    rescored: bool | None = Field(None, description="whether behaviour log-probs are this program's, not the engine's")
+    scored_by: EngineFacts | None = Field(None, description="absent: this program's own engine, or a teacher's server")
+    scorer_gap: EngineGap | None = Field(
+        None, description="|log-prob of the scoring engine − that of the teacher here|, on a sample of rollouts"
+    )
     rendered_at: str | None = Field(
         None, description="what a chat template with a clock showed; absent for one without"
     )

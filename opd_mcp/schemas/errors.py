@@ -16,13 +16,14 @@ OpdError
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue · behaviour_missing ·
-│                                  no_adapter
+│                                  no_adapter · engine_untrue
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed
 ├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused · grader_failed ·
-│                                  sandbox_unavailable · workspace_busy · workspace_unusable · child_failed
+│                                  sandbox_unavailable · workspace_busy · workspace_unusable · child_failed ·
+│                                  engine_failed · engine_unreachable · engine_refused
 └── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
                                    worker_terminated · attempt_superseded · same_request_active · run_starting ·
                                    bad_number · bad_rows · engine_disagrees

@@ -102,6 +102,19 @@ class AdapterOrigin(Schema):
     kernel: str | None = Field(None, description="what dequantised in the training, with its version")
 
 
+class EngineFacts(Schema):
+    """The engine that generated or scored rows; absent in a record: this program's own."""
+
+    name: str = Field(description="vllm, sglang, or opd-mcp for `serve-teacher`")
+    version: str | None = Field(None, description="as the server says; absent where it does not")
+    dtype: str | None = Field(None, description="what it computes in, where that is known")
+    managed: bool = Field(False, description="whether the worker started it on the model's own files")
+
+    def label(self) -> str:
+        """Readable: name, version, dtype, as far as they are known."""
+        return " ".join(part for part in (self.name, self.version, self.dtype) if part)
+
+
 class Lineage(Record):
     """`lineage.json`: where an artifact's content comes from; it stays true when the directory is copied."""
 
@@ -122,6 +135,9 @@ class Lineage(Record):
     parents: list[Parent] = Field(default_factory=list)
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of each data file")
     versions: dict[str, str] = Field(default_factory=dict)
+    engines: dict[str, EngineFacts] | None = Field(
+        None, description="by stage, what generated or scored the rows where that was not this program's own engine"
+    )
     rendered_at: str | None = Field(
         None, description="the moment in UTC that prompts were written with, where the chat template asks for the time"
     )

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from opd_mcp.schemas.base import AddedLater, Schema
 from opd_mcp.schemas.identity import BaseForm, Quantization
@@ -29,6 +29,26 @@ BATCH = (
     "rows drawn at a time; halved by the plan, unless an override names it, until the device's memory holds it. "
     "Sampled tokens depend on it: each batch has a random stream of its own"
 )
+MANAGED_ENGINES = ("vllm", "sglang")
+
+
+def _engine(value: object) -> object:
+    """None for the engine of this program: absent, it leaves a phase's key as it was before there were others."""
+    if value in (None, "local"):
+        return None
+    if isinstance(value, str) and (value in (*MANAGED_ENGINES, "auto") or value.startswith(("http://", "https://"))):
+        return value
+    raise ValueError("an engine is 'local', 'vllm', 'sglang', 'auto', or the URL of a server")
+
+
+# `local`, a managed engine's name, `auto` until a plan has chosen, or a server's URL
+Engine = Annotated[str | None, BeforeValidator(_engine)]
+ENGINE = "'local' (default), 'vllm', 'sglang', 'auto', or the URL of a server (docs/engines.md)"
+
+
+def is_url(engine: str | None) -> bool:
+    """Whether an engine is a server that the user runs."""
+    return engine is not None and "://" in engine
 
 
 class RuntimeRecipe(Schema):
@@ -134,6 +154,7 @@ class ResponsesRecipe(Schema):
     sampling: Sampling = Sampling()
     limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
     batch_size: PositiveInt = Field(64, description=BATCH)
+    engine: Engine = Field(None, description=f"what generates: {ENGINE}")
 
 
 class SftRecipe(Schema):
@@ -171,6 +192,12 @@ class RolloutRecipe(Schema):
     count: PositiveInt | None = Field(None, description="default: one response a prompt")
     batch_size: PositiveInt = Field(256, description=BATCH)
     shard_rows: PositiveInt = 4096
+    engine: Engine = Field(None, description=f"what generates: {ENGINE}")
+    rescore: Literal["local"] | None = Field(
+        None,
+        description="'local': store the log-probs of this program's own scorer instead of the generator's, for a "
+        "generator that rounds (bf16)",
+    )
 
 
 class ScoreRecipe(Schema):
@@ -184,6 +211,7 @@ class ScoreRecipe(Schema):
     )
     micro_batch_tokens: PositiveInt = 16384
     concurrency: Annotated[int, Field(ge=1, le=256)] = Field(8, description="requests at a time to a remote teacher")
+    engine: Engine = Field(None, description=f"what computes the teacher's log-probs: {ENGINE}")
 
 
 class DistillRecipe(Schema):
@@ -254,6 +282,7 @@ class BenchmarkRecipe(Schema):
     limit: PositiveInt | None = None
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")
     batch_size: PositiveInt = Field(256, description=BATCH)
+    engine: Engine = Field(None, description=f"what generates: {ENGINE}")
 
     @model_validator(mode="after")
     def _one_way_to_grade(self) -> Self:

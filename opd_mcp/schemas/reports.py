@@ -1,17 +1,41 @@
 """Reports: the final numbers, each with how it was obtained."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema
-from opd_mcp.schemas.identity import ModelIdentity, Quantization
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity, Quantization
 from opd_mcp.schemas.memory import CheckpointingPolicy
+from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName, Precision
 from opd_mcp.schemas.runs import Alert
 from opd_mcp.schemas.texts import line_end
 
 MetricValue = float | int
+Judgement = Literal["better", "no_difference", "worse", "unknown"]
+
+
+class Verdict(Schema):
+    """What a run came to, for whoever reads one sentence only."""
+
+    judgement: Judgement = Field(description="the candidate against its baseline; unknown where nothing compares them")
+    sentence: str = Field(description="gain with its interval, share of the gap closed, cost")
+    cause: str | None = Field(None, description="why it is not better, with the key to change, where that is known")
+    next_action: NextAction
+
+    def text(self) -> str:
+        """The judgement in front of the sentence, and the cause."""
+        cause = f" Cause: {self.cause}" if self.cause else ""
+        return f"{self.judgement.replace('_', ' ').upper()}: {self.sentence}{cause}"
+
+
+class Curve(Schema):
+    """A metric's finite points, thinned out."""
+
+    key: str
+    steps: list[int]
+    values: list[float]
 
 
 class Estimate95(Schema):
@@ -105,6 +129,7 @@ class GradedAnswers(Schema):
 
     responses: int
     without_answer: int
+    empty: int = Field(0, description="responses without a visible character")
     timed_out: int = Field(0, description="responses whose grading went over its limits; they count as wrong")
     examples: list[str] = Field(default_factory=list, description="ends of up to three responses without an answer")
 
@@ -115,6 +140,8 @@ class GradedAnswers(Schema):
             text += f", {self.timed_out} could not be graded within the limits and count as wrong"
         if self.examples:
             text += "; they end: " + ", ".join(f"`{line_end(example, characters)}`" for example in self.examples)
+        if self.empty:
+            text += f"; {self.empty} are empty"
         return text + "."
 
 
@@ -161,8 +188,11 @@ class ModelScore(Schema):
     mean_response_tokens: float | None = Field(None, description="absent where nothing was generated")
     truncated_fraction: float | None = None
     eos_rate: float | None = None
+    repeated_fraction: float | None = Field(None, description="responses that end in a repeated phrase")
+    entropy: float | None = Field(None, description="nats per token of its own samples at T = 1")
     seconds: float
     tokens: int
+    generated_by: EngineFacts | None = Field(None, description="absent: this program's own engine")
 
 
 class Comparison(Schema):
@@ -196,12 +226,54 @@ class QuantisationCost(Schema):
     accuracy_difference: Estimate95 | None = Field(None, description="quantised − plain, greedy, paired by prompt")
 
 
+class ShownAnswers(Schema):
+    """One prompt and what each model said, cut to size."""
+
+    prompt: str
+    answer: str | None = None
+    responses: dict[str, str] = Field(description="by model")
+    right: dict[str, bool] = Field(default_factory=dict, description="by model; absent where nothing was graded")
+
+
+class TrainedAdapter(Schema):
+    """The adapter that a model's training made, as its lineage and its training's summary say."""
+
+    stage: str
+    rank: int
+    scale: float = Field(description="the factor of the product BA")
+    targets: list[str] | None = Field(None, description="absent: all linear layers of the decoder")
+    trained_parameters: int | None = Field(None, description="absent where the model came without its summary")
+    parameters: int | None = None
+    start: Literal["zero", "continued"]
+    saved: Literal["adapter", "merged", "both"]
+
+    def text(self, name: str) -> str:
+        """One sentence about it."""
+        layers = ", ".join(self.targets) if self.targets else "all linear layers"
+        share = ""
+        if self.trained_parameters is not None and self.parameters:
+            share = (
+                f": {self.trained_parameters:,} of {self.parameters:,} parameters "
+                f"({self.trained_parameters / self.parameters:.2%})"
+            )
+        begun = "from zero" if self.start == "zero" else "on from the student's own"
+        kept = {"adapter": "as an adapter", "merged": "merged", "both": "merged and as an adapter"}[self.saved]
+        return (
+            f"{name}: a LoRA adapter of rank {self.rank} on {layers} was trained {begun} ({self.stage}){share}; saved "
+            f"{kept}."
+        )
+
+
 class BenchmarkReport(Schema):
     """`report.json`: the evidence."""
 
     schema_version: Literal[1] = 1
+    verdict: Verdict | None = Field(None, description="absent in reports of earlier versions")
     recipe: BenchmarkRecipe
     suite: str | None = Field(None, description="the prompts' suite by name, or lm_eval:TASK")
+    suite_changes: dict[str, list[Any]] = Field(
+        default_factory=dict, description="settings that differ from the suite's: [published, used]"
+    )
     seed: int
     prompts_sha256: str
     prompts: int
@@ -215,6 +287,7 @@ class BenchmarkReport(Schema):
     gap_closed: list[GapClosed] = Field(default_factory=list)
     quantisation: QuantisationCost | None = Field(None, description="absent where no student is in 4 bits")
     not_measured: dict[str, str] = Field(default_factory=dict, description="rows that are absent, and why")
+    adapters: dict[str, TrainedAdapter] = Field(default_factory=dict, description="by model, where one was trained")
     teacher_responses: GradedResponses | None = Field(None, description="what the SFT of this run learnt from")
     hardware: str
     recipe_hash: str
@@ -223,6 +296,9 @@ class BenchmarkReport(Schema):
     costs: list[StageCost] = Field(default_factory=list)
     alerts: list[Alert] = Field(default_factory=list, description="of the run that made the report, the last 20")
     warnings: list[str] = Field(default_factory=list, description="what made this slower or less sure than it could be")
+    planned_seconds: dict[str, float] = Field(default_factory=dict, description="what the plan expected, by stage")
+    curves: list[Curve] = Field(default_factory=list, description="of the training that led here, phase.metric")
+    samples: list[ShownAnswers] = Field(default_factory=list, description="the first prompts, each model's response")
 
 
 class LoopState(Schema):

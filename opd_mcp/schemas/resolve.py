@@ -3,11 +3,12 @@
 import copy
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -41,17 +42,25 @@ def recipe_arguments(path: Path) -> dict[str, Any]:
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}
     plain = {name: value for name, value in content.items() if name not in tables}
-    return plain | {"overrides": dict(_dotted(tables, set(recipe_keys())))}
+    return plain | {"overrides": dict(dotted(tables, set(recipe_keys())))}
 
 
-def _dotted(tables: Mapping[str, Any], keys: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(tables: Mapping[str, Any], keys: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested tables; a table that is itself a recipe's value stays whole."""
     for name, value in tables.items():
         key = prefix + name
         if isinstance(value, dict) and key not in keys:
-            yield from _dotted(value, keys, f"{key}.")
+            yield from dotted(value, keys, f"{key}.")
         else:
             yield key, value
+
+
+def changed_settings(recipe: Recipe) -> dict[str, Any]:
+    """The overrides that make the recipe of its preset."""
+    keys = set(recipe_keys())
+    preset = dict(dotted(resolve_recipe(recipe.preset, {}).model_dump(mode="json"), keys))
+    mine = dict(dotted(recipe.model_dump(mode="json"), keys))
+    return {key: value for key, value in mine.items() if key in keys and preset.get(key) != value}
 
 
 def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
@@ -185,3 +194,56 @@ def require_package(recipe: OptimizerRecipe, section: str) -> None:
             fix="Install the extra: pip install 'opd-mcp[int8]'; or set "
             f"'{section}.precision' to 'split_master', which needs no package.",
         )
+
+
+# Rates that fit a student, by its parameters: the paper's at 4B (arXiv 2604.13010), the embedded task's (tuned on its
+# tune.jsonl). Between the two nothing was measured, so only a factor of ten is called far.
+SMALL_PARAMETERS = 50_000_000
+USUAL_RATES = {"sft": 8e-5, "distill": 2e-6}
+SMALL_RATES = {"sft": 4e-3, "distill": 3e-3}
+FAR_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class FarRate:
+    """A rate that does not fit: `learning_rate_far` where it is far from the preset's as well, else `preset_rates`."""
+
+    code: Literal["learning_rate_far", "preset_rates"]
+    key: str
+    message: str
+    fix: str
+    fitting: float
+
+
+def far_rates(recipe: Recipe, stages: Iterable[str], parameters: int | None) -> list[FarRate]:
+    """The learning rates of these stages that are ten times above or below those of such a student.
+
+    An adapter's may be ten times higher still, as is usual for LoRA. Without `parameters` the preset's count.
+    """
+    presets = resolve_recipe(recipe.preset, {})
+    found = []
+    for stage in stages:
+        section: SftRecipe | DistillRecipe = getattr(recipe, stage)
+        rate, preset = section.optimizer.learning_rate, getattr(presets, stage).optimizer.learning_rate
+        small = parameters is not None and parameters < SMALL_PARAMETERS
+        fitting = (SMALL_RATES if small else USUAL_RATES)[stage] if parameters is not None else preset
+        if not _is_far(rate, fitting, section):
+            continue
+        key = f"{stage}.optimizer.learning_rate"
+        own = _is_far(rate, preset, section)
+        than = f"{_times(rate / preset)} the preset's {preset:g}" if own else f"as preset '{recipe.preset}' has it"
+        millions = None if parameters is None else f"{parameters / 1e6:.3g}M"
+        size = f"; a student of {millions} parameters learns at about {fitting:g}" if millions else ""
+        code: Literal["learning_rate_far", "preset_rates"] = "learning_rate_far" if own else "preset_rates"
+        message = f"'{key}' is {rate:g}, {than}{size}."
+        found.append(FarRate(code, key, message, f"Set '{key}' to about {fitting:g}.", fitting))
+    return found
+
+
+def _is_far(rate: float, other: float, section: SftRecipe | DistillRecipe) -> bool:
+    highest = FAR_FACTOR * (FAR_FACTOR if section.adapter is not None else 1.0)
+    return rate >= other * highest * (1 - 1e-9) or rate <= other / FAR_FACTOR * (1 + 1e-9)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times" if ratio >= 1 else f"1/{1 / ratio:.3g} of"

@@ -177,6 +177,19 @@ class StopSettings(Schema):
     )
 
 
+class EngineSettings(Schema):
+    """Engines that workers may start: programs in environments of their own."""
+
+    vllm: str | None = Field(None, description="absolute path of `vllm`, or of a Python that has it")
+    sglang: str | None = Field(None, description="absolute path of a Python that has SGLang")
+    start_seconds: float = Field(900.0, gt=0, allow_inf_nan=False, description="until an engine answers")
+    restarts: int = Field(3, ge=0, le=100, description="how often an engine that ends is started again in a phase")
+
+    def program(self, kind: str) -> str | None:
+        """The path for an engine's name; None where there is none."""
+        return {"vllm": self.vllm, "sglang": self.sglang}.get(kind)
+
+
 class ExportSettings(Schema):
     """Where models may be exported to, besides the folders of `serve --export-root`."""
 
@@ -188,6 +201,7 @@ class WorkspaceSettings(Schema):
 
     quotas: Quotas = Quotas()
     stop: StopSettings = StopSettings()
+    engines: EngineSettings = EngineSettings()
     export: ExportSettings = ExportSettings()
 
 
@@ -274,7 +288,7 @@ class RunRow(Schema):
     run_id: str
     kind: RunKind
     state: RunState
-    note: str | None = None
+    note: str | None = Field(None, description="of an active run, its process; of a succeeded one, its judgement")
     created_at: str
     student: str | None = None
     teacher: str | None = None

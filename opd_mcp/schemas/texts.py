@@ -58,5 +58,10 @@ def duration(seconds: float) -> str:
 
 
 def line_end(text: str, characters: int) -> str:
-    """The end of a text on one line, fit to stand between backquotes."""
-    return "…" + " ".join(text.split()).replace("`", "'")[-characters:] if text else "(empty)"
+    """The end of a text on one line, fit to stand between backquotes; white space alone is named as what it is."""
+    if not text:
+        return "(empty)"
+    words = " ".join(text.split())
+    if not words:
+        return f"(only white space: {text[:8]!r})"
+    return "…" + words.replace("`", "'")[-characters:]

@@ -12,7 +12,8 @@ Workflow:
 3. start_distillation(plan_id): returns a run_id at once. The run does every missing stage: teacher responses, SFT, \
 rollouts, teacher scores, distillation, report.
 4. get_run_status(run_id, wait_seconds=25), again until the state is succeeded, failed, cancelled or lost. A wait that \
-expires is not a failure: never start the same work again. The result holds the model's path and the report's figures.
+expires is not a failure: never start the same work again. The result holds verdict, paths and figures; \
+succeeded is not yet better: read the verdict.
 Stages can also be run one by one: generate_teacher_responses → start_sft → build_teacher_cache → \
 start_distillation(student, cache_id) → benchmark_student.
 Models and data are named by absolute path below an allowed root, artifact id, run id (its result) or Hub id; prompts \
@@ -34,7 +35,8 @@ fine-tuned on this teacher's responses needs sft_prompts; ask me for them if the
 4. Call start_distillation(plan_id=…). If the answer is [confirm_needed], ask me first.
 5. Call get_run_status(run_id=…, wait_seconds=25) again and again until the state is final. A wait that expires is \
 normal; never start the run a second time.
-6. When it succeeded, report each model's accuracy and reverse KL with their intervals, the paired difference, the \
+6. When it succeeded, report the verdict with its cause first, also a loss; then each model's accuracy and reverse \
+KL with their intervals, the paired difference, the \
 training seconds, and the model's path. Say which teacher the report names and whether its lineage is proven.
 7. When it failed, follow the error's fix; get_run_metrics and get_run_logs have the details.
 """

@@ -308,6 +308,7 @@ class RunViews:
         self._views: OrderedDict[str, tuple[threading.Lock, RunView]] = OrderedDict()
         self._records: OrderedDict[str, RunRecord] = OrderedDict()
         self._written: OrderedDict[str, tuple[tuple[int, int, int], RunState]] = OrderedDict()
+        self._judged: OrderedDict[str, tuple[tuple[int, int, int], str | None]] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, run_id: str, answer: Callable[[RunView, RunRecord], Answer]) -> Answer:
@@ -346,6 +347,17 @@ class RunViews:
         written, state = self.look(run_id, lambda view: (view.written, view.state))
         self._keep(self._written, run_id, (signature, written), MAX_STATES)
         return state
+
+    def judgement(self, run_id: str) -> str | None:
+        """What the result of an ended run says that it came to, its journal read once; raises as `state`."""
+        signature = _signature(self._workspace.run(run_id) / JOURNAL_FILE)
+        with self._lock:
+            known = self._judged.get(run_id)
+        if known is not None and known[0] == signature:
+            return known[1]
+        found = self.look(run_id, lambda view: (view.result or {}).get("verdict", {}).get("judgement"))
+        self._keep(self._judged, run_id, (signature, found), MAX_STATES)
+        return found
 
     def _keep(self, kept: "OrderedDict[str, Kept]", run_id: str, value: Kept, limit: int) -> None:
         with self._lock:

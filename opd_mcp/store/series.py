@@ -9,11 +9,11 @@ import hashlib
 import json
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import compress
-from math import isfinite, isnan, nan
+from itertools import compress, pairwise
+from math import fsum, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,16 @@ class Points(Mapping[int, float | None]):
     def _value(self, place: int) -> float | None:
         number = self.numbers[place]
         return number if isfinite(number) else None
+
+
+def thinned(steps: Sequence[int], values: Sequence[float], max_points: int) -> tuple[list[int], list[float]]:
+    """Steps and values, at most so many: the mean of each stretch, and the last point as it is."""
+    if len(steps) <= max_points:
+        return list(steps), list(values)
+    stretches, body = max_points - 1, len(steps) - 1
+    ends = [number * body // stretches for number in range(stretches + 1)]
+    means = [fsum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
+    return [*(steps[end - 1] for end in ends[1:]), steps[-1]], [*means, values[-1]]
 
 
 SeriesByName = dict[tuple[str, str], Points]

@@ -4,11 +4,12 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from opd_mcp.schemas.errors import IntegrityError, RunError
+from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactStore, artifact_directories, artifact_row, read_artifact
@@ -166,7 +167,7 @@ class Store:
                 run_id=row.run_id,
                 kind=row.kind,
                 state=found,
-                note=self._note(row.run_id) if found in ACTIVE_STATES else None,
+                note=self._note(row.run_id) if found in ACTIVE_STATES else self._judgement(row.run_id, found),
                 created_at=row.created_at,
                 student=row.student,
                 teacher=row.teacher,
@@ -265,6 +266,14 @@ class Store:
         directory = self.workspace.run(run_id)
         pid = stopped_worker(directory, self.views.look(run_id, lambda view: view.attempt))
         return None if pid is None else f"worker stopped, pid {pid}"
+
+    def _judgement(self, run_id: str, state: RunState) -> str | None:
+        """What a run that has ended well came to, from its journal's result; None where it was not judged."""
+        if state != "succeeded":
+            return None
+        with suppress(UnknownIdError):  # removed meanwhile
+            return self.views.judgement(run_id)
+        return None
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.runs import ExportSettings, Quotas, StopSettings, WorkspaceSettings
+from opd_mcp.schemas.runs import EngineSettings, ExportSettings, Quotas, StopSettings, WorkspaceSettings
 
 # Secrets of the workspace itself: no reference of a caller opens them.
 LINEAGE_KEY, HTTP_TOKEN, HTTP_SESSIONS = "lineage.key", "http.token", "http.sessions"
@@ -142,7 +142,13 @@ def read_settings(workspace: Workspace) -> WorkspaceSettings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid(f"not TOML: {error}", str(file)) from error
     _require_known(values, WorkspaceSettings, "")
-    for name, section in (("quotas", Quotas), ("stop", StopSettings), ("export", ExportSettings)):
+    sections: dict[str, type[BaseModel]] = {
+        "quotas": Quotas,
+        "stop": StopSettings,
+        "export": ExportSettings,
+        "engines": EngineSettings,
+    }
+    for name, section in sections.items():
         if isinstance(values.get(name), dict):
             _require_known(values[name], section, f"{name}.")
     try:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
-from opd_mcp.schemas.answers import Curve, DashboardFeed, DashboardRun, ShownPhase
+from opd_mcp.schemas.answers import DashboardFeed, DashboardRun, ShownPhase
 from opd_mcp.schemas.next_action import advice_text
+from opd_mcp.schemas.reports import Curve
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.store import Store
 from opd_mcp.views.metrics import LOSS_KEYS, series
+from opd_mcp.views.next_steps import run_verdict
 from opd_mcp.views.status import costs_by_stage, status_of
 
 MAX_RUNS = 4
@@ -35,6 +37,7 @@ def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
         run_id=record.run_id,
         kind=record.request.kind,
         state=view.state,
+        verdict=run_verdict(view, record),
         created_at=record.created_at,
         models=" ← ".join(
             source.reference.rstrip("/").rsplit("/", 1)[-1]
@@ -50,6 +53,7 @@ def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
         costs=costs_by_stage(view),
         scores=result.get("scores", {}),
         comparisons=result.get("comparisons", []),
+        teacher_row=result.get("teacher_row"),
         error=f"[{failed.code}] {shortened(failed.cause, 300)} Fix: {advice_text(failed.fix, failed.call)}"
         if failed
         else None,

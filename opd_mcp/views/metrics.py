@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 from opd_mcp.schemas.answers import MetricSeries, MetricsReport, RunMetrics
@@ -10,11 +9,13 @@ from opd_mcp.schemas.errors import ArgumentError, nearest
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView, trend_of
-from opd_mcp.store.series import Points
+from opd_mcp.store.series import Points, thinned
 
 MAX_VALUES = 1_200
 """Points of one answer, all series of all runs: about the size of 4k tokens."""
 MAX_DIFFERENCES = 20
+CONVERGED_KL = 0.05
+"""Nats per token: below it a student's own samples are almost what its teacher would write."""
 LOSS_KEYS = ("reverse_kl_k1", "reverse_kl", "loss")
 
 
@@ -88,16 +89,6 @@ def series(name: str, points: Points, max_points: int) -> MetricSeries:
     )
 
 
-def thinned(steps: Sequence[int], values: Sequence[float], max_points: int) -> tuple[list[int], list[float]]:
-    """Steps and values, at most so many: the mean of each stretch, and the last point as it is."""
-    if len(steps) <= max_points:
-        return list(steps), list(values)
-    stretches, body = max_points - 1, len(steps) - 1
-    ends = [number * body // stretches for number in range(stretches + 1)]
-    means = [math.fsum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
-    return [*(steps[end - 1] for end in ends[1:]), steps[-1]], [*means, values[-1]]
-
-
 def diagnosis(view: RunView, points: dict[str, Points]) -> str:
     """One line: what went wrong, else where the objective goes."""
     for key, values in points.items():
@@ -111,12 +102,13 @@ def diagnosis(view: RunView, points: dict[str, Points]) -> str:
         return f"Alert {alert.code}: {shortened(alert.message, 200)}"
     name = next(objectives(points), None)
     if name is not None:
-        return direction(name, points[name])
+        verdict = (view.result or {}).get("verdict", {})
+        return direction(name, points[name], gained=verdict.get("judgement", "better") == "better")
     return "No metrics yet." if view.state in ACTIVE_STATES else "This run recorded no training metrics."
 
 
-def direction(name: str, points: Points) -> str:
-    """Where a metric that should fall goes."""
+def direction(name: str, points: Points, *, gained: bool = True) -> str:
+    """Where a metric that should fall goes; `converged` only for a reverse KL near 0, of a run without a loss."""
     _, values = points.finite()
     if len(values) < 4:
         return f"{name} is {values[-1]:.4g} after {len(values)} points: too few for a trend."
@@ -127,8 +119,14 @@ def direction(name: str, points: Points) -> str:
             return f"{change} and still falls: more steps may help."
         case "up":
             return f"{change} and rises in its later half: lower the learning rate or stop earlier."
-        case _:
-            return f"{change} and is level in its later half: converged at these settings."
+    level = math.fsum(half) / len(half)
+    change += " and is level in its later half"
+    if "reverse_kl" not in name:
+        return f"{change}: it learns no more at these settings; whether that is enough, the report says."
+    if abs(level) > CONVERGED_KL or not gained:
+        why = f"{level:.3g} nats per token are left" if abs(level) > CONVERGED_KL else "the report shows no gain"
+        return f"{change}, but {why}: it has stopped, not converged. Look at the learning rate and the rollouts."
+    return f"{change}: converged at these settings."
 
 
 def objectives(points: dict[str, Points]) -> Iterator[str]:

@@ -1,10 +1,16 @@
 """The one next step of a run, of a new workspace and of a deletion, as data."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.answers import ExamplePaths
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call, resume_call
 from opd_mcp.schemas.plans import Finding
+from opd_mcp.schemas.reports import Verdict
+from opd_mcp.schemas.resolve import changed_settings, far_rates
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
+from opd_mcp.schemas.verdicts import TRAINING_ALERTS, Gain
 from opd_mcp.store.run_view import RunView
 from opd_mcp.supervisor.liveness import worker_alert
 
@@ -17,6 +23,7 @@ RESUME_HELPS = frozenset(
     }
 )
 WAIT_SECONDS = 25
+SAID_BY_ARGUMENTS = frozenset({"distill.method", "distill.estimator"})
 
 
 def next_action(view: RunView, record: RunRecord) -> NextAction:
@@ -31,9 +38,8 @@ def next_action(view: RunView, record: RunRecord) -> NextAction:
             why = "A cancellation is pending, do not ask again; wait until the state is cancelled."
         return next_call("get_run_status", why, run_id=run_id, wait_seconds=WAIT_SECONDS)
     if view.state == "succeeded":
-        step = _after_success(record, benchmarked="benchmark" in view.artifacts)
-        warning = _worse_than_before(view)
-        return step.with_why(f"{warning} {step.why}") if warning else step
+        verdict = run_verdict(view, record)
+        return verdict.next_action if verdict else _after_success(record)
     error = view.error
     if view.state == "failed" and error is not None and error.code not in RESUME_HELPS:
         call = (error.call or NextAction()).filled(run_id=run_id)
@@ -64,20 +70,74 @@ def after_deletion() -> NextAction:
     return next_call("list_artifacts", "See what is left.")
 
 
-def _worse_than_before(view: RunView) -> str | None:
-    """What must be said of a run that did what it was asked to: a result below its baseline, beyond chance."""
+def run_verdict(view: RunView, record: RunRecord) -> Verdict | None:
+    """The verdict on a run that has ended well, its next step with the run's own arguments.
+
+    `unknown` for a training that measured nothing. None for a run that neither trained nor measured a student.
+    """
+    if view.state != "succeeded":
+        return None
     result = view.result or {}
-    for comparison in result.get("comparisons", []):
-        difference, low, high = comparison["accuracy_difference"]
-        if high < 0 and comparison["baseline"] != result.get("teacher_row"):
-            return (
-                f"Beware: {comparison['candidate']} is less accurate than {comparison['baseline']} "
-                f"({difference:+.3f} [{low:.3f}, {high:.3f}]); look at its alerts and metrics before you use it."
-            )
-    return None
+    if (known := result.get("verdict")) is not None:
+        verdict = Verdict.model_validate(known)
+        step = _with_arguments(verdict.next_action, verdict.judgement, record)
+        return verdict.model_copy(update={"next_action": step})
+    if (comparison := _compared(result)) is not None:
+        return _earlier_verdict(comparison, record)
+    if record.request.kind not in ("sft", "distill"):
+        return None
+    told = next((alert for alert in reversed(view.alerts) if alert.code in TRAINING_ALERTS), None)
+    return Verdict(
+        judgement="unknown",
+        sentence="the student is trained and not measured: whether it gained anything is not known.",
+        cause=None if told is None else f"{told.code}: {told.message}",
+        next_action=_after_success(record),
+    )
 
 
-def _after_success(record: RunRecord, *, benchmarked: bool) -> NextAction:
+def _compared(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first comparison with another model than the teacher, of a result that an earlier version wrote."""
+    others = (pair for pair in result.get("comparisons", []) if pair["baseline"] != result.get("teacher_row"))
+    return next(others, None)
+
+
+def _earlier_verdict(comparison: Mapping[str, Any], record: RunRecord) -> Verdict:
+    difference, low, high = comparison["accuracy_difference"]
+    gain = Gain("accuracy", 0.0, 0.0, (difference, low, high))
+    said = f"accuracy of {comparison['candidate']} minus {comparison['baseline']}: "
+    return Verdict(
+        judgement=gain.judgement,
+        sentence=f"{said}{difference:+.3f} [{low:+.3f}, {high:+.3f}].",
+        next_action=_after_success(record, benchmarked=True),
+    )
+
+
+def _with_arguments(action: NextAction, judgement: str, record: RunRecord) -> NextAction:
+    """The verdict's next step with what the run was given; a second round begins with the student that it made."""
+    inputs, recipe = record.request.inputs, record.request.recipe
+    sources = {role: getattr(inputs, role) for role in ("student", "teacher", "prompts", "sft_prompts", "eval_prompts")}
+    given: dict[str, Any] = {
+        role: source.artifact_id if source.reference == "inline" else source.reference
+        for role, source in sources.items()
+        if source is not None
+    }
+    if judgement == "better":
+        given |= {"student": record.run_id}
+        given.pop("sft_prompts", None)
+    if action.tool != "plan_distillation":
+        measured = {"model": record.run_id, "prompts": given.get("eval_prompts", given.get("prompts"))}
+        return action.filled(**(measured if action.tool == "benchmark_student" else given))
+    if not {"student", "teacher", "prompts"} <= given.keys():  # it began from a cache, or from responses
+        return action.filled(**given)
+    method = "sft" if record.request.kind == "sft" else recipe.distill.method
+    given |= {"method": method, "estimator": recipe.distill.estimator, "preset": recipe.preset}
+    far = far_rates(recipe, ("sft", "distill"), inputs.student.parameters if inputs.student else None)
+    settings = changed_settings(recipe) | {rate.key: rate.fitting for rate in far}
+    overrides = {key: value for key, value in settings.items() if key not in SAID_BY_ARGUMENTS}
+    return action.model_copy(update={"arguments": given | {"overrides": overrides}, "missing": None})
+
+
+def _after_success(record: RunRecord, *, benchmarked: bool = False) -> NextAction:
     run_id, inputs = record.run_id, record.request.inputs
     teacher = inputs.teacher.reference if inputs.teacher else None
     match record.request.kind:

@@ -12,7 +12,7 @@ from opd_mcp.schemas.answers import ActiveRun, Device, ExamplePaths, SetupReport
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.runs import Quotas, RunKind, RunState
-from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.roots import AllowedRoots, ExportRoots
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace, read_settings
 from opd_mcp.views.next_steps import first_step
@@ -21,7 +21,9 @@ ACTIVE: tuple[RunState, ...] = ("running", "queued")
 MAX_ACTIVE_RUNS = 20
 
 
-def setup_report(store: Store, roots: AllowedRoots, leases: LeaseFolder, settings: JobSettings) -> SetupReport:
+def setup_report(
+    store: Store, roots: AllowedRoots, exports: ExportRoots, leases: LeaseFolder, settings: JobSettings
+) -> SetupReport:
     """The machine, the workspace, the limits and the embedded example; settings that cannot be read are a problem."""
     example = example_paths(settings)
     problem = settings_problem(store.workspace)
@@ -32,6 +34,7 @@ def setup_report(store: Store, roots: AllowedRoots, leases: LeaseFolder, setting
         free_disk_bytes=free_disk(store.workspace.root),
         workspace=str(store.workspace.root),
         allowed_roots=[str(root) for root in roots.roots],
+        export_roots=[str(root) for root in exports.roots] or None,
         active_runs=active_runs(store),
         quotas=Quotas() if problem else read_settings(store.workspace).quotas,
         problem=problem,

@@ -1,6 +1,7 @@
 """What a run's view and record say to its reader: snapshot, status and ETA."""
 
 import time
+from typing import Any
 
 from opd_mcp.devices.leases import Place
 from opd_mcp.planning.phases import cache_id_of
@@ -8,7 +9,7 @@ from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunRecord, RunSnapshot, RunStatus
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.supervisor.liveness import lost_failure, worker_alert
-from opd_mcp.views.next_steps import next_action
+from opd_mcp.views.next_steps import next_action, run_verdict
 
 MIN_CHECK_SECONDS = 5.0
 MAX_CHECK_SECONDS = 300.0
@@ -29,10 +30,16 @@ def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> Ru
         progress=view.progress,
         reused=reused,
         cache_id=cache_id_of(record.request.phases),
-        result=view.result,
+        result=judged_result(view, record),
         error=failure(view),
         next_action=next_action(view, record),
     )
+
+
+def judged_result(view: RunView, record: RunRecord) -> dict[str, Any] | None:
+    """The run's result with the verdict on it, which a training without a report lacks."""
+    verdict = run_verdict(view, record)
+    return view.result if verdict is None else {**(view.result or {}), "verdict": verdict.to_dict()}
 
 
 def failure(view: RunView) -> Failure | None:
@@ -68,7 +75,7 @@ def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatu
         elapsed_s=_elapsed(view, time.time()),
         metrics=view.metrics,
         alerts=[*distinct_alerts(view), *filter(None, [worker_alert(view)])],
-        result=view.result,
+        result=judged_result(view, record),
         error=failure(view),
         next_check_s=(MIN_CHECK_SECONDS if cancelling else _next_check(eta)) if active else None,
         next_action=next_action(view, record),

@@ -20,6 +20,7 @@ import psutil
 from opd_mcp.devices.hardware import free_disk, gpu_slot, gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
 from opd_mcp.planning.admission import is_short, out_of_hours, seconds_left, short_admission
+from opd_mcp.planning.engines import required_program
 from opd_mcp.planning.workload import expected_disk, workload_of
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
@@ -40,6 +41,7 @@ from opd_mcp.store.runs import (
 from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import note_start, stop_of
 from opd_mcp.store.workspace import Workspace, grace_seconds, read_settings
+from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
 from opd_mcp.worker.guardian import guarded
@@ -131,10 +133,16 @@ class RunWorker:
 
     def _pipeline(self, record: RunRecord, device: str, launch_seconds: float) -> Pipeline:
         """The run's phases; the stages are loaded only when a phase must be computed."""
-        from opd_mcp.engine.context import Context
+        from opd_mcp.engine.context import Context, EngineAddress, EngineWish
 
         recipe, inputs = record.request.recipe, record.request.inputs
         workload = workload_of(recipe, inputs)
+
+        @contextmanager
+        def start_engine(wish: EngineWish) -> Iterator[EngineAddress]:
+            model = EngineModel(wish.model, wish.dtype, wish.length, wish.topk)
+            with self._engine(wish.kind, model, device).running() as engine:
+                yield EngineAddress(engine.url, engine.key, wish.dtype, managed=True, check=engine.check)
 
         def loaded() -> Stages:
             stages = self.settings.load_stages()
@@ -150,6 +158,7 @@ class RunWorker:
             made_here=self.store.artifacts.made_here,
             check_fence=self.journal.check_fence,
             rendered_at=datetime.fromisoformat(record.created_at),
+            start_engine=start_engine,
         )
         return Pipeline(
             record=record,
@@ -163,6 +172,16 @@ class RunWorker:
             disk=lambda name: expected_disk(name, recipe, inputs),
             launch_seconds=launch_seconds,
         )
+
+    def _engine(self, kind: str, model: EngineModel, device: str) -> ManagedEngine:
+        """An engine as this workspace's settings name it; raises ResourceError `missing_package`."""
+        workspace = self.store.workspace
+        settings = read_settings(workspace).engines
+        program = EngineProgram(
+            kind, required_program(kind, settings), workspace.compiled / "engines", device == "cuda"
+        )
+        reporter = self.reporter
+        return ManagedEngine(program, model, self.directory, settings, reporter.should_stop, reporter.alert)
 
     def _end_by(self, error: Exception) -> int:
         """The exit status, after the final state that an exception leads to; a superseded attempt records none."""

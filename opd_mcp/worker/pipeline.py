@@ -15,6 +15,7 @@ from opd_mcp.planning.estimates import (
     PROCESS_START,
     ArtifactCosts,
     PhaseCost,
+    engine_of,
     recorded_cost,
     work_name,
 )
@@ -33,6 +34,7 @@ from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
 
 REPORT_FILE = "report.json"
+REPORT_PAGE = "report.html"
 ROLLOUTS = "rollouts"
 
 
@@ -172,8 +174,9 @@ class Pipeline:
         return PhaseCost(work=PROCESS_START, device=self.device, expected_flops=0.0, cost=cost)
 
     def _phase_cost(self, name: PhaseName, cost: StageCost) -> PhaseCost:
-        method = self.record.request.recipe.distill.method
-        return PhaseCost(work=work_name(name, method), device=self.device, expected_flops=self.flops(name), cost=cost)
+        recipe = self.record.request.recipe
+        work = work_name(name, recipe.distill.method, engine_of(recipe, name))
+        return PhaseCost(work=work, device=self.device, expected_flops=self.flops(name), cost=cost)
 
     def _take(self, name: PhaseName, artifact_id: str, path: Path) -> None:
         """Make a phase's artifact an input of later phases and part of the result."""
@@ -187,6 +190,8 @@ class Pipeline:
             self.result.setdefault("training", {})[name] = json.loads((path / TRAINING_FILE).read_bytes())
         if name == "benchmark":
             self.result.update(report_figures(BenchmarkReport.from_json((path / REPORT_FILE).read_bytes())))
+            if (path / REPORT_PAGE).is_file():
+                self.result["paths"]["report_page"] = str(path / REPORT_PAGE)
 
 
 def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:

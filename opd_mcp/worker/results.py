@@ -6,6 +6,7 @@ from typing import Any
 
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
 from opd_mcp.schemas.texts import shortened
+from opd_mcp.schemas.verdicts import verdict_of
 
 SAMPLES_FILE = "samples.json"
 # Of each example of a response without an answer; the report has more of it.
@@ -14,8 +15,12 @@ METRICS_SHOWN = 12
 
 
 def report_figures(report: BenchmarkReport) -> dict[str, Any]:
-    """Scores by model and the paired differences; absent figures are left out."""
-    figures: dict[str, Any] = {"scores": {score.name: score_figures(score) for score in report.models}}
+    """The verdict, scores by model and the paired differences; absent figures are left out."""
+    verdict = report.verdict or verdict_of(report)
+    figures: dict[str, Any] = {
+        "verdict": verdict.to_dict(),
+        "scores": {score.name: score_figures(score) for score in report.models},
+    }
     if report.comparisons:
         figures["comparisons"] = [
             {

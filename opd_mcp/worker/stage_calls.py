@@ -24,6 +24,8 @@ from opd_mcp.engine.context import (
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.planning.suites import suite_changes
 from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
@@ -35,13 +37,18 @@ from opd_mcp.schemas.recipes import (
     ScoreRecipe,
     SftRecipe,
     base_form,
+    is_url,
 )
-from opd_mcp.schemas.reports import BenchmarkReport, GradedResponses, StageCost, TrainingSummary
+from opd_mcp.schemas.reports import BenchmarkReport, Curve, GradedResponses, StageCost, TrainingSummary
+from opd_mcp.schemas.resolve import far_rates
 from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
+from opd_mcp.store.series import Points, thinned
 
 TRAINING_FILE = "training.json"
+CURVE_METRICS = ("reverse_kl_k1", "loss", "mean_response_tokens", "effective_sample_share", "mean_logprob")
+MAX_CURVES, CURVE_POINTS = 8, 80
 TASK_FOLDER = "lm_eval"
 """Where a run keeps the data of a task of lm-eval."""
 
@@ -57,7 +64,7 @@ class Stages(Protocol):
 
     def rollout(self, section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost: ...
 
-    def check_teacher(self, section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> None: ...
+    def check_teacher(self, section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> int | None: ...
 
     def score(self, section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Context) -> StageCost: ...
 
@@ -110,6 +117,10 @@ class StageCalls:
         """Run the stage of a phase into an empty or new directory; raises the stage's errors."""
         context = replace(self.context, checkpoints=checkpoints_of(self.directory, name))
         recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
+        if name in ("sft", "distill"):
+            student = self.record.request.inputs.student
+            for rate in far_rates(recipe, [name], student.parameters if student else None):
+                context.reporter.alert(rate.code, f"{rate.message} {rate.fix}")
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
@@ -120,14 +131,17 @@ class StageCalls:
             case "sft":
                 cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
             case "rollout":
-                if self._remote() is not None:  # its identity is checked before the work, not after it
-                    stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
+                longest = None
+                if self._remote() is not None or is_url(recipe.score.engine):
+                    # its identity is checked before the work, not after it
+                    longest = stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
                 rollouts = RolloutInputs(
                     student=paths["student"],
                     prompts=paths["prompts"],
                     tokenizer=paths.get("teacher"),
                     eval_prompts=paths.get("eval_prompts"),
                     form=base_form(recipe.distill.adapter),
+                    longest=longest,
                 )
                 cost = stages.rollout(recipe.rollout, rollouts, output, context)
             case "score":
@@ -215,6 +229,7 @@ class StageCalls:
     def _benchmark(self) -> BenchmarkInputs:
         models = self._benchmarked()
         references, absent = self._references(models)
+        view = RunView(self.directory, keep_series=True).refresh()
         return BenchmarkInputs(
             models=models,
             references=references,
@@ -222,11 +237,14 @@ class StageCalls:
             teacher_responses=self._teacher_responses(),
             suite=self.record.request.inputs.suite,
             forms=self._forms(),
+            suite_changes=suite_changes(self.record.request.inputs.suite, self.record.request.recipe),
             prompts=self._benchmark_prompts(),
             recipe_hash=self.record.request.recipe.content_hash(),
             teacher=self.paths.get("teacher"),
             costs=self.costs,
-            alerts=RunView(self.directory).refresh().alerts,
+            alerts=view.alerts,
+            planned_seconds=self.record.expected_phase_seconds,
+            curves=told_curves(view.series),
         )
 
     def _benchmarked(self) -> dict[str, Path]:
@@ -235,7 +253,7 @@ class StageCalls:
             models = [inputs.model, *inputs.baselines]
             return dict(zip(model_names(models), [Path(str(model.path)) for model in models], strict=True))
         if "model" in paths:
-            return {"distilled": paths["model"], "sft": paths["student"]}
+            return {"distilled": paths["model"], student_name(paths["student"]): paths["student"]}
         return {"sft": paths["student"], "base": paths["base"]}
 
     def _forms(self) -> dict[str, BaseForm]:
@@ -244,7 +262,7 @@ class StageCalls:
         if self.record.request.inputs.model is not None:
             return {}
         if "model" in self.paths:
-            return {"sft": base_form(recipe.distill.adapter)}
+            return {student_name(self.paths["student"]): base_form(recipe.distill.adapter)}
         return {"base": base_form(recipe.sft.adapter)}
 
     def _references(self, models: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
@@ -284,6 +302,22 @@ class StageCalls:
         """The teacher claimed for the student's SFT responses; after an SFT phase the student's lineage says it."""
         student = self.record.request.inputs.student
         return student.sft_teacher if student and "base" not in self.paths else None
+
+
+def student_name(student: Path) -> str:
+    """What a distillation began from: its SFT student, or the student of an earlier round."""
+    lineage = read_lineage(student)
+    return "earlier_round" if lineage is not None and lineage.stage == "distill" else "sft"
+
+
+def told_curves(series: Mapping[str, Points]) -> list[Curve]:
+    """The telling metrics of the training phases, the last phase's first, thinned out for a report's figures."""
+    names = [f"{phase}.{key}" for phase in ("distill", "sft") for key in CURVE_METRICS if f"{phase}.{key}" in series]
+    curves = []
+    for name in names[:MAX_CURVES]:
+        steps, values = thinned(*series[name].finite(), CURVE_POINTS)
+        curves.append(Curve(key=name, steps=steps, values=[float(f"{value:.5g}") for value in values]))
+    return [curve for curve in curves if curve.steps]
 
 
 def checkpoints_of(run: Path, phase: str) -> Path:

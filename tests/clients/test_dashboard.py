@@ -23,7 +23,8 @@ RUN = {
     "alerts": [{"time": "t", "code": "kl_rising", "message": "<img src=x onerror=document.title='hacked'>"}],
     "costs": [{"stage": "sft", "seconds": 12.5, "tokens": 1000}],
     "scores": {"distilled": {"greedy_accuracy": [0.81, 0.77, 0.85]}},
-    "comparisons": [{"candidate": "distilled", "baseline": "sft", "accuracy_difference": [0.4, 0.3, 0.5]}],
+    "comparisons": [{"candidate": "distilled", "baseline": "sft", "accuracy_difference": [-0.4, -0.5, -0.3]}],
+    "verdict": {"judgement": "worse", "sentence": "It lost <i>much</i>.", "cause": "The rate.", "next_action": {}},
 }  # fmt: skip
 HOST = """<!doctype html><meta charset="utf-8">
 <iframe id="app" sandbox="allow-scripts" style="width:1000px;height:900px;border:0"></iframe>
@@ -44,7 +45,8 @@ frame.srcdoc = page.replace("</body>", PROBE + "</body>");
 # The frame is sealed off from its host, as real ones are; it tells what it shows by a message of its own.
 PROBE = """<script>setTimeout(() => parent.postMessage({ jsonrpc: "2.0", method: "test/shown", params: {
   text: document.body.innerText, title: document.title, theme: document.documentElement.dataset.theme,
-  lines: document.querySelectorAll("polyline").length, bold: document.querySelectorAll("b, img").length } }, "*"), 3500)
+  lines: document.querySelectorAll("polyline").length, bold: document.querySelectorAll("i:not(.bar > i), img").length,
+  red: getComputedStyle(document.querySelector(".verdict b")).color } }, "*"), 3500)
 <\\/script>"""
 
 
@@ -119,9 +121,13 @@ def test_in_an_apps_frame(node, theme):
         "kl_rising",
         "0.81",
         "0.77 to 0.85",
+        "WORSE: It lost <i>much</i>.",
+        "Cause: The rate.",
+        "-0.4 -0.5 to -0.3 worse",
     ):
         assert part in shown["text"]
     assert "<b>bold</b>" in shown["text"]
+    assert shown["red"] == {"light": "rgb(192, 52, 43)", "dark": "rgb(240, 118, 108)"}[theme]
     assert (shown["theme"], shown["lines"], shown["bold"], shown["title"]) == (theme, 1, 0, "opd-mcp runs")
 
 

@@ -4,20 +4,7 @@ import json
 
 import pytest
 
-from opd_mcp.demo import ARMS, run_demo
-
-FEW = {
-    "responses.limit": 16,
-    "sft.steps": 4,
-    "sft.batch_size": 8,
-    "rollout.count": 16,
-    "rollout.sampling.max_new_tokens": 16,
-    "distill.steps": 3,
-    "distill.batch_size": 4,
-    "benchmark.limit": 64,
-    "benchmark.samples_per_prompt": 0,
-    "benchmark.kl_prompts": 4,
-}
+from opd_mcp.demo import ARMS, QUICK, run_demo
 
 
 @pytest.mark.parametrize("task", ARMS)
@@ -26,7 +13,7 @@ def test_the_demo_runs_every_arm_and_its_guard_refuses(task, tmp_path, monkeypat
     (tmp_path / "runtime").mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
     file = tmp_path / "demo.json"
-    run_demo(7, file, tmp_path / "home", task=task, overrides=FEW)
+    run_demo(7, file, tmp_path / "home", task=task, overrides=QUICK)
 
     written = json.loads(file.read_text(encoding="utf-8"))
     assert written.keys() - {"consistency_guard"} == {"task", "arms", "wall_seconds", "seed"}

@@ -14,7 +14,12 @@ from mcp.client.stdio import StdioServerParameters
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("tools/*.md"))
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/**/*.md"),
+        *ROOT.glob("tools/*.md"),
+    )
 )
 CLIENTS = ROOT / "examples" / "claude_desktop"
 

@@ -10,8 +10,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from opd_mcp.identity.consistency import consistency, proven_claim
-from opd_mcp.identity.models import ModelCache, full_weights_hash, identity_hash, inspect_model, weights_hash
+from opd_mcp.identity.models import (
+    ModelCache,
+    full_weights_hash,
+    identity_hash,
+    inspect_model,
+    is_untrained,
+    weights_hash,
+)
+from opd_mcp.identity.safetensors import read_tensors
 from opd_mcp.schemas.errors import IntegrityError, PathError
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_facts_come_from_the_files(make_model):
@@ -206,3 +216,15 @@ def test_what_is_hashed_is_what_is_loaded_where_there_is_an_index_too(make_model
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert inspect_model(model).identity.same_model(alone)
+
+
+def test_a_model_is_untrained_while_every_norm_is_as_initialised(tmp_path):
+    student = EXAMPLES / "arithmetic" / "student"
+    assert is_untrained(student)
+    assert not is_untrained(EXAMPLES / "arithmetic" / "teacher")
+    [norm] = [tensor for tensor in read_tensors(student) if tensor.name == "model.norm.weight"]
+    changed = Path(shutil.copytree(student, tmp_path / "changed"))
+    content = bytearray((changed / "model.safetensors").read_bytes())
+    content[norm.begin] ^= 1
+    (changed / "model.safetensors").write_bytes(content)
+    assert not is_untrained(changed)

@@ -1,7 +1,10 @@
-"""An adapter's directory as a model reference: its base is found, below the allowed roots alone."""
+"""Adapters in a plan: the base of one that is a model reference is found, below the allowed roots alone, and the layers
+of one that is to be trained are those of the student.
+"""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from safetensors.torch import save_file
 from opd_mcp.identity.adapters import BASE_IDENTITY, read_adapter
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.schemas.errors import PathError
+from opd_mcp.planning.adapter_bases import target_problems
+from opd_mcp.schemas.errors import ArgumentError, PathError
+from opd_mcp.schemas.resolve import resolve_recipe
 
 
 @pytest.fixture
@@ -43,6 +48,39 @@ def adapter(world):
         return directory
 
     return make
+
+
+UNKNOWN = {"distill.adapter": {"targets": ["q_proj", "query", "o_projj"]}}
+
+
+def test_layers_that_the_student_does_not_have_block_the_plan_by_name(service, world):
+    plan = service.plan(world.plan_arguments(overrides=UNKNOWN | {"sft.adapter.targets": ["up_proj"]}))
+    [finding] = plan.blocking
+    assert finding.code == "invalid_argument"
+    assert "is called o_projj, query" in finding.message
+    assert "'down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj'" in finding.fix
+    both = service.plan(world.plan_arguments(overrides=UNKNOWN | {"sft.adapter": {"targets": ["lm_head"]}}))
+    assert ["lm_head" in finding.message for finding in both.blocking] == [True, False]
+    known = {"distill.adapter.targets": ["q_proj", "down_proj"]}
+    assert not service.plan(world.plan_arguments(overrides=known)).blocking
+    # a student that has had its SFT is not fine-tuned, so that section's targets are not asked for
+    declared = {"declared_teacher": world.teacher, "overrides": {"sft.adapter": {"targets": ["query"]}}}
+    assert not service.plan(world.plan_arguments(**declared)).blocking
+
+
+def test_a_fine_tuning_of_unknown_layers_is_refused_before_it_starts(service, world):
+    with pytest.raises(ArgumentError, match=r"invalid_argument.*called query"):
+        service.start_sft(world.sft_arguments(**{"sft.adapter": {"targets": ["query"]}}))
+    assert service.list_runs().total == 0
+
+
+def test_of_a_model_with_experts_the_files_do_not_say_the_layers_names(world):
+    facts = inspect_model(Path(world.student))
+    sections = {"distill": resolve_recipe("demo", UNKNOWN).distill}
+    assert len(list(target_problems(sections, facts))) == 1
+    assert not list(target_problems(sections, replace(facts, config=facts.config | {"num_experts": 8})))
+    assert not list(target_problems(sections, None)), "still to be fetched"
+    assert not list(target_problems({"distill": resolve_recipe("demo", {}).distill}, facts))
 
 
 def test_an_adapter_without_tokenizer_gets_its_base_s(references, world, adapter):

@@ -61,8 +61,10 @@ def sample_record(world, service, busy_machine):
     service.cancel(run_id)
 
 
-def test_short_is_a_sample_of_known_size_that_ends_soon(world, service, sample_record):
+def test_short_is_a_sample_or_an_export_of_known_size_that_ends_soon(world, service, sample_record):
     assert is_short(sample_record)
+    export = sample_record.request.model_copy(update={"kind": "export"})
+    assert is_short(sample_record.model_copy(update={"request": export}))
     for change in (
         {"expected_seconds": SHORT_SECONDS + 1},
         {"expected_seconds": None},

@@ -16,6 +16,7 @@ from opd_mcp.planning.estimates import (
     CostModel,
     PhaseCost,
     measured_costs,
+    recipe_for_device,
     work_name,
 )
 from opd_mcp.planning.workload import (
@@ -272,6 +273,23 @@ def test_a_batch_that_was_named_stays_and_so_does_one_that_a_single_row_would_no
     assert with_fitting_batches(workload, ["rollout"], {"rollout.batch_size": 200}) == recipe
     assert with_fitting_batches(workload, ["rollout"], ()).rollout.batch_size == 50
     assert with_fitting_batches(replace(workload, room=Room("cuda", 10**9)), ["rollout"], ()) == recipe
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:1/v1"])
+def test_the_whole_memory_decides_and_a_teacher_on_a_server_takes_none_of_it(url):
+    recipe = resolve_recipe("demo", {"rollout.count": 4096})
+    student = ModelInput(reference="student", path=str(EXAMPLE / "student"))
+    teacher = ModelInput(reference="teacher", path=None if url else str(EXAMPLE / "teacher"), url=url)
+    prompts = DataInput(reference="p", path=str(EXAMPLE / "opd.jsonl"), rows=10, mean_prompt_tokens=6.0)
+    inputs = RunInputs(student=student, teacher=teacher, prompts=prompts)
+
+    def batch(target: Target, named: tuple[str, ...] = ()) -> int:
+        return recipe_for_device(recipe, inputs, target, ["rollout"], named, inspect_model).rollout.batch_size
+
+    small = PROCESS_BYTES + (60 << 20)
+    assert batch(Target("cpu", "x", 1 << 20, capacity=small)) == batch(Target("cpu", "x", small)) == 512
+    assert batch(Target("cpu", "x", 1 << 20, capacity=1 << 40)) == 1024
+    assert batch(Target("cpu", "x", small), ("rollout.batch_size",)) == 1024
 
 
 def test_the_plan_says_the_batch_and_its_keys_and_values():

@@ -10,6 +10,7 @@ from opd_mcp.identity.models import ModelCache
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, PathError, PlanError, ResourceError
 from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
 from opd_mcp.server.render.plans import plan_text
+from opd_mcp.server.render.runs import list_text
 
 NEEDS_SFT = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
 HAS_SFT = ["rollout", "score", "distill", "benchmark"]
@@ -139,6 +140,8 @@ def test_what_does_not_fit_blocks_the_plan_with_numbers(service, world):
     assert codes(plan.blocking) == ["not_enough_memory", "not_enough_disk"]
     assert "GiB" in plan.blocking[0].message
     assert plan.blocking[0].fix in plan.next_action.why
+    again = PlanDistillation(**plan.next_action.arguments)
+    assert (again.student, again.preset) == (plan.inputs.student.reference, "demo"), "the call repeats what was given"
 
 
 def test_the_top_k_estimator_gets_a_cache_that_holds_its_k(service, world):
@@ -421,3 +424,41 @@ def test_an_adapter_that_the_sft_does_not_leave_blocks_before_any_work(world, se
     texts = [f"{finding.message} {finding.fix}" for finding in plan.blocking if "adapter" in finding.message]
     assert len(texts) == (message is not None)
     assert message is None or re.search(message, texts[0])
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "told"),
+    [
+        ("demo", {}, {}),
+        ("demo", {"distill.optimizer.learning_rate": 0.3}, {"learning_rate_far": "100 times the preset's 0.003"}),
+        ("quick", {}, {"preset_rates": "as preset 'quick' has it; a student of 0.0"}),
+        ("quick", {"sft.optimizer.learning_rate": 4e-3, "distill.optimizer.learning_rate": 3e-3}, {}),
+    ],
+)
+def test_rates_that_do_not_fit_the_student_are_a_warning_with_the_plan_that_does(
+    service, world, preset, overrides, told
+):
+    warnings = service.plan(world.plan_arguments(preset=preset, overrides=overrides)).warnings
+    found = [warning for warning in warnings if warning.code in ("learning_rate_far", "preset_rates")]
+    assert {warning.code for warning in found} == set(told)
+    assert ("student_untrained" in codes(warnings)) == (preset == "quick"), "its norms are as they were initialised"
+    for warning in found:
+        assert told[warning.code] in warning.message
+        fitting = service.plan(PlanDistillation(**warning.call.arguments))
+        assert not {"learning_rate_far", "preset_rates"} & set(codes(fitting.warnings))
+
+
+def test_inline_prompts_are_to_be_added_to_the_call_that_plans_again(service, world):
+    plan = service.plan(world.plan_arguments(preset="quick", prompts=["1+1=?"]))
+    [call] = {warning.call.call_text() for warning in plan.warnings if warning.code == "preset_rates"}
+    assert call.startswith("Call plan_distillation(prompts='…', student=")
+
+
+def test_a_run_alerts_of_a_rate_that_does_not_fit(service, world, finished):
+    arguments = world.start_arguments(overrides={"distill.optimizer.learning_rate": 0.3})
+    status = finished(service, service.start_distillation(arguments).run_id)
+    assert [alert.code for alert in status.alerts] == ["learning_rate_far"]
+    assert status.result["verdict"]["judgement"] == "unknown", "the stand-in measures nothing"
+    [row] = service.list_runs().rows
+    assert row.note == "unknown"
+    assert "succeeded (verdict unknown)" in list_text(service.list_runs())

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from opd_mcp.planning import suites as module
-from opd_mcp.planning.suites import suite_name, suites, with_suite
+from opd_mcp.planning.suites import suite_changes, suite_name, suites, with_suite
 from opd_mcp.schemas.errors import ArgumentError, DataError, ResourceError
 from opd_mcp.schemas.recipes import Preset
 from opd_mcp.schemas.requests import BenchmarkStudent
@@ -126,3 +126,15 @@ def test_the_document_says_what_each_suite_is(name):
     assert f"{section['sampling']['max_new_tokens']:,}" in row
     assert f"| {section['samples_per_prompt'] or 'greedy'} |" in row
     assert suite.data is None or f"`{suite.data}`" in row
+
+
+def test_what_a_run_changed_of_its_suite_is_told_with_the_published_value():
+    _, name, settings = with_suite(BenchmarkStudent(model="m", suite="gsm8k"))
+    assert suite_changes(name, resolve_recipe("demo", settings)) == {}
+    changed = settings | {"benchmark.sampling.max_new_tokens": 64}
+    assert suite_changes(name, resolve_recipe("quick", changed)) == {"benchmark.sampling.max_new_tokens": [2048, 64]}
+    assert (
+        suite_changes(None, resolve_recipe("quick", {}))
+        == suite_changes("lm_eval:arc", resolve_recipe("quick", {}))
+        == {}
+    )

@@ -13,7 +13,6 @@ from opd_mcp.planning.confirmation import Question
 from opd_mcp.schemas.answers import (
     ArtifactList,
     ArtifactRow,
-    Curve,
     DashboardFeed,
     DashboardRun,
     DeletedArtifact,
@@ -32,6 +31,7 @@ from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, MethodEstimate, PhaseEstimate, Plan, PlannedPhase
 from opd_mcp.schemas.recipes import Sampling
+from opd_mcp.schemas.reports import Curve
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import (
     MetricTrend,

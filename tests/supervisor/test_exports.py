@@ -7,6 +7,7 @@ import pytest
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.schemas.errors import ConsistencyError, PathError
 from opd_mcp.schemas.requests import BenchmarkStudent, ExportStudent
+from opd_mcp.server.render.workspace import setup_text
 from opd_mcp.service import JobService
 from opd_mcp.store.artifacts import read_artifact
 from opd_mcp.store.roots import AllowedRoots, ExportRoots
@@ -49,21 +50,15 @@ def test_a_distilled_student_is_exported_proven_and_used_from_there(world, expor
 
     call = status.next_action
     assert (call.tool, call.arguments["model"]) == ("sample_model", str(out / "mine"))
-    short = {"benchmark.sampling.max_new_tokens": 16}
-    arguments = BenchmarkStudent(model=str(out / "mine"), prompts=world.prompts("eval"), overrides=short)
-    measured = exporter.benchmark_student(arguments)
+    measured = exporter.benchmark_student(
+        BenchmarkStudent(model=str(out / "mine"), prompts=world.prompts(), preset="demo")
+    )
     assert finished(exporter, measured.run_id).state == "succeeded"
     assert exporter.store.record(measured.run_id).request.inputs.model.sft_teacher.basis == "proven"
     assert read_artifact(Path(distilled.result["paths"]["model"])).kind == "model"
 
 
-def test_a_model_that_was_not_made_here_stays_unproven(world, exporter, out, finished):
-    exported = exporter.export_student(ExportStudent(model=world.student, destination=str(out / "theirs")))
-    assert finished(exporter, exported.run_id).state == "succeeded"
-    assert not exporter.store.artifacts.made_here(out / "theirs")
-
-
-def test_an_export_that_died_leaves_nothing_and_is_resumed(world, exporter, out, finished, until):
+def test_an_export_that_died_is_resumed_and_proves_nothing_of_a_foreign_model(world, exporter, out, finished, until):
     (out / "die-once").touch()
     started = exporter.export_student(ExportStudent(model=world.student, destination=str(out / "mine")))
     assert until(exporter, started.run_id, lambda status: status.state == "lost").state == "lost"
@@ -71,6 +66,7 @@ def test_an_export_that_died_leaves_nothing_and_is_resumed(world, exporter, out,
     exporter.resume(started.run_id)
     assert finished(exporter, started.run_id).state == "succeeded"
     assert [path.name for path in out.iterdir()] == ["mine"]
+    assert not exporter.store.artifacts.made_here(out / "mine")
 
 
 def test_an_export_that_was_named_before_its_worker_died_is_taken_as_done(world, exporter, out, finished, monkeypatch):
@@ -124,6 +120,8 @@ def test_the_workspaces_settings_name_export_roots(world, out):
     (workspace.root / "settings.toml").write_text(f'[export]\nroots = ["{out}", "relative"]\n')
     service = JobService(workspace, AllowedRoots([]), world.settings)
     assert service.exports.roots == (out.resolve(),)
+    assert service.setup().export_roots == [str(out.resolve())]
+    assert f"export roots: {out.resolve()}" in setup_text(service.setup())
 
 
 @pytest.mark.parametrize(

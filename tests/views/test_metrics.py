@@ -6,7 +6,7 @@ from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.requests import GetRunMetrics
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import JOURNAL_FILE, run_directory
-from opd_mcp.views.metrics import thinned
+from opd_mcp.store.series import thinned
 
 
 @pytest.fixture
@@ -71,6 +71,21 @@ def test_the_diagnosis_says_where_the_objective_goes(service, run, values, said)
     write("distill", loss=values)
     diagnosis = metrics(service, run_id).runs[0].diagnosis
     assert said in diagnosis
+
+
+@pytest.mark.parametrize(
+    ("level", "verdict", "converged"), [(0.02, None, True), (1.2, None, False), (0.02, "worse", False)]
+)
+def test_converged_is_said_of_a_small_reverse_kl_without_a_loss_only(service, run, level, verdict, converged):
+    run_id, write = run
+    write("distill", reverse_kl_k1=[2.0, 1.5, level, level, level, level, level, level])
+    if verdict is not None:
+        told = {"judgement": verdict, "sentence": "s", "next_action": {}}
+        with JournalWriter(run_directory(service.workspace, run_id) / JOURNAL_FILE, attempt=1) as journal:
+            journal.append("result", {"verdict": told})
+    diagnosis = metrics(service, run_id).runs[0].diagnosis
+    assert ("converged at these settings" in diagnosis) == converged
+    assert ("stopped, not converged" in diagnosis) != converged
 
 
 def test_settings_that_differ_are_named(world, service, busy_machine):

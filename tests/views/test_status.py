@@ -4,12 +4,17 @@ import time
 
 import pytest
 
+from opd_mcp.schemas.next_action import plan_call
+from opd_mcp.schemas.reports import Verdict
+from opd_mcp.schemas.requests import PlanDistillation
+from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import Failure, RunRecord
+from opd_mcp.server.render.runs import snapshot_text, status_text, unchanged_text
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.store.runs import RunLock, cancel_requested_at, request_cancel
-from opd_mcp.views.next_steps import next_action
-from opd_mcp.views.status import costs_by_stage, remaining_seconds, status_of
+from opd_mcp.views.next_steps import next_action, run_verdict
+from opd_mcp.views.status import costs_by_stage, remaining_seconds, snapshot_of, status_of
 
 
 @pytest.fixture
@@ -185,13 +190,62 @@ def test_a_student_below_its_teacher_is_no_warning(tmp_path, journal, record):
     journal.append("state", {"state": "running"})
     journal.append("result", {"comparisons": [comparison], "teacher_row": "teacher"})
     journal.append("state", {"state": "succeeded"})
-    assert "Beware" not in next_action(view_of(tmp_path), record).why
+    verdict = run_verdict(view_of(tmp_path), record)
+    assert verdict.judgement == "unknown", "the teacher is no baseline"
 
 
-@pytest.mark.parametrize(("difference", "said"), [([-0.1, -0.15, -0.05], True), ([-0.02, -0.06, 0.02], False)])
-def test_a_result_below_its_baseline_is_said(tmp_path, journal, record, difference, said):
+@pytest.mark.parametrize(
+    ("difference", "judgement"),
+    [([-0.1, -0.15, -0.05], "worse"), ([-0.02, -0.06, 0.02], "no_difference"), ([0.1, 0.05, 0.15], "better")],
+)
+def test_a_result_of_an_earlier_version_is_judged_by_its_comparison(tmp_path, journal, record, difference, judgement):
     comparison = {"candidate": "distilled", "baseline": "sft", "accuracy_difference": difference}
     journal.append("state", {"state": "running"})
     journal.append("result", {"comparisons": [comparison]})
     journal.append("state", {"state": "succeeded"})
-    assert next_action(view_of(tmp_path), record).why.startswith("Beware: distilled is less accurate than sft") == said
+    verdict = run_verdict(view_of(tmp_path), record)
+    assert verdict.judgement == judgement
+    assert verdict.sentence.startswith("accuracy of distilled minus sft: ")
+
+
+def test_a_success_never_stands_without_its_verdict(tmp_path, journal, record):
+    """A loss is said next to the state, with its cause and a next call that repeats the run's own arguments."""
+    told = Verdict(judgement="worse", sentence="It lost.", cause="The rate.", next_action=plan_call("Lower it."))
+    journal.append("state", {"state": "running"})
+    journal.append("result", {"verdict": told.to_dict()})
+    journal.append("state", {"state": "succeeded"})
+    rate = {"distill.optimizer.learning_rate": 0.3, "distill.steps": 7}
+    recipe = resolve_recipe("demo", rate)
+    run = record.model_copy(update={"request": record.request.model_copy(update={"recipe": recipe})})
+    status = status_of(view_of(tmp_path), run, None)
+    lines = status_text(status).splitlines()
+    assert ", succeeded (worse)" in lines[0]
+    assert lines[1:3] == ["VERDICT worse: It lost.", "cause: The rate."]
+    assert "succeeded (worse)" in snapshot_text(snapshot_of(view_of(tmp_path), run))
+    assert "succeeded (worse)" in unchanged_text(status)
+    call = status.next_action
+    assert (call.tool, call.missing, call.why) == ("plan_distillation", None, "Lower it.")
+    assert call.arguments["student"] == record.request.inputs.student.reference
+    assert call.arguments["overrides"] == {"distill.optimizer.learning_rate": 3e-3, "distill.steps": 7}
+    assert PlanDistillation(**call.arguments).preset == "demo"
+
+
+def test_a_gain_s_next_round_begins_with_the_student_that_it_made(tmp_path, journal, record):
+    told = Verdict(judgement="better", sentence="It gained.", next_action=plan_call("A second round."))
+    journal.append("state", {"state": "running"})
+    journal.append("result", {"verdict": told.to_dict()})
+    journal.append("state", {"state": "succeeded"})
+    call = next_action(view_of(tmp_path), record)
+    assert call.arguments["student"] == record.run_id
+    assert "sft_prompts" not in call.arguments
+
+
+def test_a_training_that_was_not_measured_is_unknown_with_what_it_alerted(tmp_path, journal, record):
+    journal.append("state", {"state": "running"})
+    journal.append("alert", {"code": "learning_rate_far", "message": "The rate is far."})
+    journal.append("state", {"state": "succeeded"})
+    status = status_of(view_of(tmp_path), record, None)
+    assert status.result["verdict"]["judgement"] == "unknown"
+    assert "cause: learning_rate_far: The rate is far." in status_text(status)
+    assert "succeeded (verdict unknown)" in status_text(status)
+    assert status.next_action.tool == "benchmark_student"

@@ -43,7 +43,13 @@ def test_a_distillation_s_report_has_teacher_and_base_and_the_share_of_the_gap(w
     assert "share of the gap closed from base to teacher: " in text
     assert "had no extractable answer; they end: `…" in text
     assert "before the SFT: 24 of 24 responses of the teacher are right by `regex`" in text
-    assert "Beware" not in text, "a student below its teacher is no news"
+    assert "worse than teacher" not in text, "a student below its teacher is no news"
+    assert f"VERDICT {report.verdict.judgement.replace('_', ' ')}: {report.verdict.sentence}" in text
+    assert f"report_page: {Path(status.result['paths']['report']) / 'report.html'}" in text
+    assert {curve.key for curve in report.curves} >= {"sft.loss", "distill.reverse_kl_k1"}
+    assert set(report.planned_seconds) >= {"sft", "distill"}
+    assert list(report.samples[0].responses) == ["distilled", "sft", "teacher", "base"]
+    assert report.samples[0].right["teacher"]
 
 
 def test_what_is_not_measured_is_said_with_its_reason(world, real_service, finished):

@@ -1,10 +1,25 @@
-"""Bulk sampling by our generator and by HF `generate`: 256 prompts, up to 128 new tokens, with early stops."""
+"""Bulk sampling on one CPU core: top-p against none, and our generator against HF `generate`.
 
+Run: `python tools/bench/generation.py [--rounds 5] [--json FILE]`. It prints {"top_p_ratio", "hf_ratio",
+"hf_ratio_uneven"}: the speed at top-p 0.95 over the speed at top-p 1 (bar 0.95), and ours over HF's where a row in
+seven reaches the limit (bar 1.3) and where rows end at very different lengths (bar 1.5). Each is the median of ratios
+of processor time, taken within the rounds of one interleaved run. `engine.py` takes `generation_variants` as a case.
+"""
+
+import argparse
+import json
+import os
 import random
+import statistics
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import generate, left_padded
@@ -14,13 +29,18 @@ from opd_mcp.schemas.recipes import Sampling
 VOCAB, BATCH, NEW_TOKENS = 512, 256, 128
 # of 512 near-uniform tokens: a response has 85 tokens on average, and one in seven reaches the limit
 STOPS = list(range(2, 10))
+# half of the rows end within 22 tokens, one in 80 lives to see 140
+UNEVEN_STOPS, UNEVEN_TOKENS = list(range(2, 18)), 192
+# A language model's logits are far from uniform; at this deviation some hundred tokens of 32,768 hold 95 % of the mass.
+WIDE_VOCAB, SPREAD, WIDE_TOKENS, WIDE_BATCH = 32_768, 5.0, 16, 64
+Run = Callable[[], None]
 
 
-def generation_variants(*, quick: bool) -> dict[str, Callable[[], None]]:
-    """Both on one random model of 0.85 M parameters, with the same prompts and temperature 1."""
+def built_model(vocab: int, spread: float | None = None) -> Qwen3ForCausalLM:
+    """A random model of 0.85 M parameters besides its embeddings; `spread` is the deviation of its logits."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -28,26 +48,100 @@ def generation_variants(*, quick: bool) -> dict[str, Callable[[], None]]:
         head_dim=32,
         intermediate_size=384,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
+        tie_word_embeddings=spread is None,
         eos_token_id=STOPS,
         pad_token_id=0,
     )
-    plain = Qwen3ForCausalLM(config).eval()
-    packing = Qwen3ForCausalLM(config).eval()
-    packing.load_state_dict(plain.state_dict())
+    model = Qwen3ForCausalLM(config).eval()
+    if spread is not None:
+        torch.nn.init.normal_(model.lm_head.weight, std=spread / config.hidden_size**0.5)
+    return model
+
+
+def random_prompts(vocab: int, count: int) -> list[list[int]]:
+    """Prompts of 8 to 39 tokens, none of them a stop."""
+    generator = random.Random(0)
+    return [[generator.randrange(20, vocab) for _ in range(generator.randrange(8, 40))] for _ in range(count)]
+
+
+def generation_variants(*, quick: bool, stops: list[int] | None = None, limit: int | None = None) -> dict[str, Run]:
+    """Both on one random model, with the same prompts and temperature 1."""
+    stops, limit = stops or STOPS, limit or (64 if quick else NEW_TOKENS)
+    plain, packing = built_model(VOCAB), built_model(VOCAB)
     assert use_packed_attention(packing)
-    generator, limit = random.Random(0), 64 if quick else NEW_TOKENS
-    prompts = [[generator.randrange(10, VOCAB) for _ in range(generator.randrange(8, 40))] for _ in range(BATCH)]
+    prompts = random_prompts(VOCAB, BATCH)
     ids, mask = left_padded(prompts, plain.device)
     settings = GenerationConfig(
-        max_new_tokens=limit, do_sample=True, top_k=0, eos_token_id=STOPS, pad_token_id=0, temperature=1.0
+        max_new_tokens=limit, do_sample=True, top_k=0, eos_token_id=stops, pad_token_id=0, temperature=1.0
     )
 
     def ours() -> None:
-        generate(packing, prompts, GenerationSettings(Sampling(max_new_tokens=limit), STOPS, BATCH, 0, "bench"))
+        generate(packing, prompts, GenerationSettings(Sampling(max_new_tokens=limit), stops, BATCH, 0, "bench"))
 
     def hf_generate() -> None:
         torch.manual_seed(0)
         plain.generate(ids, attention_mask=mask, generation_config=settings)
 
     return {"ours": ours, "hf_generate": hf_generate}
+
+
+def top_p_variants() -> dict[str, Run]:
+    """The same rows, none of which ends early, at top-p 1 and 0.95."""
+    model = built_model(WIDE_VOCAB, SPREAD)
+    assert use_packed_attention(model)
+    prompts = random_prompts(WIDE_VOCAB, WIDE_BATCH)
+
+    def at(top_p: float) -> Run:
+        sampling = Sampling(top_p=top_p, max_new_tokens=WIDE_TOKENS)
+        return lambda: _generated(model, prompts, sampling)
+
+    return {"top_p": at(0.95), "plain": at(1.0)}
+
+
+def _generated(model: Qwen3ForCausalLM, prompts: list[list[int]], sampling: Sampling) -> None:
+    generate(model, prompts, GenerationSettings(sampling, [], WIDE_BATCH, 0, "bench"))
+
+
+def median_ratio(first: Run, second: Run, rounds: int) -> float:
+    """Processor time of `second` / `first`, both once per round, in an order that alternates."""
+    ratios = []
+    for number in range(rounds + 1):
+        seconds = {}
+        for name in ("first", "second") if number % 2 else ("second", "first"):
+            begun = time.process_time()
+            (first if name == "first" else second)()
+            seconds[name] = time.process_time() - begun
+        if number:  # the first round warms up
+            ratios.append(seconds["second"] / seconds["first"])
+    return statistics.median(ratios)
+
+
+def main(rounds: int, file: Path | None) -> None:
+    """Print the ratios as one JSON line, and write them to a file."""
+    torch.set_num_threads(1)
+    begun, load = time.perf_counter(), os.getloadavg()[0]
+    even, uneven = (
+        generation_variants(quick=False),
+        generation_variants(quick=False, stops=UNEVEN_STOPS, limit=UNEVEN_TOKENS),
+    )
+    wide = top_p_variants()
+    answer = {
+        "top_p_ratio": median_ratio(wide["top_p"], wide["plain"], rounds),
+        "hf_ratio": median_ratio(even["ours"], even["hf_generate"], rounds),
+        "hf_ratio_uneven": median_ratio(uneven["ours"], uneven["hf_generate"], rounds),
+        "rounds": rounds,
+        "load": load,
+        "seconds": time.perf_counter() - begun,
+    }
+    text = json.dumps({name: round(value, 3) for name, value in answer.items()})
+    print(text)
+    if file is not None:
+        file.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    main(given.rounds, given.json)

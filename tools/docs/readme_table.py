@@ -1,6 +1,6 @@
-"""The README's tables of tools and resources, generated from what the server registers.
+"""The tables of tools and resources in docs/tools.md, generated from what the server registers.
 
-Run: `make docs` or `python tools/docs/readme_table.py [--check] [README.md]`. Replaces the text between
+Run: `make docs` or `python tools/docs/readme_table.py [--check] [FILE]`. Replaces the text between
 `<!-- tools:start -->` and `<!-- tools:end -->`, and the same for `resources`. With `--check` it writes nothing and
 exits with 1 when a table is out of date.
 """
@@ -25,7 +25,7 @@ from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 from tools import ROOT
 
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "tools.md"
 
 
 def tables() -> dict[str, str]:
@@ -57,7 +57,7 @@ async def resources_table(service: JobService) -> str:
 
 
 def with_table(text: str, name: str, table: str) -> str:
-    """The README's text with the table between its markers; raises ValueError when a marker is missing."""
+    """The text with the table between its markers; raises ValueError when a marker is missing."""
     opening, closing = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     before, start, rest = text.partition(opening)
     _, end, after = rest.partition(closing)
@@ -80,19 +80,19 @@ def main() -> int:
     """The command line's exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("readme", type=Path, nargs="?", default=README)
+    parser.add_argument("document", type=Path, nargs="?", default=DOCUMENT)
     arguments = parser.parse_args()
-    new = old = arguments.readme.read_text(encoding="utf-8")
+    new = old = arguments.document.read_text(encoding="utf-8")
     for name, table in tables().items():
         new = with_table(new, name, table)
     if arguments.check and new != old:
         print(
-            f"{arguments.readme}: a table is out of date; run `make docs`",
+            f"{arguments.document}: a table is out of date; run `make docs`",
             file=sys.stderr,
         )
         return 1
     if not arguments.check:
-        arguments.readme.write_text(new, encoding="utf-8")
+        arguments.document.write_text(new, encoding="utf-8")
     return 0
 
 

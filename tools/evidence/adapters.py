@@ -2,7 +2,7 @@
 
     python tools/evidence/adapters.py --work DIR --tasks arithmetic chain_sum --seeds 61 62 63 64 65 --json FILE
 
-Per task the learning rate of each way is chosen on tune.jsonl with one run seed, from RATES. Then, per seed, both ways
+Per task the learning rate of each way is chosen on tune.jsonl with TUNING_SEEDS, from RATES. Then, per seed, both ways
 distill the same SFT student from the same teacher cache, and eval.jsonl measures them: greedy accuracy, reverse KL to
 the teacher, seconds of the loop, and how far the process grew. What was measured is kept in FILE after each training,
 and an interrupted call goes on from there.
@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -35,7 +36,7 @@ from tools.evidence.repair import t_interval
 
 Way = Literal["full", "lora"]
 WAYS: tuple[Way, ...] = ("full", "lora")
-TUNING_SEED = 100
+TUNING_SEEDS: dict[TaskName, tuple[int, ...]] = {"arithmetic": (100, 101), "chain_sum": (100,)}
 RANK = 8
 # of the recipe's own rate, which was tuned for full training, and of larger ones, which an adapter takes
 RATES: dict[TaskName, dict[Way, tuple[float, ...]]] = {
@@ -52,9 +53,9 @@ def recipe_of(place: Place, seed: int, way: Way, rate: float) -> Recipe:
     return place.recipe(changes | {"distill.optimizer.learning_rate": rate} | adapter)
 
 
-def tuning_accuracy(place: Place, way: Way, rate: float) -> float:
+def tuning_accuracy(place: Place, seed: int, way: Way, rate: float) -> float:
     """Greedy accuracy on tune.jsonl."""
-    recipe = recipe_of(place, TUNING_SEED, way, rate)
+    recipe = recipe_of(place, seed, way, rate)
     return SeedFolder(place, recipe).distilled(f"{way}-{rate:g}", recipe).accuracy
 
 
@@ -108,32 +109,33 @@ class Figures:
         write_atomic(self.file, json.dumps(self.tasks, indent=2) + "\n")
 
 
-def chosen_rates(tuning: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Of each way the rate with the highest accuracy on tune.jsonl; the first of equals."""
-    return {way: float(max(tried, key=lambda rate: tried[rate])) for way, tried in tuning.items()}
+def chosen_rates(tuning: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Of each way the rate with the highest mean accuracy on tune.jsonl; the first of equals."""
+    return {way: float(max(tried, key=lambda rate: mean(tried[rate].values()))) for way, tried in tuning.items()}
 
 
 def measure(place: Place, seeds: Iterable[int], figures: Figures) -> None:
     """Tune both ways, then train and evaluate every seed, except for what the figures have already."""
     found = figures.of(place.task)
-    for way in WAYS:
+    for seed, way in product(TUNING_SEEDS[place.task], WAYS):
         for rate in RATES[place.task][way]:
-            if f"{rate:g}" not in found["tuning"][way]:
-                found["tuning"][way][f"{rate:g}"] = accuracy = tuning_accuracy(place, way, rate)
+            by_seed = found["tuning"][way].setdefault(f"{rate:g}", {})
+            if str(seed) not in by_seed:
+                by_seed[str(seed)] = accuracy = tuning_accuracy(place, seed, way, rate)
                 figures.keep()
-                print(f"{place.task}, tune.jsonl, {way} at {rate:g}: {accuracy:.3f}", flush=True)
+                print(f"{place.task}, tune.jsonl, seed {seed}, {way} at {rate:g}: {accuracy:.3f}", flush=True)
     rates = chosen_rates(found["tuning"])
-    for seed in map(str, seeds):
-        row = found["seeds"].setdefault(seed, {})
+    for seed in seeds:
+        row = found["seeds"].setdefault(str(seed), {})
         for way in WAYS:
             if way not in row:
-                recipe = recipe_of(place, int(seed), way, rates[way])
+                recipe = recipe_of(place, seed, way, rates[way])
                 SeedFolder(place, recipe).cache()  # made here: the child's memory is that of the training
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    row[way] = pool.submit(distilled, place, int(seed), way, rates[way]).result()
+                    row[way] = pool.submit(distilled, place, seed, way, rates[way]).result()
                 figures.keep()
         if "sft" not in row:
-            for name, scores in evaluated(place, int(seed), rates).items():
+            for name, scores in evaluated(place, seed, rates).items():
                 row[name] = row.get(name, {}) | scores
             figures.keep()
             print(f"{place.task}, seed {seed}: {json.dumps(row)}", flush=True)
@@ -165,7 +167,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
     for way in WAYS if seeds else ():
         rows = [row[way] for row in seeds.values()]
         trained = int(rows[0]["trained_parameters"])
-        tried = ", ".join(f"{rate}: {accuracy:.3f}" for rate, accuracy in found["tuning"][way].items())
+        tried = ", ".join(f"{rate}: {mean(each.values()):.3f}" for rate, each in found["tuning"][way].items())
         lines.append(
             f"{way}: rate {rates[way]:g} (on tune.jsonl {tried}), {trained:,} trained parameters, "
             f"{12 * trained / 1e6:.2f} MB of gradients and moments, the process grew by "

@@ -16,9 +16,11 @@ from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.cache import Shard
 from opd_mcp.schemas.errors import IntegrityError
+from opd_mcp.schemas.identity import EngineFacts
 
 BUILD_FILE = "build.json"
 NOTE_SUFFIX = ".done.json"
+ENGINE = "engine"
 
 
 class BadRow(Schema):
@@ -81,6 +83,23 @@ def begun_build(directory: Path) -> dict[str, Any]:
         raise damaged(file, first_problem(error)) from error
 
 
+def shared_engine(directory: Path, facts: EngineFacts | None) -> None:
+    """Let all shards of a build be made by one engine of one version; raises IntegrityError `input_changed`."""
+    if facts is None:
+        return
+    begun = begun_build(directory)
+    record = {**begun, ENGINE: facts.to_dict()}
+    if ENGINE in begun:
+        open_build(directory, record)
+    else:
+        write_atomic(directory / BUILD_FILE, BuildRecord(record=record).sealed().to_json(indent=2))
+
+
+def known_engine(begun: dict[str, Any]) -> dict[str, Any]:
+    """The part of an interrupted build's record that only an opened engine says; `shared_engine` compares it."""
+    return {ENGINE: begun[ENGINE]} if ENGINE in begun else {}
+
+
 def built_shard(path: Path, make: Callable[[], tuple[Sequences, ShardNote]]) -> tuple[Sequences, ShardNote, bool]:
     """A shard's rows and note, and whether they were there already; a missing or damaged shard is made by `make`."""
     found = _finished(path)
@@ -120,4 +139,6 @@ def _finished(path: Path) -> tuple[Sequences, ShardNote] | None:
 
 
 def _shown(value: Any) -> str:
-    return str(value["name"] if isinstance(value, dict) and "name" in value else value)[:120]
+    if isinstance(value, dict) and "name" in value:
+        return f"{value['name']} {value.get('version', '')}".strip()[:120]
+    return str(value)[:120]

@@ -20,7 +20,7 @@ from opd_mcp.schemas.cache import (
     ScoreStatistics,
     Shard,
 )
-from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity
 from opd_mcp.schemas.recipes import Sampling
 
 RECORD_FILE = "rollouts.json"
@@ -50,6 +50,8 @@ class RolloutRecord(Record):
     statistics: RolloutStatistics
     hygiene: Hygiene
     engine_gap: EngineGap | None = None
+    generated_by: EngineFacts | None = None
+    rescored: bool | None = None
     rendered_at: str | None = None
 
 

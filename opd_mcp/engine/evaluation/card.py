@@ -155,7 +155,7 @@ def _use(card: Card) -> Iterator[str]:
             "it is stored, as these servers load it, the model is a slightly different one."
         )
         yield ""
-    yield "opd-mcp tests the first block with a whole model; the servers' commands follow their documentation."
+    yield "The tests of opd-mcp run the first block; the servers' commands follow their documentation."
     yield ""
 
 

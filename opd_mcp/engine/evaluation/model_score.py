@@ -1,6 +1,6 @@
-"""Scores of one model on prompts: greedy accuracy, avg@n, pass@k, reverse KL, lengths.
+"""Scores of one model on prompts: greedy accuracy, avg@n, pass@k, reverse KL, entropy, lengths, repetition.
 
-The reverse KL is exact over the vocabulary on given sequences.
+Reverse KL and entropy are exact over the vocabulary on given sequences.
 """
 
 import time
@@ -18,7 +18,8 @@ from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
 from opd_mcp.engine.evaluation.intervals import mean_over_prompts, pass_at_k, per_token_mean, wilson
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.generation.generator import Generator, LocalGenerator
+from opd_mcp.engine.generation.served import generator_gap
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.loading import LoadedModel, load_model, load_tokenizer
@@ -36,6 +37,9 @@ TILE_BYTES = 256 * 2**20
 MICRO_BATCH_TOKENS = 16384
 # Between two looks at whether the run shall stop.
 GRADED_AT_ONCE = 64
+# A response that ends in three or more copies of a phrase of up to eight tokens repeats itself.
+REPEATED_TOKENS, LONGEST_PHRASE = 24, 8
+SHOWN_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -52,28 +56,42 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's score, and per prompt [P] its greedy correctness and the share of right samples, for paired numbers."""
+    """A model's score, and per prompt [P] its greedy correctness and the share of right samples, for paired numbers.
+
+    `shown` has the first prompts' responses by the prompt's id.
+    """
 
     score: ModelScore
     greedy_correct: NDArray[np.float64] | None
     sampled_shares: NDArray[np.float64] | None = None
+    shown: dict[str, str] = field(default_factory=dict)
 
 
-def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], task: Measurement) -> Scored:
-    """Measure one model; accuracy only on rows with an answer, reverse KL only with a teacher."""
+def score_model(
+    name: str,
+    model: LoadedModel,
+    eos_token_ids: Sequence[int],
+    task: Measurement,
+    generator: Generator | None = None,
+) -> Scored:
+    """Measure one model; accuracy only on rows with an answer, reverse KL only with a teacher.
+
+    `generator` draws its responses, by default the model itself. Raises RunError `engine_disagrees` for an engine that
+    draws from another model.
+    """
     started, settings = time.perf_counter(), task.settings
     prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)
-    draw = _Drawer(name, model, eos_token_ids, task)
+    draw = _Drawer(name, model, eos_token_ids, task, generator or LocalGenerator(model))
     measured = _Measured()
     answered = [prompt for prompt in prompts if prompt.row.answer is not None]
-    greedy = sampled = divergence = None
+    greedy = sampled = divergence = entropy = None
     passes: dict[str, float] = {}
     if answered:
         greedy, measured.greedy_correct = draw.greedy_accuracy(answered, measured)
         if settings.samples_per_prompt:
             sampled, passes = draw.sampled_accuracy(answered, measured)
     if task.teacher is not None and model is not task.teacher:
-        divergence = draw.reverse_kl(prompts[: settings.kl_prompts], task.teacher, measured)
+        divergence, entropy = draw.reverse_kl(prompts[: settings.kl_prompts], task.teacher, measured)
     if not measured.drawn:
         draw.responses(prompts, settings.sampling, "sampled", measured)
     everything = concatenate(measured.drawn)
@@ -89,10 +107,16 @@ def score_model(name: str, model: LoadedModel, eos_token_ids: Sequence[int], tas
         mean_response_tokens=float(everything.response_lengths().mean()),
         truncated_fraction=float((reasons == TRUNCATED).mean()),
         eos_rate=float((reasons == EOS).mean()),
+        repeated_fraction=float(np.mean([repeats(everything.response(row)) for row in range(len(everything))])),
+        entropy=entropy,
         seconds=time.perf_counter() - started,
         tokens=len(everything.response_ids),
+        generated_by=draw.generator.facts,
     )
-    return Scored(score, measured.greedy_correct, measured.sampled_shares)
+    # The first responses drawn are one per prompt: the greedy ones where there are answers.
+    texts = draw.texts(measured.drawn[0], SHOWN_PROMPTS)
+    shown = {prompt.row.id: text for prompt, text in zip(answered or prompts, texts, strict=False)}
+    return Scored(score, measured.greedy_correct, measured.sampled_shares, shown)
 
 
 @dataclass
@@ -113,6 +137,7 @@ class _Drawer:
     model: LoadedModel
     eos_token_ids: Sequence[int]
     task: Measurement
+    generator: Generator
 
     def responses(
         self, prompts: Sequence[EncodedPrompt], sampling: Sampling, scope: str, measured: _Measured
@@ -132,16 +157,21 @@ class _Drawer:
         def on_batch(done: int) -> None:
             task.context.reporter.progress(done, len(prompts), f"{scope} responses of {self.name}")
 
-        drawn = draw_rollouts(self.model, prompts, settings, on_batch)
+        drawn = self.generator.draw(prompts, settings, on_batch)
+        if self.generator.facts is not None and not measured.drawn:
+            generator_gap(self.generator, drawn, self.model, task.context)
         measured.drawn.append(drawn)
         return drawn
 
+    def texts(self, drawn: Sequences, limit: int | None = None) -> list[str]:
+        """The responses decoded, all or the first so many."""
+        rows = range(len(drawn))[:limit]
+        ids = [drawn.response(row).tolist() for row in rows]
+        return list(load_tokenizer(self.model.path).batch_decode(ids, skip_special_tokens=True))
+
     def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences, tally: Tally) -> NDArray[np.float64]:
         """1.0 where the response's answer is right [N]."""
-        tokenizer = load_tokenizer(self.model.path)
-        texts = tokenizer.batch_decode(
-            [drawn.response(row).tolist() for row in range(len(drawn))], skip_special_tokens=True
-        )
+        texts = self.texts(drawn)
         golds = [prompt.row.answer or "" for prompt in prompts]
         right = np.zeros(len(texts))
         for row, grade in enumerate(self.task.grader.grades(texts, golds)):
@@ -176,16 +206,29 @@ class _Drawer:
         measured.sampled_shares = correct.mean(axis=1)
         return mean_over_prompts(measured.sampled_shares, n), passes
 
-    def reverse_kl(self, prompts: Sequence[EncodedPrompt], teacher: LoadedModel, measured: _Measured) -> Estimate95:
-        """Exact KL(student‖teacher) per token on fresh samples at temperature 1."""
+    def reverse_kl(
+        self, prompts: Sequence[EncodedPrompt], teacher: LoadedModel, measured: _Measured
+    ) -> tuple[Estimate95, float]:
+        """Exact KL(student‖teacher) and the student's entropy per token, on fresh samples at temperature 1, nats."""
         sampling = Sampling(temperature=1.0, max_new_tokens=self.task.settings.sampling.max_new_tokens)
         drawn = self.responses(prompts, sampling, "reverse-KL", measured)
-        return per_token_mean(
-            reverse_kl_sums(self.model, teacher, drawn, self.task.runtime),
-            drawn.response_lengths().astype(np.float64),
+        divergences, entropies = divergence_sums(self.model, teacher, drawn, self.task.runtime)
+        tokens = drawn.response_lengths().astype(np.float64)
+        estimate = per_token_mean(
+            divergences,
+            tokens,
             seed=seed_for(self.task.runtime.seed, "bootstrap") % 2**32,
             basis="exact over the vocabulary, one fresh student sample a prompt at temperature 1",
         )
+        return estimate, float(entropies.sum() / tokens.sum())
+
+
+def repeats(ids: NDArray[np.int32]) -> bool:
+    """Whether the ids [T] end in a phrase of up to eight tokens that fills their last 24."""
+    if len(ids) < REPEATED_TOKENS:
+        return False
+    tail = ids[-REPEATED_TOKENS:]
+    return any(bool((tail[size:] == tail[:-size]).all()) for size in range(1, LONGEST_PHRASE + 1))
 
 
 def quantisation_kl(
@@ -199,7 +242,7 @@ def quantisation_kl(
     model = load_model(quantised, runtime, generates=True)
     prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)[: settings.kl_prompts]
     sampling = Sampling(temperature=1.0, max_new_tokens=settings.sampling.max_new_tokens)
-    drawer = _Drawer("the quantised student", model, eos_token_ids, task)
+    drawer = _Drawer("the quantised student", model, eos_token_ids, task, LocalGenerator(model))
     drawn = drawer.responses(prompts, sampling, "quantisation", _Measured())
     logprobs = []
     for facts in (quantised, plain):
@@ -229,23 +272,28 @@ def reverse_kl_rows(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reverse_kl_sums(
+def divergence_sums(
     student: LoadedModel, teacher: LoadedModel, sequences: Sequences, runtime: Runtime
-) -> NDArray[np.float64]:
-    """Σ_t KL(π_θ‖π_T) of each sequence [N], in nats."""
-    sums = np.zeros(len(sequences), dtype=np.float64)
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Σ_t KL(π_θ‖π_T) and Σ_t H(π_θ) of each sequence [N], in nats."""
+    sums = np.zeros((2, len(sequences)), dtype=np.float64)
     tile = max(1, TILE_BYTES // (8 * 4 * max(student.vocab_size, teacher.vocab_size)))
     packed, everything = packs(student.model) and packs(teacher.model), np.arange(len(sequences))
     for group in grouped_rows(sequences.lengths(), everything, MICRO_BATCH_TOKENS, packed=packed):
         batch = build_batch(sequences, group, runtime.device)
         student_hidden = hidden_rows(student.model, batch.input_ids, batch.lengths, batch.rows)
         teacher_hidden = hidden_rows(teacher.model, batch.input_ids, batch.lengths, batch.rows)
-        totals = torch.zeros(len(group), dtype=torch.float64, device=runtime.device)
+        totals = torch.zeros((2, len(group)), dtype=torch.float64, device=runtime.device)
         for start in range(0, len(batch.rows), tile):
             rows = slice(start, start + tile)
-            divergence = reverse_kl_rows(
-                head_logits(student.model, student_hidden[rows]), head_logits(teacher.model, teacher_hidden[rows])
-            )
-            totals.index_add_(0, batch.sequence[rows], divergence)
-        sums[group] = totals.cpu().numpy()
-    return sums
+            logits = head_logits(student.model, student_hidden[rows])
+            divergence = reverse_kl_rows(logits, head_logits(teacher.model, teacher_hidden[rows]))
+            totals[0].index_add_(0, batch.sequence[rows], divergence)
+            totals[1].index_add_(0, batch.sequence[rows], entropy_rows(logits))
+        sums[:, group] = totals.cpu().numpy()
+    return sums[0], sums[1]
+
+
+def entropy_rows(logits: Tensor) -> Tensor:
+    """H(π) [R] in nats; logits [R, V]."""
+    return torch.special.entr(torch.softmax(logits.double(), dim=-1)).sum(dim=-1)

@@ -91,15 +91,44 @@ def draw_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) 
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        probabilities = nucleus(probabilities, sampling.top_p)
     # argmax of p / Exp(1) is an exact categorical draw, and far cheaper than multinomial for a large V
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    return (probabilities / noise).argmax(dim=-1)
+    if sampling.top_p == 1:
+        return (probabilities / noise).argmax(dim=-1)
+    if probabilities.device.type != "cpu":  # how many candidates there are is a question that waits for the device
+        return (nucleus(probabilities, sampling.top_p) / noise).argmax(dim=-1)
+    return drawn_among_candidates(probabilities, noise, sampling.top_p)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Probabilities [B, V] with everything outside the smallest set of mass ≥ top_p set to zero (not renormalised)."""
-    ordered, order = probabilities.sort(dim=-1, descending=True)
+    """Probabilities [B, V] with everything outside the smallest set of mass ≥ top_p set to zero (not renormalised).
+
+    Of tokens with the same probability those with the lower ids come first.
+    """
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
     mass_before = ordered.cumsum(dim=-1) - ordered
     return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(mass_before >= top_p, 0.0))
+
+
+# A softmax in float32 adds up to 1 within far less; a tail with less mass is not told from rounding.
+LEAST_TAIL = 1e-4
+
+
+def drawn_among_candidates(probabilities: Tensor, noise: Tensor, top_p: float) -> Tensor:
+    """The argmax [B] of nucleus(probabilities) / noise, to the bit, without sorting what cannot be in the nucleus.
+
+    Tokens below (1 − top_p) / 2V have less than half of the tail's mass together, so the nucleus ends before them. The
+    others stand in the order of their ids, which a stable sort keeps among equals.
+    """
+    rows_of, width = probabilities.shape[0], probabilities.shape[1]
+    tail = 1.0 - top_p
+    candidate = probabilities >= (tail / (2 * width) if tail >= LEAST_TAIL else 0.0)
+    rows, ids = candidate.nonzero(as_tuple=True)
+    counts = candidate.sum(dim=-1)
+    places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    shape = (rows_of, int(counts.max()))
+    packed = probabilities.new_zeros(shape).index_put_((rows, places), probabilities[rows, ids])
+    noise = noise.new_ones(shape).index_put_((rows, places), noise[rows, ids])
+    table = ids.new_zeros(shape).index_put_((rows, places), ids)
+    best = (nucleus(packed, top_p) / noise).argmax(dim=-1)
+    return table.gather(1, best[:, None])[:, 0]

@@ -1,6 +1,8 @@
 """Bulk generation with a KV cache: left-padded, longest prompts first, finished rows dropped from the batch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +18,46 @@ from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.kv_cache import continued, keep_rows, roomy_cache
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import generator_for
+from opd_mcp.schemas.identity import EngineFacts
 
 # dropping rows copies the KV cache: worth it once this share of the rows is done
 FINISHED_SHARE_TO_DROP = 0.125
+
+
+class Generator(Protocol):
+    """What answers prompts, wherever it computes."""
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """What it is; None for this program's own."""
+
+    def draw(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        settings: GenerationSettings,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> Sequences:
+        """One response per prompt, with its log-probs (T = 1, untruncated) in `behaviour_logprobs`.
+
+        The same prompts and settings give the same rows again. Raises OpdError once the generator is unusable.
+        """
+
+
+@dataclass(frozen=True)
+class LocalGenerator:
+    """A model in this process that answers prompts."""
+
+    model: LoadedModel
+    facts: EngineFacts | None = None
+
+    def draw(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        settings: GenerationSettings,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> Sequences:
+        """As the protocol."""
+        return draw_rollouts(self.model, prompts, settings, on_batch)
 
 
 def draw_rollouts(
@@ -31,7 +70,11 @@ def draw_rollouts(
 
     Cached and live rollouts are drawn by this one function.
     """
-    drawn = generate(policy.model, [prompt.ids for prompt in prompts], settings, on_batch)
+    return as_sequences(prompts, generate(policy.model, [prompt.ids for prompt in prompts], settings, on_batch))
+
+
+def as_sequences(prompts: Sequence[EncodedPrompt], drawn: Sequence[Generated]) -> Sequences:
+    """The prompts with their responses, whose log-probs are in `behaviour_logprobs`."""
     return build_sequences(
         [prompt.ids for prompt in prompts],
         [row.response_ids for row in drawn],

@@ -175,6 +175,16 @@ def quantise(model: PreTrainedModel, device: torch.device) -> None:
         _replace(model, name, Nf4Linear(layer, device))
 
 
+def renew_adapter(model: PreTrainedModel, recipe: AdapterRecipe, seed: int) -> None:
+    """Take off the adapter that was trained, and train another one from zero on the same frozen model.
+
+    Raises as `add_adapter`.
+    """
+    for layer in adapters(model).values():
+        layer.lora_A = layer.lora_B = None
+    add_adapter(model, recipe, seed)
+
+
 def load_adapter(model: PreTrainedModel, files: AdapterFiles, *, trained: bool = False) -> None:
     """Add a saved adapter to its base, frozen with it or to be trained on.
 
@@ -272,7 +282,7 @@ def lost_by_merging(model: nn.Module, dtype: torch.dtype) -> float:
 
 def save_adapter(model: nn.Module, output: Path, base: Path, identity: ModelIdentity) -> None:
     """Write the adapter as peft reads it; `identity` is that of the base, by which it is found when it has moved."""
-    found = adapters(model)
+    found = {name: layer for name, layer in adapters(model).items() if layer.trained() or layer.earlier_A is not None}
     scale = next((layer.scale for layer in found.values() if layer.lora_A is not None), 1.0)
     pairs = {name: layer.pair(scale) for name, layer in found.items()}
     rank = max(len(a) for a, _ in pairs.values())

@@ -1,4 +1,4 @@
-"""One JSON request to a teacher's server, repeated where that can help, without ever showing the key."""
+"""One JSON request to a model's server, repeated where that can help, without ever showing the key."""
 
 import json
 import logging
@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from opd_mcp.engine.context import run_cancelled
 from opd_mcp.identity.remote import checked_url
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.next_action import resume_call
+from opd_mcp.schemas.texts import escaped
 
 MAX_ERROR_CHARACTERS = 200
 
@@ -25,7 +26,8 @@ class Patience:
     """How long to wait for one answer, and how often and with which pauses to ask again.
 
     `timeout_s` is for each wait on the connection, `total_s` for the whole request: a server that sends a byte now and
-    then would never exceed the first.
+    then would never exceed the first. A server that has once shown who it is is asked for `proven_s` at least: it may
+    be starting again, which takes minutes.
     """
 
     timeout_s: float = 120.0
@@ -33,15 +35,23 @@ class Patience:
     attempts: int = 8
     first_pause_s: float = 0.5
     longest_pause_s: float = 30.0
+    proven_s: float = 600.0
 
 
 @dataclass(frozen=True)
 class Access:
-    """The key to a server, how patiently it is asked, and whether to stop asking."""
+    """The key to a server, how patiently it is asked, and whether to stop asking.
+
+    `role` is who it is in messages and error codes. `resumes`: a failure ends a run, which can be resumed. `check`
+    raises once the server is known not to come back.
+    """
 
     key: str | None = field(default=None, repr=False)
     patience: Patience = Patience()
     should_stop: Callable[[], bool] = lambda: False
+    role: Literal["teacher", "engine"] = "teacher"
+    resumes: bool = True
+    check: Callable[[], None] = lambda: None
 
 
 class Refusal(Exception):
@@ -63,11 +73,19 @@ class _Retry(Exception):
 class Server:
     """A server's address and one connection to it, opened again when it is lost, for one thread at a time.
 
-    `opened` counts the connections: who answers over a new one may be another server.
+    `opened` counts the connections: who answers over a new one may be another server. `known` is set once the server
+    has shown who it is.
     """
 
-    def __init__(self, url: str, access: Access | None = None, stopped: threading.Event | None = None) -> None:
-        self.url, self.access, self.stopped = url, access or Access(), stopped or threading.Event()
+    def __init__(
+        self,
+        url: str,
+        access: Access | None = None,
+        stopped: threading.Event | None = None,
+        known: threading.Event | None = None,
+    ) -> None:
+        self.url, self.access = url, access or Access()
+        self.stopped, self.known = stopped or threading.Event(), known or threading.Event()
         self.opened = 0
         self._turn = _Turn(self._require_going)
 
@@ -77,32 +95,39 @@ class Server:
 
     def another(self) -> "Server":
         """Another connection to the same server; `close` of either ends the requests of both."""
-        return Server(self.url, self.access, self.stopped)
+        return Server(self.url, self.access, self.stopped, self.known)
 
     def ask(self, method: str, path: str, body: Any = None, *, max_bytes: int = 1 << 24) -> Any:
         """The JSON of the answer.
 
-        Raises Refusal for a 3xx or 4xx, ResourceError `teacher_unreachable` when every attempt failed, RunError
-        `run_cancelled` when asked to stop.
+        Raises Refusal for a 3xx or 4xx, ResourceError `teacher_unreachable` or `engine_unreachable` when every attempt
+        failed, RunError `run_cancelled` when asked to stop.
         """
-        patience = self.access.patience
-        pause, why = patience.first_pause_s, ""
-        for attempt in range(patience.attempts):
+        patience, begun = self.access.patience, time.monotonic()
+        pause, failures = patience.first_pause_s, list[str]()
+        while True:
             self._require_going()
             try:
                 return self._once(method, path, body, max_bytes)
             except _Retry as retry:
-                why = str(retry)
+                failures.append(str(retry))
                 wait = pause * random.uniform(0.5, 1.0) if retry.pause_s is None else retry.pause_s
-            if attempt + 1 < patience.attempts:
-                self.stopped.wait(min(wait, patience.longest_pause_s))
+            returning = self.known.is_set() and time.monotonic() - begun < patience.proven_s
+            if len(failures) >= patience.attempts and not returning:
+                raise self._unreachable(failures)
+            self.stopped.wait(min(wait, patience.longest_pause_s))
             pause = min(2 * pause, patience.longest_pause_s)
-        raise ResourceError(
-            "teacher_unreachable",
-            f"The teacher's server gave no usable answer in {patience.attempts} attempts; the last: {why}.",
+
+    def _unreachable(self, failures: list[str]) -> ResourceError:
+        role, resumes = self.access.role, self.access.resumes
+        first = f"the first: {failures[0]}; " if failures[0] != failures[-1] else ""
+        then = "then resume the run: finished shards are kept" if resumes else "then ask again: no file was changed"
+        return ResourceError(
+            f"{role}_unreachable",
+            f"The {role}'s server gave no usable answer in {len(failures)} attempts; {first}the last: {failures[-1]}.",
             value=self.url,
-            fix="See that the server is up and reachable, then resume the run: finished shards are kept.",
-            call=resume_call(),
+            fix=f"See that the server is up and reachable, {then}.",
+            call=resume_call() if resumes else None,
         )
 
     def close(self) -> None:
@@ -114,6 +139,7 @@ class Server:
     def _require_going(self) -> None:
         if self.stopped.is_set() or self.access.should_stop():
             raise run_cancelled()
+        self.access.check()
 
     def _once(self, method: str, path: str, body: Any, max_bytes: int) -> Any:
         import httpx2
@@ -132,7 +158,9 @@ class Server:
             why = f"no whole answer within {total:g} s" if self._turn.is_over() else type(error).__name__
             raise _Retry(why) from error
         if response.status_code == 429 or response.status_code >= 500:
-            raise _Retry(f"HTTP {response.status_code}", _seconds(response.headers.get("Retry-After")))
+            said = self._shown(content)
+            why = f"HTTP {response.status_code}" + (f": {said}" if said else "")
+            raise _Retry(why, _seconds(response.headers.get("Retry-After")))
         if response.status_code != 200:
             raise Refusal(response.status_code, self._shown(content))
         try:
@@ -144,8 +172,21 @@ class Server:
         self.opened += event == "connection.connect_tcp.complete"
 
     def _shown(self, content: bytes) -> str:
-        text = content.decode(errors="replace")[:MAX_ERROR_CHARACTERS]
-        return text.replace(self.access.key, "…") if self.access.key else text
+        """The server's own words, on one line and without our key."""
+        text = " ".join(_said(content.decode(errors="replace")).split())[:MAX_ERROR_CHARACTERS]
+        return escaped(text.replace(self.access.key, "…") if self.access.key else text)
+
+
+def _said(content: str) -> str:
+    """The message in an error of the forms {error: {message}}, {message} and {error}; else all of the text."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    for name in ("error", "message"):
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+    return found if isinstance(found, str) else content
 
 
 # How soon a waiting request notices that the run is to stop, in seconds.
@@ -245,7 +286,7 @@ def _client(url: str, access: Access, turn: _Turn) -> Any:
     except ModuleNotFoundError as error:
         raise ResourceError(
             "missing_package",
-            "A remote teacher needs the package httpx2, which is not installed.",
+            "A model's server needs the package httpx2, which is not installed.",
             value="httpx2",
             fix="Install opd-mcp with its dependencies: pip install opd-mcp.",
         ) from error

@@ -179,9 +179,10 @@ def score_sequences(
     return TeacherScores(logprobs, topk_ids, topk_logprobs)
 
 
-def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime) -> EngineGap | None:
+def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime, dtype: str | None = None) -> EngineGap | None:
     """How far the generator's log-probs are from the scorer's, on the first rows; None when they hold no token.
 
+    `dtype` is what the generator computes in, where that is another than the model's.
     Raises RunError `engine_disagrees` where rounding cannot explain the difference.
     """
     sample = drawn.slice(0, min(GAP_ROWS, len(drawn)))
@@ -193,7 +194,7 @@ def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime) -> Engine
     model.model.train(was_training)
     difference = np.abs(scores.logprobs.astype(np.float64) - sample.columns["behaviour_logprobs"].astype(np.float64))
     gap = EngineGap(tokens=len(difference), mean=float(difference.mean()), largest=float(difference.max()))
-    require_agreement(gap, str(model.model.dtype).removeprefix("torch."))
+    require_agreement(gap, dtype or str(model.model.dtype).removeprefix("torch."))
     return gap
 
 

@@ -1,8 +1,12 @@
-"""A teacher at a URL: vLLM, SGLang, or our own `opd-mcp serve-teacher`, proven by a probe before any row is sent."""
+"""A model at a URL: vLLM, SGLang, or our own `opd-mcp serve-teacher`, proven by a probe before any row is sent.
+
+Mostly a teacher that scores; with the access of an `engine` also a model whose files are here and that only computes
+there.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import LifoQueue
@@ -38,8 +42,9 @@ from opd_mcp.identity.tokenizers import (
     token_map_hash,
 )
 from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
-from opd_mcp.schemas.identity import ModelIdentity, RemoteTeacher
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity, RemoteTeacher
 from opd_mcp.schemas.next_action import resume_call
+from opd_mcp.schemas.texts import escaped
 
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.05  # nats; far above rounding in bf16, far below another model or temperature
@@ -60,7 +65,7 @@ class Line:
 class RemoteScorer:
     """A proven remote teacher; `model` is its name on the server, ids at or above `tokens` mean nothing.
 
-    Each of the `lines` serves one request at a time.
+    Each of the `lines` serves one request at a time. `facts` say what an engine is.
     """
 
     server: Server
@@ -71,6 +76,7 @@ class RemoteScorer:
     lines: "LifoQueue[Line]"
     identity: ModelIdentity
     vocab_size: int
+    facts: EngineFacts
 
     def score(self, sequences: Sequences, topk: int) -> ScoredRows:
         """Scores of every row, one request at a time per line; rows that the server cannot score are refused.
@@ -99,10 +105,8 @@ class RemoteScorer:
             prompt, response = sequences.prompt(row).tolist(), sequences.response(row).tolist()
             if not response:
                 return
-            with self._line() as line:
+            with self.proven_line() as line:
                 answer = self.row_scores(line.server, prompt + response, len(prompt), topk)
-                if line.proven != line.server.opened:
-                    self._prove(line)
             if isinstance(answer, str):
                 refused[row] = answer
                 return
@@ -122,6 +126,14 @@ class RemoteScorer:
         if errors:
             raise errors[0]
         return ScoredRows(TeacherScores(logprobs, topk_ids, topk_logprobs), refused)
+
+    @contextmanager
+    def proven_line(self) -> Iterator[Line]:
+        """A line for one request, which ends with a proof where the request went over another connection."""
+        with self._line() as line:
+            yield line
+            if line.proven != line.server.opened:
+                self._prove(line)
 
     @contextmanager
     def _line(self) -> Iterator[Line]:
@@ -164,7 +176,7 @@ class RemoteScorer:
             except Refusal as refusal:
                 if refusal.status in (401, 403, 404):
                     raise _refused(server, refusal) from refusal
-                return f"server refused: HTTP {refusal.status}"
+                return f"server refused: {refusal}"
             if any(token >= self.tokens for best in scores.topk_ids for token in best):
                 return "top token outside the vocabulary"
             return scores
@@ -190,7 +202,8 @@ def open_remote(
 
     `tokenizer` is a directory with the tokens that ids mean here; `files` the teacher's own directory where it is also
     here. Raises ResourceError `teacher_unreachable` or `teacher_refused`, ConsistencyError `tokenizer_mismatch`, or
-    `teacher_untrue` for a server that is not the declared model or scales log-probs by a temperature.
+    `teacher_untrue` for a server that is not the declared model or scales log-probs by a temperature; for an engine
+    `engine_unreachable`, `engine_refused` and `engine_untrue`.
     """
     server = Server(remote.url, access)
     try:
@@ -210,8 +223,10 @@ def open_remote(
             lines=_lines(server, concurrency),
             identity=identity,
             vocab_size=int(entry.get("opd_vocab_size") or max(tokens) + 1),
+            facts=_engine_facts(server, dialect, entry),
         )
         probe = _probed(teacher, topk)
+        server.known.set()
     except BaseException:
         server.close()
         raise
@@ -237,10 +252,14 @@ def remote_rescorer(
     """
 
     def rescored(rows: Sequences, topk: int) -> NDArray[np.float32]:
-        teacher = open_remote(remote, tokenizer, access=Access(key))
+        teacher = open_remote(remote, tokenizer, access=Access(key, resumes=False))
         try:
             if expected is not None and expected.probe and not same_probe(expected.probe, teacher.identity.probe):
-                raise _untrue(remote, "it gives other log-probs of the probe sequence than the cache's teacher gave")
+                raise _untrue(
+                    teacher.server,
+                    remote.name,
+                    "it gives other log-probs of the probe sequence than the cache's teacher gave",
+                )
             result = teacher.score(rows, 0)
         finally:
             teacher.close()
@@ -280,13 +299,33 @@ def _served_model(server: Server, name: str) -> dict[str, Any]:
     for entry in entries:
         if str(entry["id"]) == name or str(entry["id"]).rstrip("/").rsplit("/", 1)[-1].casefold() == short:
             return entry
+    role = server.access.role
+    if role == "engine" and len(entries) == 1:  # a file's name proves nothing anyway; rows scored here will
+        return entries[0]
     raise ConsistencyError(
-        "teacher_untrue",
-        f"The server at teacher_url does not serve {name}.",
+        f"{role}_untrue",
+        f"The server at {'teacher_url' if role == 'teacher' else 'the engine'} does not serve {name}.",
         value=name,
         nearest=[str(entry["id"]) for entry in entries][:3],
-        fix="Give as teacher a model that the server lists under /v1/models.",
+        fix=f"Give as {role} a model that the server lists under /v1/models."
+        if role == "teacher"
+        else f"Serve the model under the name {name}.",
     )
+
+
+def _engine_facts(server: Server, dialect: Dialect, entry: dict[str, Any]) -> EngineFacts:
+    """The engine with its version, where the server tells it."""
+    if dialect == "opd-mcp":
+        return EngineFacts(name=dialect, version=_text(entry.get("opd_version")), dtype=_text(entry.get("opd_dtype")))
+    told = None
+    if server.access.role == "engine":
+        with suppress(Refusal):
+            told = server.ask("GET", "/version" if dialect == "vllm" else "/get_server_info")
+    return EngineFacts(name=dialect, version=_text(told.get("version")) if isinstance(told, dict) else None)
+
+
+def _text(value: Any) -> str | None:
+    return escaped(value[:64]) if isinstance(value, str) else None
 
 
 def _identity(
@@ -301,12 +340,12 @@ def _identity(
     if served is not None and served.tokenizer != token_map_hash(tokens):
         difference = map_difference(_served_tokens(server, remote), tokens)
         if difference is None:
-            raise _untrue(remote, "its tokens are not those of the hash that it gives")
+            raise _untrue(server, remote.name, "its tokens are not those of the hash that it gives")
         raise mismatch_error(difference, remote.url)
     if files is not None:
         local = full_identity(files)
         if served is not None and not served.same_model(local):
-            raise _untrue(remote, f"it serves {served.label()}, the files here are {local.label()}")
+            raise _untrue(server, remote.name, f"it serves {served.label()}, the files here are {local.label()}")
         return local.model_copy(update={"remote": "served"})
     if served is not None:
         return served.model_copy(update={"remote": "served"})
@@ -328,10 +367,10 @@ def _served_identity(server: Server, entry: dict[str, Any]) -> ModelIdentity | N
         return ModelIdentity.model_validate(given)
     except ValidationError as error:
         raise ConsistencyError(
-            "teacher_untrue",
+            f"{server.access.role}_untrue",
             "The server gives an identity that cannot be read.",
             value=server.url,
-            fix="Serve the teacher with the version of opd-mcp that is used here.",
+            fix="Serve the model with the version of opd-mcp that is used here.",
         ) from error
 
 
@@ -347,17 +386,17 @@ def _served_tokens(server: Server, remote: RemoteTeacher) -> dict[int, str]:
     except Refusal as refusal:
         raise _refused(server, refusal) from refusal
     except (KeyError, TypeError, ValueError) as error:
-        raise _untrue(remote, "it does not say what its ids mean") from error
+        raise _untrue(server, remote.name, "it does not say what its ids mean") from error
     return tokens
 
 
 def _probed(teacher: RemoteScorer, topk: int) -> list[float]:
-    ids = probe_ids(teacher.tokens)
+    ids, code = probe_ids(teacher.tokens), f"{teacher.server.access.role}_untrue"
     answers = [teacher.row_scores(teacher.server, ids, 1, topk, temperature) for temperature in (1.0, 0.5)]
     for answer in answers:
         if isinstance(answer, str):
             raise ConsistencyError(
-                "teacher_untrue",
+                code,
                 f"The server cannot score the probe sequence, which ends with the vocabulary's last id: {answer}.",
                 value=teacher.server.url,
                 fix="See that the server allows prompt log-probs of so many top tokens (vLLM: --max-logprobs), and "
@@ -366,46 +405,53 @@ def _probed(teacher: RemoteScorer, topk: int) -> list[float]:
     plain, other = (answer.logprobs for answer in answers if not isinstance(answer, str))
     if not same_probe(plain, other):
         raise ConsistencyError(
-            "teacher_untrue",
+            code,
             "The server scales prompt log-probs by the sampling temperature, so they are not the model's own.",
             value=teacher.server.url,
             fix="Serve raw log-probs (vLLM: --logprobs-mode raw_logprobs; SGLang: its default).",
         )
     if any(value > 1e-4 for value in plain):
         raise ConsistencyError(
-            "teacher_untrue",
+            code,
             "The server's log-probs are above 0.",
             value=max(plain),
-            fix="See what is served at teacher_url; these are no log-probs.",
+            fix="See what is served there; these are no log-probs.",
         )
     return plain
 
 
-def _untrue(remote: RemoteTeacher, why: str) -> ConsistencyError:
+def _untrue(server: Server, name: str, why: str) -> ConsistencyError:
+    role = server.access.role
     return ConsistencyError(
-        "teacher_untrue",
-        f"The server is not the teacher {remote.name}: {why}.",
-        value=remote.url,
-        fix="Give the URL of the declared teacher, or the teacher that is served there.",
+        f"{role}_untrue",
+        f"The server is not the {role} {name}: {why}.",
+        value=server.url,
+        fix="Give the URL of the declared teacher, or the teacher that is served there."
+        if role == "teacher"
+        else "Serve the model whose files are here.",
     )
 
 
 def _replaced(teacher: RemoteScorer, why: str) -> ConsistencyError:
+    role, resumes = teacher.server.access.role, teacher.server.access.resumes
     return ConsistencyError(
-        "teacher_untrue",
-        f"The server is not the teacher {teacher.model} any more that it was when this began: {why}.",
+        f"{role}_untrue",
+        f"The server is not the {role} {teacher.model} any more that it was when this began: {why}.",
         value=teacher.server.url,
-        fix="Serve the same teacher again at this address, then resume the run: the shards that were finished before "
-        "are kept.",
-        call=resume_call(),
+        fix=f"Serve the same {role} again at this address, then "
+        + ("resume the run: the shards that were finished before are kept." if resumes else "verify again."),
+        call=resume_call() if resumes else None,
     )
 
 
 def _refused(server: Server, refusal: Refusal) -> ResourceError:
+    role = server.access.role
     hint = "Set OPD_TEACHER_KEY to the server's key where opd-mcp is started." if refusal.status in (401, 403) else ""
     return ResourceError(
-        "teacher_refused",
-        f"The teacher's server refused the request ({refusal}).",
+        f"{role}_refused",
+        f"The {role}'s server refused the request ({refusal}).",
         value=server.url,
-        fix=hint or "Give teacher_url as the server's base address, e.g. http://host:8000.",
+        fix=hint
+        or f"Give {'teacher_url' if role == 'teacher' else 'the engine'} as the server's base address, e.g. "
+        "http://host:8000.",
     )

@@ -1,8 +1,9 @@
-"""`opd-mcp serve-teacher`: a model's log-probs over HTTP, in the subset of vLLM's API that scoring needs.
+"""`opd-mcp serve-teacher`: a model over HTTP, in the subset of vLLM's API that scoring and generating need.
 
-POST /v1/completions takes token ids and answers with `prompt_logprobs`; GET /v1/models says who is served, GET
-/v1/opd/tokens what its ids mean, GET /health whether. Requests that come together are scored together; a full queue is
-answered with 429. Text is not accepted and nothing is generated: tokens in, log-probs out.
+POST /v1/completions takes token ids and answers with `prompt_logprobs`, or with `return_token_ids` and `logprobs: 0`
+with a response; GET /v1/models says who is served, GET /v1/opd/tokens what its ids mean, GET /health whether. Requests
+that come together are scored together; each response is drawn alone, so that its seed decides it to the bit. A full
+queue is answered with 429. Text is not accepted: tokens in, tokens and log-probs out.
 """
 
 import asyncio
@@ -19,16 +20,22 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd_mcp.engine.data.sequences import build_sequences
+from pydantic import ValidationError
+
+from opd_mcp.engine.data.sequences import EOS, build_sequences
+from opd_mcp.engine.generation.batch_state import Generated, GenerationSettings
+from opd_mcp.engine.generation.generator import generate
+from opd_mcp.engine.models.kv_cache import decoding_problem
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.scoring.dialects import TOKENS_PATH, TOKENS_SPAN
 from opd_mcp.engine.scoring.local import LocalTeacher, open_local, score_sequences
 from opd_mcp.identity.tokenizers import token_map
 from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.recipes import RuntimeRecipe
+from opd_mcp.schemas.recipes import RuntimeRecipe, Sampling
 
 if TYPE_CHECKING:  # an engine that serves nothing needs neither
     from starlette.applications import Starlette
@@ -59,7 +66,14 @@ class Job:
     ids: list[int]
     start: int
     topk: int
-    future: "Future[list[dict[str, Any]]]" = field(default_factory=Future)
+    future: "Future[Any]" = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class Draw(Job):
+    """One prompt to answer, as the settings say."""
+
+    settings: GenerationSettings | None = None
 
 
 class Scorer:
@@ -96,7 +110,10 @@ class Scorer:
             if batch:
                 self.batches += 1
                 try:
-                    self._score(batch)
+                    self._score([job for job in batch if not isinstance(job, Draw)])
+                    for job in batch:
+                        if isinstance(job, Draw) and job.settings is not None:
+                            job.future.set_result(generate(self.teacher.model.model, [job.ids], job.settings)[0])
                 except Exception as error:
                     for job in batch:
                         if not job.future.done():
@@ -121,6 +138,8 @@ class Scorer:
         return batch, True
 
     def _score(self, batch: list[Job]) -> None:
+        if not batch:
+            return
         sequences = build_sequences([job.ids[: job.start] for job in batch], [job.ids[job.start :] for job in batch])
         scores = score_sequences(
             self.teacher.model,
@@ -179,6 +198,8 @@ class TeacherService:
             raise BadRequest("prompt is one or more lists of token ids; text is not accepted")
         if body.get("stream") or body.get("echo") or body.get("n", 1) != 1:
             raise BadRequest("stream, echo and n are not supported")
+        if "prompt_logprobs" not in body and body.get("return_token_ids"):
+            return [self._draw(body, ids) for ids in prompts]
         if type(topk) is not int or not 0 <= topk <= min(self.limits.topk, self.teacher.model.facts.tokens):
             raise BadRequest(f"prompt_logprobs is between 0 and {self.limits.topk}")
         for ids in prompts:
@@ -189,6 +210,36 @@ class TeacherService:
             if type(start) is not int or not 1 <= start < len(ids):
                 raise BadRequest("opd_start lies within the sequence")
         return [Job(ids, start, topk) for ids in prompts]
+
+    @cached_property
+    def undecodable(self) -> str | None:
+        """Why this model cannot answer prompts, if it cannot; found out at the first request."""
+        return decoding_problem(self.teacher.model.model)
+
+    def _draw(self, body: Mapping[str, Any], ids: list[int]) -> Draw:
+        """The prompt to answer; raises BadRequest for settings that would silently be something else."""
+        if self.undecodable is not None:
+            raise BadRequest(f"this model does not generate: {self.undecodable}")
+        off = {"top_k": (-1, 0), "min_p": (0,), "repetition_penalty": (1,), "presence_penalty": (0,)}
+        off |= {"frequency_penalty": (0,), "min_tokens": (0,), "logprobs": (0,), "ignore_eos": (True,)}
+        for name, values in off.items():
+            if body.get(name, values[0]) not in values:
+                raise BadRequest(f"{name} is {values[0]} or absent")
+        seed, stops, limit = body.get("seed"), body.get("stop_token_ids"), body.get("max_tokens")
+        if type(seed) is not int or not 0 <= seed < 1 << 63:
+            raise BadRequest("seed is between 0 and 2^63 - 1")
+        if not isinstance(stops, list) or not all(type(stop) is int for stop in stops):
+            raise BadRequest("stop_token_ids is a list of token ids")
+        if not all(type(token) is int and 0 <= token < self.teacher.vocab_size for token in ids):
+            raise BadRequest(f"token ids are between 0 and {self.teacher.vocab_size - 1}")
+        if type(limit) is not int or not 1 <= limit <= self.limits.length - len(ids) or not ids:
+            raise BadRequest(f"prompt and max_tokens together have at most {self.limits.length} tokens")
+        try:
+            sampling = Sampling(temperature=body["temperature"], top_p=body["top_p"], max_new_tokens=limit)
+        except (KeyError, ValidationError) as error:
+            raise BadRequest("temperature is between 0 and 10, top_p above 0 and at most 1") from error
+        tokens = self.teacher.model.facts.tokens
+        return Draw(ids, 1, 0, settings=GenerationSettings(sampling, stops, 1, seed, "served", tokens))
 
     def token_range(self, query: Mapping[str, str]) -> dict[str, Any]:
         """The tokens of ids `start` to below `start + count`, null where there is no such id; raises BadRequest."""
@@ -212,6 +263,8 @@ class TeacherService:
             "owned_by": "opd-mcp",
             "max_model_len": self.limits.length + 1,
             "opd_vocab_size": self.teacher.vocab_size,
+            "opd_version": version("opd-mcp"),
+            "opd_dtype": str(self.teacher.runtime.dtype).removeprefix("torch."),
             "opd_identity": self.teacher.identity.to_dict(),
         }
         return {"object": "list", "data": [entry]}
@@ -340,19 +393,28 @@ def listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _completion(name: str, jobs: list[Job], results: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def _completion(name: str, jobs: list[Job], results: list[Any]) -> dict[str, Any]:
     choices = [
-        {
-            "index": index,
-            "text": "",
-            "finish_reason": "length",
-            "prompt_logprobs": [None] * job.start + result,
-        }
+        {"index": index, "text": ""} | (_drawn(job, result) if isinstance(job, Draw) else _scored(job, result))
         for index, (job, result) in enumerate(zip(jobs, results, strict=True))
     ]
     tokens = sum(len(job.ids) for job in jobs)
-    usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    drawn = sum(len(result.response_ids) for result in results if isinstance(result, Generated))
+    usage = {"prompt_tokens": tokens, "completion_tokens": drawn, "total_tokens": tokens + drawn}
     return {"object": "text_completion", "model": name, "choices": choices, "usage": usage}
+
+
+def _scored(job: Job, result: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"finish_reason": "length", "prompt_logprobs": [None] * job.start + result}
+
+
+def _drawn(job: Draw, result: Generated) -> dict[str, Any]:
+    return {
+        "finish_reason": "stop" if result.finish_reason == EOS else "length",
+        "prompt_token_ids": job.ids,
+        "token_ids": result.response_ids,
+        "logprobs": {"token_logprobs": [_finite(value) for value in result.logprobs]},
+    }
 
 
 def _error(message: str) -> dict[str, Any]:

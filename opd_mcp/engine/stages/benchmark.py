@@ -1,14 +1,16 @@
-"""Every model measured on the same prompts, and the report: `report.json`, and `report.md` that a person reads."""
+"""Every model measured on the same prompts, and the report: `report.json`; for people `report.md` and `report.html`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, quantisation_kl, score_model
+from opd_mcp.engine.evaluation.report_page import report_page
+from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
-from opd_mcp.engine.provenance import Provenance, record_lineage
+from opd_mcp.engine.provenance import Provenance, record_lineage, trained_adapter
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
@@ -21,17 +23,30 @@ from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.identity.tokenizers import chat_template, reads_clock
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
-from opd_mcp.schemas.recipes import BenchmarkRecipe
-from opd_mcp.schemas.reports import BenchmarkReport, Comparison, Estimate95, GapClosed, ModelScore, QuantisationCost
+from opd_mcp.schemas.recipes import BenchmarkRecipe, is_url
+from opd_mcp.schemas.reports import (
+    BenchmarkReport,
+    Comparison,
+    Estimate95,
+    GapClosed,
+    ModelScore,
+    QuantisationCost,
+    ShownAnswers,
+)
+from opd_mcp.schemas.texts import shortened
+from opd_mcp.schemas.verdicts import findings_of, verdict_of
 
 # A tenth of the answers cut short moves an accuracy by more than its interval.
 TRUNCATED_SHARE = 0.1
+PROMPT_CHARACTERS, ANSWER_CHARACTERS, RESPONSE_CHARACTERS = 600, 200, 800
+TEMPLATE_CHARACTERS = 400
 
 
 def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context) -> BenchmarkReport:
     """Measure every model on the same prompts; the first is the candidate, the others its baselines.
 
-    Writes report.json and report.md, with what earlier stages took and alerted.
+    Writes report.json, report.md and report.html, with what earlier stages took and alerted. Alerts of
+    `schemas/verdicts.py` are raised at the end, as `answers_truncated` is.
     """
     runtime = open_runtime(context.runtime)
     rows = read_prompts(inputs.prompts)
@@ -54,8 +69,14 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         itself = teacher is not None and name in references and path == inputs.teacher
         model = teacher if teacher is not None and itself else load_model(place, runtime, generates=True)
         warnings += model_warnings(context, model)
-        with grader:
-            scored[name] = score_model(name, model, adopt_tokenizer(path, context.prompting).eos_token_ids, task)
+        stops = adopt_tokenizer(path, context.prompting).eos_token_ids
+        # An adapter, which engines do not load, is measured here; so is every baseline of a server with one model.
+        engine = section.engine if serves(section.engine, name == next(iter(models)), model) else None
+        if engine != section.engine:
+            warnings.append(f"{name} answered here, not on the engine that 'benchmark.engine' names.")
+        room = context.prompting.max_prompt_tokens + section.sampling.max_new_tokens
+        with grader, opened_generator(engine, model, room, section.batch_size, context) as generator:
+            scored[name] = score_model(name, model, stops, task, generator)
         del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     marks = {name for name, path in references.items() if path != inputs.teacher}
@@ -68,6 +89,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     report = BenchmarkReport(
         recipe=section,
         suite=inputs.suite,
+        suite_changes=dict(inputs.suite_changes),
         seed=runtime.seed,
         prompts_sha256=prompts_hash(rows),
         prompts=len(chosen),
@@ -81,6 +103,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         gap_closed=_gaps(candidate, teacher_row, scored),
         quantisation=_quantisation_cost(pair, scored, task) if pair else None,
         not_measured=dict(inputs.not_measured) if answered else {},
+        adapters={name: made for name, path in models.items() if (made := trained_adapter(path)) is not None},
         teacher_responses=inputs.teacher_responses,
         hardware=hardware_name(runtime.device),
         recipe_hash=inputs.recipe_hash,
@@ -89,21 +112,35 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         costs=list(inputs.costs),
         alerts=list(inputs.alerts),
         warnings=list(dict.fromkeys([*warnings, *cut])),
+        planned_seconds=dict(inputs.planned_seconds),
+        curves=list(inputs.curves),
+        samples=shown_answers(chosen, scored),
     )
+    found = [(cause.code, cause.text) for cause in findings_of(report)]
+    report = report.model_copy(update={"warnings": [*report.warnings, *(message for _, message in found)]})
+    report = report.model_copy(update={"verdict": verdict_of(report)})
     write_report(report, output, context, models.values())
-    for message in cut:  # last, so that whoever waits for the run is not woken twice
-        context.reporter.alert("answers_truncated", message)
+    # last, so that whoever waits for the run is not woken twice
+    for code, message in [*(("answers_truncated", message) for message in cut), *found]:
+        context.reporter.alert(code, message)
     return report
 
 
+def serves(engine: str | None, candidate: bool, model: LoadedModel) -> bool:
+    """Whether an engine answers for a model: a user's server only for the candidate, none for an adapter or 4 bits."""
+    as_stored = model.facts.adapter is None and model.facts.identity.quantization is None
+    return engine is not None and as_stored and (candidate or not is_url(engine))
+
+
 def write_report(report: BenchmarkReport, output: Path, context: Context, models: Iterable[Path]) -> None:
-    """Write report.json, report.md and the lineage; `models` are the directories whose templates were used."""
+    """Write the report's three forms and the lineage; `models` are the directories whose templates were used."""
     output.mkdir(parents=True, exist_ok=True)
     write_atomic(output / "report.json", report.to_json(indent=2))
     write_atomic(output / "report.md", report_markdown(report))
+    write_atomic(output / "report.html", report_page(report))
     parents = [Parent(role=score.name, identity=score.identity) for score in report.models]
     parents.append(Parent(role="prompts", sha256=report.prompts_sha256))
-    made = Provenance("report", "benchmark", report.recipe, parents, ["report.json", "report.md"])
+    made = Provenance("report", "benchmark", report.recipe, parents, ["report.json", "report.md", "report.html"])
     dated = any(reads_clock(chat_template(path)) for path in models)
     record_lineage(output, made, context, rendered_at=context.rendered_at.isoformat() if dated else None)
 
@@ -208,6 +245,33 @@ def _gaps(candidate: str, teacher: str | None, scored: Mapping[str, Scored]) -> 
     return sorted(gaps, key=lambda gap: list(scored).index(gap.baseline))
 
 
+def shown_answers(rows: Sequence[PromptRow], scored: Mapping[str, Scored]) -> list[ShownAnswers]:
+    """The first prompts with each model's response, all cut to size."""
+    by_id = {row.id: row for row in rows}
+    first = next(iter(scored.values())).shown
+    return [
+        ShownAnswers(
+            prompt=shortened(by_id[row_id].text(), PROMPT_CHARACTERS),
+            answer=None if (answer := by_id[row_id].answer) is None else shortened(answer, ANSWER_CHARACTERS),
+            responses={
+                name: shortened(entry.shown[row_id], RESPONSE_CHARACTERS)
+                for name, entry in scored.items()
+                if row_id in entry.shown
+            },
+            right={
+                name: bool(entry.greedy_correct[place])
+                for name, entry in scored.items()
+                if entry.greedy_correct is not None and (place := _place(entry, row_id)) is not None
+            },
+        )
+        for row_id in first
+    ]
+
+
+def _place(scored: Scored, row_id: str) -> int | None:
+    return list(scored.shown).index(row_id) if row_id in scored.shown else None
+
+
 def truncation_warnings(scores: Iterable[ModelScore], section: BenchmarkRecipe) -> list[str]:
     """At most one warning: where the length limit cut many responses: a cut response mostly has no answer."""
     cut = [
@@ -229,9 +293,10 @@ def report_markdown(report: BenchmarkReport) -> str:
     lines = [
         "# Benchmark",
         "",
+        *_verdict_lines(report),
         f"{report.prompts} prompts, {report.prompts_with_answer} with an answer; seed {report.seed}; "
         f"{report.hardware}; recipe {report.recipe_hash[:12]}.",
-        *([f"Suite `{report.suite}`, with its published prompt and sampling unless changed."] if report.suite else []),
+        *_suite_lines(report),
         "",
         f"| model | greedy accuracy | sampled accuracy{_samples(report)} | reverse KL, nats/token | mean tokens "
         "| truncated | EOS rate |",
@@ -249,11 +314,14 @@ def report_markdown(report: BenchmarkReport) -> str:
     lines += [line for gap in report.gap_closed for line in ("", _gap_text(gap))]
     if report.quantisation:
         lines += ["", _quantisation_text(report.quantisation)]
+    lines += [line for name, made in report.adapters.items() for line in ("", made.text(name))]
     if report.grader and report.prompts_with_answer:
         lines += ["", f"Answers graded by `{report.grader}`: {report.grader_reason}."]
         lines += [f"- {model.answers.text(model.name)}" for model in report.models if model.answers]
     elif report.grader_reason and report.prompts_with_answer:
         lines += ["", f"Graded {report.grader_reason}."]
+    made = {model.name: model.generated_by for model in report.models if model.generated_by}
+    lines += [line for name, facts in made.items() for line in ("", f"Responses of {name} by {facts.label()}.")]
     if report.teacher_responses:
         lines += [
             "",
@@ -275,6 +343,29 @@ def report_markdown(report: BenchmarkReport) -> str:
             for c in report.costs
         ]
     return "\n".join(lines) + "\n"
+
+
+def _verdict_lines(report: BenchmarkReport) -> list[str]:
+    """The verdict, its cause and the next step, before everything else."""
+    if report.verdict is None:
+        return []
+    verdict = report.verdict
+    cause = [f"Cause: {verdict.cause}", ""] if verdict.cause else []
+    following = [f"Next: {verdict.next_action.why}", ""] if verdict.next_action.why else []
+    figures = "Figures, curves and samples: `report.html`, next to this file."
+    return [f"**{verdict.judgement.replace('_', ' ')}**: {verdict.sentence}", "", *cause, *following, figures, ""]
+
+
+def _suite_lines(report: BenchmarkReport) -> list[str]:
+    """The suite, the prompt around each question, and what was changed of what is published."""
+    if not report.suite:
+        return []
+    changes = [f"`{key}` {used!r} instead of {published!r}" for key, (published, used) in report.suite_changes.items()]
+    how = f"changed: {', '.join(changes)}" if changes else "with its published settings"
+    lines = [f"Suite `{report.suite}`, {how}."]
+    if (template := report.recipe.prompt_template) is not None:
+        lines += [f"Each prompt stands in {shortened(template, TEMPLATE_CHARACTERS)!r}."]
+    return lines
 
 
 def _row(model: ModelScore) -> str:

@@ -5,9 +5,9 @@ opened and checked before any step.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from opd_mcp.engine.models.loading import (
     load_model,
     model_warnings,
 )
-from opd_mcp.engine.models.lora import without_adapters
+from opd_mcp.engine.models.lora import renew_adapter, without_adapters
 from opd_mcp.engine.models.saving import SavedForm, saved_files
 from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, frozen_hash, full_identity, record_lineage
 from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
@@ -42,10 +42,13 @@ from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.identity.tokenizers import require_unused, special_differences
-from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
 from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe, base_form
 from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
+
+OWN_SETTINGS = {"rank", "alpha", "targets", "init", "scaling"}
+"""What adapters on one base may differ in."""
 
 
 def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context: Context) -> TrainingSummary:
@@ -54,31 +57,89 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
     Raises ConsistencyError for a cache of another teacher or behaviour policy, IntegrityError for a damaged one.
     """
     student, runtime = inputs.student, open_runtime(context.runtime)
-    claim = claim_of(student, inputs.sft_teacher, context)
-    source: CacheSource | LiveSource
     if section.method == "lightning":
-        source = open_cache(section, inputs, claim, context)
-        # Whose log-probs these are is as little proven as the cache's own lineage.
-        claim = vouched(claim, made_here=context.made_here(source.path))
-        model, teacher = load_model(student, runtime, for_training=True, adapter=section.adapter), None
-        steps = stored_batches(
-            source.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="distill"
-        )
-    else:
-        assert inputs.teacher is not None, "live distillation queries a teacher"
-        assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
-        source = open_live(inputs, claim, context)
-        model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
-        teacher = base_as_teacher(model, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
-        steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
+        cached = open_cache(section, inputs, context)
+        model = load_model(student, runtime, for_training=True, adapter=section.adapter)
+        model_warnings(context, model)
+        return _trained(section, inputs, output, Opened(model, cached, cached_steps(section, cached, runtime)), context)
+    assert inputs.teacher is not None, "live distillation queries a teacher"
+    assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
+    source = open_live(inputs, context)
+    model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
+    teacher = base_as_teacher(model, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
     model_warnings(context, model, teacher)
+    steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
+    return _trained(section, inputs, output, Opened(model, source, steps), context)
+
+
+def distill_adapters(
+    sections: Sequence[DistillRecipe], inputs: DistillInputs, outputs: Sequence[Path], context: Context
+) -> list[TrainingSummary]:
+    """Train several adapters on one student from one cache, one after the other: the frozen base is loaded once.
+
+    Each is what `distill` with its section alone makes, to the bit. Raises what `distill` raises, and ArgumentError
+    `invalid_argument` for a section that does not leave the base as it is.
+    """
+    require_kept_base(sections)
+    runtime, summaries = open_runtime(context.runtime), []
+    model: LoadedModel | None = None
+    for number, (section, output) in enumerate(zip(sections, outputs, strict=True)):
+        assert section.adapter is not None, "every section trains an adapter"
+        source = open_cache(section, inputs, context)
+        if model is None:
+            model = load_model(inputs.student, runtime, for_training=True, adapter=section.adapter)
+            model_warnings(context, model)
+        else:
+            renew_adapter(model.model, section.adapter, runtime.seed)
+        opened = Opened(model, source, cached_steps(section, source, runtime))
+        own = context.checkpoints / f"{number:02d}" if context.checkpoints else None
+        summaries.append(_trained(section, inputs, output, opened, replace(context, checkpoints=own)))
+    return summaries
+
+
+def require_kept_base(sections: Sequence[DistillRecipe]) -> None:
+    """Raise ArgumentError `invalid_argument` for the first section that cannot share a frozen base with the others."""
+    first = sections[0].adapter if sections else None
+    for number, section in enumerate(sections):
+        adapter = section.adapter
+        if section.method != "lightning":
+            why, fix = "it distills live", "Set method to 'lightning'."
+        elif adapter is None or first is None:
+            why, fix = "it trains all weights", "Give it an adapter, e.g. {}."
+        elif adapter.continue_adapter:
+            why, fix = "it continues the student's own adapter", "Set continue_adapter to false."
+        elif adapter.save != "adapter":
+            why, fix = "its student is merged, which changes the base", "Set save to 'adapter'."
+        elif adapter.model_dump(exclude=OWN_SETTINGS) != first.model_dump(exclude=OWN_SETTINGS):
+            why, fix = "it keeps the base in another form than the first one", "Give all the same base_dtype."
+        else:
+            continue
+        raise ArgumentError(
+            "invalid_argument", f"Section {number} cannot share one frozen base: {why}.", value=number, fix=fix
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What one distillation trains: the student, what it learns from, and the rows of its steps."""
+
+    student: LoadedModel
+    source: "CacheSource | LiveSource"
+    steps: StepsFrom
+
+
+def _trained(
+    section: DistillRecipe, inputs: DistillInputs, output: Path, opened: Opened, context: Context
+) -> TrainingSummary:
+    """Train, save the student with its lineage, and say what was done."""
+    student, model, source = inputs.student, opened.student, opened.source
     origin = adapter_origin(model, section.adapter, context)
     form = SavedForm.of(model, source.adopted, section.save_dtype, origin.saved if origin else None)
     form.try_out(model.model)
     settings = LoopSettings.of(section, section.normalize)
     watch, frozen = DistillWatch(section, context), frozen_hash(origin, student)
-    task = TrainingTask(settings, steps, distill_objective(section), watch, frozen)
-    summary = train(model.model, task, runtime, context)
+    task = TrainingTask(settings, opened.steps, distill_objective(section), watch, frozen)
+    summary = train(model.model, task, open_runtime(context.runtime), context)
     if isinstance(source, CacheSource):
         summary = summary.model_copy(update={"repair": source.repair})
     if (refused := form.save(model.model, output)) is not None:
@@ -90,7 +151,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         output,
         Provenance("model", "distill", section, parents, saved_files(output)),
         context,
-        sft_teacher=claim,
+        sft_teacher=source.claim,
         distilled_from=source.teacher,
         adapter=origin,
         teacher_mismatch_allowed=inputs.allow_teacher_mismatch,
@@ -108,6 +169,7 @@ class CacheSource:
     teacher: ModelIdentity
     adopted: AdoptedTokenizer
     parents: list[Parent]
+    claim: TeacherClaim | None
     repair: RepairSummary | None = None
     rendered_at: str | None = None
 
@@ -120,12 +182,11 @@ class LiveSource:
     teacher: ModelIdentity
     adopted: AdoptedTokenizer
     parents: list[Parent]
+    claim: TeacherClaim | None
     rendered_at: str | None = None
 
 
-def open_cache(
-    section: DistillRecipe, inputs: DistillInputs, claim: TeacherClaim | None, context: Context
-) -> CacheSource:
+def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) -> CacheSource:
     """The cache's rows, proven to belong to this student and its SFT teacher.
 
     Raises ConsistencyError `behaviour_mismatch`, `teacher_mismatch`, `lineage_missing`, or `topk_missing` for a cache
@@ -135,7 +196,7 @@ def open_cache(
     cache = inputs.cache
     assert cache is not None, "lightning distills from a teacher cache"
     verified_lineage(cache)
-    manifest = read_manifest(cache)
+    manifest, claim = read_manifest(cache), claim_of(inputs.student, inputs.sft_teacher, context)
     require_agreement(manifest.engine_gap)
     require_behaviour(manifest.behaviour, full_identity(inputs.student, base_form(section.adapter)))
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
@@ -154,10 +215,19 @@ def open_cache(
     sequences, repair = open_flat(cache), None
     if section.repair == "residual":
         sequences, repair = repaired(sequences)
-    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, repair, manifest.rendered_at)
+    # Whose log-probs these are is as little proven as the cache's own lineage.
+    claim = vouched(claim, made_here=context.made_here(cache))
+    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, claim, repair, manifest.rendered_at)
 
 
-def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Context) -> LiveSource:
+def cached_steps(section: DistillRecipe, source: CacheSource, runtime: Runtime) -> StepsFrom:
+    """The cache's rows in batches, in an order that follows from the seed."""
+    return stored_batches(
+        source.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="distill"
+    )
+
+
+def open_live(inputs: DistillInputs, context: Context) -> LiveSource:
     """The prompts as the teacher's template encodes them, once teacher and student are proven to fit.
 
     Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch` or `lineage_missing`.
@@ -165,14 +235,14 @@ def open_live(inputs: DistillInputs, claim: TeacherClaim | None, context: Contex
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.prompts is not None, "live distillation draws rollouts for prompts"
     differing = special_differences(inputs.teacher, inputs.student)
-    identity = full_identity(inputs.teacher)
+    identity, claim = full_identity(inputs.teacher), claim_of(inputs.student, inputs.sft_teacher, context)
     require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     adopted = adopt_tokenizer(inputs.teacher, context.prompting)
     rows = read_prompts(inputs.prompts)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
     encoded = encode_prompts(rows, adopted.tokenizer, context)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
-    return LiveSource(encoded, identity, adopted, parents, recorded_moment(adopted.tokenizer, context))
+    return LiveSource(encoded, identity, adopted, parents, claim, recorded_moment(adopted.tokenizer, context))
 
 
 def live_batches(

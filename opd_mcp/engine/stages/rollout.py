@@ -7,18 +7,19 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from opd_mcp.engine.cache.building import ShardNote, begun_build, built_shard, open_build
+from opd_mcp.engine.cache.building import ShardNote, begun_build, built_shard, known_engine, open_build, shared_engine
 from opd_mcp.engine.cache.manifest import RECORD_FILE, RolloutRecord, RolloutTally, read_record, write_record
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, RolloutInputs, counter, require_going
-from opd_mcp.engine.data.encoding import encode_prompts, ids_of, recorded_moment
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import draw_rollouts
-from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
+from opd_mcp.engine.generation.generator import Generator
+from opd_mcp.engine.generation.served import first_gap, generator_gap, opened_generator, require_room, room_for
+from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import full_identity, stage_cost
-from opd_mcp.engine.runtime import open_runtime
-from opd_mcp.engine.scoring.local import engine_gap
+from opd_mcp.engine.runtime import Runtime, open_runtime
+from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.data.scan import eval_overlap
@@ -28,6 +29,9 @@ from opd_mcp.schemas.cache import BuildLayout, Hygiene
 from opd_mcp.schemas.recipes import RolloutRecipe
 from opd_mcp.schemas.reports import StageCost
 
+# Padded tokens of one forward pass over rows that are scored again.
+RESCORING_TOKENS = 16384
+
 
 def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context: Context) -> StageCost:
     """The student's own rollouts in shards.
@@ -35,7 +39,8 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     `output` may hold what an interrupted call made: its finished shards are kept, and prompts are rendered as at the
     moment when it began. Raises IntegrityError
     `input_changed` when that call had another student, other prompts or other settings; RunError `engine_disagrees`
-    when the first shard's log-probs are not those that scoring gives.
+    when the first shard's log-probs are not those that scoring gives; DataError `too_long` for rows longer than
+    whoever generates or scores them takes, before any is drawn.
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
@@ -50,6 +55,8 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     encoded = encode_prompts(rows, adopted.tokenizer, context)
     differing = special_differences(adopted.path, inputs.student)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
+    room = room_for(encoded, section.sampling)
+    require_room(room, inputs.longest, "the teacher's server")
     count = section.count or len(encoded)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student, inputs.form)
@@ -64,28 +71,36 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             "prompting": context.prompting.to_dict(),
             "dtype": str(runtime.dtype),
             **({"rendered_at": moment} if moment else {}),
+            **({"generated_by": section.engine} if section.engine else {}),
+            **known_engine(begun),
+            **({"rescore": section.rescore} if section.rescore else {}),
         },
     )
     if (output / RECORD_FILE).is_file():
         return stage_cost("rollout", started, read_record(output).statistics.response_tokens, runtime.device)
-    model = load_model(inspect_model(inputs.student, form=inputs.form), runtime, generates=True)
+    here = section.engine is None
+    facts = inspect_model(inputs.student, form=inputs.form)
+    model = load_model(facts, runtime, generates=here, compiled=here or section.rescore is not None)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
-    for number, first in enumerate(range(0, count, section.shard_rows)):
-        require_going(context)
-        chosen = [encoded[row % len(encoded)] for row in range(first, min(first + section.shard_rows, count))]
-        path, scope = output / f"rollouts-{number:05d}.parquet", f"rollout/{number}"
-        settings = GenerationSettings(
-            section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, model.facts.tokens
-        )
-        draw = partial(
-            draw_rollouts, model, chosen, settings, on_batch=counter(context, count, "rollouts", before=first)
-        )
-        drawn, note, kept = built_shard(path, partial(_drawn, draw, path, context))
-        earlier += note.seconds if kept else 0.0
-        context.reporter.progress(first + len(drawn), count, "rollouts")
-        tally.add(drawn)
-        shards.append(note.shard)
-        gap = gap or engine_gap(model, drawn, runtime)
+    with opened_generator(section.engine, model, room, section.batch_size, context) as generator:
+        shared_engine(output, generator.facts)
+        for number, first in enumerate(range(0, count, section.shard_rows)):
+            require_going(context)
+            chosen = [encoded[row % len(encoded)] for row in range(first, min(first + section.shard_rows, count))]
+            path, scope = output / f"rollouts-{number:05d}.parquet", f"rollout/{number}"
+            settings = GenerationSettings(
+                section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, model.facts.tokens
+            )
+            if number == 0 and not (here and section.rescore is None):
+                gap = first_gap(generator, chosen, settings, model, context)
+            on_batch = counter(context, count, "rollouts", before=first)
+            draw = partial(_rows, generator, chosen, settings, on_batch, model if section.rescore else None)
+            drawn, note, kept = built_shard(path, partial(_drawn, draw, path, context))
+            earlier += note.seconds if kept else 0.0
+            context.reporter.progress(first + len(drawn), count, "rollouts")
+            tally.add(drawn)
+            shards.append(note.shard)
+            gap = gap or generator_gap(generator, drawn, model, context)
     statistics = tally.statistics()
     adopted.save(output / "tokenizer")
     write_record(
@@ -101,10 +116,27 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             statistics=statistics,
             hygiene=prompt_hygiene(rows, len(encoded), inputs.eval_prompts),
             engine_gap=gap,
+            generated_by=generator.facts,
+            rescored=True if section.rescore else None,
             rendered_at=moment,
         ),
     )
     return stage_cost("rollout", started, statistics.response_tokens, model.device, earlier=earlier)
+
+
+def _rows(
+    generator: Generator,
+    prompts: list[EncodedPrompt],
+    settings: GenerationSettings,
+    on_batch: Callable[[int], None],
+    rescorer: LoadedModel | None,
+) -> Sequences:
+    drawn = generator.draw(prompts, settings, on_batch)
+    if rescorer is None:
+        return drawn
+    runtime = Runtime(rescorer.device, rescorer.model.dtype, settings.seed)
+    scores = score_sequences(rescorer, drawn, topk=0, micro_batch_tokens=RESCORING_TOKENS, runtime=runtime)
+    return drawn.with_columns(behaviour_logprobs=scores.logprobs)
 
 
 def _drawn(draw: Callable[[], Sequences], path: Path, context: Context) -> tuple[Sequences, ShardNote]:

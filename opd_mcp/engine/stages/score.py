@@ -1,8 +1,10 @@
 """The teacher cache: the teacher's log-probs of every rollout token, shard by shard, and the manifest to prove it."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,19 +19,30 @@ from opd_mcp.engine.cache.building import (
     begun_build,
     built_shard,
     close_build,
+    known_engine,
     note_path,
     open_build,
+    shared_engine,
 )
 from opd_mcp.engine.cache.manifest import RolloutRecord, ScoreTally, read_record, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, compacted, read_shard, widened, write_shard
-from opd_mcp.engine.context import Context, ScoreInputs, TeacherInputs, require_going
+from opd_mcp.engine.context import Context, EngineWish, ScoreInputs, TeacherInputs, require_going
 from opd_mcp.engine.data.sequences import TRUNCATED, Sequences
+from opd_mcp.engine.generation.served import engine_access, engine_address, engine_facts
 from opd_mcp.engine.models.loading import adopt_tokenizer, model_warnings
-from opd_mcp.engine.provenance import Provenance, claim_of, full_identity, record_lineage, stage_cost, tokenizer_files
+from opd_mcp.engine.provenance import (
+    Provenance,
+    claim_of,
+    engines_of,
+    full_identity,
+    record_lineage,
+    stage_cost,
+    tokenizer_files,
+)
 from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.scoring.connection import Access
-from opd_mcp.engine.scoring.local import LocalTeacher, Teacher, open_local, require_agreement
-from opd_mcp.engine.scoring.remote import open_remote, same_probe
+from opd_mcp.engine.scoring.local import GAP_ROWS, LocalTeacher, Teacher, open_local, require_agreement
+from opd_mcp.engine.scoring.remote import RemoteScorer, open_remote, same_probe
 from opd_mcp.identity.consistency import (
     delta_by_construction,
     proven_claim,
@@ -39,9 +52,9 @@ from opd_mcp.identity.consistency import (
 from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import special_differences
-from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard, TeacherDelta
+from opd_mcp.schemas.cache import COARSEST_DTYPE, CacheManifest, EngineGap, Hygiene, Shard, TeacherDelta
 from opd_mcp.schemas.errors import DataError, RunError
-from opd_mcp.schemas.identity import Parent, TeacherClaim
+from opd_mcp.schemas.identity import EngineFacts, Parent, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import ScoreRecipe
 from opd_mcp.schemas.reports import StageCost
 
@@ -55,7 +68,8 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
     `output` may hold what an interrupted call made. With `sft_teacher_path` Δ is measured. Raises ConsistencyError
     `tokenizer_mismatch`, `teacher_mismatch`, `lineage_missing` or `behaviour_mismatch`; IntegrityError `input_changed`
     for another teacher than the build was begun with, ConsistencyError `teacher_untrue` for a server that has become
-    another during the build; RunError `bad_rows` when over 1 % of the rows cannot be scored.
+    another during the build; RunError `bad_rows` when over 1 % of the rows cannot be scored, `engine_disagrees` for an
+    engine whose log-probs are not the teacher's.
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)
@@ -63,51 +77,75 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
     record = read_record(inputs.rollouts)
     require_agreement(record.engine_gap)
     require_behaviour(record.behaviour, full_identity(inputs.student, inputs.form))
-    teacher = open_teacher(section, inputs, runtime, context)
-    if isinstance(teacher, LocalTeacher):
-        model_warnings(context, teacher.model)
-    try:
+    with ExitStack() as stack:
+        teacher, facts = open_teacher(section, inputs, runtime, context, stack)
+        if isinstance(teacher, LocalTeacher):
+            model_warnings(context, teacher.model)
         claim = claim_of(inputs.student, inputs.sft_teacher, context)
         require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
-        build = _CacheBuild(section, inputs, output, context, runtime, teacher, record, claim)
+        build = _CacheBuild(section, inputs, output, context, runtime, teacher, record, claim, facts)
         open_build(output, build.record(begun_build(output)))
         earlier = 0.0
         if not (output / LINEAGE_FILE).is_file():
+            shared_engine(output, facts)
+            gap = build.scorer_gap()
             shards = build.shards()
             earlier = shards.earlier
-            build.finish(shards)
-    finally:
-        teacher.close()
+            build.finish(shards, gap)
     close_build(output)
     return stage_cost("score", started, read_manifest(output).tokens, runtime.device, earlier=earlier)
 
 
-def check_teacher(section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> None:
-    """Ask a remote teacher who it is, before any work for it; raises what `score` would raise after the rollouts."""
-    teacher = open_teacher(section, inputs, open_runtime(context.runtime), context)
-    teacher.close()
+def check_teacher(section: ScoreRecipe, inputs: TeacherInputs, context: Context) -> int | None:
+    """Ask a remote teacher who it is, before any work for it; raises what `score` would raise after the rollouts.
+
+    The tokens of the longest row that it can score; None where it does not say.
+    """
+    with ExitStack() as stack:
+        teacher, _ = open_teacher(section, inputs, open_runtime(context.runtime), context, stack)
     claim = claim_of(inputs.student, inputs.sft_teacher, context)
     require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
+    room = teacher.max_length if isinstance(teacher, RemoteScorer) else None
+    return None if room is None else room - 1  # a server is always asked for one new token
 
 
-def open_teacher(section: ScoreRecipe, inputs: TeacherInputs, runtime: Runtime, context: Context) -> Teacher:
-    """The teacher that scores: the remote one where there is one, proven by its probe, else the one here.
+def open_teacher(
+    section: ScoreRecipe, inputs: TeacherInputs, runtime: Runtime, context: Context, stack: ExitStack
+) -> tuple[Teacher, EngineFacts | None]:
+    """The teacher that scores until the stack is closed, and what serves it: the remote one where there is one, an
+    engine with the teacher's files, both proven by their probe, or the one here.
 
     Raises ConsistencyError `tokenizer_mismatch` for a teacher's directory with other tokens than the student.
     """
     if inputs.teacher is not None:
         special_differences(inputs.teacher, inputs.student)  # the rollouts had none of these in their prompts
-    if inputs.remote is not None:
-        return open_remote(
-            inputs.remote,
-            inputs.teacher or inputs.student,
-            files=inputs.teacher,
-            concurrency=section.concurrency,
-            topk=section.topk,
-            access=Access(context.teacher_key, should_stop=context.reporter.should_stop),
-        )
-    assert inputs.teacher is not None, "a teacher is a directory or a server"
-    return open_local(inputs.teacher, runtime, section.micro_batch_tokens)
+    remote, address = inputs.remote, None
+    access = Access(context.teacher_key, should_stop=context.reporter.should_stop)
+    if remote is None and section.engine is not None and inputs.teacher is not None:
+        length = longest_rollout(inputs.rollouts) + 1 if isinstance(inputs, ScoreInputs) else 0
+        wish = EngineWish(section.engine, inputs.teacher, context.runtime.dtype, length, section.topk)
+        address = stack.enter_context(engine_address(wish, context))
+        remote = RemoteTeacher(name=inputs.teacher.name, url=address.url)
+        access = engine_access(address, context)
+    if remote is None:
+        assert inputs.teacher is not None, "a teacher is a directory or a server"
+        return open_local(inputs.teacher, runtime, section.micro_batch_tokens), None
+    scorer = open_remote(
+        remote,
+        inputs.teacher or inputs.student,
+        files=inputs.teacher,
+        concurrency=section.concurrency,
+        topk=section.topk,
+        access=access,
+    )
+    stack.callback(scorer.close)
+    return scorer, engine_facts(scorer, address) if address else scorer.facts
+
+
+def longest_rollout(rollouts: Path) -> int:
+    """The tokens of the longest row, prompt included."""
+    shards = (read_shard(rollouts / shard.file, sha256=shard.sha256) for shard in read_record(rollouts).shards)
+    return max((int(rows.lengths().max()) for rows in shards if len(rows)), default=0)
 
 
 @dataclass
@@ -133,6 +171,7 @@ class _CacheBuild:
     teacher: Teacher
     rollouts: RolloutRecord
     claim: TeacherClaim | None
+    scored_by: EngineFacts | None
 
     def record(self, begun: dict[str, Any]) -> dict[str, Any]:
         """What fixes the build; `begun` is what an interrupted call began it with."""
@@ -147,7 +186,28 @@ class _CacheBuild:
             "recipe": self.section.model_dump(mode="json", exclude=how, exclude_none=True),
             "dtype": str(self.runtime.dtype),
             "allow_teacher_mismatch": self.inputs.allow_teacher_mismatch,
+            **known_engine(begun),
         }
+
+    def scorer_gap(self) -> EngineGap | None:
+        """How far an engine's log-probs of the first rows are from those of the teacher here; None without an engine.
+
+        Raises RunError `engine_disagrees`: it serves another model, or does not compute this one.
+        """
+        path, facts = self.inputs.teacher, self.scored_by
+        if self.section.engine is None or self.inputs.remote is not None or path is None or facts is None:
+            return None
+        first = self.rollouts.shards[0]
+        rows = read_shard(self.inputs.rollouts / first.file, sha256=first.sha256)
+        rows = rows.take(np.arange(min(GAP_ROWS, len(rows))))
+        if len(rows.response_ids) == 0:
+            return None
+        local = open_local(path, self.runtime, self.section.micro_batch_tokens)
+        pair = [teacher.score(rows, 0).scores.logprobs.astype(np.float64) for teacher in (self.teacher, local)]
+        difference = np.abs(pair[0] - pair[1])
+        gap = EngineGap(tokens=len(difference), mean=float(difference.mean()), largest=float(difference.max()))
+        require_agreement(gap, self.context.runtime.dtype if facts.dtype == "float32" else COARSEST_DTYPE)
+        return gap
 
     def shards(self) -> _ScoredShards:
         """All shards, made where they are missing."""
@@ -218,7 +278,7 @@ class _CacheBuild:
             over_one_nat=float((difference > 1).mean()),
         )
 
-    def finish(self, built: _ScoredShards) -> None:
+    def finish(self, built: _ScoredShards, gap: EngineGap | None) -> None:
         """Write the tokenizer, the manifest and the lineage, once the teacher has shown again who it is."""
         self.teacher.prove()
         record, section, output = self.rollouts, self.section, self.output
@@ -245,6 +305,10 @@ class _CacheBuild:
                 scores=built.tally.statistics(),
                 hygiene=_hygiene(record.hygiene, section, built.notes),
                 engine_gap=record.engine_gap,
+                generated_by=record.generated_by,
+                rescored=record.rescored,
+                scored_by=self.scored_by,
+                scorer_gap=gap,
                 rendered_at=record.rendered_at,
                 teacher_delta=delta,
             ),
@@ -261,6 +325,7 @@ class _CacheBuild:
             sft_teacher=self.claim,
             teacher_mismatch_allowed=self.inputs.allow_teacher_mismatch,
             rendered_at=self.rollouts.rendered_at,
+            engines=engines_of(rollout=record.generated_by, score=self.scored_by),
         )
 
 
@@ -287,7 +352,7 @@ def _cut(sequences: Sequences, lengths: NDArray[np.int64]) -> Sequences:
 
 
 def _require_good(notes: Sequence[ShardNote], total: int, output: Path) -> None:
-    reasons = Counter(row.reason for note in notes for row in note.bad_rows)
+    reasons = Counter(reason_kind(row.reason) for note in notes for row in note.bad_rows)
     bad = sum(reasons.values())
     if bad <= BAD_SHARE * total:
         return
@@ -295,13 +360,19 @@ def _require_good(notes: Sequence[ShardNote], total: int, output: Path) -> None:
     for note in notes:
         if note.bad_rows:
             note_path(output / note.shard.file).unlink(missing_ok=True)
-    reason, count = reasons.most_common(1)[0]
+    kind, count = reasons.most_common(1)[0]
+    first = next(row for note in notes for row in note.bad_rows if reason_kind(row.reason) == kind)
     raise RunError(
         "bad_rows",
-        f"{bad} of {total} rollouts cannot be scored, more than {BAD_SHARE:.0%}; most often ({count}): {reason}.",
-        value=next(row.prompt_id for note in notes for row in note.bad_rows if row.reason == reason),
+        f"{bad} of {total} rollouts cannot be scored, more than {BAD_SHARE:.0%}; most often ({count}): {first.reason}.",
+        value=first.prompt_id,
         fix="Remove the cause and start again; finished shards without such rows are kept.",
     )
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without its numbers: a server's own text names the length of each row."""
+    return re.sub(r"(?<!HTTP )\b\d{2,}", "…", reason) if "refused" in reason else reason
 
 
 def _hygiene(before: Hygiene, section: ScoreRecipe, notes: Sequence[ShardNote]) -> Hygiene:
@@ -310,6 +381,6 @@ def _hygiene(before: Hygiene, section: ScoreRecipe, notes: Sequence[ShardNote]) 
             "on_truncated": section.on_truncated,
             "truncated_dropped": sum(note.truncated_dropped for note in notes),
             "truncated_capped": sum(note.truncated_capped for note in notes),
-            "quarantined": dict(Counter(row.reason for note in notes for row in note.bad_rows)),
+            "quarantined": dict(Counter(reason_kind(row.reason) for note in notes for row in note.bad_rows)),
         }
     )

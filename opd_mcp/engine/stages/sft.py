@@ -16,6 +16,7 @@ from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, froz
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
+from opd_mcp.engine.training.watches import tell_undertrained
 from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.tokenizers import differences_text, require_unused, special_differences
@@ -51,6 +52,7 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     frozen = frozen_hash(origin, student)
     task = TrainingTask(LoopSettings.of(section, "token"), steps, SFT_OBJECTIVE, sft_metrics, frozen)
     summary = train(model.model, task, runtime, context)
+    tell_undertrained(summary, model.facts.tokens, context)
     summary = summary.model_copy(update={"sft_rows": targets.rows, "teacher_responses": graded})
     if (refused := form.save(model.model, output)) is not None:
         context.reporter.alert("lossy_merge", refused)

@@ -10,6 +10,7 @@ from opd_mcp.engine.stages.benchmark import truncation_warnings, write_report
 from opd_mcp.schemas.recipes import BenchmarkRecipe
 from opd_mcp.schemas.reports import BenchmarkReport, ModelScore
 from opd_mcp.schemas.runs import LM_EVAL
+from opd_mcp.schemas.verdicts import verdict_of
 
 
 def benchmark_task(section: BenchmarkRecipe, inputs: TaskInputs, output: Path, context: Context) -> BenchmarkReport:
@@ -54,6 +55,7 @@ def benchmark_task(section: BenchmarkRecipe, inputs: TaskInputs, output: Path, c
         recipe_hash=inputs.recipe_hash,
         warnings=list(dict.fromkeys([*warnings, *cut])),
     )
+    report = report.model_copy(update={"verdict": verdict_of(report)})
     write_report(report, output, context, inputs.models.values())
     for message in cut:
         context.reporter.alert("answers_truncated", message)

@@ -233,6 +233,8 @@ def distill_metrics(result: StepResult, settings: DistillRecipe) -> Metrics:
         "advantage_abs": float(advantage.abs().mean()),
         "advantage_clipped": float((difference.abs() > settings.advantage_clip).double().mean()),
     }
+    if result.lengths:
+        metrics["mean_response_tokens"] = result.tokens / len(result.lengths)
     if "behaviour_logprobs" in result.columns:  # a converted cache has none
         ratio = (student - result.columns["behaviour_logprobs"].double()).clamp(-20, 20).exp()
         share = ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)

@@ -5,6 +5,7 @@ metrics, when what the last steps trained on has lost its meaning.
 """
 
 import json
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe
-from opd_mcp.schemas.reports import LoopState
+from opd_mcp.schemas.reports import LoopState, TrainingSummary
 
 MAX_SKIPPED = 3
 MAX_SAVED_ROWS = 256
@@ -28,6 +29,7 @@ CLIPPED_SHARE = 0.5
 # the mean of ten steps is judged. In `opd-mcp demo`, seeds 0 and 1, its lowest values were 0.19 and 0.26 (sampled) and
 # 0.46 and 0.49 (top-k) with the SFT's own teacher, and 0.02 and 0.04 with another one, whose student forgot the task.
 EFFECTIVE_SHARE = 0.1
+UNDERTRAINED_SHARE = 0.5
 
 
 @dataclass
@@ -150,3 +152,19 @@ class DistillWatch:
                 "distilled student and continue from it.",
             )
         return metrics
+
+
+def tell_undertrained(summary: TrainingSummary, vocabulary: int, context: Context) -> None:
+    """The alert `sft_undertrained` where the SFT student is still nearer to guessing than to the teacher's responses.
+
+    That is a mean log-prob of the responses, over the last tenth of the steps, below half of a guess's, log 1/V.
+    """
+    reached, guess = summary.final.get("mean_logprob"), -math.log(vocabulary)
+    if summary.steps < WATCHED_STEPS or reached is None or reached > UNDERTRAINED_SHARE * guess:
+        return
+    context.reporter.alert(
+        "sft_undertrained",
+        f"After {summary.steps} steps of SFT the teacher's responses have a mean log-prob of {reached:.2f} nats per "
+        f"token; a guess among {vocabulary} tokens has {guess:.2f}. Such a student's rollouts teach little. Raise "
+        "'sft.steps' or 'sft.optimizer.learning_rate', or begin with a pretrained student.",
+    )

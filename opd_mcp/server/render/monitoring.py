@@ -2,7 +2,7 @@
 
 from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.server.render.runs import compact, result_lines
+from opd_mcp.server.render.runs import compact, judged_state, result_lines, verdict_lines
 
 SHOWN_POINTS = 6
 MAX_CHARACTERS = 6_000
@@ -45,7 +45,9 @@ def dashboard_text(feed: DashboardFeed) -> str:
     """The same in words: state, phases, last values, alerts, and the comparison."""
     lines = [f"{len(feed.runs)} of {len(feed.listed)} runs" if feed.listed else "no runs yet"]
     for run in feed.runs:
-        lines.append(f"{run.run_id}, {run.kind}, {run.state}, {run.models}")
+        result = {"verdict": run.verdict.to_dict()} if run.verdict else {}
+        lines.append(f"{run.run_id}, {run.kind}, {judged_state(run.state, result)}, {run.models}")
+        lines += [f"  {line}" for line in verdict_lines(result)]
         lines.append("  phases: " + ", ".join(f"{phase.name} {phase.state}" for phase in run.phases))
         if run.progress:
             lines.append(f"  {run.progress.done}/{run.progress.total} {run.progress.unit}")

@@ -23,7 +23,8 @@ def cancel_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_tex
 
 def snapshot_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_text) -> str:
     """One line on the run, and what to do next."""
-    line = facts(f"run_id: {snapshot.run_id}", snapshot.kind, snapshot.state, snapshot.phase, snapshot.progress)
+    state = judged_state(snapshot.state, snapshot.result)
+    line = facts(f"run_id: {snapshot.run_id}", snapshot.kind, state, snapshot.phase, snapshot.progress)
     if snapshot.reused:
         line += "; reused: it was active already"
     lines = [line]
@@ -34,14 +35,15 @@ def snapshot_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_t
 
 def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -> str:
     """Everything a model needs to go on: state, progress, metrics, alerts, and the result or the error."""
-    head = facts(f"run_id: {status.run_id}", status.kind, status.state, status.phase, status.progress)
+    state = judged_state(status.state, status.result)
+    head = facts(f"run_id: {status.run_id}", status.kind, state, status.phase, status.progress)
     times = [
         f"{len(status.phases_done)}/{status.phases_total} phases done",
         f"elapsed {duration(status.elapsed_s)}" if status.elapsed_s is not None else "",
         f"eta {duration(status.eta_s)}" if status.eta_s is not None else "",
         f"queue position {status.queue_position}" if status.queue_position is not None else "",
     ]
-    lines = [head, ", ".join(part for part in times if part)]
+    lines = [head, *verdict_lines(status.result or {}), ", ".join(part for part in times if part)]
     if status.waits_for is not None:
         lines.append(status.waits_for)
     if status.cancel_requested is not None:
@@ -60,7 +62,8 @@ def unchanged_text(status: RunStatus) -> str:
     """The answer to a repeated poll, in at most 240 bytes; it stands on its own."""
     text = facts(status.run_id[:80], status.phase, status.progress)
     if status.state not in ACTIVE_STATES:
-        return _bounded(f"{text}, {status.state}; unchanged since the last answer, in full again in a minute", [])
+        state = judged_state(status.state, status.result)
+        return _bounded(f"{text}, {state}; unchanged since the last answer, in full again in a minute", [])
     extras = ["cancel requested, pending"] if status.cancel_requested is not None else []
     extras += [f"eta {duration(status.eta_s)}"] if status.eta_s is not None else []
     return _bounded(f"{text}; still {status.state}, do not restart", extras + _metrics(status)[:1])
@@ -72,7 +75,8 @@ def list_text(runs: RunList) -> str:
     room = LIST_CHARACTERS
     for number, row in enumerate(runs.rows):
         models = " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part)
-        line = facts(row.run_id, row.kind, row.state, row.note, row.created_at, models)
+        judged = f"{row.state} ({judgement_text(row.note)})" if row.note and row.state == "succeeded" else None
+        line = facts(row.run_id, row.kind, judged or row.state, None if judged else row.note, row.created_at, models)
         room -= len(line) + 1
         if room < 0:
             lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")
@@ -121,10 +125,30 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
             for cost in costs
         )
         lines.append(f"seconds by stage: {spent}")
-    shown = {"artifacts", "paths", "scores", "comparisons", "training", "costs", *EVIDENCE}
+    shown = {"verdict", "artifacts", "paths", "scores", "comparisons", "training", "costs", *EVIDENCE}
     if rest := {name: value for name, value in result.items() if name not in shown}:
         lines.append(compact(rest))
     return lines
+
+
+def judged_state(state: str, result: Mapping[str, Any] | None) -> str:
+    """The state with what the run came to: `succeeded` alone would say that the training worked."""
+    judgement = _mapping(result or {}, "verdict").get("judgement")
+    return f"{state} ({judgement_text(judgement)})" if isinstance(judgement, str) else state
+
+
+def judgement_text(judgement: str) -> str:
+    """A judgement next to a state."""
+    return {"unknown": "verdict unknown"}.get(judgement, judgement.replace("_", " "))
+
+
+def verdict_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """The verdict on a run, and its cause."""
+    verdict = _mapping(result, "verdict")
+    if sentence := verdict.get("sentence"):
+        yield f"VERDICT {judgement_text(str(verdict.get('judgement')))}: {sentence}"
+    if cause := verdict.get("cause"):
+        yield f"cause: {cause}"
 
 
 def _path_lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -18,6 +18,8 @@ def setup_text(report: SetupReport) -> str:
     ]
     lines.append(f"workspace: {report.workspace} ({byte_size(report.free_disk_bytes)} free)")
     lines.append(f"allowed roots: {', '.join(report.allowed_roots)}")
+    if report.export_roots:
+        lines.append(f"export roots: {', '.join(report.export_roots)}")
     lines += [facts(run.run_id, run.kind, run.state, run.phase) for run in report.active_runs] or ["no active runs"]
     lines.append(f"presets: {', '.join(report.presets)}; wait_seconds ≤ {report.limits.wait_seconds}")
     lines += [f"quota: {name} = {value}" for name, value in report.quotas.to_dict().items()]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opd_mcp.engine.generation.batch_state import draw_tokens, nucleus
+from opd_mcp.engine.generation.batch_state import draw_tokens, drawn_among_candidates, nucleus
 from opd_mcp.schemas.recipes import Sampling
 
 
@@ -15,6 +15,18 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
 
 def test_nucleus_always_keeps_the_likeliest_token() -> None:
     assert nucleus(torch.tensor([[0.6, 0.4]]), 1e-9).tolist()[0] == pytest.approx([0.6, 0])
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.95, 0.99, 0.99995])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 5.0, 60.0])
+def test_the_draw_among_candidates_is_that_of_the_whole_nucleus_to_the_bit(top_p: float, spread: float) -> None:
+    """Near-uniform, peaked and one-token distributions; rounded logits make many tokens equally likely."""
+    random = torch.Generator().manual_seed(3)
+    logits = (torch.randn(64, 3000, generator=random) * spread).round(decimals=1)
+    probabilities = torch.softmax(logits, dim=-1)
+    noise = torch.empty_like(probabilities).exponential_(generator=random)
+    expected = (nucleus(probabilities, top_p) / noise).argmax(dim=-1)
+    assert torch.equal(drawn_among_candidates(probabilities, noise, top_p), expected)
 
 
 def test_temperature_zero_is_greedy() -> None:

@@ -109,6 +109,27 @@ def test_what_stays_wrong_is_one_error_with_the_last_reason(client, answer, why)
     assert served.script == []
 
 
+def test_the_first_and_the_last_failure_are_told_in_the_server_s_words(client):
+    loading = (503, {}, json.dumps({"error": {"message": "the-key: model\nis loading"}}).encode())
+    _, server = client([loading, *[BUSY] * 4])
+    with pytest.raises(ResourceError, match=r"the first: HTTP 503: …: model is loading; the last: HTTP 503: busy\."):
+        server.ask("GET", "/")
+
+
+def test_a_server_that_was_proven_is_asked_until_it_may_have_started_again(client):
+    served, server = client([BUSY] * 8 + [GOOD])
+    server.known.set()
+    assert server.another().ask("GET", "/") == {"fine": True}
+    assert served.script == []
+
+
+def test_an_engine_and_a_verification_have_their_own_words(client):
+    _, server = client([BUSY] * 5, role="engine", resumes=False)
+    with pytest.raises(ResourceError, match=r"engine_unreachable.*The engine's server.*then ask again") as caught:
+        server.ask("GET", "/")
+    assert caught.value.call is None
+
+
 def test_a_server_that_is_away_has_one_way_out_to_resume(client):
     _, server = client([(500, {}, b"")] * 5)
     with pytest.raises(ResourceError, match="teacher_unreachable") as caught:

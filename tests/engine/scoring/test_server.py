@@ -168,3 +168,53 @@ def test_the_server_says_what_its_ids_mean_in_pieces(server):
     assert beyond["tokens"] == [tokens[max(tokens)], None]
     for query in ("", "?start=-1&count=2", "?start=0&count=0", f"?start=0&count={TOKENS_SPAN + 1}", "?start=x&count=1"):
         assert ask(server.port, "GET", TOKENS_PATH + query)[0] == 400
+
+
+DRAW = {
+    "prompt": [5, 6, 7],
+    "return_token_ids": True,
+    "max_tokens": 6,
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "seed": 2**63 - 1,
+    "stop_token_ids": [1],
+    "logprobs": 0,
+}
+
+
+def test_a_response_depends_on_its_seed_alone(server):
+    alone = post(server.port, DRAW)[1]["choices"][0]
+    assert alone["prompt_token_ids"] == [5, 6, 7]
+    assert len(alone["token_ids"]) == len(alone["logprobs"]["token_logprobs"]) <= 6
+    assert (alone["finish_reason"] == "stop") == (alone["token_ids"][-1] == 1)
+    answers: list[dict] = []
+    others = [
+        threading.Thread(target=lambda s=seed: answers.append(post(server.port, DRAW | {"seed": s})[1]))
+        for seed in (1, 2, 3, DRAW["seed"])
+    ]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    assert alone in [answer["choices"][0] for answer in answers]
+    assert len({tuple(answer["choices"][0]["token_ids"]) for answer in answers}) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"top_k": 5}, "top_k is -1"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty is 1"),
+        ({"ignore_eos": False}, "ignore_eos is True"),
+        ({"seed": None}, "seed is between"),
+        ({"seed": 2**63}, "seed is between"),
+        ({"stop_token_ids": None}, "stop_token_ids is a list"),
+        ({"max_tokens": 62}, "together have at most 64"),
+        ({"temperature": -1}, "temperature is between"),
+        ({"top_p": None}, "temperature is between"),
+        ({"prompt": [99999]}, "token ids are between"),
+    ],
+)
+def test_a_setting_that_would_be_another_is_refused(server, change, why):
+    status, answer = post(server.port, DRAW | change)
+    assert (status, why in answer["error"]["message"]) == (400, True), answer

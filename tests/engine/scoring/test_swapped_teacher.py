@@ -22,7 +22,7 @@ from opd_mcp.schemas.identity import RemoteTeacher
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
 KEY = "a-key"
 SCORE = sys.modules[stages.score.__module__]
-QUICK = Patience(timeout_s=20, attempts=6, first_pause_s=0.01, longest_pause_s=0.05)
+QUICK = Patience(timeout_s=20, attempts=6, first_pause_s=0.01, longest_pause_s=0.05, proven_s=0)
 SHARDS, SHARD_ROWS = 5, 8
 
 

@@ -27,14 +27,15 @@ from opd_mcp.engine.context import (
 )
 from opd_mcp.engine.models.loading import load_model
 from opd_mcp.engine.models.lora import without_adapters
+from opd_mcp.engine.provenance import trained_adapter
 from opd_mcp.engine.runtime import open_runtime
 from opd_mcp.engine.scoring.local import base_as_teacher, score_sequences
 from opd_mcp.identity.adapters import read_adapter
 from opd_mcp.identity.lineage import read_lineage, verified_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.identity import BaseForm
-from opd_mcp.schemas.recipes import AdapterRecipe, Recipe
+from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe, Recipe
 from opd_mcp.schemas.resolve import resolve_recipe
 
 SHORT = {
@@ -181,6 +182,68 @@ def test_a_distillation_starts_at_zero_on_the_adapted_student(pipeline: Pipeline
     assert first["drift_mean"] == pytest.approx(1.0, abs=1e-4)
 
 
+def test_several_adapters_are_trained_on_one_loaded_base_as_each_would_be_alone(
+    pipeline: Pipeline, kept: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise, of other ranks, layers and rates; on a student that is an adapter itself."""
+    module, loaded = sys.modules[stages.distill.__module__], []
+    load = module.load_model
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        loaded.append(args[0])
+        return load(*args, **kwargs)
+
+    section, saved = pipeline.recipe.distill, {"save": "adapter"}
+    sections = [
+        section.model_copy(update={"adapter": AdapterRecipe(rank=4, **saved)}),
+        section.model_copy(update={"adapter": AdapterRecipe(rank=2, targets=["q_proj"], scaling="rslora", **saved)}),
+        section.model_copy(update={"adapter": AdapterRecipe(rank=4, **saved), "advantage_clip": 0.5, "steps": 2}),
+    ]
+    inputs = DistillInputs(student=kept, cache=cache)
+    outputs = [pipeline.root / f"several-{number}" for number in range(3)]
+    context = replace(pipeline.context, checkpoints=pipeline.root / "several", checkpoint=CheckpointRecipe(steps=1))
+    monkeypatch.setattr(module, "load_model", noting)
+    summaries = stages.distill_adapters(sections, inputs, outputs, context)
+    assert loaded == [kept]
+    assert [summary.steps for summary in summaries] == [3, 3, 2]
+    monkeypatch.undo()
+    for number, each in enumerate(sections):
+        alone = pipeline.root / f"alone-{number}"
+        stages.distill(each, inputs, alone, pipeline.context)
+        expected, made = (load_file(path / "adapter_model.safetensors") for path in (alone, outputs[number]))
+        assert expected.keys() == made.keys()
+        assert all(torch.equal(expected[name], made[name]) for name in expected), number
+        claims, ours = read_lineage(alone), read_lineage(outputs[number])
+        assert claims is not None
+        assert ours is not None
+        assert (ours.recipe, ours.adapter, ours.parents) == (claims.recipe, claims.adapter, claims.parents)
+        assert ours.sft_teacher == claims.sft_teacher
+        newest = sorted((pipeline.root / "several" / f"{number:02d}").iterdir())[-1]
+        held = load_file(newest / "model.safetensors")
+        assert all("lora_" in name for name in held), "a checkpoint holds what is trained alone"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"adapter": None}, "trains all weights"),
+        ({"adapter": AdapterRecipe()}, "merged"),
+        ({"adapter": AdapterRecipe(save="both")}, "merged"),
+        ({"adapter": AdapterRecipe(save="adapter", continue_adapter=True)}, "continues"),
+        ({"adapter": AdapterRecipe(save="adapter", base_dtype="bfloat16")}, "another form"),
+        ({"method": "live"}, "live"),
+    ],
+)
+def test_what_would_change_the_base_cannot_share_it(pipeline: Pipeline, kept: Path, cache: Path, change, why) -> None:
+    section = pipeline.recipe.distill.model_copy(update={"adapter": AdapterRecipe(save="adapter")})
+    sections = [section, section.model_copy(update=change)]
+    with pytest.raises(ArgumentError, match=f"Section 1 cannot share one frozen base: .*{why}"):
+        stages.distill_adapters(
+            sections, DistillInputs(student=kept, cache=cache), [pipeline.root / "x"] * 2, Context()
+        )
+    assert not (pipeline.root / "x").exists()
+
+
 def test_a_continued_adapter_keeps_its_rank_and_says_so(pipeline: Pipeline, kept: Path, cache: Path) -> None:
     student = pipeline.distill(kept, cache, "continued", save="adapter", continue_adapter=True)
     lineage = read_lineage(student)
@@ -324,6 +387,31 @@ def test_an_adapter_is_sampled_benchmarked_and_a_teacher_like_any_model(pipeline
     assert lineage.sft_teacher is not None
     assert lineage.sft_teacher.identity is not None
     assert lineage.sft_teacher.identity.weights == inspect_model(kept).identity.weights
+
+
+def test_the_report_says_that_an_adapter_was_trained(pipeline: Pipeline, kept: Path, merged: Path) -> None:
+    """Of every model that one made: rank, layers, trained parameters; nothing of a model that was trained whole."""
+    narrow = pipeline.sft("narrow", targets=["q_proj", "v_proj"], save="both")
+    models = {"narrow": narrow, "merged": merged, "student": pipeline.example / "student"}
+    section = pipeline.recipe.benchmark.model_copy(update={"limit": 2})
+    inputs = BenchmarkInputs(models=models, prompts=pipeline.example / "eval.jsonl", recipe_hash="x")
+    report = stages.benchmark(section, inputs, pipeline.root / "said", pipeline.context)
+    assert report.adapters.keys() == {"narrow", "merged"}
+    found = report.adapters["narrow"]
+    assert (found.stage, found.rank, found.scale, found.saved) == ("sft", 4, 2.0, "both")
+    assert found.targets == ["q_proj", "v_proj"]
+    assert found.trained_parameters == 4 * 2 * 2 * (64 + 64)
+    assert found.parameters == 108_288 + found.trained_parameters
+    assert report.adapters["merged"].targets is None
+    text = (pipeline.root / "said" / "report.md").read_text()
+    assert "narrow: a LoRA adapter of rank 4 on q_proj, v_proj was trained from zero (sft): 2,048 of 110,336" in text
+    assert "merged: a LoRA adapter of rank 4 on all linear layers" in text
+    (kept / "training.json").rename(kept / "training.kept")
+    (kept / "training.json").write_text('{"of": "another program"}')
+    unknown = trained_adapter(kept)
+    assert unknown is not None
+    assert unknown.trained_parameters is None
+    (kept / "training.kept").rename(kept / "training.json")
 
 
 def test_a_merge_that_rounding_would_undo_is_refused_with_the_share_lost(pipeline: Pipeline) -> None:

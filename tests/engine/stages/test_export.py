@@ -143,14 +143,25 @@ def test_an_exported_model_answers_and_is_measured_as_any_other(student, example
     assert figure in (card / "README.md").read_text()
 
 
-def test_the_cards_first_command_runs_in_the_exported_directory(example, tmp_path, monkeypatch, capsys):
-    output = exported(example / "teacher", tmp_path / "export")
+def output_of_the_cards_code(output: Path, base: Path, monkeypatch, capsys) -> str:
     code = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
-    (tmp_path / "card.py").write_text(code)
+    file = output.with_suffix(".py")
+    file.write_text(code.replace('"BASE"', repr(str(base))))
     monkeypatch.chdir(output)
     capsys.readouterr()
-    runpy.run_path(str(tmp_path / "card.py"))
-    assert "#2" in capsys.readouterr().out
+    runpy.run_path(str(file))
+    return capsys.readouterr().out
+
+
+def test_the_cards_first_command_runs_in_the_exported_directory(example, tmp_path, monkeypatch, capsys):
+    output = exported(example / "teacher", tmp_path / "export")
+    assert output_of_the_cards_code(output, example, monkeypatch, capsys).startswith("1+1=2;")
+
+
+@pytest.mark.needs("peft")
+def test_the_first_command_of_an_adapters_card_runs_on_its_base(adapted, example, tmp_path, monkeypatch, capsys):
+    output = exported(adapted, tmp_path / "export", format="adapter")
+    assert output_of_the_cards_code(output, example / "student", monkeypatch, capsys)
 
 
 def test_the_card_inherits_licences_and_shows_foreign_texts_as_they_are(student, tmp_path):

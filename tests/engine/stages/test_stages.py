@@ -267,7 +267,8 @@ def test_a_template_stands_around_each_prompt_or_around_a_chat_s_last_question(m
     )
     assert plain.prompts_sha256 == within.prompts_sha256, "the data is the same; the recipe has the template"
     assert plain.models[0].tokens != within.models[0].tokens
-    assert "Suite `sums`" in (tmp_path / "True" / "report.md").read_text()
+    assert "Suite `sums`, with its published settings." in (tmp_path / "True" / "report.md").read_text()
+    assert "Each prompt stands in '0*0+{prompt}'." in (tmp_path / "False" / "report.md").read_text()
 
 
 def test_references_are_left_out_where_there_is_no_accuracy_to_compare(made: Made, tmp_path: Path) -> None:

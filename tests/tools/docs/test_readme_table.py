@@ -1,4 +1,4 @@
-"""The README's tables come from what the server registers, and a stale one is noticed."""
+"""The tables of docs/tools.md come from what the server registers, and a stale one is noticed."""
 
 import subprocess
 import sys
@@ -46,6 +46,6 @@ def test_a_file_without_markers_is_refused(tmp_path, text):
     assert readme.read_text() == text
 
 
-def test_the_readme_is_up_to_date():
+def test_the_document_is_up_to_date():
     done = run_tool("--check")
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,10 @@ def test_the_table_pairs_by_seed_and_leaves_out_what_is_not_evaluated_yet(tmp_pa
     file = tmp_path / "figures.json"
     figures = Figures(file)
     found = figures.of("arithmetic")
-    found["tuning"] = {"full": {"0.001": 0.5, "0.003": 0.7}, "lora": {"0.01": 0.6, "0.02": 0.6}}
+    found["tuning"] = {
+        "full": {"0.001": {"100": 0.5, "101": 0.9}, "0.003": {"100": 0.8, "101": 0.7}},
+        "lora": {"0.01": {"100": 0.6}, "0.02": {"100": 0.6}},
+    }
     sft = {"accuracy": 0.4, "reverse_kl": 0.5}
     found["seeds"] = {
         "61": {"sft": sft, "full": row(0.8, 10.0, 1000), "lora": row(0.9, 5.0, 100)},

@@ -1,0 +1,86 @@
+"""Which engine generates and scores in each phase: what a recipe names is checked, and `auto` becomes a choice."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from opd_mcp.devices.hardware import target_of
+from opd_mcp.identity.remote import require_allowed_host
+from opd_mcp.planning.checks import Findings
+from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.plans import Finding
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, base_form, is_url
+from opd_mcp.schemas.runs import EngineSettings
+
+ROLES = ("responses", "rollout", "score", "benchmark")
+
+
+def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str]) -> tuple[Recipe, list[Finding]]:
+    """The recipe with an engine for every `auto`, and why it is that one; `hosts` are those that a URL may name.
+
+    Raises ArgumentError `teacher_host_not_allowed` or `invalid_argument` for a URL, ResourceError `missing_package` for
+    an engine that the workspace's settings do not name.
+    """
+    update, found = {}, Findings()
+    for role, engine in _named(recipe):
+        if engine == "auto":
+            quantised = role == "rollout" and base_form(recipe.distill.adapter) == "nf4"
+            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings)
+            update[role] = getattr(recipe, role).model_copy(update={"engine": picked})
+            chosen = f"{role}.engine is {picked or 'local'}: {why}."
+            found.warn("engine_chosen", chosen, f"Name another as {role}.engine.")
+        elif is_url(engine):
+            require_allowed_host(engine, hosts)
+        else:
+            required_program(engine, settings)
+    return recipe.model_copy(update=update), found.warnings
+
+
+def require_engines_used(recipe: Recipe, method: Method) -> None:
+    """Raise ArgumentError `invalid_argument` for rollouts that no engine can draw: live, or of a 4-bit student."""
+    if method == "live" and recipe.rollout.engine is not None:
+        raise ArgumentError(
+            "invalid_argument",
+            "A live distillation draws rollouts from the student as it trains, which no engine serves.",
+            value=recipe.rollout.engine,
+            fix="Leave out rollout.engine, or use method='lightning'.",
+        )
+    if base_form(recipe.distill.adapter) == "nf4" and recipe.rollout.engine not in (None, "auto"):
+        raise ArgumentError(
+            "invalid_argument",
+            "An engine would serve the student as it is stored; the rollouts of this distillation are those of its "
+            "dequantised weights.",
+            value=recipe.rollout.engine,
+            fix="Leave out rollout.engine, or 'distill.adapter.quantization'.",
+        )
+
+
+def _picked(recipe: Recipe, settings: EngineSettings) -> tuple[str | None, str]:
+    if target_of(recipe.runtime).kind != "cuda":
+        return None, "on a CPU an engine gains nothing over this program's own (docs/engines.md)"
+    for kind in MANAGED_ENGINES:
+        program = settings.program(kind)
+        if program is not None and os.access(program, os.X_OK):
+            return kind, f"the workspace's settings name {program}"
+    return None, "the workspace's settings name no engine under [engines]"
+
+
+def required_program(kind: str, settings: EngineSettings) -> str:
+    """The program of an engine; raises ResourceError `missing_package` unless the settings name one that can be run."""
+    program = settings.program(kind)
+    if program is None or not Path(program).is_absolute() or not os.access(program, os.X_OK):
+        raise ResourceError(
+            "missing_package",
+            f"The workspace's settings name no program for the engine {kind} that can be run.",
+            value=program,
+            fix=f"Install {kind} into an environment of its own and name it in settings.toml: [engines] "
+            f"{kind} = \"/absolute/path\" (docs/engines.md); or use the engine 'local'.",
+        )
+    return program
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for role in ROLES:
+        engine = getattr(recipe, role).engine
+        if engine is not None:
+            yield role, engine

@@ -1,0 +1,328 @@
+"""Engines that a worker starts: vLLM or SGLang on loopback for the time of a phase, ended with all their processes.
+
+An engine is a tree of processes: an API server, and cores that outlive it. A keeper, this file run alone, is the head
+of their process group. It ends the group when the API server ends, and when its pipe from the worker closes, which the
+kernel does however the worker dies. Every process also has the run's directory in its environment: what left the group,
+or lost its keeper, is found by that, at the latest by the run's next attempt.
+
+    worker ── pipe ──► keeper ──► API server ──► cores          end of the worker, keeper or API server: SIGKILL for all
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the keeper has the standard library only
+    from opd_mcp.schemas.errors import OpdError
+    from opd_mcp.schemas.runs import EngineSettings
+
+logger = logging.getLogger(__name__)
+MARK = "OPD_ENGINE_OF"
+POLL_SECONDS = 0.2
+HEALTH_SECONDS = 5.0
+FAILED_LOOKS = 3
+END_SECONDS = 20.0
+LEAST_LENGTH = 64
+MOST_LOGPROBS = 20
+SPARE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """What an engine is to serve: the directory, its dtype, tokens of the longest row, and top tokens per position."""
+
+    path: Path
+    dtype: str
+    length: int
+    topk: int = 0
+
+
+@dataclass(frozen=True)
+class EngineProgram:
+    """How an engine is started here: its name, the program, where it may keep caches, and whether it has a GPU."""
+
+    kind: str
+    program: str
+    caches: Path
+    on_gpu: bool
+
+    def command(self, model: EngineModel, port: int, key: str) -> list[str]:
+        """The argument list; what would change log-probs or sampling silently is said explicitly."""
+        length = str(served_length(model))
+        common = ["--host", "127.0.0.1", "--port", str(port), "--dtype", model.dtype]
+        if self.kind == "sglang":
+            return [
+                *(self.program, "-m", "sglang.launch_server", "--model-path", str(model.path), *common),
+                *("--served-model-name", model.path.name, "--context-length", length, "--random-seed", "0"),
+                *("--api-key", key, "--enable-deterministic-inference"),
+                *(() if self.on_gpu else ("--device", "cpu")),
+            ]
+        python = Path(self.program).name.startswith("python")
+        module = ("-m", "vllm.entrypoints.openai.api_server", "--model") if python else ("serve",)
+        return [
+            *(self.program, *module, str(model.path), *common),
+            *("--served-model-name", model.path.name, "--max-model-len", length, "--seed", "0"),
+            *("--max-logprobs", str(max(model.topk, MOST_LOGPROBS)), "--logprobs-mode", "raw_logprobs"),
+            *("--generation-config", "vllm", "--no-enable-prefix-caching", "--uvicorn-log-level", "warning"),
+            *(("--gpu-memory-utilization", f"{memory_share(model):.2f}") if self.on_gpu else ("--enforce-eager",)),
+        ]
+
+    def environment(self, given: Mapping[str, str], run: Path, key: str) -> dict[str, str]:
+        """The variables of an engine: no secret but its own key, no network, caches in the workspace."""
+        from opd_mcp.devices.environment import engine_environment
+
+        caches = {
+            name: str(self.caches / name.lower())
+            for name in (
+                "HF_HOME",
+                "VLLM_CACHE_ROOT",
+                "VLLM_CONFIG_ROOT",
+                "TORCHINDUCTOR_CACHE_DIR",
+                "TRITON_CACHE_DIR",
+            )
+        }
+        quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return {
+            **({} if self.on_gpu else on_cpu),
+            **engine_environment(given),
+            **caches,
+            **quiet,
+            "VLLM_API_KEY": key,
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+            MARK: str(run),
+        }
+
+
+def served_length(model: EngineModel) -> int:
+    """The context to ask for: one token more than the longest row, within the positions that the model has."""
+    config = json.loads((model.path / "config.json").read_bytes())
+    positions = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
+    wanted = max(model.length + 1, LEAST_LENGTH)
+    return min(wanted, positions) if isinstance(positions, int) else wanted
+
+
+def memory_share(model: EngineModel) -> float:
+    """The share of the GPU's memory that an engine may use: what is free, without room for the model here as well."""
+    from opd_mcp.devices.hardware import gpus
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpu = next((gpu for gpu in gpus() if gpu.uuid in visible), None)
+    if gpu is None:
+        return 0.5
+    weights = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    return min(max((gpu.free_memory - 1.2 * weights - SPARE_BYTES) / gpu.total_memory, 0.1), 0.9)
+
+
+@dataclass
+class ManagedEngine:
+    """An engine that serves one model: started, watched by a thread, started again when it ends, and ended.
+
+    `alert` is told of every restart.
+    """
+
+    program: EngineProgram
+    model: EngineModel
+    run: Path
+    settings: "EngineSettings"
+    should_stop: Callable[[], bool]
+    alert: Callable[[str, str], None]
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    port: int = 0
+    restarts: int = 0
+    failure: "Exception | None" = None
+    keeper: "subprocess.Popen[bytes] | None" = None
+
+    def __post_init__(self) -> None:
+        self.port = self.port or free_port()
+        self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="engine watch", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def check(self) -> None:
+        """Raise ResourceError `engine_failed` once it can no longer be kept running."""
+        if self.failure is not None:
+            raise self.failure
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["ManagedEngine"]:
+        """The engine, answering, for the block's time; at its end no process of it is left.
+
+        Raises ResourceError `engine_failed`, RunError `run_cancelled` when asked to stop while it starts.
+        """
+        end_marked(self.run)  # of an attempt whose worker and keeper were both killed
+        try:
+            self._start()
+            self._watcher.start()
+            yield self
+        finally:
+            self._over.set()
+            if self._watcher.ident is not None:
+                self._watcher.join()
+            self._end()
+
+    def _start(self) -> None:
+        """Start the processes and wait until they answer."""
+        begun = time.monotonic()
+        command = self.program.command(self.model, self.port, self.key)
+        logger.info("Starting %s for %s at %s", self.program.kind, self.model.path.name, self.url)
+        self.keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, json.dumps({"command": command, "run": str(self.run)})],
+            stdin=subprocess.PIPE,
+            stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
+            env=self.program.environment(os.environ, self.run, self.key),
+            start_new_session=True,
+        )
+        while self._health() != 200:
+            if self.should_stop() or self._over.is_set():
+                raise stopped()
+            if has_ended(self.keeper):
+                raise self._failed("it ended before it answered")
+            if time.monotonic() - begun > self.settings.start_seconds:
+                raise self._failed(f"it did not answer within {self.settings.start_seconds:g} s")
+            time.sleep(POLL_SECONDS)
+        logger.info("%s answers after %.1f s", self.program.kind, time.monotonic() - begun)
+
+    def _watch(self) -> None:
+        looks, next_look = 0, time.monotonic() + HEALTH_SECONDS
+        while not self._over.wait(POLL_SECONDS):
+            ended = self.keeper is None or has_ended(self.keeper)
+            if not ended and time.monotonic() >= next_look:
+                next_look = time.monotonic() + HEALTH_SECONDS
+                # A busy server may be slow (None for a timeout is no failure); one whose cores are gone says so.
+                looks = looks + 1 if self._health() in (0, 500, 503) else 0
+            if not ended and looks < FAILED_LOOKS:
+                continue
+            looks = 0
+            try:
+                self._restart("its processes ended" if ended else "it said that it cannot work any more")
+            except Exception as error:
+                self.failure = error
+                return
+
+    def _restart(self, why: str) -> None:
+        self._end()
+        if self.restarts >= self.settings.restarts:
+            raise self._failed(f"{why}, after {self.restarts} restarts")
+        self.restarts += 1
+        self.alert("engine_restarted", f"{self.program.kind} is started again ({self.restarts}): {why}.")
+        self._start()
+
+    def _failed(self, why: str) -> "OpdError":
+        from opd_mcp.schemas.errors import ResourceError
+        from opd_mcp.schemas.next_action import resume_call
+
+        return ResourceError(
+            "engine_failed",
+            f"{self.program.kind} does not serve {self.model.path.name}: {why}.",
+            value=self.program.program,
+            fix="Read the end of the run's log, where the engine writes; remove the cause and resume the run (finished "
+            "shards are kept), or use the engine 'local'.",
+            call=resume_call(),
+        )
+
+    def _health(self) -> int | None:
+        """The status of /health; 0 where nobody listens, None where no answer comes in time."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=HEALTH_SECONDS)
+        try:
+            connection.request("GET", "/health", headers={"Authorization": f"Bearer {self.key}"})
+            return connection.getresponse().status
+        except TimeoutError:
+            return None
+        except (OSError, HTTPException):
+            return 0
+        finally:
+            connection.close()
+
+    def _end(self) -> None:
+        """End every process, and wait until their memory is free."""
+        if self.keeper is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.keeper.pid, signal.SIGKILL)  # its number stays taken until it is waited for
+        end_marked(self.run)
+        assert self.keeper.stdin is not None
+        self.keeper.stdin.close()
+        self.keeper.wait()
+        self.keeper = None
+        deadline = time.monotonic() + END_SECONDS
+        while marked(self.run) and time.monotonic() < deadline:
+            end_marked(self.run)
+            time.sleep(POLL_SECONDS)
+
+
+def stopped() -> "OpdError":
+    """The error of a run that was asked to stop while its engine started."""
+    from opd_mcp.worker.pipeline import run_cancelled
+
+    return run_cancelled()
+
+
+def has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether a child has ended, without reaping it: until then its number is nobody else's."""
+    if process.returncode is not None:
+        return True
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def free_port() -> int:
+    """A port of loopback where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def marked(run: Path) -> list[int]:
+    """The living processes of a run's engines, by their environment; none where the system does not show it."""
+    mark, found = f"{MARK}={run}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        if int(folder.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def end_marked(run: Path) -> None:
+    """End the living processes of a run's engines."""
+    for pid in marked(run):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def keep(facts: Mapping[str, Any]) -> None:
+    """Start the command, and end its whole group once it or the worker ends."""
+    engine = subprocess.Popen(facts["command"], stdin=subprocess.DEVNULL)
+    while engine.poll() is None:
+        if select.select([0], [], [], POLL_SECONDS)[0] and not os.read(0, 1):
+            break
+    else:
+        print(f"the engine ended with status {engine.returncode}", file=sys.stderr, flush=True)
+    end_marked(Path(facts["run"]))
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    keep(json.loads(sys.argv[1]))

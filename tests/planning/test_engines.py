@@ -1,0 +1,88 @@
+"""Engines in a recipe: keys that stay as they were without one, hosts, programs, and what `auto` becomes."""
+
+import pytest
+
+from opd_mcp.planning.engines import with_engines
+from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.runs import EngineSettings
+
+URL = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def program(tmp_path) -> str:
+    file = tmp_path / "vllm"
+    file.write_text("#!/bin/true\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_local_is_the_absence_of_an_engine():
+    plain, local = resolve_recipe("quick", {}), resolve_recipe("quick", {"rollout.engine": "local"})
+    assert plain.content_hash() == local.content_hash()
+    assert "engine" not in plain.rollout.to_dict()
+    assert "rescore" not in plain.rollout.to_dict()
+
+
+@pytest.mark.parametrize("value", ["tgi", "ftp://host", "127.0.0.1:8000", 3])
+def test_what_is_no_engine_is_refused(value):
+    with pytest.raises(ArgumentError, match=r"invalid_argument.*rollout\.engine"):
+        resolve_recipe("quick", {"rollout.engine": value})
+
+
+def test_a_url_must_be_of_an_allowed_host():
+    recipe = resolve_recipe("quick", {"score.engine": "http://gpu.example:8000"})
+    with pytest.raises(ArgumentError, match=r"teacher_host_not_allowed"):
+        with_engines(recipe, EngineSettings(), ())
+    assert with_engines(recipe, EngineSettings(), ("gpu.example",)) == (recipe, [])
+    assert with_engines(resolve_recipe("quick", {"score.engine": URL}), EngineSettings(), ())[1] == []
+    with pytest.raises(ArgumentError, match=r"invalid_argument"):
+        with_engines(resolve_recipe("quick", {"score.engine": "http://user:key@127.0.0.1"}), EngineSettings(), ())
+
+
+def test_a_managed_engine_must_be_named_by_the_settings(program):
+    recipe = resolve_recipe("quick", {"rollout.engine": "vllm"})
+    for settings in (EngineSettings(), EngineSettings(vllm="/nowhere/vllm"), EngineSettings(vllm="vllm")):
+        with pytest.raises(ResourceError, match=r"missing_package.*\[engines\] vllm"):
+            with_engines(recipe, settings, ())
+    assert with_engines(recipe, EngineSettings(vllm=program), ())[0] == recipe
+
+
+def test_auto_is_local_on_a_cpu_and_says_why(program):
+    recipe = resolve_recipe("quick", {"rollout.engine": "auto", "runtime.device": "cpu"})
+    chosen, [finding] = with_engines(recipe, EngineSettings(vllm=program), ())
+    assert chosen.rollout.engine is None
+    assert (finding.code, "rollout.engine is local: on a CPU" in finding.message) == ("engine_chosen", True)
+
+
+def test_auto_takes_what_the_settings_name_on_a_gpu(program, monkeypatch):
+    from opd_mcp.devices.hardware import Target
+
+    monkeypatch.setattr("opd_mcp.planning.engines.target_of", lambda runtime: Target("cuda", "H200", 1 << 37))
+    recipe = resolve_recipe("quick", {"rollout.engine": "auto", "score.engine": "auto"})
+    chosen, found = with_engines(recipe, EngineSettings(sglang=program), ())
+    assert (chosen.rollout.engine, chosen.score.engine, len(found)) == ("sglang", "sglang", 2)
+    assert with_engines(recipe, EngineSettings(), ())[0].rollout.engine is None
+
+
+def test_a_plan_chooses_and_a_live_one_refuses(world, service):
+    plan = service.plan(world.plan_arguments(overrides={"rollout.engine": "auto", "runtime.device": "cpu"}))
+    assert "engine_chosen" in [finding.code for finding in plan.warnings]
+    assert plan.recipe.rollout.engine is None
+    other = service.plan(world.plan_arguments(overrides={"rollout.engine": URL}))
+    keys = [{phase.name: phase.key for phase in made.phases} for made in (plan, other)]
+    assert keys[0]["generate_responses"] == keys[1]["generate_responses"]
+    assert keys[0]["rollout"] != keys[1]["rollout"]
+    basis = {phase.phase: phase.basis for phase in other.estimates[0].phases}
+    assert basis["rollout"].startswith("on a server, ")
+    assert not basis["score"].startswith("on ")
+    with pytest.raises(ArgumentError, match=r"invalid_argument.*live"):
+        service.plan(world.plan_arguments(method="live", overrides={"rollout.engine": URL}))
+
+
+def test_a_start_checks_the_host_before_any_work(world, service):
+    overrides = {"rollout.engine": "http://elsewhere.example"}
+    arguments = world.cache_arguments(world.student, declared_teacher="teacher", overrides=overrides)
+    with pytest.raises(ArgumentError, match="teacher_host_not_allowed"):
+        service.build_teacher_cache(arguments)

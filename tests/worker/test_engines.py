@@ -1,0 +1,187 @@
+"""A worker's engine: started again when it ends, and ended with every process, however the worker dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from opd_mcp.devices.environment import engine_environment
+from opd_mcp.schemas.errors import ArgumentError, ResourceError
+from opd_mcp.schemas.runs import EngineSettings
+from opd_mcp.store.workspace import Workspace, read_settings
+from opd_mcp.worker import engines
+from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, marked
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
+STAND_IN = Path(__file__).resolve().parents[1] / "stand_ins" / "stand_in_engine.py"
+DEADLINE_SECONDS = 60.0
+
+
+@pytest.fixture
+def program(tmp_path) -> str:
+    """A `vllm` that is the stand-in without a model."""
+    file = tmp_path / "vllm"
+    file.write_text(
+        f"#!{sys.executable} -IS\nimport os, sys\nsys.argv[0] = {str(STAND_IN)!r}\n"
+        f"os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv])\n"
+    )
+    file.chmod(0o755)
+    return str(file)
+
+
+@pytest.fixture
+def engine(program, tmp_path, monkeypatch):
+    """`engine(**settings)`: the stand-in for one run, not yet started; alerts are in its `told`."""
+    monkeypatch.setenv("VLLM_STAND_IN", "quick")
+    monkeypatch.setattr(engines, "HEALTH_SECONDS", 0.3)
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def made(**settings) -> ManagedEngine:
+        told: list[tuple[str, str]] = []
+        managed = ManagedEngine(
+            EngineProgram("vllm", program, tmp_path / "caches", on_gpu=False),
+            EngineModel(EXAMPLE / "teacher", "float32", 100),
+            run,
+            EngineSettings(start_seconds=30, **settings),
+            lambda: False,
+            lambda code, message: told.append((code, message)),
+        )
+        managed.told = told
+        return managed
+
+    yield made
+    assert marked(run) == [], "no process is left"
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def role_of(pid: int) -> str:
+    words = psutil.Process(pid).cmdline()
+    return "keeper" if words[3:4] == [engines.__file__] else "core" if "core" in words else "server"
+
+
+def processes(run: Path) -> dict[str, int]:
+    return {role_of(pid): pid for pid in marked(run)}
+
+
+def test_it_answers_with_its_key_alone_and_leaves_no_process(engine):
+    managed = engine()
+    with managed.running():
+        assert managed._health() == 200
+        assert set(processes(managed.run)) == {"keeper", "server", "core"}
+        command = psutil.Process(processes(managed.run)["server"]).cmdline()
+        assert managed.key not in command
+        assert command[command.index("--host") + 1] == "127.0.0.1"
+        assert command[command.index("--max-model-len") + 1] == "101"
+    assert managed._health() == 0
+
+
+@pytest.mark.parametrize("killed", ["server", "core", "keeper"])
+def test_whichever_process_is_killed_all_are_ended_and_it_is_started_again(engine, killed):
+    managed = engine()
+    with managed.running():
+        before = processes(managed.run)
+        os.kill(before[killed], signal.SIGKILL)
+        until(lambda: managed.restarts == 1 and managed._health() == 200 and len(processes(managed.run)) == 3)
+        assert not set(before.values()) & set(processes(managed.run).values())
+        managed.check()
+    assert [code for code, _ in managed.told] == ["engine_restarted"]
+
+
+def test_one_that_ends_again_and_again_is_one_error(engine):
+    managed = engine(restarts=0)
+    with managed.running():
+        os.kill(processes(managed.run)["server"], signal.SIGKILL)
+        until(lambda: managed.failure is not None)
+        with pytest.raises(ResourceError, match=r"engine_failed.*after 0 restarts"):
+            managed.check()
+
+
+def test_one_that_does_not_start_is_told_at_once(engine, program):
+    managed = engine()
+    Path(program).write_text(f"#!{sys.executable} -IS\nraise SystemExit('no such model')\n")
+    with pytest.raises(ResourceError, match=r"engine_failed.*ended before it answered"), managed.running():
+        pass
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from opd_mcp.schemas.runs import EngineSettings
+from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine
+program, model, run = sys.argv[1:]
+engine = ManagedEngine(EngineProgram("vllm", program, Path(run) / "caches", False),
+    EngineModel(Path(model), "float32", 100), Path(run), EngineSettings(), lambda: False, print)
+with engine.running():
+    print("running", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("point", ["starting", "running"])
+def test_a_killed_worker_leaves_no_process(program, tmp_path, point):
+    run = tmp_path / "run"
+    run.mkdir()
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, program, str(EXAMPLE / "teacher"), str(run)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "VLLM_STAND_IN": "quick", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if point == "running":
+        assert owner.stdout.readline() == "running\n"
+    else:
+        until(lambda: marked(run))
+    owner.kill()
+    owner.wait()
+    until(lambda: marked(run) == [])
+
+
+def test_what_outlived_worker_and_keeper_is_ended_by_the_next_attempt(engine, tmp_path):
+    managed = engine()
+    orphan = subprocess.Popen(
+        [sys.executable, "-IS", "-c", "import time; time.sleep(600)"],
+        env={engines.MARK: str(managed.run)},
+        start_new_session=True,
+    )
+    until(lambda: marked(managed.run) == [orphan.pid])
+    with managed.running():
+        assert orphan.wait(10) == -signal.SIGKILL
+
+
+def test_an_engine_inherits_no_secret_and_nothing_of_this_python():
+    given = {"PATH": "/bin", "OPD_TEACHER_KEY": "k", "HF_TOKEN": "t", "PYTHONPATH": "/x", "VLLM_CPU_KVCACHE_SPACE": "4"}
+    assert engine_environment(given) == {"PATH": "/bin", "VLLM_CPU_KVCACHE_SPACE": "4"}
+
+
+def test_settings_name_engines_and_nothing_else(tmp_path):
+    workspace = Workspace(tmp_path / "home")
+    (workspace.root / "settings.toml").write_text('[engines]\nvllm = "/opt/vllm/bin/vllm"\nrestarts = 1\n')
+    found = read_settings(workspace).engines
+    assert (found.program("vllm"), found.program("sglang"), found.restarts) == ("/opt/vllm/bin/vllm", None, 1)
+    (workspace.root / "settings.toml").write_text('[engines]\nvlm = "/opt/vllm"\n')
+    with pytest.raises(ArgumentError, match=r"unknown_setting.*engines\.vlm.*engines\.vllm"):
+        read_settings(workspace)
+
+
+def test_a_python_starts_vllm_as_a_module_and_sglang_is_told_to_be_deterministic(tmp_path):
+    model = EngineModel(EXAMPLE / "teacher", "bfloat16", 10, topk=32)
+    vllm = EngineProgram("vllm", "/opt/bin/python3.11", tmp_path, on_gpu=False).command(model, 7, "key")
+    assert vllm[:3] == ["/opt/bin/python3.11", "-m", "vllm.entrypoints.openai.api_server"]
+    assert vllm[vllm.index("--max-logprobs") + 1] == "32"
+    assert "--enforce-eager" in vllm
+    sglang = EngineProgram("sglang", "/opt/bin/python", tmp_path, on_gpu=True).command(model, 7, "key")
+    assert {"--enable-deterministic-inference", "--api-key"} <= set(sglang)
+    assert json.loads((EXAMPLE / "teacher" / "config.json").read_text())["max_position_embeddings"] >= 64
