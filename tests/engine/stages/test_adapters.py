@@ -442,7 +442,7 @@ def packed(pipeline: Pipeline) -> Path:
 def first_step(pipeline: Pipeline, student: Path, cache: Path, **adapter: Any) -> dict[str, float]:
     """The metrics of a distillation's first step: its drift is 1 where it trains the policy of the rollouts."""
     section = pipeline.recipe.distill.model_copy(update={"steps": 1, "adapter": AdapterRecipe(rank=4, **adapter)})
-    output = pipeline.root / f"first-{cache.name}"
+    output = pipeline.root / "-".join(["first", cache.name, *adapter])
     stages.distill(section, DistillInputs(student=student, cache=cache), output, pipeline.context)
     return json.loads((output / "training.json").read_text())["final"]
 
@@ -507,7 +507,7 @@ def test_the_report_says_what_the_quantisation_cost(
     rows = {score.name: score.identity for score in report.models}
     assert list(rows) == ["distilled", "sft", cost.plain if recorded else cost.quantised]
     assert (rows[cost.quantised].quantization, rows[cost.plain].quantization) == ("nf4", None)
-    assert 1e-4 < cost.reverse_kl.value < 1
+    assert 0 < cost.reverse_kl.low <= cost.reverse_kl.value < 5
     assert cost.accuracy_difference is not None
     text = (output / "report.md").read_text()
     assert "π_ref, the rollouts and the training are those of the dequantised weights" in text
