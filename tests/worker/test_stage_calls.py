@@ -20,9 +20,7 @@ def inputs_of(phase: str, tmp_path: Path, *, made: tuple[str, ...] = (), **overr
         raise Called(inputs)
 
     names = {name.replace("__", "."): value for name, value in overrides.items()}
-    request = RunRequest(
-        kind="distillation", recipe=resolve_recipe("demo", names), inputs=RunInputs(eval_prompts=None), phases=[]
-    )
+    request = RunRequest(kind="distill", recipe=resolve_recipe("demo", names), inputs=RunInputs(), phases=[])
     record = RunRecord(
         run_id="run-1", created_at="2026-11-28T00:00:00Z", request_hash="0", request=request, versions={}, hardware=""
     )
