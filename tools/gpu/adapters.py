@@ -340,7 +340,7 @@ def main() -> None:
     peak = matmul_peak(device, torch.bfloat16)
     runtime = Runtime(device, torch.bfloat16, seed=0)
     full = Bench(runtime, peak, VOCAB, 4096, (8192, 16_384, 32_768))
-    bench = Bench(runtime, peak, 512, PROMPT + 32, (320, 480)) if arguments.tiny else full
+    bench = Bench(runtime, peak, 128, PROMPT + 32, (160, 320)) if arguments.tiny else full
     report: dict[str, Any] = {"device": hardware_name(device), "torch": torch.__version__, "bf16_matmul_peak": peak}
     print(f"bf16 matmul peak {peak / 1e12:.3g} TFLOP/s", flush=True)
     if arguments.part != "shapes":

@@ -35,7 +35,7 @@ from opd_mcp.identity.lineage import read_lineage, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.identity import BaseForm
-from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe, Recipe
+from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe, Recipe, Sampling
 from opd_mcp.schemas.resolve import resolve_recipe
 
 SHORT = {
@@ -500,7 +500,8 @@ def test_the_report_says_what_the_quantisation_cost(
         forms={"sft": "nf4"},
     )
     output = pipeline.root / f"report-{recorded}"
-    report = stages.benchmark(pipeline.recipe.benchmark, inputs, output, pipeline.context)
+    few = {"limit": 3, "kl_prompts": 2, "sampling": Sampling(max_new_tokens=12)}
+    report = stages.benchmark(pipeline.recipe.benchmark.model_copy(update=few), inputs, output, pipeline.context)
     cost = report.quantisation
     assert cost is not None
     assert (cost.quantised, cost.plain) == (("sft", "sft, not quantised") if recorded else ("sft, nf4", "sft"))

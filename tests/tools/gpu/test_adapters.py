@@ -18,13 +18,13 @@ def test_the_script_measures_both_bases_and_all_parts_of_a_step(tmp_path, monkey
     found = json.loads(report.read_text())
     rows = {name: row for name, row in found["adapters"].items() if isinstance(row, dict) and "peft" not in name}
     assert list(rows) == [
-        f"{base}, {run}" for base in ("bf16", "nf4") for run in ("320, auto", "480, auto", "480, full")
+        f"{base}, {run}" for base in ("bf16", "nf4") for run in ("160, auto", "320, auto", "320, full")
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
-    packed, plain = (rows[f"{base}, 480, full"]["estimated_bytes"] for base in ("nf4", "bf16"))
+    packed, plain = (rows[f"{base}, 320, full"]["estimated_bytes"] for base in ("nf4", "bf16"))
     assert packed != plain
     tiny = found["shapes"]["tiny"]
-    assert tiny["training"]["tokens"] in (320, 480)
+    assert tiny["training"]["tokens"] in (160, 320)
     assert set(tiny["training"]["utilisation_by_tokens"]) == set(tiny["scoring"]["utilisation_by_tokens"])
     assert 0 < tiny["training"]["head_share_of_time"] < 2
 
