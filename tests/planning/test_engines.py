@@ -2,6 +2,7 @@
 
 import pytest
 
+from opd_mcp.devices.hardware import Target
 from opd_mcp.planning.engines import require_engines_used, with_engines
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.resolve import resolve_recipe
@@ -57,8 +58,6 @@ def test_auto_is_local_on_a_cpu_and_says_why(program):
 
 
 def test_auto_takes_what_the_settings_name_on_a_gpu(program, monkeypatch):
-    from opd_mcp.devices.hardware import Target
-
     monkeypatch.setattr("opd_mcp.planning.engines.target_of", lambda runtime: Target("cuda", "H200", 1 << 37))
     recipe = resolve_recipe("quick", {"rollout.engine": "auto", "score.engine": "auto"})
     chosen, found = with_engines(recipe, EngineSettings(sglang=program), ())
