@@ -81,6 +81,13 @@ def test_a_plan_chooses_and_a_live_one_refuses(world, service):
         service.plan(world.plan_arguments(method="live", overrides={"rollout.engine": URL}))
 
 
+def test_an_sft_student_that_will_be_an_adapter_has_no_engine(world, service):
+    overrides = {"rollout.engine": URL, "sft.adapter": {"save": "adapter"}}
+    with pytest.raises(ArgumentError, match=r"invalid_argument.*sft\.adapter\.save"):
+        service.plan(world.plan_arguments(overrides=overrides))
+    assert service.plan(world.plan_arguments(overrides=overrides | {"sft.adapter": {"save": "both"}})).plan_id
+
+
 def test_a_start_checks_the_host_before_any_work(world, service):
     overrides = {"rollout.engine": "http://elsewhere.example"}
     arguments = world.cache_arguments(world.student, declared_teacher="teacher", overrides=overrides)
