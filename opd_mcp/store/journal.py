@@ -144,6 +144,8 @@ class JournalReader:
                 passed += line, b"\n"
                 record = decode_record(line)
                 if record is None:
+                    if os.pread(file.fileno(), len(line) + 1, position - len(line) - 1) != line + b"\n":
+                        return  # its beginning was torn and has been cut off meanwhile: the next call reads it again
                     bad_line = bad_line or line_number
                     continue
                 if bad_line:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.schemas.errors import IntegrityError, RunError
+from opd_mcp.store import journal as module
 from opd_mcp.store.journal import (
     JournalReader,
     JournalRecord,
@@ -71,6 +72,29 @@ def test_a_torn_last_line_is_ignored_and_the_next_attempt_writes_on(journal, cut
         writer.append("metric", {"step": 50, "values": {}})
     assert steps(reader.new_records()) == [50]
     assert [(record.attempt, record.seq) for record in read_journal(journal)][-2:] == [(1, 4), (2, 5)]
+
+
+def test_a_torn_line_that_is_cut_off_while_it_is_read_is_no_damage(journal, monkeypatch):
+    """On a full disk a writer cuts its torn line off and later writes another one there."""
+    whole, lines = journal.read_bytes(), module._whole_lines
+    with JournalWriter(journal, attempt=2) as writer:
+        for step in (6, 7):
+            writer.append("metric", {"step": step, "values": {"loss": 0.1}})
+    after = journal.read_bytes()
+    journal.write_bytes(whole)
+
+    def overtaken(file):
+        yield from lines(file)
+        journal.write_bytes(after)
+        sixth, seventh = after[len(whole) :].splitlines()
+        yield from (b"{torn" + sixth[5:], seventh)
+
+    reader = JournalReader(journal)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_whole_lines", overtaken)
+        assert steps(reader.new_records()) == [1, 2, 3, 4, 5]
+    assert steps(reader.new_records()) == [6, 7]
+    assert reader.damage is None
 
 
 def test_zeros_after_a_power_loss_are_torn(journal):
