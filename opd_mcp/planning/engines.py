@@ -37,7 +37,19 @@ def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str])
 
 
 def require_engines_used(recipe: Recipe, method: Method) -> None:
-    """Raise ArgumentError `invalid_argument` for rollouts that no engine can draw: live, or of a 4-bit student."""
+    """Raise ArgumentError `invalid_argument` for an engine that could not draw the rollouts when their turn comes.
+
+    A live distillation's student changes as it draws, an SFT student that is saved as an adapter is no whole model, and
+    a 4-bit student is not what its files hold.
+    """
+    adapter = recipe.sft.adapter if method == "lightning" else None
+    if recipe.rollout.engine and adapter is not None and adapter.saved_as(recipe.runtime.dtype) == "adapter":
+        raise ArgumentError(
+            "invalid_argument",
+            "The SFT student would be saved as an adapter, and an engine serves whole models.",
+            value=recipe.rollout.engine,
+            fix="Set 'sft.adapter.save' to 'both' or 'merged', or leave out rollout.engine.",
+        )
     if method == "live" and recipe.rollout.engine is not None:
         raise ArgumentError(
             "invalid_argument",

@@ -93,6 +93,13 @@ def test_no_engine_draws_the_rollouts_of_a_4_bit_student(program, monkeypatch):
     assert "4 bits" in found[1].message
 
 
+def test_an_sft_student_that_will_be_an_adapter_has_no_engine(world, service):
+    overrides = {"rollout.engine": URL, "sft.adapter": {"save": "adapter"}}
+    with pytest.raises(ArgumentError, match=r"invalid_argument.*sft\.adapter\.save"):
+        service.plan(world.plan_arguments(overrides=overrides))
+    assert service.plan(world.plan_arguments(overrides=overrides | {"sft.adapter": {"save": "both"}})).plan_id
+
+
 def test_a_start_checks_the_host_before_any_work(world, service):
     overrides = {"rollout.engine": "http://elsewhere.example"}
     arguments = world.cache_arguments(world.student, declared_teacher="teacher", overrides=overrides)
