@@ -18,7 +18,7 @@ test-wheel: .venv/fresh
 # What needs packages that every process would load once they are there: torchao, Triton in its interpreter, and
 # reasoning-gym.
 test-extras: .venv/fresh .extras/fresh
-	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py \
+	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/costs/test_estimates.py \
 	  tests/planning/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
 	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 

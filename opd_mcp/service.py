@@ -13,8 +13,10 @@ from opd_mcp.planning.exports import export_request
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
 from opd_mcp.planning.references import References
-from opd_mcp.planning.run_requests import (
-    RequestBuilder,
+from opd_mcp.planning.run_requests import RequestBuilder
+from opd_mcp.planning.start_arguments import (
+    Labelled,
+    labels_of,
     plan_arguments,
     require_cache_arguments,
     require_nothing_but_plan,
@@ -23,12 +25,14 @@ from opd_mcp.schemas.answers import (
     ArtifactList,
     DashboardFeed,
     DeletedArtifact,
+    DeletedRun,
     Limits,
     LogPage,
     MetricsReport,
+    RunComparison,
     SetupReport,
+    SweepStarted,
 )
-from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.cache import CacheInspection
 from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownIdError
 from opd_mcp.schemas.next_action import next_call, plan_call
@@ -36,6 +40,7 @@ from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
+    CompareRuns,
     ExportStudent,
     GenerateTeacherResponses,
     GetRunLogs,
@@ -45,10 +50,12 @@ from opd_mcp.schemas.requests import (
     SampleModel,
     StartDistillation,
     StartSft,
+    Sweep,
 )
 from opd_mcp.schemas.runs import (
     ACTIVE_STATES,
     RunKind,
+    RunLabels,
     RunList,
     RunRecord,
     RunRequest,
@@ -64,15 +71,18 @@ from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.workspace import Workspace, export_folders, read_arguments, read_plan, save_plan
 from opd_mcp.supervisor.launch import Supervisor
+from opd_mcp.supervisor.sweeps import Settings, Sweeps, swept_settings
 from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
+from opd_mcp.views.compare import chosen_runs, compared
 from opd_mcp.views.dashboard import dashboard_feed
+from opd_mcp.views.deletion import delete_run, run_deletion
 from opd_mcp.views.metrics import metrics_report
 from opd_mcp.views.setup import setup_report
 from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
 
 LATEST = "latest"
-Arguments = TypeVar("Arguments", bound=Schema)
+Arguments = TypeVar("Arguments", bound=Labelled)
 
 
 class JobService:
@@ -90,6 +100,7 @@ class JobService:
         self._references = References(self.store, self.roots, models, self.settings.teacher_hosts)
         self._builder = RequestBuilder(self._references, self.store.artifacts)
         self._supervisor = Supervisor(self.store, self.leases, self.settings, models)
+        self._sweeps = Sweeps(self.store, self._supervisor)
         self._planner = Planner(self._references, self._builder, self._supervisor.target)
         self._plans = PlanMemory()
         self._views = self.store.views
@@ -120,8 +131,11 @@ class JobService:
             return self._started(self._builder.from_cache, arguments)
         plan = self._unchanged_plan(arguments) if arguments.plan_id else self._current_plan(plan_arguments(arguments))
         require_unblocked(plan)
+        labels = labels_of(arguments)
+        if arguments.plan_id is not None and labels == RunLabels():
+            labels = labels_of(read_arguments(self.workspace, plan))
         request = self._builder.from_plan(plan, benchmark=arguments.benchmark)
-        return self._answer(self._supervisor.start(request))
+        return self._start(request, labels)
 
     def generate_teacher_responses(self, arguments: GenerateTeacherResponses) -> RunSnapshot:
         """The run in which the teacher answers the prompts."""
@@ -171,6 +185,23 @@ class JobService:
         record = self.store.artifacts.get(artifact_id).record
         return deletion_question(artifact_id, record.kind, byte_size(record.bytes))
 
+    def sweep(self, arguments: Sweep) -> SweepStarted:
+        """The runs of a grid or list of settings on one cache, queued; those that an equal call started are found.
+
+        Raises what `start_distillation` raises for a cache, and ArgumentError `invalid_argument` as `swept_settings`.
+        """
+        points, requests = self._swept(arguments)
+        return self._sweeps.start(arguments, points, requests)
+
+    def sweep_question(self, arguments: Sweep, gpu_hours: float) -> Question | None:
+        """What the user must agree to before a sweep: its runs together above so many hours, or a teacher mismatch."""
+        return self._sweeps.question(arguments, self._swept(arguments)[1], gpu_hours)
+
+    def _swept(self, arguments: Sweep) -> tuple[list[Settings], list[RunRequest]]:
+        points = swept_settings(arguments)
+        with self._planning:
+            return points, self._builder.sweep(arguments, points)
+
     def inspect_cache(self, reference: str) -> CacheInspection:
         """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""
         return inspect_cache(self.cache_directory(reference), self._references.texts)
@@ -190,7 +221,13 @@ class JobService:
         return self._views.read(self._existing(run_id), snapshot_of)
 
     def list_runs(
-        self, state: RunState | None = None, kind: RunKind | None = None, limit: int = 20, cursor: str | None = None
+        self,
+        state: RunState | None = None,
+        kind: RunKind | None = None,
+        name: str | None = None,
+        tag: str | None = None,
+        limit: int = 20,
+        cursor: str | None = None,
     ) -> RunList:
         """A page of runs, newest first; raises ArgumentError `invalid_argument` for a bad limit or cursor."""
         if not 1 <= limit <= Limits().list_limit:
@@ -200,13 +237,21 @@ class JobService:
                 value=limit,
                 fix="Give a smaller limit and go on with next_cursor.",
             )
-        return self.store.list_runs(state=state, kind=kind, limit=limit, cursor=cursor)
+        return self.store.list_runs(state=state, kind=kind, name=name, tag=tag, limit=limit, cursor=cursor)
 
     def run_metrics(self, arguments: GetRunMetrics) -> MetricsReport:
         """Series, trend, diagnosis and differences of up to four runs, from their journals."""
         ids = dict.fromkeys(self._existing(run_id) for run_id in arguments.run_ids)
         runs = [(self.store.record(run_id), self.store.view(run_id, keep_series=True)) for run_id in ids]
         return metrics_report(runs, arguments.keys, arguments.max_points)
+
+    def compare_runs(self, arguments: CompareRuns) -> RunComparison:
+        """Runs next to each other: settings that differ, figures, cost, and paired differences, from reports alone.
+
+        Raises ArgumentError `invalid_argument` unless run_ids or a tag is given, UnknownIdError `unknown_run`.
+        """
+        given = [self._existing(run_id) for run_id in arguments.run_ids]
+        return compared(self.store, chosen_runs(self.store, given, arguments.tag))
 
     def run_logs(self, arguments: GetRunLogs) -> LogPage:
         """A page of a run's log, from its end."""
@@ -227,9 +272,23 @@ class JobService:
         with self._planning:
             return delete_artifact(self.store, artifact_id)
 
+    def run_deletion_question(self, run_id: str) -> Question:
+        """What the user must agree to before a run is deleted; raises as `delete_run`."""
+        return run_deletion(self.store, run_id).question()
+
+    def delete_run(self, run_id: str) -> DeletedRun:
+        """What went with the run and what stays; raises UnknownIdError `unknown_run`, RunError `run_active`."""
+        with self._planning:
+            return delete_run(self.store, run_id)
+
     def cancel(self, run_id: str) -> RunSnapshot:
-        """The run after a durable cancel request; raises RunError `run_not_active` for a run that has ended."""
+        """The run after a durable cancel request, or what stands for all active runs with a tag.
+
+        Raises RunError `run_not_active` where there is none that is active, UnknownIdError `unknown_run`.
+        """
         run_id = self._existing(run_id)
+        if not self.store.exists(run_id) and (tagged := self.store.index.runs(tag=run_id)):
+            return self._cancel_all(run_id, [row.run_id for row in tagged if self.store.exists(row.run_id)])
         before = self._views.read(run_id, lambda view, record: view.state)
         if before not in ACTIVE_STATES:
             raise RunError(
@@ -239,6 +298,28 @@ class JobService:
                 fix="See which runs are active.",
                 call=next_call("list_runs", state="running"),
             )
+        return self._requested(run_id)
+
+    def _cancel_all(self, tag: str, run_ids: Sequence[str]) -> RunSnapshot:
+        """Ask all active runs with a tag to stop, those that wait first, so that none begins meanwhile."""
+        active = [run_id for run_id in run_ids if self._views.state(run_id) in ACTIVE_STATES]
+        if not active:
+            raise RunError(
+                "run_not_active",
+                "All runs with this tag have ended.",
+                value=tag,
+                fix="See how they ended.",
+                call=next_call("list_runs", tag=tag),
+            )
+        snapshots = [self._requested(run_id) for run_id in active]  # the newest first: they are last in the queue
+        return snapshots[-1].model_copy(
+            update={
+                "note": f"cancel requested for {len(active)} runs with the tag {tag}: {', '.join(active)}",
+                "next_action": next_call("list_runs", "A cancellation is pending; look until all have ended.", tag=tag),
+            }
+        )
+
+    def _requested(self, run_id: str) -> RunSnapshot:
         request_cancel(run_directory(self.workspace, run_id))
         return self._views.read(run_id, self._attended)
 
@@ -266,10 +347,17 @@ class JobService:
     def _started(self, build: Callable[[Arguments], RunRequest], arguments: Arguments) -> RunSnapshot:
         with self._planning:
             request = build(arguments)
-        return self._answer(self._supervisor.start(request))
+        return self._start(request, labels_of(arguments))
 
-    def _answer(self, started: StartedRun) -> RunSnapshot:
-        return self._views.read(started.run_id, lambda view, record: snapshot_of(view, record, reused=started.reused))
+    def _start(self, request: RunRequest, labels: RunLabels) -> RunSnapshot:
+        started = self._supervisor.start(request.model_copy(update={"labels": labels}))
+        return self._answer(started, labels)
+
+    def _answer(self, started: StartedRun, wanted: RunLabels | None = None) -> RunSnapshot:
+        def answer(view: RunView, record: RunRecord) -> RunSnapshot:
+            return snapshot_of(view, record, reused=started.reused, wanted=wanted)
+
+        return self._views.read(started.run_id, answer)
 
     def _current_plan(self, arguments: PlanDistillation) -> Plan:
         """The plan for the arguments, the one that was made last where all that it read is as it was."""

@@ -4,10 +4,12 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from opd_mcp.devices.hardware import free_disk
+from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.texts import byte_size
@@ -28,6 +30,24 @@ class Check:
     found: str
     fix: str = ""
     call: NextAction | None = None
+
+
+class CheckReport(Schema):
+    """All checks, as `opd-mcp doctor --json` prints them."""
+
+    well: bool
+    checks: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, found: Sequence[Check]) -> Self:
+        """The report of these checks; a fix only where it is needed."""
+        rows: list[dict[str, Any]] = []
+        for check in found:
+            row: dict[str, Any] = {"name": check.name, "well": check.well, "found": check.found}
+            if not check.well:
+                row |= {"fix": check.fix, **({"call": check.call.to_dict()} if check.call else {})}
+            rows.append(row)
+        return cls(well=all(check.well for check in found), checks=rows)
 
 
 def checks(service: JobService) -> Iterator[Check]:

@@ -75,8 +75,8 @@ def _locks(store: Store) -> Iterator[Leftover]:
 
 
 def _deleted(store: Store) -> Iterator[Leftover]:
-    for kind in ARTIFACT_KINDS:
-        for path in sorted(store.workspace.artifacts_of(kind).glob(f"{DELETED}*")):
+    for folder in (store.workspace.root, *map(store.workspace.artifacts_of, ARTIFACT_KINDS)):
+        for path in sorted(folder.glob(f"{DELETED}*")):
             yield _leftover("deleted", path)
 
 

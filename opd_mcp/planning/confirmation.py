@@ -51,6 +51,23 @@ def cache_question(cache_id: str, allowed: bool) -> Question | None:
     return Question(cache_id, text)
 
 
+def sweep_question(sweep_id: str, runs: int, seconds: float, gpu_hours: float, mismatch: bool) -> Question | None:
+    """What to ask before a sweep starts so many runs, which take so many seconds together."""
+    reasons = []
+    if mismatch:
+        reasons.append("The teacher of the cache may differ from the student's SFT teacher.")
+    if seconds > gpu_hours * 3600:
+        reasons.append(
+            f"The {runs} runs take about {seconds / 3600:.2g} hours of the device together (asked above {gpu_hours:g})."
+        )
+    return Question(sweep_id, f"{' '.join(reasons)} Start {sweep_id}?") if reasons and runs else None
+
+
+def run_deletion_question(run_id: str, parts: list[str]) -> Question:
+    """What to ask before a run is deleted; the parts say what goes, what stays and what is lost."""
+    return Question(run_id, f"Delete {run_id}? {' '.join(parts)} This cannot be undone.")
+
+
 def deletion_question(artifact_id: str, kind: str, size: str) -> Question:
     """What to ask before an artifact is deleted."""
     return Question(artifact_id, f"Delete the {kind} artifact {artifact_id} ({size})? This cannot be undone.")

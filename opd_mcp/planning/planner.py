@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from opd_mcp.devices.hardware import Target, free_disk
 from opd_mcp.identity.data.reading import first_response
@@ -13,7 +14,6 @@ from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
 from opd_mcp.identity.models import ModelFacts, is_untrained
 from opd_mcp.identity.tokenizers import TokenDifference
-from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
@@ -28,14 +28,15 @@ from opd_mcp.planning.checks import (
     judged_golds,
     require_generating,
 )
-from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
+from opd_mcp.planning.costs.admission import quota_findings, resource_findings
+from opd_mcp.planning.costs.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
+from opd_mcp.planning.costs.workload import DRAWN
 from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.planning.text_work import Asked
-from opd_mcp.planning.workload import DRAWN
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call
@@ -43,7 +44,7 @@ from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, Plan
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.resolve import far_rates
-from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunPhase, RunRequest
+from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunLabels, RunPhase, RunRequest
 from opd_mcp.schemas.texts import byte_size, shortened
 
 SAMPLE_ROWS = 3
@@ -216,14 +217,19 @@ class PlanMemory:
 
     def keep(self, arguments: PlanDistillation, plan: Plan) -> None:
         """Remember what was planned for the arguments."""
-        self._plans[arguments.content_hash()] = plan, files_signature(plan.inputs)
+        self._plans[content_hash(unlabelled(arguments))] = plan, files_signature(plan.inputs)
         while len(self._plans) > self._size:
             self._plans.popitem(last=False)
 
     def unblocked(self, arguments: PlanDistillation) -> Plan | None:
         """The plan for these arguments where nothing stood in its way and all it read is as it was."""
-        plan, signature = self._plans.get(arguments.content_hash(), (None, ""))
+        plan, signature = self._plans.get(content_hash(unlabelled(arguments)), (None, ""))
         return plan if plan and not plan.blocking and signature == files_signature(plan.inputs) else None
+
+
+def unlabelled(arguments: PlanDistillation) -> dict[str, Any]:
+    """The arguments without what the run is called: the same work under another name is the same plan."""
+    return arguments.model_dump(mode="json", exclude_none=True, exclude=set(RunLabels.model_fields))
 
 
 def files_signature(inputs: RunInputs) -> str:
@@ -319,7 +325,7 @@ def fingerprint(
     arguments: PlanDistillation, inputs: RunInputs, recipe: Recipe, phases: Sequence[RunPhase | PlannedPhase]
 ) -> dict[str, object]:
     """What a plan stands for, part by part; estimates, free memory and finished phases are not in it."""
-    parts: dict[str, object] = {"arguments": arguments.to_dict(), "recipe": recipe.to_dict()}
+    parts: dict[str, object] = {"arguments": unlabelled(arguments), "recipe": recipe.to_dict()}
     for name, value in inputs:
         part = value.to_dict() if hasattr(value, "to_dict") else value
         if isinstance(value, DataInput):  # how it was read follows from what it is

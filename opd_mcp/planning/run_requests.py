@@ -1,15 +1,11 @@
-"""From a tool's arguments, a plan or a cache to a run: its request (recipe, inputs, keyed phases) and its record."""
+"""From a tool's arguments, a plan or a cache to a run's request: recipe, inputs, keyed phases."""
 
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import opd_mcp
-from opd_mcp.devices.hardware import Target, target_of
+from opd_mcp.devices.hardware import target_of
 from opd_mcp.identity.consistency import require_behaviour, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
@@ -22,14 +18,14 @@ from opd_mcp.planning.checks import (
     require_positions,
     require_usable_ids,
 )
+from opd_mcp.planning.costs.estimates import recipe_for_device
 from opd_mcp.planning.engines import require_engines_used, with_engines
-from opd_mcp.planning.estimates import recipe_for_device
-from opd_mcp.planning.phases import PhaseChain, distillation_phases, request_hash, with_satisfied
+from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.plans import Finding, MethodEstimate, Plan
+from opd_mcp.schemas.plans import Finding, Plan
 from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
@@ -39,6 +35,7 @@ from opd_mcp.schemas.requests import (
     SampleModel,
     StartDistillation,
     StartSft,
+    Sweep,
 )
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import (
@@ -49,18 +46,13 @@ from opd_mcp.schemas.runs import (
     RunInputs,
     RunKind,
     RunPhase,
-    RunRecord,
     RunRequest,
 )
 from opd_mcp.store.artifacts import ArtifactStore
-from opd_mcp.store.journal import utc_now
-from opd_mcp.store.workspace import new_id, read_settings
+from opd_mcp.store.workspace import read_settings
 
-RECORDED_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-NAME_CHARACTERS = 32
 # The section of the recipe that says how many tokens are drawn after the prompts of a request.
 DRAWN_BY = {GenerateTeacherResponses: "responses", BuildTeacherCache: "rollout", BenchmarkStudent: "benchmark"}
-PLAN_ONLY = {"plan_id", "benchmark", "confirm"}
 
 
 @dataclass(frozen=True)
@@ -157,36 +149,27 @@ class RequestBuilder:
                 value=arguments.method,
                 fix="Leave out method, or leave out cache_id and give teacher and prompts.",
             )
-        recipe, _ = self.with_engines(distillation_recipe(arguments))
-        target_of(recipe.runtime)
+        distillation_recipe(arguments)  # a wrong override is told before any file is read
         cache = self.references.cache(str(arguments.cache_id))
-        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
-        require_targets({"distill": recipe.distill}, student.facts)
-        allowed = arguments.allow_teacher_mismatch
-        if student.input.identity is not None:
-            require_behaviour(cache.manifest.behaviour, student.input.identity)
-        require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
-        require_topk(cache, recipe)
-        teacher = self._teacher_of(cache, arguments.teacher)
-        evaluation, prompts = (
-            None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
-            for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
-        )
-        inputs = RunInputs(
-            student=student.input,
-            teacher=teacher,
-            prompts=prompts or self._prompts_of(cache),
-            eval_prompts=evaluation,
-            cache=cache.input,
-            declared_teacher=arguments.declared_teacher,
-            allow_teacher_mismatch=allowed,
-        )
-        # Without answers and without the teacher at hand there is nothing to measure.
-        measurable = evaluation is not None or (teacher is not None and inputs.prompts is not None)
-        benchmark = arguments.benchmark and measurable
-        recipe = self._for_device(recipe, inputs, "benchmark", arguments.overrides)
-        phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
-        return self.request("distill", recipe, inputs, phases)
+        student, inputs = self._cache_inputs(cache, arguments)
+        return self._of_cache(cache, student, inputs, arguments)
+
+    def sweep(self, arguments: Sweep, points: Sequence[Mapping[str, Any]]) -> list[RunRequest]:
+        """A distillation from the cache for each point, which has the overrides of its own; inputs are read once.
+
+        The student is by default the one whose rollouts the cache holds, the evaluation that of the cache's run.
+        Raises as `from_cache`, and ArgumentError `invalid_argument` where the student of the cache is not known.
+        """
+        cache = self.references.cache(arguments.cache_id)
+        shared = {name: getattr(arguments, name) for name in StartDistillation.model_fields if hasattr(arguments, name)}
+        start = StartDistillation(**shared | {"student": arguments.student or self._student_of(cache)})
+        student, inputs = self._cache_inputs(cache, start)
+        made_by = self._inputs_of(cache)
+        usual = made_by.eval_prompts if made_by else None
+        if inputs.eval_prompts is None and usual is not None and self.references.allowed(usual.path):
+            inputs = inputs.model_copy(update={"eval_prompts": usual})
+        each = [start.model_copy(update={"overrides": {**start.overrides, **point}}) for point in points]
+        return [self._of_cache(cache, student, inputs, one) for one in each]
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
         """A model and its baselines are measured on prompts, on those of a suite, or on a task of lm-eval."""
@@ -311,6 +294,59 @@ class RequestBuilder:
         prompts = made_by.prompts if made_by else None
         return prompts if prompts and self.references.allowed(prompts.path) else None
 
+    def _cache_inputs(self, cache: ResolvedCache, arguments: StartDistillation) -> tuple[ResolvedModel, RunInputs]:
+        """The student that a cache is for, and the inputs of its distillation."""
+        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
+        allowed = arguments.allow_teacher_mismatch
+        if student.input.identity is not None:
+            require_behaviour(cache.manifest.behaviour, student.input.identity)
+        require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
+        teacher = self._teacher_of(cache, arguments.teacher)
+        evaluation, prompts = (
+            None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
+            for name, value in (("eval_prompts", arguments.eval_prompts), ("prompts", arguments.prompts))
+        )
+        inputs = RunInputs(
+            student=student.input,
+            teacher=teacher,
+            prompts=prompts or self._prompts_of(cache),
+            eval_prompts=evaluation,
+            cache=cache.input,
+            declared_teacher=arguments.declared_teacher,
+            allow_teacher_mismatch=allowed,
+        )
+        return student, inputs
+
+    def _of_cache(
+        self, cache: ResolvedCache, student: ResolvedModel, inputs: RunInputs, arguments: StartDistillation
+    ) -> RunRequest:
+        recipe, _ = self.with_engines(distillation_recipe(arguments))
+        target_of(recipe.runtime)
+        require_targets({"distill": recipe.distill}, student.facts)
+        require_topk(cache, recipe)
+        # Without answers and without the teacher at hand there is nothing to measure.
+        measurable = inputs.eval_prompts is not None or (inputs.teacher is not None and inputs.prompts is not None)
+        benchmark = arguments.benchmark and measurable
+        recipe = self._for_device(recipe, inputs, "benchmark", arguments.overrides)
+        phases = distillation_phases(recipe, inputs, "lightning", sft=False, benchmark=benchmark)
+        return self.request("distill", recipe, inputs, phases)
+
+    def _student_of(self, cache: ResolvedCache) -> str:
+        """The student whose rollouts a cache of this workspace holds; raises ArgumentError `invalid_argument`."""
+        artifact = self.artifacts.find(cache.input.artifact_id) if cache.input.artifact_id else None
+        made_by = self._inputs_of(cache)
+        if artifact is not None and artifact.record.run_id is not None and made_by is not None:
+            fine_tuned = self.references.store.view(artifact.record.run_id).artifacts.get("sft")
+            student = made_by.student
+            if found := fine_tuned or (student and (student.artifact_id or student.path)):
+                return found
+        raise ArgumentError(
+            "invalid_argument",
+            "Which student's rollouts this cache holds is not known here: another workspace made it.",
+            value=cache.input.reference,
+            fix="Give student as well.",
+        )
+
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None
 
@@ -373,21 +409,25 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
 def method_recipe(recipe: Recipe, method: Method) -> Recipe:
     """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on.
 
-    Raises ArgumentError `invalid_argument` for a live distillation with a repair, which needs cached scores.
+    Raises ArgumentError `invalid_argument` for a live distillation with what needs a cache's scores.
     """
     if method == "sft":
         return recipe
-    if method == "live" and recipe.distill.repair != "none":
-        raise ArgumentError(
-            "invalid_argument",
-            "distill.repair repairs the scores of a teacher cache; live distillation has none.",
-            value=recipe.distill.repair,
-            fix="Leave out distill.repair, or use method='lightning'.",
-        )
+    for key, value, off in (
+        ("repair", recipe.distill.repair, "none"),
+        ("extrapolation", recipe.distill.extrapolation, 1.0),
+    ):
+        if method == "live" and value != off:
+            raise ArgumentError(
+                "invalid_argument",
+                f"distill.{key} works on the scores of a teacher cache; live distillation has none.",
+                value=value,
+                fix=f"Leave out distill.{key}, or use method='lightning'.",
+            )
     distill = recipe.distill.model_copy(update={"method": method})
     update: dict[str, object] = {"distill": distill}
-    if method == "lightning" and distill.estimator != "sampled" and recipe.score.topk < distill.topk:
-        update["score"] = recipe.score.model_copy(update={"topk": distill.topk})
+    if method == "lightning" and recipe.score.topk < distill.teacher_tokens:
+        update["score"] = recipe.score.model_copy(update={"topk": distill.teacher_tokens})
     return recipe.model_copy(update=update)
 
 
@@ -398,39 +438,15 @@ def kind_of(method: Method) -> RunKind:
 
 def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:
     """Raise ArgumentError for a cache that holds fewer of the teacher's top tokens than the estimator trains on."""
-    needed = recipe.distill.topk if recipe.distill.estimator != "sampled" else 0
+    needed = recipe.distill.teacher_tokens
     if cache.manifest.topk < needed:
         raise ArgumentError(
             "invalid_argument",
-            f"Estimator {recipe.distill.estimator} trains on the teacher's top {needed} tokens; the cache holds "
-            f"{cache.manifest.topk}.",
+            f"Estimator {recipe.distill.estimator} with entropy_share {recipe.distill.entropy_share:g} reads the "
+            f"teacher's top {needed} tokens; the cache holds {cache.manifest.topk}.",
             value=cache.input.reference,
-            fix=f"Build the cache with topk={needed}, or use estimator='sampled'.",
+            fix=f"Build the cache with topk={needed}, or use estimator='sampled' on all tokens.",
         )
-
-
-def new_record(request: RunRequest, target: Target, estimate: MethodEstimate | None) -> RunRecord:
-    """A record with a fresh id, for a run on the target; no estimate while a model is still to be fetched."""
-    return RunRecord(
-        run_id=new_id(run_label(request)),
-        created_at=utc_now(),
-        request_hash=request_hash(request.kind, request.phases),
-        request=request,
-        versions=installed_versions(),
-        hardware=f"{target.name}, {platform.machine()}, {platform.system()}",
-        expected_seconds=estimate.seconds if estimate else None,
-        expected_memory_bytes=estimate.peak_memory_bytes if estimate else None,
-        expected_phase_seconds={phase.phase: phase.seconds for phase in estimate.phases} if estimate else {},
-        trace_context=current_trace(),
-    )
-
-
-def run_label(request: RunRequest) -> str:
-    """The readable part of a run's id: what it does, and to which model."""
-    inputs = request.inputs
-    model = inputs.student or inputs.model or inputs.teacher
-    prefix = request.recipe.distill.method if request.kind == "distill" else request.kind
-    return f"{prefix}-{model_label(model)[:NAME_CHARACTERS]}"
 
 
 def model_label(model: ModelInput | None) -> str:
@@ -438,64 +454,3 @@ def model_label(model: ModelInput | None) -> str:
     if model is None:
         return "run"
     return model.artifact_id or (model.hub_id or model.path or model.reference).rstrip("/").rsplit("/", 1)[-1]
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    found = {"opd-mcp": opd_mcp.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    for name in RECORDED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue  # an extra that is not installed decides nothing
-    return found
-
-
-def current_trace() -> dict[str, str]:
-    """The W3C trace context of the present span; empty where nothing is traced."""
-    from opentelemetry import propagate
-
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return carrier
-
-
-def plan_arguments(arguments: StartDistillation) -> PlanDistillation:
-    """The plan's arguments in those of a start; raises ArgumentError `invalid_argument` naming what is missing."""
-    missing = [name for name in ("student", "teacher", "prompts") if getattr(arguments, name) is None]
-    if missing:
-        raise ArgumentError(
-            "invalid_argument",
-            f"Missing: {', '.join(missing)}.",
-            fix="Give plan_id, or student + teacher + prompts, or student + cache_id.",
-        )
-    values = {name: getattr(arguments, name) for name in PlanDistillation.model_fields}
-    return PlanDistillation(**values)
-
-
-def require_cache_arguments(arguments: StartDistillation) -> None:
-    """Raise ArgumentError `invalid_argument` for a start from a cache without a student, or with what is of no use."""
-    if arguments.student is None:
-        raise ArgumentError("invalid_argument", "cache_id needs a student.", fix="Give the cache's student as well.")
-    if arguments.sft_prompts is not None:
-        raise ArgumentError(
-            "invalid_argument",
-            "sft_prompts have no use with cache_id: the cache's student has had its SFT.",
-            fix="Leave out sft_prompts.",
-        )
-
-
-def require_nothing_but_plan(arguments: StartDistillation) -> None:
-    """Raise ArgumentError `invalid_argument` for arguments next to plan_id that would change the plan."""
-    fields = type(arguments).model_fields
-    given = [
-        name
-        for name in arguments.model_fields_set - PLAN_ONLY
-        if getattr(arguments, name) != fields[name].get_default(call_default_factory=True)
-    ]
-    if given:
-        raise ArgumentError(
-            "invalid_argument",
-            f"A plan_id stands for all its arguments; given next to it: {', '.join(sorted(given))}.",
-            fix="Give plan_id alone (and benchmark), or leave plan_id out.",
-        )

@@ -8,7 +8,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.reports import Curve, StageCost, Verdict
+from opd_mcp.schemas.reports import Curve, Judgement, StageCost, Verdict
 from opd_mcp.schemas.runs import Alert, Progress, Quotas, RunKind, RunRow, RunState
 
 
@@ -48,6 +48,50 @@ class MetricsReport(Schema):
     dropped: list[str] = Field(default_factory=list, description="what was left out for length")
 
 
+Interval = tuple[float, float, float]
+"""A value, and the two ends of its 95 % interval."""
+
+
+class ComparedRun(Schema):
+    """One row of a comparison; what was not measured is absent."""
+
+    run_id: str
+    name: str | None = None
+    kind: RunKind
+    state: RunState
+    settings: dict[str, Any] = Field(default_factory=dict, description="those that differ between the runs")
+    model: str | None = Field(None, description="the measured model, as the report calls it")
+    accuracy: Interval | None = None
+    sampled_accuracy: Interval | None = None
+    reverse_kl: Interval | None = Field(None, description="nats per token")
+    baseline: str | None = None
+    gain: Interval | None = Field(None, description="accuracy minus the baseline's, paired by prompt")
+    verdict: Judgement | None = None
+    seconds: float | None = Field(None, description="of the stages that this run computed itself")
+    not_measured: str | None = Field(None, description="why there are no figures")
+
+
+class PairedRuns(Schema):
+    """The accuracy of two runs' models on the same prompts, paired by prompt."""
+
+    candidate: str
+    baseline: str
+    accuracy_difference: Interval
+    prompts: int
+
+
+class RunComparison(Schema):
+    """The answer of `compare_runs`: one table, oldest run first, from the reports alone."""
+
+    settings: list[str] = Field(description="recipe keys and inputs that differ")
+    runs: list[ComparedRun]
+    best: str | None = Field(None, description="the run whose model is most accurate")
+    paired: list[PairedRuns] = Field(default_factory=list, description="the best against each other run")
+    notes: list[str] = Field(default_factory=list, description="how to read the table, and what is left out")
+    basis: dict[str, str] = Field(default_factory=dict, description="how each figure was obtained")
+    next_action: NextAction
+
+
 class LogPage(Schema):
     """The answer of `get_run_logs`: lines in the order of writing."""
 
@@ -84,6 +128,36 @@ class DeletedArtifact(Schema):
     next_action: NextAction
 
 
+class DeletedRun(Schema):
+    """The answer of `delete_run`."""
+
+    run_id: str
+    freed_bytes: int
+    artifacts: list[str] = Field(default_factory=list, description="deleted with it")
+    kept: dict[str, str] = Field(default_factory=dict, description="its artifacts that stay, and what needs them")
+    next_action: NextAction
+
+
+class SweptRun(Schema):
+    """One run of a sweep."""
+
+    run_id: str
+    name: str | None = None
+    state: RunState
+    settings: dict[str, Any]
+    reused: bool = Field(False, description="it was active, or had succeeded, before this call")
+
+
+class SweepStarted(Schema):
+    """The answer of `sweep`; `sweep_id` is also a tag of its runs."""
+
+    sweep_id: str
+    runs: list[SweptRun]
+    expected_seconds: float | None = Field(None, description="of the runs that this call started, one after another")
+    not_started: list[str] = Field(default_factory=list, description="why runs are missing; the same call adds them")
+    next_action: NextAction
+
+
 class ShownPhase(Schema):
     """A phase: done, running, waiting or stopped."""
 
@@ -99,6 +173,9 @@ class DashboardRun(Schema):
     state: RunState
     verdict: Verdict | None = None
     created_at: str
+    name: str | None = None
+    tags: list[str] = Field(default_factory=list)
+    notes: str | None = None
     models: str
     phases: list[ShownPhase]
     progress: Progress | None = None
@@ -118,6 +195,7 @@ class DashboardFeed(Schema):
 
     runs: list[DashboardRun]
     listed: list[RunRow] = Field(default_factory=list, description="the newest runs, to choose from")
+    comparison: RunComparison | None = Field(None, description="where more than one run is chosen")
 
 
 class Leftover(Schema):

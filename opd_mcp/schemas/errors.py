@@ -24,9 +24,9 @@ OpdError
 │                                  missing_package · teacher_unreachable · teacher_refused · grader_failed ·
 │                                  sandbox_unavailable · workspace_busy · workspace_unusable · child_failed ·
 │                                  engine_failed · engine_unreachable · engine_refused
-└── RunError                       run_not_active · run_locked · run_cancelled · launch_failed · worker_lost ·
-                                   worker_terminated · attempt_superseded · same_request_active · run_starting ·
-                                   bad_number · bad_rows · engine_disagrees
+└── RunError                       run_not_active · run_active · run_locked · run_cancelled · launch_failed ·
+                                   worker_lost · worker_terminated · attempt_superseded · same_request_active ·
+                                   run_starting · bad_number · bad_rows · engine_disagrees
 """
 
 from collections.abc import Iterable

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 from opd_mcp.schemas.base import AddedLater, Schema
 
 Method = Literal["lightning", "live", "sft"]
-Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl"]
+Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl", "topk_js", "topk_entropy_mixed", "opsa"]
+TokenWeighting = Literal["uniform", "early"]
 Normalize = Literal["sample", "token"]
 CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
@@ -212,6 +213,25 @@ class DistillRecipe(Schema):
     repair: Annotated[Literal["none", "residual"], AddedLater()] = Field(
         "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
     )
+    js_beta: Annotated[float, Field(gt=0, lt=1), AddedLater()] = Field(
+        0.5, description="β of topk_js: near 0 towards the forward KL, near 1 towards the reverse KL"
+    )
+    extrapolation: Annotated[float, Field(gt=0, le=4), AddedLater()] = Field(
+        1.0,
+        description="λ: trains on log π_ref + λ (log π_T − log π_ref); above 1 beyond the teacher, below 1 near π_ref",
+    )
+    horizon: PositiveFloat | None = Field(
+        None, description="train on the beginning of each response only: so many tokens, or below 1 such a share"
+    )
+    horizon_growth_steps: PositiveInt | None = Field(
+        None, description="steps in which the horizon grows to whole responses; default: it stays"
+    )
+    token_weighting: Annotated[TokenWeighting, AddedLater()] = Field(
+        "uniform", description="'early' weighs a token by what of its response's disagreement is still to come"
+    )
+    entropy_share: Annotated[float, Field(gt=0, le=1), AddedLater()] = Field(
+        1.0, description="train only on this share of a step's tokens, those where the teacher is least sure"
+    )
     normalize: Normalize = "sample"
     advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
     steps: PositiveInt = 150
@@ -222,13 +242,25 @@ class DistillRecipe(Schema):
     save_dtype: SaveDtype = "input"
     adapter: AdapterRecipe | None = None
 
+    @property
+    def teacher_tokens(self) -> int:
+        """How many of the teacher's likeliest tokens the training reads."""
+        return self.topk if self.estimator.startswith("topk_") or self.entropy_share < 1 else 0
+
     @model_validator(mode="after")
-    def _repairs_sampled_scores(self) -> Self:
-        if self.repair != "none" and self.estimator != "sampled":
-            raise ValueError(
-                f"distill.repair repairs the scores of sampled tokens: it needs the estimator 'sampled', not "
-                f"'{self.estimator}'"
-            )
+    def _settings_fit_the_estimator(self) -> Self:
+        for key, changed in (("repair", self.repair != "none"), ("extrapolation", self.extrapolation != 1)):
+            if changed and self.estimator != "sampled":
+                raise ValueError(
+                    f"distill.{key} changes the scores of sampled tokens: it needs the estimator 'sampled', not "
+                    f"'{self.estimator}'"
+                )
+        if self.extrapolation != 1 and self.method == "live":
+            raise ValueError("distill.extrapolation needs π_ref's log-probs, which a teacher cache holds: not 'live'")
+        if self.horizon_growth_steps is not None and self.horizon is None:
+            raise ValueError("distill.horizon_growth_steps needs a distill.horizon to grow from")
+        if self.horizon is not None and self.horizon > 1 and not self.horizon.is_integer():
+            raise ValueError("distill.horizon is a whole number of tokens, or a share below 1")
         return self
 
 

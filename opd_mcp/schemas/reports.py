@@ -178,6 +178,9 @@ class ModelScore(Schema):
     name: str
     identity: ModelIdentity
     greedy_accuracy: Estimate95 | None = None
+    greedy_right: str | None = Field(
+        None, description="a 1 for each right greedy answer, else a 0, in the order of the prompts with an answer"
+    )
     sampled_accuracy: Estimate95 | None = Field(None, description="avg@n over the sampled responses")
     pass_at_k: dict[str, float] | None = Field(None, description="unbiased, by k")
     reverse_kl: Estimate95 | None = Field(

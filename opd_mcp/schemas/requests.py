@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.recipes import CacheDtype, Estimator, ExportFormat, Method, OnTruncated, Preset, Seed
-from opd_mcp.schemas.runs import RunKind, RunState
+from opd_mcp.schemas.runs import MAX_TAGS, RunKind, RunName, RunState, Tag
 
 Reference = Annotated[
     str,
@@ -95,6 +95,13 @@ DeclaredTeacher = Annotated[
 AllowMismatch = Annotated[bool, Field(description="train although the SFT teacher differs")]
 
 
+Name = Annotated[RunName, Field(description="of the run; default: what it does, and how its settings differ")]
+Tags = Annotated[
+    list[Tag],
+    Field(max_length=MAX_TAGS, description="to list, compare and cancel runs by"),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+]
+Notes = Annotated[str, Field(max_length=2_000)]
 Confirm = Annotated[str, Field(max_length=200, description="the id that [confirm_needed] names")]
 
 
@@ -117,6 +124,9 @@ class PlanDistillation(Schema):
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
     overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
 
 
 class GenerateTeacherResponses(Schema):
@@ -127,6 +137,9 @@ class GenerateTeacherResponses(Schema):
     columns: Columns | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
 
 
 class StartSft(Schema):
@@ -138,6 +151,9 @@ class StartSft(Schema):
     declared_teacher: DeclaredTeacher | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
 
 
 class BuildTeacherCache(Schema):
@@ -155,6 +171,9 @@ class BuildTeacherCache(Schema):
     allow_teacher_mismatch: AllowMismatch = False
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
     confirm: Confirm | None = None
 
 
@@ -186,6 +205,43 @@ class StartDistillation(Schema):
     allow_teacher_mismatch: AllowMismatch = False
     benchmark: Annotated[bool, Field(description="end with a report")] = True
     overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
+    confirm: Confirm | None = None
+
+
+MAX_SWEPT = 32
+Swept = Annotated[dict[str, Any], AfterValidator(bounded)]
+
+
+class Sweep(Schema):
+    """Arguments of `sweep`: a teacher cache, and the settings to distill its student with."""
+
+    cache_id: Annotated[Reference, Field(description="teacher cache, or the run that made it")]
+    grid: Annotated[
+        dict[str, Annotated[list[Any], Field(min_length=1, max_length=MAX_SWEPT)]],
+        Field(description="values by recipe key, in all combinations", max_length=8),
+        AfterValidator(bounded),
+        WithJsonSchema({"type": "object"}),
+    ] = Field(default_factory=dict)
+    points: Annotated[
+        list[Swept],
+        Field(description="instead: overrides of each run", max_length=MAX_SWEPT),
+        WithJsonSchema({"type": "array", "items": {"type": "object"}, "maxItems": MAX_SWEPT}),
+    ] = Field(default_factory=list)
+    student: Annotated[Reference, Field(description="default: the cache's")] | None = None
+    teacher: Reference | None = None
+    eval_prompts: EvalPrompts | None = None
+    columns: Columns | None = None
+    estimator: Estimator = "sampled"
+    preset: Preset = "quick"
+    declared_teacher: DeclaredTeacher | None = None
+    allow_teacher_mismatch: AllowMismatch = False
+    overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
     confirm: Confirm | None = None
 
 
@@ -201,6 +257,9 @@ class BenchmarkStudent(Schema):
     samples_per_prompt: Annotated[int, Field(ge=0, le=64, description="0: greedy accuracy only")] | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
 
 
 class SampleModel(Schema):
@@ -215,6 +274,9 @@ class SampleModel(Schema):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
     seed: Seed = 0
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
 
 
 class ExportStudent(Schema):
@@ -227,6 +289,9 @@ class ExportStudent(Schema):
         Field(description="new folder below an export root"),
     ]
     format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; or the adapter alone")] = "input"
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
 
 
 class GetRunStatus(Schema):
@@ -249,6 +314,8 @@ class ListRuns(Schema):
 
     state: RunState | None = None
     kind: RunKind | None = None
+    name: Annotated[str, Field(max_length=80, description="part of the name")] | None = None
+    tag: Annotated[str, Field(max_length=80)] | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     cursor: Annotated[str, Field(max_length=500, description="next_cursor of the page before")] | None = None
 
@@ -256,7 +323,7 @@ class ListRuns(Schema):
 class CancelRun(Schema):
     """Arguments of `cancel_run`."""
 
-    run_id: RunId
+    run_id: Annotated[RunId, Field(description="a run_id, 'latest', or a tag or sweep_id: all its active runs")]
 
 
 class ResumeRun(Schema):
@@ -276,6 +343,16 @@ class GetRunMetrics(Schema):
         Field(max_length=20, description="e.g. 'distill.reverse_kl_k1' or 'reverse_kl_k1'; default: all"),
     ] = Field(default_factory=list)
     max_points: Annotated[int, Field(ge=2, le=200, description="points per series")] = 40
+
+
+MAX_COMPARED = 32
+
+
+class CompareRuns(Schema):
+    """Arguments of `compare_runs`: some runs, or a tag that they share."""
+
+    run_ids: Annotated[list[RunId], Field(max_length=MAX_COMPARED)] = Field(default_factory=list)
+    tag: Annotated[str, Field(max_length=80, description="instead: all runs with this tag")] | None = None
 
 
 class GetRunLogs(Schema):
@@ -299,6 +376,13 @@ class DeleteArtifact(Schema):
     """Arguments of `delete_artifact`."""
 
     artifact_id: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+    confirm: Confirm | None = None
+
+
+class DeleteRun(Schema):
+    """Arguments of `delete_run`."""
+
+    run_id: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
     confirm: Confirm | None = None
 
 

@@ -33,6 +33,14 @@ def recipe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
             yield from recipe_keys(section, f"{prefix}{name}.")
 
 
+def leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The dotted names of a nested record's values."""
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    nested = (leaves(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in value.items())
+    return [leaf for part in nested for leaf in part]
+
+
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 

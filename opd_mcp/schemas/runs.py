@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field, StringConstraints, WithJsonSchema
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
@@ -127,6 +127,19 @@ class RunInputs(Schema):
     export: ExportTarget | None = None
 
 
+RunName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
+Tag = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,59}$")]
+MAX_TAGS = 10
+
+
+class RunLabels(Schema):
+    """What people call a run; it is in no phase's key and in no request's hash."""
+
+    name: RunName | None = Field(None, description="as given, else what the run does and how its recipe differs")
+    tags: list[Tag] = Field(default_factory=list)
+    notes: str | None = None
+
+
 class RunPhase(Schema):
     """One phase of a run in the order of execution."""
 
@@ -143,12 +156,13 @@ class RunRequest(Schema):
     inputs: RunInputs
     phases: list[RunPhase]
     plan_id: str | None = None
+    labels: RunLabels = RunLabels()
 
 
 class RunRecord(Record):
     """`run.json`: immutable."""
 
-    upgrades = (unchanged,)  # 2: sealed, with the memory that was expected
+    upgrades = (unchanged, unchanged)  # 2: sealed, with the memory that was expected; 3: labels
     run_id: str
     created_at: str = Field(description="also the moment that chat templates with a clock write, in every attempt")
     request_hash: str
@@ -248,8 +262,10 @@ class RunSnapshot(Schema):
     kind: RunKind
     state: RunState
     phase: PhaseName | None = None
+    name: str | None = None
     progress: Progress | None = None
     reused: bool = False
+    note: str | None = Field(None, description="what the caller may not expect")
     cache_id: str | None = Field(None, description="id that the teacher cache of this run has or will have")
     result: dict[str, Any] | None = Field(None, description="of an ended run")
     error: Failure | None = None
@@ -262,6 +278,9 @@ class RunStatus(Schema):
     run_id: str
     kind: Annotated[RunKind, LISTED_AS_TEXT]
     state: RunState
+    name: str | None = None
+    tags: list[str] | None = None
+    notes: str | None = None
     created_at: str
     updated_at: str
     phase: Annotated[PhaseName, LISTED_AS_TEXT] | None = None
@@ -288,6 +307,8 @@ class RunRow(Schema):
     run_id: str
     kind: RunKind
     state: RunState
+    name: str | None = None
+    tags: list[str] | None = None
     note: str | None = Field(None, description="of an active run, its process; of a succeeded one, its judgement")
     created_at: str
     student: str | None = None

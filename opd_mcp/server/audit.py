@@ -166,7 +166,7 @@ class AuditLog:
 
 def subject_of(values: Any) -> str | None:
     """The id of the run or artifact in a call's arguments or answer; None for what has none, or no id."""
-    names = ("run_id", "artifact_id", "model_id", "cache_id")
+    names = ("run_id", "sweep_id", "artifact_id", "model_id", "cache_id")
     found = next((values[name] for name in names if isinstance(values, dict) and name in values), None)
     return found if isinstance(found, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", found) else None
 

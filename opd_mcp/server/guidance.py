@@ -19,6 +19,7 @@ start_distillation(student, cache_id) → benchmark_student.
 Models and data are named by absolute path below an allowed root, artifact id, run id (its result) or Hub id; prompts \
 also as a task: reasoning_gym:NAME?size=N&seed=S.
 The teacher of the cache must be the teacher of the student's SFT; a mismatch is refused with the ways out.
+sweep tries settings on one cache; compare_runs(tag=…) puts runs into one table; give runs a name and tags.
 Settings: preset quick, paper or demo; overrides with dotted recipe keys, which the plan lists and opd://recipe-keys \
 explains.
 Runs survive this server; starts are idempotent; resume_run continues a failed, cancelled or lost run; \

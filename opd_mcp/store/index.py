@@ -24,6 +24,9 @@ class IndexedRun:
     request_hash: str
     student: str | None
     teacher: str | None
+    name: str | None = None
+    tags: str = "[]"
+    """JSON: a list of texts."""
     final_state: RunState | None = None
 
 
@@ -50,6 +53,8 @@ def indexed_run(record: RunRecord, final_state: RunState | None = None) -> Index
         request_hash=record.request_hash,
         student=student.reference if student else None,
         teacher=inputs.teacher.reference if inputs.teacher else None,
+        name=record.request.labels.name,
+        tags=json.dumps(record.request.labels.tags),
         final_state=final_state,
     )
 
@@ -64,14 +69,30 @@ class Index(IndexFile):
             if state in FINAL_STATES:
                 database.execute("UPDATE runs SET final_state = ? WHERE run_id = ?", (state, run_id))
 
-    def runs(self, *, kind: RunKind | None = None, unfinished: bool = False) -> list[IndexedRun]:
-        """Rows newest first; `unfinished` leaves out those that a process has seen end."""
-        condition = "kind = coalesce(?, kind)" + (" AND final_state IS NULL" if unfinished else "")
+    def runs(
+        self,
+        *,
+        kind: RunKind | None = None,
+        name: str | None = None,
+        tag: str | None = None,
+        unfinished: bool = False,
+    ) -> list[IndexedRun]:
+        """Rows newest first, of runs whose name has a part `name`; `unfinished`: without those that were seen end."""
+        conditions = ["kind = coalesce(?, kind)"]
+        values: list[str | None] = [kind]
+        if unfinished:
+            conditions.append("final_state IS NULL")
+        if name is not None:
+            conditions.append("instr(lower(name), lower(?)) > 0")
+            values.append(name)
+        if tag is not None:
+            conditions.append("EXISTS (SELECT 1 FROM json_each(tags) WHERE value = ?)")
+            values.append(tag)
         with self.reading() as database:
             rows = database.execute(
-                "SELECT run_id, kind, created_at, request_hash, student, teacher, final_state FROM runs"
-                f" WHERE {condition} ORDER BY created_at DESC, run_id DESC",
-                (kind,),
+                "SELECT run_id, kind, created_at, request_hash, student, teacher, name, tags, final_state FROM runs"
+                f" WHERE {' AND '.join(conditions)} ORDER BY created_at DESC, run_id DESC",
+                values,
             ).fetchall()
         return [IndexedRun(*row) for row in rows]
 
@@ -80,6 +101,11 @@ class Index(IndexFile):
         with self.reading() as database:
             rows = database.execute("SELECT run_id FROM runs ORDER BY created_at DESC, run_id DESC LIMIT ?", (limit,))
             return [run_id for (run_id,) in rows]
+
+    def remove_run(self, run_id: str) -> None:
+        """Remove the row of a run whose directory is gone."""
+        with self.writing() as database:
+            database.execute("DELETE FROM runs WHERE run_id = ?", (run_id,))
 
     def add_artifact(self, row: IndexedArtifact) -> None:
         """Insert or replace an artifact's row."""
@@ -140,7 +166,7 @@ class Index(IndexFile):
 
 def insert_run(database: sqlite3.Connection, row: IndexedRun) -> None:
     """Insert or replace a run's row inside a caller's transaction."""
-    database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)", astuple(row))
+    database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", astuple(row))
 
 
 def insert_artifact(database: sqlite3.Connection, row: IndexedArtifact) -> None:

@@ -23,11 +23,11 @@ from opd_mcp.identity.files import fsync_directory
 from opd_mcp.schemas.errors import IntegrityError, ResourceError
 from opd_mcp.store.files import free_bytes, workspace_missing
 
-SCHEMA_VERSION = 4  # 2: artifacts by time; 3: generation and transactions; 4: artifacts by kind and time
+SCHEMA_VERSION = 5  # 2: artifacts by time; 3: generation and transactions; 4: artifacts by kind; 5: names and tags
 SCHEMA = """
 CREATE TABLE runs (
     run_id TEXT PRIMARY KEY, kind TEXT NOT NULL, created_at TEXT NOT NULL, request_hash TEXT NOT NULL,
-    student TEXT, teacher TEXT, final_state TEXT
+    student TEXT, teacher TEXT, name TEXT, tags TEXT NOT NULL, final_state TEXT
 ) STRICT;
 CREATE INDEX runs_by_time ON runs (created_at, run_id);
 CREATE INDEX runs_by_request ON runs (request_hash);

@@ -35,6 +35,25 @@ def log_tail(log: Path) -> list[str]:
     return [line for line in lines if not _NOISE.search(line)][-LOG_LINES:]
 
 
+class LogFollower:
+    """The lines that are written to a log from now on; a line is given once it is whole."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.offset = log.stat().st_size if log.is_file() else 0
+
+    def lines(self) -> list[str]:
+        """The whole lines since the last look, at most four megabytes at a time."""
+        if not self._log.is_file():
+            return []
+        with self._log.open("rb") as file:
+            file.seek(self.offset)
+            block = file.read(SCANNED_BYTES)
+        whole = block[: block.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return [line.rstrip() for line in whole.decode("utf-8", errors="replace").splitlines() if line.strip()]
+
+
 def log_page(run_id: str, log: Path, *, tail: int, contains: str | None = None, cursor: str | None = None) -> LogPage:
     """The last lines before the cursor or of the log; with `contains`, only lines that have this text.
 

@@ -316,12 +316,20 @@ class RunViews:
 
         Raises UnknownIdError `unknown_run`, IntegrityError `damaged_file`.
         """
+        directory = run_directory(self._workspace, run_id)  # another process may have deleted it
         with self._lock:
             record = self._records.get(run_id)
         if record is None:
-            record = read_record(run_directory(self._workspace, run_id))
+            record = read_record(directory)
             self._keep(self._records, run_id, record, MAX_VIEWS)
         return self.look(run_id, lambda view: answer(view, record))
+
+    def forget(self, run_id: str) -> None:
+        """Keep nothing of a run that was deleted."""
+        with self._lock:
+            self._records.pop(run_id, None)
+            self._views.pop(run_id, None)
+            self._written.pop(run_id, None)
 
     def look(self, run_id: str, answer: Callable[[RunView], Answer]) -> Answer:
         """What `answer` makes of the refreshed view; raises UnknownIdError `unknown_run`."""

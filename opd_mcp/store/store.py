@@ -1,5 +1,6 @@
 """The whole memory in one object: workspace, index and artifacts, with starting once, listing and rebuilding."""
 
+import json
 import os
 import shutil
 import sqlite3
@@ -149,14 +150,18 @@ class Store:
         *,
         state: RunState | None = None,
         kind: RunKind | None = None,
+        name: str | None = None,
+        tag: str | None = None,
         limit: int = 20,
         cursor: str | None = None,
     ) -> RunList:
         """A page of runs, newest first; `total` counts all that match and is the same on every page.
 
+        `name` is a part of the name, in any case; `tag` one of the tags.
+
         Raises ArgumentError `invalid_argument` for a cursor that no list gave.
         """
-        indexed = self.index.runs(kind=kind)
+        indexed = self.index.runs(kind=kind, name=name, tag=tag)
         here = set(os.listdir(self.workspace.runs))  # after the index: what was indexed then is here now, or gone
         listed = [row for row in indexed if row.run_id in here and (row.final_state or self._exists(row.run_id))]
         matching = [row for row in listed if state is None or state == self._state(row)]
@@ -167,6 +172,8 @@ class Store:
                 run_id=row.run_id,
                 kind=row.kind,
                 state=found,
+                name=row.name,
+                tags=json.loads(row.tags) or None,
                 note=self._note(row.run_id) if found in ACTIVE_STATES else self._judgement(row.run_id, found),
                 created_at=row.created_at,
                 student=row.student,
@@ -174,7 +181,8 @@ class Store:
             )
             for row, found in zip(page, states, strict=True)
         ]
-        damaged = self._damaged_among(here - {row.run_id for row in indexed}) if cursor is None and kind is None else []
+        whole = (cursor, kind, name, tag) == (None,) * 4
+        damaged = self._damaged_among(here - {row.run_id for row in indexed}) if whole else []
         return RunList(rows=rows, total=len(matching), next_cursor=next_cursor, damaged=damaged or None)
 
     def _damaged_among(self, run_ids: Collection[str]) -> list[str]:
@@ -239,6 +247,15 @@ class Store:
         if runs or artifacts:
             with self.index.writing() as database:
                 self._insert(database, runs, artifacts)
+
+    def forget(self, run_id: str) -> None:
+        """Take a run whose directory is gone out of every list."""
+        self.index.remove_run(run_id)
+        self.views.forget(run_id)
+
+    def exists(self, run_id: str) -> bool:
+        """Whether there is such a run."""
+        return is_id(run_id) and self._exists(run_id)
 
     def _exists(self, run_id: str) -> bool:
         return (self.workspace.run(run_id) / RECORD_FILE).is_file()

@@ -17,10 +17,9 @@ from opd_mcp.devices.hardware import Target, free_disk, target_of
 from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.models import ModelCache
-from opd_mcp.planning.admission import admission, require_room, with_claims
-from opd_mcp.planning.estimates import estimate_of, measured_costs
+from opd_mcp.planning.costs.admission import admission, require_room, with_claims
+from opd_mcp.planning.costs.estimates import estimate_of, measured_costs
 from opd_mcp.planning.phases import with_satisfied
-from opd_mcp.planning.run_requests import new_record
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.recipes import RuntimeRecipe
@@ -34,6 +33,7 @@ from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.worker_process import has_begun, note_exit
 from opd_mcp.store.workspace import Workspace, grace_seconds
 from opd_mcp.supervisor.liveness import attend
+from opd_mcp.supervisor.records import new_record
 
 
 def worker_command(workspace: Workspace, run_id: str, lock_fd: int, settings: JobSettings) -> list[str]:
@@ -186,6 +186,11 @@ class Supervisor:
             self._children.settle(view.directory)
         if view.state == "lost" or view.cancel_requested is not None:
             attend(view, grace_seconds(self._store.workspace))
+
+    def expected_seconds(self, request: RunRequest) -> float | None:
+        """What a run is expected to take; None while one of its models is still to be fetched."""
+        estimate = self._estimate(request, self.target(request.recipe.runtime))
+        return estimate.seconds if estimate else None
 
     def _estimate(self, request: RunRequest, target: Target) -> MethodEstimate | None:
         measured = measured_costs(self._store.workspace.artifacts)

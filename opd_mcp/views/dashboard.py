@@ -9,6 +9,7 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.store import Store
+from opd_mcp.views.compare import compared
 from opd_mcp.views.metrics import LOSS_KEYS, series
 from opd_mcp.views.next_steps import run_verdict
 from opd_mcp.views.status import costs_by_stage, status_of
@@ -25,7 +26,8 @@ def dashboard_feed(store: Store, run_ids: Sequence[str]) -> DashboardFeed:
     listed = store.list_runs(limit=LISTED_RUNS).rows
     chosen = list(dict.fromkeys(run_ids))[:MAX_RUNS] or [row.run_id for row in listed[:1]]
     runs = [shown_run(store.record(run_id), store.view(run_id, keep_series=True)) for run_id in chosen]
-    return DashboardFeed(runs=runs, listed=listed)
+    comparison = compared(store, chosen) if len(chosen) > 1 else None
+    return DashboardFeed(runs=runs, listed=listed, comparison=comparison)
 
 
 def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
@@ -39,6 +41,9 @@ def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
         state=view.state,
         verdict=run_verdict(view, record),
         created_at=record.created_at,
+        name=record.request.labels.name,
+        tags=record.request.labels.tags,
+        notes=record.request.labels.notes,
         models=" ← ".join(
             source.reference.rstrip("/").rsplit("/", 1)[-1]
             for source in (record.request.inputs.student or record.request.inputs.model, record.request.inputs.teacher)

@@ -1,11 +1,12 @@
 """A run's metrics as its journal holds them: series thinned out, their trend, and one line on what they say."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_mcp.schemas.answers import MetricSeries, MetricsReport, RunMetrics
 from opd_mcp.schemas.errors import ArgumentError, nearest
+from opd_mcp.schemas.resolve import leaves
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView, trend_of
@@ -157,11 +158,3 @@ def inputs_of(record: RunRecord) -> dict[str, str]:
     roles = ("student", "teacher", "model", "prompts", "sft_prompts", "eval_prompts", "responses", "cache")
     given = {role: getattr(inputs, role) for role in roles}
     return {role: source.artifact_id or source.reference for role, source in given.items() if source is not None}
-
-
-def leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """The dotted names of a nested record's values."""
-    if not isinstance(value, dict):
-        return [(prefix, value)]
-    nested = (leaves(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in value.items())
-    return [leaf for part in nested for leaf in part]

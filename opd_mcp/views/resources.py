@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.schemas.errors import UnknownIdError
@@ -11,7 +12,7 @@ from opd_mcp.store.runs import LOG_FILE, run_directory
 from opd_mcp.store.store import Store
 from opd_mcp.views.metrics import metrics_report
 
-REPORT_TEXT = "report.md"
+REPORT_TEXT, REPORT_JSON = "report.md", "report.json"
 LOG_LINES = 200
 MAX_IDS = 1_000
 
@@ -33,6 +34,11 @@ def log_tail(store: Store, run_id: str) -> str:
 
 
 def report_markdown(store: Store, run_id: str) -> str:
+    """The report that a run ended with; raises as `report_file`."""
+    return report_file(store, run_id).read_text(encoding="utf-8")
+
+
+def report_file(store: Store, run_id: str) -> Path:
     """The report that a run ended with; raises UnknownIdError `unknown_run`, or `unknown_artifact` without one."""
     artifact_id = store.view(run_id).artifacts.get("benchmark")
     if artifact_id is None:
@@ -45,7 +51,7 @@ def report_markdown(store: Store, run_id: str) -> str:
         )
     folder = store.artifacts.get(artifact_id).path
     text = folder / REPORT_TEXT
-    return (text if text.is_file() else folder / "report.json").read_text(encoding="utf-8")
+    return text if text.is_file() else folder / REPORT_JSON
 
 
 def lineage_json(store: Store, artifact_id: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from opd_mcp.devices.leases import Place
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.reports import StageCost
-from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunRecord, RunSnapshot, RunStatus
+from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunLabels, RunRecord, RunSnapshot, RunStatus
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.supervisor.liveness import lost_failure, worker_alert
 from opd_mcp.views.next_steps import next_action, run_verdict
@@ -19,8 +19,10 @@ PACE_LIMITS = (0.05, 20.0)
 COUNTS_IN_PARTS = ("benchmark",)
 
 
-def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> RunSnapshot:
-    """The run as the tools that start or stop it answer."""
+def snapshot_of(
+    view: RunView, record: RunRecord, *, reused: bool = False, wanted: RunLabels | None = None
+) -> RunSnapshot:
+    """The run as the tools that start or stop it answer; `wanted` is what the caller of a start would call it."""
     kind = record.request.kind
     return RunSnapshot(
         run_id=record.run_id,
@@ -28,12 +30,24 @@ def snapshot_of(view: RunView, record: RunRecord, *, reused: bool = False) -> Ru
         state=view.state,
         phase=view.phase,
         progress=view.progress,
+        name=record.request.labels.name,
         reused=reused,
+        note=_other_labels(record.request.labels, wanted) if reused and wanted else None,
         cache_id=cache_id_of(record.request.phases),
         result=judged_result(view, record),
         error=failure(view),
         next_action=next_action(view, record),
     )
+
+
+def _other_labels(labels: RunLabels, wanted: RunLabels) -> str | None:
+    """That an active run keeps its own labels, for a caller who gave others."""
+    given = {name: value for name, value in wanted if value}
+    other = [name for name, value in given.items() if getattr(labels, name) != value]
+    if not other:
+        return None
+    tags = f", tags {', '.join(labels.tags)}" if labels.tags else ""
+    return f"This request is active already as {labels.name!r}{tags}; the {' and '.join(other)} given are not used."
 
 
 def judged_result(view: RunView, record: RunRecord) -> dict[str, Any] | None:
@@ -62,6 +76,9 @@ def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatu
         run_id=record.run_id,
         kind=record.request.kind,
         state=view.state,
+        name=record.request.labels.name,
+        tags=record.request.labels.tags or None,
+        notes=record.request.labels.notes,
         created_at=record.created_at,
         updated_at=view.updated_at or record.created_at,
         phase=view.phase if active else None,

@@ -18,9 +18,9 @@ from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.consistency import proven_claim
 from opd_mcp.identity.lineage import write_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.planning.estimates import CostModel, room_of
+from opd_mcp.planning.costs.estimates import CostModel, room_of
+from opd_mcp.planning.costs.workload import PROCESS_BYTES, DataSize, Workload
 from opd_mcp.planning.exports import export_request
-from opd_mcp.planning.workload import PROCESS_BYTES, DataSize, Workload
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.memory import ModelShape

@@ -13,17 +13,23 @@ from opd_mcp.planning.confirmation import Question
 from opd_mcp.schemas.answers import (
     ArtifactList,
     ArtifactRow,
+    ComparedRun,
     DashboardFeed,
     DashboardRun,
     DeletedArtifact,
+    DeletedRun,
     Device,
     ExamplePaths,
     LogPage,
     MetricSeries,
     MetricsReport,
+    PairedRuns,
+    RunComparison,
     RunMetrics,
     SetupReport,
     ShownPhase,
+    SweepStarted,
+    SweptRun,
 )
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, RolloutStatistics, SampleRow, ScoreStatistics
 from opd_mcp.schemas.errors import UnknownIdError
@@ -203,8 +209,8 @@ class ScriptedService:
     def wait_token(self, run_id: str) -> str:
         return self.token
 
-    def list_runs(self, state: Any = None, kind: Any = None, limit: int = 20, cursor: str | None = None) -> RunList:
-        self._record("list_runs", (state, kind, limit, cursor))
+    def list_runs(self, **filters: Any) -> RunList:
+        self._record("list_runs", filters)
         row = RunRow(
             run_id=self.run.run_id, kind="distill", state="running", created_at="2026-08-01T10:00:00Z", student="s"
         )
@@ -225,6 +231,52 @@ class ScriptedService:
             run_id=self.run.run_id, kind="distill", state="running", series=[series], diagnosis="It falls."
         )
         return MetricsReport(runs=[run], differences={"distill.steps": [3, 4]})
+
+    def compare_runs(self, arguments: Any) -> RunComparison:
+        self._record("compare_runs", arguments)
+        runs = [
+            ComparedRun(
+                run_id=f"run-{number}",
+                name=f"steps={number}",
+                kind="distill",
+                state="succeeded",
+                settings={"distill.steps": number},
+                model="distilled",
+                accuracy=(0.5 + number / 10, 0.4, 0.9),
+                seconds=12.5,
+            )
+            for number in (1, 2)
+        ]
+        pair = PairedRuns(candidate="run-2", baseline="run-1", accuracy_difference=(0.1, -0.1, 0.3), prompts=50)
+        return RunComparison(
+            settings=["distill.steps"],
+            runs=runs,
+            best="run-2",
+            paired=[pair],
+            basis={"accuracy": "50 samples; greedy"},
+            next_action=next_call("benchmark_student", "Measure it.", missing=["prompts"], model="run-2"),
+        )
+
+    def sweep(self, arguments: Any) -> SweepStarted:
+        self._record("sweep", arguments)
+        run = SweptRun(run_id="run-1", name="steps=1", state="queued", settings={"distill.steps": 1})
+        action = next_call("get_run_status", "They queue.", run_id="run-1", wait_seconds=25)
+        return SweepStarted(sweep_id="sweep-1", runs=[run], expected_seconds=60.0, next_action=action)
+
+    def sweep_question(self, arguments: Any, gpu_hours: float) -> Question | None:
+        return self.question
+
+    def run_deletion_question(self, run_id: str) -> Question:
+        return Question(run_id, f"Delete {run_id} with model-1?")
+
+    def delete_run(self, run_id: str) -> DeletedRun:
+        self._record("delete_run", run_id)
+        return DeletedRun(
+            run_id=run_id,
+            freed_bytes=1 << 20,
+            artifacts=["model-1"],
+            next_action=next_call("list_runs", "See the rest."),
+        )
 
     def run_logs(self, arguments: Any) -> LogPage:
         self._record("run_logs", arguments)

@@ -30,19 +30,22 @@ def calls(folder: Path, plan_id: str) -> list[tuple[str, dict[str, Any]]]:
     """The calls after the plan."""
     teacher, student = str(EXAMPLES / "teacher"), str(EXAMPLES / "student")
     declared = {"declared_teacher": teacher}
-    common = {"preset": "demo"}
+    common, cache = {"preset": "demo"}, str(small_cache(folder))
+    swept = {"cache_id": cache, "student": teacher, "points": [{"distill.steps": 1}]}
     return [
         ("inspect_setup", {}),
         ("generate_teacher_responses", {"teacher": teacher, "prompts": ["1+1=?"], **common}),
         ("start_sft", {"student": student, "responses": str(folder / "responses.jsonl"), **declared, **common}),
         ("build_teacher_cache", {"teacher": teacher, "student": student, "prompts": ["1+1=?"], **declared, **common}),
-        ("inspect_cache", {"cache": str(small_cache(folder))}),
+        ("inspect_cache", {"cache": cache}),
+        ("sweep", {**swept, **declared, **common}),
         ("start_distillation", {"plan_id": plan_id}),
         ("benchmark_student", {"model": student, "prompts": str(EXAMPLES / "tune.jsonl"), **common}),
         ("sample_model", {"model": student, "prompts": ["1+1=?"]}),
         ("export_student", {"model": student, "destination": str(folder / "exports" / "student")}),
         ("get_run_status", {"wait_seconds": 0.1}),
         ("get_run_metrics", {}),
+        ("compare_runs", {"run_ids": ["latest"]}),
         ("get_run_logs", {}),
         ("list_artifacts", {}),
         ("open_dashboard", {}),

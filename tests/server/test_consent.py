@@ -105,6 +105,25 @@ async def test_deletion_always_asks(service, mode):
     assert not (await called(service, mode, DELETE, confirm="model-1")).is_error
 
 
+async def test_deleting_a_run_asks_with_all_that_goes_with_it(service, mode):
+    call, user = ("delete_run", {"run_id": "run-1"}), User("accept")
+    assert not (await called(service, mode, call, user)).is_error
+    assert user.asked == ["Delete run-1 with model-1?"]
+    refused = await called(service, mode, call)
+    assert "confirm='run-1'" in refused.content[0].text
+    deleted = await called(service, mode, call, confirm="run-1")
+    assert deleted.structured_content["artifacts"] == ["model-1"]
+    assert "deleted with it: model-1" in deleted.content[0].text
+
+
+async def test_a_sweep_asks_by_its_total_cost(service, mode):
+    service.question = Question("sweep-1", "The 9 runs take about 40 hours. Start sweep-1?")
+    call = ("sweep", {"cache_id": "cache-1", "points": [{"distill.steps": 1}]})
+    assert "confirm='sweep-1'" in (await called(service, mode, call)).content[0].text
+    assert not service.calls
+    assert not (await called(service, mode, call, confirm="sweep-1")).is_error
+
+
 async def test_without_allow_delete_there_is_no_such_tool(service):
     async with Client(build_server(service)) as client:
         assert "delete_artifact" not in {tool.name for tool in (await client.list_tools()).tools}

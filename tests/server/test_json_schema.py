@@ -46,12 +46,11 @@ def test_what_the_plan_says_of_an_optional_argument_is_said_once():
     assert listed["topk"] == alone["topk"]
 
 
-def test_a_brief_answer_names_every_field_and_types_those_that_are_always_there():
+def test_a_brief_answer_names_every_field_and_those_that_are_always_there():
     full, brief = output_schema(RunSnapshot), output_schema(RunSnapshot, brief=True)
     assert brief["properties"].keys() == full["properties"].keys()
     assert brief["required"] == full["required"]
-    assert brief["properties"]["run_id"] == {"type": "string"}
-    assert brief["properties"]["result"] == {}
+    assert brief["properties"]["run_id"] == {}
 
 
 def test_a_field_named_like_a_keyword_is_kept():

@@ -18,13 +18,13 @@ CHANGES = {spec.name for spec in TOOLS if not spec.read_only}
 def test_the_groups_are_the_table():
     grouped = [spec for specs in GROUPS.values() for spec in specs]
     assert sorted(spec.name for spec in grouped) == sorted(spec.name for spec in TOOLS)
-    assert {"start_distillation", "cancel_run", "resume_run", "delete_artifact"} <= CHANGES
+    assert {"start_distillation", "sweep", "cancel_run", "resume_run", "delete_artifact", "delete_run"} <= CHANGES
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (ServerSettings(), {spec.name for spec in TOOLS} - {"delete_artifact"}),
+        (ServerSettings(), {spec.name for spec in TOOLS} - {"delete_artifact", "delete_run"}),
         (ServerSettings(read_only=True, allow_delete=True), {spec.name for spec in TOOLS} - CHANGES),
         (ServerSettings(groups=("follow",)), {spec.name for spec in GROUPS["follow"]}),
         (ServerSettings(groups=("follow",), read_only=True), {s.name for s in GROUPS["follow"]} - CHANGES),

@@ -59,7 +59,7 @@ def test_every_name_stands_once_and_every_command_exists():
 
 def test_deletion_is_offered_only_where_it_is_allowed():
     without, allowed = offered_tools(ServerSettings()), offered_tools(ServerSettings(allow_delete=True))
-    assert [spec.name for spec in allowed if spec not in without] == ["delete_artifact"]
+    assert [spec.name for spec in allowed if spec not in without] == ["delete_artifact", "delete_run"]
 
 
 def test_no_fix_names_a_tool_in_words():
@@ -96,6 +96,22 @@ def test_every_next_step_names_a_tool_and_arguments_that_it_has():
             "Call start_sft(student='…', responses='r')",
             "Call start_sft(student='…', responses='r') in an MCP client of opd-mcp serve",
         ),
+        (
+            next_call("start_distillation", plan_id="plan-1"),
+            "Call start_distillation(plan_id='plan-1')",
+            "Run opd-mcp start plan-1",
+        ),
+        (
+            next_call("start_distillation", missing=["student"], cache_id="cache-1"),
+            "Call start_distillation(student='…', cache_id='cache-1')",
+            "Run opd-mcp start --student STUDENT --cache cache-1",
+        ),
+        (
+            next_call("plan_distillation", teacher="/t/a b", overrides={"sft.adapter": {"rank": 8}}),
+            "Call plan_distillation(teacher='/t/a b', overrides={'sft.adapter': {'rank': 8}})",
+            "Run opd-mcp plan --teacher '/t/a b' --set 'sft.adapter={\"rank\": 8}'",
+        ),
+        (next_call("compare_runs", tag="sweep-1"), "Call compare_runs(tag='sweep-1')", "Run opd-mcp compare sweep-1"),
         (NextAction(why="Read the result."), "", ""),
     ],
 )

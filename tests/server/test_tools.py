@@ -15,6 +15,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "start_sft": ("start_sft", {"student": "/data/s", "responses": "responses-1"}),
     "build_teacher_cache": ("build_teacher_cache", MODELS | {"topk": 8}),
     "start_distillation": ("start_distillation", {"plan_id": "plan-1"}),
+    "sweep": ("sweep", {"cache_id": "cache-1", "grid": {"distill.steps": [1, 2]}}),
     "benchmark_student": ("benchmark_student", {"model": "run-1", "prompts": "/data/eval.jsonl"}),
     "sample_model": ("sample_model", {"model": "run-1", "prompts": ["1+1=?"]}),
     "export_student": ("export_student", {"model": "run-1", "destination": "/out/student"}),
@@ -24,6 +25,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "cancel_run": ("cancel", {"run_id": "lightning-arithmetic-7f3a"}),
     "resume_run": ("resume", {"run_id": "lightning-arithmetic-7f3a"}),
     "get_run_metrics": ("run_metrics", {"run_ids": ["latest"], "keys": ["loss"], "max_points": 10}),
+    "compare_runs": ("compare_runs", {"tag": "sweep-1"}),
     "get_run_logs": ("run_logs", {"contains": "sft"}),
     "list_artifacts": ("list_artifacts", {"kind": "model"}),
     "open_dashboard": ("dashboard", {}),
@@ -31,6 +33,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 READ_ONLY = {"inspect_setup", "plan_distillation", "inspect_cache", "get_run_status", "list_runs"} | {
     "get_run_metrics",
+    "compare_runs",
     "get_run_logs",
     "list_artifacts",
     "open_dashboard",

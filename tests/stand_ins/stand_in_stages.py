@@ -120,7 +120,8 @@ def distill(section, inputs, output, context):
         manifest = CacheManifest.from_json((inputs.cache / "manifest.json").read_bytes())
         require_behaviour(manifest.behaviour, inspect_model(inputs.student).identity)
     steps(context, section.steps)
-    return trained(inputs.student, output, sft_teacher=claim_of(inputs.student, context) or inputs.sft_teacher)
+    claim = claim_of(inputs.student, context) or inputs.sft_teacher
+    return trained(inputs.student, output, sft_teacher=claim, stage="distill")
 
 
 def benchmark(section, inputs, output, context):
@@ -280,7 +281,7 @@ def steps(context, count):
         context.reporter.progress(step, count, "steps")
 
 
-def trained(student: Path, output: Path, *, sft_teacher):
+def trained(student: Path, output: Path, *, sft_teacher, stage="sft"):
     """A copy of the student whose weights differ in their last byte."""
     for file in student.iterdir():
         if file.name not in ("lineage.json", "artifact.json", "cost.json"):
@@ -293,7 +294,7 @@ def trained(student: Path, output: Path, *, sft_teacher):
     )
     (output / "training.json").write_text(summary.to_json())
     identity = inspect_model(output).identity
-    write_lineage(output, Lineage(kind="model", stage="sft", recipe={}, model=identity, sft_teacher=sft_teacher))
+    write_lineage(output, Lineage(kind="model", stage=stage, recipe={}, model=identity, sft_teacher=sft_teacher))
     return summary
 
 

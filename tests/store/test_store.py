@@ -217,7 +217,7 @@ def test_an_index_of_the_first_version_is_brought_forward(full_store):
     database.close()
     assert rows(Store(full_store.workspace)) == before
     with sqlite3.connect(full_store.workspace.index) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (4,)
+        assert database.execute("PRAGMA user_version").fetchone() == (5,)
     database.close()
 
 

@@ -72,6 +72,15 @@ def test_what_is_not_measured_is_said_with_its_reason(world, real_service, finis
     assert "not measured: base: the student came with its SFT done" in status_text(status)
 
 
+def test_a_second_round_is_compared_with_the_round_before_and_not_with_an_sft_student(world, service, finished):
+    first = finished(service, service.start_distillation(world.start_arguments()).run_id)
+    assert [model.name for model in report_of(first).models] == ["distilled", "sft"]
+    second = service.start_distillation(world.start_arguments(student=first.result["paths"]["model"]))
+    status = finished(service, second.run_id)
+    assert status.state == "succeeded", status.error
+    assert [model.name for model in report_of(status).models] == ["distilled", "earlier_round"]
+
+
 def test_a_suite_goes_through_the_worker_and_its_name_is_in_the_report(world, service, finished):
     file = world.file("gsm8k.jsonl", json.dumps({"question": "1+1=?", "answer": "#### 2"}) + "\n")
     overrides = {"benchmark.sampling.max_new_tokens": 64}

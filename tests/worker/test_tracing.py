@@ -7,8 +7,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from opd_mcp.planning.run_requests import current_trace
 from opd_mcp.server.app import build_server
+from opd_mcp.supervisor.records import current_trace
 from opd_mcp.worker.main import run_span
 
 

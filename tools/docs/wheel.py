@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools import ROOT
 
-SDIST_FILES = ("pyproject.toml", "README.md", "server.json", "opd_mcp/cli.py", "examples/arithmetic/sft.jsonl")
+SDIST_FILES = ("pyproject.toml", "README.md", "server.json", "opd_mcp/cli/__init__.py", "examples/arithmetic/sft.jsonl")
 
 
 def built(folder: Path) -> tuple[Path, Path]:

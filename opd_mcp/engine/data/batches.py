@@ -1,7 +1,7 @@
 """Batches: the rows of each step, the micro-batches they are cut into, and a micro-batch's rows laid end to end."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -138,6 +138,24 @@ class StepData:
 
 # the data of all steps from one on, so that a resumed loop gets what it would have got
 StepsFrom = Callable[[int], Iterator[StepData]]
+
+
+def shortened_steps(steps: StepsFrom, horizon: float, growth_steps: int | None) -> StepsFrom:
+    """The steps with the beginning of each response only: `horizon` tokens, or below 1 that share of it.
+
+    With `growth_steps` the part that is left out shrinks linearly to nothing by that step. The first 10 % of the tokens
+    are reported to be worth all of them (arXiv 2605.31490).
+    """
+
+    def steps_from(first: int) -> Iterator[StepData]:
+        for step, data in enumerate(steps(first), start=first):
+            whole = data.sequences.response_lengths()
+            kept = np.minimum(np.ceil(horizon * whole) if horizon < 1 else horizon, whole)
+            grown = 0.0 if growth_steps is None else min(1.0, step / growth_steps)
+            lengths = np.ceil(kept + grown * (whole - kept)).astype(np.int64)
+            yield replace(data, sequences=data.sequences.beginnings(lengths))
+
+    return steps_from
 
 
 def stored_batches(sequences: Sequences, *, steps: int, batch_size: int, seed: int, scope: str) -> StepsFrom:

@@ -65,6 +65,20 @@ class Sequences:
             self.prompt_row_ids,
         )
 
+    def beginnings(self, lengths: NDArray[np.int64]) -> "Sequences":
+        """The same rows with the first `lengths` [N] tokens of their responses; why they ended is no longer known."""
+        kept = np.arange(len(self.response_ids)) - np.repeat(self.response_offsets[:-1], self.response_lengths())
+        mask = kept < np.repeat(lengths, self.response_lengths())
+        return Sequences(
+            self.prompt_ids,
+            self.prompt_offsets,
+            self.response_ids[mask],
+            np.concatenate([[0], np.cumsum(np.minimum(lengths, self.response_lengths()))]).astype(np.int64),
+            {name: values[mask] for name, values in self.columns.items()},
+            (),
+            self.prompt_row_ids,
+        )
+
     def take(self, rows: NDArray[np.int64]) -> "Sequences":
         """The chosen rows in their order, copied together: what a batch reads of a memory-mapped cache."""
         prompt_ids, prompt_offsets = gathered(self.prompt_ids, self.prompt_offsets, rows)

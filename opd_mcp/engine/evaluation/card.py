@@ -16,6 +16,7 @@ from opd_mcp.schemas.texts import escaped
 
 PAPER = "arXiv 2604.13010"
 MAX_CARD_BYTES = 1 << 20
+CHARACTERS = 600
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 _ACTIVE = re.compile(r"[\\`*_\[\]<>|~#$:&!]")
@@ -74,7 +75,7 @@ def model_card(card: Card) -> str:
 
 def markdown(text: object) -> str:
     """A text on one line that Markdown shows as it is."""
-    return _ACTIVE.sub(lambda found: "\\" + found[0], escaped(str(text))[:300])
+    return _ACTIVE.sub(lambda found: "\\" + found[0], escaped(str(text))[:CHARACTERS])
 
 
 def licence_of(origin: ModelOrigin) -> dict[str, str]:
@@ -124,13 +125,13 @@ def _summary(card: Card) -> str:
     if teacher is None:
         return f"{what}, exported by opd-mcp; nothing here says how it was trained."
     students = [origin.name for origin in card.models if origin.role == "student"]
-    who = f" of {markdown(students[-1])}" if students else ""
+    who = f"made from {markdown(students[-1])}, " if students else ""
     if _is_distilled(card):
         recipe = card.lineage.recipe.get("distill", {})
         live = isinstance(recipe, dict) and recipe.get("method") == "live"
         how = "on-policy distillation" if live else f"Lightning OPD, offline on-policy distillation ({PAPER})"
-        return f"{what}: a student{who}, distilled from {markdown(teacher.name)} with {how}."
-    return f"{what}: a student{who}, fine-tuned on responses of {markdown(teacher.name)}."
+        return f"{what}, {who}distilled from {markdown(teacher.name)} with {how}."
+    return f"{what}, {who}fine-tuned on responses of {markdown(teacher.name)}."
 
 
 def _use(card: Card) -> Iterator[str]:
@@ -166,8 +167,9 @@ def _transformers(card: Card) -> Iterator[str]:
         yield 'model = AutoModelForCausalLM.from_pretrained(".")'
     if card.chat:
         yield 'chat = [{"role": "user", "content": "1+1=?"}]'
-        yield 'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
-        yield "    return_dict=True)"
+        yield "inputs = tokenizer.apply_chat_template("
+        yield '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        yield ")"
     else:
         yield 'inputs = tokenizer("1+1=?", return_tensors="pt")'
     yield "output = model.generate(**inputs, max_new_tokens=64)"
@@ -178,9 +180,11 @@ def _results(report: BenchmarkReport | None) -> Iterator[str]:
     if report is None:
         yield from ("Not measured in the workspace that exported it.", "")
         return
-    on = f"suite {markdown(report.suite)}" if report.suite else "held-out prompts of its maker"
+    if report.verdict is not None:
+        yield from (f"**{report.verdict.judgement.replace('_', ' ')}**: {markdown(report.verdict.sentence)}", "")
+    on = f"of the suite {markdown(report.suite)}" if report.suite else "that its maker chose"
     yield (
-        f"{report.prompts} prompts ({report.prompts_with_answer} with an answer) of the {on}, prompts sha256 "
+        f"{report.prompts} prompts ({report.prompts_with_answer} with an answer) {on}, sha256 "
         f"{report.prompts_sha256[:12]}, seed {report.seed}. Values with 95 % intervals; the exported model comes first."
     )
     yield ""

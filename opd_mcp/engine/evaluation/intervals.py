@@ -5,9 +5,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_mcp.grading.paired import Z95, paired_estimate
 from opd_mcp.schemas.reports import Estimate95
 
-Z95 = 1.959963984540054
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -45,20 +45,8 @@ def mean_over_prompts(shares: NDArray[np.float64], samples_per_prompt: int) -> E
 
 
 def paired_difference(candidate: NDArray[np.float64], baseline: NDArray[np.float64]) -> Estimate95:
-    """Mean difference of two 0/1 outcomes on the same prompts [P] with Tango's score interval (1998).
-
-    The score interval has width even where the two agree on every prompt.
-    """
-    pairs = len(candidate)
-    gained, lost = int((candidate > baseline).sum()), int((candidate < baseline).sum())
-    mean = (gained - lost) / pairs
-    return Estimate95(
-        value=mean,
-        low=_difference_bound(gained, lost, pairs, -1.0),
-        high=_difference_bound(gained, lost, pairs, 1.0),
-        samples=pairs,
-        basis="greedy, paired by prompt; Tango score interval",
-    )
+    """Mean difference of two 0/1 outcomes on the same prompts [P] with Tango's score interval (1998)."""
+    return paired_estimate(int((candidate > baseline).sum()), int((candidate < baseline).sum()), len(candidate))
 
 
 def gap_closed(
@@ -86,27 +74,6 @@ def gap_closed(
         samples=len(candidate),
         basis=f"{basis}, paired by prompt; Fieller interval",
     )
-
-
-def _difference_bound(gained: int, lost: int, pairs: int, end: float) -> float:
-    """The difference between the measured one and `end` (−1 or 1) whose score statistic is 1.96, by bisection."""
-    inside, outside = (gained - lost) / pairs, end
-    while abs(outside - inside) > 1e-9:
-        middle = (inside + outside) / 2
-        if abs(_score_statistic(gained, lost, pairs, middle)) <= Z95:
-            inside = middle
-        else:
-            outside = middle
-    return inside
-
-
-def _score_statistic(gained: int, lost: int, pairs: int, difference: float) -> float:
-    """Tango's statistic for a true difference strictly between −1 and 1."""
-    b = -gained - lost + (2 * pairs - gained + lost) * difference
-    c = -lost * difference * (1 - difference)
-    lost_share = (math.sqrt(b * b - 8 * pairs * c) - b) / (4 * pairs)
-    variance = pairs * (2 * lost_share + difference * (1 - difference))
-    return (gained - lost - pairs * difference) / math.sqrt(variance)
 
 
 def per_token_mean(sums: NDArray[np.float64], tokens: NDArray[np.float64], *, seed: int, basis: str) -> Estimate95:

@@ -98,6 +98,7 @@ def score_model(
         name=name,
         identity=model.facts.identity,
         greedy_accuracy=greedy,
+        greedy_right=_outcomes(measured.greedy_correct),
         sampled_accuracy=sampled,
         pass_at_k=passes or None,
         reverse_kl=divergence,
@@ -115,6 +116,11 @@ def score_model(
     texts = draw.texts(measured.drawn[0], SHOWN_PROMPTS)
     shown = {prompt.row.id: text for prompt, text in zip(answered or prompts, texts, strict=False)}
     return Scored(score, measured.greedy_correct, measured.sampled_shares, shown)
+
+
+def _outcomes(correct: NDArray[np.float64] | None) -> str | None:
+    """0/1 outcomes [P] as a report keeps them."""
+    return None if correct is None else "".join("1" if right else "0" for right in correct)
 
 
 @dataclass

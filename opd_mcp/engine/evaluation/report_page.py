@@ -323,7 +323,8 @@ def _notes(report: BenchmarkReport) -> str:
     alerts = [f"{alert.time} {alert.code}: {alert.message}" for alert in report.alerts[-MAX_NOTES:]]
     bases = {score.basis: None for model in report.models for score in _estimates(model)}
     graded = [f"Answers graded by {report.grader}: {report.grader_reason}."] if report.grader else []
-    texts = [*alerts, *report.warnings[:MAX_NOTES], *graded, *bases]
+    adapters = [made.text(name) for name, made in report.adapters.items()]
+    texts = [*alerts, *report.warnings[:MAX_NOTES], *graded, *adapters, *bases]
     return _section("Alerts and notes", *(f"<p>{_text(text)}</p>" for text in texts))
 
 

@@ -110,25 +110,40 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(mass_before >= top_p, 0.0))
 
 
-# A softmax in float32 adds up to 1 within far less; a tail with less mass is not told from rounding.
+# Sums over a vocabulary in float32 are exact to far less than half of this.
 LEAST_TAIL = 1e-4
+# Tokens less likely than the likeliest one by more than this are mostly outside of the nucleus.
+FAR_BELOW = 4096.0
 
 
 def drawn_among_candidates(probabilities: Tensor, noise: Tensor, top_p: float) -> Tensor:
     """The argmax [B] of nucleus(probabilities) / noise, to the bit, without sorting what cannot be in the nucleus.
 
-    Tokens below (1 − top_p) / 2V have less than half of the tail's mass together, so the nucleus ends before them. The
-    others stand in the order of their ids, which a stable sort keeps among equals.
+    Candidates hold more than top_p of the mass, so the nucleus ends among them. They stand in the order of their ids,
+    which a stable sort keeps among equals.
     """
-    rows_of, width = probabilities.shape[0], probabilities.shape[1]
-    tail = 1.0 - top_p
-    candidate = probabilities >= (tail / (2 * width) if tail >= LEAST_TAIL else 0.0)
+    candidate = probabilities >= least_candidate(probabilities, top_p)
     rows, ids = candidate.nonzero(as_tuple=True)
-    counts = candidate.sum(dim=-1)
+    counts = torch.bincount(rows, minlength=len(probabilities))
     places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
-    shape = (rows_of, int(counts.max()))
+    shape = (len(probabilities), int(counts.max()))
     packed = probabilities.new_zeros(shape).index_put_((rows, places), probabilities[rows, ids])
     noise = noise.new_ones(shape).index_put_((rows, places), noise[rows, ids])
     table = ids.new_zeros(shape).index_put_((rows, places), ids)
     best = (nucleus(packed, top_p) / noise).argmax(dim=-1)
     return table.gather(1, best[:, None])[:, 0]
+
+
+def least_candidate(probabilities: Tensor, top_p: float) -> Tensor:
+    """A probability [B, 1] of which the tokens at or above it have more than top_p of each row's mass [B, V].
+
+    Tokens below (1 − top_p) / 2V have less than half of the rest together; where those near the likeliest token have
+    enough, only they are taken.
+    """
+    rest = 1.0 - top_p
+    if rest < LEAST_TAIL:
+        return probabilities.new_zeros(len(probabilities), 1)
+    surely = rest / (2 * probabilities.shape[1])
+    near = (probabilities.amax(dim=-1, keepdim=True) / FAR_BELOW).clamp_min(surely)
+    mass = torch.where(probabilities >= near, probabilities, 0.0).sum(dim=-1, keepdim=True)
+    return torch.where(mass >= top_p + LEAST_TAIL / 2, near, surely)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from opd_mcp.engine.cache.flat import open_flat
 from opd_mcp.engine.cache.repair import repaired
 from opd_mcp.engine.context import Context, DistillInputs
-from opd_mcp.engine.data.batches import StepData, StepsFrom, shuffled_batches, stored_batches
+from opd_mcp.engine.data.batches import StepData, StepsFrom, shortened_steps, shuffled_batches, stored_batches
 from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
@@ -35,6 +35,7 @@ from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, froz
 from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
 from opd_mcp.engine.scoring.local import base_as_teacher, engine_gap, require_agreement, score_sequences
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.token_factors import reweigh_of
 from opd_mcp.engine.training.watches import DistillWatch
 from opd_mcp.identity.consistency import require_behaviour, require_consistent, vouched
 from opd_mcp.identity.data.reading import read_prompts
@@ -136,9 +137,17 @@ def _trained(
     origin = adapter_origin(student, section.adapter, context)
     form = SavedForm.of(model, source.adopted, section.save_dtype, origin.saved if origin else None)
     form.try_out(model.model)
-    settings = LoopSettings.of(section, section.normalize)
-    watch, frozen = DistillWatch(section, context), frozen_hash(origin, student)
-    task = TrainingTask(settings, opened.steps, distill_objective(section), watch, frozen)
+    steps = opened.steps
+    if section.horizon is not None:
+        steps = shortened_steps(steps, section.horizon, section.horizon_growth_steps)
+    task = TrainingTask(
+        LoopSettings.of(section, section.normalize),
+        steps,
+        distill_objective(section),
+        DistillWatch(section, context),
+        frozen_hash(origin, student),
+        reweigh_of(section),
+    )
     summary = train(model.model, task, open_runtime(context.runtime), context)
     if isinstance(source, CacheSource):
         summary = summary.model_copy(update={"repair": source.repair})
@@ -189,9 +198,9 @@ class LiveSource:
 def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) -> CacheSource:
     """The cache's rows, proven to belong to this student and its SFT teacher.
 
-    Raises ConsistencyError `behaviour_mismatch`, `teacher_mismatch`, `lineage_missing`, or `topk_missing` for a cache
-    with fewer teacher tokens than the estimator needs; IntegrityError `damaged_file` or `lineage_mismatch`; RunError
-    `engine_disagrees` for one whose behaviour log-probs are not its student's.
+    Raises ConsistencyError `behaviour_mismatch`, `teacher_mismatch`, `lineage_missing`, or `topk_missing` and
+    `behaviour_missing` for a cache without the log-probs that the training reads; IntegrityError `damaged_file` or
+    `lineage_mismatch`; RunError `engine_disagrees` for one whose behaviour log-probs are not its student's.
     """
     cache = inputs.cache
     assert cache is not None, "lightning distills from a teacher cache"
@@ -200,12 +209,19 @@ def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) 
     require_agreement(manifest.engine_gap)
     require_behaviour(manifest.behaviour, full_identity(inputs.student))
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
-    if section.estimator != "sampled" and manifest.topk < section.topk:
+    if manifest.topk < section.teacher_tokens:
         raise ConsistencyError(
             "topk_missing",
-            f"The estimator needs the teacher's top {section.topk}, the cache holds its top {manifest.topk}.",
+            f"The training needs the teacher's top {section.teacher_tokens}, the cache holds its top {manifest.topk}.",
             value=manifest.topk,
-            fix=f"Build the cache with topk={section.topk}, or use estimator='sampled'.",
+            fix=f"Build the cache with topk={section.teacher_tokens}, or use estimator='sampled' on all tokens.",
+        )
+    if section.extrapolation != 1 and not manifest.has_behaviour:
+        raise ConsistencyError(
+            "behaviour_missing",
+            "distill.extrapolation needs the behaviour policy's log-probs, which this cache does not hold.",
+            value=section.extrapolation,
+            fix="Set distill.extrapolation to 1, or build the cache here: it stores them.",
         )
     parents = [
         Parent(role="teacher", identity=manifest.teacher),
@@ -260,11 +276,15 @@ def live_batches(
     `engine_disagrees` as `engine_gap` does.
     """
     valid_vocab, prompts = min(student.facts.tokens, teacher.facts.tokens), source.prompts
+    sampling = rollout.sampling
+    if section.horizon is not None and section.horizon >= 1 and section.horizon_growth_steps is None:
+        drawn = min(sampling.max_new_tokens, int(section.horizon))  # what lies beyond would not be trained on
+        sampling = sampling.model_copy(update={"max_new_tokens": drawn})
 
     def step_data(step: int, indices: NDArray[np.int64], *, checked: bool) -> StepData:
         started = time.perf_counter()
         eos, scope = source.adopted.eos_token_ids, f"live/{step}"
-        settings = GenerationSettings(rollout.sampling, eos, rollout.batch_size, runtime.seed, scope, valid_vocab)
+        settings = GenerationSettings(sampling, eos, rollout.batch_size, runtime.seed, scope, valid_vocab)
         sequences = draw_rollouts(student, [prompts[row] for row in indices], settings)
         if checked:
             engine_gap(student, sequences, runtime)
@@ -273,7 +293,7 @@ def live_batches(
             scores = score_sequences(
                 teacher,
                 sequences,
-                topk=section.topk if section.estimator != "sampled" else 0,
+                topk=section.teacher_tokens,
                 micro_batch_tokens=section.micro_batch_tokens,
                 runtime=runtime,
                 valid_vocab=valid_vocab,

@@ -20,6 +20,7 @@ from opd_mcp.engine.training.checkpoints import Checkpoints
 from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at
 from opd_mcp.engine.training.step import (
     Metrics,
+    Reweigh,
     StepResult,
     StepSettings,
     Stopwatch,
@@ -56,7 +57,8 @@ class LoopSettings:
 class TrainingTask:
     """What is trained on: the rows of each step, their loss, and the metrics of a step.
 
-    `frozen` is the hash of what an adapter is trained on, which no checkpoint holds.
+    `frozen` is the hash of what an adapter is trained on, which no checkpoint holds; `reweigh` gives the tokens of a
+    step their factors.
     """
 
     settings: LoopSettings
@@ -64,6 +66,7 @@ class TrainingTask:
     objective: RowObjective
     measure: Callable[[StepResult], Metrics]
     frozen: str | None = None
+    reweigh: Reweigh | None = None
 
 
 def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context) -> TrainingSummary:
@@ -94,7 +97,7 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
             if memory is None:
                 memory = _memory(model, settings, data, state.micro_batch_tokens, runtime)
                 stack.enter_context(checkpointed_activations(model, memory.policy))
-            result, step = _gradients(model, data, task.objective, step, clock, context)
+            result, step = _gradients(model, data, task, step, clock, context)
             with clock.part("optimizer"):
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clip)
             measured = task.measure(result)
@@ -193,7 +196,7 @@ def _fingerprint(model: PreTrainedModel, task: TrainingTask) -> str:
 def _gradients(
     model: PreTrainedModel,
     data: StepData,
-    objective: RowObjective,
+    task: TrainingTask,
     settings: StepSettings,
     clock: Stopwatch,
     context: Context,
@@ -204,7 +207,8 @@ def _gradients(
     """
     while True:
         try:
-            return accumulate_gradients(model, data, objective, settings, clock=clock), settings
+            result = accumulate_gradients(model, data, task.objective, settings, reweigh=task.reweigh, clock=clock)
+            return result, settings
         except RuntimeError as error:
             longest = int(data.sequences.lengths()[data.indices].max(initial=1))
             if not is_out_of_memory(error) or settings.micro_batch_tokens <= longest:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.batches import Batch, StepData, build_batch, grouped_rows
 from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_scores
-from opd_mcp.engine.losses.objectives import RowObjective, clipped_advantage, token_weights
+from opd_mcp.engine.losses.objectives import RowObjective, clipped_advantage, target_scores, token_weights
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.runtime import Runtime
@@ -224,13 +224,14 @@ def distill_metrics(result: StepResult, settings: DistillRecipe) -> Metrics:
     student = result.logprobs.double()
     teacher = result.columns["teacher_logprobs"].double()
     difference = teacher - student
-    advantage = clipped_advantage(student, teacher, settings.advantage_clip)
+    target = target_scores(result.columns, settings.extrapolation).double()
+    advantage = clipped_advantage(student, target, settings.advantage_clip)
     metrics = {
         "reverse_kl_k1": float(-difference.mean()),
         "reverse_kl_k3": float((difference.clamp(max=20).exp() - difference - 1).mean()),
         "advantage_mean": float(advantage.mean()),
         "advantage_abs": float(advantage.abs().mean()),
-        "advantage_clipped": float((difference.abs() > settings.advantage_clip).double().mean()),
+        "advantage_clipped": float(((target - student).abs() > settings.advantage_clip).double().mean()),
     }
     if result.lengths:
         metrics["mean_response_tokens"] = result.tokens / len(result.lengths)

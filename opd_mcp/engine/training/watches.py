@@ -127,8 +127,8 @@ class DistillWatch:
 
     def __init__(self, settings: DistillRecipe, context: Context) -> None:
         self._settings, self._reporter = settings, context.reporter
-        # the forward KL has no advantage, so its clip means nothing
-        pointless = settings.estimator == "topk_forward_kl"
+        # these have no advantage that a clip could bind on
+        pointless = settings.estimator in ("topk_forward_kl", "topk_js", "opsa")
         self._clip = Watch("advantage_clipped", 0.0, CLIPPED_SHARE, above=True, told=pointless)
         self._drift = Watch("effective_sample_share", 1.0, EFFECTIVE_SHARE, above=False)
 

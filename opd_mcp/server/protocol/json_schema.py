@@ -54,8 +54,8 @@ def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, 
     """The output schema of a tool as its results are really sent: without nulls, absent when unknown.
 
     Nested models are written in place; those named in `opaque` are published as a plain object. Numbers are never
-    required, since a NaN is left out of a result. `brief` leaves out descriptions, the values of enumerations, what
-    lists hold, and the types of what may be absent, for answers whose meaning another tool's schema explains.
+    required, since a NaN is left out of a result. `brief` names the fields alone, for answers whose meaning
+    another tool's schema explains.
     """
     schema = model.model_json_schema(schema_generator=_outline(opaque))
     definitions = schema.pop("$defs", {})
@@ -66,10 +66,7 @@ def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, 
     for noise in ("description", "additionalProperties"):
         short.pop(noise, None)
     if brief:
-        short["properties"] = {
-            name: {"type": part["type"]} if name in required and "type" in part else {}
-            for name, part in short["properties"].items()
-        }
+        short["properties"] = {name: {} for name in short["properties"]}
     return {**short, "required": required} if required else short
 
 

@@ -118,7 +118,7 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
 
     questions = find_resolved_parameters(call_if_agreed) if spec.ask else {}
     # A server of some groups of tools may not offer the plan; then each tool describes all of its arguments.
-    described_by = PlanDistillation if spec.starts_run and not settings.groups else None
+    described_by = None if settings.groups or spec.request is PlanDistillation else PlanDistillation
     return Tool(
         fn=call_if_agreed if spec.ask else call,
         resolved_params=questions,

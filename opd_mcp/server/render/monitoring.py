@@ -1,12 +1,14 @@
 """How training goes, in words: metrics, logs, and the dashboard for clients without pages."""
 
-from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport
+from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
+from opd_mcp.schemas.next_action import CallText, NextAction
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.server.render.runs import compact, judged_state, result_lines, verdict_lines
+from opd_mcp.server.render.runs import compact, judged_state, next_line, result_lines, verdict_lines
 
 SHOWN_POINTS = 6
 MAX_CHARACTERS = 6_000
 SETTING_CHARACTERS = 200
+CELL_CHARACTERS = 40
 
 
 def metrics_text(report: MetricsReport) -> str:
@@ -34,6 +36,49 @@ def series_line(series: MetricSeries) -> str:
     return f"  {series.key} ({span}{', ' + series.trend if series.trend else ''}): {path}"
 
 
+def comparison_text(found: RunComparison, call_text: CallText = NextAction.call_text) -> str:
+    """One table, a row per run, oldest first; then the paired differences, and how to read both."""
+    figures = ("accuracy", "sampled_accuracy", "reverse_kl", "gain", "verdict", "seconds")
+    shown = [name for name in figures if any(getattr(run, name) is not None for run in found.runs)]
+    heads = ["run", *(name.rpartition(".")[2] for name in found.settings), *shown, "state"]
+    rows = [
+        [
+            run.name or run.run_id,
+            *(_setting(run.settings.get(name)) for name in found.settings),
+            *(_figure(getattr(run, name)) for name in shown),
+            run.not_measured or run.state,
+        ]
+        for run in found.runs
+    ]
+    lines = table_lines([heads, *rows])
+    lines += [f"best: {found.best}"] if found.best else []
+    lines += [
+        f"accuracy of {pair.candidate} minus {pair.baseline}: {_figure(pair.accuracy_difference)}, "
+        f"{pair.prompts} prompts"
+        for pair in found.paired
+    ]
+    lines += [f"note: {note}" for note in found.notes]
+    lines += [f"{name}: {how}" for name, how in found.basis.items()]
+    text = shortened("\n".join(lines), MAX_CHARACTERS, "compare fewer runs")
+    return f"{text}\n{next_line(found.next_action, call_text)}"
+
+
+def table_lines(rows: list[list[str]]) -> list[str]:
+    """Rows of equal length as lines with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _setting(value: object) -> str:
+    return "–" if value is None else shortened(compact(value).strip('"').rpartition("/")[2], CELL_CHARACTERS)
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def log_text(page: LogPage) -> str:
     """The lines, indented so that none is taken for one of ours, and how to see older ones."""
     lines = [f"  {line}" for line in page.lines] or ["no lines"]
@@ -46,7 +91,7 @@ def dashboard_text(feed: DashboardFeed) -> str:
     lines = [f"{len(feed.runs)} of {len(feed.listed)} runs" if feed.listed else "no runs yet"]
     for run in feed.runs:
         result = {"verdict": run.verdict.to_dict()} if run.verdict else {}
-        lines.append(f"{run.run_id}, {run.kind}, {judged_state(run.state, result)}, {run.models}")
+        lines.append(f"{run.run_id}, {run.kind}, {judged_state(run.state, result)}, {run.name or run.models}")
         lines += [f"  {line}" for line in verdict_lines(result)]
         lines.append("  phases: " + ", ".join(f"{phase.name} {phase.state}" for phase in run.phases))
         if run.progress:

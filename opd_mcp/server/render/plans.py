@@ -2,8 +2,8 @@
 
 import json
 
-from opd_mcp.planning.estimates import PROCESS_START
-from opd_mcp.schemas.next_action import advice_text
+from opd_mcp.planning.costs.estimates import PROCESS_START
+from opd_mcp.schemas.next_action import CallText, NextAction, advice_text
 from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, Preview
 from opd_mcp.schemas.runs import UnderstoodData
 from opd_mcp.schemas.texts import byte_size, duration, shortened
@@ -16,7 +16,7 @@ PREVIEW_CHARACTERS = 160
 FACT_CHARACTERS = 110
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Plan, call_text: CallText = NextAction.call_text) -> str:
     """The plan's id, phases, costs, settings and findings."""
     lines = [f"plan_id: {plan.plan_id} ({plan.method}, preset {plan.recipe.preset})"]
     phases = [phase.name + (f" (done: {phase.satisfied_by})" if phase.satisfied_by else "") for phase in plan.phases]
@@ -28,14 +28,14 @@ def plan_text(plan: Plan) -> str:
     lines += [_estimate_line(estimate) for estimate in plan.estimates]
     lines += [_fit_line(option) for option in plan.fits]
     lines += setting_lines(plan)
-    lines += [finding_text("BLOCKING", finding) for finding in plan.blocking]
-    lines += [finding_text("warning", finding) for finding in plan.warnings]
-    return "\n".join([*lines, next_line(plan.next_action)])
+    lines += [finding_text("BLOCKING", finding, call_text) for finding in plan.blocking]
+    lines += [finding_text("warning", finding, call_text) for finding in plan.warnings]
+    return "\n".join([*lines, next_line(plan.next_action, call_text)])
 
 
-def finding_text(word: str, finding: Finding) -> str:
+def finding_text(word: str, finding: Finding, call_text: CallText = NextAction.call_text) -> str:
     """What was found, with the way out."""
-    return f"{word} [{finding.code}] {finding.message} Fix: {advice_text(finding.fix, finding.call)}"
+    return f"{word} [{finding.code}] {finding.message} Fix: {advice_text(finding.fix, finding.call, call_text)}"
 
 
 def _plan_measures(plan: Plan) -> list[str]:

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from opd_mcp.schemas.answers import SweepStarted
 from opd_mcp.schemas.next_action import CallText, NextAction, advice_text
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
 from opd_mcp.schemas.texts import duration, shortened, shortened_bytes
@@ -12,6 +13,9 @@ from opd_mcp.server.protocol.json_schema import known
 
 UNCHANGED_BYTES = 240
 LIST_CHARACTERS = 6_000
+NOTES_CHARACTERS = 300
+NAME_BYTES = 40
+SETTINGS_CHARACTERS = 120
 EVIDENCE = ("teacher_row", "gap_closed", "not_measured", "no_answer", "teacher_responses")
 """Parts of a result that have lines of their own, besides scores and comparisons."""
 
@@ -27,10 +31,25 @@ def snapshot_text(snapshot: RunSnapshot, call_text: CallText = NextAction.call_t
     line = facts(f"run_id: {snapshot.run_id}", snapshot.kind, state, snapshot.phase, snapshot.progress)
     if snapshot.reused:
         line += "; reused: it was active already"
-    lines = [line]
+    lines = [line, *([f"name: {snapshot.name}"] if snapshot.name else []), *([snapshot.note] if snapshot.note else [])]
     if snapshot.cache_id:
         lines.append(f"cache_id: {snapshot.cache_id}")
     return "\n".join([*lines, next_line(snapshot.next_action, call_text)])
+
+
+def sweep_text(sweep: SweepStarted, call_text: CallText = NextAction.call_text) -> str:
+    """A line per run with its settings, what it takes together, and what was refused."""
+    lines = [f"sweep_id: {sweep.sweep_id}, {len(sweep.runs)} runs"]
+    if sweep.expected_seconds:
+        lines[0] += f", about {duration(sweep.expected_seconds)} one after another"
+    lines += [
+        facts(
+            f"  {run.run_id}", run.state, "reused" if run.reused else None, compact(run.settings, SETTINGS_CHARACTERS)
+        )
+        for run in sweep.runs
+    ]
+    lines += [f"not started: {why}" for why in sweep.not_started]
+    return "\n".join([*lines, next_line(sweep.next_action, call_text)])
 
 
 def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -> str:
@@ -43,7 +62,8 @@ def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -
         f"eta {duration(status.eta_s)}" if status.eta_s is not None else "",
         f"queue position {status.queue_position}" if status.queue_position is not None else "",
     ]
-    lines = [head, *verdict_lines(status.result or {}), ", ".join(part for part in times if part)]
+    lines = [head, *label_lines(status.name, status.tags, status.notes), *verdict_lines(status.result or {})]
+    lines.append(", ".join(part for part in times if part))
     if status.waits_for is not None:
         lines.append(status.waits_for)
     if status.cancel_requested is not None:
@@ -56,6 +76,12 @@ def status_text(status: RunStatus, call_text: CallText = NextAction.call_text) -
     if status.error is not None:
         lines += _failure_lines(status.error, call_text)
     return "\n".join([*filter(None, lines), next_line(status.next_action, call_text)])
+
+
+def label_lines(name: str | None, tags: Sequence[str] | None, notes: str | None) -> list[str]:
+    """What people call a run, in a line each, where it is called anything."""
+    named = " ".join([*([f"name: {name}"] if name else []), *(f"#{tag}" for tag in tags or ())])
+    return [*filter(None, [named]), *([f"notes: {shortened(notes, NOTES_CHARACTERS)}"] if notes else [])]
 
 
 def unchanged_text(status: RunStatus) -> str:
@@ -75,8 +101,10 @@ def list_text(runs: RunList) -> str:
     room = LIST_CHARACTERS
     for number, row in enumerate(runs.rows):
         models = " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part)
-        judged = f"{row.state} ({judgement_text(row.note)})" if row.note and row.state == "succeeded" else None
-        line = facts(row.run_id, row.kind, judged or row.state, None if judged else row.note, row.created_at, models)
+        tags = " ".join(f"#{tag}" for tag in row.tags or ())
+        note = row.note if row.state in ACTIVE_STATES else None
+        state = judged(row.state, row.note)
+        line = facts(row.run_id, row.kind, state, note, row.created_at, models, row.name, tags)
         room -= len(line) + 1
         if room < 0:
             lines.append(f"… {len(runs.rows) - number} more in the structured answer; or give a smaller limit")
@@ -85,6 +113,35 @@ def list_text(runs: RunList) -> str:
     lines += [f"{run_id}: its record is damaged, `opd-mcp doctor` says how" for run_id in (runs.damaged or [])[:10]]
     if runs.next_cursor:
         lines.append(f"next_cursor: {runs.next_cursor}")
+    return "\n".join(lines)
+
+
+def judged(state: str, judgement: str | None) -> str:
+    """A state with the judgement on what came out of it, e.g. `succeeded (worse)`."""
+    return f"{state} ({judgement_text(judgement)})" if judgement and state == "succeeded" else state
+
+
+def runs_table(runs: RunList, width: int | None) -> str:
+    """Runs as a table for people: state, name, id, when, what; a line is cut where it is wider than the terminal."""
+    heads = ("STATE", "NAME", "RUN", "CREATED", "MODELS", "TAGS")
+    rows = [
+        (
+            row.note if row.note and row.state in ACTIVE_STATES else judged(row.state, row.note),
+            shortened_bytes(row.name or "", NAME_BYTES),
+            row.run_id,
+            row.created_at[:16].replace("T", " "),
+            " ← ".join(part.rstrip("/").rsplit("/", 1)[-1] for part in (row.student, row.teacher) if part),
+            " ".join(row.tags or ()),
+        )
+        for row in runs.rows
+    ]
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)] if rows else []
+    if width is not None:
+        lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+    lines.append(f"{len(runs.rows)} of {runs.total} runs")
+    lines += [f"{run_id}: its record is damaged, `opd-mcp doctor` says how" for run_id in (runs.damaged or [])[:10]]
+    lines += [f"older ones: --cursor {runs.next_cursor}"] if runs.next_cursor else []
     return "\n".join(lines)
 
 

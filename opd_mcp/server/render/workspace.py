@@ -1,6 +1,6 @@
 """A workspace in words: its set-up, its artifacts, and what gc removes from it."""
 
-from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact, GarbageReport, SetupReport
+from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact, DeletedRun, GarbageReport, SetupReport
 from opd_mcp.schemas.texts import byte_size, shortened
 from opd_mcp.server.render.plans import finding_text
 from opd_mcp.server.render.runs import facts, next_line
@@ -52,6 +52,14 @@ def artifacts_text(found: ArtifactList) -> str:
     if found.next_cursor:
         lines.append(f"next_cursor: {found.next_cursor}")
     return shortened("\n".join(lines), LIST_CHARACTERS, "the structured answer has all of it, or give a smaller limit")
+
+
+def deleted_run_text(deleted: DeletedRun) -> str:
+    """What is gone and what stays."""
+    lines = [f"deleted {deleted.run_id}: {byte_size(deleted.freed_bytes)} freed"]
+    lines += [f"deleted with it: {artifact_id}" for artifact_id in deleted.artifacts]
+    lines += [f"stays: {artifact_id} ({why})" for artifact_id, why in deleted.kept.items()]
+    return shortened("\n".join([*lines, next_line(deleted.next_action)]), LIST_CHARACTERS)
 
 
 def deleted_text(deleted: DeletedArtifact) -> str:

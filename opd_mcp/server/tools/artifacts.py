@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact
+from opd_mcp.schemas.answers import ArtifactList, DeletedArtifact, DeletedRun
 from opd_mcp.schemas.cache import CacheInspection
-from opd_mcp.schemas.requests import DeleteArtifact, InspectCache, ListArtifacts
+from opd_mcp.schemas.requests import DeleteArtifact, DeleteRun, InspectCache, ListArtifacts
 from opd_mcp.server.render.caches import inspection_text
-from opd_mcp.server.render.workspace import artifacts_text, deleted_text
+from opd_mcp.server.render.workspace import artifacts_text, deleted_run_text, deleted_text
 from opd_mcp.server.tools.spec import ToolSpec
 
 INSPECT_CACHE: ToolSpec[Any, Any] = ToolSpec(
@@ -45,6 +45,21 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         destructive=True,
         deletes=True,
         ask=lambda service, request, settings: service.deletion_question(request.artifact_id),
+        opaque=frozenset({"NextAction"}),
+    ),
+    ToolSpec(
+        name="delete_run",
+        title="Delete a run",
+        description="Deletes an ended run for good, and the artifacts that nothing else needs, after the user's yes "
+        "to a list of what goes and what stays.",
+        request=DeleteRun,
+        answer=DeletedRun,
+        call=lambda service, request: service.delete_run(request.run_id),
+        text=deleted_run_text,
+        command="rm {run_id}",
+        destructive=True,
+        deletes=True,
+        ask=lambda service, request, settings: service.run_deletion_question(request.run_id),
         opaque=frozenset({"NextAction"}),
     ),
 )

@@ -2,10 +2,18 @@
 
 from typing import Any
 
-from opd_mcp.schemas.answers import LogPage, MetricsReport
-from opd_mcp.schemas.requests import CancelRun, GetRunLogs, GetRunMetrics, GetRunStatus, ListRuns, ResumeRun
+from opd_mcp.schemas.answers import LogPage, MetricsReport, RunComparison
+from opd_mcp.schemas.requests import (
+    CancelRun,
+    CompareRuns,
+    GetRunLogs,
+    GetRunMetrics,
+    GetRunStatus,
+    ListRuns,
+    ResumeRun,
+)
 from opd_mcp.schemas.runs import RunList, RunSnapshot, RunStatus
-from opd_mcp.server.render.monitoring import log_text, metrics_text
+from opd_mcp.server.render.monitoring import comparison_text, log_text, metrics_text
 from opd_mcp.server.render.runs import cancel_text, list_text, snapshot_text, status_text
 from opd_mcp.server.tools.spec import ToolSpec
 
@@ -34,7 +42,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         description="Runs of this workspace, newest first, in pages.",
         request=ListRuns,
         answer=RunList,
-        call=lambda service, request: service.list_runs(request.state, request.kind, request.limit, request.cursor),
+        call=lambda service, request: service.list_runs(**dict(request)),
         text=list_text,
         command="list",
         read_only=True,
@@ -43,7 +51,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="cancel_run",
         title="Cancel a run",
-        description="Asks an active run to stop at its next step. What its finished phases made is kept.",
+        description="Asks an active run, or all with a tag, to stop at the next step. Finished phases are kept.",
         request=CancelRun,
         answer=RunSnapshot,
         call=lambda service, request: service.cancel(request.run_id),
@@ -66,7 +74,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ),
     ToolSpec(
         name="get_run_metrics",
-        title="Compare training curves",
+        title="Read training curves",
         description="Metrics of up to 4 runs: series thinned out to `max_points`, trend, a one-line diagnosis, and "
         "which settings differ between the runs.",
         request=GetRunMetrics,
@@ -75,6 +83,19 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         text=metrics_text,
         read_only=True,
         opaque=frozenset({"MetricSeries"}),
+    ),
+    ToolSpec(
+        name="compare_runs",
+        title="Compare runs",
+        description="One table of up to 32 runs: settings that differ, accuracy, reverse KL, cost, and the best "
+        "paired with each other run, from their reports.",
+        request=CompareRuns,
+        answer=RunComparison,
+        call=lambda service, request: service.compare_runs(request),
+        text=comparison_text,
+        command="compare {tag}",
+        read_only=True,
+        opaque=frozenset({"ComparedRun", "PairedRuns", "NextAction"}),
     ),
     ToolSpec(
         name="get_run_logs",

@@ -19,7 +19,8 @@ AnswerT = TypeVar("AnswerT", bound=Schema)
 class ToolSpec(Generic[RequestT, AnswerT]):
     """A tool: `call` turns a request into the answer for programs, `text` the answer into words for the model.
 
-    `command`: what does the same on the command line, with the request's fields in braces.
+    `command`: what does the same on the command line, with the request's fields in braces; `options`: the other fields
+    are its options.
     `waits`: the answer may be held back until there is news. `explained`: the listing has the answer's descriptions and
     enumerations; elsewhere they would only repeat. `opaque`: the answer's parts that are listed as plain objects.
     `ask`: what the user must agree to before this call. `deletes`: only offered where the server was told to.
@@ -33,6 +34,7 @@ class ToolSpec(Generic[RequestT, AnswerT]):
     call: "Callable[[JobService, RequestT], AnswerT]"
     text: Callable[[AnswerT], str]
     command: str | None = None
+    options: bool = False
     read_only: bool = False
     destructive: bool = False
     idempotent: bool = True

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from opd_mcp.schemas.answers import SweepStarted
 from opd_mcp.schemas.requests import (
     BenchmarkStudent,
     BuildTeacherCache,
@@ -10,9 +11,10 @@ from opd_mcp.schemas.requests import (
     SampleModel,
     StartDistillation,
     StartSft,
+    Sweep,
 )
 from opd_mcp.schemas.runs import RunSnapshot
-from opd_mcp.server.render.runs import snapshot_text
+from opd_mcp.server.render.runs import snapshot_text, sweep_text
 from opd_mcp.server.tools.spec import ToolSpec
 
 RETURNS = "Returns a run_id at once."
@@ -58,8 +60,24 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         f"stages (responses, SFT, cache) become phases of the run. Ends with a report when `benchmark`. {RETURNS}",
         request=StartDistillation,
         call=lambda service, request: service.start_distillation(request),
+        command="start",
+        options=True,
         ask=lambda service, request, settings: service.start_question(request, settings.gpu_hours),
         **SHARED,
+    ),
+    ToolSpec(
+        name="sweep",
+        title="Sweep settings",
+        description="Starts up to 32 distillations from one cache, one per point of `grid` or `points`. They queue and "
+        "share the tag `sweep_id`, for compare_runs and cancel_run; the same call finds them again.",
+        request=Sweep,
+        answer=SweepStarted,
+        call=lambda service, request: service.sweep(request),
+        text=sweep_text,
+        command="sweep {cache_id}",
+        open_world=True,
+        ask=lambda service, request, settings: service.sweep_question(request, settings.gpu_hours),
+        opaque=frozenset({"SweptRun", "NextAction"}),
     ),
     ToolSpec(
         name="benchmark_student",

@@ -4,7 +4,9 @@ To add a tool: its request in schemas/requests.py, its row in its group's file h
 Nothing here imports mcp, so that the command line can read it.
 """
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from opd_mcp.schemas.errors import ArgumentError, nearest
@@ -15,6 +17,7 @@ from opd_mcp.server.tools.spec import ToolSpec
 if TYPE_CHECKING:
     from opd_mcp.server.serve import ServerSettings
 
+OPTION_NAMES = {"cache_id": "cache"}
 GROUPS: dict[str, tuple[ToolSpec[Any, Any], ...]] = {
     "plan": plan.TOOLS,
     "start": start.TOOLS,
@@ -72,4 +75,21 @@ def command_text(action: NextAction) -> str:
     if spec.command is None:
         return f"{action.call_text()} in an MCP client of opd-mcp serve"
     values = {name: name.upper() for name in spec.request.model_fields} | action.arguments
-    return f"Run opd-mcp {spec.command.format(**values)}"
+    words = [spec.command.format(**values)]
+    if spec.options:
+        words += option_words({name: values[name] for name in [*(action.missing or ()), *action.arguments]})
+    return f"Run opd-mcp {' '.join(words)}"
+
+
+def option_words(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """A plan's or start's arguments as a shell takes them; a plan id comes first and has no name."""
+    if "plan_id" in arguments:
+        yield shlex.quote(str(arguments["plan_id"]))
+    for name, value in arguments.items():
+        if name == "overrides":
+            for key, setting in value.items():
+                yield f"--set {shlex.quote(f'{key}={json.dumps(setting)}')}"
+        elif value is True:
+            yield f"--{name.replace('_', '-')}"
+        elif isinstance(value, str) and name != "plan_id":
+            yield f"--{OPTION_NAMES.get(name, name.replace('_', '-'))} {shlex.quote(value)}"

@@ -9,7 +9,16 @@ from torch import Tensor
 from opd_mcp.engine.losses import logit_tiles as tiles
 from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_scores
 from opd_mcp.engine.losses.logit_tiles import Head
-from opd_mcp.engine.losses.objectives import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
+from opd_mcp.engine.losses.objectives import (
+    ConstantPenalty,
+    CrossEntropy,
+    RowObjective,
+    Sampled,
+    TopkEntropyMixed,
+    TopkForwardKl,
+    TopkJensenShannon,
+    TopkReverseKl,
+)
 
 R, V, H, K, CLIP = 23, 61, 12, 4, 0.7
 OBJECTIVES: dict[str, RowObjective] = {
@@ -17,6 +26,10 @@ OBJECTIVES: dict[str, RowObjective] = {
     "sampled": Sampled(CLIP),
     "topk_reverse_kl": TopkReverseKl(K),
     "topk_forward_kl": TopkForwardKl(K),
+    "topk_js": TopkJensenShannon(K, 0.3),
+    "topk_entropy_mixed": TopkEntropyMixed(K),
+    "extrapolated": Sampled(CLIP, 1.5),
+    "opsa": ConstantPenalty(),
 }
 ONE_ROW, SOME_ROWS, ALL_ROWS = V * 8, 5 * V * 8, 10**9
 
@@ -31,6 +44,7 @@ def random_case(seed: int = 0, rows: int = R) -> tuple[Tensor, Tensor, Tensor, T
     top = teacher.topk(K, dim=-1)
     columns = {
         "teacher_logprobs": teacher.gather(1, targets[:, None])[:, 0],
+        "behaviour_logprobs": -torch.rand(rows, dtype=torch.float64, generator=generator),
         "topk_ids": top.indices,
         "topk_logprobs": top.values,
     }

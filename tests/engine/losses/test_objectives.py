@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 
 from opd_mcp.engine.losses.linear_head import HeadLosses, LossRows, one_pass_losses
 from opd_mcp.engine.losses.logit_tiles import Head
-from opd_mcp.engine.losses.objectives import CrossEntropy, RowObjective, Sampled, TopkForwardKl, TopkReverseKl
+from opd_mcp.engine.losses.objectives import (
+    CrossEntropy,
+    RowObjective,
+    Sampled,
+    TopkEntropyMixed,
+    TopkForwardKl,
+    TopkJensenShannon,
+    TopkReverseKl,
+)
 
 R, V, K = 7, 11, 3
+DIVERGENCES = [TopkReverseKl(K), TopkForwardKl(K), TopkJensenShannon(K, 0.3), TopkEntropyMixed(K)]
 
 
 def random_rows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,7 +109,7 @@ def test_clipped_topk_gradient_is_the_expectation_of_the_sampled_one() -> None:
 @given(
     seed=st.integers(0, 10_000),
     sharpness=st.floats(0.1, 20.0),
-    objective=st.sampled_from([TopkReverseKl(K), TopkForwardKl(K)]),
+    objective=st.sampled_from(DIVERGENCES),
 )
 def test_a_divergence_with_its_tail_bucket_is_never_negative(
     seed: int, sharpness: float, objective: RowObjective
@@ -112,7 +121,27 @@ def test_a_divergence_with_its_tail_bucket_is_never_negative(
     assert (losses.losses >= -2e-6).all()
 
 
-@pytest.mark.parametrize("objective", [TopkReverseKl(K), TopkForwardKl(K)])
+@pytest.mark.parametrize(("beta", "limit"), [(1e-7, TopkForwardKl(K)), (1 - 1e-7, TopkReverseKl(K))])
+def test_jensen_shannon_goes_from_the_forward_to_the_reverse_divergence(beta: float, limit: RowObjective) -> None:
+    logits, targets, teacher = random_rows(8)
+    top = teacher.topk(K, dim=-1)
+    columns = {"topk_ids": top.indices, "topk_logprobs": top.values}
+    scaled = losses_of(TopkJensenShannon(K, beta), logits, targets, **columns).losses / min(beta, 1 - beta)
+    assert scaled.detach() == pytest.approx(losses_of(limit, logits, targets, **columns).losses.detach(), rel=1e-5)
+
+
+def test_a_sure_teacher_is_met_by_the_reverse_and_an_unsure_one_by_the_forward_divergence() -> None:
+    logits, targets, _ = random_rows(9)
+    for masses, like in (([1 - 3e-9, 1e-9, 1e-9], TopkReverseKl(K)), ([0.25, 0.25, 0.25], TopkForwardKl(K))):
+        columns = {
+            "topk_ids": torch.arange(K).repeat(R, 1),
+            "topk_logprobs": torch.tensor([masses] * R, dtype=torch.float64).log(),
+        }
+        mixed = losses_of(TopkEntropyMixed(K), logits, targets, **columns).losses.detach()
+        assert mixed == pytest.approx(losses_of(like, logits, targets, **columns).losses.detach(), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", DIVERGENCES)
 def test_a_divergence_is_zero_when_the_student_is_the_teacher(objective: RowObjective) -> None:
     _, targets, teacher = random_rows(3)
     top = teacher.topk(K, dim=-1)

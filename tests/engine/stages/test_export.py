@@ -140,7 +140,9 @@ def test_an_exported_model_answers_and_is_measured_as_any_other(student, example
     card = exported(output, tmp_path / "card", inputs=ExportInputs(model=output, report=tmp_path / "report"))
     accuracy = report.models[0].greedy_accuracy
     figure = f"| distilled | {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] (n = 1) |"
-    assert figure in (card / "README.md").read_text()
+    text = (card / "README.md").read_text()
+    assert figure in text
+    assert f"**{report.verdict.judgement.replace('_', ' ')}**: {markdown(report.verdict.sentence)}" in text
 
 
 def output_of_the_cards_code(output: Path, base: Path, monkeypatch, capsys) -> str:

@@ -30,7 +30,7 @@ from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.lineage import read_lineage, read_manifest, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, OpdError, RunError
-from opd_mcp.schemas.recipes import BenchmarkRecipe, Recipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, Recipe
 from opd_mcp.schemas.reports import BenchmarkReport, TrainingSummary
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import Alert
@@ -135,6 +135,34 @@ def test_lightning_trains_and_records_where_it_comes_from(made: Made) -> None:
 def test_the_same_recipe_gives_the_same_bits(made: Made) -> None:
     first, second = weights_of(made.distill("once")), weights_of(made.distill("twice"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"estimator": "topk_js", "js_beta": 0.9},
+        {"estimator": "topk_entropy_mixed", "topk": 4},
+        {"estimator": "opsa"},
+        {"extrapolation": 1.5},
+        {"token_weighting": "early", "entropy_share": 0.5},
+    ],
+)
+def test_every_objective_trains_from_a_cache(made: Made, changes: dict) -> None:
+    values = {**made.recipe.distill.model_dump(), "steps": 2, **changes}
+    folder = made.distill("-".join(map(str, changes)), recipe=DistillRecipe.model_validate(values))
+    summary = TrainingSummary.from_json((folder / "training.json").read_bytes())
+    assert np.isfinite(summary.final["loss"])
+    assert (folder / "model.safetensors").read_bytes() != (made.sft / "model.safetensors").read_bytes()
+
+
+def test_a_horizon_trains_on_the_beginnings_of_the_rollouts(made: Made) -> None:
+    recipe = made.recipe.distill.model_copy(update={"steps": 2})
+    whole, some = made.distill("whole", recipe=recipe), recipe.model_copy(update={"horizon": 3.0})
+    tokens = [
+        TrainingSummary.from_json((folder / "training.json").read_bytes()).trained_tokens
+        for folder in (whole, made.distill("three", recipe=some))
+    ]
+    assert tokens[1] <= 2 * 3 * recipe.batch_size < tokens[0]
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "topk_reverse_kl"])

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from opd_mcp.devices.hardware import Target
 from opd_mcp.identity.models import ModelFacts
-from opd_mcp.planning.workload import (
+from opd_mcp.planning.costs.workload import (
     PROCESS_BYTES,
     Room,
     Work,

@@ -232,12 +232,15 @@ class Workload:
 
     def _distillation(self) -> Work:
         section, teacher = self.recipe.distill, self.teacher
-        length = self.data.prompt_tokens + self.recipe.rollout.sampling.max_new_tokens
+        drawn = self.recipe.rollout.sampling.max_new_tokens
+        if section.horizon is not None and section.horizon_growth_steps is None:
+            drawn = ceil(section.horizon * drawn) if section.horizon < 1 else min(drawn, int(section.horizon))
+        length = self.data.prompt_tokens + drawn
         if section.method == "lightning":
             return self._training(section, length, self.room)
         rows, room = section.batch_size, self.room
-        drawn = self.recipe.rollout
-        rollouts = self._generation(self.student, rows, drawn.batch_size, drawn.sampling)
+        rollout = self.recipe.rollout
+        rollouts = self._generation(self.student, rows, rollout.batch_size, rollout.sampling)
         micro = min(section.micro_batch_tokens, rows * length)
         # The student trains next to the resident teacher and its own generation cache; its weights draw the rollouts.
         cached = rollouts.memory - self.student.parameters * self._value_bytes

@@ -7,8 +7,8 @@ import pytest
 
 from opd_mcp.devices.hardware import Target
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.planning.admission import resource_findings
-from opd_mcp.planning.estimates import (
+from opd_mcp.planning.costs.admission import resource_findings
+from opd_mcp.planning.costs.estimates import (
     ASSUMED_START_SECONDS,
     COST_FILE,
     PROCESS_START,
@@ -19,7 +19,7 @@ from opd_mcp.planning.estimates import (
     recipe_for_device,
     work_name,
 )
-from opd_mcp.planning.workload import (
+from opd_mcp.planning.costs.workload import (
     DRAWN,
     PROCESS_BYTES,
     DataSize,
@@ -37,7 +37,7 @@ from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunPhase
 
 SMALL = ModelShape(10**6, layers=2, hidden=64, query_width=64, kv_width=64, intermediate=128, vocab=1000)
 LARGE = ModelShape(10**7, layers=4, hidden=256, query_width=256, kv_width=256, intermediate=512, vocab=1000)
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
 DATA = DataSize(prompts=1000, prompt_tokens=10.0, sft_prompts=500, eval_prompts=100)
 CPU = Target("cpu", "1 CPU thread", 8 << 30)
 PHASES = [RunPhase(name=name, key=name) for name in ("rollout", "score", "distill", "benchmark")]

@@ -2,8 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from opd_mcp.store.runs import LOG_FILE
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture
@@ -101,3 +105,33 @@ def test_the_help_names_the_commands_and_hides_the_worker(opd_mcp):
     done = opd_mcp("--help")
     assert all(command in done.stdout for command in ("serve", "demo", "status", "list", "cancel"))
     assert "worker" not in done.stdout
+
+
+def test_the_dashboard_is_served_to_whoever_has_its_address(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "opd_mcp.cli", "dashboard", "--no-browser", "--port", str(port)]
+    environment = {**os.environ, "OPD_HOME": str(tmp_path / "workspace"), "XDG_RUNTIME_DIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as page:
+        try:
+            address = page.stdout.readline().removeprefix("Dashboard: ").strip()
+            assert answered(address, deadline=time.monotonic() + 60) == 200
+            assert answered(address.partition("?")[0], deadline=time.monotonic() + 60) == 401
+        finally:
+            page.terminate()
+
+
+def answered(address: str, deadline: float) -> int:
+    """The status that a page is answered with, once its server is there."""
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    while True:
+        try:
+            return opener.open(address, timeout=10).status
+        except urllib.error.HTTPError as refused:
+            return refused.code
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)

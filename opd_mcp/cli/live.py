@@ -1,0 +1,98 @@
+"""The live view of a run on a terminal: phases, progress, time left, the curves as sparklines, alerts and scores."""
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from opd_mcp.cli.shared import terminal_width, wrapped
+
+if TYPE_CHECKING:
+    from opd_mcp.schemas.answers import DashboardRun
+    from opd_mcp.service import JobService
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SIGNS = {"done": "✓", "running": "▶", "waiting": "·", "stopped": "✗"}
+BAR_WIDTH = 30
+SPARK_WIDTH = 30
+KEY_WIDTH = 26
+REDRAW_SECONDS = 1.0
+
+
+def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
+    """The values as one line of blocks, each the mean of its stretch; empty without values."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    edges = [number * len(values) // count for number in range(count + 1)]
+    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in means)
+
+
+def bar(done: int, total: int, width: int = BAR_WIDTH) -> str:
+    """Progress as a bar."""
+    filled = min(width, round(width * done / total)) if total else 0
+    return "█" * filled + "░" * (width - filled)
+
+
+def view_lines(run: "DashboardRun", width: int) -> list[str]:
+    """The view of a run; no line is wider than the terminal."""
+    from opd_mcp.schemas.texts import duration
+    from opd_mcp.server.render.runs import result_lines
+
+    lines = [f"{run.name or run.run_id}: {run.state}"]
+    lines += [run.verdict.text()] if run.verdict else []
+    lines.append(f"{run.run_id}  {run.models}")
+    times = [f"elapsed {duration(run.elapsed_s)}"] if run.elapsed_s is not None else []
+    times += [f"about {duration(run.eta_s)} left"] if run.eta_s is not None else []
+    lines += [", ".join(times), ""] if times else [""]
+    spent = {cost.stage: "reused" if cost.reused else duration(cost.seconds) for cost in run.costs}
+    for phase in run.phases:
+        lines.append(f"  {SIGNS.get(phase.state, '?')} {phase.name:<20} {spent.get(phase.name, '')}".rstrip())
+        if phase.state == "running" and run.progress is not None:
+            progress = run.progress
+            lines.append(f"      {bar(progress.done, progress.total)} {progress.done}/{progress.total} {progress.unit}")
+    if run.curves:
+        lines.append("")
+    lines += [
+        f"  {curve.key:<{KEY_WIDTH}} {sparkline(curve.values):<{SPARK_WIDTH}} {curve.values[-1]:.4g}"
+        for curve in run.curves
+        if curve.values
+    ]
+    lines += [f"  ! {alert.code}: {alert.message}" for alert in run.alerts]
+    results = result_lines({"scores": run.scores, "comparisons": run.comparisons})
+    lines += ["", *(f"  {line}" for line in results)] if results else []
+    lines += ["", run.error] if run.error else []
+    return [part for line in lines for part in (wrapped(line, width).splitlines() or [""])]
+
+
+def watch_run(service: "JobService", run_id: str, *, once: bool) -> None:
+    """Draw the view in place until the run ends or the user presses Ctrl-C."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from opd_mcp.schemas.runs import ACTIVE_STATES
+
+    run_id = service.status(run_id).run_id
+
+    def view() -> tuple[Text, bool]:
+        service.status(run_id)  # attends to a run whose worker does not answer
+        [run] = service.dashboard([run_id]).runs
+        return Text("\n".join(view_lines(run.escaped(), terminal_width()))), run.state in ACTIVE_STATES
+
+    console = Console(highlight=False, soft_wrap=True)
+    shown, active = view()
+    if once:
+        console.print(shown)
+        return
+    with Live(shown, console=console, auto_refresh=False) as live:
+        try:
+            while active:
+                time.sleep(REDRAW_SECONDS)
+                shown, active = view()
+                live.update(shown, refresh=True)
+        except KeyboardInterrupt:
+            pass

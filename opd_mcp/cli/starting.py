@@ -1,0 +1,250 @@
+"""What plans and starts runs: plan, start, sweep, export."""
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opd_mcp.cli.shared import STARTS, AsJson, Yes, agree, audited, command, open_service, show
+
+if TYPE_CHECKING:
+    from opd_mcp.service import JobService
+
+GPU_HOURS = 8.0
+Model = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="A folder, an artifact, a run, or a Hub id.", show_default=False)
+]
+Data = Annotated[
+    str | None, typer.Option(metavar="DATA", help="A file, an artifact, or a Hub data set.", show_default=False)
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A recipe key, e.g. distill.steps=100; repeatable."),
+]
+Mismatch = Annotated[bool, typer.Option("--allow-teacher-mismatch", help="Train although the SFT teacher differs.")]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="What the run is called.", show_default=False)]
+Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="TAG", help="To find runs by; repeatable.")]
+Notes = Annotated[str | None, typer.Option(metavar="NOTES", help="What you want to remember.", show_default=False)]
+
+
+class Method(StrEnum):
+    """How the student learns."""
+
+    LIGHTNING = "lightning"
+    LIVE = "live"
+    SFT = "sft"
+
+
+class Estimator(StrEnum):
+    """What a distillation minimises."""
+
+    SAMPLED = "sampled"
+    TOPK_REVERSE_KL = "topk_reverse_kl"
+    TOPK_FORWARD_KL = "topk_forward_kl"
+
+
+class Preset(StrEnum):
+    """The size of a run."""
+
+    QUICK = "quick"
+    PAPER = "paper"
+    DEMO = "demo"
+
+
+How = Annotated[Method, typer.Option(metavar="METHOD", help="lightning, live or sft.")]
+Size = Annotated[Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large a run is.")]
+Objective = Annotated[
+    Estimator,
+    typer.Option(metavar="ESTIMATOR", help="sampled, topk_reverse_kl or topk_forward_kl.", show_choices=False),
+]
+
+
+@command(rich_help_panel=STARTS)
+def plan(  # noqa: PLR0913  a command's options are its parameters
+    student: Model = None,
+    teacher: Model = None,
+    prompts: Data = None,
+    sft_prompts: Data = None,
+    eval_prompts: Data = None,
+    method: How = Method.LIGHTNING,
+    estimator: Objective = Estimator.SAMPLED,
+    preset: Annotated[
+        Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large the run is.")
+    ] = Preset.QUICK,
+    declared_teacher: Model = None,
+    allow_teacher_mismatch: Mismatch = False,
+    settings: Settings = None,
+    name: Name = None,
+    tags: Tags = None,
+    notes: Notes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a distillation would do and cost; start it by its plan id."""
+    from opd_mcp.schemas.requests import PlanDistillation
+    from opd_mcp.server.render.plans import plan_text
+    from opd_mcp.server.tools.table import command_text
+
+    given = _named(locals(), "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
+    given |= {"method": method.value, "estimator": estimator.value, "preset": preset.value}
+    given |= {"allow_teacher_mismatch": allow_teacher_mismatch, "overrides": parsed_settings(settings)}
+    service, request = _request("plan", PlanDistillation, given | _labels(name, tags, notes))
+    show(service.plan(request), as_json, lambda plan: plan_text(plan, command_text))
+
+
+@command(rich_help_panel=STARTS)
+def start(  # noqa: PLR0913  a command's options are its parameters
+    plan_id: Annotated[str | None, typer.Argument(metavar="PLAN", help="A plan id.", show_default=False)] = None,
+    student: Model = None,
+    teacher: Model = None,
+    prompts: Data = None,
+    sft_prompts: Data = None,
+    eval_prompts: Data = None,
+    cache: Annotated[str | None, typer.Option(metavar="CACHE", help="A teacher cache, with --student.")] = None,
+    method: How = Method.LIGHTNING,
+    estimator: Objective = Estimator.SAMPLED,
+    preset: Annotated[
+        Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large the run is.")
+    ] = Preset.QUICK,
+    declared_teacher: Model = None,
+    allow_teacher_mismatch: Mismatch = False,
+    settings: Settings = None,
+    name: Name = None,
+    tags: Tags = None,
+    notes: Notes = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a plan, or a distillation by the options of a plan; it runs in the background."""
+    from opd_mcp.schemas.requests import StartDistillation
+    from opd_mcp.server.render.runs import snapshot_text
+    from opd_mcp.server.tools.table import command_text
+
+    given = _named(locals(), "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
+    given |= {"method": method.value, "estimator": estimator.value, "preset": preset.value}
+    given |= {"allow_teacher_mismatch": allow_teacher_mismatch, "overrides": parsed_settings(settings)}
+    given |= {"plan_id": plan_id, "cache_id": cache} | _labels(name, tags, notes)
+    service, request = _request("start", StartDistillation, given)
+    agree(service.start_question(request, GPU_HOURS), yes)
+    found = audited(service, "start_distillation", request.to_dict(), lambda: service.start_distillation(request))
+    show(found, as_json, lambda found: snapshot_text(found, command_text))
+
+
+@command(rich_help_panel=STARTS)
+def sweep(  # noqa: PLR0913  a command's options are its parameters
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A teacher cache, or the run that made it.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", "-g", metavar="KEY=A,B", help="Values of a recipe key; repeatable, all combinations."),
+    ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option("--point", "-p", metavar="KEY=A KEY=B", help="Instead: the settings of one run; repeatable."),
+    ] = None,
+    student: Model = None,
+    eval_prompts: Data = None,
+    preset: Annotated[
+        Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large each run is.")
+    ] = Preset.QUICK,
+    settings: Settings = None,
+    name: Name = None,
+    tags: Tags = None,
+    notes: Notes = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a distillation per point of a grid or list, all from one cache; compare them at the end."""
+    from opd_mcp.schemas.requests import Sweep
+    from opd_mcp.server.render.runs import sweep_text
+    from opd_mcp.server.tools.table import command_text
+
+    values = {key: _list(text) for key, text in _pairs(grid)}
+    points = [parsed_settings(text.split()) for text in point or ()]
+    given = _named(locals(), "student", "eval_prompts") | {"cache_id": cache, "grid": values, "points": points}
+    given |= _labels(name, tags, notes) | {"preset": preset.value, "overrides": parsed_settings(settings)}
+    service, request = _request("sweep", Sweep, given)
+    agree(service.sweep_question(request, GPU_HOURS), yes)
+    found = audited(service, "sweep", request.to_dict(), lambda: service.sweep(request))
+    show(found, as_json, lambda found: sweep_text(found, command_text))
+
+
+class Form(StrEnum):
+    """How a model is exported."""
+
+    INPUT = "input"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    ADAPTER = "adapter"
+
+
+@command(rich_help_panel=STARTS)
+def export(
+    model: Annotated[str, typer.Argument(help="A run id, an artifact id, a Hub id or a directory.")],
+    destination: Annotated[Path, typer.Argument(help="A new directory.")],
+    form: Annotated[Form, typer.Option("--format", help="Dtype of the weights, or the adapter alone.")] = Form.INPUT,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model with its tokenizer and model card to a new directory, in the background."""
+    from opd_mcp.schemas.requests import ExportStudent
+    from opd_mcp.server.render.runs import snapshot_text
+    from opd_mcp.server.tools.table import command_text
+
+    source, target = Path(model), destination.absolute()
+    reference = str(source.resolve()) if source.is_dir() else model
+    service = open_service([source] if source.is_dir() else [], export_roots=[target.parent])
+    request = ExportStudent(model=reference, destination=str(target), format=form.value)
+    found = audited(service, "export_student", request.to_dict(), lambda: service.export_student(request))
+    show(found, as_json, lambda found: snapshot_text(found, command_text))
+
+
+def parsed_settings(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Recipe keys with their values, from `key=value`; a value is JSON, or else a text."""
+    return {key: _value(text) for key, text in _pairs(texts)}
+
+
+def _pairs(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    from opd_mcp.schemas.errors import ArgumentError
+
+    pairs = []
+    for text in texts or ():
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            raise ArgumentError(
+                "invalid_argument", "A setting is written key=value.", value=text, fix="E.g. --set distill.steps=100."
+            )
+        pairs.append((key.strip(), value.strip()))
+    return pairs
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _list(text: str) -> list[Any]:
+    """Values between commas; a JSON list as it is."""
+    parsed = _value(text)
+    return parsed if isinstance(parsed, list) else [_value(part.strip()) for part in text.split(",")]
+
+
+def _named(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The named options as arguments; what is a file or folder here is given by its absolute path."""
+    given = {name: values[name] for name in names if values[name] is not None}
+    return {name: str(Path(text).resolve()) if Path(text).exists() else text for name, text in given.items()}
+
+
+def _labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict[str, Any]:
+    return {"name": name, "tags": tags or [], "notes": notes}
+
+
+def _request(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[JobService, Any]":
+    """The typed request, and the service that may read the files that the user names."""
+    from opd_mcp.server.protocol.arguments import request_from_arguments
+
+    paths = [Path(value) for value in given.values() if isinstance(value, str) and value.startswith("/")]
+    roots = [path if path.is_dir() else path.parent for path in paths if path.exists()]
+    return open_service(roots), request_from_arguments(f"opd-mcp {command}", model, given)

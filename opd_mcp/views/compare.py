@@ -1,0 +1,195 @@
+"""Runs next to each other: the settings that differ, the figures of their reports, and paired differences."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from opd_mcp.grading.paired import paired_outcomes
+from opd_mcp.schemas.answers import ComparedRun, Interval, PairedRuns, RunComparison
+from opd_mcp.schemas.errors import ArgumentError, OpdError, UnknownIdError, nearest
+from opd_mcp.schemas.next_action import NextAction, next_call
+from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
+from opd_mcp.schemas.requests import MAX_COMPARED
+from opd_mcp.schemas.runs import ACTIVE_STATES
+from opd_mcp.store.run_view import RunView
+from opd_mcp.store.store import Store
+from opd_mcp.views.metrics import differences
+from opd_mcp.views.status import costs_by_stage
+
+REPORT_FILE = "report.json"
+MAX_REPORT_BYTES = 16 << 20
+
+
+def runs_with_tag(store: Store, tag: str) -> list[str]:
+    """The ids of the runs with a tag, newest first; raises UnknownIdError `unknown_run` where there are none."""
+    rows = store.list_runs(tag=tag, limit=MAX_COMPARED).rows
+    if rows:
+        return [row.run_id for row in rows]
+    tags = {tag for row in store.list_runs(limit=1_000).rows for tag in row.tags or ()}
+    raise UnknownIdError(
+        "unknown_run",
+        "No run has this tag.",
+        value=tag,
+        nearest=nearest(tag, sorted(tags)),
+        fix="Give run_ids, or a tag of the listed runs.",
+        call=next_call("list_runs"),
+    )
+
+
+def chosen_runs(store: Store, run_ids: Sequence[str], tag: str | None) -> list[str]:
+    """The runs that a comparison is of, as given, or of a tag, oldest first.
+
+    Raises ArgumentError `invalid_argument` unless one of the two is given, UnknownIdError as `runs_with_tag`.
+    """
+    if bool(run_ids) == (tag is not None):
+        raise ArgumentError(
+            "invalid_argument",
+            "A comparison is of run_ids, or of the runs with a tag.",
+            fix="Give run_ids or tag, one of the two.",
+            call=next_call("list_runs"),
+        )
+    return list(dict.fromkeys(run_ids)) if tag is None else runs_with_tag(store, tag)[::-1]
+
+
+def compared(store: Store, run_ids: Sequence[str]) -> RunComparison:
+    """The table of at most 32 runs, of their records and reports alone.
+
+    Raises UnknownIdError `unknown_run`, IntegrityError `damaged_file` for a record that cannot be read.
+    """
+    runs = [(store.record(run_id), store.view(run_id)) for run_id in run_ids[:MAX_COMPARED]]
+    reports = [_report(store, view) for _, view in runs]
+    differing = differences([record for record, _ in runs])
+    rows = []
+    for place, (record, view) in enumerate(runs):
+        found = reports[place]
+        figures = _figures(found) if isinstance(found, BenchmarkReport) else {"not_measured": found}
+        seconds = sum(cost.seconds for cost in costs_by_stage(view) if not cost.reused)
+        rows.append(
+            ComparedRun(
+                run_id=record.run_id,
+                name=record.request.labels.name,
+                kind=record.request.kind,
+                state=view.state,
+                settings={key: values[place] for key, values in differing.items() if values[place] is not None},
+                seconds=round(seconds, 1) if seconds else None,
+                **figures,
+            )
+        )
+    measured = {
+        row.run_id: found for row, found in zip(rows, reports, strict=True) if isinstance(found, BenchmarkReport)
+    }
+    best = max((row for row in rows if row.accuracy), key=_accuracy, default=None)
+    paired, notes = _paired(best.run_id, measured) if best else ([], [])
+    if len(run_ids) > MAX_COMPARED:
+        notes.append(f"left out: {len(run_ids) - MAX_COMPARED} runs; a comparison holds {MAX_COMPARED}")
+    return RunComparison(
+        settings=list(differing),
+        runs=rows,
+        best=best.run_id if best else None,
+        paired=paired,
+        notes=notes,
+        basis=_basis(measured.values()),
+        next_action=_next_action(rows, best),
+    )
+
+
+def candidate_of(report: BenchmarkReport) -> ModelScore:
+    """The model that a report is about: the first."""
+    return report.models[0]
+
+
+def _report(store: Store, view: RunView) -> BenchmarkReport | str:
+    """The report that a run ended with, or why there is none to read."""
+    artifact_id = view.artifacts.get("benchmark")
+    if artifact_id is None:
+        return "no report yet" if view.state in ACTIVE_STATES else f"no report: {view.state}"
+    try:
+        file: Path = store.artifacts.get(artifact_id).path / REPORT_FILE
+        if file.stat().st_size > MAX_REPORT_BYTES:
+            return "its report is too large to compare"
+        return BenchmarkReport.from_json(file.read_bytes())
+    except (OpdError, OSError):
+        return "its report is gone"
+    except ValidationError:
+        return "its report cannot be read"
+
+
+def _figures(report: BenchmarkReport) -> dict[str, object]:
+    score = candidate_of(report)
+    against = next((pair for pair in report.comparisons if pair.candidate == score.name), None)
+    return {
+        "model": score.name,
+        "accuracy": interval(score.greedy_accuracy),
+        "sampled_accuracy": interval(score.sampled_accuracy),
+        "reverse_kl": interval(score.reverse_kl),
+        "baseline": against.baseline if against else None,
+        "gain": interval(against.accuracy_difference) if against else None,
+        "verdict": report.verdict.judgement if report.verdict else None,
+    }
+
+
+def interval(estimate: Estimate95 | None) -> Interval | None:
+    """An estimate as value, low and high, to four digits after the point."""
+    return None if estimate is None else (round(estimate.value, 4), round(estimate.low, 4), round(estimate.high, 4))
+
+
+def _accuracy(row: ComparedRun) -> float:
+    return row.accuracy[0] if row.accuracy else 0.0
+
+
+def _paired(best: str, measured: dict[str, BenchmarkReport]) -> tuple[list[PairedRuns], list[str]]:
+    """The best run against each other one whose answers are to the same prompts, and how to read that."""
+    own, pairs, apart = measured[best], [], []
+    for run_id, report in measured.items():
+        if run_id == best:
+            continue
+        first, second = candidate_of(own).greedy_right, candidate_of(report).greedy_right
+        if first is None or second is None:
+            apart.append(f"{run_id}: its report does not keep the outcome of each prompt")
+        elif not _same_task(own, report):
+            apart.append(f"{run_id}: measured on other prompts, or graded otherwise")
+        else:
+            found = paired_outcomes(first, second)
+            values = interval(found)
+            assert values is not None
+            pairs.append(PairedRuns(candidate=best, baseline=run_id, accuracy_difference=values, prompts=found.samples))
+    notes = [f"not paired with the best: {reason}" for reason in apart[:5]]
+    if len(measured) > 2:
+        notes.append(
+            f"the best of {len(measured)} was chosen by these figures, which flatters it: measure it on other prompts "
+            "before you quote it"
+        )
+    return pairs, notes
+
+
+def _same_task(one: BenchmarkReport, other: BenchmarkReport) -> bool:
+    def task(report: BenchmarkReport) -> tuple[object, ...]:
+        return report.prompts_sha256, report.prompts, report.prompts_with_answer, report.grader
+
+    first, second = candidate_of(one).greedy_right, candidate_of(other).greedy_right
+    return task(one) == task(other) and len(first or "") == len(second or "")
+
+
+def _basis(reports: Iterable[BenchmarkReport]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for report in reports:
+        score = candidate_of(report)
+        named = {"accuracy": score.greedy_accuracy, "sampled_accuracy": score.sampled_accuracy}
+        named |= {"reverse_kl": score.reverse_kl}
+        for name, value in named.items():
+            if value is not None:
+                found.setdefault(name, f"{value.samples} samples; {value.basis}")
+    return found
+
+
+def _next_action(rows: Sequence[ComparedRun], best: ComparedRun | None) -> NextAction:
+    active = next((row for row in rows if row.state in ACTIVE_STATES), None)
+    if active is not None:
+        why = "Some runs are still active: wait, then compare again."
+        return next_call("get_run_status", why, run_id=active.run_id, wait_seconds=25)
+    if best is None:
+        return NextAction(why="None of these runs has a report with an accuracy; benchmark_student measures a model.")
+    return next_call(
+        "benchmark_student", "Measure the best on prompts that chose nothing.", missing=["prompts"], model=best.run_id
+    )

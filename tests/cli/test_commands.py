@@ -1,0 +1,189 @@
+"""The commands for people, in this process over a real service whose workers are stand-ins."""
+
+import json
+import re
+import threading
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from opd_mcp.cli import app, following, starting, upkeep
+from opd_mcp.cli.live import bar, sparkline, view_lines
+from opd_mcp.cli.shared import wrapped
+from opd_mcp.schemas.requests import StartDistillation
+from opd_mcp.store.runs import LOG_FILE
+
+RAW_TYPES = re.compile(r"<(str|int|bool|float|path|list\[\w+\])>|\b(TEXT|INTEGER|PATH|FLOAT|DIRECTORY|FILE)\b")
+
+
+@pytest.fixture
+def opd_mcp(service, monkeypatch):
+    """Runs a command over the service; answers what it printed, and raises what it raised."""
+    for module in (starting, following, upkeep):
+        monkeypatch.setattr(module, "open_service", lambda *roots, **more: service)
+
+    def run(*arguments: object) -> str:
+        done = CliRunner().invoke(app, [str(part) for part in arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    return run
+
+
+@pytest.fixture
+def two_runs(world, service, finished):
+    """Two finished distillations, named and tagged."""
+    runs = []
+    for steps in (2, 3):
+        changes = {"eval_prompts": world.prompts("eval"), "overrides": {"distill.steps": steps}}
+        arguments = world.start_arguments(name=f"{steps} steps", tags=["pair"], **changes)
+        runs.append(finished(service, service.start_distillation(arguments).run_id))
+    assert [run.state for run in runs] == ["succeeded"] * 2, runs
+    return runs
+
+
+def commands():
+    """The words of every command that is shown, its groups included."""
+    found = []
+
+    def walk(command, words):
+        found.append(words)
+        for name, inner in getattr(command, "commands", {}).items():
+            if not inner.hidden:
+                walk(inner, [*words, name])
+
+    walk(typer.main.get_command(app), [])
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_help_is_in_words_without_types_of_python(words):
+    shown = CliRunner().invoke(app, [*words, "-h"], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0
+    assert "Usage:" in shown.output
+    assert RAW_TYPES.search(shown.output) is None, shown.output
+    assert max(map(len, shown.output.splitlines())) <= 80
+    assert "…" not in shown.output, "a name or word is cut"
+
+
+def test_the_version_is_one_line():
+    assert re.fullmatch(r"opd-mcp \d+\.\d+\.\d+\n", CliRunner().invoke(app, ["--version"]).output)
+
+
+def test_what_was_planned_is_started_by_its_id_and_found_by_name_and_tag(world, service, opd_mcp, busy_machine):
+    sources = ["--student", world.student, "--teacher", world.teacher, "--prompts", world.prompts()]
+    settings = ["--preset", "demo", "--set", "distill.steps=3", "-s", "sft.steps=3"]
+    labels = ["--name", "by hand", "-t", "mine"]
+    plan = json.loads(opd_mcp("plan", *sources, *settings, *labels, "--json"))
+    assert plan["recipe"]["distill"]["steps"] == 3
+    started = json.loads(opd_mcp("start", plan["plan_id"], "--json"))
+    assert started["name"] == "by hand"
+    assert "reused" in opd_mcp("start", *sources, *settings)
+    rows = json.loads(opd_mcp("list", "--tag", "mine", "--name", "HAND", "--state", "queued", "--json"))["rows"]
+    assert [row["run_id"] for row in rows] == [started["run_id"]]
+    table = opd_mcp("list").splitlines()
+    assert table[0].split() == ["STATE", "NAME", "RUN", "CREATED", "MODELS", "TAGS"]
+    assert table[1].startswith("queued  by hand")
+    assert table[-1] == "1 of 1 runs"
+    assert "0 of 0 runs" in opd_mcp("list", "--state", "failed")
+    assert "cancel requested" in opd_mcp("cancel", "mine")
+
+
+def test_runs_are_compared_reported_and_deleted(service, opd_mcp, two_runs):
+    first, second = (run.run_id for run in two_runs)
+    for asked in ([first, second], ["pair"]):
+        text = opd_mcp("compare", *asked)
+        assert "2 steps" in text
+        assert "0.500 [0.400, 0.600]" in text
+    assert len(json.loads(opd_mcp("compare", "pair", "--json"))["runs"]) == 2
+    report = json.loads(opd_mcp("report", first, "--json"))
+    assert report["models"][0]["greedy_accuracy"]["value"] == 0.5
+    model = two_runs[0].result["artifacts"]["model"]
+    assert model in opd_mcp("artifacts", "--kind", "model")
+    assert f"deleted with it: {model}" in opd_mcp("rm", first, "--yes")
+    assert model not in opd_mcp("artifacts")
+    assert json.loads(opd_mcp("rm", "-y", second, "--json"))["run_id"] == second
+    assert "0 of 0 runs" in opd_mcp("list")
+
+
+def test_a_deletion_without_a_terminal_needs_a_yes(service, opd_mcp, two_runs):
+    from opd_mcp.schemas.errors import PlanError
+
+    with pytest.raises(PlanError, match=r"declined.*goes with its settings"):
+        opd_mcp("rm", two_runs[0].run_id)
+    assert service.list_runs().total == 2
+
+
+def test_a_sweep_is_started_from_a_run_and_its_values_are_numbers(service, opd_mcp, two_runs, busy_machine):
+    run_id = two_runs[0].run_id
+    options = ["--preset", "demo", "-g", "distill.steps=4,5", "-g", "runtime.seed=[7]", "--name", "steps"]
+    started = json.loads(opd_mcp("sweep", run_id, *options, "--json"))
+    assert [run["settings"] for run in started["runs"]] == [
+        {"distill.steps": 4, "runtime.seed": 7},
+        {"distill.steps": 5, "runtime.seed": 7},
+    ]
+    points = ["-p", "distill.steps=4 runtime.seed=7", "-p", "distill.steps=5 runtime.seed=7"]
+    again = json.loads(opd_mcp("sweep", run_id, "--preset", "demo", *points, "--json"))
+    assert again["sweep_id"] == started["sweep_id"]
+    assert "cancel requested for 2 runs" in opd_mcp("cancel", started["sweep_id"])
+
+
+def test_a_log_is_followed_until_the_run_ends(world, service, opd_mcp, busy_machine, finished):
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    log = service.workspace.run(run_id) / LOG_FILE
+    with log.open("a") as file:
+        file.write("before\n")
+    printed: list[str] = []
+    follower = threading.Thread(target=lambda: printed.append(opd_mcp("logs", run_id, "-f")))
+    follower.start()
+    time.sleep(1.0)  # the page is read; what comes now is followed
+    with log.open("a") as file:
+        file.write("after\n")
+    service.cancel(run_id)
+    finished(service, run_id)
+    follower.join(30)
+    lines = printed[0].splitlines()
+    assert (lines.count("before"), lines.count("after")) == (1, 1)
+
+
+def test_the_live_view_shows_phases_curves_and_scores_within_its_width(service, opd_mcp, two_runs):
+    [run] = service.dashboard([two_runs[1].run_id]).runs
+    for width in (60, 80, 120):
+        lines = view_lines(run, width)
+        assert max(map(len, lines)) <= width
+    text = "\n".join(view_lines(run, 80))
+    assert "3 steps: succeeded" in text
+    assert "✓ distill" in text
+    assert "▁" in text or "█" in text or not run.curves
+    assert text.splitlines()[0] in opd_mcp("watch", run.run_id, "--once")
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest_block():
+    assert sparkline([0.0, 1.0, 2.0, 3.0]) == "▁▃▆█"
+    assert sparkline([5.0, 5.0]) == "▁▁"
+    assert len(sparkline([float(number) for number in range(500)], 30)) == 30
+    assert sparkline([]) == ""
+    assert (bar(1, 2, 4), bar(0, 0, 4)) == ("██░░", "░░░░")
+
+
+def test_long_lines_are_broken_between_words():
+    text = "score of distilled: greedy_accuracy 0.912 [0.887, 0.934], reverse_kl 0.0132\n  short"
+    lines = wrapped(text, 40).splitlines()
+    assert all(len(line) <= 40 for line in lines)
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert lines[-1] == "  short"
+
+
+def test_a_plan_that_costs_much_is_asked_about(world, service, opd_mcp, monkeypatch):
+    from opd_mcp.schemas.errors import PlanError
+
+    monkeypatch.setattr(starting, "GPU_HOURS", 0.0)
+    plan = service.plan(world.plan_arguments())
+    with pytest.raises(PlanError, match="declined"):
+        opd_mcp("start", plan.plan_id)
+    assert service.list_runs().total == 0
+    started = service.start_distillation(StartDistillation(plan_id=plan.plan_id))
+    assert f"run_id: {started.run_id}" in opd_mcp("start", plan.plan_id, "--yes")
+    service.cancel(started.run_id)

@@ -1,0 +1,111 @@
+"""A sweep: its runs from one cache, found again by the same call, compared and stopped as one."""
+
+import pytest
+
+from opd_mcp.schemas.errors import ArgumentError, ResourceError, RunError
+from opd_mcp.schemas.requests import CompareRuns, Sweep
+from opd_mcp.schemas.runs import ACTIVE_STATES
+from opd_mcp.server.render.monitoring import comparison_text
+from opd_mcp.server.render.runs import sweep_text
+from opd_mcp.supervisor.sweeps import swept_settings
+
+GRID = {"distill.steps": [2, 3], "runtime.seed": [0, 1]}
+
+
+@pytest.fixture
+def cache_run(world, service, finished):
+    """The id of a finished distillation, whose cache is swept over."""
+    arguments = world.start_arguments(sft_prompts=world.prompts("sft"), eval_prompts=world.prompts("eval"))
+    status = finished(service, service.start_distillation(arguments).run_id)
+    assert status.state == "succeeded", status
+    return status.run_id
+
+
+def sweep(cache_run, **changes):
+    return Sweep(**{"cache_id": cache_run, "grid": GRID, "preset": "demo", "name": "rates", "tags": ["mine"]} | changes)
+
+
+def test_a_grid_is_every_combination_and_a_list_is_taken_as_it_is():
+    assert swept_settings(sweep("c")) == [
+        {"distill.steps": 2, "runtime.seed": 0},
+        {"distill.steps": 2, "runtime.seed": 1},
+        {"distill.steps": 3, "runtime.seed": 0},
+        {"distill.steps": 3, "runtime.seed": 1},
+    ]
+    points = [{"distill.steps": 5}, {}, {"distill.steps": 5}]
+    assert swept_settings(sweep("c", grid={}, points=points)) == points[:2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grid": {}}, "a grid, or a list"),
+        ({"points": [{"distill.steps": 1}]}, "a grid, or a list"),
+        ({"grid": {"distill.steps": list(range(1, 9)), "runtime.seed": list(range(5))}}, "at most 32"),
+        ({"overrides": {"distill.steps": 9}}, "swept and set"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_starts(changes, said):
+    with pytest.raises(ArgumentError, match=said):
+        swept_settings(sweep("c", **changes))
+
+
+def test_a_sweep_is_found_again_compared_and_all_of_its_runs_have_its_tag(world, service, cache_run, finished):
+    before = service.list_runs().total
+    started = service.sweep(sweep(cache_run))
+    assert [run.settings for run in started.runs] == swept_settings(sweep(cache_run))
+    assert [run.reused for run in started.runs] == [False] * 4
+    assert started.runs[0].name == "rates: steps=2, seed=0"
+    assert all(run.name in sweep_text(started) or run.run_id in sweep_text(started) for run in started.runs)
+    for run in started.runs:
+        assert finished(service, run.run_id).state == "succeeded"
+    again = service.sweep(sweep(cache_run, name="another name"))
+    assert again.sweep_id == started.sweep_id
+    assert [run.run_id for run in again.runs] == [run.run_id for run in started.runs]
+    assert all(run.reused for run in again.runs)
+    assert again.expected_seconds is None
+    assert service.list_runs().total == before + 4
+    assert service.list_runs(tag=started.sweep_id).total == service.list_runs(tag="mine").total == 4
+    assert (again.next_action.tool, again.next_action.arguments) == ("compare_runs", {"tag": started.sweep_id})
+    table = service.compare_runs(CompareRuns(tag=started.sweep_id))
+    assert [run.run_id for run in table.runs] == [run.run_id for run in started.runs]
+    assert table.settings == ["runtime.seed", "distill.steps"]
+    assert [run.settings for run in table.runs] == [run.settings for run in started.runs]
+    assert all(run.accuracy == (0.5, 0.4, 0.6) for run in table.runs)
+    text = comparison_text(table)
+    assert all(run.name in text for run in table.runs)
+
+
+def test_a_sweep_is_cancelled_as_one_and_the_same_call_starts_what_was_cancelled(
+    service, cache_run, busy_machine, finished
+):
+    started = service.sweep(sweep(cache_run))
+    answer = service.cancel(started.sweep_id)
+    assert "4 runs" in answer.note
+    for run in started.runs:
+        assert finished(service, run.run_id).state == "cancelled"
+    with pytest.raises(RunError, match="run_not_active"):
+        service.cancel(started.sweep_id)
+    again = service.sweep(sweep(cache_run))
+    assert not {run.run_id for run in again.runs} & {run.run_id for run in started.runs}
+    assert all(run.state in ACTIVE_STATES for run in again.runs)
+    service.cancel("mine")
+    for run in again.runs:
+        assert finished(service, run.run_id).state == "cancelled"
+
+
+def test_what_refuses_a_start_leaves_the_others_and_is_told(service, cache_run, busy_machine):
+    (service.workspace.root / "settings.toml").write_text("[quotas]\nmax_running_runs = 3\n")
+    started = service.sweep(sweep(cache_run))
+    assert len(started.runs) == 3
+    assert "quota_exceeded" in started.not_started[0]
+    with pytest.raises(ResourceError, match="quota_exceeded"):
+        service.sweep(sweep(cache_run, grid={"distill.steps": [7]}))
+    service.cancel(started.sweep_id)
+
+
+def test_a_sweep_asks_by_what_it_takes_in_all(service, cache_run):
+    hours = service.sweep_question(sweep(cache_run), 0.0)
+    assert "4 runs" in hours.text
+    assert hours.confirm in hours.text
+    assert service.sweep_question(sweep(cache_run), 1000.0) is None
