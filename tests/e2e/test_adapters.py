@@ -88,6 +88,11 @@ async def test_an_agent_on_a_small_machine_accepts_lora_and_gets_an_adapter_that
                 status = (await client.call_tool(following["tool"], following["arguments"])).structured_content
             assert status["state"] == "succeeded", status
 
+    [report] = (world.workspace / "artifacts" / "report").glob("*/report.md")
+    assert (
+        "distilled: a LoRA adapter of rank 32 on all linear layers was trained from zero (distill)"
+        in report.read_text()
+    )
     adapter = next((world.workspace / "artifacts" / "model").glob("model-lightning-*"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     base = Path(config["base_model_name_or_path"])
