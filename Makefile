@@ -18,7 +18,7 @@ test-wheel: .venv/fresh
 # What needs packages that every process would load once they are there: torchao, Triton in its interpreter, and
 # reasoning-gym.
 test-extras: .venv/fresh .extras/fresh
-	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/test_estimates.py \
+	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/costs/test_estimates.py \
 	  tests/planning/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
 	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 
@@ -83,7 +83,7 @@ check: .venv/fresh
 	$(BIN)/mypy
 
 bench: .venv/fresh
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'trl==1.16.0' 'accelerate>=1.15'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'trl==1.16.0' 'accelerate>=1.15' 'peft>=0.19'
 	$(BIN)/python tools/bench/engine.py $(ARGS)
 
 format: .venv/fresh
@@ -114,7 +114,7 @@ format: .venv/fresh
 	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six \
 	  'lm-eval>=0.4.13,<0.5' evaluate requests urllib3 charset_normalizer certifi idna sacrebleu portalocker colorama lxml \
 	  sqlitedict more_itertools tcolorpy \
-	  'peft>=0.19' 'accelerate>=1.15'
+	  'peft>=0.19' 'accelerate>=1.15' 'bitsandbytes>=0.46'
 	touch $@
 
 prove-cache: .venv/fresh

@@ -14,7 +14,6 @@ from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
 from opd_mcp.identity.models import ModelFacts, is_untrained
 from opd_mcp.identity.tokenizers import TokenDifference
-from opd_mcp.planning.admission import quota_findings, resource_findings
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
@@ -25,22 +24,24 @@ from opd_mcp.planning.checks import (
     judge_evaluation,
     judge_files,
     judge_prompts,
+    judge_quantization,
     judge_special_tokens,
     judged_golds,
     require_generating,
 )
-from opd_mcp.planning.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
+from opd_mcp.planning.costs.admission import quota_findings, resource_findings
+from opd_mcp.planning.costs.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
+from opd_mcp.planning.costs.workload import DRAWN
 from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
 from opd_mcp.planning.text_work import Asked
-from opd_mcp.planning.workload import DRAWN
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call
-from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase
+from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase, WayToTrain
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.resolve import far_rates
@@ -72,6 +73,7 @@ class Planner:
         sft, verdict = judge_consistency(arguments, inputs, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
         judge_adapters(recipe, inputs.student.facts, sft, found)
+        judge_quantization(recipe, sft, inputs.student, found)
         judge_rates(arguments, recipe, inputs, sft, found)
         schema = self._schema(arguments, inputs, sft, found)
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
@@ -256,9 +258,14 @@ def with_way_to_fit(finding: Finding, arguments: PlanDistillation, fits: Sequenc
     option = next((option for option in fits if option.fits), None)
     if option is None:
         return finding.model_copy(
-            update={"fix": f"Neither full training nor LoRA fits with smaller batches. {finding.fix}"}
+            update={"fix": f"Neither full training nor LoRA, 4-bit or not, fits with smaller batches. {finding.fix}"}
         )
-    what = "Training all weights with smaller batches" if option.name == "full" else "LoRA (docs/adapters.md)"
+    ways: dict[WayToTrain, str] = {
+        "full": "Training all weights with smaller batches",
+        "lora": "LoRA (docs/adapters.md)",
+        "lora_4bit": "LoRA on a 4-bit base, whose dequantised weights are then the student (docs/adapters.md),",
+    }
+    what = ways[option.name]
     given = arguments.to_dict() | {"overrides": {**arguments.overrides, **option.overrides}}
     return finding.model_copy(
         update={

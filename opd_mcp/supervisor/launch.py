@@ -17,8 +17,8 @@ from opd_mcp.devices.hardware import Target, free_disk, target_of
 from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.models import ModelCache
-from opd_mcp.planning.admission import admission, require_room, with_claims
-from opd_mcp.planning.estimates import estimate_of, measured_costs
+from opd_mcp.planning.costs.admission import admission, require_room, with_claims
+from opd_mcp.planning.costs.estimates import estimate_of, measured_costs
 from opd_mcp.planning.phases import with_satisfied
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.plans import MethodEstimate

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from opd_mcp.planning.admission import MEMORY_OVERRIDE
+from opd_mcp.planning.costs.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd_mcp.planning.admission import MEMORY_OVERRIDE
+from opd_mcp.planning.costs.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import Failure

@@ -19,9 +19,9 @@ import psutil
 
 from opd_mcp.devices.hardware import free_disk, gpu_slot, gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
-from opd_mcp.planning.admission import is_short, out_of_hours, seconds_left, short_admission
+from opd_mcp.planning.costs.admission import is_short, out_of_hours, seconds_left, short_admission
+from opd_mcp.planning.costs.workload import expected_disk, workload_of
 from opd_mcp.planning.engines import required_program
-from opd_mcp.planning.workload import expected_disk, workload_of
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import RuntimeRecipe

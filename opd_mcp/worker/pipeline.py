@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.identity.files import write_atomic
-from opd_mcp.planning.estimates import (
+from opd_mcp.planning.costs.estimates import (
     COST_FILE,
     PROCESS_START,
     ArtifactCosts,

@@ -18,9 +18,9 @@ from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.consistency import proven_claim
 from opd_mcp.identity.lineage import write_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.planning.estimates import CostModel, room_of
+from opd_mcp.planning.costs.estimates import CostModel, room_of
+from opd_mcp.planning.costs.workload import PROCESS_BYTES, DataSize, Workload
 from opd_mcp.planning.exports import export_request
-from opd_mcp.planning.workload import PROCESS_BYTES, DataSize, Workload
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.memory import ModelShape
@@ -168,6 +168,8 @@ def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, ar
         assert not plan.blocking, plan.blocking
     elif tool == "start_distillation" and request.cache_id is not None:
         assert [phase.name for phase in builder.from_cache(request).phases] == ["distill", "benchmark"]
+    elif tool == "sweep":
+        assert len(service._swept(request)[1]) == 6
     elif tool == "export_student":
         assert export_request(builder, service.exports, request).inputs.export.format == "bfloat16"
     elif tool in (

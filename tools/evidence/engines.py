@@ -133,7 +133,7 @@ def evidence(root: Path, program: Path, points: int) -> dict[str, Any]:
     answer["lineage"] = {role: sorted(line.engines or ()) if line else [] for role, line in made.items()}
     answer["left_over"] = len(marked(flow.run_of(status)))
     killed = [kill_trial(root, program, paths, role, number) for number in range(points) for role in ROLES]
-    contents = {trial["content"] for trial in killed}
+    contents = {manifest.content_sha256, *(trial["content"] for trial in killed)}
     answer["killed"] = killed
     if len(contents) > 1:
         problems.append("an interrupted build has another content")

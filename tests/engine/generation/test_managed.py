@@ -17,7 +17,7 @@ from opd_mcp.schemas.runs import EngineSettings
 from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, marked
 
 STAND_IN = Path(__file__).resolve().parents[2] / "stand_ins" / "stand_in_engine.py"
-ROWS, SHARD = 24, 8
+ROWS, SHARD = 12, 4
 
 
 class Killing(SilentReporter):
@@ -44,7 +44,7 @@ def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path):
     )
     program.chmod(0o755)
     run.mkdir()
-    reporter = Killing(run, after=11)
+    reporter = Killing(run, after=6)
 
     @contextmanager
     def start_engine(wish):

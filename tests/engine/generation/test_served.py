@@ -30,6 +30,7 @@ from opd_mcp.schemas.recipes import Sampling
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
 KEY = "the-engine-s-key"
 STOPS = [1]
+SHORT = Sampling(max_new_tokens=12)
 SMALL = {"count": 16, "shard_rows": 4}
 ASK = Ask([5, 6, 7], Sampling(temperature=0.8, top_p=0.9, max_new_tokens=3), STOPS, seed=7)
 
@@ -191,7 +192,7 @@ def test_the_teacher_answers_and_scores_on_an_engine_and_a_managed_one_is_given_
         return nullcontext(EngineAddress(server.url, "managed-key", wish.dtype, managed=True))
 
     context = replace(build.context(), start_engine=start_engine)
-    section = build.recipe.responses.model_copy(update={"engine": "vllm"})
+    section = build.recipe.responses.model_copy(update={"engine": "vllm", "limit": 8, "sampling": SHORT})
     inputs = ResponsesInputs(teacher=build.teacher, prompts=EXAMPLE / "sft.jsonl")
     stages.generate_responses(section, inputs, build.root / "responses", context)
     facts = read_lineage(build.root / "responses").engines["responses"]
@@ -218,7 +219,7 @@ def test_an_engine_that_scores_as_another_model_is_found_out(engines, student, b
 
 def test_a_benchmark_s_candidate_answers_on_a_user_s_server_and_its_baseline_here(served, build):
     section = build.recipe.benchmark.model_copy(
-        update={"engine": served.url, "limit": 6, "samples_per_prompt": 1, "kl_prompts": 4}
+        update={"engine": served.url, "limit": 4, "samples_per_prompt": 1, "kl_prompts": 2, "sampling": SHORT}
     )
     inputs = BenchmarkInputs(
         models={"candidate": build.student, "before": EXAMPLE / "student"},

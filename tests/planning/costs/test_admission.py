@@ -4,7 +4,7 @@ import pytest
 
 from opd_mcp.devices.hardware import Target
 from opd_mcp.devices.leases import Wish
-from opd_mcp.planning.admission import SHORT_SECONDS, is_short, memory_shortage, short_admission, with_claims
+from opd_mcp.planning.costs.admission import SHORT_SECONDS, is_short, memory_shortage, short_admission, with_claims
 from opd_mcp.schemas.errors import OpdError, ResourceError
 from opd_mcp.schemas.requests import GenerateTeacherResponses, SampleModel
 
