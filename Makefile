@@ -83,7 +83,7 @@ check: .venv/fresh
 	$(BIN)/mypy
 
 bench: .venv/fresh
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'trl==1.16.0' 'accelerate>=1.15'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'trl==1.16.0' 'accelerate>=1.15' 'peft>=0.19'
 	$(BIN)/python tools/bench/engine.py $(ARGS)
 
 format: .venv/fresh
@@ -114,7 +114,7 @@ format: .venv/fresh
 	  python-dateutil drawsvg magiccube pycosat pyfiglet pytz tabulate zss six \
 	  'lm-eval>=0.4.13,<0.5' evaluate requests urllib3 charset_normalizer certifi idna sacrebleu portalocker colorama lxml \
 	  sqlitedict more_itertools tcolorpy \
-	  'peft>=0.19' 'accelerate>=1.15'
+	  'peft>=0.19' 'accelerate>=1.15' 'bitsandbytes>=0.46'
 	touch $@
 
 prove-cache: .venv/fresh

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from opd_mcp.identity.signatures import MadeHere, everywhere
 from opd_mcp.schemas.errors import ResourceError, RunError
-from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import BenchmarkRecipe, CheckpointRecipe, PromptingRecipe, RolloutRecipe, RuntimeRecipe
 from opd_mcp.schemas.reports import Curve, GradedResponses, StageCost
@@ -167,13 +167,15 @@ class SftInputs:
 class RolloutInputs:
     """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold.
 
-    `longest` are the tokens of the longest sequence that whoever scores the rollouts takes.
+    `longest` are the tokens of the longest sequence that whoever scores the rollouts takes. `form` is how the training
+    that will learn from them holds the student's linear layers.
     """
 
     student: Path
     prompts: Path
     tokenizer: Path | None = None
     eval_prompts: Path | None = None
+    form: BaseForm = "as_saved"
     longest: int | None = None
 
 
@@ -181,7 +183,8 @@ class RolloutInputs:
 class TeacherInputs:
     """Of `stages.check_teacher`: who is to score which student; the teacher is a directory, a server, or both.
 
-    `sft_teacher` counts for a student without lineage; `sft_teacher_path` is the directory that Δ is measured with.
+    `sft_teacher` counts for a student without lineage; `sft_teacher_path` is the directory that Δ is measured with;
+    `form` is that of the rollouts.
     """
 
     student: Path
@@ -190,6 +193,7 @@ class TeacherInputs:
     sft_teacher: TeacherClaim | None = None
     sft_teacher_path: Path | None = None
     allow_teacher_mismatch: bool = False
+    form: BaseForm = "as_saved"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +222,8 @@ class BenchmarkInputs:
 
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
     `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
-    `planned_seconds` by stage and `curves` are for the report's figures.
+    `planned_seconds` by stage and `curves` are for the report's figures; `forms` says of models by name how the run's
+    training held their linear layers.
     """
 
     models: Mapping[str, Path]
@@ -229,6 +234,7 @@ class BenchmarkInputs:
     not_measured: Mapping[str, str] = field(default_factory=dict)
     teacher_responses: GradedResponses | None = None
     suite: str | None = None
+    forms: Mapping[str, BaseForm] = field(default_factory=dict)
     suite_changes: Mapping[str, list[Any]] = field(default_factory=dict)
     costs: Sequence[StageCost] = ()
     alerts: Sequence[Alert] = ()

@@ -13,6 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from opd_mcp.engine.context import Context
+from opd_mcp.engine.models.loading import LoadedModel
+from opd_mcp.engine.models.nf4 import kernel_name
 from opd_mcp.engine.runtime import hardware_name
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
@@ -21,6 +23,7 @@ from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.identity import (
     AdapterOrigin,
     ArtifactKind,
+    BaseForm,
     EngineFacts,
     Lineage,
     ModelIdentity,
@@ -38,9 +41,10 @@ def engines_of(**made: EngineFacts | None) -> dict[str, EngineFacts] | None:
     return {stage: facts for stage, facts in made.items() if facts is not None} or None
 
 
-def full_identity(path: Path) -> ModelIdentity:
+def full_identity(path: Path, form: BaseForm = "as_saved") -> ModelIdentity:
     """A model's identity with the hash over every byte of its weights."""
-    return inspect_model(path).identity.model_copy(update={"weights_full": full_weights_hash(path)})
+    identity = inspect_model(path, form=form).identity
+    return identity.model_copy(update={"weights_full": full_weights_hash(path, form)})
 
 
 def claim_of(directory: Path, given: TeacherClaim | None, context: Context) -> TeacherClaim | None:
@@ -53,16 +57,19 @@ def claim_of(directory: Path, given: TeacherClaim | None, context: Context) -> T
     return vouched(claim, made_here=context.made_here(directory)) if claim else given
 
 
-def adapter_origin(student: Path, recipe: AdapterRecipe | None, context: Context) -> AdapterOrigin | None:
+def adapter_origin(student: LoadedModel, recipe: AdapterRecipe | None, context: Context) -> AdapterOrigin | None:
     """What a lineage says of the adapter that a student gets; None without one."""
     if recipe is None:
         return None
+    quantization = student.facts.identity.quantization
     return AdapterOrigin(
-        base=inspect_model(inspect_model(student).weights_path).identity,
+        base=inspect_model(student.facts.weights_path).identity,
         rank=recipe.rank,
         scale=recipe.scale,
         start="continued" if recipe.continue_adapter else "zero",
         saved=recipe.saved_as(context.runtime.dtype),
+        quantization=quantization,
+        kernel=kernel_name(student.device) if quantization else None,
     )
 
 
@@ -92,7 +99,8 @@ def frozen_hash(origin: AdapterOrigin | None, student: Path) -> str | None:
     """The hash of what an adapter is trained on, with its settings; None without one."""
     if origin is None:
         return None
-    return content_hash({"origin": origin.to_dict(), "student": inspect_model(student).identity.weights})
+    settings = origin.model_copy(update={"kernel": None}).to_dict()  # kernels compute the same to rounding
+    return content_hash({"origin": settings, "student": inspect_model(student).identity.weights})
 
 
 def tokenizer_files(artifact: Path) -> list[str]:

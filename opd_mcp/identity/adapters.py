@@ -5,18 +5,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
 from opd_mcp.identity.files import read_json_object
 from opd_mcp.identity.safetensors import UNSAFE_SUFFIXES, file_metadata, read_tensors
 from opd_mcp.schemas.errors import IntegrityError, PathError
-from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.identity import ModelIdentity, Quantization
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_IDENTITY = "opd_base_identity"
 """The key of the weights' metadata under which our adapters carry the identity of their base."""
+BASE_QUANTIZATION = "opd_base_quantization"
+"""The key under which they say that they belong to the dequantised weights of their base."""
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_(?P<side>[AB])\.weight")
 LAYER_WEIGHT = re.compile(r"\.\d+\.(?:\w+\.)*(?P<name>\w+)\.weight$")
 # what an adapter may say without changing what rank, alpha and its tensors compute
@@ -43,6 +45,7 @@ class AdapterFiles:
     """A directory's adapter: rank r, its scale, the layers it belongs to, its number of values, and its base.
 
     `base` is what the adapter names: a path or a Hub id; `base_identity` is known of adapters that were made here.
+    With a `quantization` the adapter belongs to the base's weights as they are quantised and dequantised.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class AdapterFiles:
     modules: tuple[str, ...]
     parameters: int
     base_identity: ModelIdentity | None = None
+    quantization: Quantization | None = None
 
     def base_directory(self) -> Path:
         """The base's directory; raises PathError `base_missing` where the adapter names none that is here."""
@@ -92,6 +96,7 @@ def read_adapter(directory: Path) -> AdapterFiles:
         modules=tuple(_modules(directory, rank)),
         parameters=sum(tensor.elements for tensor in read_tensors(directory)),
         base_identity=_base_identity(directory / ADAPTER_WEIGHTS),
+        quantization=_base_quantization(directory),
     )
 
 
@@ -155,6 +160,13 @@ def _modules(directory: Path, rank: int) -> Iterator[str]:
         if found != {"A", "B"}:
             raise unsupported_adapter(directory, f"{module} has only one of its two matrices")
         yield module
+
+
+def _base_quantization(directory: Path) -> Quantization | None:
+    found = file_metadata(directory / ADAPTER_WEIGHTS).get(BASE_QUANTIZATION)
+    if found is not None and found not in get_args(Quantization):
+        raise unsupported_adapter(directory, f"it belongs to a base that is quantised as {found[:40]!r}")
+    return cast("Quantization | None", found)
 
 
 def _base_identity(weights: Path) -> ModelIdentity | None:

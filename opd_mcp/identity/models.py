@@ -15,7 +15,7 @@ from opd_mcp.identity.files import path_signature, read_json_object
 from opd_mcp.identity.safetensors import Tensor, full_digest, read_tensors, sampled_digest
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import PathError
-from opd_mcp.schemas.identity import ModelIdentity
+from opd_mcp.schemas.identity import BaseForm, ModelIdentity, Quantization
 
 # Beyond any size of a model, so that no estimate overflows.
 MAX_SETTING = 1 << 31
@@ -105,19 +105,22 @@ class ModelCache:
         return self._facts[key]
 
 
-def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
+def inspect_model(path: Path, *, name: str | None = None, form: BaseForm = "as_saved") -> ModelFacts:
     """The facts of a model directory, read from its JSON files and safetensors headers.
 
-    `name` replaces the name that the directory suggests. Raises PathError (`not_found`, `not_a_model`,
-    `unsafe_weights`, `unsafe_config`) and IntegrityError `damaged_file`.
+    `name` replaces the name that the directory suggests; `form` says how its linear layers are held. Raises PathError
+    (`not_found`, `not_a_model`, `unsafe_weights`, `unsafe_config`) and IntegrityError `damaged_file`.
     """
     adapter = read_adapter(path) if is_adapter(path) else None
     base = None if adapter is None else _inspect_base(adapter)
     config = _model_config(path) if base is None else base.config
     encoding.require_own_tokenizer(path)
     tensors, weights = _hashed_tensors(path, sampled_digest)
+    quantization = held_quantization(adapter, form)
     if adapter is not None and base is not None:
-        weights = _joined_hash(adapter, weights, base.identity.weights)
+        weights = _joined_hash(adapter, weights, _held_hash(base.identity.weights, quantization))
+    else:
+        weights = _held_hash(weights, quantization)
     content = tokenizers.tokenizer_content(path)
     tokens = tokenizers.tokens_of(content, path / tokenizers.TOKENIZER_FILE)
     eos = tokenizers.eos_token_ids(path, tokens)
@@ -130,6 +133,7 @@ def inspect_model(path: Path, *, name: str | None = None) -> ModelFacts:
         encoding=encoding.encoding_hash(content, encoding.special_tokens(path, tokens)),
         chat_template=None if template is None else text_hash(template),
         special_tokens=tokenizers.special_tokens_hash(eos, tokenizers.special_token_names(path)),
+        quantization=quantization,
     )
     vocab_size = _text_config(config).get("vocab_size")
     return ModelFacts(
@@ -152,6 +156,18 @@ def _inspect_base(adapter: AdapterFiles) -> "ModelFacts":
     if is_adapter(directory):
         raise unsupported_adapter(adapter.path, f"its base, {directory.name}, is an adapter as well")
     return inspect_model(directory)
+
+
+def held_quantization(adapter: AdapterFiles | None, form: BaseForm) -> Quantization | None:
+    """What a model's linear layers, or those of an adapter's base, are quantised to when it is loaded in this form."""
+    if form == "as_saved":
+        return adapter.quantization if adapter else None
+    return None if form == "plain" else form
+
+
+def _held_hash(weights: str, quantization: Quantization | None) -> str:
+    """The hash of a model whose linear layers are quantised and dequantised again."""
+    return weights if quantization is None else content_hash({"weights": weights, "quantization": quantization})
 
 
 def _joined_hash(adapter: AdapterFiles, weights: str, base: str) -> str:
@@ -187,13 +203,14 @@ def weights_hash(path: Path) -> str:
     return _hashed_tensors(path, sampled_digest)[1]
 
 
-def full_weights_hash(path: Path) -> str:
+def full_weights_hash(path: Path, form: BaseForm = "as_saved") -> str:
     """The hash over every byte of a model's weights, read in pieces; raises as `read_tensors`."""
     weights = _hashed_tensors(path, full_digest)[1]
     if not is_adapter(path):
-        return weights
+        return _held_hash(weights, held_quantization(None, form))
     adapter = read_adapter(path)
-    return _joined_hash(adapter, weights, full_weights_hash(adapter.base_directory()))
+    base = _held_hash(full_weights_hash(adapter.base_directory()), held_quantization(adapter, form))
+    return _joined_hash(adapter, weights, base)
 
 
 def is_untrained(path: Path) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 from opd_mcp.grading.child import AnswerLimits
 from opd_mcp.grading.golds import gold_problems, odd_golds, recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.consistency import consistency, require_consistent
+from opd_mcp.identity.consistency import consistency, require_behaviour, require_consistent
 from opd_mcp.identity.data.rows import RawIds
 from opd_mcp.identity.data.scan import overlap_of
-from opd_mcp.identity.models import ModelFacts, require_decodable
+from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable
 from opd_mcp.identity.tokenizers import (
     TokenDifference,
     differences_text,
@@ -22,11 +23,11 @@ from opd_mcp.identity.tokenizers import (
 from opd_mcp.planning.adapter_bases import target_problems
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.planning.text_work import TextFacts
-from opd_mcp.schemas.cache import PromptHygiene
+from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, GradingPlan
-from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, PromptingRecipe, Recipe, SftRecipe
+from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, PromptingRecipe, Recipe, SftRecipe, base_form
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.runs import RunInputs
 from opd_mcp.schemas.texts import shortened
@@ -181,6 +182,35 @@ def judge_adapters(recipe: Recipe, student: ModelFacts | None, sft: bool, found:
                 message=f"The adapter to continue has rank {made.rank} and scale {made.scale:g} after the SFT, "
                 f"distill.adapter asks for rank {wanted.rank} and scale {wanted.scale:g}.",
                 fix="Give 'distill.adapter' the rank, alpha and scaling of 'sft.adapter'.",
+            )
+        )
+
+
+def require_own_rollouts(cache: CacheManifest, student: ResolvedModel, recipe: Recipe) -> None:
+    """Raise ConsistencyError `behaviour_mismatch` unless a cache has rollouts of what would be distilled."""
+    if student.facts is not None:
+        held = inspect_model(student.facts.path, form=base_form(recipe.distill.adapter))
+        require_behaviour(cache.behaviour, held.identity)
+
+
+def judge_quantization(recipe: Recipe, sft: bool, student: ResolvedModel, found: Findings) -> None:
+    """Block what would round dequantised weights with a merged adapter to 4 bits again."""
+    distilled, made = recipe.distill.adapter, recipe.sft.adapter
+    first = made if sft else distilled
+    lineage = read_lineage(student.facts.path) if student.facts else None
+    before = lineage.adapter if lineage else None
+    was_merged = before is not None and before.quantization is not None and before.saved != "adapter"
+    again = was_merged and first is not None and first.quantization is not None
+    if sft and made is not None and distilled is not None and distilled.quantization is not None:
+        again = again or made.saved_as(recipe.runtime.dtype) != "adapter"
+    if again:
+        found.blocking.append(
+            Finding(
+                code="lossy_precision",
+                message="A student with a merged adapter would be rounded to 4 bits: weights that already were on the "
+                "16 levels go back to them, and most of what the adapter learnt is lost.",
+                fix="Give a student that was saved as an adapter ('sft.adapter.save' = 'adapter'): base and adapter "
+                "then stay apart. Or leave out the quantization.",
             )
         )
 

@@ -9,7 +9,7 @@ from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.checks import Findings
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, is_url
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, base_form, is_url
 from opd_mcp.schemas.runs import EngineSettings
 
 ROLES = ("responses", "rollout", "score", "benchmark")
@@ -24,7 +24,8 @@ def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str])
     update, found = {}, Findings()
     for role, engine in _named(recipe):
         if engine == "auto":
-            picked, why = _picked(recipe, settings)
+            quantised = role == "rollout" and base_form(recipe.distill.adapter) == "nf4"
+            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings)
             update[role] = getattr(recipe, role).model_copy(update={"engine": picked})
             chosen = f"{role}.engine is {picked or 'local'}: {why}."
             found.warn("engine_chosen", chosen, f"Name another as {role}.engine.")
@@ -38,7 +39,8 @@ def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str])
 def require_engines_used(recipe: Recipe, method: Method) -> None:
     """Raise ArgumentError `invalid_argument` for an engine that could not draw the rollouts when their turn comes.
 
-    A live distillation's student changes as it draws, and an SFT student that is saved as an adapter is no whole model.
+    A live distillation's student changes as it draws, an SFT student that is saved as an adapter is no whole model, and
+    a 4-bit student is not what its files hold.
     """
     adapter = recipe.sft.adapter if method == "lightning" else None
     if recipe.rollout.engine and adapter is not None and adapter.saved_as(recipe.runtime.dtype) == "adapter":
@@ -54,6 +56,14 @@ def require_engines_used(recipe: Recipe, method: Method) -> None:
             "A live distillation draws rollouts from the student as it trains, which no engine serves.",
             value=recipe.rollout.engine,
             fix="Leave out rollout.engine, or use method='lightning'.",
+        )
+    if base_form(recipe.distill.adapter) == "nf4" and recipe.rollout.engine not in (None, "auto"):
+        raise ArgumentError(
+            "invalid_argument",
+            "An engine would serve the student as it is stored; the rollouts of this distillation are those of its "
+            "dequantised weights.",
+            value=recipe.rollout.engine,
+            fix="Leave out rollout.engine, or 'distill.adapter.quantization'.",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.identity import ArtifactKind, ModelIdentity
-from opd_mcp.schemas.recipes import Method, Recipe
+from opd_mcp.schemas.recipes import Method, Recipe, base_form
 from opd_mcp.schemas.runs import DataInput, ModelInput, PhaseName, RunInputs, RunPhase
 
 
@@ -117,7 +117,9 @@ class PhaseChain:
         """The SFT student's rollouts, scored by the teacher."""
         teacher = self.inputs.teacher
         prompting = {"tokenizer": _tokenizer_token(teacher)}
-        parts = {"student": self.student, "prompts": data_token(self.inputs.prompts), **prompting}
+        form = base_form(self.recipe.distill.adapter)  # π_ref is what the distillation begins with
+        held = {} if form == "as_saved" else {"form": form}
+        parts = {"student": self.student, "prompts": data_token(self.inputs.prompts), **prompting, **held}
         rollouts = self._add("rollout", parts, self.recipe.rollout)
         scored = {"rollouts": rollouts, "teacher": model_token(teacher), **self._claims()}
         self.cache = _product_id("score", self._add("score", scored, self.recipe.score))

@@ -24,6 +24,7 @@ from opd_mcp.planning.checks import (
     judge_evaluation,
     judge_files,
     judge_prompts,
+    judge_quantization,
     judge_special_tokens,
     judged_golds,
     require_generating,
@@ -40,7 +41,7 @@ from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call
-from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase
+from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase, WayToTrain
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.resolve import far_rates
@@ -72,6 +73,7 @@ class Planner:
         sft, verdict = judge_consistency(arguments, inputs, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
         judge_adapters(recipe, inputs.student.facts, sft, found)
+        judge_quantization(recipe, sft, inputs.student, found)
         judge_rates(arguments, recipe, inputs, sft, found)
         schema = self._schema(arguments, inputs, sft, found)
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
@@ -256,9 +258,14 @@ def with_way_to_fit(finding: Finding, arguments: PlanDistillation, fits: Sequenc
     option = next((option for option in fits if option.fits), None)
     if option is None:
         return finding.model_copy(
-            update={"fix": f"Neither full training nor LoRA fits with smaller batches. {finding.fix}"}
+            update={"fix": f"Neither full training nor LoRA, 4-bit or not, fits with smaller batches. {finding.fix}"}
         )
-    what = "Training all weights with smaller batches" if option.name == "full" else "LoRA (docs/adapters.md)"
+    ways: dict[WayToTrain, str] = {
+        "full": "Training all weights with smaller batches",
+        "lora": "LoRA (docs/adapters.md)",
+        "lora_4bit": "LoRA on a 4-bit base, whose dequantised weights are then the student (docs/adapters.md),",
+    }
+    what = ways[option.name]
     given = arguments.to_dict() | {"overrides": {**arguments.overrides, **option.overrides}}
     return finding.model_copy(
         update={

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_mcp.devices.hardware import target_of
-from opd_mcp.identity.consistency import require_behaviour, require_consistent
+from opd_mcp.identity.consistency import require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.adapter_bases import require_targets
@@ -15,6 +15,7 @@ from opd_mcp.planning.checks import (
     differing_tokens,
     judge_special_tokens,
     require_generating,
+    require_own_rollouts,
     require_positions,
     require_usable_ids,
 )
@@ -298,8 +299,6 @@ class RequestBuilder:
         """The student that a cache is for, and the inputs of its distillation."""
         student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
         allowed = arguments.allow_teacher_mismatch
-        if student.input.identity is not None:
-            require_behaviour(cache.manifest.behaviour, student.input.identity)
         require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
         teacher = self._teacher_of(cache, arguments.teacher)
         evaluation, prompts = (
@@ -323,6 +322,7 @@ class RequestBuilder:
         recipe, _ = self.with_engines(distillation_recipe(arguments))
         target_of(recipe.runtime)
         require_targets({"distill": recipe.distill}, student.facts)
+        require_own_rollouts(cache.manifest, student, recipe)
         require_topk(cache, recipe)
         # Without answers and without the teacher at hand there is nothing to measure.
         measurable = inputs.eval_prompts is not None or (inputs.teacher is not None and inputs.prompts is not None)

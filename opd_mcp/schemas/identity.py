@@ -6,6 +6,9 @@ from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
 
+Quantization = Literal["nf4"]
+BaseForm = Literal["as_saved", "plain", "nf4"]
+"""How a model's weights, or its base's, are held: as its directory says, or regardless of that."""
 ArtifactKind = Literal["prompts", "responses", "model", "cache", "report"]
 
 
@@ -27,6 +30,9 @@ class ModelIdentity(Schema):
     encoding: str | None = Field(None, description="how text becomes ids, besides that map")
     chat_template: str | None = None
     special_tokens: str = Field(description="EOS ids and the special tokens' names")
+    quantization: Quantization | None = Field(
+        None, description="the model is the one whose linear layers have been quantised and dequantised; in `weights`"
+    )
     weights_full: str | None = None
     remote: Literal["served", "named"] | None = Field(
         None, description="a teacher on a server: `served` gives its hashes itself, `named` has only a declared name"
@@ -46,7 +52,8 @@ class ModelIdentity(Schema):
     def label(self) -> str:
         """Readable and unambiguous: the name, twelve digits of the weights' hash, six of the configuration's."""
         configuration = f"+{self.configuration[:6]}" if self.configuration else ""
-        return f"{self.name}@{self.weights[:12]}{configuration}"
+        quantization = f"+{self.quantization}" if self.quantization else ""
+        return f"{self.name}@{self.weights[:12]}{configuration}{quantization}"
 
 
 class RemoteTeacher(Schema):
@@ -87,6 +94,12 @@ class AdapterOrigin(Schema):
         description="zero: π_ref is the student as it was given; continued: its own adapter was trained on"
     )
     saved: Literal["adapter", "merged", "both"]
+    quantization: Quantization | None = Field(
+        None,
+        description="the base's linear layers were quantised: π_ref, what was trained and a merged student have the "
+        "dequantised weights, not the original ones",
+    )
+    kernel: str | None = Field(None, description="what dequantised in the training, with its version")
 
 
 class EngineFacts(Schema):

@@ -15,6 +15,9 @@ CheckpointingPolicy = Literal["none", "selective", "full"]
 POLICIES: tuple[CheckpointingPolicy, ...] = ("none", "selective", "full")
 # Logits alive at the same time: one tile, whatever the micro-batch size.
 TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+# Bytes per 4-bit weight, with a float32 scale for 64 values; values that are widened to float32 at a time.
+NF4_BYTES = 0.5 + 4 / 64
+NF4_CHUNK = 1 << 24
 # 8-bit optimizer state: values that share a scale.
 BLOCK = 256
 # Share of memory left free for the allocator's gaps and for what the formulas do not cover.
@@ -50,6 +53,7 @@ class ModelShape:
     kv_width: int
     intermediate: int
     vocab: int
+    experts: bool = False
 
     @classmethod
     def of(cls, parameters: int, vocab: int, setting: Callable[[str], int | None]) -> Self:
@@ -57,7 +61,8 @@ class ModelShape:
         hidden = setting("hidden_size") or 1
         heads = setting("num_attention_heads") or 1
         width = setting("head_dim") or hidden // heads
-        experts = (setting("num_experts_per_tok") or 0) * (setting("moe_intermediate_size") or 0)
+        at_a_time = setting("num_experts_per_tok") or 0
+        experts = at_a_time * (setting("moe_intermediate_size") or 0)
         return cls(
             parameters=parameters,
             layers=setting("num_hidden_layers") or 1,
@@ -66,6 +71,7 @@ class ModelShape:
             kv_width=(setting("num_key_value_heads") or heads) * width,
             intermediate=max(setting("intermediate_size") or 0, experts),
             vocab=vocab,
+            experts=at_a_time > 0,
         )
 
     def adapter_parameters(self, rank: int, targets: Sequence[str] | None = None) -> int:
@@ -81,6 +87,20 @@ class ModelShape:
         }
         largest = max(ends.values())
         return rank * self.layers * sum(ends.get(name, largest) for name in (ends if targets is None else targets))
+
+    def linear_values(self) -> int:
+        """Values of the linear layers, which can be held in 4 bits; of a mixture of experts, of attention alone."""
+        attention = 2 * (self.query_width + self.kv_width)
+        values = self.layers * self.hidden * (attention + (0 if self.experts else 3 * self.intermediate))
+        return min(values, self.parameters)
+
+    def weights(self, value_bytes: int, packed: int = 0) -> int:
+        """Bytes of the weights, of which `packed` are held in 4 bits, with what dequantising one layer takes."""
+        held = value_bytes * (self.parameters - packed) + ceil(NF4_BYTES * packed)
+        if not packed:
+            return held
+        largest = self.hidden * max(self.query_width, 0 if self.experts else self.intermediate)
+        return held + value_bytes * largest + 12 * min(largest, NF4_CHUNK)
 
     def widths(self) -> tuple[int, int, int, int]:
         """Residual stream, queries, keys, feed-forward."""
@@ -108,13 +128,14 @@ class TrainingMemory:
 class AdapterSize:
     """An adapter on frozen weights: its values, bytes per frozen weight, and values of an earlier, frozen adapter.
 
-    `ranks` is the width of all low-rank products of a layer together.
+    `ranks` is the width of all low-rank products of a layer together; `packed` of the frozen weights are in 4 bits.
     """
 
     trained: int
     ranks: int
     base_bytes: int
     earlier: int = 0
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,7 +240,9 @@ def _adapter_memory(
     layers = 1 if policy == "full" else shape.layers  # a selective checkpoint keeps the outputs of all products
     return TrainingMemory(
         policy=policy,
-        weights=(adapter.base_bytes + copies) * shape.parameters + 4 * (adapter.trained + adapter.earlier),
+        weights=shape.weights(adapter.base_bytes, adapter.packed)
+        + copies * (shape.parameters - adapter.packed)
+        + 4 * (adapter.trained + adapter.earlier),
         gradients=4 * adapter.trained,
         optimizer=8 * adapter.trained,
         activations=tokens * (_token_bytes(policy, shape, step) + layers * low_rank),

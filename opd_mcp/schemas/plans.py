@@ -47,10 +47,13 @@ class MethodEstimate(Schema):
     phases: list[PhaseEstimate]
 
 
+WayToTrain = Literal["full", "lora", "lora_4bit"]
+
+
 class FitOption(Schema):
     """One way to train, and whether it fits the device: with the largest micro-batches that do, else the smallest."""
 
-    name: Literal["full", "lora"]
+    name: WayToTrain
     fits: bool
     peak_memory_bytes: int
     checkpointing: CheckpointingPolicy

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from opd_mcp.schemas.base import AddedLater, Schema
+from opd_mcp.schemas.identity import BaseForm, Quantization
 
 Method = Literal["lightning", "live", "sft"]
 Estimator = Literal["sampled", "topk_reverse_kl", "topk_forward_kl", "topk_js", "topk_entropy_mixed", "opsa"]
@@ -118,13 +119,18 @@ class AdapterRecipe(Schema):
     base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights; 'auto': the runtime's, or float32 where they are stored in float32"
     )
+    quantization: Quantization | None = Field(
+        None,
+        description="'nf4': the frozen linear layers are held in 4 bits (arXiv 2305.14314), 4.5 with their scales; the "
+        "student and its rollouts are those of the dequantised weights",
+    )
     continue_adapter: bool = Field(
         False, description="go on training the adapter that the student is; otherwise a new one starts at zero on it"
     )
     save: AdapterSave | None = Field(
         None,
         description="peft's format, a whole model, or both; default: 'merged' in a float32 run, 'adapter' in a "
-        "bfloat16 run, where loading a merged student would round its delta away",
+        "bfloat16 run, where loading a merged student would round its delta away, and with a quantization",
     )
 
     @property
@@ -135,7 +141,12 @@ class AdapterRecipe(Schema):
 
     def saved_as(self, dtype: Literal["float32", "bfloat16"]) -> AdapterSave:
         """How a run in this dtype saves its student."""
-        return self.save or ("merged" if dtype == "float32" else "adapter")
+        return self.save or ("merged" if dtype == "float32" and self.quantization is None else "adapter")
+
+
+def base_form(adapter: AdapterRecipe | None) -> BaseForm:
+    """How a training, and the rollouts that it learns from, hold the student's linear layers."""
+    return (adapter.quantization if adapter else None) or "as_saved"
 
 
 class ResponsesRecipe(Schema):

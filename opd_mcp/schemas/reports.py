@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Record, Schema
-from opd_mcp.schemas.identity import EngineFacts, ModelIdentity
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity, Quantization
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import BenchmarkRecipe, GraderName, Precision
@@ -216,6 +216,19 @@ class GapClosed(Schema):
     not_measured: str | None = Field(None, description="why there is no share")
 
 
+class QuantisationCost(Schema):
+    """What holding the base's linear layers in 4 bits cost, measured on the student that the training began with.
+
+    `quantised` and `plain` name its two rows among the models.
+    """
+
+    quantization: Quantization
+    quantised: str
+    plain: str
+    reverse_kl: Estimate95 = Field(description="KL(quantised‖plain) per token on the evaluation prompts, nats")
+    accuracy_difference: Estimate95 | None = Field(None, description="quantised − plain, greedy, paired by prompt")
+
+
 class ShownAnswers(Schema):
     """One prompt and what each model said, cut to size."""
 
@@ -275,6 +288,7 @@ class BenchmarkReport(Schema):
     models: list[ModelScore]
     comparisons: list[Comparison] = Field(default_factory=list)
     gap_closed: list[GapClosed] = Field(default_factory=list)
+    quantisation: QuantisationCost | None = Field(None, description="absent where no student is in 4 bits")
     not_measured: dict[str, str] = Field(default_factory=dict, description="rows that are absent, and why")
     adapters: dict[str, TrainedAdapter] = Field(default_factory=dict, description="by model, where one was trained")
     teacher_responses: GradedResponses | None = Field(None, description="what the SFT of this run learnt from")

@@ -26,7 +26,7 @@ from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.planning.suites import suite_changes
-from opd_mcp.schemas.identity import RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
     DistillRecipe,
@@ -36,6 +36,7 @@ from opd_mcp.schemas.recipes import (
     SampleRecipe,
     ScoreRecipe,
     SftRecipe,
+    base_form,
     is_url,
 )
 from opd_mcp.schemas.reports import BenchmarkReport, Curve, GradedResponses, StageCost, TrainingSummary
@@ -139,6 +140,7 @@ class StageCalls:
                     prompts=paths["prompts"],
                     tokenizer=paths.get("teacher"),
                     eval_prompts=paths.get("eval_prompts"),
+                    form=base_form(recipe.distill.adapter),
                     longest=longest,
                 )
                 cost = stages.rollout(recipe.rollout, rollouts, output, context)
@@ -171,6 +173,7 @@ class StageCalls:
             "sft_teacher": self._claim(),
             "sft_teacher_path": self._sft_teacher_path(),
             "allow_teacher_mismatch": self.record.request.inputs.allow_teacher_mismatch,
+            "form": base_form(self.record.request.recipe.distill.adapter),
         }
 
     def _remote(self) -> RemoteTeacher | None:
@@ -233,6 +236,7 @@ class StageCalls:
             not_measured=absent,
             teacher_responses=self._teacher_responses(),
             suite=self.record.request.inputs.suite,
+            forms=self._forms(),
             suite_changes=suite_changes(self.record.request.inputs.suite, self.record.request.recipe),
             prompts=self._benchmark_prompts(),
             recipe_hash=self.record.request.recipe.content_hash(),
@@ -251,6 +255,15 @@ class StageCalls:
         if "model" in paths:
             return {"distilled": paths["model"], student_name(paths["student"]): paths["student"]}
         return {"sft": paths["student"], "base": paths["base"]}
+
+    def _forms(self) -> dict[str, BaseForm]:
+        """How the run's last training held the student that it began with."""
+        recipe = self.record.request.recipe
+        if self.record.request.inputs.model is not None:
+            return {}
+        if "model" in self.paths:
+            return {student_name(self.paths["student"]): base_form(recipe.distill.adapter)}
+        return {"base": base_form(recipe.sft.adapter)}
 
     def _references(self, models: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
         """The teacher and the student before its SFT, where the report is to have them, and why one is absent."""

@@ -168,6 +168,8 @@ def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, ar
         assert not plan.blocking, plan.blocking
     elif tool == "start_distillation" and request.cache_id is not None:
         assert [phase.name for phase in builder.from_cache(request).phases] == ["distill", "benchmark"]
+    elif tool == "sweep":
+        assert len(service._swept(request)[1]) == 6
     elif tool == "export_student":
         assert export_request(builder, service.exports, request).inputs.export.format == "bfloat16"
     elif tool in (

@@ -2,7 +2,8 @@
 
 import pytest
 
-from opd_mcp.planning.engines import with_engines
+from opd_mcp.devices.hardware import Target
+from opd_mcp.planning.engines import require_engines_used, with_engines
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import EngineSettings
@@ -57,8 +58,6 @@ def test_auto_is_local_on_a_cpu_and_says_why(program):
 
 
 def test_auto_takes_what_the_settings_name_on_a_gpu(program, monkeypatch):
-    from opd_mcp.devices.hardware import Target
-
     monkeypatch.setattr("opd_mcp.planning.engines.target_of", lambda runtime: Target("cuda", "H200", 1 << 37))
     recipe = resolve_recipe("quick", {"rollout.engine": "auto", "score.engine": "auto"})
     chosen, found = with_engines(recipe, EngineSettings(sglang=program), ())
@@ -79,6 +78,19 @@ def test_a_plan_chooses_and_a_live_one_refuses(world, service):
     assert not basis["score"].startswith("on ")
     with pytest.raises(ArgumentError, match=r"invalid_argument.*live"):
         service.plan(world.plan_arguments(method="live", overrides={"rollout.engine": URL}))
+
+
+def test_no_engine_draws_the_rollouts_of_a_4_bit_student(program, monkeypatch):
+    """It would serve the stored weights; the others of the run's models are served as they are."""
+    monkeypatch.setattr("opd_mcp.planning.engines.target_of", lambda runtime: Target("cuda", "a GPU", 1 << 36))
+    nf4 = {"distill.adapter.quantization": "nf4", "rollout.engine": "vllm"}
+    with pytest.raises(ArgumentError, match=r"invalid_argument.*dequantised weights"):
+        require_engines_used(resolve_recipe("quick", nf4), "lightning")
+    auto = resolve_recipe("quick", nf4 | {"rollout.engine": "auto", "responses.engine": "auto"})
+    require_engines_used(auto, "lightning")
+    recipe, found = with_engines(auto, EngineSettings(vllm=program), ())
+    assert (recipe.rollout.engine, recipe.responses.engine) == (None, "vllm")
+    assert "4 bits" in found[1].message
 
 
 def test_an_sft_student_that_will_be_an_adapter_has_no_engine(world, service):

@@ -36,6 +36,8 @@ def keys(given: RunInputs, method: str = "lightning", **overrides: object) -> di
         ({"sft__steps": 7}, ["generate_responses"]),
         ({"benchmark__limit": 7}, ["generate_responses", "sft", "rollout", "score", "distill"]),
         ({"runtime__seed": 7}, []),
+        ({"distill__adapter": {}}, ["generate_responses", "sft", "rollout", "score"]),
+        ({"distill__adapter": {"quantization": "nf4"}}, ["generate_responses", "sft"]),
     ],
 )
 def test_a_setting_changes_its_phase_and_all_that_follow(overrides, kept):

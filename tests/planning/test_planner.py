@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
+from opd_mcp.identity.models import ModelCache
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, PathError, PlanError, ResourceError
 from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
 from opd_mcp.server.render.plans import plan_text
@@ -305,9 +307,13 @@ def test_a_start_uses_the_plan_that_was_made_while_its_files_stay_what_they_are(
 
 def test_what_would_fit_is_listed_with_numbers(service, world):
     plan = service.plan(world.plan_arguments())
-    full, lora = plan.fits
+    full, lora, packed = plan.fits
     assert (full.name, full.fits, full.overrides) == ("full", True, {})
     assert (lora.name, lora.fits, lora.overrides) == ("lora", True, {"sft.adapter": {}, "distill.adapter": {}})
+    nf4 = {"quantization": "nf4"}
+    assert (packed.name, packed.fits) == ("lora_4bit", True)
+    assert packed.overrides == {"sft.adapter": nf4, "distill.adapter": nf4}
+    assert "a LoRA adapter on a 4-bit base fits" in plan_text(plan)
     mine = next(estimate for estimate in plan.estimates if estimate.method == plan.method)
     assert full.peak_memory_bytes == mine.peak_memory_bytes
 
@@ -352,8 +358,54 @@ def test_the_batch_follows_from_all_memory_of_the_device_not_from_what_is_free(s
 def test_nothing_fits_a_device_that_is_smaller_than_a_process(service, world, gpu):
     gpu(total=400, free=300)
     plan = service.plan(world.plan_arguments(overrides={"runtime.device": "auto"}))
-    assert [option.fits for option in plan.fits] == [False, False]
-    assert "Neither full training nor LoRA fits" in plan.blocking[0].fix
+    assert [option.fits for option in plan.fits] == [False, False, False]
+    assert "Neither full training nor LoRA, 4-bit or not, fits" in plan.blocking[0].fix
+
+
+def test_a_device_too_small_for_a_bf16_base_is_offered_one_in_4_bits(service, world, gpu, monkeypatch):
+    """The student's files say 8B; both sections get the quantization, and the same plan then blocks no more."""
+    inspect = ModelCache.inspect_model
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "head_dim": 128}
+
+    def large(cache, path):
+        facts = inspect(cache, path)
+        if path.name != "student":
+            return facts
+        config = facts.config | sizes | {"intermediate_size": 12288, "num_key_value_heads": 8}
+        return replace(facts, parameters=8_190_735_360, weight_bytes=2 * 8_190_735_360, config=config)
+
+    monkeypatch.setattr(ModelCache, "inspect_model", large)
+    gpu(total=80_000, free=79_000)
+    few = {f"{name}.batch_size": 1 for name in ("sft", "distill", "responses", "rollout", "benchmark")}
+    full = {f"{name}.activation_checkpointing": "full" for name in ("sft", "distill")}
+    overrides = {"runtime.device": "auto", "runtime.dtype": "bfloat16"} | few | full
+    arguments = world.plan_arguments(overrides=overrides)
+    full, lora, packed = service.plan(arguments).fits
+    assert packed.peak_memory_bytes < lora.peak_memory_bytes < full.peak_memory_bytes
+    gpu(total=80_000, free=(packed.peak_memory_bytes + lora.peak_memory_bytes) // 2 >> 20)
+    blocked = service.plan(arguments)
+    assert codes(blocked.blocking)[0] == "not_enough_memory"
+    assert [option.fits for option in blocked.fits] == [False, False, True]
+    assert "4-bit base" in blocked.blocking[0].fix
+    again = service.plan(PlanDistillation(**blocked.next_action.arguments))
+    assert "not_enough_memory" not in codes(again.blocking)
+    assert again.recipe.sft.adapter.quantization == again.recipe.distill.adapter.quantization == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("sft", "distill", "blocked"),
+    [
+        ({"save": "merged"}, {"quantization": "nf4"}, True),
+        ({"save": "both", "quantization": "nf4"}, {"quantization": "nf4"}, True),
+        ({"quantization": "nf4"}, {"quantization": "nf4"}, False),
+        ({"quantization": "nf4", "save": "merged"}, {}, False),
+        (None, {"quantization": "nf4"}, False),
+    ],
+)
+def test_a_merged_sft_is_not_rounded_to_4_bits_again(world, service, sft, distill, blocked):
+    overrides = {"distill.adapter": distill} | ({} if sft is None else {"sft.adapter": sft})
+    plan = service.plan(world.plan_arguments(overrides=overrides))
+    assert ("lossy_precision" in codes(plan.blocking)) == blocked
 
 
 @pytest.mark.parametrize(
@@ -379,7 +431,7 @@ def test_an_adapter_that_the_sft_does_not_leave_blocks_before_any_work(world, se
     [
         ("demo", {}, {}),
         ("demo", {"distill.optimizer.learning_rate": 0.3}, {"learning_rate_far": "100 times the preset's 0.003"}),
-        ("quick", {}, {"preset_rates": "as preset 'quick' has it; a student of 0.0"}),
+        ("quick", {}, {"preset_rates": "as preset 'quick' has it; a student of 0.108M"}),
         ("quick", {"sft.optimizer.learning_rate": 4e-3, "distill.optimizer.learning_rate": 3e-3}, {}),
     ],
 )

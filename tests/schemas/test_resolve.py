@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
-from opd_mcp.schemas.recipes import AdapterRecipe, Recipe
+from opd_mcp.schemas.recipes import AdapterRecipe, Recipe, base_form
 from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
 
 PRESETS = ("quick", "paper", "demo")
@@ -52,6 +52,18 @@ def test_every_listed_key_can_be_overridden_with_its_own_value() -> None:
             section, value = value, getattr(value, part, None)
         if section is not None:
             assert resolve_recipe("demo", {key: value}) == recipe, key
+
+
+def test_a_quantization_is_an_adapters_and_keeps_it_apart_from_its_base() -> None:
+    recipe = resolve_recipe("demo", {"distill.adapter.quantization": "nf4"})
+    adapter = recipe.distill.adapter
+    assert adapter is not None
+    assert (adapter.quantization, adapter.rank) == ("nf4", 32)
+    assert (adapter.saved_as("float32"), AdapterRecipe().saved_as("float32")) == ("adapter", "merged")
+    assert base_form(adapter) == "nf4"
+    assert base_form(recipe.sft.adapter) == base_form(AdapterRecipe()) == "as_saved"
+    with pytest.raises(ArgumentError, match="nf4"):
+        resolve_recipe("demo", {"distill.adapter.quantization": "int3"})
 
 
 @pytest.mark.parametrize("section", ["sft", "distill"])

@@ -36,6 +36,7 @@ class Case:
 CASES = {
     "vocab_152k": Case(151_936, 256, 4, rows=24, quick_rows=6, shrink=8, budget=1024),
     "vocab_4k": Case(4096, 256, 4, rows=64, quick_rows=32, shrink=8, budget=1024),
+    "lora": Case(151_936, 256, 4, rows=24, quick_rows=6, shrink=8, budget=1024),
     "deep": Case(32_768, 512, 16, rows=16, quick_rows=6, shrink=8, budget=1024),
     "packing": Case(4096, 256, 4, rows=32, quick_rows=16, shrink=4, budget=4096),
 }

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,42 +34,49 @@ BARS = {
     ("vocab_152k", "trl_iwopd_stored_teacher"): 2.0,
     ("vocab_152k", "three_pass_recompute"): 3.5,
     ("vocab_152k", "torch_linear_cross_entropy"): 1.1,
+    ("lora", "peft_padded"): 1.3,
+    ("lora", "trl_peft"): 1.3,
     ("vocab_4k", "naive_padded"): 1.8,
     ("vocab_4k", "naive_packed"): 1.0,
     ("packing", "random_padding"): 2.0,
     ("packing", "dense_mask"): 1.5,
     ("generation", "hf_generate"): 1.3,
 }
-PEAK_BARS = {("vocab_152k", "naive_padded"): 4.0}
+PEAK_BARS = {("vocab_152k", "naive_padded"): 4.0, ("lora", "peft_padded"): 2.0, ("lora", "trl_peft"): 2.0}
 MOST_SCORING_GROWTH = 1.05
 TOUCHING = Case(512, 64, 1, rows=2, quick_rows=2, shrink=64, budget=64)
 Run = Callable[[], None]
 
 
 def training_runs(case: str, *, quick: bool) -> dict[str, Run]:
-    """One step of every variant that is installed, by name, on one model and one set of rows."""
-    from tools.bench.peers import BODY, TRAINING
+    """One step of every variant that is installed, by name, on one set of rows; on one model, but for adapters."""
+    from tools.bench.peers import ADAPTED, BODY, TRAINING, adapted_models
 
-    model, data = build_model(CASES[case]), build_data(CASES[case], quick=quick)
+    plain, data = build_model(CASES[case]), build_data(CASES[case], quick=quick)
+    steps = {"packing": BODY, "lora": ADAPTED}.get(case, TRAINING)
+    installed = {name: step for name, step in steps.items() if all(map(_has, PACKAGES & set(name.split("_"))))}
+    models = adapted_models(plain, list(installed), CASES[case]) if case == "lora" else dict.fromkeys(installed, plain)
 
-    def run_of(step: Callable[..., None]) -> Run:
+    def run_of(name: str) -> Run:
         def run() -> None:
-            model.zero_grad(set_to_none=True)
-            step(model, data, CASES[case])
+            models[name].zero_grad(set_to_none=True)
+            installed[name](models[name], data, CASES[case])
 
         return run
 
-    steps = BODY if case == "packing" else TRAINING
-    installed = {name: step for name, step in steps.items() if not name.startswith("trl_") or _has_trl()}
-    return {name: run_of(step) for name, step in installed.items()}
+    return {name: run_of(name) for name in installed}
 
 
-def _has_trl() -> bool:
+PACKAGES = {"trl", "peft"}
+"""What a variant needs whose name has it."""
+
+
+def _has(package: str) -> bool:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
-        import trl  # noqa: F401
+        import_module(package)
     except ImportError:
-        print("TRL is not installed: the benchmark runs without its variants (pip install '.[bench]')", file=sys.stderr)
+        print(f"{package} is not installed: its variants are left out (pip install '.[bench]')", file=sys.stderr)
         return False
     return True
 

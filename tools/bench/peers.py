@@ -3,6 +3,7 @@
 Every variant computes the same loss, −A_t · log π_θ with A_t from stored teacher log-probs, averaged over tokens (TRL's
 adds its prefix weights). Peers that take a token budget get ours. `two_pass` and `three_pass_recompute` are our own
 versions of slime's and the paper's pipelines; `trl_*` call TRL's own functions on what its trainer would give them.
+With adapters (`ADAPTED`), peers' are peft's: `peft_padded` is peft with plain transformers, `trl_peft` TRL with peft.
 """
 
 from collections import defaultdict
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -20,8 +21,10 @@ from opd_mcp.engine.data.batches import Batch, StepData, build_batch, packed_gro
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.losses.objectives import Sampled
 from opd_mcp.engine.models.attention import Documents, hidden_rows, packed_hidden
+from opd_mcp.engine.models.lora import add_adapter
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients
-from tools.bench.cases import RUNTIME, Case
+from opd_mcp.schemas.recipes import AdapterRecipe
+from tools.bench.cases import RUNTIME, Case, build_model
 
 CLIP = 10.0
 Step = Callable[[PreTrainedModel, Sequences, Case], None]
@@ -192,6 +195,35 @@ TRAINING: dict[str, Step] = {
     "trl_chunked_logprob": trl_chunked_logprob,
     "two_pass": two_pass,
     "three_pass_recompute": three_pass_recompute,
+}
+
+
+def adapted_models(plain: PreTrainedModel, variants: list[str], case: Case) -> dict[str, nn.Module]:
+    """A model per variant with an adapter of rank 32 on all linear layers: ours, else peft's on the same weights."""
+    ours = build_model(case)
+    add_adapter(ours, AdapterRecipe(), seed=0)
+    if variants == ["ours"]:
+        return {"ours": ours}
+    from peft import LoraConfig, get_peft_model
+
+    recipe = AdapterRecipe()
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    theirs = get_peft_model(plain, config).train()
+    return {name: ours if name == "ours" else theirs for name in variants}
+
+
+def peft_packed(model: nn.Module, data: Sequences, case: Case) -> None:
+    """peft's adapters in our packs, with full logits and autograd."""
+    naive_packed(model.get_base_model(), data, case)
+
+
+ADAPTED: dict[str, Step] = {
+    "ours": ours,
+    "peft_padded": naive_padded,
+    "peft_packed": peft_packed,
+    "trl_peft": trl_iwopd_stored_teacher,
 }
 
 

@@ -1,5 +1,6 @@
 """The damage test's half without torch: what a server shows, and the result of a run that reuses everything."""
 
+import os
 import random
 import tempfile
 from dataclasses import asdict
@@ -78,9 +79,16 @@ def reused(place: Place, run_id: str) -> Any:
     record = first.model_copy(update={"run_id": "again", "created_at": "2099-01-01T00:00:00.000Z"})
     started = service.store.start_once(record)
     assert started.lock is not None
-    with tempfile.TemporaryDirectory() as leases:  # they live as long as this process
+    with tempfile.TemporaryDirectory() as leases:
         settings = worker.WorkerSettings(LeaseFolder(Path(leases), 1), load_stages=no_stages)
-        worker.main(place.root / "home", "again", started.lock.descriptor, settings)
+        # In a process of its own: a worker's guardian ends what lives on after the run.
+        process = os.fork()
+        if process == 0:
+            try:
+                worker.main(place.root / "home", "again", started.lock.descriptor, settings)
+            finally:
+                os._exit(0)
+        os.waitpid(process, 0)
     status = service.status("again")
     said = {"state": status.state, "error": status.error and status.error.code}
     return {**said, "alerts": [alert.code for alert in status.alerts], **(status.result or {})}

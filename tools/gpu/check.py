@@ -67,10 +67,10 @@ def check(name: str, value: float, most: float) -> dict[str, float]:
     return {"value": value, "most": most}
 
 
-def random_model(shape: Shape, device: torch.device, vocab: int, *, training: bool) -> PreTrainedModel:
-    """A random Qwen3 of the shape, made on the device and compiled as `load_model` does."""
+def shape_config(shape: Shape, vocab: int, *, tied: bool = True) -> Qwen3Config:
+    """A Qwen3 of the shape."""
     hidden, layers, heads, intermediate = shape
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=vocab,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -78,11 +78,15 @@ def random_model(shape: Shape, device: torch.device, vocab: int, *, training: bo
         num_key_value_heads=8 if heads >= 8 else 1,
         head_dim=128 if heads >= 8 else 32,
         intermediate_size=intermediate,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         max_position_embeddings=40960,
     )
+
+
+def random_model(shape: Shape, device: torch.device, vocab: int, *, training: bool) -> PreTrainedModel:
+    """A random Qwen3 of the shape, made on the device and compiled as `load_model` does."""
     with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(torch.float32 if training else torch.bfloat16)
+        model = Qwen3ForCausalLM(shape_config(shape, vocab)).to(torch.float32 if training else torch.bfloat16)
     model.train(training)
     assert use_packed_attention(model), "a Qwen3 model packs"
     if (problem := compile_layers(model, autocast=training)) is not None:

@@ -150,18 +150,35 @@ def _use(card: Card) -> Iterator[str]:
         yield f"python -m sglang.launch_server --model-path . --served-model-name {card.name}"
     yield "```"
     yield ""
+    if _quantization(card):
+        yield (
+            "The adapter was trained on the base in 4 bits (NF4, blocks of 64, no double quantisation). On the base as "
+            "it is stored, as these servers load it, the model is a slightly different one."
+        )
+        yield ""
     yield "The tests of opd-mcp run the first block; the servers' commands follow their documentation."
     yield ""
+
+
+def _quantization(card: Card) -> str | None:
+    """What the base of an adapter was quantised to."""
+    return card.lineage.adapter.quantization if card.adapter_rank and card.lineage.adapter else None
 
 
 def _transformers(card: Card) -> Iterator[str]:
     if card.adapter_rank:
         yield "from peft import PeftModel"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    four_bits = _quantization(card) is not None
+    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if four_bits else ''}"
     yield ""
     yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
     if card.adapter_rank:
-        yield 'base = AutoModelForCausalLM.from_pretrained("BASE")  # base_model_name_or_path of adapter_config.json'
+        held = ""
+        if four_bits:
+            yield 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'
+            held = ", quantization_config=nf4"
+        named = "  # base_model_name_or_path of adapter_config.json"
+        yield f'base = AutoModelForCausalLM.from_pretrained("BASE"{held}){named}'
         yield 'model = PeftModel.from_pretrained(base, ".")'
     else:
         yield 'model = AutoModelForCausalLM.from_pretrained(".")'
@@ -231,7 +248,8 @@ def _making(card: Card) -> Iterator[str]:
         digest = "" if data.sha256 is None else f", sha256 {markdown(data.sha256[:12])}"
         yield f"| {markdown(data.role)} | {markdown(data.name)}{size}{digest} |"
     if lineage.adapter is not None:
-        yield f"| adapter | LoRA, rank {lineage.adapter.rank}, saved as {lineage.adapter.saved} |"
+        base = f", on a base in 4 bits ({lineage.adapter.quantization})" if lineage.adapter.quantization else ""
+        yield f"| adapter | LoRA, rank {lineage.adapter.rank}, saved as {lineage.adapter.saved}{base} |"
     yield f"| last training stage | {markdown(card.source or 'unknown')} |"
     yield f"| weights | {'LoRA adapter, ' if card.adapter_rank else ''}{card.dtype}, safetensors |"
     yield ""

@@ -22,11 +22,13 @@ from opd_mcp.engine.generation.generator import Generator, LocalGenerator
 from opd_mcp.engine.generation.served import generator_gap
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import head_logits
-from opd_mcp.engine.models.loading import LoadedModel, load_tokenizer
+from opd_mcp.engine.models.loading import LoadedModel, load_model, load_tokenizer
 from opd_mcp.engine.runtime import Runtime, seed_for
+from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.grading.grade import Tally
 from opd_mcp.grading.graders import Grader
 from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.models import ModelFacts
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
 from opd_mcp.schemas.reports import Estimate95, ModelScore
 
@@ -233,6 +235,38 @@ def repeats(ids: NDArray[np.int32]) -> bool:
         return False
     tail = ids[-REPEATED_TOKENS:]
     return any(bool((tail[size:] == tail[:-size]).all()) for size in range(1, LONGEST_PHRASE + 1))
+
+
+def quantisation_kl(
+    quantised: ModelFacts, plain: ModelFacts, eos_token_ids: Sequence[int], task: Measurement
+) -> Estimate95:
+    """KL(π_q‖π) per token of a model with quantised linear layers and the same one without; one is loaded at a time.
+
+    The estimator is k3, the mean of π/π_q − 1 − log π/π_q on fresh samples of π_q: unbiased, and never negative.
+    """
+    settings, runtime = task.settings, task.runtime
+    model = load_model(quantised, runtime, generates=True)
+    prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)[: settings.kl_prompts]
+    sampling = Sampling(temperature=1.0, max_new_tokens=settings.sampling.max_new_tokens)
+    drawer = _Drawer("the quantised student", model, eos_token_ids, task, LocalGenerator(model))
+    drawn = drawer.responses(prompts, sampling, "quantisation", _Measured())
+    logprobs = []
+    for facts in (quantised, plain):
+        if facts is plain:
+            del model, drawer
+            model = load_model(plain, runtime)
+        scores = score_sequences(model, drawn, topk=0, micro_batch_tokens=MICRO_BATCH_TOKENS, runtime=runtime)
+        logprobs.append(scores.logprobs.astype(np.float64))
+    ratio = logprobs[1] - logprobs[0]
+    tokens = drawn.response_lengths()
+    sums = np.zeros(len(drawn))
+    np.add.at(sums, np.repeat(np.arange(len(drawn)), tokens), np.exp(np.minimum(ratio, 20)) - 1 - ratio)
+    return per_token_mean(
+        sums,
+        tokens.astype(np.float64),
+        seed=seed_for(runtime.seed, "bootstrap") % 2**32,
+        basis="k3 on one fresh sample a prompt of the quantised student at temperature 1",
+    )
 
 
 def reverse_kl_rows(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -245,11 +245,18 @@ def opened_generator(
 
     `length` are the tokens of the longest row, `requests` how many rows are in work at a time. Raises what
     `open_remote` raises for an engine, and ConsistencyError `engine_untrue` where its log-probs of drawn tokens are not
-    raw.
+    raw, and PathError `unsupported_model` for a model in 4 bits, whose stored weights are another model.
     """
     if engine is None:
         yield LocalGenerator(model)
         return
+    if model.facts.identity.quantization is not None:
+        raise PathError(
+            "unsupported_model",
+            "An engine would serve this model as it is stored, and what is asked for are its dequantised weights.",
+            value=model.path,
+            fix="Use the engine 'local', or leave out 'distill.adapter.quantization'.",
+        )
     wish = EngineWish(engine, model.path, context.runtime.dtype, length)
     with ExitStack() as stack:
         address = stack.enter_context(engine_address(wish, context))

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opd_mcp.engine.losses.logit_tiles import kernel_problem
 from opd_mcp.engine.models.attention import Documents, packed_hidden, packs
 from opd_mcp.engine.models.kv_cache import FixedCache
+from opd_mcp.engine.models.nf4 import weight_count
 
 # compiling takes some ten seconds: a smaller model is done before it pays
 COMPILED_FROM = 50_000_000
@@ -42,7 +43,7 @@ def compile_layers(model: PreTrainedModel, *, autocast: bool) -> str | None:
     Each layer is tried first with packed rows: its output, and in training mode its gradient, must be the plain
     layer's.
     """
-    if model.device.type != "cuda" or not packs(model) or model.num_parameters() < COMPILED_FROM:
+    if model.device.type != "cuda" or not packs(model) or weight_count(model) < COMPILED_FROM:
         return None
     if (problem := kernel_problem(model.device)) is not None:
         return problem

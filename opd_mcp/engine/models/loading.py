@@ -17,7 +17,7 @@ from opd_mcp.engine.models.attention import padding_warning, use_packed_attentio
 from opd_mcp.engine.models.compiled import compile_layers
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.kv_cache import decoding_problem
-from opd_mcp.engine.models.lora import add_adapter, load_adapter, merge, require_continuable
+from opd_mcp.engine.models.lora import add_adapter, load_adapter, merge, quantise, require_continuable
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.chat.tokenizer import unusable_tokenizer
 from opd_mcp.identity.encoding import require_own_tokenizer, special_tokens
@@ -26,7 +26,7 @@ from opd_mcp.identity.models import ModelFacts, inspect_model, require_decodable
 from opd_mcp.identity.safetensors import read_tensors
 from opd_mcp.identity.tokenizers import TOKENIZER_FILE, chat_template, token_map
 from opd_mcp.schemas.errors import PathError
-from opd_mcp.schemas.recipes import AdapterRecipe, PromptingRecipe
+from opd_mcp.schemas.recipes import AdapterRecipe, PromptingRecipe, base_form
 
 # its bars would fill a worker's log; a stage reports its progress through its Reporter
 disable_progress_bar()
@@ -70,7 +70,7 @@ class LoadedModel:
 
 
 def load_model(
-    path: Path,
+    place: Path | ModelFacts,
     runtime: Runtime,
     *,
     for_training: bool = False,
@@ -78,17 +78,20 @@ def load_model(
     compiled: bool = True,
     adapter: AdapterRecipe | None = None,
 ) -> LoadedModel:
-    """The model at `path`: fp32 master weights for training, the runtime's dtype otherwise.
+    """The model in a directory: fp32 master weights for training, the runtime's dtype otherwise.
 
     On CUDA a large model's layers are `compiled`, which takes some ten seconds. With `adapter` an adapter is trained
     on the frozen model. An adapter's directory is loaded with its base: kept apart from it where that is frozen,
-    merged in float32 where all weights are trained.
+    merged in float32 where all weights are trained. Its linear layers are held as the directory's facts say, where
+    these are given, or as the adapter's recipe says.
 
     Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), `unsupported_model` for a configuration
     that transformers cannot build or, where it `generates`, a class that this engine does not decode rightly with a
     cache, or `unsupported_head` for a class whose logits are not its head applied to its decoder's last hidden state.
     """
-    facts = inspect_model(path)
+    facts = place if isinstance(place, ModelFacts) else inspect_model(place, form=base_form(adapter))
+    path = facts.path
+    packed = facts.identity.quantization is not None
     if generates:
         require_decodable(facts)
     trains_all = for_training and adapter is None
@@ -97,12 +100,14 @@ def load_model(
         if adapter.continue_adapter:
             require_continuable(facts.adapter, adapter, path)
         dtype = frozen_dtype(adapter, facts.weights_path, runtime)
+    # what is quantised are the stored values, whatever a run computes in: all of its stages then have the same weights
+    read_as = stored_dtype(facts.weights_path) if packed else dtype
     if runtime.device.type == "cuda":
         gc.collect()  # compiled layers hold one another, so an earlier model may still be there
     try:
         model = AutoModelForCausalLM.from_pretrained(
             facts.weights_path,
-            dtype=dtype,
+            dtype=read_as,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -117,6 +122,9 @@ def load_model(
             fix="Look at model_type, architectures, hidden_act and the sizes in its config.json; give a causal "
             "language model of an architecture that the installed transformers has.",
         ) from error
+    if packed:
+        quantise(model, runtime.device)
+        cast(model, dtype)
     model = model.to(runtime.device)
     if facts.adapter is not None:
         load_adapter(model, facts.adapter, trained=adapter is not None and adapter.continue_adapter)
@@ -141,6 +149,16 @@ def frozen_dtype(recipe: AdapterRecipe, weights: Path, runtime: Runtime) -> torc
     if recipe.base_dtype != "auto":
         return getattr(torch, recipe.base_dtype)
     return torch.float32 if stored_dtype(weights) is torch.float32 else runtime.dtype
+
+
+@torch.no_grad()
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the floating-point weights this dtype in place, but for those that their class always keeps in float32."""
+    always, saved = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), set(model.state_dict())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        wide = not always.isdisjoint(name.split("."))
+        if name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if wide else dtype)
 
 
 def stored_dtype(weights: Path) -> torch.dtype:

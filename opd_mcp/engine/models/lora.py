@@ -18,8 +18,16 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from opd_mcp.engine.models.nf4 import Nf4Linear, Nf4Weight, packed_weights
 from opd_mcp.engine.runtime import generator_for
-from opd_mcp.identity.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_IDENTITY, AdapterFiles, unsupported_adapter
+from opd_mcp.identity.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_IDENTITY,
+    BASE_QUANTIZATION,
+    AdapterFiles,
+    unsupported_adapter,
+)
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, nearest
 from opd_mcp.schemas.identity import ModelIdentity
@@ -31,17 +39,23 @@ class LoraLinear(nn.Linear):
 
     `lora_A` [r, in] and `lora_B` [out, r] are trained and multiplied by `scale`; `earlier_A`, `earlier_B` are those of
     an adapter that the model came with, its scale in `earlier_B`. All four are float32 (float64 in a float64 model).
+    A frozen weight in 4 bits is `packed`, and `weight` is None.
     """
 
+    packed: Nf4Weight | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     earlier_A: Tensor | None
     earlier_B: Tensor | None
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | Nf4Linear) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.in_features, self.out_features, self.bias = base.in_features, base.out_features, base.bias
+        if isinstance(base, Nf4Linear):
+            self.packed = base.packed
+            self.register_parameter("weight", None)
+        else:
+            self.packed, self.weight = None, base.weight
         self.scale, self.active = 1.0, True
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
@@ -51,7 +65,16 @@ class LoraLinear(nn.Linear):
     @property
     def wide(self) -> torch.dtype:
         """The dtype of adapters and merged weights."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.promote_types((self.weight if self.packed is None else self.packed).dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen weight is."""
+        return (self.weight if self.packed is None else self.packed.codes).device
+
+    def frozen(self) -> Tensor:
+        """The frozen weight [out, in], dequantised where it is in 4 bits."""
+        return self.weight if self.packed is None else self.packed.dequantised()
 
     def trained(self) -> tuple[nn.Parameter, ...]:
         """A and B where they are trained, or nothing."""
@@ -66,11 +89,12 @@ class LoraLinear(nn.Linear):
         self.earlier_A, self.earlier_B = self._placed(a), self._placed(b) * scale
 
     def _placed(self, side: Tensor) -> Tensor:
-        return side.to(self.weight.device, self.wide)
+        return side.to(self.device, self.wide)
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs [..., out] of inputs [..., in], in the dtype of the frozen layer's."""
-        output = linear(input, self.weight, self.bias)
+        packed = self.packed
+        output = linear(input, self.weight, self.bias) if packed is None else packed.product(input, self.bias)
         if not self.active:
             return output
         if self.earlier_A is not None and self.earlier_B is not None:
@@ -82,7 +106,7 @@ class LoraLinear(nn.Linear):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """What is added to the weight [out, in], float64."""
-        total = torch.zeros(self.weight.shape, dtype=torch.float64, device=self.weight.device)
+        total = torch.zeros(self.out_features, self.in_features, dtype=torch.float64, device=self.device)
         if self.earlier_A is not None and self.earlier_B is not None:
             total += self.earlier_B.double() @ self.earlier_A.double()
         if self.lora_A is not None and self.lora_B is not None:
@@ -92,7 +116,7 @@ class LoraLinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight [out, in] that computes the same without an adapter, float32 (or float64)."""
-        return (self.weight.double() + self.delta()).to(self.wide)
+        return (self.frozen().double() + self.delta()).to(self.wide)
 
     @torch.no_grad()
     def pair(self, scale: float) -> tuple[Tensor, Tensor]:
@@ -138,6 +162,17 @@ def add_adapter(model: PreTrainedModel, recipe: AdapterRecipe, seed: int) -> Non
         else:  # kaiming_uniform with a = √5, as nn.Linear and peft begin
             a = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / math.sqrt(layer.in_features)
         layer.train_pair(a, torch.zeros(layer.out_features, recipe.rank), recipe.scale)
+
+
+def quantise(model: PreTrainedModel, device: torch.device) -> None:
+    """Freeze the model and hold the linear layers of its decoder layers in NF4, quantised one by one on the device.
+
+    Embeddings, norms, the head and fused experts stay as they are.
+    """
+    freeze(model)
+    for name, layer in _linears(model).items():
+        assert type(layer) is nn.Linear, "a model is quantised before it gets adapters"
+        _replace(model, name, Nf4Linear(layer, device))
 
 
 def renew_adapter(model: PreTrainedModel, recipe: AdapterRecipe, seed: int) -> None:
@@ -211,10 +246,15 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Put what is added into the weights, float32 or wider, and take the adapters off; all weights can be trained."""
-    for name, layer in adapters(model).items():
+    """Put what is added into the weights, float32 or wider, and take the adapters off; all weights can be trained.
+
+    4-bit weights become the dequantised ones, to which what is added belongs, not what they were quantised from.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLinear | Nf4Linear)]
+    for name, layer in layers:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight, plain.bias = nn.Parameter(layer.merged()), layer.bias
+        weight = layer.merged() if isinstance(layer, LoraLinear) else layer.packed.dequantised()
+        plain.weight, plain.bias = nn.Parameter(weight), layer.bias
         plain.train(layer.training)
         _replace(model, name, plain)
     for parameter in model.parameters():
@@ -230,9 +270,13 @@ def lost_by_merging(model: nn.Module, dtype: torch.dtype) -> float:
     lost = total = 0.0
     for layer in adapters(model).values():
         delta = layer.delta()
-        exact = layer.weight.double() + delta
+        exact = layer.frozen().double() + delta
         lost += float((exact.to(layer.wide).to(dtype).double() - exact).square().sum())
         total += float(delta.square().sum())
+    for module in model.modules():
+        if isinstance(module, Nf4Linear):
+            exact = module.packed.dequantised()
+            lost += float((exact.to(dtype).double() - exact).square().sum())
     return math.sqrt(lost / total) if total else 0.0
 
 
@@ -249,7 +293,10 @@ def save_adapter(model: nn.Module, output: Path, base: Path, identity: ModelIden
         tensors[f"base_model.model.{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, more)).float().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = nn.functional.pad(b, (0, more)).float().cpu()
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, output / ADAPTER_WEIGHTS, {"format": "pt", BASE_IDENTITY: identity.to_json()})
+    metadata = {"format": "pt", BASE_IDENTITY: identity.to_json()}
+    if packed_weights(model):
+        metadata[BASE_QUANTIZATION] = "nf4"
+    save_file(contiguous, output / ADAPTER_WEIGHTS, metadata)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -301,7 +348,7 @@ def target_names(model: PreTrainedModel, targets: list[str] | None) -> list[str]
     return names
 
 
-def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def _linears(model: PreTrainedModel) -> dict[str, nn.Linear | Nf4Linear]:
     """The linear layers of the decoder's layers by name."""
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
@@ -309,7 +356,7 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     found = {}
     for name, module in decoder.named_modules():
         inside = not layers or any(name.startswith(f"{layer}.") for layer in layers)
-        if inside and type(module) in (nn.Linear, LoraLinear):
+        if inside and (type(module) in (nn.Linear, LoraLinear) or isinstance(module, Nf4Linear)):
             found[f"{prefix}.{name}" if prefix else name] = module
     return found
 
@@ -319,7 +366,7 @@ def _lora(model: nn.Module, name: str) -> LoraLinear:
     layer = model.get_submodule(name)
     if isinstance(layer, LoraLinear):
         return layer
-    assert isinstance(layer, nn.Linear), "a linear layer gets an adapter"
+    assert isinstance(layer, nn.Linear | Nf4Linear), "a linear layer gets an adapter"
     lora = LoraLinear(layer)
     lora.train(layer.training)
     _replace(model, name, lora)

@@ -14,6 +14,7 @@ from opd_mcp.engine.models.loading import (
     MODEL_FILES,
     AdoptedTokenizer,
     LoadedModel,
+    cast,
     copy_tokenizer,
     load_tokenizer,
     stored_dtype,
@@ -155,13 +156,3 @@ class SavedForm:
 def saved_files(output: Path) -> list[str]:
     """The files of a saved student that its lineage proves by their hashes; weights and tokenizer have other hashes."""
     return [name for name in (*MODEL_FILES, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}") if (output / name).is_file()]
-
-
-@torch.no_grad()
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the floating-point weights this dtype in place, but for those that their class always keeps in float32."""
-    always, saved = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()), set(model.state_dict())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        wide = not always.isdisjoint(name.split("."))
-        if name in saved and tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if wide else dtype)

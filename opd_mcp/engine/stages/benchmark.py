@@ -1,12 +1,12 @@
 """Every model measured on the same prompts, and the report: `report.json`; for people `report.md` and `report.html`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
-from opd_mcp.engine.evaluation.model_score import Measurement, Scored, score_model
+from opd_mcp.engine.evaluation.model_score import Measurement, Scored, quantisation_kl, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
 from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
@@ -19,11 +19,20 @@ from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.identity.tokenizers import chat_template, reads_clock
 from opd_mcp.schemas.errors import PathError
 from opd_mcp.schemas.identity import Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe, is_url
-from opd_mcp.schemas.reports import BenchmarkReport, Comparison, Estimate95, GapClosed, ModelScore, ShownAnswers
+from opd_mcp.schemas.reports import (
+    BenchmarkReport,
+    Comparison,
+    Estimate95,
+    GapClosed,
+    ModelScore,
+    QuantisationCost,
+    ShownAnswers,
+)
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.schemas.verdicts import findings_of, verdict_of
 
@@ -51,11 +60,14 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     scored: dict[str, Scored] = {}
     warnings += model_warnings(context, teacher)
     models = {**inputs.models, **references}
-    for name, path in models.items():
+    pair = _quantised_pair(inputs)
+    places: dict[str, Path | ModelFacts] = {**models, **(pair.missing if pair else {})}
+    for name, place in places.items():
+        path = place.path if isinstance(place, ModelFacts) else place
         context.reporter.phase(f"measuring {name}")
         # As a row of its own the teacher has no reverse KL; one that the caller names as a model has: about 0.
-        itself = teacher is not None and name not in inputs.models and path == inputs.teacher
-        model = teacher if teacher is not None and itself else load_model(path, runtime, generates=True)
+        itself = teacher is not None and name in references and path == inputs.teacher
+        model = teacher if teacher is not None and itself else load_model(place, runtime, generates=True)
         warnings += model_warnings(context, model)
         stops = adopt_tokenizer(path, context.prompting).eos_token_ids
         # An adapter, which engines do not load, is measured here; so is every baseline of a server with one model.
@@ -67,7 +79,8 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
             scored[name] = score_model(name, model, stops, task, generator)
         del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
-    judged = [entry.score for name, entry in scored.items() if name in inputs.models or models[name] == inputs.teacher]
+    marks = {name for name, path in references.items() if path != inputs.teacher}
+    judged = [entry.score for name, entry in scored.items() if name not in marks]
     cut = truncation_warnings(judged, section)
     candidate = next(iter(inputs.models))
     teacher_row = next((name for name, path in reversed(models.items()) if path == inputs.teacher), None)
@@ -88,6 +101,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         models=[entry.score for entry in scored.values()],
         comparisons=_comparisons(candidate, scored),
         gap_closed=_gaps(candidate, teacher_row, scored),
+        quantisation=_quantisation_cost(pair, scored, task) if pair else None,
         not_measured=dict(inputs.not_measured) if answered else {},
         adapters={name: made for name, path in models.items() if (made := trained_adapter(path)) is not None},
         teacher_responses=inputs.teacher_responses,
@@ -113,8 +127,9 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
 
 
 def serves(engine: str | None, candidate: bool, model: LoadedModel) -> bool:
-    """Whether an engine answers for a model: a user's server only for the candidate, none for an adapter."""
-    return engine is not None and model.facts.adapter is None and (candidate or not is_url(engine))
+    """Whether an engine answers for a model: a user's server only for the candidate, none for an adapter or 4 bits."""
+    as_stored = model.facts.adapter is None and model.facts.identity.quantization is None
+    return engine is not None and as_stored and (candidate or not is_url(engine))
 
 
 def write_report(report: BenchmarkReport, output: Path, context: Context, models: Iterable[Path]) -> None:
@@ -158,6 +173,47 @@ def _teacher_and_references(
             raise
         others = {name: other for name, other in references.items() if other != path}
         return load_model(path, runtime), others, [f"The teacher's accuracy is not measured. {error.message}"]
+
+
+@dataclass(frozen=True)
+class _QuantisedPair:
+    """One student with its linear layers in 4 bits and without, by the names of their rows; `missing` is one."""
+
+    names: tuple[str, str]
+    quantised: ModelFacts
+    plain: ModelFacts
+    missing: Mapping[str, ModelFacts]
+
+
+def _quantised_pair(inputs: BenchmarkInputs) -> _QuantisedPair | None:
+    """The student that the run's training began with, else the candidate, where it is or was held in 4 bits."""
+    for name in [*inputs.forms, next(iter(inputs.models))]:
+        path, form = inputs.models[name], inputs.forms.get(name, "as_saved")
+        trained = inspect_model(path, form=form)
+        if (quantization := trained.identity.quantization) is None:
+            continue
+        plain = inspect_model(path, form="plain")
+        if inspect_model(path).identity.quantization is not None:
+            other = f"{name}, not quantised"
+            return _QuantisedPair((name, other), trained, plain, {other: plain})
+        other = f"{name}, {quantization}"
+        return _QuantisedPair((other, name), trained, plain, {other: trained})
+    return None
+
+
+def _quantisation_cost(pair: _QuantisedPair, scored: Mapping[str, Scored], task: Measurement) -> QuantisationCost:
+    quantised, plain = (scored[name].greedy_correct for name in pair.names)
+    assert pair.quantised.identity.quantization is not None, "one of the pair is in 4 bits"
+    task.context.reporter.phase("measuring what the quantisation cost")
+    eos = adopt_tokenizer(pair.plain.path, task.context.prompting).eos_token_ids
+    difference = None if quantised is None or plain is None else paired_difference(quantised, plain)
+    return QuantisationCost(
+        quantization=pair.quantised.identity.quantization,
+        quantised=pair.names[0],
+        plain=pair.names[1],
+        reverse_kl=quantisation_kl(pair.quantised, pair.plain, eos, task),
+        accuracy_difference=difference,
+    )
 
 
 def _comparisons(candidate: str, scored: Mapping[str, Scored]) -> list[Comparison]:
@@ -256,6 +312,8 @@ def report_markdown(report: BenchmarkReport) -> str:
         for c in report.comparisons
     ]
     lines += [line for gap in report.gap_closed for line in ("", _gap_text(gap))]
+    if report.quantisation:
+        lines += ["", _quantisation_text(report.quantisation)]
     lines += [line for name, made in report.adapters.items() for line in ("", made.text(name))]
     if report.grader and report.prompts_with_answer:
         lines += ["", f"Answers graded by `{report.grader}`: {report.grader_reason}."]
@@ -344,6 +402,18 @@ def _samples(report: BenchmarkReport) -> str:
 def _gap_text(gap: GapClosed) -> str:
     found = f"not measured: {gap.not_measured}" if gap.share is None else f"{_interval(gap.share)} ({gap.share.basis})"
     return f"Share of the gap from {gap.baseline} to {gap.teacher} that {gap.candidate} closed: {found}."
+
+
+def _quantisation_text(cost: QuantisationCost) -> str:
+    """That π_ref is the dequantised model, and what that cost."""
+    text = (
+        f"Trained on a base in 4 bits ({cost.quantization}): π_ref, the rollouts and the training are those of the "
+        f"dequantised weights, the row {cost.quantised}. Against {cost.plain}: KL({cost.quantised} ‖ {cost.plain}) "
+        f"{_interval(cost.reverse_kl)} nats per token ({cost.reverse_kl.basis})"
+    )
+    if cost.accuracy_difference is not None:
+        text += f"; accuracy {_interval(cost.accuracy_difference, signed=True)} ({cost.accuracy_difference.basis})"
+    return text + "."
 
 
 def _interval(estimate: Estimate95 | None, *, signed: bool = False) -> str:

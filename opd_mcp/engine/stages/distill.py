@@ -45,7 +45,7 @@ from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
-from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe, base_form
 from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
 
 OWN_SETTINGS = {"rank", "alpha", "targets", "init", "scaling"}
@@ -134,7 +134,7 @@ def _trained(
 ) -> TrainingSummary:
     """Train, save the student with its lineage, and say what was done."""
     student, model, source = inputs.student, opened.student, opened.source
-    origin = adapter_origin(student, section.adapter, context)
+    origin = adapter_origin(model, section.adapter, context)
     form = SavedForm.of(model, source.adopted, section.save_dtype, origin.saved if origin else None)
     form.try_out(model.model)
     steps = opened.steps
@@ -207,7 +207,7 @@ def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) 
     verified_lineage(cache)
     manifest, claim = read_manifest(cache), claim_of(inputs.student, inputs.sft_teacher, context)
     require_agreement(manifest.engine_gap)
-    require_behaviour(manifest.behaviour, full_identity(inputs.student))
+    require_behaviour(manifest.behaviour, full_identity(inputs.student, base_form(section.adapter)))
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
     if manifest.topk < section.teacher_tokens:
         raise ConsistencyError(

@@ -23,6 +23,7 @@ from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.data.scan import eval_overlap
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.cache import BuildLayout, Hygiene
 from opd_mcp.schemas.recipes import RolloutRecipe
@@ -58,7 +59,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     require_room(room, inputs.longest, "the teacher's server")
     count = section.count or len(encoded)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
-    behaviour = full_identity(inputs.student)
+    behaviour = full_identity(inputs.student, inputs.form)
     open_build(
         output,
         {
@@ -78,7 +79,8 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     if (output / RECORD_FILE).is_file():
         return stage_cost("rollout", started, read_record(output).statistics.response_tokens, runtime.device)
     here = section.engine is None
-    model = load_model(inputs.student, runtime, generates=here, compiled=here or section.rescore is not None)
+    facts = inspect_model(inputs.student, form=inputs.form)
+    model = load_model(facts, runtime, generates=here, compiled=here or section.rescore is not None)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
     with opened_generator(section.engine, model, room, section.batch_size, context) as generator:
         shared_engine(output, generator.facts)

@@ -76,7 +76,7 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
     return_large_blocks()
     record = read_record(inputs.rollouts)
     require_agreement(record.engine_gap)
-    require_behaviour(record.behaviour, full_identity(inputs.student))
+    require_behaviour(record.behaviour, full_identity(inputs.student, inputs.form))
     with ExitStack() as stack:
         teacher, facts = open_teacher(section, inputs, runtime, context, stack)
         if isinstance(teacher, LocalTeacher):

@@ -43,7 +43,7 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
         context.reporter.alert("special_tokens_differ", f"Teacher / student: {differences_text(differing)}.")
     model = load_model(student, runtime, for_training=True, adapter=section.adapter)
     model_warnings(context, model)
-    origin = adapter_origin(student, section.adapter, context)
+    origin = adapter_origin(model, section.adapter, context)
     form = SavedForm.of(model, adopted, section.save_dtype, origin.saved if origin else None)
     form.try_out(model.model)
     steps = stored_batches(

@@ -7,7 +7,7 @@ products and of attention as well, so that only norms, activations and the like 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from opd_mcp.engine.models.compiled import decoder_layers, is_compiled
 from opd_mcp.engine.models.lora import adapters
+from opd_mcp.engine.models.nf4 import packed_weights, weight_bytes_held, weight_count
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.machine import container_room, statistic
 from opd_mcp.schemas.errors import ArgumentError
@@ -41,7 +42,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         return value if type(value) is int else None
 
     added = sum(side.numel() for layer in adapters(model).values() for side in layer.trained())
-    return ModelShape.of(model.num_parameters() - added, config.vocab_size, setting)
+    return ModelShape.of(weight_count(model) - added, config.vocab_size, setting)
 
 
 def adapter_size(model: PreTrainedModel) -> AdapterSize | None:
@@ -53,7 +54,8 @@ def adapter_size(model: PreTrainedModel) -> AdapterSize | None:
     ranks = sum(len(side) for layer in layers for side in (layer.lora_A, layer.earlier_A) if side is not None)
     earlier = sum(side.numel() for layer in layers for side in (layer.earlier_A, layer.earlier_B) if side is not None)
     per_layer = ceil(ranks / max(model_shape(model).layers, 1))
-    return AdapterSize(trained, per_layer, layers[0].weight.itemsize, earlier)
+    packed = sum(prod(weight.shape) for weight in packed_weights(model))
+    return AdapterSize(trained, per_layer, model.get_input_embeddings().weight.itemsize, earlier, packed)
 
 
 def step_memory(
@@ -76,7 +78,7 @@ def step_memory(
             value=f"activation_checkpointing='{checkpointing}'",
             fix="Set 'activation_checkpointing' to 'auto' or 'none', and lower 'micro_batch_tokens' to save memory.",
         )
-    held = sum(parameter.nbytes for parameter in model.parameters())
+    held = weight_bytes_held(model)
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if runtime.trains_in_autocast else "float32"
     step = StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model), adapter_size(model))
     room = free_memory(runtime.device) + held
@@ -121,4 +123,5 @@ def _kept_operations() -> frozenset[object]:
     """The operations of this torch by the names above, and its variable-length attention."""
     found = [getattr(torch.ops.aten, name, None) for name in KEPT_PRODUCTS + KEPT_ATTENTION]
     found.append(getattr(torch.ops.torch_attn, "_varlen_attn", None))
+    found.append(torch.ops.opd_mcp.nf4_product)
     return frozenset(packet.default for packet in found if packet is not None)

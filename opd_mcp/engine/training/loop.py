@@ -14,6 +14,7 @@ from opd_mcp.engine.context import Context, run_cancelled
 from opd_mcp.engine.data.batches import StepData, StepsFrom
 from opd_mcp.engine.losses.objectives import RowObjective
 from opd_mcp.engine.models.attention import packs
+from opd_mcp.engine.models.nf4 import weight_count
 from opd_mcp.engine.runtime import Runtime, hardware_name, is_out_of_memory, matmul_peak, peak_memory
 from opd_mcp.engine.training.activations import checkpointed_activations, step_memory
 from opd_mcp.engine.training.checkpoints import Checkpoints
@@ -156,14 +157,14 @@ def _summary(
     runtime: Runtime,
 ) -> TrainingSummary:
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    everything = trained == model.num_parameters()
+    parameters = weight_count(model)
     return TrainingSummary(
         steps=settings.steps,
         seconds=state.seconds,
         seconds_per_step=state.seconds / settings.steps,
         trained_tokens=state.tokens,
-        parameters=model.num_parameters(),
-        trained_parameters=None if everything else trained,
+        parameters=parameters,
+        trained_parameters=None if trained == parameters else trained,
         device=hardware_name(runtime.device),
         final=_means(state.recent),
         seconds_generation=state.seconds_generation or None,

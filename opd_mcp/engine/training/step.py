@@ -15,6 +15,7 @@ from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_sco
 from opd_mcp.engine.losses.objectives import RowObjective, clipped_advantage, target_scores, token_weights
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import model_head
+from opd_mcp.engine.models.nf4 import weight_count
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.schemas.recipes import DistillRecipe, Normalize
 
@@ -194,8 +195,8 @@ def training_flops(model: PreTrainedModel, lengths: Sequence[int], response_toke
     config = model.config.get_text_config()
     head = model.get_output_embeddings().weight.numel()
     table = model.get_input_embeddings().weight
-    body = model.num_parameters() - table.numel()
-    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+    body = weight_count(model) - table.numel()
+    frozen = weight_count(model) - sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     head_operations = 6 if model.get_output_embeddings().weight.requires_grad else 4
     if frozen:
         frozen -= table.numel()

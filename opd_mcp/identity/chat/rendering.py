@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from opd_mcp.identity.data.rows import is_valid_text
 from opd_mcp.schemas.errors import DataError
 
 MAX_RENDERED_CHARACTERS = 8 << 20
@@ -155,6 +156,8 @@ def render(
                 fix="Look at the model's chat_template.jinja, or give another model.",
             )
     text = "".join(parts)
+    if not is_valid_text([text]):
+        raise TemplateError("the template writes half a surrogate pair")
     if " at 0x" in text and len(ADDRESS.findall(text)) > len(ADDRESS.findall(repr((turns, tools, variables)))):
         raise TemplateError("the template writes an address of memory, so no two processes render the same")
     return text

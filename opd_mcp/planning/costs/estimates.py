@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -23,7 +23,7 @@ from opd_mcp.planning.costs.workload import (
     workload_of,
 )
 from opd_mcp.schemas.base import Schema
-from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate
+from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayToTrain
 from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, is_url
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.resolve import changed_recipe
@@ -164,12 +164,12 @@ BATCHES = ("rollout", "responses", "benchmark")
 
 
 def fit_options(request: RunRequest, target: Target, inspect: Callable[[Path], ModelFacts]) -> list[FitOption]:
-    """All weights trained, and adapters: each with the largest micro-batches and batches with which the run fits.
+    """All weights trained, adapters, and adapters on a 4-bit base: each with the largest batches with which it fits.
 
     Empty where nothing is trained, or a model is still to be fetched.
     """
     pending = {phase.name for phase in request.phases if phase.satisfied_by is None}
-    ways: tuple[Literal["full", "lora"], ...] = ("full", "lora") if pending & {"sft", "distill"} else ()
+    ways: tuple[WayToTrain, ...] = get_args(WayToTrain) if pending & {"sft", "distill"} else ()
     found: list[FitOption] = []
     for way in ways:
         option: FitOption | None = None
@@ -183,13 +183,21 @@ def fit_options(request: RunRequest, target: Target, inspect: Callable[[Path], M
     return found
 
 
-def _trained_so(way: Literal["full", "lora"], recipe: Recipe) -> dict[str, Any]:
-    """The changes that turn adapters on or off where they are not so already."""
+def _trained_so(way: WayToTrain, recipe: Recipe) -> dict[str, Any]:
+    """The changes that turn adapters and 4-bit bases on or off where they are not so already."""
     changes: dict[str, Any] = {}
+    quantization = "nf4" if way == "lora_4bit" else None
     for name, section in (("sft", recipe.sft), ("distill", recipe.distill)):
-        if (section.adapter is None) == (way == "lora"):
-            changes[f"{name}.adapter"] = {} if way == "lora" else None
-        if way == "lora" and section.optimizer.precision != "fp32_master":
+        if way == "full":
+            changes |= {f"{name}.adapter": None} if section.adapter is not None else {}
+            continue
+        if section.adapter is None:
+            changes[f"{name}.adapter"] = {"quantization": quantization} if quantization else {}
+        elif section.adapter.quantization != quantization:
+            changes[f"{name}.adapter.quantization"] = quantization
+        if name == "sft" and section.adapter is not None and quantization and section.adapter.save is not None:
+            changes["sft.adapter.save"] = "adapter"  # a merged student is not rounded to 4 bits again
+        if section.optimizer.precision != "fp32_master":
             changes[f"{name}.optimizer.precision"] = "fp32_master"
     return changes
 
@@ -205,7 +213,7 @@ def _smaller(recipe: Recipe, factor: int) -> dict[str, Any]:
 
 
 def _fit_option(
-    way: Literal["full", "lora"],
+    way: WayToTrain,
     request: RunRequest,
     changes: dict[str, Any],
     target: Target,

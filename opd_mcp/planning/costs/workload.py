@@ -11,6 +11,7 @@ from pathlib import Path
 
 from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.schemas.memory import (
+    NF4_BYTES,
     TILE_BYTES,
     USABLE_SHARE,
     AdapterSize,
@@ -89,6 +90,8 @@ class Workload:
     """Bytes that an export holds in memory while it converts or merges; 0 where it copies files."""
     teacher_is_base: bool = False
     """Whether a distillation's adapter is trained on the teacher's own weights."""
+    quantized: bool = False
+    """Whether the student, as it was given, is an adapter on a base in 4 bits."""
 
     def work(self, name: PhaseName) -> Work:
         """The work of one phase; a fetch counts as none."""
@@ -146,18 +149,35 @@ class Workload:
         before = self.recipe.sft.adapter if section is self.recipe.distill and not recipe.continue_adapter else None
         earlier = self.student.adapter_parameters(before.rank, before.targets) if before else 0
         ranks = recipe.rank * (len(recipe.targets) if recipe.targets else 7)
-        return AdapterSize(trained, ranks, 2 if narrow else 4, earlier)
+        return AdapterSize(trained, ranks, 2 if narrow else 4, earlier, self._packed(section))
+
+    def _packed(self, section: SftRecipe | DistillRecipe) -> int:
+        """Values of the student that are held in 4 bits while this section trains it."""
+        before = self.recipe.sft.adapter if section is self.recipe.distill else None
+        kept = before is not None and before.saved_as(self.recipe.runtime.dtype) == "adapter"
+        packed = self.quantized or (kept and before is not None and before.quantization is not None)
+        if section.adapter is not None and section.adapter.quantization is not None:
+            packed = True
+        return self.student.linear_values() if packed else 0
 
     def _shares_base(self, section: DistillRecipe) -> bool:
         """Whether a live teacher is the student's own base with the adapters off, in the same dtype."""
         adapter = self.adapter(section)
-        return self.teacher_is_base and adapter is not None and adapter.base_bytes == self._value_bytes
+        if adapter is None or adapter.packed:
+            return False
+        return self.teacher_is_base and adapter.base_bytes == self._value_bytes
 
     def _is_float32(self, section: SftRecipe | DistillRecipe) -> bool:
         """Whether a training begins with a student that is stored in float32: as it was given, or merged by the SFT."""
         before = self.recipe.sft.adapter if section is self.recipe.distill else None
         merged = before is not None and before.saved_as(self.recipe.runtime.dtype) != "adapter"
         return merged or self.stored_bytes >= 4
+
+    def _loading(self, packed: int) -> int:
+        """Bytes while a model is quantised: on the CPU its files' weights are there next to the 4-bit ones."""
+        if not packed or self.room.device != "cpu":
+            return 0
+        return int(self.stored_bytes * self.student.parameters + NF4_BYTES * packed)
 
     def _saved(self, section: SftRecipe | DistillRecipe) -> int:
         """Bytes of a trained student."""
@@ -176,11 +196,11 @@ class Workload:
     def _value_bytes(self) -> int:
         return 2 if self.recipe.runtime.dtype == "bfloat16" else 4
 
-    def _generation(self, model: ModelShape, rows: int, batch: int, sampling: Sampling) -> Work:
+    def _generation(self, model: ModelShape, rows: int, batch: int, sampling: Sampling, packed: int = 0) -> Work:
         batch, new_tokens = min(batch, max(rows, 1)), sampling.max_new_tokens
         length = self.data.prompt_tokens + new_tokens
         kv = int(2 * batch * length * model.layers * model.kv_width * self._value_bytes)
-        memory = model.parameters * self._value_bytes + kv + LOGIT_COPIES * 4 * batch * model.vocab
+        memory = model.weights(self._value_bytes, packed) + kv + LOGIT_COPIES * 4 * batch * model.vocab
         flops, passes = 2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens
         return Work(flops, passes, memory, batch=batch, kv_bytes=kv)
 
@@ -195,13 +215,14 @@ class Workload:
         adapter = self.adapter(section)
         step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device, adapter=adapter)
         memory = training_memory(self.student, step, section.activation_checkpointing, room.memory)
+        total = max(memory.total, self._loading(self._packed(section)))
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         # a frozen weight forms no gradient of its own
         each = (
             6.0 * self.student.parameters if adapter is None else 4.0 * self.student.parameters + 6.0 * adapter.trained
         )
         flops = each * section.steps * tokens
-        return Work(flops, passes, memory.total, memory.policy)
+        return Work(flops, passes, total, memory.policy)
 
     def _responses(self) -> Work:
         section = self.recipe.responses
@@ -215,7 +236,9 @@ class Workload:
 
     def _rollout(self) -> Work:
         section = self.recipe.rollout
-        return self._generation(self.student, self._rollouts, section.batch_size, section.sampling)
+        packed = self._packed(self.recipe.distill)
+        work = self._generation(self.student, self._rollouts, section.batch_size, section.sampling, packed)
+        return replace(work, memory=max(work.memory, self._loading(packed)))
 
     def _sample(self) -> Work:
         return self._generation(self.student, self.data.prompts, 8, self.recipe.sample.sampling)
@@ -239,11 +262,11 @@ class Workload:
         if section.method == "lightning":
             return self._training(section, length, self.room)
         rows, room = section.batch_size, self.room
-        rollout = self.recipe.rollout
-        rollouts = self._generation(self.student, rows, rollout.batch_size, rollout.sampling)
+        rollout, packed = self.recipe.rollout, self._packed(section)
+        rollouts = self._generation(self.student, rows, rollout.batch_size, rollout.sampling, packed)
         micro = min(section.micro_batch_tokens, rows * length)
         # The student trains next to the resident teacher and its own generation cache; its weights draw the rollouts.
-        cached = rollouts.memory - self.student.parameters * self._value_bytes
+        cached = rollouts.memory - self.student.weights(self._value_bytes, packed)
         second = 0 if self._shares_base(section) else teacher.parameters * self._value_bytes
         resident = second + self._forward_memory(teacher, micro) + cached
         training = self._training(section, length, Room(room.device, max(room.memory - resident, 0)))
@@ -331,6 +354,7 @@ def workload_of(
         room or Room(),
         stored,
         converted,
+        quantized=facts.identity.quantization is not None,
         teacher_is_base=base is not None and base.same_model(scorer.identity),
     )
 

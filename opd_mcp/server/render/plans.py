@@ -91,11 +91,14 @@ def understood_text(data: UnderstoodData) -> str:
     return shortened(f"{data.shape} ({fields}){skipped}{notes}", UNDERSTOOD_CHARACTERS)
 
 
+WAYS = {"full": "all weights", "lora": "a LoRA adapter", "lora_4bit": "a LoRA adapter on a 4-bit base"}
+
+
 def _fit_line(option: FitOption) -> str:
     """A way to train, its memory, and the overrides for it."""
     overrides = f"; overrides {json.dumps(option.overrides)}" if option.overrides else ""
     return (
-        f"training {'all weights' if option.name == 'full' else 'a LoRA adapter'} "
+        f"training {WAYS[option.name]} "
         f"{'fits' if option.fits else 'does not fit'}: {byte_size(option.peak_memory_bytes)} at "
         f"{option.micro_batch_tokens} tokens per micro-batch, {option.checkpointing} checkpointing{overrides}"
     )

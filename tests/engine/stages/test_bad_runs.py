@@ -119,7 +119,7 @@ def test_an_untrained_student_with_quick_shows_no_difference_and_names_preset_an
     report = run.report({"distilled": run.distill(sft), "sft": sft})
     assert {"preset_rates", "sft_undertrained"} <= run.journal.codes
     assert report.verdict.judgement == "no_difference"
-    assert "as preset 'quick' has it; a student of 0.0" in report.verdict.cause
+    assert "as preset 'quick' has it; a student of 0.108M" in report.verdict.cause
     assert "'sft.optimizer.learning_rate'" in report.verdict.cause
 
 

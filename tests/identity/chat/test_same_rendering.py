@@ -54,6 +54,11 @@ def test_a_template_that_draws_at_random_is_refused(template) -> None:
         render(template, TURNS, {}, to_answer=True, moment=MOMENT)
 
 
+def test_a_template_that_writes_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(TemplateError, match="half a surrogate pair"):
+        render("{{ '\\ud83d' }}", [{"role": "user", "content": "x"}], {}, to_answer=True)
+
+
 @pytest.mark.parametrize("template", ["{{ raise_exception }}", "{{ cycler('a') }}", "{{ messages[0].items }}"])
 def test_a_template_that_writes_an_address_is_refused(template) -> None:
     with pytest.raises(TemplateError, match="address of memory"):

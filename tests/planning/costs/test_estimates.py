@@ -341,6 +341,48 @@ def test_whether_the_teacher_is_the_base_follows_from_identities_and_from_the_sf
     assert shared(sft=True, **{"sft.adapter": {"save": "adapter"}})
 
 
+def test_8b_on_a_base_in_4_bits_needs_a_third_less_and_so_do_its_rollouts():
+    """16,384 tokens: 3.9 GB of 4-bit layers, 2.5 GB of embedding and head in bf16, the adapter and activations."""
+    small = {"runtime.dtype": "bfloat16", "distill.batch_size": 8, "rollout.sampling.max_new_tokens": 4096}
+    roomy = Room("cuda", 72 * 10**9)
+
+    def memory(phase: str, adapter: dict[str, object] | None, **changes: object) -> int:
+        full = {"distill.activation_checkpointing": "full", "rollout.batch_size": 8}
+        recipe = resolve_recipe("quick", small | full | {"distill.adapter": adapter} | changes)
+        return Workload(recipe, EIGHT, EIGHT, DATA, roomy).work(phase).memory
+
+    linear = EIGHT.linear_values()
+    assert linear == 36 * 4096 * (2 * (4096 + 1024) + 3 * 12288)
+    assert EIGHT.weights(2) == 2 * EIGHT.parameters
+    dequantised = 2 * 4096 * 12288 + 12 * (1 << 24)  # one layer in bf16, and a piece of it while it is widened
+    assert EIGHT.weights(2, linear) == 2 * (EIGHT.parameters - linear) + linear * 9 // 16 + dequantised
+    nf4 = {"quantization": "nf4"}
+    saved = 2 * linear - linear * 9 // 16 - dequantised
+    assert memory("distill", {}) - memory("distill", nf4) == saved
+    assert 18e9 < memory("distill", nf4) < 26e9
+    assert memory("rollout", None) - memory("rollout", nf4) == saved
+    assert memory("rollout", None, **{"sft.adapter": nf4}) == memory("rollout", nf4), "the SFT's adapter says so"
+    assert replace(EIGHT, experts=True).linear_values() == 36 * 4096 * 2 * (4096 + 1024)
+
+
+def test_the_plan_counts_a_training_on_a_base_in_4_bits_as_the_engine_does():
+    """On the CPU the files' weights are there while they are quantised, which may be more than a small step takes."""
+    import torch
+
+    from opd_mcp.engine.models.loading import load_model
+    from opd_mcp.engine.runtime import Runtime
+    from opd_mcp.engine.training.activations import step_memory
+
+    recipe = resolve_recipe("demo", {"distill.adapter": {"rank": 8, "quantization": "nf4"}})
+    shape = model_shape(inspect_model(EXAMPLE / "student"))
+    work = Workload(recipe, shape, shape, DATA, stored_bytes=4).work("distill")
+    runtime = Runtime(torch.device("cpu"), torch.float32, seed=0)
+    model = load_model(EXAMPLE / "student", runtime, for_training=True, adapter=recipe.distill.adapter).model
+    tokens = micro_tokens(recipe.distill.micro_batch_tokens, 74, recipe.distill.batch_size * 74)
+    ours = step_memory(model, "fp32_master", "auto", tokens=tokens, runtime=runtime)
+    assert (work.memory, work.checkpointing) == (ours.total, ours.policy)
+
+
 def test_scoring_holds_the_teacher_alone():
     recipe = resolve_recipe("demo", {})
     one, other = (Workload(recipe, student, LARGE, DATA).work("score").memory for student in (SMALL, LARGE))
