@@ -405,7 +405,8 @@ def conclusion_of(result: Mapping[str, Any], arms: Sequence[str]) -> list[str]:
     verdict = Verdict.model_validate(result["verdict"])
     text = verdict.text()
     for model, arm in zip(result["scores"], arms, strict=True):
-        text = text.replace(model, arm)
+        if not model.isalpha():  # an artifact's id; a folder's name such as `student` is also a word of the text
+            text = text.replace(model, arm)
     page = result.get("paths", {}).get("report_page")
     return [text, *([f"Next: {verdict.next_action.why}"] if verdict.next_action.why else []), *filter(None, [page])]
 

@@ -58,10 +58,11 @@ def test_a_guard_that_let_it_pass_is_said():
 
 
 def test_the_conclusion_names_the_arms_and_the_page():
-    verdict = {"judgement": "better", "sentence": "model-1 is better than sft-2.", "next_action": {"why": "Use it."}}
-    result = {"verdict": verdict, "scores": {"model-1": {}, "sft-2": {}}, "paths": {"report_page": "/r/report.html"}}
-    lines = conclusion_of(result, ["lightning_sampled", "sft"])
-    assert lines == ["BETTER: lightning_sampled is better than sft.", "Next: Use it.", "/r/report.html"]
+    verdict = {"judgement": "better", "sentence": "model-1 beats sft-2, a student.", "next_action": {"why": "Use it."}}
+    scores = {"model-1": {}, "sft-2": {}, "student": {}}
+    result = {"verdict": verdict, "scores": scores, "paths": {"report_page": "/r/report.html"}}
+    lines = conclusion_of(result, ["lightning_sampled", "sft", "base"])
+    assert lines == ["BETTER: lightning_sampled beats sft, a student.", "Next: Use it.", "/r/report.html"]
 
 
 def test_ctrl_c_ends_the_work_and_cancels_its_runs(world, service, busy_machine):

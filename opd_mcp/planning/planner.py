@@ -323,7 +323,7 @@ def plan_again(
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(arguments).model_fields.items()
     }
-    inline = [name for name, value in given.items() if isinstance(value, list)]
+    inline = [name for name, value in given.items() if isinstance(value, list) and name != "tags"]
     changed = {name: value for name, value in given.items() if name not in inline and value != defaults[name]}
     return next_call("plan_distillation", why, missing=inline, **changed)
 

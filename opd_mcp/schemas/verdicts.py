@@ -24,7 +24,7 @@ SHRUNK, FLAT = 0.25, 0.1
 GAP_DONE = 0.9
 GRADING = frozenset({"benchmark_zero", "teacher_often_wrong", "responses_not_graded"})
 GRADER_KEYS = "'benchmark.grader' and 'benchmark.answer_pattern'"
-HOW = {
+HOW: dict[Judgement, str] = {
     "better": "is better than",
     "worse": "is worse than",
     "no_difference": "shows no difference beyond chance to",
@@ -92,10 +92,7 @@ def verdict_of(report: BenchmarkReport) -> Verdict:
     elif gain is None:
         sentence = f"{candidate.name} and {baseline.name} were measured by nothing that both have"
     else:
-        how = {"better": "is better than", "worse": "is worse than"}.get(
-            judgement, "shows no difference beyond chance to"
-        )
-        sentence = f"{candidate.name} {how} {baseline.name}: {gain.text()}"
+        sentence = f"{candidate.name} {HOW[judgement]} {baseline.name}: {gain.text()}"
         if (
             judgement == "no_difference"
             and not gain.less_is_better

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from opd_mcp.cli import app, following, starting, upkeep
 from opd_mcp.cli.live import bar, sparkline, view_lines
 from opd_mcp.cli.shared import wrapped
+from opd_mcp.schemas.errors import PlanError
 from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.store.runs import LOG_FILE
 
@@ -91,8 +92,14 @@ def test_what_was_planned_is_started_by_its_id_and_found_by_name_and_tag(world, 
     assert "cancel requested" in opd_mcp("cancel", "mine")
 
 
-def test_runs_are_compared_reported_and_deleted(service, opd_mcp, two_runs):
+def test_runs_are_shown_compared_reported_and_deleted(service, opd_mcp, two_runs):
     first, second = (run.run_id for run in two_runs)
+    [shown] = service.dashboard([second]).runs
+    assert all(max(map(len, view_lines(shown, width))) <= width for width in (60, 80, 120))
+    view = "\n".join(view_lines(shown, 80))
+    assert "3 steps: succeeded" in view
+    assert "✓ distill" in view
+    assert view.splitlines()[0] in opd_mcp("watch", second, "--once")
     for asked in ([first, second], ["pair"]):
         text = opd_mcp("compare", *asked)
         assert "2 steps" in text
@@ -102,18 +109,12 @@ def test_runs_are_compared_reported_and_deleted(service, opd_mcp, two_runs):
     assert report["models"][0]["greedy_accuracy"]["value"] == 0.5
     model = two_runs[0].result["artifacts"]["model"]
     assert model in opd_mcp("artifacts", "--kind", "model")
+    with pytest.raises(PlanError, match=r"declined.*goes with its settings"):
+        opd_mcp("rm", first)  # nobody can be asked without a terminal
     assert f"deleted with it: {model}" in opd_mcp("rm", first, "--yes")
     assert model not in opd_mcp("artifacts")
     assert json.loads(opd_mcp("rm", "-y", second, "--json"))["run_id"] == second
     assert "0 of 0 runs" in opd_mcp("list")
-
-
-def test_a_deletion_without_a_terminal_needs_a_yes(service, opd_mcp, two_runs):
-    from opd_mcp.schemas.errors import PlanError
-
-    with pytest.raises(PlanError, match=r"declined.*goes with its settings"):
-        opd_mcp("rm", two_runs[0].run_id)
-    assert service.list_runs().total == 2
 
 
 def test_a_sweep_is_started_from_a_run_and_its_values_are_numbers(service, opd_mcp, two_runs, busy_machine):
@@ -148,18 +149,6 @@ def test_a_log_is_followed_until_the_run_ends(world, service, opd_mcp, busy_mach
     assert (lines.count("before"), lines.count("after")) == (1, 1)
 
 
-def test_the_live_view_shows_phases_curves_and_scores_within_its_width(service, opd_mcp, two_runs):
-    [run] = service.dashboard([two_runs[1].run_id]).runs
-    for width in (60, 80, 120):
-        lines = view_lines(run, width)
-        assert max(map(len, lines)) <= width
-    text = "\n".join(view_lines(run, 80))
-    assert "3 steps: succeeded" in text
-    assert "✓ distill" in text
-    assert "▁" in text or "█" in text or not run.curves
-    assert text.splitlines()[0] in opd_mcp("watch", run.run_id, "--once")
-
-
 def test_a_sparkline_goes_from_the_lowest_to_the_highest_block():
     assert sparkline([0.0, 1.0, 2.0, 3.0]) == "▁▃▆█"
     assert sparkline([5.0, 5.0]) == "▁▁"
@@ -177,8 +166,6 @@ def test_long_lines_are_broken_between_words():
 
 
 def test_a_plan_that_costs_much_is_asked_about(world, service, opd_mcp, monkeypatch):
-    from opd_mcp.schemas.errors import PlanError
-
     monkeypatch.setattr(starting, "GPU_HOURS", 0.0)
     plan = service.plan(world.plan_arguments())
     with pytest.raises(PlanError, match="declined"):

@@ -10,6 +10,7 @@ from opd_mcp.server.render.runs import sweep_text
 from opd_mcp.supervisor.sweeps import swept_settings
 
 GRID = {"distill.steps": [2, 3], "runtime.seed": [0, 1]}
+TWO = {"distill.steps": [2, 3]}
 
 
 @pytest.fixture
@@ -50,62 +51,57 @@ def test_what_cannot_be_swept_is_refused_before_anything_starts(changes, said):
         swept_settings(sweep("c", **changes))
 
 
-def test_a_sweep_is_found_again_compared_and_all_of_its_runs_have_its_tag(world, service, cache_run, finished):
+def test_a_sweep_is_found_again_and_compared_and_all_of_its_runs_have_its_tag(world, service, cache_run, finished):
     before = service.list_runs().total
-    started = service.sweep(sweep(cache_run))
-    assert [run.settings for run in started.runs] == swept_settings(sweep(cache_run))
-    assert [run.reused for run in started.runs] == [False] * 4
-    assert started.runs[0].name == "rates: steps=2, seed=0"
-    assert all(run.name in sweep_text(started) or run.run_id in sweep_text(started) for run in started.runs)
+    started = service.sweep(sweep(cache_run, grid=TWO))
+    assert [run.settings for run in started.runs] == swept_settings(sweep(cache_run, grid=TWO))
+    assert [run.reused for run in started.runs] == [False] * 2
+    assert [run.name for run in started.runs] == ["rates: steps=2", "rates: steps=3"]
+    assert all(run.run_id in sweep_text(started) for run in started.runs)
     for run in started.runs:
         assert finished(service, run.run_id).state == "succeeded"
-    again = service.sweep(sweep(cache_run, name="another name"))
+    again = service.sweep(sweep(cache_run, grid=TWO, name="another name"))
     assert again.sweep_id == started.sweep_id
     assert [run.run_id for run in again.runs] == [run.run_id for run in started.runs]
     assert all(run.reused for run in again.runs)
     assert again.expected_seconds is None
-    assert service.list_runs().total == before + 4
-    assert service.list_runs(tag=started.sweep_id).total == service.list_runs(tag="mine").total == 4
+    assert service.list_runs().total == before + 2
+    assert service.list_runs(tag=started.sweep_id).total == service.list_runs(tag="mine").total == 2
     assert (again.next_action.tool, again.next_action.arguments) == ("compare_runs", {"tag": started.sweep_id})
     table = service.compare_runs(CompareRuns(tag=started.sweep_id))
     assert [run.run_id for run in table.runs] == [run.run_id for run in started.runs]
-    assert table.settings == ["runtime.seed", "distill.steps"]
+    assert table.settings == ["distill.steps"]
     assert [run.settings for run in table.runs] == [run.settings for run in started.runs]
     assert all(run.accuracy == (0.5, 0.4, 0.6) for run in table.runs)
-    text = comparison_text(table)
-    assert all(run.name in text for run in table.runs)
+    assert all(run.name in comparison_text(table) for run in table.runs)
 
 
-def test_a_sweep_is_cancelled_as_one_and_the_same_call_starts_what_was_cancelled(
+def test_a_sweep_is_asked_about_and_cancelled_as_one_and_the_same_call_starts_what_is_missing(
     service, cache_run, busy_machine, finished
 ):
-    started = service.sweep(sweep(cache_run))
-    answer = service.cancel(started.sweep_id)
-    assert "4 runs" in answer.note
+    both = sweep(cache_run, grid=TWO)
+    question = service.sweep_question(both, 0.0)
+    assert "2 runs" in question.text
+    assert service.sweep_question(both, 1000.0) is None
+    settings = service.workspace.root / "settings.toml"
+    settings.write_text("[quotas]\nmax_running_runs = 1\n")
+    part = service.sweep(both)
+    assert question.confirm == part.sweep_id
+    assert len(part.runs) == 1
+    assert "quota_exceeded" in part.not_started[0]
+    with pytest.raises(ResourceError, match="quota_exceeded"):
+        service.sweep(sweep(cache_run, grid={"distill.steps": [7]}))
+    settings.unlink()
+    started = service.sweep(both)
+    assert [run.reused for run in started.runs] == [True, False]
+    assert "2 runs" in service.cancel(started.sweep_id).note
     for run in started.runs:
         assert finished(service, run.run_id).state == "cancelled"
     with pytest.raises(RunError, match="run_not_active"):
         service.cancel(started.sweep_id)
-    again = service.sweep(sweep(cache_run))
+    again = service.sweep(both)
     assert not {run.run_id for run in again.runs} & {run.run_id for run in started.runs}
     assert all(run.state in ACTIVE_STATES for run in again.runs)
     service.cancel("mine")
     for run in again.runs:
         assert finished(service, run.run_id).state == "cancelled"
-
-
-def test_what_refuses_a_start_leaves_the_others_and_is_told(service, cache_run, busy_machine):
-    (service.workspace.root / "settings.toml").write_text("[quotas]\nmax_running_runs = 3\n")
-    started = service.sweep(sweep(cache_run))
-    assert len(started.runs) == 3
-    assert "quota_exceeded" in started.not_started[0]
-    with pytest.raises(ResourceError, match="quota_exceeded"):
-        service.sweep(sweep(cache_run, grid={"distill.steps": [7]}))
-    service.cancel(started.sweep_id)
-
-
-def test_a_sweep_asks_by_what_it_takes_in_all(service, cache_run):
-    hours = service.sweep_question(sweep(cache_run), 0.0)
-    assert "4 runs" in hours.text
-    assert hours.confirm in hours.text
-    assert service.sweep_question(sweep(cache_run), 1000.0) is None

@@ -271,6 +271,11 @@ def _limits(card: Card) -> Iterator[str]:
     exported = next((parent.identity for parent in lineage.parents if parent.role == "exported"), None)
     if exported and lineage.model and exported.weights != lineage.model.weights and report is not None:
         yield f"The figures were measured before the weights were converted to this form ({card.dtype})."
+    if card.adapter_rank and lineage.model and lineage.model.quantization:
+        yield (
+            f"It was trained on its base quantised to {markdown(lineage.model.quantization)}; on the base as published "
+            'it computes something else. Merged (`format` "input") it is exact.'
+        )
     if lineage.special_tokens_differ:
         yield f"Special tokens of teacher and student differ: {markdown(lineage.special_tokens_differ)}."
     codes = sorted({alert.code for alert in report.alerts}) if report else []
