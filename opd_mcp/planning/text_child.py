@@ -79,13 +79,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def counts(chat: ChatTokenizer, texts: Sequence[str], long_texts: Sequence[str], limit: int) -> dict[str, Any]:
     """Tokens of texts without the template's, and how many of the long ones counted are over the limit."""
-    lengths = [len(chat.backend.encode(text).ids) for text in texts]
+    lengths = [len(chat.encoded(text)) for text in texts]
     over = counted = 0
     started = time.process_time()
     for text in long_texts:
         if time.process_time() - started > COUNTING_SECONDS:
             break
-        over += len(chat.backend.encode(text).ids) > limit
+        over += len(chat.encoded(text)) > limit
         counted += 1
     mean = sum(lengths) / len(lengths) if lengths else None
     return {"mean": mean, "longest": max(lengths, default=0), "over": over, "counted": counted}

@@ -71,9 +71,23 @@ class ChatTokenizer:
         Raises DataError `unknown_token` for a spelt control token that this tokenizer cannot write as text.
         """
         if self._mark_start not in text:
-            return list(self.backend.encode(text, add_special_tokens=False).ids)
+            return self.encoded(text, framed=False)
         written = self._control.sub(lambda found: self._mark(WRITTEN, found[0]), text)
         return self._ids_of_marked(self._unmarked(written))
+
+    def encoded(self, text: str, *, framed: bool = True) -> list[int]:
+        """The tokenizer's own ids of a text, `framed` by what it puts around one.
+
+        Raises IntegrityError `damaged_file` where the tokenizer fails, as one without its token for unknown text does.
+        """
+        try:
+            return list(self.backend.encode(text, add_special_tokens=framed).ids)
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise IntegrityError(
+                "damaged_file",
+                f"{TOKENIZER_FILE} cannot encode a text ({error}).",
+                fix="Save the tokenizer again with tokenizer.save_pretrained(DIR).",
+            ) from error
 
     def plain(self, text: str) -> str:
         """A rendered text with its marks as the control tokens that they stand for."""
@@ -104,7 +118,7 @@ class ChatTokenizer:
         if self.template is not None:
             return self.ids(text)
         if not self.writes_spelt_as_text or not self._control.search(text):
-            return list(self.backend.encode(text).ids)
+            return self.encoded(text)
         before, after = self._frame
         return [*before, *self._ids_of_marked(text), *after]
 
@@ -262,7 +276,7 @@ class ChatTokenizer:
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
         """The ids that the tokenizer itself puts before and after a text."""
-        whole, bare = self.backend.encode("x").ids, self.backend.encode("x", add_special_tokens=False).ids
+        whole, bare = self.encoded("x"), self.encoded("x", framed=False)
         starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
         start = starts[-1] if starts else 0
         return whole[:start], whole[start + len(bare) :]

@@ -131,3 +131,10 @@ def test_a_damaged_tokenizer_is_one_error(tmp_path):
     (folder / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(IntegrityError, match="damaged_file"):
         chat(folder)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_damaged(tmp_path):
+    """A word-level model whose token for unknown words is not in its vocabulary."""
+    folder = made(tmp_path / "model", None, model=models.WordLevel({"Hi": 0}, unk_token="[gone]"))
+    with pytest.raises(IntegrityError, match=r"damaged_file.*tokenizer\.json cannot encode a text"):
+        chat(folder).prompt_ids(PromptRow("0", "Hello"))
