@@ -99,7 +99,7 @@ Name = Annotated[RunName, Field(description="of the run; default: what it does, 
 Tags = Annotated[
     list[Tag],
     Field(max_length=MAX_TAGS, description="to list, compare and cancel runs by"),
-    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+    WithJsonSchema({"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": MAX_TAGS}),
 ]
 Notes = Annotated[str, Field(max_length=2_000)]
 Confirm = Annotated[str, Field(max_length=200, description="the id that [confirm_needed] names")]
@@ -223,12 +223,12 @@ class Sweep(Schema):
         dict[str, Annotated[list[Any], Field(min_length=1, max_length=MAX_SWEPT)]],
         Field(description="values by recipe key, in all combinations", max_length=8),
         AfterValidator(bounded),
-        WithJsonSchema({"type": "object"}),
+        WithJsonSchema({"type": "object", "maxProperties": 8}),
     ] = Field(default_factory=dict)
     points: Annotated[
         list[Swept],
         Field(description="instead: overrides of each run", max_length=MAX_SWEPT),
-        WithJsonSchema({"type": "array", "items": {"type": "object"}, "maxItems": MAX_SWEPT}),
+        WithJsonSchema({"type": "array", "items": {"type": "object", "maxProperties": 100}, "maxItems": MAX_SWEPT}),
     ] = Field(default_factory=list)
     student: Annotated[Reference, Field(description="default: the cache's")] | None = None
     teacher: Reference | None = None

@@ -151,7 +151,7 @@ def test_a_stopped_worker_is_shown_and_continues_or_is_cancelled(service, hangin
     run_id, _, worker = hanging(BUSY)
     token = service.wait_token(run_id)
     worker.suspend()
-    status = until(service, run_id, alerts_of)
+    status = until(service, run_id, lambda status: "worker_stopped" in alerts_of(status))
     assert service.wait_token(run_id) != token
     assert f"kill -CONT {worker.pid}" in alerts_of(status)["worker_stopped"]
     assert f"kill -CONT {worker.pid}" in status.next_action.why
@@ -159,7 +159,7 @@ def test_a_stopped_worker_is_shown_and_continues_or_is_cancelled(service, hangin
     [check] = [check for check in checks(service) if check.name == "workers"]
     assert (check.well, run_id in check.found) == (False, True)
     worker.resume()
-    until(service, run_id, lambda status: not alerts_of(status))
+    until(service, run_id, lambda status: "worker_stopped" not in alerts_of(status))
     assert [row.note for row in service.list_runs().rows] == [None]
     worker.suspend()
     service.cancel(run_id)

@@ -1,6 +1,7 @@
 """What a run tells about its speed, and what it does when memory runs out."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, RowObjective
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training import loop
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
-from opd_mcp.engine.training.step import StepResult, StepSettings, Stopwatch, sft_metrics, training_flops
+from opd_mcp.engine.training.step import StepResult, StepSettings, sft_metrics, training_flops
 from opd_mcp.schemas.recipes import OptimizerRecipe
 from opd_mcp.schemas.reports import TrainingSummary
 
@@ -72,9 +73,9 @@ def test_out_of_memory_halves_the_micro_batches_and_ends_with_the_same_model(
     whole = loop.accumulate_gradients
 
     def with_little_memory(
-        model: PreTrainedModel, data: StepData, objective: RowObjective, settings: StepSettings, clock: Stopwatch
+        model: PreTrainedModel, data: StepData, objective: RowObjective, settings: StepSettings, **more: Any
     ) -> StepResult:
-        result = whole(model, data, objective, settings, clock=clock)
+        result = whole(model, data, objective, settings, **more)
         if settings.micro_batch_tokens > 20:
             raise torch.OutOfMemoryError("CUDA out of memory.")  # after gradients were begun
         return result
