@@ -54,6 +54,8 @@ from opd_mcp.schemas.requests import (
 )
 from opd_mcp.schemas.runs import (
     ACTIVE_STATES,
+    DataInput,
+    ModelInput,
     RunKind,
     RunLabels,
     RunList,
@@ -120,6 +122,19 @@ class JobService:
             self._plans.keep(arguments, plan)
         save_plan(self.workspace, plan, arguments)
         return plan
+
+    def paths_behind(self, plan_id: str | None, cache_id: str | None) -> list[str]:
+        """The files and folders that a saved plan, or the run that made a cache, was given; raises `unknown_plan`."""
+        inputs = read_plan(self.workspace, plan_id).inputs if plan_id else None
+        if inputs is None and cache_id is not None:
+            known = self.store.exists(cache_id)
+            inputs = (
+                self.store.record(cache_id).request.inputs if known else self._references.inputs_of_artifact(cache_id)
+            )
+        if inputs is None:
+            return []
+        sources = [value for _, value in inputs if isinstance(value, ModelInput | DataInput)]
+        return [source.path for source in sources if source.path is not None]
 
     def start_distillation(self, arguments: StartDistillation) -> RunSnapshot:
         """The run of a plan, of a plan's arguments, or of a student and a teacher cache.

@@ -227,9 +227,14 @@ def _labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict
 
 
 def _request(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[JobService, Any]":
-    """The typed request, and the service that may read the files that the user names."""
+    """The typed request, and the service that may read the files that the user names.
+
+    Those that a plan or a cache's run has read were named by a user as well.
+    """
     from opd_mcp.server.protocol.arguments import request_from_arguments
 
-    paths = [Path(value) for value in given.values() if isinstance(value, str) and value.startswith("/")]
-    roots = [path if path.is_dir() else path.parent for path in paths if path.exists()]
-    return open_service(roots), request_from_arguments(f"opd-mcp {command}", model, given)
+    request = request_from_arguments(f"opd-mcp {command}", model, given)
+    named = [value for value in given.values() if isinstance(value, str) and value.startswith("/")]
+    recorded = open_service().paths_behind(given.get("plan_id"), given.get("cache_id"))
+    paths = [Path(value) for value in [*named, *recorded]]
+    return open_service([path if path.is_dir() else path.parent for path in paths if path.exists()]), request

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,7 +14,7 @@ from opd_mcp.cli import app, following, starting, upkeep
 from opd_mcp.cli.live import bar, sparkline, view_lines
 from opd_mcp.cli.shared import wrapped
 from opd_mcp.schemas.errors import PlanError
-from opd_mcp.schemas.requests import StartDistillation
+from opd_mcp.schemas.requests import StartDistillation, Sweep
 from opd_mcp.store.runs import LOG_FILE
 
 RAW_TYPES = re.compile(r"<(str|int|bool|float|path|list\[\w+\])>|\b(TEXT|INTEGER|PATH|FLOAT|DIRECTORY|FILE)\b")
@@ -90,6 +91,20 @@ def test_what_was_planned_is_started_by_its_id_and_found_by_name_and_tag(world, 
     assert table[-1] == "1 of 1 runs"
     assert "0 of 0 runs" in opd_mcp("list", "--state", "failed")
     assert "cancel requested" in opd_mcp("cancel", "mine")
+
+
+def test_what_a_plan_or_a_run_was_given_may_be_read_again_at_the_terminal(world, service, monkeypatch, finished):
+    opened = []
+    monkeypatch.setattr(starting, "open_service", lambda roots=(): opened.append({*roots}) or service)
+    prompts = world.prompts("opd")
+    plan = service.plan(world.plan_arguments(prompts=prompts))
+    starting._request("start", StartDistillation, {"plan_id": plan.plan_id})
+    needed = {Path(world.student), Path(world.teacher), Path(prompts).parent}
+    assert needed <= opened[-1]
+    run = finished(service, service.start_distillation(StartDistillation(plan_id=plan.plan_id)).run_id)
+    for cache in (run.run_id, run.result["artifacts"]["cache"]):
+        starting._request("sweep", Sweep, {"cache_id": cache, "points": [{"distill.steps": 2}]})
+        assert needed <= opened[-1]
 
 
 def test_runs_are_shown_compared_reported_and_deleted(service, opd_mcp, two_runs):
