@@ -93,12 +93,13 @@ def verdict_of(report: BenchmarkReport) -> Verdict:
         sentence = f"{candidate.name} and {baseline.name} were measured by nothing that both have"
     else:
         sentence = f"{candidate.name} {HOW[judgement]} {baseline.name}: {gain.text()}"
-        if (
-            judgement == "no_difference"
-            and not gain.less_is_better
-            and (divergence := _divergence(candidate, baseline))
-        ):
-            sentence += f"; {divergence}"
+        if judgement == "no_difference" and not gain.less_is_better:
+            if went_away := _went_away(report, candidate, baseline):
+                # What a distillation is for has failed, though no answer shows it yet.
+                judgement = "worse"
+                sentence = f"{candidate.name} {HOW[judgement]} {baseline.name}: {went_away}; {gain.text()}"
+            elif divergence := _divergence(candidate, baseline):
+                sentence += f"; {divergence}"
     if causes and causes[0].code == "benchmark_zero":
         judgement, sentence = "unknown", f"nothing can be said of {candidate.name}: no model has one right answer"
     elif baseline is not None:
@@ -133,6 +134,10 @@ def gain_of(report: BenchmarkReport) -> Gain | None:
             low, high, other_low, other_high = (float(bound or 0.0) for bound in bounds)
             change = _difference((after.value, low, high), (before.value, other_low, other_high))
             return Gain(name, before.value, after.value, change)
+    return _divergence_gain(candidate, baseline)
+
+
+def _divergence_gain(candidate: ModelScore, baseline: ModelScore) -> Gain | None:
     mine, others = candidate.reverse_kl, baseline.reverse_kl
     if mine is None or others is None:
         return None
@@ -173,7 +178,8 @@ def findings_of(report: BenchmarkReport) -> Iterator[Cause]:
                 "has not learnt the task.",
                 "Raise 'sft.steps' or 'sft.optimizer.learning_rate', or begin with a pretrained student.",
             )
-        if stage == "distill" and (divergence := _unchanged(candidate, baseline)):
+        closed = any(gap.share and gap.share.low > 0 for gap in report.gap_closed if gap.baseline == baseline.name)
+        if stage == "distill" and not closed and (divergence := _unchanged(candidate, baseline)):
             yield Cause(
                 "no_learning",
                 f"The distillation changed nothing: {divergence}.",
@@ -289,12 +295,21 @@ def _alone(report: BenchmarkReport, candidate: ModelScore) -> str:
     return f"{candidate.name} was sampled on {report.prompts} prompts"
 
 
+def _went_away(report: BenchmarkReport, candidate: ModelScore, baseline: ModelScore) -> str | None:
+    """That a distillation ended farther from its teacher, beyond chance and by more than a tenth; None otherwise."""
+    gain = _divergence_gain(candidate, baseline)
+    if gain is None or trained_stage(report) != "distill" or gain.judgement != "worse":
+        return None
+    return _divergence(candidate, baseline) if gain.change[0] > UNCHANGED_SHARE * gain.before else None
+
+
 def _gap_text(report: BenchmarkReport, baseline: ModelScore) -> str:
     gap = next((gap for gap in report.gap_closed if gap.baseline == baseline.name), None)
     if gap is None or gap.share is None:
         return ""
     share = gap.share
-    return f"; {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of the gap to {gap.teacher} closed"
+    measure = f" in {share.basis}" if share.basis.startswith("sampled") else ""
+    return f"; {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of the gap to {gap.teacher} closed{measure}"
 
 
 def _cost_text(report: BenchmarkReport) -> str:

@@ -92,6 +92,15 @@ def test_a_loss_is_called_worse_and_what_is_within_chance_no_difference(change, 
     assert "distill.steps" in verdict.next_action.why
 
 
+def test_a_distillation_that_ends_farther_from_its_teacher_is_worse_though_no_answer_shows_it():
+    away = model("distilled", 0.4, 0.9), model("sft", 0.4, 0.5)
+    verdict = verdict_of(report(*away, change=0.0))
+    assert verdict.judgement == "worse"
+    assert "the reverse KL of fresh samples is 0.9 nats per token, sft's 0.5; accuracy 0.400" in verdict.sentence
+    assert verdict_of(report(*away, change=0.2)).judgement == "better", "the answers count first"
+    assert verdict_of(report(*away, change=0.0, stage=None)).judgement == "no_difference"
+
+
 def test_the_teacher_is_no_baseline():
     only = verdict_of(report(model("student", 0.4), TEACHER, change=-0.5, stage=None))
     assert only.judgement == "unknown"
@@ -156,6 +165,9 @@ def test_a_reverse_kl_that_stays_is_no_learning():
     [cause] = findings_of(report(model("distilled", 0.4, 0.49), model("sft", 0.4, 0.5), change=0.0))
     assert cause.code == "no_learning"
     assert "'distill.steps'" in cause.fix
+    gap = GapClosed(candidate="distilled", baseline="sft", teacher="teacher", share=estimate(0.2))
+    gained = report(model("distilled", 0.4, 0.49), model("sft", 0.4, 0.5), change=0.0, gap_closed=[gap])
+    assert list(findings_of(gained)) == [], "its sampled answers are better"
     small = report(model("distilled", 0.4, 0.04), model("sft", 0.4, 0.041), change=0.0)
     assert list(findings_of(small)) == [], "there is nothing left to learn"
     assert list(findings_of(report(model("a", 0.4, 0.49), model("b", 0.4, 0.5), change=0.0, stage=None))) == []
