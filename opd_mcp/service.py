@@ -73,7 +73,7 @@ from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.workspace import Workspace, export_folders, read_arguments, read_plan, save_plan
 from opd_mcp.supervisor.launch import Supervisor
-from opd_mcp.supervisor.sweeps import Settings, Sweeps, swept_settings
+from opd_mcp.supervisor.sweeps import Settings, Sweeps, require_different, swept_settings
 from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.compare import chosen_runs, compared
@@ -215,7 +215,9 @@ class JobService:
     def _swept(self, arguments: Sweep) -> tuple[list[Settings], list[RunRequest]]:
         points = swept_settings(arguments)
         with self._planning:
-            return points, self._builder.sweep(arguments, points)
+            requests = self._builder.sweep(arguments, points)
+        require_different(points, requests)
+        return points, requests
 
     def inspect_cache(self, reference: str) -> CacheInspection:
         """A teacher cache's manifest, figures and two rows; raises PathError `not_a_cache`, UnknownIdError."""

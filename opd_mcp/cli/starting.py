@@ -71,7 +71,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     notes: Notes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a distillation would do and cost; start it by its plan id."""
+    """Show what a distillation would do and cost; start it by its plan id. Exits with 1 where something blocks it."""
     from opd_mcp.schemas.requests import PlanDistillation
     from opd_mcp.server.render.plans import plan_text
     from opd_mcp.server.tools.table import command_text
@@ -80,7 +80,10 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     given |= {"method": method.value, "estimator": estimator, "preset": preset.value}
     given |= {"allow_teacher_mismatch": allow_teacher_mismatch, "overrides": parsed_settings(settings)}
     service, request = _request("plan", PlanDistillation, given | _labels(name, tags, notes))
-    show(service.plan(request), as_json, lambda plan: plan_text(plan, command_text))
+    found = service.plan(request)
+    show(found, as_json, lambda plan: plan_text(plan, command_text))
+    if found.blocking:
+        raise typer.Exit(1)
 
 
 @command(rich_help_panel=STARTS)
@@ -219,7 +222,13 @@ def _list(text: str) -> list[Any]:
 def _named(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """The named options as arguments; what is a file or folder here is given by its absolute path."""
     given = {name: values[name] for name in names if values[name] is not None}
-    return {name: str(Path(text).resolve()) if Path(text).exists() else text for name, text in given.items()}
+    return {name: str(Path(text).resolve()) if _is_path(text) else text for name, text in given.items()}
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text means something here: a file, a folder, or a mistyped name next to some."""
+    path = Path(text)
+    return path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
 
 
 def _labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict[str, Any]:
@@ -237,4 +246,5 @@ def _request(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[Jo
     named = [value for value in given.values() if isinstance(value, str) and value.startswith("/")]
     recorded = open_service().paths_behind(given.get("plan_id"), given.get("cache_id"))
     paths = [Path(value) for value in [*named, *recorded]]
-    return open_service([path if path.is_dir() else path.parent for path in paths if path.exists()]), request
+    roots = [path if path.is_dir() else path.parent for path in paths]
+    return open_service([root for root in roots if root.is_dir()]), request

@@ -330,7 +330,7 @@ def judged_golds(inputs: PlanInputs, recipe: BenchmarkRecipe, found: Findings) -
             "golds_of_two_kinds",
             f"{odd.count} of {odd.of} expected answers do not fit the grader '{odd.usual}' as the others do, so 'math' "
             f"grades all of them; the first is {row}: {shortened(gold, 60)!r}.",
-            f"Repair these answers if they are mistakes; or name the grader in 'benchmark.grader', e.g. '{odd.usual}'.",
+            f"Repair or leave out these prompts if their answers are mistakes: '{odd.usual}' then grades the others.",
         )
     if problems:
         shown = ", ".join(f"{row}: {shortened(gold, 60)!r}" for row, gold in problems[:3])

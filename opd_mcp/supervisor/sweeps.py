@@ -42,6 +42,20 @@ def swept_settings(arguments: Sweep) -> list[Settings]:
     return found
 
 
+def require_different(points: Sequence[Settings], requests: Sequence[RunRequest]) -> None:
+    """Raise ArgumentError `invalid_argument` where two points are one run: a key that such a run does not read."""
+    seen: dict[str, Settings] = {}
+    for point, request in zip(points, requests, strict=True):
+        other = seen.setdefault(request_hash(request.kind, request.phases), point)
+        if other is not point:
+            changed = sorted(key for key in {*point, *other} if point.get(key) != other.get(key))
+            raise _invalid(
+                "Two points of this sweep are the same run: a distillation from a cache reads nothing of what differs.",
+                ", ".join(changed),
+                "Sweep keys of distill.*, such as distill.steps; the cache holds what came before.",
+            )
+
+
 def _invalid(message: str, value: object, fix: str) -> ArgumentError:
     return ArgumentError("invalid_argument", message, value=value, fix=fix)
 

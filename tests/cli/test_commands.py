@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from opd_mcp.cli import app, following, starting, upkeep
 from opd_mcp.cli.live import bar, sparkline, view_lines
 from opd_mcp.cli.shared import wrapped
-from opd_mcp.schemas.errors import PlanError
+from opd_mcp.schemas.errors import PathError, PlanError
 from opd_mcp.schemas.requests import StartDistillation, Sweep
 from opd_mcp.store.runs import LOG_FILE
 
@@ -91,6 +91,17 @@ def test_what_was_planned_is_started_by_its_id_and_found_by_name_and_tag(world, 
     assert table[-1] == "1 of 1 runs"
     assert "0 of 0 runs" in opd_mcp("list", "--state", "failed")
     assert "cancel requested" in opd_mcp("cancel", "mine")
+
+
+def test_a_mistyped_relative_path_is_missing_and_a_blocked_plan_ends_with_1(world, service, opd_mcp, monkeypatch):
+    monkeypatch.chdir(Path(world.student).parents[1])
+    model = Path(world.student)
+    given = ["--teacher", world.teacher, "--prompts", world.prompts("opd")]
+    with pytest.raises(PathError, match=r"not_found.*studnet"):
+        opd_mcp("plan", "--student", f"{model.parent.name}/studnet", *given)
+    blocked = ["plan", "--student", world.student, *given, "-s", "rollout.sampling.max_new_tokens=4096"]
+    done = CliRunner().invoke(app, list(map(str, blocked)))
+    assert (done.exit_code, "BLOCKING [too_long]" in done.output) == (1, True), done.output
 
 
 def test_what_a_plan_or_a_run_was_given_may_be_read_again_at_the_terminal(world, service, monkeypatch, finished):

@@ -53,6 +53,8 @@ def test_what_cannot_be_swept_is_refused_before_anything_starts(changes, said):
 
 def test_a_sweep_is_found_again_and_compared_and_all_of_its_runs_have_its_tag(world, service, cache_run, finished):
     before = service.list_runs().total
+    with pytest.raises(ArgumentError, match=r"the same run.*sft\.steps.*distill\.steps"):
+        service.sweep(sweep(cache_run, grid={"sft.steps": [5, 10]}))
     started = service.sweep(sweep(cache_run, grid=TWO))
     assert [run.settings for run in started.runs] == swept_settings(sweep(cache_run, grid=TWO))
     assert [run.reused for run in started.runs] == [False] * 2
