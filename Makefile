@@ -2,14 +2,18 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-wheel test-extras test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-tools test-wheel test-extras test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/tools/chaos --ignore=tests/tools/fuzz --ignore=tests/tools/gpu $(ARGS)
+
+# Short runs of the chaos suite, the fuzzers and the GPU scripts, which take minutes: after changes to them.
+test-tools: .venv/fresh
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tools $(ARGS)
 
 # The wheel, outside of the checkout: --version, and the demo on a few steps.
 test-wheel: .venv/fresh

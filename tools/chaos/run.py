@@ -175,7 +175,7 @@ def main() -> int:
     """The command line's exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--quick", action="store_true", help="about three minutes; the test suite runs this")
+    parser.add_argument("--quick", action="store_true", help="about three minutes; `make test-tools` runs this")
     parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--hangs", type=int, help="how many workers hang in this part")
     parser.add_argument("--index-losses", type=int, help="how often the index is lost in this part")
