@@ -23,7 +23,7 @@ test-wheel: .venv/fresh
 # reasoning-gym.
 test-extras: .venv/fresh .extras/fresh
 	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/costs/test_estimates.py \
-	  tests/planning/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
+	  tests/planning/prompts/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
 	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).

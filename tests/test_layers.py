@@ -18,7 +18,7 @@ ALLOWED = {
     "devices": {"schemas", "identity", "store"},
     "planning": {"schemas", "identity", "grading", "store", "devices"},
     "supervisor": {"schemas", "identity", "store", "devices", "planning"},
-    "worker": {"schemas", "identity", "store", "devices", "planning"},
+    "worker": {"schemas", "identity", "grading", "store", "devices", "planning"},
     "views": {"schemas", "identity", "grading", "store", "devices", "planning", "supervisor"},
     "service": {"schemas", "identity", "store", "devices", "planning", "supervisor", "views"},
     "maintenance": {"schemas", "identity", "store", "devices", "planning", "views", "service"},

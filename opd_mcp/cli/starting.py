@@ -76,10 +76,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.render.plans import plan_text
     from opd_mcp.server.tools.table import command_text
 
-    given = _named(locals(), "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
-    given |= {"method": method.value, "estimator": estimator, "preset": preset.value}
-    given |= {"allow_teacher_mismatch": allow_teacher_mismatch, "overrides": parsed_settings(settings)}
-    service, request = _request("plan", PlanDistillation, given | _labels(name, tags, notes))
+    service, request = _request("plan", PlanDistillation, _distillation(locals()))
     found = service.plan(request)
     show(found, as_json, lambda plan: plan_text(plan, command_text))
     if found.blocking:
@@ -112,10 +109,7 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.render.runs import snapshot_text
     from opd_mcp.server.tools.table import command_text
 
-    given = _named(locals(), "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
-    given |= {"method": method.value, "estimator": estimator, "preset": preset.value}
-    given |= {"allow_teacher_mismatch": allow_teacher_mismatch, "overrides": parsed_settings(settings)}
-    given |= {"plan_id": plan_id, "cache_id": cache} | _labels(name, tags, notes)
+    given = _distillation(locals()) | {"plan_id": plan_id, "cache_id": cache}
     service, request = _request("start", StartDistillation, given)
     agree(service.start_question(request, GPU_HOURS), yes)
     found = audited(service, "start_distillation", request.to_dict(), lambda: service.start_distillation(request))
@@ -229,6 +223,18 @@ def _is_path(text: str) -> bool:
     """Whether a text means something here: a file, a folder, or a mistyped name next to some."""
     path = Path(text)
     return path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
+
+
+def _distillation(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a distillation, from the options that plan and start share."""
+    given = _named(options, "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
+    given |= {"method": options["method"].value, "preset": options["preset"].value}
+    given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch")}
+    return (
+        given
+        | {"overrides": parsed_settings(options["settings"])}
+        | _labels(options["name"], options["tags"], options["notes"])
+    )
 
 
 def _labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def default_lease_folder() -> Path:
 def default_examples_directory() -> Path:
     """The folder `examples/`: next to the package in a checkout, inside it in a wheel."""
     package = Path(opd_mcp.__file__).resolve().parent
-    beside = package.parent / "examples"
-    return beside if beside.is_dir() else package / "examples"
+    checkout = package.parent / "examples"
+    return checkout if checkout.is_dir() else package / "examples"
 
 
 @dataclass(frozen=True)

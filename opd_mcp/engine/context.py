@@ -111,7 +111,7 @@ class Context:
     check_fence: Callable[[], None] = lambda: None
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
     start_engine: Callable[[EngineWish], AbstractContextManager[EngineAddress]] = no_engine
-    """Starts an engine for a block's time; whoever keeps the processes of a run gives it."""
+    """Starts an engine for a block's time; the worker, which keeps a run's processes, gives it."""
 
 
 def require_going(context: Context) -> None:
@@ -167,7 +167,7 @@ class SftInputs:
 class RolloutInputs:
     """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold.
 
-    `longest` are the tokens of the longest sequence that whoever scores the rollouts takes. `form` is how the training
+    `longest` are the tokens of the longest sequence that the scorer of the rollouts takes. `form` is how the training
     that will learn from them holds the student's linear layers.
     """
 

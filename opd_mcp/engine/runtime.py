@@ -126,7 +126,7 @@ def processor_seconds(limit: float) -> Iterator[None]:
 
     Python's matcher and interpreter both look at signals as they go; a main thread alone gets them, so work in
     another thread is not limited. Waiting and a suspended machine do not count. A native call that never returns to
-    Python gets the signal again each second, which whoever listens to this process's signals may count.
+    Python gets the signal again each second, which a process that hears this one's signals may count.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -43,7 +43,7 @@ def checked_url(url: str) -> Address:
 def require_allowed_host(url: str, allowed: Iterable[str]) -> None:
     """Raise ArgumentError `teacher_host_not_allowed` unless the URL's host is this machine or one of `allowed`.
 
-    Whoever chooses the address chooses where token ids and the teacher's key go, so that is not the caller alone.
+    The address decides where token ids and the teacher's key go, so the caller alone does not choose it.
     """
     host = checked_url(url).hostname.casefold().rstrip(".")
     if is_loopback(host) or host in {name.casefold().rstrip(".") for name in allowed}:

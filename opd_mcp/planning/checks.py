@@ -21,8 +21,8 @@ from opd_mcp.identity.tokenizers import (
     token_map,
 )
 from opd_mcp.planning.adapter_bases import target_problems
+from opd_mcp.planning.prompts.text_work import TextFacts
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
-from opd_mcp.planning.text_work import TextFacts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
 from opd_mcp.schemas.next_action import NextAction

@@ -34,10 +34,10 @@ from opd_mcp.planning.costs.estimates import estimate_of, fit_options, measured_
 from opd_mcp.planning.costs.workload import DRAWN
 from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
-from opd_mcp.planning.preview import judge_clock, judge_sizes, plan_preview, text_facts
+from opd_mcp.planning.prompts.preview import judge_clock, judge_sizes, plan_preview, text_facts
+from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
-from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call

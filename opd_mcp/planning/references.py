@@ -20,8 +20,8 @@ from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.adapter_bases import AdapterBases
 from opd_mcp.planning.phases import PUBLISHED
-from opd_mcp.planning.task_prompts import is_task, task_prompts, write_task_prompts
-from opd_mcp.planning.text_work import TextWork
+from opd_mcp.planning.prompts.task_prompts import is_task, task_prompts, write_task_prompts
+from opd_mcp.planning.prompts.text_work import TextWork
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, OpdError, PathError, UnknownIdError, nearest
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim

@@ -22,9 +22,9 @@ from opd_mcp.planning.checks import (
 from opd_mcp.planning.costs.estimates import recipe_for_device
 from opd_mcp.planning.engines import require_engines_used, with_engines
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
+from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
-from opd_mcp.planning.text_work import Asked
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import Finding, Plan
 from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling

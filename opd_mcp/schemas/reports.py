@@ -17,7 +17,7 @@ Judgement = Literal["better", "no_difference", "worse", "unknown"]
 
 
 class Verdict(Schema):
-    """What a run came to, for whoever reads one sentence only."""
+    """The result of a run in one sentence, with its cause and the next step."""
 
     judgement: Judgement = Field(description="the candidate against its baseline; unknown where nothing compares them")
     sentence: str = Field(description="gain with its interval, share of the gap closed, cost")

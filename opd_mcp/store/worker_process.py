@@ -1,8 +1,8 @@
 """How a worker's process began and ended: the evidence once its lock is free and no final state was written.
 
 `worker.json` is written by the worker itself; `exit-<attempt>.json` by the server that launched it, once it has reaped
-the process; `stop-<attempt>.json` by whoever signals a worker that does not end by itself, before the signal. None of
-them decides whether a run is alive: its lock does.
+the process; `stop-<attempt>.json` by the process that signals a worker which does not end by itself, before the signal.
+None of them decides whether a run is alive: its lock does.
 """
 
 import os

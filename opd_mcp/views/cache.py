@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_mcp.identity.lineage import read_manifest
-from opd_mcp.planning.text_work import TextWork
+from opd_mcp.planning.prompts.text_work import TextWork
 from opd_mcp.schemas.cache import CacheInspection, CacheManifest, SampleRow
 from opd_mcp.schemas.errors import IntegrityError
 from opd_mcp.schemas.texts import shortened_bytes

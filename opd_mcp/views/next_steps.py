@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from opd_mcp.grading.verdicts import TRAINING_ALERTS, Gain
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.answers import ExamplePaths
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call, resume_call
@@ -10,7 +11,6 @@ from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.reports import Verdict
 from opd_mcp.schemas.resolve import changed_settings, far_rates
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
-from opd_mcp.schemas.verdicts import TRAINING_ALERTS, Gain
 from opd_mcp.store.run_view import RunView
 from opd_mcp.supervisor.liveness import worker_alert
 

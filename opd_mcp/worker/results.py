@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from opd_mcp.grading.verdicts import verdict_of
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.schemas.verdicts import verdict_of
 
 SAMPLES_FILE = "samples.json"
 # Of each example of a response without an answer; the report has more of it.

@@ -21,7 +21,7 @@ from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.data.scan import scan_prompts
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_unused, special_differences
-from opd_mcp.planning.text_work import Asked, TextWork
+from opd_mcp.planning.prompts.text_work import Asked, TextWork
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.recipes import PromptingRecipe, Recipe, SftRecipe
 from opd_mcp.schemas.reports import BenchmarkReport

@@ -1,4 +1,4 @@
-"""The start tools beside plans: caches, distillation from a cache, SFT, benchmarks."""
+"""The start tools besides plans: caches, distillation from a cache, SFT, benchmarks."""
 
 import pytest
 

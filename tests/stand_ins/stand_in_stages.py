@@ -2,7 +2,7 @@
 
 They write what their readers need (models, lineage, manifest, report) and obey `steps` and `should_stop`. A learning
 rate of 666 makes `sft` fail, one of 777 after the noise that libraries make, one of 28 fills the disk, one of 555 makes
-it stand still until it is cancelled, one of 440 to 445 makes it not answer, as `HANGS` says; a file `die-once` beside
+it stand still until it is cancelled, one of 440 to 445 makes it not answer, as `HANGS` says; a file `die-once` next to
 the building directory kills the worker in `score`.
 """
 

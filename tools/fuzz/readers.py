@@ -38,8 +38,8 @@ from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.planning.costs.workload import DataSize, Workload, model_shape
-from opd_mcp.planning.text_child import answer
-from opd_mcp.planning.text_work import Asked
+from opd_mcp.planning.prompts.text_child import answer
+from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.cache import CacheManifest, RolloutStatistics, ScoreStatistics
 from opd_mcp.schemas.errors import IntegrityError, OpdError

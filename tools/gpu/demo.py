@@ -8,7 +8,7 @@ from opd_mcp.engine.data.batches import stored_batches
 from opd_mcp.engine.data.encoding import encode_prompts
 from opd_mcp.engine.evaluation.model_score import Measurement, score_model
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.generation.generator import LocalGenerator
 from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, distill_objective
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model
 from opd_mcp.engine.runtime import Runtime
@@ -36,7 +36,7 @@ def distilled_accuracies(runtime: Runtime, *, share: float = 1.0) -> dict[str, f
         settings = GenerationSettings(
             section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, policy.facts.tokens
         )
-        return draw_rollouts(policy, list(itertools.islice(itertools.cycle(prompts), count)), settings)
+        return LocalGenerator(policy).draw(list(itertools.islice(itertools.cycle(prompts), count)), settings)
 
     def fit(section: object, data: object, objective: object, measure: object, normalize: str) -> None:
         steps = max(1, int(section.steps * share))

@@ -56,21 +56,8 @@ class LocalGenerator:
         settings: GenerationSettings,
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> Sequences:
-        """As the protocol."""
-        return draw_rollouts(self.model, prompts, settings, on_batch)
-
-
-def draw_rollouts(
-    policy: LoadedModel,
-    prompts: Sequence[EncodedPrompt],
-    settings: GenerationSettings,
-    on_batch: Callable[[int], None] = lambda done: None,
-) -> Sequences:
-    """One response of `policy` per prompt, with its log-probs (T = 1, untruncated) in `behaviour_logprobs`.
-
-    Cached and live rollouts are drawn by this one function.
-    """
-    return as_sequences(prompts, generate(policy.model, [prompt.ids for prompt in prompts], settings, on_batch))
+        """As the protocol. Cached and live rollouts are drawn by this one method."""
+        return as_sequences(prompts, generate(self.model.model, [prompt.ids for prompt in prompts], settings, on_batch))
 
 
 def as_sequences(prompts: Sequence[EncodedPrompt], drawn: Sequence[Generated]) -> Sequences:

@@ -135,8 +135,8 @@ class TopkForwardKl:
 class TopkJensenShannon:
     """β KL(π_T‖m) + (1 − β) KL(π_θ‖m), m = β π_T + (1 − β) π_θ, over the teacher's k tokens and one bucket.
 
-    GKD's divergence (arXiv 2306.13649, §3). β / (1 − β) as small as can be is the forward KL, scaled by β; near 1 the
-    reverse KL, scaled by 1 − β.
+    GKD's divergence (arXiv 2306.13649, §3). For β → 0 it is the forward KL times β, for β → 1 the reverse KL times
+    1 − β.
     """
 
     k: int

@@ -14,6 +14,7 @@ from opd_mcp.engine.provenance import Provenance, record_lineage, trained_adapte
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
+from opd_mcp.grading.verdicts import findings_of, verdict_of
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
@@ -34,7 +35,6 @@ from opd_mcp.schemas.reports import (
     ShownAnswers,
 )
 from opd_mcp.schemas.texts import shortened
-from opd_mcp.schemas.verdicts import findings_of, verdict_of
 
 # A tenth of the answers cut short moves an accuracy by more than its interval.
 TRUNCATED_SHARE = 0.1
@@ -46,7 +46,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     """Measure every model on the same prompts; the first is the candidate, the others its baselines.
 
     Writes report.json, report.md and report.html, with what earlier stages took and alerted. Alerts of
-    `schemas/verdicts.py` are raised at the end, as `answers_truncated` is.
+    `grading/verdicts.py` are raised at the end, as `answers_truncated` is.
     """
     runtime = open_runtime(context.runtime)
     rows = read_prompts(inputs.prompts)
@@ -120,7 +120,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     report = report.model_copy(update={"warnings": [*report.warnings, *(message for _, message in found)]})
     report = report.model_copy(update={"verdict": verdict_of(report)})
     write_report(report, output, context, models.values())
-    # last, so that whoever waits for the run is not woken twice
+    # last, so that a client that waits for the run is not woken twice
     for code, message in [*(("answers_truncated", message) for message in cut), *found]:
         context.reporter.alert(code, message)
     return report

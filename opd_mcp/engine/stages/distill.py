@@ -20,7 +20,7 @@ from opd_mcp.engine.data.batches import StepData, StepsFrom, shortened_steps, sh
 from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import draw_rollouts
+from opd_mcp.engine.generation.generator import LocalGenerator
 from opd_mcp.engine.losses.objectives import distill_objective
 from opd_mcp.engine.models.loading import (
     AdoptedTokenizer,
@@ -285,7 +285,7 @@ def live_batches(
         started = time.perf_counter()
         eos, scope = source.adopted.eos_token_ids, f"live/{step}"
         settings = GenerationSettings(sampling, eos, rollout.batch_size, runtime.seed, scope, valid_vocab)
-        sequences = draw_rollouts(student, [prompts[row] for row in indices], settings)
+        sequences = LocalGenerator(student).draw([prompts[row] for row in indices], settings)
         if checked:
             engine_gap(student, sequences, runtime)
         generated = time.perf_counter()

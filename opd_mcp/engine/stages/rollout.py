@@ -40,7 +40,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     moment when it began. Raises IntegrityError
     `input_changed` when that call had another student, other prompts or other settings; RunError `engine_disagrees`
     when the first shard's log-probs are not those that scoring gives; DataError `too_long` for rows longer than
-    whoever generates or scores them takes, before any is drawn.
+    the generator or the scorer takes, before any is drawn.
     """
     started = time.perf_counter()
     runtime = open_runtime(context.runtime)

@@ -7,10 +7,10 @@ from opd_mcp.engine.context import Context, TaskInputs
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.runtime import hardware_name, open_runtime
 from opd_mcp.engine.stages.benchmark import truncation_warnings, write_report
+from opd_mcp.grading.verdicts import verdict_of
 from opd_mcp.schemas.recipes import BenchmarkRecipe
 from opd_mcp.schemas.reports import BenchmarkReport, ModelScore
 from opd_mcp.schemas.runs import LM_EVAL
-from opd_mcp.schemas.verdicts import verdict_of
 
 
 def benchmark_task(section: BenchmarkRecipe, inputs: TaskInputs, output: Path, context: Context) -> BenchmarkReport:

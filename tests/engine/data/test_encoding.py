@@ -1,4 +1,4 @@
-"""Chat templates come with models, so whoever made the model wrote them."""
+"""Chat templates come with models, so the model's author wrote them."""
 
 from pathlib import Path
 

@@ -31,7 +31,7 @@ class _Trap:
 
 @pytest.fixture
 def trapped(tmp_path):
-    """A good model with pickles, custom code and `auto_map` beside its weights, and where the traps would strike."""
+    """A good model with pickles, custom code and `auto_map` next to its weights, and where the traps would strike."""
     model, struck = tmp_path / "model", tmp_path / "struck"
     shutil.copytree(STUDENT, model)
     for name in UNSAFE:

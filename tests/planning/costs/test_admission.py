@@ -41,7 +41,7 @@ def test_on_the_cpu_active_runs_claim_what_they_do_not_hold_yet(world, service, 
     run = service.generate_teacher_responses(responses(world))
     expected = service.store.record(run.run_id).expected_memory_bytes
     assert 0 < with_claims(target, service.store, 2).claimed <= expected
-    assert with_claims(target, service.store, 1).claimed == 0, "with one slot nobody works beside"
+    assert with_claims(target, service.store, 1).claimed == 0, "with one slot no other run works"
     service.cancel(run.run_id)
 
 

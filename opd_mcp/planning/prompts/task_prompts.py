@@ -1,6 +1,6 @@
 """Prompts of a reasoning-gym task: `reasoning_gym:chain_sum?size=2000&seed=1&min_terms=2`.
 
-    python -m opd_mcp.planning.task_prompts FILE < TASK.json
+    python -m opd_mcp.planning.prompts.task_prompts FILE < TASK.json
 
 The rows are made by that child process under limits of time, memory and disk: the package is heavy to import, and some
 of its tasks search for long. Its last line of output is an error as JSON, or the number of rows that it wrote.
@@ -104,7 +104,7 @@ def write_task_prompts(task: TaskPrompts, file: Path) -> None:
     Raises ArgumentError `invalid_argument` for an unknown task or parameter and for a task that fails, `too_slow` for
     rows that take too long.
     """
-    command = [sys.executable, "-P", "-m", "opd_mcp.planning.task_prompts", str(file)]
+    command = [sys.executable, "-P", "-m", "opd_mcp.planning.prompts.task_prompts", str(file)]
     # Some tasks iterate over sets of words, whose order follows this seed.
     environment = {**bounded_environment(os.environ), "PYTHONHASHSEED": "0"}
     value = f"reasoning_gym:{task.task}?size={task.size}"

@@ -1,6 +1,6 @@
 """The child that works on a model's tokenizer and chat template, which strangers wrote, under the kernel's limits.
 
-    python -m opd_mcp.planning.text_child CPU_SECONDS MEMORY_BYTES < REQUEST > REPLY
+    python -m opd_mcp.planning.prompts.text_child CPU_SECONDS MEMORY_BYTES < REQUEST > REPLY
 
 Request and reply are one JSON object each; `text_work.py` has the parent's side and says what both hold. Whatever
 fails is the reply's `error`; what the kernel ends is seen by the parent.

@@ -10,7 +10,7 @@ from opd_mcp.engine.data.encoding import encode_prompts
 from opd_mcp.engine.models.loading import adopt_tokenizer
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.scan import scan_prompts
-from opd_mcp.planning.text_work import Asked, TextLimits, TextWork, bounded_reply
+from opd_mcp.planning.prompts.text_work import Asked, TextLimits, TextWork, bounded_reply
 from opd_mcp.schemas.errors import ArgumentError, DataError, IntegrityError
 from opd_mcp.schemas.recipes import PromptingRecipe
 from opd_mcp.schemas.requests import SampleModel
@@ -116,7 +116,9 @@ def test_what_a_child_said_is_known_until_a_file_changes(world, monkeypatch):
     asked = Asked(folder, PromptingRecipe(), scan_prompts(Path(world.prompts())), "all")
     first = work.facts(asked)
     with monkeypatch.context() as patched:
-        patched.setattr("opd_mcp.planning.text_work.bounded_reply", lambda *_: pytest.fail("a child was started"))
+        patched.setattr(
+            "opd_mcp.planning.prompts.text_work.bounded_reply", lambda *_: pytest.fail("a child was started")
+        )
         assert work.facts(asked) == first
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}1")
     assert work.facts(asked).preview["lengths"] != first.preview["lengths"]

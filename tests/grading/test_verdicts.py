@@ -2,6 +2,7 @@
 
 import pytest
 
+from opd_mcp.grading.verdicts import findings_of, verdict_of
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.recipes import BenchmarkRecipe
 from opd_mcp.schemas.reports import (
@@ -15,7 +16,6 @@ from opd_mcp.schemas.reports import (
     TaskMetric,
 )
 from opd_mcp.schemas.runs import Alert
-from opd_mcp.schemas.verdicts import findings_of, verdict_of
 
 IDENTITY = ModelIdentity(name="m", weights="0" * 64, tokenizer="0" * 64, special_tokens="0" * 64)
 

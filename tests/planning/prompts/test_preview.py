@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd_mcp.identity.data.scan import scan_prompts
-from opd_mcp.planning.text_work import Asked, TextWork
+from opd_mcp.planning.prompts.text_work import Asked, TextWork
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.recipes import PromptingRecipe
 from opd_mcp.schemas.requests import StartDistillation
@@ -234,7 +234,9 @@ def test_only_so_many_prompts_are_measured_and_it_is_said(service, world):
 
 def test_a_plan_that_is_started_does_not_ask_again(service, world, monkeypatch):
     plan = service.plan(world.plan_arguments(overrides={"sft.steps": 1}))
-    monkeypatch.setattr("opd_mcp.planning.text_work.bounded_reply", lambda *_: pytest.fail("a child was started"))
+    monkeypatch.setattr(
+        "opd_mcp.planning.prompts.text_work.bounded_reply", lambda *_: pytest.fail("a child was started")
+    )
     again = service._unchanged_plan(StartDistillation(plan_id=plan.plan_id))
     assert again.preview == plan.preview
 

@@ -323,7 +323,7 @@ def _cost_text(report: BenchmarkReport) -> str:
 
 
 def _next_action(report: BenchmarkReport, judgement: Judgement, causes: list[Cause]) -> NextAction:
-    """The next step; whoever knows the run fills in its arguments."""
+    """The next step; the view that knows the run fills in its arguments."""
     stage = trained_stage(report)
     if stage is not None and judgement == "better":
         return _after_gain(report, stage)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_mcp.planning import task_prompts as module
-from opd_mcp.planning.task_prompts import TaskPrompts, task_prompts, write_task_prompts
+from opd_mcp.planning.prompts import task_prompts as module
+from opd_mcp.planning.prompts.task_prompts import TaskPrompts, task_prompts, write_task_prompts
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.requests import BenchmarkStudent
 

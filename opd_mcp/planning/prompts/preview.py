@@ -7,7 +7,7 @@ from typing import Any, Literal
 from opd_mcp.identity.models import ModelFacts
 from opd_mcp.identity.tokenizers import chat_template, clock_examples, reads_clock
 from opd_mcp.planning.checks import Findings, PlanInputs
-from opd_mcp.planning.text_work import Asked, TextFacts, TextWork
+from opd_mcp.planning.prompts.text_work import Asked, TextFacts, TextWork
 from opd_mcp.schemas.errors import OpdError, nearest
 from opd_mcp.schemas.plans import Finding, LearntPreview, LimitShare, Preview, PromptPreview
 from opd_mcp.schemas.recipes import Recipe, Sampling

@@ -135,7 +135,7 @@ class TextWork:
 
 def bounded_reply(request: Mapping[str, Any], limits: TextLimits) -> dict[str, Any]:
     """The reply of a child of its own; raises as `TextWork.facts`."""
-    command = [sys.executable, "-P", "-m", "opd_mcp.planning.text_child"]
+    command = [sys.executable, "-P", "-m", "opd_mcp.planning.prompts.text_child"]
     try:
         done = subprocess.run(
             [*command, str(limits.cpu_seconds), str(limits.memory_bytes)],
