@@ -5,6 +5,7 @@ Names, licences and other texts that files or callers chose are escaped: they ca
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,21 +142,16 @@ def _use(card: Card) -> Iterator[str]:
     yield "In this directory:"
     yield ""
     yield from ("```python", *_transformers(card), "```", "")
-    rank = card.adapter_rank
+    # The folder's name is the caller's choice, and these lines are copied into shells.
+    rank, name = card.adapter_rank, shlex.quote(escaped(card.name))
     if rank:
-        yield from ("```bash", f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules {card.name}=.")
-        yield f"python -m sglang.launch_server --model-path BASE --lora-paths {card.name}=."
+        yield from ("```bash", f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules {name}=.")
+        yield f"python -m sglang.launch_server --model-path BASE --lora-paths {name}=."
     else:
-        yield from ("```bash", f"vllm serve . --served-model-name {card.name}")
-        yield f"python -m sglang.launch_server --model-path . --served-model-name {card.name}"
+        yield from ("```bash", f"vllm serve . --served-model-name {name}")
+        yield f"python -m sglang.launch_server --model-path . --served-model-name {name}"
     yield "```"
     yield ""
-    if _quantization(card):
-        yield (
-            "The adapter was trained on the base in 4 bits (NF4, blocks of 64, no double quantisation). On the base as "
-            "it is stored, as these servers load it, the model is a slightly different one."
-        )
-        yield ""
     yield "The tests of opd-mcp run the first block; the servers' commands follow their documentation."
     yield ""
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 
@@ -195,6 +196,12 @@ def test_the_card_inherits_licences_and_shows_foreign_texts_as_they_are(student,
     card = (exported(student, tmp_path / "same", inputs=same) / "README.md").read_text()
     fields = yaml.safe_load(card.split("---\n")[1])
     assert (fields["license"], fields["license_name"]) == ("other", "ours")
+
+
+def test_a_folders_name_is_one_word_in_the_commands_that_people_copy(student, tmp_path):
+    card = (exported(student, tmp_path / "a; touch owned $(id)\n`") / "README.md").read_text()
+    served = [line for line in card.splitlines() if line.startswith(("vllm serve", "python -m sglang"))]
+    assert [shlex.split(line)[-1] for line in served] == ["a; touch owned $(id)␊`"] * 2
 
 
 def test_markdown_text_is_one_line_that_adds_no_markup():
