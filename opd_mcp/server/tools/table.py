@@ -75,7 +75,7 @@ def command_text(action: NextAction) -> str:
     if spec.command is None:
         return f"{action.call_text()} in an MCP client of opd-mcp serve"
     values = {name: name.upper() for name in spec.request.model_fields} | action.arguments
-    words = [spec.command.format(**values)]
+    words = [spec.command.format(**{name: shlex.quote(str(value)) for name, value in values.items()})]
     if spec.options:
         words += option_words({name: values[name] for name in [*(action.missing or ()), *action.arguments]})
     return f"Run opd-mcp {' '.join(words)}"

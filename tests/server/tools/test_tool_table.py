@@ -92,6 +92,11 @@ def test_every_next_step_names_a_tool_and_arguments_that_it_has():
             "Run opd-mcp cache inspect cache-1",
         ),
         (
+            next_call("inspect_cache", cache="/c/a;b"),
+            "Call inspect_cache(cache='/c/a;b')",
+            "Run opd-mcp cache inspect '/c/a;b'",
+        ),
+        (
             next_call("start_sft", missing=["student"], responses="r"),
             "Call start_sft(student='…', responses='r')",
             "Call start_sft(student='…', responses='r') in an MCP client of opd-mcp serve",
