@@ -308,7 +308,7 @@ def _gap_text(report: BenchmarkReport, baseline: ModelScore) -> str:
     if gap is None or gap.share is None:
         return ""
     share = gap.share
-    measure = f" in {share.basis}" if share.basis.startswith("sampled") else ""
+    measure = " in sampled accuracy" if share.basis.startswith("sampled") else ""
     return f"; {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] of the gap to {gap.teacher} closed{measure}"
 
 
