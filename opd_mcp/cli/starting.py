@@ -41,13 +41,14 @@ class Method(StrEnum):
 class Preset(StrEnum):
     """The size of a run."""
 
+    AUTO = "auto"
     QUICK = "quick"
     PAPER = "paper"
     DEMO = "demo"
 
 
 How = Annotated[Method, typer.Option(metavar="METHOD", help="lightning, live or sft.")]
-Size = Annotated[Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large a run is.")]
+Size = Annotated[Preset, typer.Option(metavar="PRESET", help="auto, quick, paper or demo: how large a run is.")]
 Objective = Annotated[
     str, typer.Option(metavar="ESTIMATOR", help="What is minimised, e.g. sampled or topk_reverse_kl (docs/method.md).")
 ]
@@ -62,7 +63,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     eval_prompts: Data = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
-    preset: Size = Preset.QUICK,
+    preset: Size = Preset.AUTO,
     declared_teacher: Model = None,
     allow_teacher_mismatch: Mismatch = False,
     settings: Settings = None,
@@ -94,7 +95,7 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     cache: Annotated[str | None, typer.Option(metavar="CACHE", help="A teacher cache, with --student.")] = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
-    preset: Size = Preset.QUICK,
+    preset: Size = Preset.AUTO,
     declared_teacher: Model = None,
     allow_teacher_mismatch: Mismatch = False,
     settings: Settings = None,

@@ -1,5 +1,6 @@
 """The student's own rollouts, shard by shard, resumed where an earlier call stopped."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +58,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
     room = room_for(encoded, section.sampling)
     require_room(room, inputs.longest, "the teacher's server")
-    count = section.count or len(encoded)
+    count = min(section.count or len(encoded), inputs.most or sys.maxsize)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student, inputs.form)
     open_build(
@@ -74,6 +75,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             **({"generated_by": section.engine} if section.engine else {}),
             **known_engine(begun),
             **({"rescore": section.rescore} if section.rescore else {}),
+            **({"skipped": inputs.skipped} if inputs.skipped else {}),
         },
     )
     if (output / RECORD_FILE).is_file():
@@ -86,7 +88,8 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
         shared_engine(output, generator.facts)
         for number, first in enumerate(range(0, count, section.shard_rows)):
             require_going(context)
-            chosen = [encoded[row % len(encoded)] for row in range(first, min(first + section.shard_rows, count))]
+            rows_of_shard = range(first, min(first + section.shard_rows, count))
+            chosen = [encoded[(inputs.skipped + row) % len(encoded)] for row in rows_of_shard]
             path, scope = output / f"rollouts-{number:05d}.parquet", f"rollout/{number}"
             settings = GenerationSettings(
                 section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, model.facts.tokens
