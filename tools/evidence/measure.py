@@ -84,15 +84,15 @@ def main(arguments: Sequence[str] | None = None, settings: JobSettings | None = 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="workspace, kept rows and TRL's students")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all, or those of the quick part")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is written")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    work, docs, tasks, seeds, arms = options.work.absolute(), options.docs, options.tasks, options.seeds, options.arms
+    work, docs, tasks, seeds = options.work.absolute(), options.docs, options.tasks, options.seeds
     if options.quick:
-        tasks, seeds = ["arithmetic"], options.seeds[:2]
-        docs, arms = work / "docs", [arm for arm in options.arms if arm in QUICK_ARMS]
+        tasks, seeds, docs = ["arithmetic"], options.seeds[:2], work / "docs"
+    arms = options.arms or list(QUICK_ARMS if options.quick else ARMS)
     if find_spec("trl") is None:
         arms = [arm for arm in arms if arm != "trl_live"]
     service, failed, by_task = service_of(work, settings), [], {}

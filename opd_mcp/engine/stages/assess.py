@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opd_mcp.engine.context import AssessInputs, Context, QuietReporter, require_going
 from opd_mcp.engine.data.batches import stored_batches
@@ -243,7 +244,7 @@ def short(optimizer: OptimizerRecipe, steps: int) -> OptimizerRecipe:
     return optimizer.model_copy(update={"warmup_steps": min(optimizer.warmup_steps, steps // 10)})
 
 
-def overlap(teacher: np.ndarray, student: np.ndarray) -> float:
+def overlap(teacher: NDArray[np.int32], student: NDArray[np.int32]) -> float:
     """The mean share of the teacher's top k ids [T, k] that is among the student's [T, k]; 0 for no token."""
     if len(teacher) == 0:
         return 0.0
@@ -277,5 +278,5 @@ def _truncated(rows: Sequences) -> float:
     return float(np.mean([reason == TRUNCATED for reason in rows.finish_reasons])) if len(rows) else 0.0
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: NDArray[np.float32]) -> float:
     return float(values.mean()) if len(values) else 0.0
