@@ -146,6 +146,9 @@ class ScriptedService:
             next_action=next_call("start_distillation", plan_id="plan-1"),
         )
 
+    def assess_overhead(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("assess_overhead", "assess", arguments)
+
     def generate_teacher_responses(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("generate_teacher_responses", "generate", arguments)
 
