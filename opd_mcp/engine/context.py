@@ -62,6 +62,18 @@ class QuietReporter(Reporter):
 
     told: Reporter
 
+    def phase(self, name: str) -> None:
+        """Not told."""
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Not told."""
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        """Not told."""
+
+    def resumed(self, step: int) -> None:
+        """Not told."""
+
     def alert(self, code: str, message: str) -> None:
         """Told."""
         self.told.alert(code, message)
