@@ -121,7 +121,8 @@ class PhaseChain:
         prompting = {"tokenizer": _tokenizer_token(teacher)}
         form = base_form(self.recipe.distill.adapter)  # π_ref is what the distillation begins with
         held = {} if form == "as_saved" else {"form": form}
-        student, drawn = self._begins_with(number), {}
+        student = self._begins_with(number)
+        drawn: dict[str, Any] = {}
         if number is not None and (number > 1 or self.recipe.distill.rows_of_round(number) is not None):
             drawn = {"round": number, "rows": self.recipe.distill.rows_of_round(number)}
             if number > 1:

@@ -95,7 +95,9 @@ def main(arguments: Sequence[str] | None = None, settings: JobSettings | None = 
     arms = options.arms or list(QUICK_ARMS if options.quick else ARMS)
     if find_spec("trl") is None:
         arms = [arm for arm in arms if arm != "trl_live"]
-    service, failed, by_task = service_of(work, settings), [], {}
+    service = service_of(work, settings)
+    failed: list[str] = []
+    by_task: dict[str, Any] = {}
     for task in tasks:
         rows, problems = measured(Bench(task, service, work, options.quick), arms, seeds)
         failed += problems

@@ -26,6 +26,8 @@ MEASURED: Mapping[PhaseName, str] = {
     "distill": "distill",
 }
 """The kind of work that an assessment measured of each phase."""
+ONCE: tuple[PhaseName, ...] = ("rollout", "score", "distill")
+"""What lightning takes beyond the SFT."""
 HOUR = 3600.0
 
 
@@ -76,7 +78,7 @@ def overhead_of(found: MeasuredWork) -> Overhead:
     cache, training = found.seconds("rollout") + found.seconds("score"), found.seconds("distill")
     per_step = found.overhead_per_step
     once, live = cache + training, training + steps * per_step
-    memory = {name: workload.work(name).memory for name in ("rollout", "score", "distill")}
+    memory = {name: workload.work(name).memory for name in ONCE}
     heaviest = max(memory, key=lambda name: memory[name])
     measured_peak = max(speed.peak_memory_bytes for speed in assessment.speeds)
     return Overhead(

@@ -16,7 +16,7 @@ from opd_mcp.schemas.runs import RunPhase
 SHAPE = ModelShape(10**6, layers=2, hidden=64, query_width=64, kv_width=64, intermediate=128, vocab=1000)
 SECONDS = {"answer": 4.0, "generate": 2.0, "score": 1.0, "sft": 8.0, "generate_live": 3.0, "distill": 6.0}
 STEPS = {"distill.steps": 10, "assess.steps": 2, "assess.sft_steps": 4}
-SETTINGS = STEPS | {"distill.batch_size": 16, "sft.batch_size": 8}
+SETTINGS = STEPS | {"distill.batch_size": 16, "sft.batch_size": 8, "rollout.count": None}
 
 
 @pytest.fixture
