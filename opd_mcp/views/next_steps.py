@@ -146,12 +146,22 @@ def _after_export(run_id: str, target: ExportTarget | None) -> NextAction:
     return next_call("sample_model", why, missing=["prompts"], model=target.destination if target else run_id)
 
 
+def _after_preparation(record: RunRecord) -> NextAction:
+    run_id, inputs = record.run_id, record.request.inputs
+    if record.request.kind == "generate":
+        return next_call("start_sft", "The responses are ready for SFT.", missing=["student"], responses=run_id)
+    sources = {role: getattr(inputs, role) for role in ("student", "teacher", "prompts")}
+    given = {role: source.reference for role, source in sources.items() if source.reference != "inline"}
+    why = "Read result: `overhead` has the costs and the diagnosis; plans now estimate by these speeds."
+    return next_call("plan_distillation", why, missing=[role for role in sources if role not in given], **given)
+
+
 def _after_success(record: RunRecord, *, benchmarked: bool = False) -> NextAction:
     run_id, inputs = record.run_id, record.request.inputs
     teacher = inputs.teacher.reference if inputs.teacher else None
     match record.request.kind:
-        case "generate":
-            return next_call("start_sft", "The responses are ready for SFT.", missing=["student"], responses=run_id)
+        case "generate" | "assess":
+            return _after_preparation(record)
         case "sft":
             why, missing = "The SFT student is ready; its teacher cache comes next.", ["teacher", "prompts"]
             return next_call("build_teacher_cache", why, missing=missing, student=run_id).filled(teacher=teacher)

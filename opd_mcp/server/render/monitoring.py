@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
+from opd_mcp.schemas.answers import ComparedArm, DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
 from opd_mcp.schemas.next_action import CallText, NextAction
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.server.render.runs import compact, judged_state, next_line, result_lines, verdict_lines
@@ -62,6 +62,7 @@ def comparison_text(found: RunComparison, call_text: CallText = NextAction.call_
         better, other = (called.get(run_id, run_id) for run_id in (pair.candidate, pair.baseline))
         difference = f"{_figure(pair.accuracy_difference)}, {pair.prompts} prompts"
         lines.append(f"accuracy of {better} minus {other}: {difference}")
+    lines += arm_lines(found.arms)
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"{name}: {how}" for name, how in found.basis.items()]
     text = shortened("\n".join(lines), MAX_CHARACTERS, "compare fewer runs")
@@ -78,6 +79,21 @@ def short_keys(keys: Sequence[str]) -> list[str]:
     """Dotted keys by their last part, where that says which one is meant."""
     last = Counter(key.rpartition(".")[2] for key in keys)
     return [key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in keys]
+
+
+def arm_lines(arms: list[ComparedArm]) -> list[str]:
+    """A row per arm: quality, whole cost, and the asked arm minus it."""
+    if not arms:
+        return []
+    heads = ["arm", "runs", "accuracy", "reverse_kl", "seconds", "asked − arm", "KL change"]
+    rows = [
+        [arm.arm, str(arm.runs), *map(_figure, (arm.accuracy, arm.reverse_kl, arm.seconds, arm.gain, arm.kl_change))]
+        for arm in arms
+    ]
+    how = (
+        "asked − arm: accuracy, paired by seed (by prompt where there is one seed); seconds: all stages to the student"
+    )
+    return ["", *table_lines([heads, *rows]), how]
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:
