@@ -143,6 +143,8 @@ class Context:
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
     start_engine: Callable[[EngineWish], AbstractContextManager[EngineAddress]] = no_engine
     """Starts an engine for a block's time; the worker, which keeps a run's processes, gives it."""
+    convert_to_gguf: Callable[[Path, Path], None] | None = None
+    """Writes a GGUF file, the second path, of the model in a directory; None where llama.cpp's converter is unknown."""
 
 
 def require_going(context: Context) -> None:
@@ -281,8 +283,9 @@ class BenchmarkInputs:
 
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
     `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
-    `planned_seconds` by stage and `curves` are for the report's figures; `forms` says of models by name how the run's
-    training held their linear layers. The first `skipped` prompts were used to choose the candidate.
+    `planned_seconds` by stage and `curves` are for the report's figures, `run` is its heading; `forms` says of models
+    by name how the run's training held their linear layers. The first `skipped` prompts were used to choose the
+    candidate.
     """
 
     models: Mapping[str, Path]
@@ -299,6 +302,7 @@ class BenchmarkInputs:
     alerts: Sequence[Alert] = ()
     planned_seconds: Mapping[str, float] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
+    run: str | None = None
     skipped: int = 0
 
 

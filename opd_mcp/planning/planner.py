@@ -296,7 +296,8 @@ def _next_action(
 ) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan.
 
-    After a blocking finding it is the finding's own, else this plan's with its arguments, to be changed as `why` says.
+    After a blocking finding it is the finding's own, or this plan's with what lifts it. Where that is the caller's
+    choice there is no call: the same arguments would be blocked again.
     """
     if not blocking:
         return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
@@ -304,7 +305,9 @@ def _next_action(
     call = blocking[0].call
     if call is not None and call.tool == "plan_distillation":
         return call.with_why(why)
-    return plan_again(arguments, why)
+    if blocking[0].overrides is not None:
+        return plan_again(arguments, why, blocking[0].overrides)
+    return NextAction(why=why)
 
 
 def judge_rates(arguments: PlanDistillation, recipe: Recipe, inputs: PlanInputs, sft: bool, found: Findings) -> None:

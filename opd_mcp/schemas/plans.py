@@ -70,6 +70,7 @@ class Finding(Schema):
     message: str
     fix: str
     call: NextAction | None = None
+    overrides: dict[str, Any] | None = Field(None, description="recipe keys that lift it")
 
     @classmethod
     def of_error(cls, error: OpdError) -> Self:

@@ -85,7 +85,7 @@ Overrides = Annotated[
 RunId = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
-    Field(description="a run_id, or 'latest'"),
+    Field(description="a run_id, a name, or 'latest'"),
 ]
 SftPrompts = Annotated[Prompts, Field(description="prompts for SFT on the teacher's responses, run first")]
 EvalPrompts = Annotated[Prompts, Field(description="held-out prompts with answers, for the report")]
@@ -321,12 +321,13 @@ class ExportStudent(Schema):
     destination: Annotated[
         str,
         StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
-        Field(description="new folder below an export root"),
+        Field(description="new folder below an export root, or hub:OWNER/NAME"),
     ]
-    format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; or the adapter alone")] = "input"
+    format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; adapter alone; gguf")] = "input"
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
+    confirm: Confirm | None = None
 
 
 class GetRunStatus(Schema):

@@ -10,7 +10,7 @@ from opd_mcp.schemas.next_action import NextAction, next_call, plan_call, resume
 from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.reports import Verdict
 from opd_mcp.schemas.resolve import changed_settings, far_rates
-from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
+from opd_mcp.schemas.runs import ACTIVE_STATES, ExportTarget, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.supervisor.liveness import worker_alert
 
@@ -137,6 +137,15 @@ def _with_arguments(action: NextAction, judgement: str, record: RunRecord) -> Ne
     return action.model_copy(update={"arguments": given | {"overrides": overrides}, "missing": None})
 
 
+def _after_export(run_id: str, target: ExportTarget | None) -> NextAction:
+    if target is not None and target.hub_id is not None:
+        return NextAction(why="The model is uploaded, private; its card there says how to serve it.")
+    why = "The export is complete; its README.md says how to serve it."
+    if target is not None and target.format == "gguf":
+        return NextAction(why=why)
+    return next_call("sample_model", why, missing=["prompts"], model=target.destination if target else run_id)
+
+
 def _after_preparation(record: RunRecord) -> NextAction:
     run_id, inputs = record.run_id, record.request.inputs
     if record.request.kind == "generate":
@@ -164,8 +173,7 @@ def _after_success(record: RunRecord, *, benchmarked: bool = False) -> NextActio
             why, missing = "The student is ready and not yet measured.", ["prompts", "teacher"]
             return next_call("benchmark_student", why, missing=missing, model=run_id).filled(teacher=teacher)
         case "export":
-            why, target = "The export is complete; its README.md says how to serve it.", inputs.export
-            return next_call("sample_model", why, missing=["prompts"], model=target.destination if target else run_id)
+            return _after_export(run_id, inputs.export)
         case kind:
             texts = "Read result: `samples` holds the texts."
             evidence = (

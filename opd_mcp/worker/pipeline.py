@@ -31,6 +31,7 @@ from opd_mcp.store.artifacts import ArtifactStore, require_intact
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.worker.exporting import Exporting
+from opd_mcp.worker.hub_upload import HubExport
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
@@ -57,6 +58,7 @@ class Pipeline:
     flops: Callable[[PhaseName], float]
     disk: Callable[[PhaseName], int]
     launch_seconds: float = 0.0
+    hub_token: str | None = field(default=None, repr=False)
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
     held: ExitStack = field(default_factory=ExitStack)
@@ -184,8 +186,11 @@ class Pipeline:
         return named
 
     @property
-    def _exporting(self) -> Exporting:
-        return Exporting(self.record.request.inputs, self.directory, self.artifacts, self.journal)
+    def _exporting(self) -> Exporting | HubExport:
+        inputs = self.record.request.inputs
+        if inputs.export is None or inputs.export.hub_id is None:
+            return Exporting(inputs, self.directory, self.artifacts, self.journal)
+        return HubExport(inputs, self.directory, self.artifacts, self.journal, self.hub_token)
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)

@@ -320,6 +320,7 @@ class StageCalls:
             skipped=self.record.request.skipped_prompts,
             planned_seconds=self.record.expected_phase_seconds,
             curves=told_curves(view.series),
+            run=run_heading(self.record),
         )
 
     def _benchmarked(self) -> dict[str, Path]:
@@ -377,6 +378,12 @@ class StageCalls:
         """The teacher claimed for the student's SFT responses; after an SFT phase the student's lineage says it."""
         student = self.record.request.inputs.student
         return student.sft_teacher if student and "base" not in self.paths else None
+
+
+def run_heading(record: RunRecord) -> str:
+    """A run's name and id; the id alone where it has no name."""
+    name = record.request.labels.name
+    return f"{name} ({record.run_id})" if name else record.run_id
 
 
 def student_name(student: Path) -> str:

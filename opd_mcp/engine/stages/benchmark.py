@@ -39,7 +39,7 @@ from opd_mcp.schemas.texts import shortened
 # A tenth of the answers cut short moves an accuracy by more than its interval.
 TRUNCATED_SHARE = 0.1
 PROMPT_CHARACTERS, ANSWER_CHARACTERS, RESPONSE_CHARACTERS = 600, 200, 800
-TEMPLATE_CHARACTERS = 400
+TEMPLATE_CHARACTERS, HEADING_CHARACTERS = 400, 200
 
 
 def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context) -> BenchmarkReport:
@@ -87,6 +87,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     lineage = verified_lineage(inputs.models[candidate])
     claim = vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(inputs.models[candidate]))
     report = BenchmarkReport(
+        run=inputs.run,
         recipe=section,
         suite=inputs.suite,
         suite_changes=dict(inputs.suite_changes),
@@ -277,7 +278,7 @@ def truncation_warnings(scores: Iterable[ModelScore], section: BenchmarkRecipe) 
 def report_markdown(report: BenchmarkReport) -> str:
     """Markdown: one row per model, paired differences, costs, and how each number was obtained."""
     lines = [
-        "# Benchmark",
+        f"# Benchmark: {shortened(report.run, HEADING_CHARACTERS)}" if report.run else "# Benchmark",
         "",
         *_verdict_lines(report),
         f"{report.prompts} prompts, {report.prompts_with_answer} with an answer; seed {report.seed}; "
@@ -328,6 +329,7 @@ def report_markdown(report: BenchmarkReport) -> str:
             f"| {_number(c.tokens_per_second, '.0f')} | {c.device or ''} |"
             for c in report.costs
         ]
+        lines.append(f"| benchmark | {sum(model.seconds for model in report.models):.1f} | | | {report.hardware} |")
     return "\n".join(lines) + "\n"
 
 

@@ -426,7 +426,7 @@ def data_size(inputs: RunInputs) -> DataSize:
 
 def converted_bytes(facts: ModelFacts, form: ExportFormat) -> int:
     """What an export in this form holds of a model: merging is done in float32, with the result next to it."""
-    if form == "adapter" or (form == "input" and facts.adapter is None):
+    if form == "adapter" or (form in ("input", "gguf") and facts.adapter is None):
         return 0
     return facts.parameters * (8 if facts.adapter is not None or form == "float32" else 4)
 
@@ -437,8 +437,9 @@ def exported_bytes(inputs: RunInputs) -> int:
     if model is None or model.path is None or target is None:
         return 0
     facts = inspect_model(Path(model.path))
-    own = 4 * facts.parameters if facts.adapter is not None and target.format == "input" else facts.weight_bytes
-    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters}
+    merged = facts.adapter is not None and target.format in ("input", "gguf")
+    own = 4 * facts.parameters if merged else facts.weight_bytes
+    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters, "gguf": 2 * own}
     return widths.get(target.format, own) + (16 << 20)
 
 
