@@ -141,11 +141,14 @@ def counter(context: Context, total: int, unit: str, before: int = 0) -> Callabl
 class ResponsesInputs:
     """Of `stages.generate_responses`: the teacher's directory and the SFT prompts.
 
-    `grading` says how to grade the responses; it is for runs that end with them, since `stages.sft` grades as well.
+    `grading` says how to grade the responses; it is for runs that end with them, since `stages.sft` grades as well, and
+    for those that keep the right ones only. Of several `teachers` by domain each answers the prompts of its own;
+    `teacher` is the one whose tokenizer counts.
     """
 
     teacher: Path
     prompts: Path
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     grading: BenchmarkRecipe | None = None
 
 
@@ -184,11 +187,14 @@ class TeacherInputs:
     """Of `stages.check_teacher`: who is to score which student; the teacher is a directory, a server, or both.
 
     `sft_teacher` counts for a student without lineage; `sft_teacher_path` is the directory that Δ is measured with;
-    `form` is that of the rollouts.
+    `form` is that of the rollouts, `prompts` those whose messages for the teacher belong to its identity.
+    Of several `teachers` by domain each scores the rows of its own; `teacher` is the one whose tokenizer counts.
     """
 
     student: Path
+    prompts: Path | None = None
     teacher: Path | None = None
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     remote: RemoteTeacher | None = None
     sft_teacher: TeacherClaim | None = None
     sft_teacher_path: Path | None = None
@@ -223,13 +229,14 @@ class BenchmarkInputs:
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
     `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
     `planned_seconds` by stage and `curves` are for the report's figures; `forms` says of models by name how the run's
-    training held their linear layers.
+    training held their linear layers. Of several `teachers` by domain the reverse KL asks each for the rows of its own.
     """
 
     models: Mapping[str, Path]
     prompts: Path
     recipe_hash: str
     teacher: Path | None = None
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
     not_measured: Mapping[str, str] = field(default_factory=dict)
     teacher_responses: GradedResponses | None = None

@@ -105,6 +105,7 @@ def place(tmp_path_factory) -> tuple[JobService, dict[str, str]]:
         "/data/mine/opd.jsonl": str(task / "tune.jsonl"),
         "/data/mine/eval.jsonl": str(task / "eval.jsonl"),
         "/data/mine/responses.jsonl": str(responses),
+        "responses-4be1c09d2a77": str(responses),
         "/data/teacher": str(teacher),
         "/data": str(root / "data"),
         "/exports/qwen3-1.7b-mine": str(student),
@@ -174,6 +175,7 @@ def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, ar
         assert export_request(builder, service.exports, request).inputs.export.format == "bfloat16"
     elif tool in (
         made := {
+            "generate_teacher_responses": builder.responses,
             "start_sft": builder.sft,
             "build_teacher_cache": builder.cache,
             "benchmark_student": builder.benchmark,

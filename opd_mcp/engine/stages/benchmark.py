@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
+from opd_mcp.engine.data.encoding import context_of
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, quantisation_kl, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
@@ -17,13 +18,14 @@ from opd_mcp.grading.graders import grader_for
 from opd_mcp.grading.verdicts import findings_of, verdict_of
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
-from opd_mcp.identity.data.rows import PromptRow, prompts_hash
+from opd_mcp.identity.data.rows import PromptRow, Turns, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.panels import full_panel
 from opd_mcp.identity.tokenizers import chat_template, reads_clock
 from opd_mcp.schemas.errors import PathError
-from opd_mcp.schemas.identity import Parent
+from opd_mcp.schemas.identity import ModelIdentity, Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe, is_url
 from opd_mcp.schemas.reports import (
     BenchmarkReport,
@@ -56,7 +58,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     answered = sum(row.answer is not None for row in chosen)
     references = inputs.references if answered else {}
     teacher, references, warnings = _teacher_and_references(inputs.teacher, references, runtime)
-    task = Measurement(section, chosen, grader, teacher, runtime, context)
+    task = Measurement(section, chosen, grader, teacher, runtime, context, inputs.teachers)
     scored: dict[str, Scored] = {}
     warnings += model_warnings(context, teacher)
     models = {**inputs.models, **references}
@@ -76,7 +78,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
             warnings.append(f"{name} answered here, not on the engine that 'benchmark.engine' names.")
         room = context.prompting.max_prompt_tokens + section.sampling.max_new_tokens
         with grader, opened_generator(engine, model, room, section.batch_size, context) as generator:
-            scored[name] = score_model(name, model, stops, task, generator)
+            scored[name] = score_model(name, model, stops, task, generator, as_teacher=itself)
         del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     marks = {name for name, path in references.items() if path != inputs.teacher}
@@ -96,7 +98,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         prompts_with_answer=answered,
         grader=grader_name,
         grader_reason=reason,
-        teacher=teacher.facts.identity if teacher else None,
+        teacher=_teacher_identity(teacher, inputs, rows, context),
         teacher_row=teacher_row,
         models=[entry.score for entry in scored.values()],
         comparisons=_comparisons(candidate, scored),
@@ -126,6 +128,15 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     return report
 
 
+def _teacher_identity(
+    teacher: LoadedModel | None, inputs: BenchmarkInputs, rows: Sequence[PromptRow], context: Context
+) -> ModelIdentity | None:
+    if teacher is None and not inputs.teachers:
+        return None
+    identity = teacher.facts.identity if teacher else full_panel(inputs.teachers)
+    return identity.model_copy(update={"context": context_of(rows, context.prompting)})
+
+
 def serves(engine: str | None, candidate: bool, model: LoadedModel) -> bool:
     """Whether an engine answers for a model: a user's server only for the candidate, none for an adapter or 4 bits."""
     as_stored = model.facts.adapter is None and model.facts.identity.quantization is None
@@ -149,14 +160,19 @@ def asked(row: PromptRow, template: str | None) -> PromptRow:
     """The prompt within the template; of a chat, its last turn that is the user's and a text."""
     if template is None:
         return row
+    seen = None if row.teacher_messages is None else _asked_turns(row.teacher_messages, template)
     if row.prompt is not None:
-        return replace(row, prompt=template.replace("{prompt}", row.prompt))
-    turns = list(row.messages or ())
+        return replace(row, prompt=template.replace("{prompt}", row.prompt), teacher_messages=seen)
+    return replace(row, messages=_asked_turns(row.messages or (), template), teacher_messages=seen)
+
+
+def _asked_turns(messages: Turns, template: str) -> Turns:
+    turns = list(messages)
     for number in reversed(range(len(turns))):
         if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
             turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
             break
-    return replace(row, messages=tuple(turns))
+    return tuple(turns)
 
 
 def _teacher_and_references(

@@ -7,13 +7,14 @@ metrics, when what the last steps trained on has lost its meaning.
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics
+from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics, domain_metrics
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe
@@ -125,16 +126,16 @@ class Watch:
 class DistillWatch:
     """The metrics of a distillation step; alerts once for a clip that binds and once for rollouts that are stale."""
 
-    def __init__(self, settings: DistillRecipe, context: Context) -> None:
-        self._settings, self._reporter = settings, context.reporter
+    def __init__(self, settings: DistillRecipe, context: Context, domains: Sequence[str] = ()) -> None:
+        self._settings, self._reporter, self._domains = settings, context.reporter, domains
         # these have no advantage that a clip could bind on
         pointless = settings.estimator in ("topk_forward_kl", "topk_js", "opsa")
         self._clip = Watch("advantage_clipped", 0.0, CLIPPED_SHARE, above=True, told=pointless)
         self._drift = Watch("effective_sample_share", 1.0, EFFECTIVE_SHARE, above=False)
 
     def __call__(self, result: StepResult) -> Metrics:
-        """`distill_metrics` of the step."""
-        metrics = distill_metrics(result, self._settings)
+        """`distill_metrics` of the step, and `domain_metrics` where rows have domains."""
+        metrics = distill_metrics(result, self._settings) | domain_metrics(result, self._domains)
         if self._clip.is_bad(metrics):
             self._reporter.alert(
                 "advantages_clipped",
