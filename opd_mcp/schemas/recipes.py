@@ -37,19 +37,29 @@ def _engine(value: object) -> object:
     """None for the engine of this program: absent, it leaves a phase's key as it was before there were others."""
     if value in (None, "local"):
         return None
-    if isinstance(value, str) and (value in (*MANAGED_ENGINES, "auto") or value.startswith(("http://", "https://"))):
+    if isinstance(value, str) and value in (*MANAGED_ENGINES, "auto"):
         return value
-    raise ValueError("an engine is 'local', 'vllm', 'sglang', 'auto', or the URL of a server")
+    given = value.split(",") if isinstance(value, str) else value
+    if isinstance(given, (list, tuple)) and all(isinstance(url, str) for url in given):
+        urls = [url.strip() for url in given]
+        if urls and all(url.startswith(("http://", "https://")) for url in urls) and len(set(urls)) == len(urls):
+            return ",".join(urls)
+    raise ValueError("an engine is 'local', 'vllm', 'sglang', 'auto', or the URL of a server, or several, each once")
 
 
-# `local`, a managed engine's name, `auto` until a plan has chosen, or a server's URL
+# `local`, a managed engine's name, `auto` until a plan has chosen, or the URLs of servers, with commas between them
 Engine = Annotated[str | None, BeforeValidator(_engine)]
-ENGINE = "'local' (default), 'vllm', 'sglang', 'auto', or the URL of a server (docs/engines.md)"
+ENGINE = "'local' (default), 'vllm', 'sglang', 'auto', or the URL of a server, or several (docs/engines.md)"
 
 
 def is_url(engine: str | None) -> bool:
-    """Whether an engine is a server that the user runs."""
+    """Whether an engine is a server that the user runs, or several."""
     return engine is not None and "://" in engine
+
+
+def urls_of(engine: str) -> list[str]:
+    """The addresses of the servers that an engine is."""
+    return engine.split(",")
 
 
 class RuntimeRecipe(Schema):
@@ -222,7 +232,9 @@ class ScoreRecipe(Schema):
         None, description="tokens that 'cap' leaves of a truncated rollout; default: half of it"
     )
     micro_batch_tokens: PositiveInt = 16384
-    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(8, description="requests at a time to a remote teacher")
+    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(
+        8, description="requests at a time to a remote teacher; at least, to an engine"
+    )
     engine: Engine = Field(None, description=f"what computes the teacher's log-probs: {ENGINE}")
 
 

@@ -90,8 +90,9 @@ class RunView:
         # The lock first: all that a process wrote before it ended is then seen; a finished run is never called lost.
         alive = is_alive(self.directory)
         self.fold()
-        if self._reader.damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
-            self._alert(self.updated_at or "", "damaged_journal", self._reader.damage.message)
+        damage = self._reader.damage
+        if damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
+            self._alert(self.updated_at or "", "damaged_journal", damage.message)
         self.state = state_of(self.written, alive)
         self.cancel_requested = cancel_requested_at(self.directory) if self.state in ACTIVE_STATES else None
         return self
@@ -147,6 +148,11 @@ class RunView:
             "phases": [self._begun_phase, self._measured_phase],
             "pace": list(self._pace),
         }
+
+    @property
+    def damaged(self) -> bool:
+        """Whether lines of the journal could not be read."""
+        return self._reader.damage is not None
 
     @property
     def device_seconds(self) -> float:
@@ -357,13 +363,16 @@ class RunViews:
         return state
 
     def judgement(self, run_id: str) -> str | None:
-        """What the result of an ended run says that it came to, its journal read once; raises as `state`."""
+        """What the result of an ended run says that it came to, its journal read once; raises as `state`.
+
+        Of a damaged journal it says that: the line with the result may be the one that is missing.
+        """
         signature = _signature(self._workspace.run(run_id) / JOURNAL_FILE)
         with self._lock:
             known = self._judged.get(run_id)
         if known is not None and known[0] == signature:
             return known[1]
-        found = self.look(run_id, lambda view: (view.result or {}).get("verdict", {}).get("judgement"))
+        found = self.look(run_id, _judgement)
         self._keep(self._judged, run_id, (signature, found), MAX_STATES)
         return found
 
@@ -373,6 +382,10 @@ class RunViews:
             kept.move_to_end(run_id)
             while len(kept) > limit:
                 kept.popitem(last=False)
+
+
+def _judgement(view: RunView) -> str | None:
+    return "journal damaged" if view.damaged else (view.result or {}).get("verdict", {}).get("judgement")
 
 
 def _signature(journal: Path) -> tuple[int, int, int]:

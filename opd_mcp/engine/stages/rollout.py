@@ -22,7 +22,14 @@ from opd_mcp.engine.data.encoding import (
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import Generator
-from opd_mcp.engine.generation.served import first_gap, generator_gap, opened_generator, require_room, room_for
+from opd_mcp.engine.generation.served import (
+    first_gap,
+    generator_gap,
+    opened_generator,
+    require_fits,
+    require_room,
+    room_for,
+)
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import full_identity, stage_cost
 from opd_mcp.engine.runtime import Runtime, open_runtime
@@ -63,12 +70,12 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     require_all_or_no_domain(rows)
     differing = special_differences(adopted.path, inputs.student)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
-    room = room_for(encoded, section.sampling)
-    seen = max(room, room_for([prompt.for_teacher() for prompt in encoded], section.sampling))
+    count = section.count or len(encoded)
+    room = room_for(encoded[:count], section.sampling)
+    seen = max(room, room_for([prompt.for_teacher() for prompt in encoded[:count]], section.sampling))
     require_room(seen, inputs.longest, "the teacher's server")
     if seen > room and inputs.tokenizer is not None:
         require_room(seen, inspect_model(inputs.tokenizer).positions, "the teacher")
-    count = section.count or len(encoded)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student, inputs.form)
     open_build(
@@ -95,6 +102,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     model = load_model(facts, runtime, generates=here, compiled=here or section.rescore is not None)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
     with opened_generator(section.engine, model, room, section.batch_size, context) as generator:
+        require_fits(generator, room)
         shared_engine(output, generator.facts)
         for number, first in enumerate(range(0, count, section.shard_rows)):
             require_going(context)

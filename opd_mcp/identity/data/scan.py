@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
-from operator import methodcaller
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 
@@ -19,7 +19,7 @@ from opd_mcp.identity.data.rows import (
     PromptsHash,
     TeacherTurnsHash,
     Turns,
-    shown_text,
+    shown_texts,
     whole_text,
 )
 from opd_mcp.identity.data.shapes import PROMPT_SHAPES, all_prompt_parts, prompt_parts
@@ -32,7 +32,7 @@ LONG_ROWS = 512
 KEPT_DOMAINS = 64
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
-_CONTENT = methodcaller("get", "content", "")
+_CONTENT = itemgetter("content")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class _Scanner:
         plain = batch if max(map(len, batch)) == PLAIN_PARTS else [parts[:PLAIN_PARTS] for parts in batch]
         ids, prompts, messages, answers = zip(*plain, strict=True)
         self._add_golds(ids, answers)
-        shown = prompts if messages.count(None) == len(batch) else list(map(shown_text, prompts, messages))
+        shown = prompts if messages.count(None) == len(batch) else shown_texts(prompts, messages)
         self.texts.extend(map(hash, shown))
         self.normal_texts.extend(map(hash, normalised_all(shown)))
         self.answers += len(batch) - answers.count(None)
@@ -160,7 +160,7 @@ class _Scanner:
         limit = self.long_bytes
         chats = list(filter(None, messages))
         if chats:
-            longest = max(longest, *map(len, map(str, map(_CONTENT, chain.from_iterable(chats)))))
+            longest = max(longest, *map(len, map(_CONTENT, chain.from_iterable(chats))))
             longest = (longest + 1) * max(map(len, chats))
         if 4 * longest <= limit:  # a character takes up to four bytes
             return
