@@ -180,6 +180,7 @@ def judge_adapters(recipe: Recipe, student: ModelFacts | None, sft: bool, found:
                 message="distill.adapter.continue_adapter needs an adapter, but the SFT of this run ends with a whole "
                 "model.",
                 fix="Set 'sft.adapter.save' to 'adapter' or 'both', or 'distill.adapter.continue_adapter' to false.",
+                overrides={"sft.adapter.save": "both"} if made else {"distill.adapter.continue_adapter": False},
             )
         )
     elif (made.rank, made.scale) != (wanted.rank, wanted.scale):
@@ -189,6 +190,7 @@ def judge_adapters(recipe: Recipe, student: ModelFacts | None, sft: bool, found:
                 message=f"The adapter to continue has rank {made.rank} and scale {made.scale:g} after the SFT, "
                 f"distill.adapter asks for rank {wanted.rank} and scale {wanted.scale:g}.",
                 fix="Give 'distill.adapter' the rank, alpha and scaling of 'sft.adapter'.",
+                overrides={f"distill.adapter.{key}": getattr(made, key) for key in ("rank", "alpha", "scaling")},
             )
         )
 
@@ -380,6 +382,7 @@ def judged_golds(inputs: PlanInputs, recipe: BenchmarkRecipe, found: Findings) -
                     else "Set 'benchmark.grader' to one that fits, repair these answers, or name their field by "
                     "columns=…."
                 ),
+                overrides={"benchmark.answer_pattern": None} if name == "regex" else None,
             )
         )
     return GradingPlan(grader=name, why=why, right=graded - len(problems), graded=graded)

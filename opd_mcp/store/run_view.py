@@ -21,6 +21,7 @@ from opd_mcp.schemas.runs import (
     Progress,
     RunRecord,
     RunState,
+    phase_label,
 )
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.runs import JOURNAL_FILE, cancel_requested_at, is_alive, read_record, run_directory
@@ -37,8 +38,8 @@ Answer = TypeVar("Answer")
 Kept = TypeVar("Kept")
 # What a kept fold holds of a view as it is.
 KEPT_FIELDS = (
-    *("phase", "phases_done", "alert_count", "result", "artifacts", "started_at", "phase_started_at", "finished_at"),
-    *("updated_at", "attempt", "written", "step", "records"),
+    *("phase", "round", "phases_done", "alert_count", "result", "artifacts", "started_at", "phase_started_at"),
+    *("finished_at", "updated_at", "attempt", "written", "step", "records"),
 )
 
 
@@ -53,6 +54,8 @@ class RunView:
     keep_series: bool = False
     state: RunState = "queued"
     phase: PhaseName | None = None
+    round: int | None = None
+    """Of several rounds, the number of the phase's."""
     phases_done: list[str] = field(default_factory=list)
     progress: Progress | None = None
     alerts: list[Alert] = field(default_factory=list)
@@ -123,7 +126,7 @@ class RunView:
         state = fold.state
         self._reader.resume(fold.offset, fold.digest, **state["reader"])
         for name in KEPT_FIELDS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name))  # one of an earlier version has no round
         self.progress = state["progress"] and Progress.model_validate(state["progress"])
         self.error = state["error"] and Failure.model_validate(state["error"])
         self.alerts = [Alert.model_validate(alert) for alert in state["alerts"]]
@@ -216,6 +219,7 @@ class RunView:
         name: PhaseName = data["phase"]
         if data["event"] == "started":
             self.phase = self._begun_phase = name
+            self.round = data.get("round")
             self._find_reached()
             self.phase_started_at = time
             self.progress = None
@@ -224,8 +228,9 @@ class RunView:
         if data["event"] == "resumed":
             self._rewind(data["step"])
             return
-        if name not in self.phases_done:
-            self.phases_done.append(name)
+        label = phase_label(name, data.get("round"))
+        if label not in self.phases_done:
+            self.phases_done.append(label)
         if "cost" in data:
             self.costs.append(StageCost.model_validate(data["cost"]))
         if "artifact_id" in data:

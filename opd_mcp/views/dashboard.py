@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from opd_mcp.schemas.answers import DashboardFeed, DashboardRun, ShownPhase
 from opd_mcp.schemas.next_action import advice_text
 from opd_mcp.schemas.reports import Curve
-from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord, phase_label
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.store import Store
@@ -49,7 +49,7 @@ def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
             for source in (record.request.inputs.student or record.request.inputs.model, record.request.inputs.teacher)
             if source is not None
         ),
-        phases=[ShownPhase(name=phase.name, state=phase_state(view, phase.name)) for phase in record.request.phases],
+        phases=[ShownPhase(name=phase.label, state=phase_state(view, phase.label)) for phase in record.request.phases],
         progress=status.progress,
         eta_s=status.eta_s,
         elapsed_s=status.elapsed_s,
@@ -65,12 +65,12 @@ def shown_run(record: RunRecord, view: RunView) -> DashboardRun:
     )
 
 
-def phase_state(view: RunView, name: str) -> str:
+def phase_state(view: RunView, label: str) -> str:
     """`done`, `running`, `stopped` or `waiting`."""
-    if name in view.phases_done:
+    if label in view.phases_done:
         return "done"
     if view.state in ACTIVE_STATES:
-        return "running" if name == view.phase else "waiting"
+        return "running" if view.phase and label == phase_label(view.phase, view.round) else "waiting"
     return "stopped" if view.state != "succeeded" else "done"
 
 

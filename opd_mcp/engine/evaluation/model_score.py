@@ -5,7 +5,7 @@ Reverse KL and entropy are exact over the vocabulary on given sequences.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from opd_mcp.engine.runtime import Runtime, seed_for
 from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.grading.grade import Tally
 from opd_mcp.grading.graders import Grader
-from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.data.rows import PromptRow, Turns
 from opd_mcp.identity.models import ModelFacts
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
 from opd_mcp.schemas.reports import Estimate95, ModelScore
@@ -141,6 +141,25 @@ def _plain(task: Measurement, model: LoadedModel) -> tuple[list[PromptRow], PreT
     """What `encode_prompts` needs of prompts that only this model sees."""
     rows, context = student_side(task.rows, task.context)
     return rows, load_tokenizer(model.path), context
+
+
+def asked(row: PromptRow, template: str | None) -> PromptRow:
+    """The prompt within the template; of a chat, its last turn that is the user's and a text."""
+    if template is None:
+        return row
+    seen = None if row.teacher_messages is None else _asked_turns(row.teacher_messages, template)
+    if row.prompt is not None:
+        return replace(row, prompt=template.replace("{prompt}", row.prompt), teacher_messages=seen)
+    return replace(row, messages=_asked_turns(row.messages or (), template), teacher_messages=seen)
+
+
+def _asked_turns(messages: Turns, template: str) -> Turns:
+    turns = list(messages)
+    for number in reversed(range(len(turns))):
+        if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
+            turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
+            break
+    return tuple(turns)
 
 
 def _outcomes(correct: NDArray[np.float64] | None) -> str | None:

@@ -1,13 +1,13 @@
 """Every model measured on the same prompts, and the report: `report.json`; for people `report.md` and `report.html`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.data.encoding import context_of
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
-from opd_mcp.engine.evaluation.model_score import Measurement, Scored, quantisation_kl, score_model
+from opd_mcp.engine.evaluation.model_score import Measurement, Scored, asked, quantisation_kl, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
 from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
@@ -18,7 +18,7 @@ from opd_mcp.grading.graders import grader_for
 from opd_mcp.grading.verdicts import findings_of, verdict_of
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
-from opd_mcp.identity.data.rows import PromptRow, Turns, prompts_hash
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.models import ModelFacts, inspect_model
@@ -41,7 +41,7 @@ from opd_mcp.schemas.texts import shortened
 # A tenth of the answers cut short moves an accuracy by more than its interval.
 TRUNCATED_SHARE = 0.1
 PROMPT_CHARACTERS, ANSWER_CHARACTERS, RESPONSE_CHARACTERS = 600, 200, 800
-TEMPLATE_CHARACTERS = 400
+TEMPLATE_CHARACTERS, HEADING_CHARACTERS = 400, 200
 
 
 def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context) -> BenchmarkReport:
@@ -52,7 +52,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     """
     runtime = open_runtime(context.runtime)
     rows = read_prompts(inputs.prompts)
-    chosen = [asked(row, section.prompt_template) for row in rows[: section.limit]]
+    chosen = [asked(row, section.prompt_template) for row in rows[inputs.skipped :][: section.limit]]
     grader_name, reason = recipe_grader(section, [row.answer for row in chosen if row.answer is not None])
     grader = grader_for(grader_name, pattern=section.answer_pattern, allow_code=section.allow_code)
     answered = sum(row.answer is not None for row in chosen)
@@ -89,6 +89,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     lineage = verified_lineage(inputs.models[candidate])
     claim = vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(inputs.models[candidate]))
     report = BenchmarkReport(
+        run=inputs.run,
         recipe=section,
         suite=inputs.suite,
         suite_changes=dict(inputs.suite_changes),
@@ -154,25 +155,6 @@ def write_report(report: BenchmarkReport, output: Path, context: Context, models
     made = Provenance("report", "benchmark", report.recipe, parents, ["report.json", "report.md", "report.html"])
     dated = any(reads_clock(chat_template(path)) for path in models)
     record_lineage(output, made, context, rendered_at=context.rendered_at.isoformat() if dated else None)
-
-
-def asked(row: PromptRow, template: str | None) -> PromptRow:
-    """The prompt within the template; of a chat, its last turn that is the user's and a text."""
-    if template is None:
-        return row
-    seen = None if row.teacher_messages is None else _asked_turns(row.teacher_messages, template)
-    if row.prompt is not None:
-        return replace(row, prompt=template.replace("{prompt}", row.prompt), teacher_messages=seen)
-    return replace(row, messages=_asked_turns(row.messages or (), template), teacher_messages=seen)
-
-
-def _asked_turns(messages: Turns, template: str) -> Turns:
-    turns = list(messages)
-    for number in reversed(range(len(turns))):
-        if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
-            turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
-            break
-    return tuple(turns)
 
 
 def _teacher_and_references(
@@ -307,7 +289,7 @@ def truncation_warnings(scores: Iterable[ModelScore], section: BenchmarkRecipe) 
 def report_markdown(report: BenchmarkReport) -> str:
     """Markdown: one row per model, paired differences, costs, and how each number was obtained."""
     lines = [
-        "# Benchmark",
+        f"# Benchmark: {shortened(report.run, HEADING_CHARACTERS)}" if report.run else "# Benchmark",
         "",
         *_verdict_lines(report),
         f"{report.prompts} prompts, {report.prompts_with_answer} with an answer; seed {report.seed}; "
@@ -358,6 +340,7 @@ def report_markdown(report: BenchmarkReport) -> str:
             f"| {_number(c.tokens_per_second, '.0f')} | {c.device or ''} |"
             for c in report.costs
         ]
+        lines.append(f"| benchmark | {sum(model.seconds for model in report.models):.1f} | | | {report.hardware} |")
     return "\n".join(lines) + "\n"
 
 

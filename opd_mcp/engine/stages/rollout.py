@@ -1,5 +1,6 @@
 """The student's own rollouts, shard by shard, resumed where an earlier call stopped."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,12 +71,10 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     require_all_or_no_domain(rows)
     differing = special_differences(adopted.path, inputs.student)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
-    count = section.count or len(encoded)
-    room = room_for(encoded[:count], section.sampling)
-    seen = max(room, room_for([prompt.for_teacher() for prompt in encoded[:count]], section.sampling))
-    require_room(seen, inputs.longest, "the teacher's server")
-    if seen > room and inputs.tokenizer is not None:
-        require_room(seen, inspect_model(inputs.tokenizer).positions, "the teacher")
+    count = min(section.count or len(encoded), inputs.most or sys.maxsize)
+    turn = inputs.skipped % max(len(encoded), 1)
+    encoded = [*encoded[turn:], *encoded[:turn]]
+    room = _room(encoded[:count], section, inputs)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student, inputs.form)
     open_build(
@@ -92,6 +91,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             **({"generated_by": section.engine} if section.engine else {}),
             **known_engine(begun),
             **({"rescore": section.rescore} if section.rescore else {}),
+            **({"skipped": inputs.skipped} if inputs.skipped else {}),
         },
     )
     if (output / RECORD_FILE).is_file():
@@ -143,6 +143,16 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
         ),
     )
     return stage_cost("rollout", started, statistics.response_tokens, model.device, earlier=earlier)
+
+
+def _room(prompts: list[EncodedPrompt], section: RolloutRecipe, inputs: RolloutInputs) -> int:
+    """The tokens of the longest row; raises DataError `too_long` where the scorer's is longer than it takes."""
+    room = room_for(prompts, section.sampling)
+    seen = max(room, room_for([prompt.for_teacher() for prompt in prompts], section.sampling))
+    require_room(seen, inputs.longest, "the teacher's server")
+    if seen > room and inputs.tokenizer is not None:
+        require_room(seen, inspect_model(inputs.tokenizer).positions, "the teacher")
+    return room
 
 
 def _rows(

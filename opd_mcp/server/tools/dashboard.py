@@ -23,6 +23,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         title="Open the dashboard",
         description="Shows the user a live page of up to 4 runs: phases, curves, costs, comparison; as text where "
         "the client has no pages.",
+        command="dashboard",
         meta={"ui": {"resourceUri": PAGE, "visibility": ["model"]}},
         **SHARED,
     ),
