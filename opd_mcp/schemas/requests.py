@@ -123,7 +123,8 @@ Baselines = Annotated[
     list[Baseline],
     BeforeValidator(_listed),
     Field(max_length=3, description="arms to run and compare with"),
-    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string", "enum": list(get_args(Baseline))}}),
+    # a single name is taken as well
+    WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(get_args(Baseline))}, "maxItems": 3}),
 ]
 Seeds = Annotated[int, Field(ge=1, le=MAX_SEEDS, description="runs per arm")]
 

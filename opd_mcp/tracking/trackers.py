@@ -192,7 +192,7 @@ class Mlflow:
     _id: str = ""
 
     def open(self, run: TrackedRun, tracked_id: str | None) -> str:
-        from mlflow.entities import Metric, Param  # noqa: F401  the rest of the module needs them
+        from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(self._uri(run.folder))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.identity.files import write_atomic
@@ -31,10 +31,12 @@ from opd_mcp.store.artifacts import ArtifactStore, require_intact
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.worker.exporting import Exporting
-from opd_mcp.worker.hub_upload import HubExport
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
+
+if TYPE_CHECKING:
+    from opd_mcp.worker.hub_upload import HubExport
 
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
@@ -186,10 +188,12 @@ class Pipeline:
         return named
 
     @property
-    def _exporting(self) -> Exporting | HubExport:
+    def _exporting(self) -> "Exporting | HubExport":
         inputs = self.record.request.inputs
         if inputs.export is None or inputs.export.hub_id is None:
             return Exporting(inputs, self.directory, self.artifacts, self.journal)
+        from opd_mcp.worker.hub_upload import HubExport  # with the packages that only an upload needs
+
         return HubExport(inputs, self.directory, self.artifacts, self.journal, self.hub_token)
 
     def _product(self, phase: RunPhase) -> Product | None:
