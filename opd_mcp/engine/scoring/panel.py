@@ -44,7 +44,8 @@ class PanelTeacher:
             spans = zip(sequences.response_offsets[rows], sequences.response_offsets[rows + 1], strict=True)
             places = np.concatenate([np.arange(start, stop) for start, stop in spans])
             logprobs[places] = scores.logprobs
-            if ids is not None and top is not None:
+            if ids is not None and top is not None and scores.topk_ids is not None:
+                assert scores.topk_logprobs is not None, "ids come with their log-probs"
                 ids[places], top[places] = scores.topk_ids, scores.topk_logprobs
         return ScoredRows(TeacherScores(logprobs, ids, top))
 

@@ -51,7 +51,7 @@ def generate_responses(section: ResponsesRecipe, inputs: ResponsesInputs, output
     encoded = [prompt for one in asked for prompt in one.prompts]
     if section.keep == "right":
         require_gradable(encoded, inputs.grading)
-    parts, engine = [], None
+    parts, engine = list[Sequences](), None
     for one in asked:
         on_batch = counter(context, len(encoded), "responses", before=sum(map(len, parts)))
         answers, engine = _answers(section, one, adopted, on_batch, context)

@@ -254,7 +254,7 @@ class TeacherTurnsHash:
 
     def add(self, prompts: Iterable[PromptParts]) -> None:
         """Take in prompts."""
-        own: list[PromptParts] = [(parts[0], None, parts[4], None) for parts in prompts if len(parts) > PLAIN_PARTS]
+        own: list[PromptParts] = [(parts[0], None, parts[4], None) for parts in prompts if len(parts) == 6]
         own = [parts for parts in own if parts[2] is not None]
         self._any = self._any or bool(own)
         self._digest.add(own)

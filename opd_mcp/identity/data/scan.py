@@ -138,7 +138,7 @@ class _Scanner:
         self._add_long(prompts, messages, max(map(len, shown)))
 
     def _add_domains(self, batch: list[PromptParts]) -> None:
-        found = [parts[5] for parts in batch if len(parts) > PLAIN_PARTS]
+        found = [parts[5] for parts in batch if len(parts) == 6]
         for name, count in Counter([*found, *([None] * (len(batch) - len(found)))]).items():
             if name in self.domains or len(self.domains) < KEPT_DOMAINS:
                 self.domains[name] += count
