@@ -269,6 +269,9 @@ class ScriptedService:
     def sweep_question(self, arguments: Any, gpu_hours: float) -> Question | None:
         return self.question
 
+    def export_question(self, arguments: Any) -> Question | None:
+        return self.question
+
     def run_deletion_question(self, run_id: str) -> Question:
         return Question(run_id, f"Delete {run_id} with model-1?")
 
