@@ -8,7 +8,9 @@ from typing import TypeVar
 from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.models import ModelCache
+from opd_mcp.planning.arms import arms_of, has_arms
 from opd_mcp.planning.confirmation import Question, cache_question, deletion_question, plan_question
+from opd_mcp.planning.costs.workload import Workload
 from opd_mcp.planning.exports import export_request
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
@@ -38,6 +40,7 @@ from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownId
 from opd_mcp.schemas.next_action import next_call, plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import (
+    AssessOverhead,
     BenchmarkStudent,
     BuildTeacherCache,
     CompareRuns,
@@ -125,6 +128,10 @@ class JobService:
         save_plan(self.workspace, plan, arguments)
         return plan
 
+    def workload(self, plan: Plan) -> Workload | None:
+        """The work of a plan's phases; None while one of its models is still to be fetched."""
+        return self._planner.workload(plan)
+
     def paths_behind(self, plan_id: str | None, cache_id: str | None) -> list[str]:
         """The files and folders that a saved plan, or the run that made a cache, was given; raises `unknown_plan`."""
         inputs = read_plan(self.workspace, plan_id).inputs if plan_id else None
@@ -149,10 +156,31 @@ class JobService:
         plan = self._unchanged_plan(arguments) if arguments.plan_id else self._current_plan(plan_arguments(arguments))
         require_unblocked(plan)
         labels = labels_of(arguments)
+        planned = read_arguments(self.workspace, plan) if arguments.plan_id else plan_arguments(arguments)
         if arguments.plan_id is not None and labels == RunLabels():
-            labels = labels_of(read_arguments(self.workspace, plan))
+            labels = labels_of(planned)
+        if has_arms(planned):
+            return self._start_arms(planned, plan, labels, benchmark=arguments.benchmark)
         request = self._builder.from_plan(plan, benchmark=arguments.benchmark)
         return self._start(request, labels)
+
+    def _start_arms(self, planned: PlanDistillation, plan: Plan, labels: RunLabels, *, benchmark: bool) -> RunSnapshot:
+        """The runs of all arms and seeds of a plan, queued as a sweep's are; answered with the first of them."""
+        arms = arms_of(planned, plan, self.workload(plan))
+        with self._planning:
+            plans = [plan if arm.arguments == planned else self._planner.plan(arm.arguments) for arm in arms]
+        for own in plans:
+            require_unblocked(own)
+        requests = [self._builder.from_plan(own, benchmark=benchmark) for own in plans]
+        started = self._sweeps.start(labels, [arm.settings for arm in arms], requests)
+        first = started.runs[0]
+        note = (
+            f"{len(started.runs)} runs ({', '.join(dict.fromkeys(arm.name for arm in arms))}; {planned.seeds} seeds), "
+            f"all with the tag {started.sweep_id}: compare_runs sets their quality and cost side by side."
+        )
+        note = " ".join([note, *(f"Not started: {why}" for why in started.not_started)])
+        update = {"note": note, "reused": first.reused, "next_action": started.next_action}
+        return self.snapshot(first.run_id).model_copy(update=update)
 
     def generate_teacher_responses(self, arguments: GenerateTeacherResponses) -> RunSnapshot:
         """The run in which the teacher answers the prompts."""
@@ -176,6 +204,10 @@ class JobService:
     def sample_model(self, arguments: SampleModel) -> RunSnapshot:
         """The run in which a model answers a few prompts; its result holds the texts."""
         return self._started(self._builder.sample, arguments)
+
+    def assess_overhead(self, arguments: AssessOverhead) -> RunSnapshot:
+        """The run that measures two models on this machine, and says what their distillation would cost."""
+        return self._started(self._builder.assess, arguments)
 
     def export_student(self, arguments: ExportStudent) -> RunSnapshot:
         """The run that writes a model with its card below an export root."""
@@ -208,7 +240,7 @@ class JobService:
         Raises what `start_distillation` raises for a cache, and ArgumentError `invalid_argument` as `swept_settings`.
         """
         points, requests = self._swept(arguments)
-        return self._sweeps.start(arguments, points, requests)
+        return self._sweeps.start(labels_of(arguments), points, requests)
 
     def sweep_question(self, arguments: Sweep, gpu_hours: float) -> Question | None:
         """What the user must agree to before a sweep: its runs together above so many hours, or a teacher mismatch."""

@@ -25,6 +25,11 @@ Settings = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="A recipe key, e.g. distill.steps=100; repeatable."),
 ]
 Mismatch = Annotated[bool, typer.Option("--allow-teacher-mismatch", help="Train although the SFT teacher differs.")]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option("--baseline", metavar="ARM", help="live, sft_more or opsa: also run and compare with; repeatable."),
+]
+Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each arm, each with a seed of its own.")]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="What the run is called.", show_default=False)]
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="TAG", help="To find runs by; repeatable.")]
 Notes = Annotated[str | None, typer.Option(metavar="NOTES", help="What you want to remember.", show_default=False)]
@@ -41,13 +46,14 @@ class Method(StrEnum):
 class Preset(StrEnum):
     """The size of a run."""
 
+    AUTO = "auto"
     QUICK = "quick"
     PAPER = "paper"
     DEMO = "demo"
 
 
 How = Annotated[Method, typer.Option(metavar="METHOD", help="lightning, live or sft.")]
-Size = Annotated[Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large a run is.")]
+Size = Annotated[Preset, typer.Option(metavar="PRESET", help="auto, quick, paper or demo: how large a run is.")]
 Objective = Annotated[
     str, typer.Option(metavar="ESTIMATOR", help="What is minimised, e.g. sampled or topk_reverse_kl (docs/method.md).")
 ]
@@ -62,9 +68,11 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     eval_prompts: Data = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
-    preset: Size = Preset.QUICK,
+    preset: Size = Preset.AUTO,
     declared_teacher: Model = None,
     allow_teacher_mismatch: Mismatch = False,
+    baseline: Baselines = None,
+    seeds: Seeds = 1,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -94,9 +102,11 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     cache: Annotated[str | None, typer.Option(metavar="CACHE", help="A teacher cache, with --student.")] = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
-    preset: Size = Preset.QUICK,
+    preset: Size = Preset.AUTO,
     declared_teacher: Model = None,
     allow_teacher_mismatch: Mismatch = False,
+    baseline: Baselines = None,
+    seeds: Seeds = 1,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -229,7 +239,8 @@ def _distillation(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a distillation, from the options that plan and start share."""
     given = _named(options, "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
     given |= {"method": options["method"].value, "preset": options["preset"].value}
-    given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch")}
+    given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch", "seeds")}
+    given |= {"baseline": options["baseline"] or []}
     return (
         given
         | {"overrides": parsed_settings(options["settings"])}

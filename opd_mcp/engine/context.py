@@ -57,6 +57,37 @@ class SilentReporter(Reporter):
 
 
 @dataclass(frozen=True)
+class QuietReporter(Reporter):
+    """Passes on alerts and the request to stop, and nothing else: for work within the step or phase of another one."""
+
+    told: Reporter
+
+    def phase(self, name: str) -> None:
+        """Not told."""
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Not told."""
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        """Not told."""
+
+    def resumed(self, step: int) -> None:
+        """Not told."""
+
+    def alert(self, code: str, message: str) -> None:
+        """Told."""
+        self.told.alert(code, message)
+
+    def position(self) -> int:
+        """That of the run."""
+        return self.told.position()
+
+    def should_stop(self) -> bool:
+        """As the run says."""
+        return self.told.should_stop()
+
+
+@dataclass(frozen=True)
 class EngineWish:
     """An engine that a stage needs: which one, serving which directory, in which dtype, for sequences of `length`.
 
@@ -168,7 +199,8 @@ class RolloutInputs:
     """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold.
 
     `longest` are the tokens of the longest sequence that the scorer of the rollouts takes. `form` is how the training
-    that will learn from them holds the student's linear layers.
+    that will learn from them holds the student's linear layers. At most `most` are drawn, from the prompt after the
+    first `skipped` on: of several rounds each has prompts of its own.
     """
 
     student: Path
@@ -177,6 +209,8 @@ class RolloutInputs:
     eval_prompts: Path | None = None
     form: BaseForm = "as_saved"
     longest: int | None = None
+    most: int | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +238,29 @@ class ScoreInputs(TeacherInputs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundInputs:
+    """One of several stretches of a distillation, from step `first` (of all rounds' steps) to `last` at most.
+
+    `until_stale` ends it once its rollouts are stale. `before` is the directory of the round before, whose optimizer
+    goes on; `origin` that of the student that round 1 began with. The `final` one saves the student as the recipe says.
+    """
+
+    number: int
+    first: int
+    last: int
+    final: bool
+    origin: Path
+    before: Path | None = None
+    until_stale: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillInputs:
-    """Of `stages.distill`: `cache` for the method lightning; `teacher`, `prompts` and `rollout` for live."""
+    """Of `stages.distill`: `cache` for the method lightning; `teacher`, `prompts` and `rollout` for live.
+
+    `round` is for a lightning distillation in several stretches. With `distill.evaluate_steps` the student is judged
+    on `held_out` prompts, graded by `grading`, and against the `judge`, a teacher's directory, where there is one.
+    """
 
     student: Path
     cache: Path | None = None
@@ -214,6 +269,10 @@ class DistillInputs:
     rollout: RolloutRecipe | None = None
     sft_teacher: TeacherClaim | None = None
     allow_teacher_mismatch: bool = False
+    round: RoundInputs | None = None
+    held_out: Path | None = None
+    grading: BenchmarkRecipe | None = None
+    judge: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +282,7 @@ class BenchmarkInputs:
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
     `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
     `planned_seconds` by stage and `curves` are for the report's figures; `forms` says of models by name how the run's
-    training held their linear layers.
+    training held their linear layers. The first `skipped` prompts were used to choose the candidate.
     """
 
     models: Mapping[str, Path]
@@ -240,6 +299,7 @@ class BenchmarkInputs:
     alerts: Sequence[Alert] = ()
     planned_seconds: Mapping[str, float] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
+    skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +321,15 @@ class SampleInputs:
     """Of `stages.sample`: a model's directory and the prompts it answers."""
 
     model: Path
+    prompts: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssessInputs:
+    """Of `stages.assess`: the directories of two models, and prompts."""
+
+    student: Path
+    teacher: Path
     prompts: Path
 
 

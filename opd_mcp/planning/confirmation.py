@@ -38,6 +38,8 @@ def mismatch_reason(plan: Plan) -> list[str]:
 def cost_reason(plan: Plan, gpu_hours: float) -> list[str]:
     """What the plan takes, where that is more than the threshold."""
     hours = max((estimate.seconds / 3600 for estimate in plan.estimates if estimate.method == plan.method), default=0.0)
+    if plan.arms:
+        hours = sum(arm.runs * (arm.seconds or 0.0) for arm in plan.arms) / 3600
     if hours <= gpu_hours:
         return []
     return [f"The plan takes about {hours:.2g} hours of the device (asked above {gpu_hours:g})."]

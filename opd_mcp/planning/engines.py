@@ -9,7 +9,7 @@ from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.checks import Findings
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, base_form, is_url
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, base_form, is_url, urls_of
 from opd_mcp.schemas.runs import EngineSettings
 
 ROLES = ("responses", "rollout", "score", "benchmark")
@@ -30,7 +30,8 @@ def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str])
             chosen = f"{role}.engine is {picked or 'local'}: {why}."
             found.warn("engine_chosen", chosen, f"Name another as {role}.engine.")
         elif is_url(engine):
-            require_allowed_host(engine, hosts)
+            for url in urls_of(engine):
+                require_allowed_host(url, hosts)
         else:
             required_program(engine, settings)
     return recipe.model_copy(update=update), found.warnings

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from opd_mcp.identity.adapters import is_adapter
+from opd_mcp.planning.asked_recipes import usable_recipe
 from opd_mcp.planning.phases import PhaseChain
 from opd_mcp.planning.references import References, ResolvedModel
-from opd_mcp.planning.run_requests import RequestBuilder, model_label, usable_recipe
+from opd_mcp.planning.run_requests import RequestBuilder, model_label
 from opd_mcp.schemas.errors import ConsistencyError, OpdError
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.recipes import ExportFormat

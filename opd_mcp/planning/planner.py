@@ -14,6 +14,8 @@ from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
 from opd_mcp.identity.models import ModelFacts, is_untrained
 from opd_mcp.identity.tokenizers import TokenDifference
+from opd_mcp.planning.arms import compared_recipe, has_arms, with_arms
+from opd_mcp.planning.asked_recipes import distillation_recipe, fitted_to, kind_of
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
@@ -31,13 +33,13 @@ from opd_mcp.planning.checks import (
 )
 from opd_mcp.planning.costs.admission import quota_findings, resource_findings
 from opd_mcp.planning.costs.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
-from opd_mcp.planning.costs.workload import DRAWN
+from opd_mcp.planning.costs.workload import DRAWN, Workload, workload_of
 from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.prompts.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
-from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
+from opd_mcp.planning.run_requests import RequestBuilder
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call
@@ -65,10 +67,12 @@ class Planner:
 
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
-        method, found = arguments.method, Findings()
+        asked, method, found = arguments, arguments.method, Findings()
+        recipe = distillation_recipe(arguments)  # a wrong override is told before any file is read
+        inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
+        arguments, reason = fitted_to(asked, inputs.student)
         recipe, found.warnings = self.builder.with_engines(distillation_recipe(arguments))
         target = self.target_of(recipe.runtime)
-        inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
@@ -99,10 +103,10 @@ class Planner:
             found.blocking += resource_findings(mine, target, free_disk(self.references.workspace.root))
         fits = fit_options(requests[method], target, inspect)
         found.blocking = [with_way_to_fit(finding, arguments, fits) for finding in found.blocking]
-        plan_id = f"plan-{content_hash(fingerprint(arguments, schema, recipe, phases))[:12]}"
+        plan_id = f"plan-{content_hash(fingerprint(asked, schema, recipe, phases))[:12]}"
         request = requests[method].model_copy(update={"plan_id": plan_id})
         quota = quota_findings(self.references.store, request, mine.seconds if mine else None)
-        return Plan(
+        plan = Plan(
             plan_id=plan_id,
             method=method,
             inputs=schema,
@@ -118,8 +122,17 @@ class Planner:
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
             warnings=[*quota, *found.warnings],
-            next_action=_next_action(plan_id, arguments, found.blocking, quota),
+            preset_reason=reason,
+            next_action=_next_action(plan_id, asked, found.blocking, quota),
         )
+        if not has_arms(asked):
+            return plan
+        plan = with_arms(asked, plan, self.workload(plan), self.plan)
+        return plan.model_copy(update={"next_action": _next_action(plan_id, asked, plan.blocking, quota)})
+
+    def workload(self, plan: Plan) -> Workload | None:
+        """The work of a plan's phases; None while one of its models is still to be fetched."""
+        return workload_of(plan.recipe, plan.inputs, inspect=self.references.models.inspect_model)
 
     def _inputs(self, arguments: PlanDistillation, max_prompt_tokens: int) -> PlanInputs:
         references = self.references
@@ -191,7 +204,7 @@ class Planner:
         """
         requests = {}
         for name in dict.fromkeys((method, "lightning", "live")):
-            other = method_recipe(recipe, name)
+            other = compared_recipe(recipe, method, name)
             phases = distillation_phases(other, inputs, name, sft=sft, benchmark=True)
             requests[name] = RunRequest(kind=kind_of(name), recipe=other, inputs=inputs, phases=phases)
         made = self.builder.artifacts.made_by([phase.key for asked in requests.values() for phase in asked.phases])
@@ -231,7 +244,9 @@ class PlanMemory:
 
 def unlabelled(arguments: PlanDistillation) -> dict[str, Any]:
     """The arguments without what the run is called: the same work under another name is the same plan."""
-    return arguments.model_dump(mode="json", exclude_none=True, exclude=set(RunLabels.model_fields))
+    values = arguments.model_dump(mode="json", exclude_none=True, exclude=set(RunLabels.model_fields))
+    alone = {"baseline": [], "seeds": 1}  # as plans of earlier versions, which had no arms
+    return {name: value for name, value in values.items() if alone.get(name, ()) != value}
 
 
 def files_signature(inputs: RunInputs) -> str:
@@ -323,7 +338,7 @@ def plan_again(
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(arguments).model_fields.items()
     }
-    inline = [name for name, value in given.items() if isinstance(value, list) and name != "tags"]
+    inline = [name for name, value in given.items() if isinstance(value, list) and name not in ("tags", "baseline")]
     changed = {name: value for name, value in given.items() if name not in inline and value != defaults[name]}
     return next_call("plan_distillation", why, missing=inline, **changed)
 

@@ -10,6 +10,7 @@ from opd_mcp.identity.consistency import require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.adapter_bases import require_targets
+from opd_mcp.planning.asked_recipes import distillation_recipe, fitted_to, kind_of, method_recipe, usable_recipe
 from opd_mcp.planning.checks import (
     Findings,
     differing_tokens,
@@ -20,25 +21,24 @@ from opd_mcp.planning.checks import (
     require_usable_ids,
 )
 from opd_mcp.planning.costs.estimates import recipe_for_device
-from opd_mcp.planning.engines import require_engines_used, with_engines
+from opd_mcp.planning.engines import with_engines
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
 from opd_mcp.planning.suites import with_suite
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import Finding, Plan
-from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.recipes import Preset, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
+    AssessOverhead,
     BenchmarkStudent,
     BuildTeacherCache,
     GenerateTeacherResponses,
-    PlanDistillation,
     SampleModel,
     StartDistillation,
     StartSft,
     Sweep,
 )
-from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import (
     TOKENIZER_FOLDER,
     DataInput,
@@ -53,7 +53,13 @@ from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.workspace import read_settings
 
 # The section of the recipe that says how many tokens are drawn after the prompts of a request.
-DRAWN_BY = {GenerateTeacherResponses: "responses", BuildTeacherCache: "rollout", BenchmarkStudent: "benchmark"}
+DRAWN_BY = {
+    GenerateTeacherResponses: "responses",
+    BuildTeacherCache: "rollout",
+    BenchmarkStudent: "benchmark",
+    AssessOverhead: "rollout",
+}
+DRAWN_TO_ASSESS: tuple[PhaseName, ...] = ("generate_responses", "rollout")
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class RequestBuilder:
     def from_plan(self, plan: Plan, *, benchmark: bool) -> RunRequest:
         """What an unblocked plan stands for, with or without the benchmark that ends it."""
         kept = [phase for phase in plan.phases if benchmark or phase.name != "benchmark"]
-        phases = [RunPhase(name=phase.name, key=phase.key, satisfied_by=phase.satisfied_by) for phase in kept]
+        phases = [RunPhase.model_validate(phase.model_dump()) for phase in kept]
         kind = kind_of(plan.method)
         return RunRequest(kind=kind, recipe=plan.recipe, inputs=plan.inputs, phases=phases, plan_id=plan.plan_id)
 
@@ -153,7 +159,7 @@ class RequestBuilder:
         distillation_recipe(arguments)  # a wrong override is told before any file is read
         cache = self.references.cache(str(arguments.cache_id))
         student, inputs = self._cache_inputs(cache, arguments)
-        return self._of_cache(cache, student, inputs, arguments)
+        return self._of_cache(cache, student, inputs, fitted_to(arguments, student)[0])
 
     def sweep(self, arguments: Sweep, points: Sequence[Mapping[str, Any]]) -> list[RunRequest]:
         """A distillation from the cache for each point, which has the overrides of its own; inputs are read once.
@@ -207,6 +213,21 @@ class RequestBuilder:
         inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe))
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
+    def assess(self, arguments: AssessOverhead) -> RunRequest:
+        """Two models are measured on a few prompts, by the recipe that a distillation would have.
+
+        Raises ConsistencyError `tokenizer_mismatch`.
+        """
+        recipe = method_recipe(self._recipe(arguments.preset, arguments.overrides), "lightning")
+        teacher, student = self.references.model(arguments.teacher), self.references.model(arguments.student)
+        require_generating(student, teacher)
+        differing = differing_tokens(teacher, student)
+        prompts = self._prompts(arguments, [teacher, student], recipe, differing)
+        inputs = RunInputs(student=student.input, teacher=teacher.input, prompts=prompts)
+        for phase in DRAWN_TO_ASSESS:
+            recipe = self._for_device(recipe, inputs, phase, arguments.overrides)
+        return self.request("assess", recipe, inputs, PhaseChain(recipe, inputs).assess().phases)
+
     def with_engines(self, recipe: Recipe) -> tuple[Recipe, list[Finding]]:
         """As `planning.engines.with_engines`, with what this workspace's settings say."""
         settings = read_settings(self.references.workspace).engines
@@ -227,7 +248,7 @@ class RequestBuilder:
 
     def _prompts(
         self,
-        arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel,
+        arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel | AssessOverhead,
         models: Sequence[ResolvedModel],
         recipe: Recipe,
         differing: Sequence[TokenDifference] = (),
@@ -324,6 +345,14 @@ class RequestBuilder:
         require_targets({"distill": recipe.distill}, student.facts)
         require_own_rollouts(cache.manifest, student, recipe)
         require_topk(cache, recipe)
+        if recipe.distill.rounds > 1 and (inputs.teacher is None or inputs.prompts is None):
+            raise ArgumentError(
+                "invalid_argument",
+                "A later round draws and scores rollouts anew: that takes the teacher and the prompts, which are not "
+                "known of this cache.",
+                value=f"distill.rounds={recipe.distill.rounds}",
+                fix="Give teacher and prompts as well, or leave out distill.rounds.",
+            )
         # Without answers and without the teacher at hand there is nothing to measure.
         measurable = inputs.eval_prompts is not None or (inputs.teacher is not None and inputs.prompts is not None)
         benchmark = arguments.benchmark and measurable
@@ -349,91 +378,6 @@ class RequestBuilder:
 
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None
-
-
-def usable_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
-    """The resolved recipe, for an available device; `given` holds the recipe keys that the tool's arguments set.
-
-    Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
-    """
-    recipe = requested_recipe(preset, overrides, given or {})
-    target_of(recipe.runtime)
-    return recipe
-
-
-def requested_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
-    """The preset with the overrides, and with what arguments say by dotted key; None stands for an absent argument.
-
-    Raises ArgumentError: `invalid_argument` where an override contradicts an argument, and as `resolve_recipe`.
-    """
-    said = {key: value for key, value in given.items() if value is not None}
-    require_no_contradiction(overrides, said)
-    return resolve_recipe(preset, {**overrides, **said})
-
-
-def require_no_contradiction(overrides: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """Raise ArgumentError `invalid_argument` for an override whose key an argument sets to something else."""
-    for key, value in said.items():
-        if overrides.get(key, value) != value:
-            name = key.rpartition(".")[2]
-            raise ArgumentError(
-                "invalid_argument",
-                f"The override {key}={overrides[key]!r} contradicts the argument {name}={value!r}.",
-                value=overrides[key],
-                fix=f"Leave out the override and give {name}=….",
-            )
-
-
-def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Recipe:
-    """The resolved recipe of a distillation, with its method and estimator.
-
-    Raises ArgumentError: `invalid_argument` for an override that contradicts an argument or another override, and as
-    `resolve_recipe`.
-    """
-    overrides, estimator = arguments.overrides, arguments.estimator
-    require_no_contradiction(overrides, {"distill.method": arguments.method})
-    recipe = requested_recipe(arguments.preset, overrides, {"distill.estimator": estimator})
-    recipe = method_recipe(recipe, arguments.method)
-    require_engines_used(recipe, arguments.method)
-    if "score.topk" in overrides and recipe.score.topk != overrides["score.topk"]:
-        raise ArgumentError(
-            "invalid_argument",
-            f"The override score.topk={overrides['score.topk']!r} contradicts distill.topk={recipe.distill.topk}: "
-            f"{estimator} trains on the teacher's top {recipe.distill.topk} tokens.",
-            value=overrides["score.topk"],
-            fix="Leave out score.topk, or lower distill.topk.",
-        )
-    return recipe
-
-
-def method_recipe(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on.
-
-    Raises ArgumentError `invalid_argument` for a live distillation with what needs a cache's scores.
-    """
-    if method == "sft":
-        return recipe
-    for key, value, off in (
-        ("repair", recipe.distill.repair, "none"),
-        ("extrapolation", recipe.distill.extrapolation, 1.0),
-    ):
-        if method == "live" and value != off:
-            raise ArgumentError(
-                "invalid_argument",
-                f"distill.{key} works on the scores of a teacher cache; live distillation has none.",
-                value=value,
-                fix=f"Leave out distill.{key}, or use method='lightning'.",
-            )
-    distill = recipe.distill.model_copy(update={"method": method})
-    update: dict[str, object] = {"distill": distill}
-    if method == "lightning" and recipe.score.topk < distill.teacher_tokens:
-        update["score"] = recipe.score.model_copy(update={"topk": distill.teacher_tokens})
-    return recipe.model_copy(update=update)
-
-
-def kind_of(method: Method) -> RunKind:
-    """The kind of a run of a method."""
-    return "sft" if method == "sft" else "distill"
 
 
 def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:

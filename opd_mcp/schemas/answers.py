@@ -80,6 +80,21 @@ class PairedRuns(Schema):
     prompts: int
 
 
+class ComparedArm(Schema):
+    """The runs of one arm; `gain` and `kl_change` are the asked arm minus this one, paired by seed.
+
+    Over one seed the gain is paired by prompt.
+    """
+
+    arm: str
+    runs: int
+    accuracy: float | None = Field(None, description="mean over its runs")
+    reverse_kl: float | None = None
+    seconds: float | None = Field(None, description="mean of all stages up to the student, made here or reused")
+    gain: Interval | None = None
+    kl_change: Interval | None = None
+
+
 class RunComparison(Schema):
     """The answer of `compare_runs`: one table, oldest run first, from the reports alone."""
 
@@ -87,6 +102,7 @@ class RunComparison(Schema):
     runs: list[ComparedRun]
     best: str | None = Field(None, description="the run whose model is most accurate")
     paired: list[PairedRuns] = Field(default_factory=list, description="the best against each other run")
+    arms: list[ComparedArm] = Field(default_factory=list, description="of runs that baselines or seeds started")
     notes: list[str] = Field(default_factory=list, description="how to read the table, and what is left out")
     basis: dict[str, str] = Field(default_factory=dict, description="how each figure was obtained")
     next_action: NextAction

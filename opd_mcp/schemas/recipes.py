@@ -18,6 +18,7 @@ TrainTurns = Literal["all", "last"]
 SaveDtype = Literal["input", "float32", "bfloat16"]
 ExportFormat = Literal["input", "float32", "bfloat16", "adapter"]
 Preset = Literal["quick", "paper", "demo"]
+AskedPreset = Literal["auto", "quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
 AdapterInit = Literal["kaiming", "gaussian"]
@@ -31,25 +32,36 @@ BATCH = (
     "Sampled tokens depend on it: each batch has a random stream of its own"
 )
 MANAGED_ENGINES = ("vllm", "sglang")
+MAX_ROUNDS = 32
 
 
 def _engine(value: object) -> object:
     """None for the engine of this program: absent, it leaves a phase's key as it was before there were others."""
     if value in (None, "local"):
         return None
-    if isinstance(value, str) and (value in (*MANAGED_ENGINES, "auto") or value.startswith(("http://", "https://"))):
+    if isinstance(value, str) and value in (*MANAGED_ENGINES, "auto"):
         return value
-    raise ValueError("an engine is 'local', 'vllm', 'sglang', 'auto', or the URL of a server")
+    given = value.split(",") if isinstance(value, str) else value
+    if isinstance(given, (list, tuple)) and all(isinstance(url, str) for url in given):
+        urls = [url.strip() for url in given]
+        if urls and all(url.startswith(("http://", "https://")) for url in urls) and len(set(urls)) == len(urls):
+            return ",".join(urls)
+    raise ValueError("an engine is 'local', 'vllm', 'sglang', 'auto', or the URL of a server, or several, each once")
 
 
-# `local`, a managed engine's name, `auto` until a plan has chosen, or a server's URL
+# `local`, a managed engine's name, `auto` until a plan has chosen, or the URLs of servers, with commas between them
 Engine = Annotated[str | None, BeforeValidator(_engine)]
-ENGINE = "'local' (default), 'vllm', 'sglang', 'auto', or the URL of a server (docs/engines.md)"
+ENGINE = "'local' (default), 'vllm', 'sglang', 'auto', or the URL of a server, or several (docs/engines.md)"
 
 
 def is_url(engine: str | None) -> bool:
-    """Whether an engine is a server that the user runs."""
+    """Whether an engine is a server that the user runs, or several."""
     return engine is not None and "://" in engine
+
+
+def urls_of(engine: str) -> list[str]:
+    """The addresses of the servers that an engine is."""
+    return engine.split(",")
 
 
 class RuntimeRecipe(Schema):
@@ -211,7 +223,9 @@ class ScoreRecipe(Schema):
         None, description="tokens that 'cap' leaves of a truncated rollout; default: half of it"
     )
     micro_batch_tokens: PositiveInt = 16384
-    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(8, description="requests at a time to a remote teacher")
+    concurrency: Annotated[int, Field(ge=1, le=256)] = Field(
+        8, description="requests at a time to a remote teacher; at least, to an engine"
+    )
     engine: Engine = Field(None, description=f"what computes the teacher's log-probs: {ENGINE}")
 
 
@@ -247,6 +261,22 @@ class DistillRecipe(Schema):
     advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
     steps: PositiveInt = 150
     batch_size: PositiveInt = 256
+    rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS), AddedLater()] = Field(
+        1, description="stretches of training, each on new rollouts of the student as it is then, scored anew"
+    )
+    round_trigger: Annotated[Literal["steps", "stale"], AddedLater()] = Field(
+        "steps", description="a round ends after its share of the steps, or once its rollouts are stale"
+    )
+    evaluate_steps: PositiveInt | None = Field(
+        None, description="judge the student every so many steps on the first eval_prompts; the report leaves them out"
+    )
+    evaluate_prompts: Annotated[PositiveInt, AddedLater()] = Field(16, description="how many of them")
+    keep: Annotated[Literal["last", "best"], AddedLater()] = Field(
+        "last", description="which weights are saved: 'best' by evaluate_steps, the least reverse KL, else accuracy"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="end after so many evaluations without a better one; default: never"
+    )
     optimizer: OptimizerRecipe = OptimizerRecipe()
     micro_batch_tokens: PositiveInt = 16384
     activation_checkpointing: ActivationCheckpointing = "auto"
@@ -258,6 +288,16 @@ class DistillRecipe(Schema):
         """How many of the teacher's likeliest tokens the training reads."""
         return self.topk if self.estimator.startswith("topk_") or self.entropy_share < 1 else 0
 
+    def steps_before(self, number: int) -> int:
+        """Steps that the rounds before this one take, counted from 1; with `stale` that is the least."""
+        return 0 if self.round_trigger == "stale" else self.steps * (number - 1) // self.rounds
+
+    def rows_of_round(self, number: int) -> int | None:
+        """The rollouts that a round's steps train on; None where a round may take all that a recipe draws."""
+        if self.rounds == 1 or self.round_trigger == "stale":
+            return None
+        return self.batch_size * (self.steps_before(number + 1) - self.steps_before(number))
+
     @model_validator(mode="after")
     def _settings_fit_the_estimator(self) -> Self:
         for key, changed in (("repair", self.repair != "none"), ("extrapolation", self.extrapolation != 1)):
@@ -268,6 +308,18 @@ class DistillRecipe(Schema):
                 )
         if self.extrapolation != 1 and self.method == "live":
             raise ValueError("distill.extrapolation needs π_ref's log-probs, which a teacher cache holds: not 'live'")
+        if self.rounds > 1 and self.method == "live":
+            raise ValueError(
+                "distill.rounds are stretches between which rollouts are drawn; 'live' draws at every step"
+            )
+        if self.evaluate_steps is None and (self.keep == "best" or self.patience is not None):
+            raise ValueError("distill.keep 'best' and distill.patience need distill.evaluate_steps to judge by")
+        if self.rounds > 1 and (self.keep == "best" or self.patience is not None):
+            raise ValueError("distill.keep 'best' and distill.patience are for one round: leave out distill.rounds")
+        if self.keep == "best" and not self.optimizer.precision.startswith("fp32_master"):
+            raise ValueError("distill.keep 'best' needs weights in float32: optimizer.precision 'fp32_master'")
+        if self.rounds > self.steps:
+            raise ValueError("distill.rounds are at most distill.steps")
         if self.horizon_growth_steps is not None and self.horizon is None:
             raise ValueError("distill.horizon_growth_steps needs a distill.horizon to grow from")
         if self.horizon is not None and self.horizon > 1 and not self.horizon.is_integer():
@@ -350,6 +402,14 @@ class ExportRecipe(Schema):
     shard_bytes: PositiveInt = Field(5_000_000_000, description="of one file of weights, at most")
 
 
+class AssessRecipe(Schema):
+    """A short measurement of two models: what their distillation would cost, and whether they fit each other."""
+
+    rows: PositiveInt | None = Field(None, description="prompts; default: 32 on a CPU, a batch on a GPU")
+    sft_steps: PositiveInt = Field(20, description="steps of the short SFT")
+    steps: PositiveInt = Field(3, description="steps of distillation")
+
+
 class Recipe(Schema):
     """The resolved recipe of a run, written next to its results."""
 
@@ -363,4 +423,5 @@ class Recipe(Schema):
     distill: DistillRecipe = DistillRecipe()
     benchmark: BenchmarkRecipe = BenchmarkRecipe()
     sample: SampleRecipe = SampleRecipe()
+    assess: AssessRecipe = AssessRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.recipes import CacheDtype, Estimator, ExportFormat, Method, OnTruncated, Preset, Seed
+from opd_mcp.schemas.recipes import AskedPreset, CacheDtype, Estimator, ExportFormat, Method, OnTruncated, Preset, Seed
 from opd_mcp.schemas.runs import LISTED_AS_TEXT, MAX_TAGS, RunKind, RunName, RunState, Tag
 
 Reference = Annotated[
@@ -102,7 +102,24 @@ Tags = Annotated[
     WithJsonSchema({"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": MAX_TAGS}),
 ]
 Notes = Annotated[str, Field(max_length=2_000)]
-Confirm = Annotated[str, Field(max_length=200, description="the id that [confirm_needed] names")]
+Confirm = Annotated[str, Field(max_length=200, description="id that [confirm_needed] names")]
+
+
+Baseline = Literal["live", "sft_more", "opsa"]
+MAX_SEEDS = 10
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Baselines = Annotated[
+    list[Baseline],
+    BeforeValidator(_listed),
+    Field(max_length=3, description="arms to run and compare with"),
+    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string", "enum": list(get_args(Baseline))}}),
+]
+Seeds = Annotated[int, Field(ge=1, le=MAX_SEEDS, description="runs per arm")]
 
 
 class InspectSetup(Schema):
@@ -120,9 +137,11 @@ class PlanDistillation(Schema):
     columns: DescribedColumns | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
-    preset: Preset = "quick"
+    preset: AskedPreset = "auto"
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
+    baseline: Baselines = Field(default_factory=list)
+    seeds: Seeds = 1
     overrides: Overrides = Field(default_factory=dict)
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
@@ -200,10 +219,12 @@ class StartDistillation(Schema):
     columns: Columns | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
-    preset: Preset = "quick"
+    preset: AskedPreset = "auto"
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
     benchmark: Annotated[bool, Field(description="end with a report")] = True
+    baseline: Baselines = Field(default_factory=list)
+    seeds: Seeds = 1
     overrides: Overrides = Field(default_factory=dict)
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
@@ -255,6 +276,20 @@ class BenchmarkStudent(Schema):
     teacher: Reference | None = None
     baselines: Annotated[list[Reference], Field(max_length=8)] = Field(default_factory=list)
     samples_per_prompt: Annotated[int, Field(ge=0, le=64, description="0: greedy accuracy only")] | None = None
+    preset: Preset = "quick"
+    overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
+
+
+class AssessOverhead(Schema):
+    """Arguments of `assess_overhead`."""
+
+    student: Reference
+    teacher: Reference
+    prompts: Prompts
+    columns: Columns | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
     name: Name | None = None

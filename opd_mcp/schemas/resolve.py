@@ -213,6 +213,28 @@ FAR_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
+class ChosenPreset:
+    """The preset for a student, what of it is changed for its size, and why."""
+
+    preset: Preset
+    overrides: Mapping[str, Any]
+    why: str
+
+
+def chosen_preset(parameters: int | None, *, untrained: bool) -> ChosenPreset:
+    """The preset for a student by its size and state; `untrained`: its weights are as they were initialised."""
+    if parameters is None:
+        return ChosenPreset("quick", {}, "the student is still to be fetched: the rates of pretrained ones")
+    size = f"{parameters / 1e6:.3g}M parameters"
+    state = "never trained" if untrained else "trained before"
+    if parameters < SMALL_PARAMETERS:
+        rates = {f"{stage}.optimizer.learning_rate": rate for stage, rate in SMALL_RATES.items()}
+        why = f"a student of {size}, {state}: the higher rates of small ones, as measured on the embedded task"
+        return ChosenPreset("quick", rates, why)
+    return ChosenPreset("quick", {}, f"a student of {size}, {state}: the paper's rates, for pretrained ones")
+
+
+@dataclass(frozen=True)
 class FarRate:
     """A rate that does not fit: `learning_rate_far` where it is far from the preset's as well, else `preset_rates`."""
 

@@ -9,10 +9,10 @@ from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import ExportFormat, Recipe
 
-RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample", "export"]
+RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample", "export", "assess"]
 RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
 PhaseName = Literal[
-    "fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample", "export"
+    "fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample", "export", "assess"
 ]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
@@ -127,6 +127,12 @@ class RunInputs(Schema):
     export: ExportTarget | None = None
 
 
+def skipped_prompts(recipe: Recipe, inputs: RunInputs) -> int:
+    """How many of the first evaluation prompts a distillation is judged by in its training."""
+    judged = inputs.eval_prompts is not None and inputs.model is None and recipe.distill.evaluate_steps is not None
+    return recipe.distill.evaluate_prompts if judged else 0
+
+
 RunName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
 Tag = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,59}$")]
 MAX_TAGS = 10
@@ -140,12 +146,23 @@ class RunLabels(Schema):
     notes: str | None = None
 
 
+def phase_label(name: str, number: int | None) -> str:
+    """What a phase is called: its name, from the second of several rounds on with the round's number."""
+    return name if number is None or number == 1 else f"{name} {number}"
+
+
 class RunPhase(Schema):
     """One phase of a run in the order of execution."""
 
     name: PhaseName
     key: str
     satisfied_by: str | None = None
+    round: int | None = Field(None, description="of several rounds, the one that it belongs to, from 1")
+
+    @property
+    def label(self) -> str:
+        """Its name, told apart from that of other rounds."""
+        return phase_label(self.name, self.round)
 
 
 class RunRequest(Schema):
@@ -157,6 +174,11 @@ class RunRequest(Schema):
     phases: list[RunPhase]
     plan_id: str | None = None
     labels: RunLabels = RunLabels()
+
+    @property
+    def skipped_prompts(self) -> int:
+        """The evaluation prompts that judge a student in its training, and so are no evidence of it."""
+        return skipped_prompts(self.recipe, self.inputs)
 
 
 class RunRecord(Record):

@@ -21,6 +21,7 @@ from opd_mcp.schemas.runs import (
     Progress,
     RunRecord,
     RunState,
+    phase_label,
 )
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.runs import JOURNAL_FILE, cancel_requested_at, is_alive, read_record, run_directory
@@ -37,8 +38,8 @@ Answer = TypeVar("Answer")
 Kept = TypeVar("Kept")
 # What a kept fold holds of a view as it is.
 KEPT_FIELDS = (
-    *("phase", "phases_done", "alert_count", "result", "artifacts", "started_at", "phase_started_at", "finished_at"),
-    *("updated_at", "attempt", "written", "step", "records"),
+    *("phase", "round", "phases_done", "alert_count", "result", "artifacts", "started_at", "phase_started_at"),
+    *("finished_at", "updated_at", "attempt", "written", "step", "records"),
 )
 
 
@@ -53,6 +54,8 @@ class RunView:
     keep_series: bool = False
     state: RunState = "queued"
     phase: PhaseName | None = None
+    round: int | None = None
+    """Of several rounds, the number of the phase's."""
     phases_done: list[str] = field(default_factory=list)
     progress: Progress | None = None
     alerts: list[Alert] = field(default_factory=list)
@@ -92,8 +95,9 @@ class RunView:
         # The lock first: all that a process wrote before it ended is then seen; a finished run is never called lost.
         alive = is_alive(self.directory)
         self.fold()
-        if self._reader.damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
-            self._alert(self.updated_at or "", "damaged_journal", self._reader.damage.message)
+        damage = self._reader.damage
+        if damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
+            self._alert(self.updated_at or "", "damaged_journal", damage.message)
         self.state = state_of(self.written, alive)
         self.cancel_requested = cancel_requested_at(self.directory) if self.state in ACTIVE_STATES else None
         return self
@@ -124,7 +128,7 @@ class RunView:
         state = fold.state
         self._reader.resume(fold.offset, fold.digest, **state["reader"])
         for name in KEPT_FIELDS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name))  # one of an earlier version has no round
         self.progress = state["progress"] and Progress.model_validate(state["progress"])
         self.error = state["error"] and Failure.model_validate(state["error"])
         self.alerts = [Alert.model_validate(alert) for alert in state["alerts"]]
@@ -151,6 +155,11 @@ class RunView:
             "phases": [self._begun_phase, self._measured_phase],
             "pace": list(self._pace),
         }
+
+    @property
+    def damaged(self) -> bool:
+        """Whether lines of the journal could not be read."""
+        return self._reader.damage is not None
 
     @property
     def device_seconds(self) -> float:
@@ -214,6 +223,7 @@ class RunView:
         name: PhaseName = data["phase"]
         if data["event"] == "started":
             self.phase = self._begun_phase = name
+            self.round = data.get("round")
             self._find_reached()
             self.phase_started_at = time
             self.progress = None
@@ -222,8 +232,9 @@ class RunView:
         if data["event"] == "resumed":
             self._rewind(data["step"])
             return
-        if name not in self.phases_done:
-            self.phases_done.append(name)
+        label = phase_label(name, data.get("round"))
+        if label not in self.phases_done:
+            self.phases_done.append(label)
         if "cost" in data:
             self.costs.append(StageCost.model_validate(data["cost"]))
         if "artifact_id" in data:
@@ -363,13 +374,16 @@ class RunViews:
         return state
 
     def judgement(self, run_id: str) -> str | None:
-        """What the result of an ended run says that it came to, its journal read once; raises as `state`."""
+        """What the result of an ended run says that it came to, its journal read once; raises as `state`.
+
+        Of a damaged journal it says that: the line with the result may be the one that is missing.
+        """
         signature = _signature(self._workspace.run(run_id) / JOURNAL_FILE)
         with self._lock:
             known = self._judged.get(run_id)
         if known is not None and known[0] == signature:
             return known[1]
-        found = self.look(run_id, lambda view: (view.result or {}).get("verdict", {}).get("judgement"))
+        found = self.look(run_id, _judgement)
         self._keep(self._judged, run_id, (signature, found), MAX_STATES)
         return found
 
@@ -391,6 +405,10 @@ class RunViews:
             kept.move_to_end(run_id)
             while len(kept) > limit:
                 kept.popitem(last=False)
+
+
+def _judgement(view: RunView) -> str | None:
+    return "journal damaged" if view.damaged else (view.result or {}).get("verdict", {}).get("judgement")
 
 
 def _signature(journal: Path) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from opd_mcp.schemas.next_action import advice_text
 from opd_mcp.schemas.reports import BenchmarkReport, Curve, ShownAnswers
 from opd_mcp.schemas.requests import ReadDashboard
 from opd_mcp.schemas.resolve import changed_settings, leaves
-from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord, RunRow
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord, RunRow, phase_label
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.logs import log_page
 from opd_mcp.store.run_view import RunView
@@ -24,8 +24,9 @@ from opd_mcp.views.status import costs_by_stage, status_of
 MAX_RUNS = 4
 LISTED_RUNS, PAGE_RUNS = 30, 20
 CURVE_POINTS, PAGE_CURVE_POINTS, SPARK_POINTS = 80, 400, 24
-SHOWN_METRICS = (*LOSS_KEYS, "reverse_kl_k3", "mean_logprob", "accuracy", "gradient_norm")
-MAX_CURVES = 5
+HELD_OUT = ("held_out_reverse_kl", "held_out_accuracy")
+SHOWN_METRICS = (*HELD_OUT, *LOSS_KEYS, "reverse_kl_k3", "mean_logprob", "accuracy", "gradient_norm")
+MAX_CURVES = 7
 TRAINING = ("distill", "sft")
 LOG_LINES = 12
 CHECKPOINT = "step-"
@@ -91,7 +92,7 @@ def shown_run(record: RunRecord, view: RunView, points: int = CURVE_POINTS) -> D
             for source in (record.request.inputs.student or record.request.inputs.model, record.request.inputs.teacher)
             if source is not None
         ),
-        phases=[ShownPhase(name=phase.name, state=phase_state(view, phase.name)) for phase in record.request.phases],
+        phases=[ShownPhase(name=phase.label, state=phase_state(view, phase.label)) for phase in record.request.phases],
         progress=status.progress,
         eta_s=status.eta_s,
         elapsed_s=status.elapsed_s,
@@ -175,7 +176,7 @@ def checkpoint_marks(view: RunView) -> list[CurveMark]:
     """The checkpoints that a resumed run could begin with; a finished phase keeps none."""
     found = sorted((view.directory / CHECKPOINTS).glob(f"*/{CHECKPOINT}*"))
     return [
-        CurveMark(phase=path.parent.name, step=int(step), kind="checkpoint", text="checkpoint")
+        CurveMark(phase=path.parent.name.split(" ")[0], step=int(step), kind="checkpoint", text="checkpoint")
         for path in found
         if (step := path.name.removeprefix(CHECKPOINT)).isdecimal()
     ]
@@ -194,12 +195,12 @@ def documents(store: Store, record: RunRecord, view: RunView) -> list[RunDocumen
     return found
 
 
-def phase_state(view: RunView, name: str) -> str:
+def phase_state(view: RunView, label: str) -> str:
     """`done`, `running`, `stopped` or `waiting`."""
-    if name in view.phases_done:
+    if label in view.phases_done:
         return "done"
     if view.state in ACTIVE_STATES:
-        return "running" if name == view.phase else "waiting"
+        return "running" if view.phase and label == phase_label(view.phase, view.round) else "waiting"
     return "stopped" if view.state != "succeeded" else "done"
 
 

@@ -137,12 +137,22 @@ def _with_arguments(action: NextAction, judgement: str, record: RunRecord) -> Ne
     return action.model_copy(update={"arguments": given | {"overrides": overrides}, "missing": None})
 
 
+def _after_preparation(record: RunRecord) -> NextAction:
+    run_id, inputs = record.run_id, record.request.inputs
+    if record.request.kind == "generate":
+        return next_call("start_sft", "The responses are ready for SFT.", missing=["student"], responses=run_id)
+    sources = {role: getattr(inputs, role) for role in ("student", "teacher", "prompts")}
+    given = {role: source.reference for role, source in sources.items() if source.reference != "inline"}
+    why = "Read result: `overhead` has the costs and the diagnosis; plans now estimate by these speeds."
+    return next_call("plan_distillation", why, missing=[role for role in sources if role not in given], **given)
+
+
 def _after_success(record: RunRecord, *, benchmarked: bool = False) -> NextAction:
     run_id, inputs = record.run_id, record.request.inputs
     teacher = inputs.teacher.reference if inputs.teacher else None
     match record.request.kind:
-        case "generate":
-            return next_call("start_sft", "The responses are ready for SFT.", missing=["student"], responses=run_id)
+        case "generate" | "assess":
+            return _after_preparation(record)
         case "sft":
             why, missing = "The SFT student is ready; its teacher cache comes next.", ["teacher", "prompts"]
             return next_call("build_teacher_cache", why, missing=missing, student=run_id).filled(teacher=teacher)

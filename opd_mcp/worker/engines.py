@@ -71,10 +71,8 @@ class EngineProgram:
                 *("--api-key", key, "--enable-deterministic-inference"),
                 *(() if self.on_gpu else ("--device", "cpu")),
             ]
-        python = Path(self.program).name.startswith("python")
-        module = ("-m", "vllm.entrypoints.openai.api_server", "--model") if python else ("serve",)
         return [
-            *(self.program, *module, str(model.path), *common),
+            *(*vllm_command(self.program), str(model.path), *common),
             *("--served-model-name", model.path.name, "--max-model-len", length, "--seed", "0"),
             *("--max-logprobs", str(max(model.topk, MOST_LOGPROBS)), "--logprobs-mode", "raw_logprobs"),
             *("--generation-config", "vllm", "--no-enable-prefix-caching", "--uvicorn-log-level", "warning"),
@@ -95,6 +93,8 @@ class EngineProgram:
                 "TRITON_CACHE_DIR",
             )
         }
+        # Else a core that gives itself a title overwrites its environment, where the mark is (setproctitle).
+        titled = {"SPT_NOENV": "1"}
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         return {
@@ -102,10 +102,25 @@ class EngineProgram:
             **engine_environment(given),
             **caches,
             **quiet,
+            **titled,
             "VLLM_API_KEY": key,
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
             MARK: str(run),
         }
+
+
+def vllm_command(program: str) -> tuple[str, ...]:
+    """What starts vLLM's server: `vllm serve`, or for a Python its module.
+
+    The command of the CPU build, the package `vllm-cpu`, looks for the metadata of a package `vllm` and ends; it is
+    started by the Python next to it.
+    """
+    path = Path(program)
+    python = path if path.name.startswith("python") else path.with_name("python")
+    knows_itself = any(path.parent.parent.glob("lib/python*/site-packages/vllm-[0-9]*.dist-info"))
+    if python == path or (os.access(python, os.X_OK) and not knows_itself):
+        return (str(python), "-m", "vllm.entrypoints.openai.api_server", "--model")
+    return (program, "serve")
 
 
 def served_length(model: EngineModel) -> int:

@@ -44,11 +44,12 @@ class JournalReporter:
         """When the run must give up its device, by the monotonic clock."""
         self._alerts: Counter[str] = Counter()
 
-    def begin(self, phase: PhaseName) -> None:
-        """A phase of the run begins."""
+    def begin(self, phase: PhaseName, number: int | None = None) -> None:
+        """A phase of the run begins; `number` is that of its round, of several."""
         self.current = phase
         self.pulse.reset()
-        self._journal.append("phase", {"phase": phase, "event": "started"})
+        of_round = {} if number is None else {"round": number}
+        self._journal.append("phase", {"phase": phase, "event": "started", **of_round})
 
     def resumed(self, step: int) -> None:
         """The phase continues after a step of an earlier attempt; metrics of later steps are superseded."""

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opd_mcp.engine.context import (
+    AssessInputs,
     BenchmarkInputs,
     Context,
     DistillInputs,
     ExportInputs,
     ResponsesInputs,
     RolloutInputs,
+    RoundInputs,
     SampleInputs,
     ScoreInputs,
     SftInputs,
@@ -26,22 +28,33 @@ from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.planning.suites import suite_changes
+from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
     DistillRecipe,
     ExportRecipe,
+    Recipe,
     ResponsesRecipe,
     RolloutRecipe,
+    RuntimeRecipe,
     SampleRecipe,
     ScoreRecipe,
     SftRecipe,
     base_form,
     is_url,
 )
-from opd_mcp.schemas.reports import BenchmarkReport, Curve, GradedResponses, StageCost, TrainingSummary
+from opd_mcp.schemas.reports import (
+    Assessment,
+    BenchmarkReport,
+    Curve,
+    GradedResponses,
+    StageCost,
+    TrainingSummary,
+    summed_costs,
+)
 from opd_mcp.schemas.resolve import far_rates
-from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
+from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord, phase_label
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
 from opd_mcp.store.series import Points, thinned
@@ -82,6 +95,8 @@ class Stages(Protocol):
 
     def sample(self, section: SampleRecipe, inputs: SampleInputs, output: Path, context: Context) -> StageCost: ...
 
+    def assess(self, recipe: Recipe, inputs: AssessInputs, output: Path, context: Context) -> Assessment: ...
+
     def export(self, section: ExportRecipe, inputs: ExportInputs, output: Path, context: Context) -> StageCost: ...
 
 
@@ -113,14 +128,15 @@ class StageCalls:
         self.loading_seconds = time.perf_counter() - begun
         return stages
 
-    def compute(self, name: PhaseName, output: Path) -> StageCost:
-        """Run the stage of a phase into an empty or new directory; raises the stage's errors."""
-        context = replace(self.context, checkpoints=checkpoints_of(self.directory, name))
+    def compute(self, name: PhaseName, output: Path, number: int | None = None) -> StageCost:
+        """Run the stage of a phase, of a round's where `number` says it, into an empty or new directory.
+
+        Raises the stage's errors.
+        """
+        context = replace(self.context, checkpoints=checkpoints_of(self.directory, phase_label(name, number)))
         recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
-        if name in ("sft", "distill"):
-            student = self.record.request.inputs.student
-            for rate in far_rates(recipe, [name], student.parameters if student else None):
-                context.reporter.alert(rate.code, f"{rate.message} {rate.fix}")
+        if number in (None, 1):
+            self._tell_far_rates(name)
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
@@ -134,21 +150,17 @@ class StageCalls:
                 longest = None
                 if self._remote() is not None or is_url(recipe.score.engine):
                     # its identity is checked before the work, not after it
-                    longest = stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
-                rollouts = RolloutInputs(
-                    student=paths["student"],
-                    prompts=paths["prompts"],
-                    tokenizer=paths.get("teacher"),
-                    eval_prompts=paths.get("eval_prompts"),
-                    form=base_form(recipe.distill.adapter),
-                    longest=longest,
-                )
+                    longest = stages.check_teacher(recipe.score, TeacherInputs(**self._scorer(number)), context)
+                context = replace(context, runtime=runtime_of_round(context.runtime, number))
+                rollouts = self._rollout(number, longest)
                 cost = stages.rollout(recipe.rollout, rollouts, output, context)
             case "score":
-                scored = ScoreInputs(rollouts=paths["rollouts"], **self._scorer())
+                scored = ScoreInputs(rollouts=paths["rollouts"], **self._scorer(number))
                 cost = stages.score(recipe.score, scored, output, context)
             case "distill":
-                cost = training_cost(name, stages.distill(recipe.distill, self._distill(), output, context))
+                cost = training_cost(name, stages.distill(recipe.distill, self._distill(number), output, context))
+            case "assess":
+                cost = self._assessed(output, context)
             case "sample":
                 shown = SampleInputs(model=paths["model"], prompts=paths["prompts"])
                 cost = stages.sample(recipe.sample, shown, output, context)
@@ -162,12 +174,60 @@ class StageCalls:
                 cost = report_cost(stages.benchmark_task(recipe.benchmark, task, output, context))
             case _:
                 cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
-        return cost
+        return cost if number is None else cost.model_copy(update={"round": number})
 
-    def _scorer(self) -> dict[str, Any]:
+    def _tell_far_rates(self, name: PhaseName) -> None:
+        recipe, student = self.record.request.recipe, self.record.request.inputs.student
+        stages = [name] if name in ("sft", "distill") else []
+        for rate in far_rates(recipe, stages, student.parameters if student else None):
+            self.context.reporter.alert(rate.code, f"{rate.message} {rate.fix}")
+
+    def steps_taken(self) -> int:
+        """Of a distillation in rounds, the steps that those taken so far did."""
+        summary = TrainingSummary.from_json((self.paths["model"] / TRAINING_FILE).read_bytes())
+        return summary.round.last_step if summary.round else summary.steps
+
+    def _assessed(self, output: Path, context: Context) -> StageCost:
+        paths, started = self.paths, time.perf_counter()
+        pair = AssessInputs(student=paths["student"], teacher=paths["teacher"], prompts=paths["prompts"])
+        found = self.stages.assess(self.record.request.recipe, pair, output, context)
+        seconds, tokens = time.perf_counter() - started, sum(speed.tokens for speed in found.speeds)
+        return StageCost(stage="assess", seconds=seconds, tokens=tokens, device=found.hardware)
+
+    def _student(self, number: int | None) -> Path:
+        """What a round draws its rollouts from and begins with."""
+        return self.paths["model" if number is not None and number > 1 else "student"]
+
+    def _round(self, number: int) -> RoundInputs:
+        distill = self.record.request.recipe.distill
+        final, until_stale = number == distill.rounds, distill.round_trigger == "stale"
+        return RoundInputs(
+            number=number,
+            first=self.steps_taken() if number > 1 else 0,
+            last=distill.steps if final or until_stale else distill.steps_before(number + 1),
+            final=final,
+            origin=self.paths["student"],
+            before=self.paths["model"] if number > 1 else None,
+            until_stale=until_stale and not final,
+        )
+
+    def _rollout(self, number: int | None, longest: int | None) -> RolloutInputs:
+        paths, distill = self.paths, self.record.request.recipe.distill
+        return RolloutInputs(
+            student=self._student(number),
+            prompts=paths["prompts"],
+            tokenizer=paths.get("teacher"),
+            eval_prompts=paths.get("eval_prompts"),
+            form=base_form(distill.adapter),
+            longest=longest,
+            most=distill.rows_of_round(number) if number else None,
+            skipped=distill.batch_size * distill.steps_before(number) if number else 0,
+        )
+
+    def _scorer(self, number: int | None = None) -> dict[str, Any]:
         """The fields of TeacherInputs."""
         return {
-            "student": self.paths["student"],
+            "student": self._student(number),
             "teacher": self.paths.get("teacher"),
             "remote": self._remote(),
             "sft_teacher": self._claim(),
@@ -197,12 +257,18 @@ class StageCalls:
             grading=self.record.request.recipe.benchmark,
         )
 
-    def _distill(self) -> DistillInputs:
+    def _distill(self, number: int | None) -> DistillInputs:
         request, paths = self.record.request, self.paths
-        student, allowed = paths["student"], request.inputs.allow_teacher_mismatch
+        student, allowed = self._student(number), request.inputs.allow_teacher_mismatch
         if request.recipe.distill.method == "lightning":
             return DistillInputs(
-                student=student, cache=paths["cache"], sft_teacher=self._claim(), allow_teacher_mismatch=allowed
+                student=student,
+                cache=paths["cache"],
+                sft_teacher=self._claim(),
+                allow_teacher_mismatch=allowed,
+                round=None if number is None else self._round(number),
+                judge=paths.get("teacher"),
+                **self._held_out(),
             )
         return DistillInputs(
             student=student,
@@ -211,7 +277,15 @@ class StageCalls:
             rollout=request.recipe.rollout,
             sft_teacher=self._claim(),
             allow_teacher_mismatch=allowed,
+            **self._held_out(),
         )
+
+    def _held_out(self) -> dict[str, Any]:
+        """What judges a student in its training, where the recipe asks for it."""
+        recipe = self.record.request.recipe
+        if recipe.distill.evaluate_steps is None:
+            return {}
+        return {"held_out": self.paths.get("eval_prompts"), "grading": recipe.benchmark}
 
     def _task(self) -> TaskInputs | None:
         """The inputs of a benchmark that is a task of lm-eval; None for one with prompts."""
@@ -241,8 +315,9 @@ class StageCalls:
             prompts=self._benchmark_prompts(),
             recipe_hash=self.record.request.recipe.content_hash(),
             teacher=self.paths.get("teacher"),
-            costs=self.costs,
+            costs=summed_costs(self.costs),
             alerts=view.alerts,
+            skipped=self.record.request.skipped_prompts,
             planned_seconds=self.record.expected_phase_seconds,
             curves=told_curves(view.series),
         )
@@ -323,6 +398,13 @@ def told_curves(series: Mapping[str, Points]) -> list[Curve]:
 def checkpoints_of(run: Path, phase: str) -> Path:
     """Where a phase of a run keeps its checkpoints."""
     return run / CHECKPOINTS / phase
+
+
+def runtime_of_round(runtime: RuntimeRecipe, number: int | None) -> RuntimeRecipe:
+    """The runtime with the seed that a later round draws with: with the first round's its samples would be alike."""
+    if number is None or number == 1:
+        return runtime
+    return runtime.model_copy(update={"seed": int(content_hash(["round", runtime.seed, number])[:7], 16)})
 
 
 def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 from opd_mcp.schemas.answers import (
+    ComparedArm,
     ComparedRun,
     CurveMark,
     DashboardFeed,
@@ -78,6 +79,8 @@ def finished_run() -> DashboardRun:
         phases=[ShownPhase(name=name, state="done") for name in PHASES],
         elapsed_s=141,
         curves=[
+            falling("distill.held_out_reverse_kl", 8, 1.2, 0.1),
+            falling("distill.held_out_accuracy", 8, 0.3, 0.8),
             falling("distill.reverse_kl_k1", 100, 0.7, 0.05),
             falling("distill.loss", 100, 0.3, -0.05, 0.4),
             falling("distill.reverse_kl_k3", 100, 300, 20, 0.2),
@@ -142,7 +145,7 @@ def running_run() -> DashboardRun:
         "costs": done.costs[:4],
         "scores": {},
         "comparisons": [],
-        "curves": done.curves[:4],
+        "curves": done.curves[2:6],
         "alerts": [],
         "detail": done.detail.model_copy(update={"samples": [], "documents": []}),
     }
@@ -175,6 +178,10 @@ def compared(runs: list[DashboardRun]) -> RunComparison:
         runs=rows,
         best=rows[0].run_id,
         paired=[pair],
+        arms=[
+            ComparedArm(arm="asked", runs=3, accuracy=0.868, reverse_kl=0.101, seconds=141.0),
+            ComparedArm(arm="live", runs=3, accuracy=0.596, seconds=230.0, gain=(0.272, 0.229, 0.315)),
+        ],
         notes=["The best of 2 was chosen by these figures, which flatters it."],
         next_action=NextAction(why="Measure the best on prompts that chose nothing."),
     )

@@ -111,6 +111,7 @@ def test_it_opens_on_the_run_that_runs_and_shows_everything_of_a_finished_one(br
     for part in ("lightning-student minus sft-student", "0.499 to 0.597", "planned 45 s", "distill.steps", "Report"):
         assert part in shown
     assert "kl_rising at step 160" in shown
+    assert browser.value("document.querySelector('.chart h3').textContent").startswith("distill: reverse KL on fresh")
     assert "checkpoint at step 300" in shown
     answers = browser.value("[...document.querySelectorAll('.answer pre')].map((e) => e.textContent)")
     assert answers[:3] == ["17 + 25 = 41\n#### 41■", "17 + 25 = 42\n#### 42■", "17 + 25 = 42\n#### 42"]
@@ -123,6 +124,7 @@ def test_ticked_runs_are_compared_and_coloured_by_a_setting(browser, page):
     browser.value("document.querySelector('[aria-label=\"Compare lightning sampled, 400 steps\"]').click()")
     browser.wait("document.querySelectorAll('.compared tbody tr').length === 2")
     assert "worse" in browser.value("document.querySelector('.compared').innerText")
+    assert "0.229 to 0.315" in browser.value("document.getElementById('summary').innerText")  # an arm, over its seeds
     chart = '[data-chart="distill.loss"] .key'
     labels = f"[...document.querySelectorAll('{chart} span:not(.dot)')].map((e) => e.textContent)"
     assert browser.value(labels)[1].startswith("lightning sampled")

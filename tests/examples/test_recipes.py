@@ -3,7 +3,7 @@
 import pytest
 
 from opd_mcp.demo import TOPK_STEPS
-from opd_mcp.planning.run_requests import distillation_recipe
+from opd_mcp.planning.asked_recipes import distillation_recipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.resolve import recipe_arguments, resolve_recipe
 

@@ -26,7 +26,9 @@ def test_local_is_the_absence_of_an_engine():
     assert "rescore" not in plain.rollout.to_dict()
 
 
-@pytest.mark.parametrize("value", ["tgi", "ftp://host", "127.0.0.1:8000", 3])
+@pytest.mark.parametrize(
+    "value", ["tgi", "ftp://host", "127.0.0.1:8000", 3, [], ["vllm"], f"{URL},vllm", f"{URL},{URL}"]
+)
 def test_what_is_no_engine_is_refused(value):
     with pytest.raises(ArgumentError, match=r"invalid_argument.*rollout\.engine"):
         resolve_recipe("quick", {"rollout.engine": value})
@@ -40,6 +42,17 @@ def test_a_url_must_be_of_an_allowed_host():
     assert with_engines(resolve_recipe("quick", {"score.engine": URL}), EngineSettings(), ())[1] == []
     with pytest.raises(ArgumentError, match=r"invalid_argument"):
         with_engines(resolve_recipe("quick", {"score.engine": "http://user:key@127.0.0.1"}), EngineSettings(), ())
+
+
+def test_several_urls_are_one_engine_each_of_an_allowed_host():
+    text = "http://127.0.0.1:1, http://gpu.example:2"
+    recipe = resolve_recipe("quick", {"rollout.engine": text})
+    assert recipe.rollout.engine == "http://127.0.0.1:1,http://gpu.example:2"
+    listed = resolve_recipe("quick", {"rollout.engine": text.split(", ")})
+    assert listed.content_hash() == recipe.content_hash()
+    assert with_engines(recipe, EngineSettings(), ("gpu.example",)) == (recipe, [])
+    with pytest.raises(ArgumentError, match="teacher_host_not_allowed"):
+        with_engines(recipe, EngineSettings(), ())
 
 
 def test_a_managed_engine_must_be_named_by_the_settings(program):

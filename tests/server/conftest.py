@@ -158,6 +158,9 @@ class ScriptedService:
     def start_distillation(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("start_distillation", "distill", arguments)
 
+    def assess_overhead(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("assess_overhead", "assess", arguments)
+
     def benchmark_student(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("benchmark_student", "benchmark", arguments)
 

@@ -11,6 +11,7 @@ MODELS = {"student": "/data/student", "teacher": "/data/teacher", "prompts": "/d
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "inspect_setup": ("setup", {}),
     "plan_distillation": ("plan", MODELS),
+    "assess_overhead": ("assess_overhead", MODELS),
     "generate_teacher_responses": ("generate_teacher_responses", {"teacher": "/data/t", "prompts": ["1+1=?"]}),
     "start_sft": ("start_sft", {"student": "/data/s", "responses": "responses-1"}),
     "build_teacher_cache": ("build_teacher_cache", MODELS | {"topk": 8}),

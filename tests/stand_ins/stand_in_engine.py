@@ -22,11 +22,15 @@ class Wire(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, name: str, answer, port: int = 0, *, length: int = 4096, key: str | None = None) -> None:
+    def __init__(
+        self, name: str, answer, port: int = 0, *, length: int = 4096, key: str | None = None, version: str = "0.32.0"
+    ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.name, self.answer, self.length, self.key = name, answer, length, key
+        self.name, self.answer, self.length, self.key, self.version = name, answer, length, key, version
         self.asked: list[dict] = []
         self.healthy = lambda: True
+        self.dead = threading.Event()
+        """While it is set, connections end without an answer, as those of a killed process do."""
 
     @property
     def url(self) -> str:
@@ -46,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         card = {"id": self.server.name, "object": "model", "owned_by": "vllm", "max_model_len": self.server.length}
-        answers = {"/v1/models": {"object": "list", "data": [card]}, "/version": {"version": "0.32.0"}}
+        answers = {"/v1/models": {"object": "list", "data": [card]}, "/version": {"version": self.server.version}}
         if self.path == "/health":
             self._answer(200 if self.server.healthy() else 503, {})
         elif self.path in answers and self._allowed():
@@ -72,6 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.server.key is None or self.headers.get("Authorization") == f"Bearer {self.server.key}"
 
     def _answer(self, status: int, body: dict) -> None:
+        if self.server.dead.is_set():
+            self.close_connection = True
+            return
         content = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))

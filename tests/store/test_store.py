@@ -43,6 +43,21 @@ def test_a_new_run_is_queued_and_its_lock_is_the_callers(store, make_record):
     assert store.view(started.run_id).state == "lost"
 
 
+def test_a_list_says_that_a_journal_is_damaged_instead_of_leaving_out_its_judgement(store, make_record):
+    started = store.start_once(make_record())
+    journal = store.workspace.run(started.run_id) / JOURNAL_FILE
+    with JournalWriter(journal, 1) as writer:
+        writer.append("state", {"state": "running"})
+        writer.append("result", {"verdict": {"judgement": "worse"}})
+        writer.append("state", {"state": "succeeded"})
+    started.lock.release()
+    assert store.list_runs().rows[0].note == "worse"
+
+    journal.write_bytes(journal.read_bytes().replace(b"worse", b"morse"))
+    [row] = Store(store.workspace).list_runs().rows
+    assert (row.state, row.note) == ("succeeded", "journal damaged")
+
+
 def test_an_identical_request_finds_the_active_run(store, make_record):
     first = store.start_once(make_record("a"))
     again, other = store.start_once(make_record("a")), store.start_once(make_record("b"))

@@ -16,7 +16,7 @@ from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.runs import EngineSettings
 from opd_mcp.store.workspace import Workspace, read_settings
 from opd_mcp.worker import engines
-from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, marked
+from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, marked, vllm_command
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 STAND_IN = Path(__file__).resolve().parents[1] / "stand_ins" / "stand_in_engine.py"
@@ -166,6 +166,13 @@ def test_an_engine_inherits_no_secret_and_nothing_of_this_python():
     assert engine_environment(given) == {"PATH": "/bin", "VLLM_CPU_KVCACHE_SPACE": "4"}
 
 
+def test_a_process_that_gives_itself_a_title_keeps_its_mark(tmp_path):
+    """setproctitle, which vLLM's cores call, else writes over the environment that `marked` reads."""
+    program = EngineProgram("vllm", "/opt/bin/vllm", tmp_path, on_gpu=False)
+    environment = program.environment({}, tmp_path / "run", "key")
+    assert (environment["SPT_NOENV"], environment[engines.MARK]) == ("1", str(tmp_path / "run"))
+
+
 def test_settings_name_engines_and_nothing_else(tmp_path):
     workspace = Workspace(tmp_path / "home")
     (workspace.root / "settings.toml").write_text('[engines]\nvllm = "/opt/vllm/bin/vllm"\nrestarts = 1\n')
@@ -178,8 +185,15 @@ def test_settings_name_engines_and_nothing_else(tmp_path):
 
 def test_a_python_starts_vllm_as_a_module_and_sglang_is_told_to_be_deterministic(tmp_path):
     model = EngineModel(EXAMPLE / "teacher", "bfloat16", 10, topk=32)
-    vllm = EngineProgram("vllm", "/opt/bin/python3.11", tmp_path, on_gpu=False).command(model, 7, "key")
-    assert vllm[:3] == ["/opt/bin/python3.11", "-m", "vllm.entrypoints.openai.api_server"]
+    python, command = tmp_path / "bin" / "python", tmp_path / "bin" / "vllm"
+    python.parent.mkdir()
+    assert vllm_command(str(command)) == (str(command), "serve")
+    python.touch(mode=0o755)
+    assert vllm_command(str(command)) == vllm_command(str(python)), "the CPU build's own command does not start"
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "vllm-0.32.0.dist-info").mkdir(parents=True)
+    assert vllm_command(str(command)) == (str(command), "serve")
+    vllm = EngineProgram("vllm", str(python), tmp_path, on_gpu=False).command(model, 7, "key")
+    assert vllm[:3] == [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     assert vllm[vllm.index("--max-logprobs") + 1] == "32"
     assert "--enforce-eager" in vllm
     sglang = EngineProgram("sglang", "/opt/bin/python", tmp_path, on_gpu=True).command(model, 7, "key")

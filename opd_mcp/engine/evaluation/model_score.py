@@ -5,7 +5,7 @@ Reverse KL and entropy are exact over the vocabulary on given sequences.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -123,6 +123,20 @@ def score_model(
     ratios = draw.token_ratios(first, task.teacher) if task.teacher and model is not task.teacher else []
     by_id = dict(zip(ids, ratios, strict=False))
     return Scored(score, measured.greedy_correct, measured.sampled_shares, shown, by_id)
+
+
+def asked(row: PromptRow, template: str | None) -> PromptRow:
+    """The prompt within the template; of a chat, its last turn that is the user's and a text."""
+    if template is None:
+        return row
+    if row.prompt is not None:
+        return replace(row, prompt=template.replace("{prompt}", row.prompt))
+    turns = list(row.messages or ())
+    for number in reversed(range(len(turns))):
+        if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
+            turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
+            break
+    return replace(row, messages=tuple(turns))
 
 
 def _outcomes(correct: NDArray[np.float64] | None) -> str | None:

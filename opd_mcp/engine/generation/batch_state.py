@@ -97,7 +97,7 @@ def draw_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) 
         return (probabilities / noise).argmax(dim=-1)
     if probabilities.device.type != "cpu":  # how many candidates there are is a question that waits for the device
         return (nucleus(probabilities, sampling.top_p) / noise).argmax(dim=-1)
-    return drawn_among_candidates(probabilities, noise, sampling.top_p)
+    return drawn_in_nucleus(probabilities, noise, sampling.top_p)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -114,6 +114,29 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 LEAST_TAIL = 1e-4
 # Tokens less likely than the likeliest one by more than this are mostly outside of the nucleus.
 FAR_BELOW = 4096.0
+
+
+def drawn_in_nucleus(probabilities: Tensor, noise: Tensor, top_p: float) -> Tensor:
+    """The argmax [B] of nucleus(probabilities) / noise, to the bit, where the nucleus is not asked for by most rows.
+
+    The argmax over the whole vocabulary is that of the nucleus wherever it lies in it, which it does with probability
+    top_p. It surely does where its own probability exceeds 1 − top_p, and where the tokens at least as likely have
+    little enough mass.
+    """
+    drawn = (probabilities / noise).argmax(dim=-1)
+    of_drawn = probabilities.gather(1, drawn[:, None])
+    unsure = (of_drawn[:, 0] <= 1 - top_p + LEAST_TAIL).nonzero()[:, 0]
+    if len(unsure) > 0:
+        some, limit = _rows(probabilities, unsure), of_drawn[unsure]
+        mass_before = torch.where(some >= limit, some, 0.0).sum(dim=-1) - limit[:, 0]
+        outside = unsure[mass_before >= top_p - LEAST_TAIL / 2]
+        if len(outside) > 0:
+            drawn[outside] = drawn_among_candidates(_rows(probabilities, outside), _rows(noise, outside), top_p)
+    return drawn
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    return values if len(rows) == len(values) else values[rows]
 
 
 def drawn_among_candidates(probabilities: Tensor, noise: Tensor, top_p: float) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -26,19 +27,29 @@ from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import open_runtime, seed_for
 from opd_mcp.engine.scoring.connection import Access, Patience, Refusal
 from opd_mcp.engine.scoring.dialects import PATHS, Dialect, WireError
+from opd_mcp.engine.scoring.lines import one_of_several
 from opd_mcp.engine.scoring.local import GAP_ROWS, ROUNDING, engine_gap
-from opd_mcp.engine.scoring.remote import PROBE_TOKENS, WRONG_ANSWERS, RemoteScorer, open_remote, probe_ids
+from opd_mcp.engine.scoring.remote import (
+    BYTES_PER_ENTRY,
+    PROBE_TOKENS,
+    WRONG_ANSWERS,
+    RemoteScorer,
+    open_remote,
+    probe_ids,
+    side_by_side,
+)
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.cache import COARSEST_DTYPE, ENGINE_GAP_BOUNDS, EngineGap
-from opd_mcp.schemas.errors import ConsistencyError, DataError, PathError, RunError
+from opd_mcp.schemas.errors import ConsistencyError, DataError, PathError, ResourceError, RunError
 from opd_mcp.schemas.identity import EngineFacts, RemoteTeacher
-from opd_mcp.schemas.recipes import Sampling, is_url
+from opd_mcp.schemas.recipes import Sampling, is_url, urls_of
 
 # A response is one answer, which comes when its last token is drawn.
 GENERATING = Patience(timeout_s=1800.0, total_s=1800.0)
 MOST_REQUESTS = 128
 ONE_BY_ONE = 2  # requests at a time to our own server, which draws one response at a time
 BYTES_PER_TOKEN = 400
+ANSWERS_BYTES = 1 << 29  # of scores that are read at the same time
 PROBE_TEMPERATURE = 0.5
 # Nats: mean distance of the probe's two scores. Rounding in bf16 is far below it, log-probs after temperature above.
 PROBE_DISTANCE = 0.05
@@ -144,10 +155,10 @@ class ServedGenerator:
         Raises DataError `too_long` before any row where one does not fit the server's context, RunError `bad_rows` for
         an answer that stays wrong, ConsistencyError `engine_untrue`.
         """
-        require_room(room_for(prompts, settings.sampling), self.scorer.max_length, self.scorer.server.url)
-        self.scorer.prove()
-        lines = self.scorer.lines.maxsize
-        pool = ThreadPoolExecutor(min(lines, ONE_BY_ONE) if self.scorer.dialect == "opd-mcp" else lines)
+        scorer = self.scorer
+        require_room(room_for(prompts, settings.sampling), scorer.max_length, scorer.server.url)
+        scorer.prove()
+        pool = ThreadPoolExecutor(len(scorer.connections))
         longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row].ids))
         drawn: dict[int, Generated] = {}
         futures = {pool.submit(self._row, prompts[row].ids, settings, row): row for row in longest_first}
@@ -156,12 +167,16 @@ class ServedGenerator:
                 drawn[futures[future]] = future.result()
                 on_batch(len(drawn))
         except BaseException:
-            self.scorer.server.stopped.set()  # the others would only wait for the same server
+            scorer.lines.stop()  # the others would only wait for the same servers
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        self.scorer.prove()
+        scorer.prove()
         return as_sequences(prompts, [drawn[row] for row in range(len(prompts))])
+
+    def each(self) -> "list[ServedGenerator]":
+        """Every server alone."""
+        return [ServedGenerator(scorer, self.facts) for scorer in self.scorer.each()]
 
     def _row(self, ids: Sequence[int], settings: GenerationSettings, row: int) -> Generated:
         """One response; a tail of the vocabulary that means nothing is never drawn, so such a row is drawn again."""
@@ -181,8 +196,11 @@ class ServedGenerator:
         body = draw_body(dialect, self.scorer.model, ask)
         for _ in range(WRONG_ANSWERS):
             try:
-                with self.scorer.proven_line() as line:
-                    return read_drawn(dialect, line.server.ask("POST", PATHS[dialect], body, max_bytes=limit), ask)
+                return self.scorer.lines.served(
+                    lambda line: read_drawn(
+                        dialect, line.server.ask("POST", PATHS[dialect], body, max_bytes=limit), ask
+                    )
+                )
             except WireError as error:
                 why = str(error)
             except Refusal as refusal:
@@ -211,8 +229,8 @@ def require_room(needed: int, room: int | None, who: str) -> None:
 
 
 @contextmanager
-def engine_address(wish: EngineWish, context: Context) -> Iterator[EngineAddress]:
-    """Where the engine answers: at its URL, or as long as the block where it is started for it.
+def engine_addresses(wish: EngineWish, context: Context) -> Iterator[list[EngineAddress]]:
+    """Where the engine answers: at its URLs, or as long as the block where it is started for it.
 
     Raises PathError `unsupported_adapter` for an adapter: what engines load is a whole model.
     """
@@ -224,10 +242,47 @@ def engine_address(wish: EngineWish, context: Context) -> Iterator[EngineAddress
             fix="Save the student merged ('sft.adapter.save': 'merged'), or use the engine 'local'.",
         )
     if is_url(wish.kind):
-        yield EngineAddress(wish.kind, context.teacher_key)
+        yield [EngineAddress(url, context.teacher_key) for url in urls_of(wish.kind)]
         return
     with context.start_engine(wish) as address:
-        yield address
+        yield [address]
+
+
+@contextmanager
+def opened_engine(
+    wish: EngineWish, requests: int, context: Context, patience: Patience | None = None
+) -> Iterator[tuple[RemoteScorer, EngineFacts]]:
+    """The model of a directory on an engine, for the block's time, and what a record says of the engine.
+
+    `requests` are those to a server at a time. Of several servers those that do not answer are left out, with the alert
+    `engine_lost`; one must. Raises what `open_remote` and `side_by_side` raise.
+    """
+    with engine_addresses(wish, context) as addresses, ExitStack() as stack:
+        several, opened, lost = len(addresses) > 1, list[RemoteScorer](), list[ResourceError]()
+        for address in addresses:
+            access = engine_access(address, context, patience)
+            try:
+                scorer = open_remote(
+                    RemoteTeacher(name=wish.model.name, url=address.url),
+                    wish.model,
+                    files=wish.model,
+                    concurrency=requests,
+                    topk=wish.topk,
+                    access=replace(access, patience=one_of_several(access.patience)) if several else access,
+                )
+            except ResourceError as error:
+                if not several or error.code != "engine_unreachable":
+                    raise
+                context.reporter.alert("engine_lost", f"{address.url} is left out. {error.message}")
+                lost.append(error)
+                continue
+            stack.callback(scorer.close)
+            opened.append(scorer)
+        if not opened:
+            raise lost[-1]
+        engine = side_by_side(opened, partial(context.reporter.alert, "engine_lost"))
+        stack.callback(engine.close)
+        yield engine, engine_facts(engine, addresses[0])
 
 
 def engine_access(address: EngineAddress, context: Context, patience: Patience | None = None) -> Access:
@@ -258,19 +313,29 @@ def opened_generator(
             fix="Use the engine 'local', or leave out 'distill.adapter.quantization'.",
         )
     wish = EngineWish(engine, model.path, context.runtime.dtype, length)
-    with ExitStack() as stack:
-        address = stack.enter_context(engine_address(wish, context))
-        scorer = open_remote(
-            RemoteTeacher(name=model.path.name, url=address.url),
-            model.path,
-            files=model.path,
-            concurrency=min(requests, MOST_REQUESTS),
-            access=engine_access(address, context, GENERATING),
-        )
-        stack.callback(scorer.close)
-        generator = ServedGenerator(scorer, engine_facts(scorer, address))
-        require_raw(generator)
+    with opened_engine(wish, min(requests, MOST_REQUESTS), context, GENERATING) as (scorer, facts):
+        generator = ServedGenerator(with_fewer(scorer, ONE_BY_ONE) if scorer.dialect == "opd-mcp" else scorer, facts)
+        for one in generator.each():
+            require_raw(one)
         yield generator
+
+
+def with_fewer(scorer: RemoteScorer, requests: int) -> RemoteScorer:
+    """The scorer with so many requests at a time to each of its servers."""
+    parts = tuple(with_fewer(part, requests) for part in scorer.parts)
+    return replace(scorer, connections=scorer.connections[: requests * max(len(parts), 1)], parts=parts)
+
+
+@contextmanager
+def opened_scorer(wish: EngineWish, concurrency: int, context: Context) -> Iterator[tuple[RemoteScorer, EngineFacts]]:
+    """As `opened_engine`, to score rows that are there: with as many at a time as their answers' memory allows.
+
+    vLLM and SGLang batch by themselves what waits for them; our own server takes `concurrency` requests at a time.
+    """
+    row_bytes = max(wish.length, 1) * (wish.topk + 2) * BYTES_PER_ENTRY
+    requests = max(concurrency, min(MOST_REQUESTS, ANSWERS_BYTES // row_bytes))
+    with opened_engine(wish, requests, context) as (scorer, facts):
+        yield with_fewer(scorer, concurrency) if scorer.dialect == "opd-mcp" else scorer, facts
 
 
 def engine_facts(scorer: RemoteScorer, address: EngineAddress) -> EngineFacts:
@@ -289,7 +354,7 @@ def require_raw(generator: ServedGenerator) -> None:
     prompt = probe_ids(scorer.tokens)[:size]
     sampling = Sampling(temperature=PROBE_TEMPERATURE, max_new_tokens=size)
     drawn = generator._asked(Ask(prompt, sampling, (), seed_for(0, "generation probe")))
-    scores = scorer.row_scores(scorer.server, [*prompt, *drawn.response_ids], len(prompt), 0)
+    scores = scorer.row_scores(scorer.connections[0], [*prompt, *drawn.response_ids], len(prompt), 0)
     if isinstance(scores, str):
         raise generator._bad_row(scores)
     distance = float(np.abs(np.array(scores.logprobs) - np.array(drawn.logprobs)).mean())
@@ -312,9 +377,12 @@ def first_gap(
 ) -> EngineGap | None:
     """How far a generator's log-probs of its first rows are from the model's here, before hours of work.
 
-    Raises RunError `engine_disagrees`: an engine serves another model, or does not compute this one.
+    Of several servers each draws them; the largest distance counts. Raises RunError `engine_disagrees`: an engine
+    serves another model, or does not compute this one.
     """
-    return generator_gap(generator, generator.draw(prompts[:GAP_ROWS], settings), local, context)
+    every = generator.each() if isinstance(generator, ServedGenerator) else [generator]
+    gaps = [generator_gap(one, one.draw(prompts[:GAP_ROWS], settings), local, context) for one in every]
+    return max((gap for gap in gaps if gap is not None), key=lambda gap: gap.mean, default=None)
 
 
 def generator_gap(generator: Generator, drawn: Sequences, local: LoadedModel, context: Context) -> EngineGap | None:
@@ -332,6 +400,12 @@ def generator_gap(generator: Generator, drawn: Sequences, local: LoadedModel, co
             "'rollout.rescore' = 'local' stores the trainer's own instead.",
         )
     return gap
+
+
+def require_fits(generator: Generator, needed: int) -> None:
+    """Raise DataError `too_long` where an engine's context has no room for the longest of all rows."""
+    if isinstance(generator, ServedGenerator):
+        require_room(needed, generator.scorer.max_length, generator.scorer.server.url)
 
 
 def room_for(prompts: Sequence[EncodedPrompt], sampling: Sampling) -> int:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class Patience:
 
     `timeout_s` is for each wait on the connection, `total_s` for the whole request: a server that sends a byte now and
     then would never exceed the first. A server that has once shown who it is is asked for `proven_s` at least: it may
-    be starting again, which takes minutes.
+    be starting again, which takes minutes. `busy_s`, where given, is instead for one that says that it is busy (429).
     """
 
     timeout_s: float = 120.0
@@ -36,6 +36,7 @@ class Patience:
     first_pause_s: float = 0.5
     longest_pause_s: float = 30.0
     proven_s: float = 600.0
+    busy_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,29 +66,62 @@ class Refusal(Exception):
 class _Retry(Exception):
     """Something that may pass: a status, a broken connection, an answer cut short."""
 
-    def __init__(self, why: str, pause_s: float | None = None) -> None:
+    def __init__(self, why: str, pause_s: float | None = None, *, busy: bool = False) -> None:
         super().__init__(why)
-        self.pause_s = pause_s
+        self.pause_s, self.busy = pause_s, busy
+
+
+class Flow:
+    """How many requests a server is sent at a time: half as many once it says that it is busy, then one more after as
+    many answers as are sent together (the rule of TCP's congestion control, RFC 5681)."""
+
+    def __init__(self) -> None:
+        self.limit = float("inf")
+        self._sent = self._begun = self._halved = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def turn(self, require_going: Callable[[], None]) -> Iterator[int]:
+        """One request's time, once there is room for it; its number."""
+        with self._changed:
+            while self._sent + 1 > self.limit:
+                require_going()
+                self._changed.wait(LOOK_SECONDS)
+            self._sent, self._begun = self._sent + 1, self._begun + 1
+            number = self._begun
+        try:
+            yield number
+        finally:
+            with self._changed:
+                self._sent -= 1
+                self._changed.notify_all()
+
+    def was_busy(self, number: int) -> None:
+        """The server had no room for a request; those sent before the last halving say nothing new."""
+        with self._changed:
+            if number > self._halved:
+                # Its own turn is over.
+                self.limit, self._halved = max(min(self.limit, self._sent + 1) // 2, 1.0), self._begun
+
+    def was_answered(self) -> None:
+        """The server answered a request."""
+        with self._changed:
+            self.limit += 1 / self.limit
 
 
 class Server:
     """A server's address and one connection to it, opened again when it is lost, for one thread at a time.
 
     `opened` counts the connections: who answers over a new one may be another server. `known` is set once the server
-    has shown who it is.
+    has shown who it is, `absent` while it does not answer when its health is asked for: requests to it end at once.
     """
 
-    def __init__(
-        self,
-        url: str,
-        access: Access | None = None,
-        stopped: threading.Event | None = None,
-        known: threading.Event | None = None,
-    ) -> None:
+    def __init__(self, url: str, access: Access | None = None, stopped: threading.Event | None = None) -> None:
         self.url, self.access = url, access or Access()
-        self.stopped, self.known = stopped or threading.Event(), known or threading.Event()
+        self.stopped, self.known, self.absent = stopped or threading.Event(), threading.Event(), threading.Event()
+        self.flow = Flow()
         self.opened = 0
-        self._turn = _Turn(self._require_going)
+        self._turn = _Turn(self.require_going)
 
     @cached_property
     def _client(self) -> Any:
@@ -95,7 +129,15 @@ class Server:
 
     def another(self) -> "Server":
         """Another connection to the same server; `close` of either ends the requests of both."""
-        return Server(self.url, self.access, self.stopped, self.known)
+        other = Server(self.url, self.access, self.stopped)
+        other.known, other.absent, other.flow = self.known, self.absent, self.flow
+        return other
+
+    def asked_with(self, patience: Patience) -> "Server":
+        """Another connection to the same server, asked with another patience, and also while it is absent."""
+        other = self.another()
+        other.access, other.absent = replace(self.access, patience=patience), threading.Event()
+        return other
 
     def ask(self, method: str, path: str, body: Any = None, *, max_bytes: int = 1 << 24) -> Any:
         """The JSON of the answer.
@@ -104,15 +146,18 @@ class Server:
         failed, RunError `run_cancelled` when asked to stop.
         """
         patience, begun = self.access.patience, time.monotonic()
-        pause, failures = patience.first_pause_s, list[str]()
+        pause, failures, busy = patience.first_pause_s, list[str](), False
         while True:
-            self._require_going()
+            self.require_going()
             try:
                 return self._once(method, path, body, max_bytes)
             except _Retry as retry:
                 failures.append(str(retry))
+                busy = retry.busy
                 wait = pause * random.uniform(0.5, 1.0) if retry.pause_s is None else retry.pause_s
-            returning = self.known.is_set() and time.monotonic() - begun < patience.proven_s
+            waited = time.monotonic() - begun
+            longest = patience.busy_s if busy and patience.busy_s is not None else patience.proven_s
+            returning = self.known.is_set() and waited < longest
             if len(failures) >= patience.attempts and not returning:
                 raise self._unreachable(failures)
             self.stopped.wait(min(wait, patience.longest_pause_s))
@@ -120,11 +165,12 @@ class Server:
 
     def _unreachable(self, failures: list[str]) -> ResourceError:
         role, resumes = self.access.role, self.access.resumes
+        tries = f"{len(failures)} attempt{'s' * (len(failures) > 1)}"
         first = f"the first: {failures[0]}; " if failures[0] != failures[-1] else ""
         then = "then resume the run: finished shards are kept" if resumes else "then ask again: no file was changed"
         return ResourceError(
             f"{role}_unreachable",
-            f"The {role}'s server gave no usable answer in {len(failures)} attempts; {first}the last: {failures[-1]}.",
+            f"The {role}'s server gave no usable answer in {tries}; {first}the last: {failures[-1]}.",
             value=self.url,
             fix=f"See that the server is up and reachable, {then}.",
             call=resume_call() if resumes else None,
@@ -136,10 +182,16 @@ class Server:
         if "_client" in vars(self):
             self._client.close()
 
-    def _require_going(self) -> None:
+    def require_going(self, *, present: bool = True) -> None:
+        """Raise RunError `run_cancelled` when asked to stop; with `present` also where the server is known to be away.
+
+        Raises what the access' `check` raises.
+        """
         if self.stopped.is_set() or self.access.should_stop():
             raise run_cancelled()
         self.access.check()
+        if present and self.absent.is_set():
+            raise self._unreachable(["no answer when asked for its health"])
 
     def _once(self, method: str, path: str, body: Any, max_bytes: int) -> Any:
         import httpx2
@@ -147,6 +199,7 @@ class Server:
         content, total = b"", self.access.patience.total_s
         try:
             with (
+                self.flow.turn(self.require_going) as number,
                 self._turn.within(total),
                 self._client.stream(method, path, json=body, extensions={"trace": self._trace}) as response,
             ):
@@ -158,9 +211,12 @@ class Server:
             why = f"no whole answer within {total:g} s" if self._turn.is_over() else type(error).__name__
             raise _Retry(why) from error
         if response.status_code == 429 or response.status_code >= 500:
-            said = self._shown(content)
+            busy, said = response.status_code == 429, self._shown(content)
+            if busy:
+                self.flow.was_busy(number)
             why = f"HTTP {response.status_code}" + (f": {said}" if said else "")
-            raise _Retry(why, _seconds(response.headers.get("Retry-After")))
+            raise _Retry(why, _seconds(response.headers.get("Retry-After")), busy=busy)
+        self.flow.was_answered()
         if response.status_code != 200:
             raise Refusal(response.status_code, self._shown(content))
         try:

@@ -4,12 +4,13 @@ Mostly a teacher that scores; with the access of an `engine` also a model whose 
 there.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
-from queue import LifoQueue
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from opd_mcp.engine.scoring.dialects import (
     request_body,
     require_same_texts,
 )
+from opd_mcp.engine.scoring.lines import Line, Lines
 from opd_mcp.engine.scoring.local import ScoredRows, TeacherScores
 from opd_mcp.identity.models import text_hash
 from opd_mcp.identity.tokenizers import (
@@ -53,19 +55,12 @@ BYTES_PER_ENTRY = 160
 MOST_TOKENS = 1 << 22  # no vocabulary is larger; a server's claim is not trusted
 
 
-@dataclass
-class Line:
-    """A connection to the server; `proven` is the number of the one over which the teacher last showed who it is."""
-
-    server: Server
-    proven: int = 0
-
-
 @dataclass(frozen=True)
 class RemoteScorer:
     """A proven remote teacher; `model` is its name on the server, ids at or above `tokens` mean nothing.
 
-    Each of the `lines` serves one request at a time. `facts` say what an engine is.
+    Each of the `connections` serves one request at a time. `facts` say what an engine is. `parts` are the servers that
+    serve it side by side, each alone; empty for one.
     """
 
     server: Server
@@ -73,10 +68,21 @@ class RemoteScorer:
     model: str
     tokens: int
     max_length: int | None
-    lines: "LifoQueue[Line]"
+    connections: Sequence[Line]
     identity: ModelIdentity
     vocab_size: int
     facts: EngineFacts
+    parts: "Sequence[RemoteScorer]" = ()
+    told: Callable[[str], None] = lambda text: None
+
+    @cached_property
+    def lines(self) -> Lines:
+        """Who answers next."""
+        return Lines(self.connections, self._prove, self.told)
+
+    def each(self) -> "Sequence[RemoteScorer]":
+        """Every server alone."""
+        return self.parts or (self,)
 
     def score(self, sequences: Sequences, topk: int) -> ScoredRows:
         """Scores of every row, one request at a time per line; rows that the server cannot score are refused.
@@ -91,8 +97,7 @@ class RemoteScorer:
 
     def prove(self) -> None:
         """Raise ConsistencyError `teacher_untrue` unless the server gives the same identity and probe as before."""
-        with self._line() as line:
-            self._prove(line)
+        self.lines.prove_all()
 
     def _scored(self, sequences: Sequences, topk: int) -> ScoredRows:
         total = len(sequences.response_ids)
@@ -105,8 +110,7 @@ class RemoteScorer:
             prompt, response = sequences.prompt(row).tolist(), sequences.response(row).tolist()
             if not response:
                 return
-            with self.proven_line() as line:
-                answer = self.row_scores(line.server, prompt + response, len(prompt), topk)
+            answer = self.lines.served(lambda line: self.row_scores(line, prompt + response, len(prompt), topk))
             if isinstance(answer, str):
                 refused[row] = answer
                 return
@@ -115,33 +119,17 @@ class RemoteScorer:
             if topk_ids is not None and topk_logprobs is not None:
                 topk_ids[here], topk_logprobs[here] = answer.topk_ids, answer.topk_logprobs
 
-        with ThreadPoolExecutor(self.lines.maxsize) as pool:
+        with ThreadPoolExecutor(len(self.connections)) as pool:
             futures = [pool.submit(one, row) for row in range(len(sequences))]
             done, pending = wait(futures, return_when=FIRST_EXCEPTION)
             if pending:  # one failed for good: the others would only wait for the same server
-                self.server.stopped.set()
+                self.lines.stop()
                 for future in pending:
                     future.cancel()
             errors = [error for future in done if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
         return ScoredRows(TeacherScores(logprobs, topk_ids, topk_logprobs), refused)
-
-    @contextmanager
-    def proven_line(self) -> Iterator[Line]:
-        """A line for one request, which ends with a proof where the request went over another connection."""
-        with self._line() as line:
-            yield line
-            if line.proven != line.server.opened:
-                self._prove(line)
-
-    @contextmanager
-    def _line(self) -> Iterator[Line]:
-        line = self.lines.get()
-        try:
-            yield line
-        finally:
-            self.lines.put(line)
 
     def _prove(self, line: Line) -> None:
         """Ask over this line, and note over which connection the answer came."""
@@ -150,7 +138,7 @@ class RemoteScorer:
             raise _replaced(self, "it no longer says who it is")
         if served is not None and served.differences(self.identity) & {"weights", "configuration", "tokenizer"}:
             raise _replaced(self, f"it now serves {served.label()}")
-        answer = self.row_scores(line.server, probe_ids(self.tokens), 1, 0)
+        answer = self.row_scores(line, probe_ids(self.tokens), 1, 0)
         if isinstance(answer, str):
             raise _replaced(self, f"it can no longer score the probe sequence: {answer}")
         if not same_probe(answer.logprobs, self.identity.probe):
@@ -158,7 +146,7 @@ class RemoteScorer:
         line.proven = line.server.opened
 
     def row_scores(
-        self, server: Server, ids: Sequence[int], start: int, topk: int, temperature: float = 1.0
+        self, line: Line, ids: Sequence[int], start: int, topk: int, temperature: float = 1.0
     ) -> TokenScores | str:
         """The scores of `ids[start:]`, or the reason why the server cannot give them."""
         if self.max_length is not None and len(ids) + 1 > self.max_length:
@@ -168,14 +156,14 @@ class RemoteScorer:
         for _ in range(WRONG_ANSWERS):
             try:
                 limit = (1 << 20) + len(ids) * (topk + 2) * BYTES_PER_ENTRY
-                answer = server.ask("POST", PATHS[self.dialect], body, max_bytes=limit)
+                answer = line.server.ask("POST", PATHS[self.dialect], body, max_bytes=limit)
                 scores = read_answer(self.dialect, answer, ids, start, topk)
             except WireError as error:
                 reason = str(error)
                 continue
             except Refusal as refusal:
                 if refusal.status in (401, 403, 404):
-                    raise _refused(server, refusal) from refusal
+                    raise _refused(line.server, refusal) from refusal
                 return f"server refused: {refusal}"
             if any(token >= self.tokens for best in scores.topk_ids for token in best):
                 return "top token outside the vocabulary"
@@ -184,9 +172,7 @@ class RemoteScorer:
 
     def close(self) -> None:
         """Close the connections."""
-        self.server.close()
-        while not self.lines.empty():
-            self.lines.get().server.close()
+        self.lines.close()
 
 
 def open_remote(
@@ -220,7 +206,7 @@ def open_remote(
             model=str(entry["id"]),
             tokens=max(tokens) + 1,
             max_length=length if type(length) is int else None,
-            lines=_lines(server, concurrency),
+            connections=[Line(server), *(Line(server.another()) for _ in range(concurrency - 1))],
             identity=identity,
             vocab_size=int(entry.get("opd_vocab_size") or max(tokens) + 1),
             facts=_engine_facts(server, dialect, entry),
@@ -233,13 +219,33 @@ def open_remote(
     return replace(teacher, identity=identity.model_copy(update={"probe": probe}))
 
 
-def _lines(server: Server, count: int) -> "LifoQueue[Line]":
-    """As many lines as requests at a time; the last one used is the next one used, so that idle ones stay closed."""
-    lines: LifoQueue[Line] = LifoQueue(count)
-    for _ in range(count - 1):
-        lines.put(Line(server.another()))
-    lines.put(Line(server))
-    return lines
+def side_by_side(scorers: Sequence[RemoteScorer], told: Callable[[str], None]) -> RemoteScorer:
+    """Several servers as one: each serves what it can, and one that is lost gives its rows back.
+
+    Raises ConsistencyError `engine_untrue` unless they are one engine in one version with the same log-probs.
+    """
+    first = scorers[0]
+    for other in scorers[1:]:
+        mine, theirs = first.facts, other.facts
+        differing = "another engine" if mine != theirs else "other log-probs of the probe sequence"
+        if mine == theirs and first.dialect == other.dialect and same_probe(first.identity.probe, other.identity.probe):
+            continue
+        raise ConsistencyError(
+            f"{first.server.access.role}_untrue",
+            f"The servers {first.server.url} ({mine.label()}) and {other.server.url} ({theirs.label()}) are not alike: "
+            f"{differing}.",
+            value=other.server.url,
+            fix="Serve the same model by the same version of one engine at every address.",
+        )
+    lengths = [scorer.max_length for scorer in scorers if scorer.max_length is not None]
+    groups = zip_longest(*(scorer.connections for scorer in scorers))
+    return replace(
+        first,
+        max_length=min(lengths, default=None),
+        connections=[line for group in groups for line in group if line is not None],
+        parts=tuple(scorers) if len(scorers) > 1 else (),
+        told=told,
+    )
 
 
 def remote_rescorer(
@@ -392,7 +398,7 @@ def _served_tokens(server: Server, remote: RemoteTeacher) -> dict[int, str]:
 
 def _probed(teacher: RemoteScorer, topk: int) -> list[float]:
     ids, code = probe_ids(teacher.tokens), f"{teacher.server.access.role}_untrue"
-    answers = [teacher.row_scores(teacher.server, ids, 1, topk, temperature) for temperature in (1.0, 0.5)]
+    answers = [teacher.row_scores(teacher.connections[0], ids, 1, topk, temperature) for temperature in (1.0, 0.5)]
     for answer in answers:
         if isinstance(answer, str):
             raise ConsistencyError(

@@ -1,12 +1,12 @@
 """Every model measured on the same prompts, and the report: `report.json`; for people `report.md` and `report.html`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
-from opd_mcp.engine.evaluation.model_score import Measurement, Scored, quantisation_kl, score_model
+from opd_mcp.engine.evaluation.model_score import Measurement, Scored, asked, quantisation_kl, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
 from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
@@ -50,7 +50,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     """
     runtime = open_runtime(context.runtime)
     rows = read_prompts(inputs.prompts)
-    chosen = [asked(row, section.prompt_template) for row in rows[: section.limit]]
+    chosen = [asked(row, section.prompt_template) for row in rows[inputs.skipped :][: section.limit]]
     grader_name, reason = recipe_grader(section, [row.answer for row in chosen if row.answer is not None])
     grader = grader_for(grader_name, pattern=section.answer_pattern, allow_code=section.allow_code)
     answered = sum(row.answer is not None for row in chosen)
@@ -143,20 +143,6 @@ def write_report(report: BenchmarkReport, output: Path, context: Context, models
     made = Provenance("report", "benchmark", report.recipe, parents, ["report.json", "report.md", "report.html"])
     dated = any(reads_clock(chat_template(path)) for path in models)
     record_lineage(output, made, context, rendered_at=context.rendered_at.isoformat() if dated else None)
-
-
-def asked(row: PromptRow, template: str | None) -> PromptRow:
-    """The prompt within the template; of a chat, its last turn that is the user's and a text."""
-    if template is None:
-        return row
-    if row.prompt is not None:
-        return replace(row, prompt=template.replace("{prompt}", row.prompt))
-    turns = list(row.messages or ())
-    for number in reversed(range(len(turns))):
-        if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
-            turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
-            break
-    return replace(row, messages=tuple(turns))
 
 
 def _teacher_and_references(

@@ -8,7 +8,7 @@ from opd_mcp.engine.context import Context, ResponsesInputs, counter
 from opd_mcp.engine.data.encoding import encode_prompts, recorded_moment
 from opd_mcp.engine.evaluation.teacher_responses import graded_responses
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.served import first_gap, generator_gap, opened_generator, room_for
+from opd_mcp.engine.generation.served import first_gap, generator_gap, opened_generator, require_fits, room_for
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import (
     Provenance,
@@ -46,6 +46,7 @@ def generate_responses(section: ResponsesRecipe, inputs: ResponsesInputs, output
     )
     room = room_for(encoded, section.sampling)
     with opened_generator(section.engine, model, room, section.batch_size, context) as generator:
+        require_fits(generator, room)
         if not here:
             first_gap(generator, encoded, settings, model, context)
         drawn = generator.draw(encoded, settings, counter(context, len(encoded), "responses"))

@@ -1,5 +1,6 @@
 """The student's own rollouts, shard by shard, resumed where an earlier call stopped."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,14 @@ from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, 
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import Generator
-from opd_mcp.engine.generation.served import first_gap, generator_gap, opened_generator, require_room, room_for
+from opd_mcp.engine.generation.served import (
+    first_gap,
+    generator_gap,
+    opened_generator,
+    require_fits,
+    require_room,
+    room_for,
+)
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import full_identity, stage_cost
 from opd_mcp.engine.runtime import Runtime, open_runtime
@@ -55,9 +63,11 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     encoded = encode_prompts(rows, adopted.tokenizer, context)
     differing = special_differences(adopted.path, inputs.student)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
-    room = room_for(encoded, section.sampling)
+    count = min(section.count or len(encoded), inputs.most or sys.maxsize)
+    turn = inputs.skipped % max(len(encoded), 1)
+    encoded = [*encoded[turn:], *encoded[:turn]]
+    room = room_for(encoded[:count], section.sampling)
     require_room(room, inputs.longest, "the teacher's server")
-    count = section.count or len(encoded)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student, inputs.form)
     open_build(
@@ -74,6 +84,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             **({"generated_by": section.engine} if section.engine else {}),
             **known_engine(begun),
             **({"rescore": section.rescore} if section.rescore else {}),
+            **({"skipped": inputs.skipped} if inputs.skipped else {}),
         },
     )
     if (output / RECORD_FILE).is_file():
@@ -83,6 +94,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     model = load_model(facts, runtime, generates=here, compiled=here or section.rescore is not None)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
     with opened_generator(section.engine, model, room, section.batch_size, context) as generator:
+        require_fits(generator, room)
         shared_engine(output, generator.facts)
         for number, first in enumerate(range(0, count, section.shard_rows)):
             require_going(context)

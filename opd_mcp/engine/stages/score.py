@@ -28,7 +28,7 @@ from opd_mcp.engine.cache.manifest import RolloutRecord, ScoreTally, read_record
 from opd_mcp.engine.cache.shards import ContentHash, compacted, read_shard, widened, write_shard
 from opd_mcp.engine.context import Context, EngineWish, ScoreInputs, TeacherInputs, require_going
 from opd_mcp.engine.data.sequences import TRUNCATED, Sequences
-from opd_mcp.engine.generation.served import engine_access, engine_address, engine_facts
+from opd_mcp.engine.generation.served import opened_scorer
 from opd_mcp.engine.models.loading import adopt_tokenizer, model_warnings
 from opd_mcp.engine.provenance import (
     Provenance,
@@ -54,7 +54,7 @@ from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import special_differences
 from opd_mcp.schemas.cache import COARSEST_DTYPE, CacheManifest, EngineGap, Hygiene, Shard, TeacherDelta
 from opd_mcp.schemas.errors import DataError, RunError
-from opd_mcp.schemas.identity import EngineFacts, Parent, RemoteTeacher, TeacherClaim
+from opd_mcp.schemas.identity import EngineFacts, Parent, TeacherClaim
 from opd_mcp.schemas.recipes import ScoreRecipe
 from opd_mcp.schemas.reports import StageCost
 
@@ -119,27 +119,23 @@ def open_teacher(
     """
     if inputs.teacher is not None:
         special_differences(inputs.teacher, inputs.student)  # the rollouts had none of these in their prompts
-    remote, address = inputs.remote, None
-    access = Access(context.teacher_key, should_stop=context.reporter.should_stop)
-    if remote is None and section.engine is not None and inputs.teacher is not None:
+    if inputs.remote is None and section.engine is not None and inputs.teacher is not None:
         length = longest_rollout(inputs.rollouts) + 1 if isinstance(inputs, ScoreInputs) else 0
         wish = EngineWish(section.engine, inputs.teacher, context.runtime.dtype, length, section.topk)
-        address = stack.enter_context(engine_address(wish, context))
-        remote = RemoteTeacher(name=inputs.teacher.name, url=address.url)
-        access = engine_access(address, context)
-    if remote is None:
+        return stack.enter_context(opened_scorer(wish, section.concurrency, context))
+    if inputs.remote is None:
         assert inputs.teacher is not None, "a teacher is a directory or a server"
         return open_local(inputs.teacher, runtime, section.micro_batch_tokens), None
     scorer = open_remote(
-        remote,
+        inputs.remote,
         inputs.teacher or inputs.student,
         files=inputs.teacher,
         concurrency=section.concurrency,
         topk=section.topk,
-        access=access,
+        access=Access(context.teacher_key, should_stop=context.reporter.should_stop),
     )
     stack.callback(scorer.close)
-    return scorer, engine_facts(scorer, address) if address else scorer.facts
+    return scorer, scorer.facts
 
 
 def longest_rollout(rollouts: Path) -> int:
@@ -203,11 +199,13 @@ class _CacheBuild:
         if len(rows.response_ids) == 0:
             return None
         local = open_local(path, self.runtime, self.section.micro_batch_tokens)
-        pair = [teacher.score(rows, 0).scores.logprobs.astype(np.float64) for teacher in (self.teacher, local)]
-        difference = np.abs(pair[0] - pair[1])
-        gap = EngineGap(tokens=len(difference), mean=float(difference.mean()), largest=float(difference.max()))
-        require_agreement(gap, self.context.runtime.dtype if facts.dtype == "float32" else COARSEST_DTYPE)
-        return gap
+        ours = local.score(rows, 0).scores.logprobs.astype(np.float64)
+        gaps = list[EngineGap]()
+        for server in self.teacher.each() if isinstance(self.teacher, RemoteScorer) else ():
+            difference = np.abs(server.score(rows, 0).scores.logprobs.astype(np.float64) - ours)
+            gaps.append(EngineGap(tokens=len(ours), mean=float(difference.mean()), largest=float(difference.max())))
+            require_agreement(gaps[-1], self.context.runtime.dtype if facts.dtype == "float32" else COARSEST_DTYPE)
+        return max(gaps, key=lambda gap: gap.mean, default=None)
 
     def shards(self) -> _ScoredShards:
         """All shards, made where they are missing."""

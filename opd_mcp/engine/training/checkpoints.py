@@ -209,6 +209,20 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{number}.{name}": value for number, entries in state.items() for name, value in entries.items()}
 
 
+def leave_moments(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Write the optimizer's state for the stretch of training that goes on with the saved weights.
+
+    What a narrow weight lacks of its master is left out: the weights are saved as their masters.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    save_file({name: _copied(part) for name, part in _moments(optimizer).items() if not name.endswith(".low")}, file)
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Go on with the state that `leave_moments` wrote, for the same weights in a new process."""
+    _restore_moments(optimizer, _moments(optimizer) | load_file(file))
+
+
 def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -2,9 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.models.nf4 import weight_count
 from opd_mcp.engine.runtime import Runtime, hardware_name, is_out_of_memory, matmul_peak, peak_memory
 from opd_mcp.engine.training.activations import checkpointed_activations, step_memory
-from opd_mcp.engine.training.checkpoints import Checkpoints
-from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at
+from opd_mcp.engine.training.checkpoints import Checkpoints, leave_moments, restore_moments
+from opd_mcp.engine.training.held_out import HeldOut
+from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at, set_rate
 from opd_mcp.engine.training.step import (
     Metrics,
     Reweigh,
@@ -55,11 +57,33 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Steps `first` to `last` of a training that takes its steps in several processes of its own.
+
+    The optimizer goes on from the file `begins_with` and is left in `leaves`, where they are given. `ended`, asked with
+    the metrics of the last `watched` steps, ends the stretch early.
+    """
+
+    first: int
+    last: int
+    begins_with: Path | None = None
+    leaves: Path | None = None
+    ended: Callable[[Sequence[Metrics]], bool] = lambda recent: False
+    watched: int = 0
+
+    @property
+    def told(self) -> int:
+        """The last steps whose mean metrics are told: a tenth of them."""
+        return max(1, (self.last - self.first) // 10)
+
+
+@dataclass(frozen=True)
 class TrainingTask:
     """What is trained on: the rows of each step, their loss, and the metrics of a step.
 
     `frozen` is the hash of what an adapter is trained on, which no checkpoint holds; `reweigh` gives the tokens of a
-    step their factors.
+    step their factors; `stretch` says which of the steps are taken, where not all are; `held_out` judges the student
+    between steps.
     """
 
     settings: LoopSettings
@@ -68,6 +92,22 @@ class TrainingTask:
     measure: Callable[[StepResult], Metrics]
     frozen: str | None = None
     reweigh: Reweigh | None = None
+    stretch: Stretch | None = None
+    held_out: HeldOut | None = None
+
+    def judged(self, step: int) -> Metrics:
+        """What the student is judged by after a step; mostly nothing."""
+        return {} if self.held_out is None else self.held_out.metrics(step)
+
+    def is_over(self, state: LoopState) -> bool:
+        """Whether no further step is taken."""
+        stopped = self.held_out is not None and self.held_out.stops()
+        return stopped or state.step >= self.taken.last or self.taken.ended(state.recent)
+
+    @property
+    def taken(self) -> Stretch:
+        """The steps that are taken."""
+        return self.stretch or Stretch(0, self.settings.steps)
 
 
 def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context) -> TrainingSummary:
@@ -76,24 +116,23 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
     Raises RunError `run_cancelled` between steps when asked to stop, after a checkpoint; `bad_number` when loss or
     gradient stay not finite. In the end the model holds its master weights.
     """
-    settings = task.settings
+    settings, stretch = task.settings, task.taken
     optimizer = build_optimizer(model, settings.optimizer, seed=runtime.seed)
     clock, guard = Stopwatch(runtime.device), FiniteGuard(context)
     peak = matmul_peak(runtime.device, runtime.dtype)
     memory: TrainingMemory | None = None
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(model, optimizer, _fingerprint(model, task), context))
-        state = checkpoints.restored() or LoopState(micro_batch_tokens=settings.micro_batch_tokens)
+        state = _state(task, optimizer, checkpoints)
         step = StepSettings(settings.normalize, state.micro_batch_tokens, runtime)
         steps = task.steps(state.step)
-        while state.step < settings.steps:
+        while not task.is_over(state):
             if context.reporter.should_stop():
                 checkpoints.save(state, wait=True)
                 raise run_cancelled()
             started = time.perf_counter()
             rate = learning_rate_at(state.step, settings.steps, settings.optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
             data = next(steps)
             if memory is None:
                 memory = _memory(model, settings, data, state.micro_batch_tokens, runtime)
@@ -115,10 +154,11 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
             seconds = time.perf_counter() - started
             flops = training_flops(model, result.lengths, result.tokens)
             metrics |= {"tokens_per_second": result.tokens / seconds, "utilisation": flops / seconds / peak}
+            with clock.part("evaluation" if task.held_out else "logging"):
+                judged = task.judged(state.step + 1)
             with clock.part("logging"):
-                context.reporter.metric(state.step + 1, metrics)
+                context.reporter.metric(state.step + 1, metrics | judged)
                 context.reporter.progress(state.step + 1, settings.steps, "steps")
-            kept = max(1, settings.steps // 10)
             state = LoopState(
                 step=state.step + 1,
                 micro_batch_tokens=step.micro_batch_tokens,
@@ -128,14 +168,33 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
                 seconds_generation=state.seconds_generation + data.seconds_generation,
                 seconds_scoring=state.seconds_scoring + data.seconds_scoring,
                 parts=dict(Counter(state.parts) + Counter(clock.read())),
-                recent=[*state.recent, metrics][-kept:] if good else state.recent,
+                recent=[*state.recent, metrics][-max(stretch.told, stretch.watched) :] if good else state.recent,
             )
-            if good and state.step < settings.steps and checkpoints.is_due(state.step):
+            if good and state.step < stretch.last and checkpoints.is_due(state.step):
                 with clock.part("checkpoint"):
                     checkpoints.save(state)
+    _end(optimizer, stretch)
+    return _summary(model, task, state, memory, peak, runtime)
+
+
+def _state(task: TrainingTask, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> LoopState:
+    """The state of an earlier attempt's checkpoint, else before the first step, with what a stretch before left."""
+    state = checkpoints.restored()
+    if state is None:
+        if task.taken.begins_with is not None:
+            restore_moments(optimizer, task.taken.begins_with)
+        state = LoopState(step=task.taken.first, micro_batch_tokens=task.settings.micro_batch_tokens)
+    if task.held_out is not None:
+        task.held_out.begin(state.step)
+    return state
+
+
+def _end(optimizer: torch.optim.Optimizer, stretch: Stretch) -> None:
+    """Leave the optimizer's state to the next stretch, and the master weights in the model."""
+    if stretch.leaves is not None:
+        leave_moments(optimizer, stretch.leaves)
     if isinstance(optimizer, NarrowAdamW):
         optimizer.restore_masters()
-    return _summary(model, settings, state, memory, peak, runtime)
 
 
 def _memory(
@@ -150,26 +209,27 @@ def _memory(
 
 def _summary(
     model: PreTrainedModel,
-    settings: LoopSettings,
+    task: TrainingTask,
     state: LoopState,
     memory: TrainingMemory | None,
     peak: float,
     runtime: Runtime,
 ) -> TrainingSummary:
+    steps = state.step - task.taken.first
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     parameters = weight_count(model)
     return TrainingSummary(
-        steps=settings.steps,
+        steps=steps,
         seconds=state.seconds,
-        seconds_per_step=state.seconds / settings.steps,
+        seconds_per_step=state.seconds / steps,
         trained_tokens=state.tokens,
         parameters=parameters,
         trained_parameters=None if trained == parameters else trained,
         device=hardware_name(runtime.device),
-        final=_means(state.recent),
+        final=_means(state.recent[-task.taken.told :]),
         seconds_generation=state.seconds_generation or None,
         seconds_scoring=state.seconds_scoring or None,
-        precision=settings.optimizer.precision,
+        precision=task.settings.optimizer.precision,
         activation_checkpointing=memory.policy if memory else None,
         packed=packs(model),
         throughput=Throughput(
@@ -191,7 +251,8 @@ def _fingerprint(model: PreTrainedModel, task: TrainingTask) -> str:
     shapes = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in model.named_parameters()]
     recipe = {**asdict(task.settings), "optimizer": task.settings.optimizer.to_dict()}
     parts = {"settings": recipe, "objective": repr(task.objective), "parameters": shapes}
-    return content_hash(parts | ({} if task.frozen is None else {"frozen": task.frozen}))
+    stretch = {} if task.stretch is None else {"stretch": [task.stretch.first, task.stretch.last]}
+    return content_hash(parts | stretch | ({} if task.frozen is None else {"frozen": task.frozen}))
 
 
 def _gradients(

@@ -142,6 +142,12 @@ def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next step of all groups have this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def learning_rate_at(step: int, steps: int, settings: OptimizerRecipe) -> float:
     """The rate of step 0 … steps − 1: linear warm-up, then constant, linear to zero, or cosine to zero."""
     if step < settings.warmup_steps:

@@ -7,6 +7,7 @@ metrics, when what the last steps trained on has lost its meaning.
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,11 +123,20 @@ class Watch:
         return sum(self.values) / len(self.values)
 
 
-class DistillWatch:
-    """The metrics of a distillation step; alerts once for a clip that binds and once for rollouts that are stale."""
+def are_stale(recent: Sequence[Metrics]) -> bool:
+    """Whether a distillation's last `WATCHED_STEPS` steps say that the rollouts are another policy's by now."""
+    shares = [metrics.get("effective_sample_share", 1.0) for metrics in recent[-WATCHED_STEPS:]]
+    return len(shares) == WATCHED_STEPS and sum(shares) / WATCHED_STEPS < EFFECTIVE_SHARE
 
-    def __init__(self, settings: DistillRecipe, context: Context) -> None:
-        self._settings, self._reporter = settings, context.reporter
+
+class DistillWatch:
+    """The metrics of a distillation step; alerts once for a clip that binds and once for rollouts that are stale.
+
+    `next_round` is the number of the round that begins when they are.
+    """
+
+    def __init__(self, settings: DistillRecipe, context: Context, next_round: int | None = None) -> None:
+        self._settings, self._reporter, self._next_round = settings, context.reporter, next_round
         # these have no advantage that a clip could bind on
         pointless = settings.estimator in ("topk_forward_kl", "topk_js", "opsa")
         self._clip = Watch("advantage_clipped", 0.0, CLIPPED_SHARE, above=True, told=pointless)
@@ -144,14 +154,23 @@ class DistillWatch:
                 "distill.advantage_clip is too small.",
             )
         if self._drift.is_bad(metrics):
-            self._reporter.alert(
-                "rollouts_stale",
-                f"Over the last {WATCHED_STEPS} steps effective_sample_share was {self._drift.mean:.3f}: the student "
-                "is so far from the policy that drew the rollouts that they say little about what it writes now. Take "
-                "fewer distill.steps or a lower learning rate, or build a teacher cache of new rollouts from the "
-                "distilled student and continue from it.",
-            )
+            self._tell_stale(self._drift.mean)
         return metrics
+
+    def _tell_stale(self, share: float) -> None:
+        seen = f"Over the last {WATCHED_STEPS} steps effective_sample_share was {share:.3f}"
+        if self._next_round is not None:
+            self._reporter.alert(
+                "next_round", f"{seen}: round {self._next_round} begins, on new rollouts of the student as it is now."
+            )
+            return
+        self._reporter.alert(
+            "rollouts_stale",
+            f"{seen}: the student is so far from the policy that drew the rollouts that they say little about what it "
+            "writes now. Take fewer distill.steps or a lower learning rate, build a teacher cache of new rollouts from "
+            "the distilled student and continue from it, or let a run do that: raise 'distill.rounds', with "
+            "'distill.round_trigger' 'stale' where it is to begin a round by itself.",
+        )
 
 
 def tell_undertrained(summary: TrainingSummary, vocabulary: int, context: Context) -> None:

@@ -6,12 +6,12 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
-from operator import methodcaller
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 
 from opd_mcp.identity.data.reading import Columns, RowReader
-from opd_mcp.identity.data.rows import PromptParts, PromptRow, PromptsHash, Turns, shown_text, whole_text
+from opd_mcp.identity.data.rows import PromptParts, PromptRow, PromptsHash, Turns, shown_texts, whole_text
 from opd_mcp.identity.data.shapes import PROMPT_SHAPES, all_prompt_parts, prompt_parts
 from opd_mcp.schemas.runs import UnderstoodData
 
@@ -21,7 +21,7 @@ KEPT_GOLDS, GOLD_CHARACTERS = 1024, 1 << 14
 LONG_ROWS = 512
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
-_CONTENT = methodcaller("get", "content", "")
+_CONTENT = itemgetter("content")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Scanner:
             return
         ids, prompts, messages, answers = zip(*batch, strict=True)
         self._add_golds(ids, answers)
-        shown = prompts if messages.count(None) == len(batch) else list(map(shown_text, prompts, messages))
+        shown = prompts if messages.count(None) == len(batch) else shown_texts(prompts, messages)
         self.texts.extend(map(hash, shown))
         self.normal_texts.extend(map(hash, normalised_all(shown)))
         self.answers += len(batch) - answers.count(None)
@@ -135,7 +135,7 @@ class _Scanner:
         limit = self.long_bytes
         chats = list(filter(None, messages))
         if chats:
-            longest = max(longest, *map(len, map(str, map(_CONTENT, chain.from_iterable(chats)))))
+            longest = max(longest, *map(len, map(_CONTENT, chain.from_iterable(chats))))
             longest = (longest + 1) * max(map(len, chats))
         if 4 * longest <= limit:  # a character takes up to four bytes
             return

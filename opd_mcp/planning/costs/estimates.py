@@ -4,13 +4,14 @@ Time is what runs of this workspace have measured on the same kind of device, wh
 follows from the stated assumptions below.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from opd_mcp.devices.hardware import Target
 from opd_mcp.identity.models import ModelFacts
@@ -22,7 +23,7 @@ from opd_mcp.planning.costs.workload import (
     with_fitting_batches,
     workload_of,
 )
-from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayToTrain
 from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, is_url
 from opd_mcp.schemas.reports import StageCost
@@ -45,6 +46,7 @@ class PhaseCost(Schema):
     device: str
     expected_flops: float
     cost: StageCost
+    models: str | None = Field(None, description="of an assessment, whose speed holds for more rows: what it measured")
 
 
 class ArtifactCosts(Schema):
@@ -60,11 +62,17 @@ class CostModel:
     workload: Workload
     target: Target
     measured: Sequence[PhaseCost] = ()
+    models: str | None = None
+    """As `models_token`."""
 
     def estimate(self, method: Method, phases: Sequence[RunPhase]) -> MethodEstimate:
         """The cost of those phases that no artifact satisfies."""
         workload = self.workload
-        works = {phase.name: workload.work(phase.name) for phase in phases if phase.satisfied_by is None}
+        named, pending = (
+            Counter(phase.name for phase in phases if all_of_them or phase.satisfied_by is None)
+            for all_of_them in (True, False)
+        )
+        works = {name: _share(workload.work(name), pending[name] / named[name]) for name in pending}
         estimates = [self._phase(name, work) for name, work in works.items()]
         if estimates:
             estimates.insert(0, self._start())
@@ -132,7 +140,11 @@ class CostModel:
             if cost.work == name
             and cost.device == self.target.kind
             and cost.cost.seconds > 0
-            and work.flops / COMPARABLE_FACTOR < cost.expected_flops < work.flops * COMPARABLE_FACTOR
+            and (
+                work.flops / COMPARABLE_FACTOR < cost.expected_flops < work.flops * COMPARABLE_FACTOR
+                if cost.models is None
+                else cost.models == self.models
+            )
         ]
         return comparable[:MEASUREMENTS_USED]
 
@@ -155,7 +167,19 @@ def estimate_of(
     if workload is None:
         return None
     method: Method = "sft" if request.kind == "sft" else request.recipe.distill.method
-    return CostModel(workload, target, measured).estimate(method, request.phases)
+    models = models_token(request.recipe, request.inputs)
+    return CostModel(workload, target, measured, models).estimate(method, request.phases)
+
+
+def models_token(recipe: Recipe, inputs: RunInputs) -> str | None:
+    """What an assessed speed holds for: the two models' configurations and sizes, whatever their weights, and dtype.
+
+    None while a model is still to be fetched, or where its configuration is not known.
+    """
+    models = [inputs.student or inputs.model, inputs.teacher]
+    parts = [[m.identity.configuration, m.parameters] for m in models if m and m.identity and m.identity.configuration]
+    runtime = recipe.runtime
+    return content_hash([parts, runtime.dtype, runtime.threads]) if len(parts) == len(models) else None
 
 
 LEAST_MICRO_BATCH_TOKENS = 1024
@@ -261,6 +285,11 @@ def recipe_for_device(
 def room_of(target: Target) -> Room:
     """What of a target is there for a run's tensors."""
     return Room(target.kind, max(target.memory - PROCESS_BYTES, 0))
+
+
+def _share(work: Work, share: float) -> Work:
+    """The work of those rounds of a phase that are still to be done."""
+    return work if share == 1 else replace(work, flops=work.flops * share, passes=work.passes * share)
 
 
 def _recomputed(work: Work) -> str:

@@ -104,6 +104,7 @@ class Workload:
             "benchmark": self._benchmark,
             "sample": self._sample,
             "export": self._export,
+            "assess": self._assess,
         }
         return works[name]() if name in works else Work(0.0, 0.0, 0)
 
@@ -115,7 +116,8 @@ class Workload:
                 rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
                 return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
             case "sft" | "distill":
-                return self._saved(recipe.sft if name == "sft" else recipe.distill) + (16 << 20)
+                between = (recipe.distill.rounds - 1) * self._left_between() if name == "distill" else 0
+                return self._saved(recipe.sft if name == "sft" else recipe.distill) + (16 << 20) + between
             case "rollout" | "score":
                 # Ids and the student's log-probs; then the teacher's, with its top k.
                 token = 8 if name == "rollout" else 12 + 8 * recipe.score.topk
@@ -188,9 +190,18 @@ class Workload:
         alone = 4 * (adapter.trained + adapter.earlier) if ways != "merged" else 0
         return alone + (4 * self.student.parameters if ways != "adapter" else 0)
 
+    def _left_between(self) -> int:
+        """Bytes that a round leaves to the next: its student in float32, or its adapter, and the optimizer's state."""
+        section, adapter = self.recipe.distill, self.adapter(self.recipe.distill)
+        if adapter is not None:
+            return 12 * adapter.trained
+        return 4 * self.student.parameters + optimizer_bytes(section.optimizer.precision, self.student)
+
     @property
     def _rollouts(self) -> int:
-        return self.recipe.rollout.count or self.data.prompts
+        """Of all rounds together; those of a round that ends once they are stale are all that a round may draw."""
+        each, distill = self.recipe.rollout.count or self.data.prompts, self.recipe.distill
+        return sum(min(each, distill.rows_of_round(number) or each) for number in range(1, distill.rounds + 1))
 
     @property
     def _value_bytes(self) -> int:
@@ -242,6 +253,38 @@ class Workload:
 
     def _sample(self) -> Work:
         return self._generation(self.student, self.data.prompts, 8, self.recipe.sample.sampling)
+
+    def of_assessment(self, rows: int | None = None) -> "Workload":
+        """The work that an assessment measures: few rows and steps of this one's recipe."""
+        recipe = self.recipe
+        rows = rows or recipe.assess.rows or (32 if self.room.device == "cpu" else recipe.rollout.batch_size)
+        rows = min(rows, max(self.data.prompts, 1))
+        sft = {"steps": recipe.assess.sft_steps, "batch_size": min(rows, recipe.sft.batch_size)}
+        distill = {"steps": recipe.assess.steps, "batch_size": min(rows, recipe.distill.batch_size), "rounds": 1}
+        small = recipe.model_copy(
+            update={
+                "responses": recipe.responses.model_copy(update={"limit": None}),
+                "rollout": recipe.rollout.model_copy(update={"count": None}),
+                "sft": recipe.sft.model_copy(update=sft),
+                "distill": recipe.distill.model_copy(update={**distill, "method": "lightning"}),
+            }
+        )
+        return replace(self, recipe=small, data=replace(self.data, prompts=rows, sft_prompts=rows))
+
+    def live(self) -> "Workload":
+        """The same, distilled live."""
+        distill = self.recipe.distill.model_copy(update={"method": "live", "rounds": 1})
+        return replace(self, recipe=self.recipe.model_copy(update={"distill": distill}))
+
+    def _assess(self) -> Work:
+        small = self.of_assessment()
+        times: dict[PhaseName, int] = {"generate_responses": 1, "rollout": 2, "score": 2, "sft": 1, "distill": 1}
+        works = [(small.work(name), count) for name, count in times.items()]
+        return Work(
+            sum(work.flops * count for work, count in works),
+            sum(work.passes * count for work, count in works),
+            small.live().work("distill").memory,
+        )
 
     def _export(self) -> Work:
         return Work(0.0, 1.0, self.converted_bytes)

@@ -98,9 +98,29 @@ function comparisonCard(feed) {
       ),
     ),
     grouping(comparison),
+    arms(comparison.arms || []),
     paired,
     comparison.notes.map((note) => el("p", { class: "meta" }, note)),
   );
+}
+
+/* What was asked for, set against its baselines over all seeds. */
+function arms(found) {
+  if (!found.length) return null;
+  const heads = ["arm", "runs", "accuracy", "reverse KL", "time", "asked minus it, accuracy", "asked minus it, KL"];
+  const cells = (arm) => [
+    arm.arm,
+    arm.runs,
+    figure(arm.accuracy),
+    figure(arm.reverse_kl),
+    duration(arm.seconds),
+    arm.gain ? figure(arm.gain) : "–",
+    arm.kl_change ? figure(arm.kl_change) : "–",
+  ];
+  const row = (tag, values) => el("tr", {}, ...values.map((value) => el(tag, {}, value)));
+  const rows = found.map((arm) => row("td", cells(arm)));
+  const table = el("table", {}, el("thead", {}, row("th", heads)), el("tbody", {}, rows));
+  return [el("h3", { class: "links" }, "Arms, means over their runs"), el("div", { class: "scroll" }, table)];
 }
 
 function grouping(comparison) {

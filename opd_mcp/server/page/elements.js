@@ -36,6 +36,8 @@ const METRICS = {
   reverse_kl_k1: "reverse KL (k1)",
   reverse_kl_k3: "reverse KL (k3)",
   reverse_kl: "reverse KL",
+  held_out_reverse_kl: "reverse KL on fresh samples, held out",
+  held_out_accuracy: "accuracy, held out",
   mean_logprob: "mean log-prob",
 };
 const metricName = (key) =>

@@ -199,9 +199,11 @@ const logLine = (line) =>
 function phases(run) {
   const spent = new Map(run.costs.map((cost) => [cost.stage, cost])),
     planned = run.detail?.planned_seconds || {};
+  // Times are those of a stage in all its rounds: where there are several, they stand with the costs alone.
+  const once = new Set(run.phases.map((phase) => phase.name.split(" ")[0])).size === run.phases.length;
   const rows = run.phases.map((phase) => {
-    const cost = spent.get(phase.name),
-      plan = planned[phase.name];
+    const cost = once ? spent.get(phase.name) : undefined,
+      plan = once ? planned[phase.name] : undefined;
     const told = cost
       ? cost.reused
         ? "reused"
@@ -223,7 +225,8 @@ function phases(run) {
         run.detail.log.map(logLine).join("\n"),
       )
     : null;
-  return card("Phases", el("ol", { class: "phases", style: `--count:${rows.length}` }, rows), progress(run), log);
+  const few = rows.length <= 7 ? "phases few" : "phases";
+  return card("Phases", el("ol", { class: few, style: `--count:${rows.length}` }, rows), progress(run), log);
 }
 
 function progress(run) {

@@ -1,6 +1,6 @@
 /* The runs at the left: filters, pages, and which of them are shown. */
 const STATES = ["running", "queued", "succeeded", "failed", "cancelled", "lost"];
-const KINDS = ["distill", "sft", "cache", "generate", "benchmark", "sample", "export"];
+const KINDS = ["distill", "sft", "cache", "generate", "benchmark", "sample", "export", "assess"];
 const view = { run_ids: [], state: "", kind: "", name: "", tag: "", cursor: "" };
 const earlier = [];
 

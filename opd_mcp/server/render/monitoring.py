@@ -1,6 +1,6 @@
 """How training goes, in words: metrics, logs, and the dashboard for clients without pages."""
 
-from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
+from opd_mcp.schemas.answers import ComparedArm, DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
 from opd_mcp.schemas.next_action import CallText, NextAction
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.server.render.runs import compact, judged_state, next_line, result_lines, verdict_lines
@@ -57,10 +57,26 @@ def comparison_text(found: RunComparison, call_text: CallText = NextAction.call_
         f"{pair.prompts} prompts"
         for pair in found.paired
     ]
+    lines += arm_lines(found.arms)
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"{name}: {how}" for name, how in found.basis.items()]
     text = shortened("\n".join(lines), MAX_CHARACTERS, "compare fewer runs")
     return f"{text}\n{next_line(found.next_action, call_text)}"
+
+
+def arm_lines(arms: list[ComparedArm]) -> list[str]:
+    """A row per arm: quality, whole cost, and the asked arm minus it."""
+    if not arms:
+        return []
+    heads = ["arm", "runs", "accuracy", "reverse_kl", "seconds", "asked − arm", "KL change"]
+    rows = [
+        [arm.arm, str(arm.runs), *map(_figure, (arm.accuracy, arm.reverse_kl, arm.seconds, arm.gain, arm.kl_change))]
+        for arm in arms
+    ]
+    how = (
+        "asked − arm: accuracy, paired by seed (by prompt where there is one seed); seconds: all stages to the student"
+    )
+    return ["", *table_lines([heads, *rows]), how]
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:

@@ -91,5 +91,9 @@ def option_words(arguments: Mapping[str, Any]) -> Iterator[str]:
                 yield f"--set {shlex.quote(f'{key}={json.dumps(setting)}')}"
         elif value is True:
             yield f"--{name.replace('_', '-')}"
+        elif name == "baseline":
+            yield from (f"--baseline {each}" for each in value)
+        elif name == "seeds":
+            yield f"--seeds {value}"
         elif isinstance(value, str) and name != "plan_id":
             yield f"--{OPTION_NAMES.get(name, name.replace('_', '-'))} {shlex.quote(value)}"

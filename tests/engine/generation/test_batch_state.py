@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opd_mcp.engine.generation.batch_state import draw_tokens, drawn_among_candidates, nucleus
+from opd_mcp.engine.generation.batch_state import draw_tokens, drawn_among_candidates, drawn_in_nucleus, nucleus
 from opd_mcp.schemas.recipes import Sampling
 
 
@@ -19,7 +19,7 @@ def test_nucleus_always_keeps_the_likeliest_token() -> None:
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.95, 0.99, 0.99995])
 @pytest.mark.parametrize("spread", [0.0, 0.1, 5.0, 60.0])
-def test_the_draw_among_candidates_is_that_of_the_whole_nucleus_to_the_bit(top_p: float, spread: float) -> None:
+def test_the_shorter_ways_draw_the_token_of_the_whole_nucleus_to_the_bit(top_p: float, spread: float) -> None:
     """Near-uniform, peaked and one-token distributions; rounded logits make many tokens equally likely."""
     random = torch.Generator().manual_seed(3)
     logits = (torch.randn(64, 3000, generator=random) * spread).round(decimals=1)
@@ -27,6 +27,7 @@ def test_the_draw_among_candidates_is_that_of_the_whole_nucleus_to_the_bit(top_p
     noise = torch.empty_like(probabilities).exponential_(generator=random)
     expected = (nucleus(probabilities, top_p) / noise).argmax(dim=-1)
     assert torch.equal(drawn_among_candidates(probabilities, noise, top_p), expected)
+    assert torch.equal(drawn_in_nucleus(probabilities, noise, top_p), expected)
 
 
 def test_temperature_zero_is_greedy() -> None:

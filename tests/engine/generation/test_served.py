@@ -129,6 +129,17 @@ def test_a_context_that_is_too_short_is_told_before_any_row(engines, student, dr
     assert not list((build.root / "rollouts").glob("*.parquet"))
 
 
+def test_one_long_prompt_of_a_later_shard_is_told_before_any_row(engines, student, drawn_by, build):
+    whole = read_rollouts(drawn_by(engines(student, key=KEY).url, sampling=SHORT))
+    longest = [len(whole.prompt(row)) for row in range(len(whole))]
+    assert max(longest[:4]) < max(longest)
+    server = engines(student, key=KEY, length=max(longest[:4]) + SHORT.max_new_tokens)
+    with pytest.raises(DataError, match="too_long"):
+        drawn_by(server.url, "short", sampling=SHORT)
+    assert not list((build.root / "short").glob("*.parquet"))
+    assert not any(body.get("return_token_ids") and body["temperature"] != 0.5 for body in server.asked)
+
+
 def test_rows_that_the_teacher_s_server_cannot_take_are_told_before_they_are_drawn(engines, build):
     server = engines(build.teacher, key=KEY, length=20)
     given = TeacherInputs(student=build.student, teacher=build.teacher)

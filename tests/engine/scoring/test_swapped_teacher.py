@@ -198,10 +198,19 @@ def test_lines_are_opened_when_they_are_needed(address) -> None:
     teacher = open_remote(remote, EXAMPLE / "student", concurrency=3, access=Access(KEY, QUICK))
     try:
         teacher.prove()
-        lines = [teacher.lines.get() for _ in range(3)]
-        assert [(line.server.opened, line.proven) for line in lines] == [(1, 1), (0, 0), (0, 0)]
-        for line in lines:
-            teacher.lines.put(line)
+        assert [(line.server.opened, line.proven) for line in teacher.connections] == [(1, 1), (0, 0), (0, 0)]
+    finally:
+        teacher.close()
+
+
+def test_a_verification_whose_server_changes_is_told_to_verify_again(address) -> None:
+    remote = RemoteTeacher(name="teacher", url=address.now.url)
+    teacher = open_remote(remote, EXAMPLE / "student", access=Access(KEY, QUICK, resumes=False))
+    try:
+        address.serve("teacher_other_style", lies=True)
+        with pytest.raises(ConsistencyError, match=r"teacher_untrue.*then verify again\.") as caught:
+            teacher.prove()
+        assert caught.value.call is None
     finally:
         teacher.close()
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from opd_mcp.engine.cache.building import BUILD_FILE, BuildRecord
+from opd_mcp.engine import stages
+from opd_mcp.engine.cache.building import BUILD_FILE, BuildRecord, ShardNote
 from opd_mcp.engine.cache.verify import verified
+from opd_mcp.engine.context import RolloutInputs, ScoreInputs
 from opd_mcp.identity.lineage import read_manifest
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, RunError
 
@@ -48,6 +50,31 @@ def test_a_stopped_cache_goes_on_and_has_the_same_content(build, stopping, drawn
     assert not list(cache.glob("*.done.json"))
     assert not (cache / BUILD_FILE).exists()
     assert verified(cache).problems == []
+
+
+def slowed(directory: Path, seconds: float) -> int:
+    """Let the notes of finished shards tell of so many seconds each; how many there are."""
+    notes = list(directory.glob("*.done.json"))
+    for path in notes:
+        note = ShardNote.from_json(path.read_bytes())
+        path.write_bytes(note.model_copy(update={"seconds": seconds, "self_sha256": ""}).sealed().to_json().encode())
+    return len(notes)
+
+
+def test_the_cost_of_a_resumed_stage_is_that_of_all_its_attempts(build, stopping, drawn):
+    with pytest.raises(RunError, match="run_cancelled"):
+        build.rollouts("rollouts", context=build.context(reporter=stopping(after=4)))
+    kept = slowed(build.root / "rollouts", 1000.0)
+    inputs = RolloutInputs(student=build.student, prompts=build.prompts)
+    cost = stages.rollout(build.recipe.rollout, inputs, build.root / "rollouts", build.context())
+    assert kept * 1000 < cost.seconds < kept * 1000 + 900
+    with pytest.raises(RunError, match="run_cancelled"):
+        build.cache(drawn, "cache", context=build.context(reporter=stopping(after=2)))
+    kept = slowed(build.root / "cache", 1000.0)
+    scored = ScoreInputs(teacher=build.teacher, student=build.student, rollouts=drawn)
+    cost = stages.score(build.recipe.score, scored, build.root / "cache", build.context())
+    assert kept * 1000 < cost.seconds < kept * 1000 + 900
+    assert cost.tokens_per_second == pytest.approx(cost.tokens / cost.seconds)
 
 
 def test_a_damaged_shard_of_a_build_is_made_again(build, stopping, drawn, finished, content):

@@ -23,8 +23,8 @@ from opd_mcp.engine.context import (
     SftInputs,
     SilentReporter,
 )
+from opd_mcp.engine.evaluation.model_score import asked
 from opd_mcp.engine.models.loading import copy_tokenizer
-from opd_mcp.engine.stages.benchmark import asked
 from opd_mcp.identity.consistency import asserted_claim
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.lineage import read_lineage, read_manifest, verified_lineage
