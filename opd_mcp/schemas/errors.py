@@ -8,7 +8,7 @@ OpdError
 │   │                              unsupported_model · unsupported_adapter · base_missing · destination_exists
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
 │   │                              too_large · unknown_token · template_failed · too_long · doubled_think ·
-│   │                              golds_not_gradable
+│   │                              golds_not_gradable · system_dropped · unknown_domain
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision ·
@@ -16,7 +16,7 @@ OpdError
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue · behaviour_missing ·
-│                                  no_adapter · engine_untrue
+│                                  no_adapter · engine_untrue · not_one_model · nothing_to_learn
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed

@@ -86,6 +86,9 @@ class PromptingRecipe(Schema):
         None, description="default: the teacher's, of its generation config, its tokenizer and its chat template"
     )
     max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are left out, and counted")
+    teacher_system: Annotated[str, Field(min_length=1, max_length=20_000)] | None = Field(
+        None, description="a system prompt that the teacher alone sees, answering and scoring (docs/method.md)"
+    )
     differing_tokens: Literal["refuse", "learn"] = Field(
         "refuse",
         description="special tokens that teacher and student name differently where prompts have them: refused, or "
@@ -174,6 +177,11 @@ class ResponsesRecipe(Schema):
 
     sampling: Sampling = Sampling()
     limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
+    samples: Annotated[int, Field(ge=1, le=64), AddedLater()] = Field(1, description="responses per prompt")
+    keep: Annotated[Literal["all", "right"], AddedLater()] = Field(
+        "all",
+        description="'right': only those that the benchmark's grader finds right, without copies; prompts need answers",
+    )
     batch_size: PositiveInt = Field(64, description=BATCH)
     engine: Engine = Field(None, description=f"what generates: {ENGINE}")
 
@@ -181,6 +189,9 @@ class ResponsesRecipe(Schema):
 class SftRecipe(Schema):
     """Stage 1b: maximum likelihood on the teacher's response tokens."""
 
+    skip: Annotated[bool, AddedLater()] = Field(
+        False, description="no SFT, for a student that is its teacher, which sees more (docs/method.md)"
+    )
     steps: PositiveInt = Field(250, description="of the optimizer")
     batch_size: PositiveInt = Field(32, description="responses per step")
     max_length: PositiveInt = Field(
@@ -273,6 +284,9 @@ class DistillRecipe(Schema):
     )
     token_weighting: Annotated[TokenWeighting, AddedLater()] = Field(
         "uniform", description="'early' weighs a token by what of its response's disagreement is still to come"
+    )
+    domain_weights: dict[str, Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]] | None = Field(
+        None, description="how much a rollout of a teacher_domain counts; 1 for domains that are not named"
     )
     entropy_share: Annotated[float, Field(gt=0, le=1), AddedLater()] = Field(
         1.0, description="train only on this share of a step's tokens, those where the teacher is least sure"

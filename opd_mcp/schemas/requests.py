@@ -16,6 +16,12 @@ Reference = Annotated[
     StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
     Field(description="absolute path, artifact, run or Hub id"),
 ]
+# One model, or several by the domain of their prompts.
+Teacher = Annotated[
+    Reference | Annotated[dict[Annotated[str, StringConstraints(max_length=40)], Reference], Field(max_length=16)],
+    WithJsonSchema({"type": ["string", "object"]}),
+    Field(description="reference, or several by domain (docs/data.md)"),
+]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
     Field(description="reference, or up to 200 inline"),
@@ -131,7 +137,7 @@ class PlanDistillation(Schema):
     """Arguments of `plan_distillation`."""
 
     student: Reference
-    teacher: Reference
+    teacher: Teacher
     prompts: Prompts
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None
@@ -152,7 +158,7 @@ class PlanDistillation(Schema):
 class GenerateTeacherResponses(Schema):
     """Arguments of `generate_teacher_responses`."""
 
-    teacher: Reference
+    teacher: Teacher
     prompts: Prompts
     columns: Columns | None = None
     preset: Preset = "quick"
@@ -179,7 +185,7 @@ class StartSft(Schema):
 class BuildTeacherCache(Schema):
     """Arguments of `build_teacher_cache`."""
 
-    teacher: Reference
+    teacher: Teacher
     student: Reference
     prompts: Prompts
     columns: Columns | None = None
@@ -213,7 +219,7 @@ class StartDistillation(Schema):
     cache_id: (
         Annotated[Reference, Field(description="teacher cache; with student, instead of teacher and prompts")] | None
     ) = None
-    teacher: Reference | None = None
+    teacher: Teacher | None = None
     prompts: Prompts | None = None
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None

@@ -36,6 +36,21 @@ class ModelInput(Schema):
     artifact_id: str | None = None
     sft_teacher: TeacherClaim | None = None
     parameters: int | None = None
+    members: dict[str, "ModelInput"] | None = Field(
+        None, description="several teachers by domain; `path` is that of the one whose tokenizer and template count"
+    )
+
+    @property
+    def given(self) -> str | dict[str, str]:
+        """What the caller gave, as an argument of a call."""
+        if not self.members:
+            return self.reference
+        return {domain: member.reference for domain, member in self.members.items()}
+
+    @property
+    def sees_more(self) -> bool:
+        """Whether it is a teacher that sees more than its student."""
+        return self.identity is not None and self.identity.context is not None
 
 
 class SkippedRow(Schema):

@@ -113,8 +113,7 @@ class Workload:
         recipe, data = self.recipe, self.data
         match name:
             case "generate_responses":
-                rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
-                return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
+                return int(self._answers * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
             case "sft" | "distill":
                 between = (recipe.distill.rounds - 1) * self._left_between() if name == "distill" else 0
                 return self._saved(recipe.sft if name == "sft" else recipe.distill) + (16 << 20) + between
@@ -235,10 +234,15 @@ class Workload:
         flops = each * section.steps * tokens
         return Work(flops, passes, total, memory.policy)
 
+    @property
+    def _answers(self) -> int:
+        """Responses that the teacher draws."""
+        section = self.recipe.responses
+        return min(section.limit or self.data.sft_prompts, self.data.sft_prompts) * section.samples
+
     def _responses(self) -> Work:
         section = self.recipe.responses
-        rows = min(section.limit or self.data.sft_prompts, self.data.sft_prompts)
-        return self._generation(self.teacher, rows, section.batch_size, section.sampling)
+        return self._generation(self.teacher, self._answers, section.batch_size, section.sampling)
 
     def _sft(self) -> Work:
         new_tokens = self.recipe.responses.sampling.max_new_tokens
