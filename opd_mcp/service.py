@@ -11,7 +11,7 @@ from opd_mcp.identity.models import ModelCache
 from opd_mcp.planning.arms import arms_of, has_arms
 from opd_mcp.planning.confirmation import Question, cache_question, deletion_question, plan_question
 from opd_mcp.planning.costs.workload import Workload
-from opd_mcp.planning.exports import export_request
+from opd_mcp.planning.exports import export_question, export_request
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
 from opd_mcp.planning.references import References
@@ -75,7 +75,7 @@ from opd_mcp.store.roots import AllowedRoots, ExportRoots
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
 from opd_mcp.store.store import StartedRun, Store
-from opd_mcp.store.workspace import Workspace, export_folders, read_arguments, read_plan, save_plan
+from opd_mcp.store.workspace import Workspace, export_folders, hub_owners, read_arguments, read_plan, save_plan
 from opd_mcp.supervisor.launch import Supervisor
 from opd_mcp.supervisor.sweeps import Settings, Sweeps, require_different, swept_settings
 from opd_mcp.views.artifacts import artifact_list, delete_artifact
@@ -99,7 +99,7 @@ class JobService:
         self.settings = settings or JobSettings()
         self.workspace = workspace
         exports = [*self.settings.export_roots, *export_folders(workspace)]
-        self.exports = ExportRoots(exports, workspace.root)
+        self.exports = ExportRoots(exports, workspace.root, [*self.settings.hub_owners, *hub_owners(workspace)])
         self.roots = AllowedRoots([workspace.root, *roots.roots, self.settings.examples, *self.exports.roots])
         self.store = Store(workspace)
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
@@ -210,8 +210,12 @@ class JobService:
         return self._started(self._builder.assess, arguments)
 
     def export_student(self, arguments: ExportStudent) -> RunSnapshot:
-        """The run that writes a model with its card below an export root."""
+        """The run that writes a model with its card below an export root, or uploads it to the Hub."""
         return self._started(lambda given: export_request(self._builder, self.exports, given), arguments)
+
+    def export_question(self, arguments: ExportStudent) -> Question | None:
+        """What the user must agree to before a model is uploaded; raises what `export_student` raises."""
+        return export_question(self._builder, self.exports, arguments)
 
     def start_question(self, arguments: StartDistillation, gpu_hours: float) -> Question | None:
         """What the user must agree to before this start: a plan above so many hours, or a teacher mismatch."""
@@ -340,21 +344,21 @@ class JobService:
 
     def run_deletion_question(self, run_id: str) -> Question:
         """What the user must agree to before a run is deleted; raises as `delete_run`."""
-        return run_deletion(self.store, run_id).question()
+        return run_deletion(self.store, self._named(run_id)).question()
 
     def delete_run(self, run_id: str) -> DeletedRun:
         """What went with the run and what stays; raises UnknownIdError `unknown_run`, RunError `run_active`."""
         with self._planning:
-            return delete_run(self.store, run_id)
+            return delete_run(self.store, self._named(run_id))
 
     def cancel(self, run_id: str) -> RunSnapshot:
         """The run after a durable cancel request, or what stands for all active runs with a tag.
 
         Raises RunError `run_not_active` where there is none that is active, UnknownIdError `unknown_run`.
         """
-        run_id = self._existing(run_id)
         if not self.store.exists(run_id) and (tagged := self.store.index.runs(tag=run_id)):
             return self._cancel_all(run_id, [row.run_id for row in tagged if self.store.exists(row.run_id)])
+        run_id = self._existing(run_id)
         before = self._views.read(run_id, lambda view, record: view.state)
         if before not in ACTIVE_STATES:
             raise RunError(
@@ -445,9 +449,25 @@ class JobService:
             call=next_call("start_distillation", plan_id=now.plan_id),
         )
 
+    def _named(self, name: str) -> str:
+        """The id of the run that an id or a name means; raises UnknownIdError `unknown_run` where several have it."""
+        if self.store.exists(name):
+            return name
+        rows = self.store.index.runs(name=name)
+        same = [row.run_id for row in rows if row.name == name and self.store.exists(row.run_id)]
+        if len(same) > 1:
+            raise UnknownIdError(
+                "unknown_run",
+                f"{len(same)} runs have this name.",
+                value=name,
+                nearest=same[:5],
+                fix="Give the id of the one that you mean; the newest comes first.",
+            )
+        return same[0] if same else name
+
     def _existing(self, run_id: str) -> str:
         if run_id != LATEST:
-            return run_id
+            return self._named(run_id)
         latest = self.store.latest_run()
         if latest is None:
             raise UnknownIdError(

@@ -169,24 +169,30 @@ class Form(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     ADAPTER = "adapter"
+    GGUF = "gguf"
 
 
 @command(rich_help_panel=STARTS)
 def export(
     model: Annotated[str, typer.Argument(help="A run id, an artifact id, a Hub id or a directory.")],
-    destination: Annotated[Path, typer.Argument(help="A new directory.")],
-    form: Annotated[Form, typer.Option("--format", help="Dtype of the weights, or the adapter alone.")] = Form.INPUT,
+    destination: Annotated[str, typer.Argument(help="A new directory, or hub:OWNER/NAME.")],
+    form: Annotated[Form, typer.Option("--format", help="Dtype, the adapter alone, or gguf.")] = Form.INPUT,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model with its tokenizer and model card to a new directory, in the background."""
+    """Write a model with tokenizer and model card to a new directory or private repository, in the background."""
     from opd_mcp.schemas.requests import ExportStudent
     from opd_mcp.server.render.runs import snapshot_text
     from opd_mcp.server.tools.table import command_text
 
-    source, target = Path(model), destination.absolute()
+    source, uploads = Path(model), destination.startswith("hub:")
     reference = str(source.resolve()) if source.is_dir() else model
-    service = open_service([source] if source.is_dir() else [], export_roots=[target.parent])
-    request = ExportStudent(model=reference, destination=str(target), format=form.value)
+    target = destination if uploads else str(Path(destination).absolute())
+    owners = (destination.removeprefix("hub:").partition("/")[0],) if uploads else ()
+    roots = [] if uploads else [Path(target).parent]
+    service = open_service([source] if source.is_dir() else [], roots, hub_owners=owners)
+    request = ExportStudent(model=reference, destination=target, format=form.value)
+    agree(service.export_question(request), yes)
     found = audited(service, "export_student", request.to_dict(), lambda: service.export_student(request))
     show(found, as_json, lambda found: snapshot_text(found, command_text))
 

@@ -143,6 +143,8 @@ class Context:
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
     start_engine: Callable[[EngineWish], AbstractContextManager[EngineAddress]] = no_engine
     """Starts an engine for a block's time; the worker, which keeps a run's processes, gives it."""
+    convert_to_gguf: Callable[[Path, Path], None] | None = None
+    """Writes a GGUF file, the second path, of the model in a directory; None where llama.cpp's converter is unknown."""
 
 
 def require_going(context: Context) -> None:
@@ -172,11 +174,14 @@ def counter(context: Context, total: int, unit: str, before: int = 0) -> Callabl
 class ResponsesInputs:
     """Of `stages.generate_responses`: the teacher's directory and the SFT prompts.
 
-    `grading` says how to grade the responses; it is for runs that end with them, since `stages.sft` grades as well.
+    `grading` says how to grade the responses; it is for runs that end with them, since `stages.sft` grades as well, and
+    for those that keep the right ones only. Of several `teachers` by domain each answers the prompts of its own;
+    `teacher` is the one whose tokenizer counts.
     """
 
     teacher: Path
     prompts: Path
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     grading: BenchmarkRecipe | None = None
 
 
@@ -218,11 +223,14 @@ class TeacherInputs:
     """Of `stages.check_teacher`: who is to score which student; the teacher is a directory, a server, or both.
 
     `sft_teacher` counts for a student without lineage; `sft_teacher_path` is the directory that Δ is measured with;
-    `form` is that of the rollouts.
+    `form` is that of the rollouts, `prompts` those whose messages for the teacher belong to its identity.
+    Of several `teachers` by domain each scores the rows of its own; `teacher` is the one whose tokenizer counts.
     """
 
     student: Path
+    prompts: Path | None = None
     teacher: Path | None = None
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     remote: RemoteTeacher | None = None
     sft_teacher: TeacherClaim | None = None
     sft_teacher_path: Path | None = None
@@ -259,7 +267,8 @@ class DistillInputs:
     """Of `stages.distill`: `cache` for the method lightning; `teacher`, `prompts` and `rollout` for live.
 
     `round` is for a lightning distillation in several stretches. With `distill.evaluate_steps` the student is judged
-    on `held_out` prompts, graded by `grading`, and against the `judge`, a teacher's directory, where there is one.
+    on `held_out` prompts, graded by `grading`, and against the `judge`, a teacher's directory, where there is one, or
+    several `judges` by domain.
     """
 
     student: Path
@@ -273,6 +282,7 @@ class DistillInputs:
     held_out: Path | None = None
     grading: BenchmarkRecipe | None = None
     judge: Path | None = None
+    judges: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,14 +291,16 @@ class BenchmarkInputs:
 
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
     `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
-    `planned_seconds` by stage and `curves` are for the report's figures; `forms` says of models by name how the run's
-    training held their linear layers. The first `skipped` prompts were used to choose the candidate.
+    `planned_seconds` by stage and `curves` are for the report's figures, `run` is its heading; `forms` says of models
+    by name how the run's training held their linear layers. The first `skipped` prompts were used to choose the
+    candidate. Of several `teachers` by domain the reverse KL asks each for the rows of its own.
     """
 
     models: Mapping[str, Path]
     prompts: Path
     recipe_hash: str
     teacher: Path | None = None
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
     not_measured: Mapping[str, str] = field(default_factory=dict)
     teacher_responses: GradedResponses | None = None
@@ -299,6 +311,7 @@ class BenchmarkInputs:
     alerts: Sequence[Alert] = ()
     planned_seconds: Mapping[str, float] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
+    run: str | None = None
     skipped: int = 0
 
 

@@ -98,11 +98,10 @@ class PhaseChain:
     def generate_responses(self) -> "PhaseChain":
         """The teacher answers the SFT prompts."""
         prompts = self.inputs.sft_prompts or self.inputs.prompts
-        key = self._add(
-            "generate_responses",
-            {"teacher": model_token(self.inputs.teacher), "prompts": data_token(prompts)},
-            self.recipe.responses,
-        )
+        parts: dict[str, Any] = {"teacher": model_token(self.inputs.teacher), "prompts": data_token(prompts)}
+        if self.recipe.responses.keep == "right":
+            parts["grading"] = self.recipe.benchmark.model_dump(include={"grader", "answer_pattern"})
+        key = self._add("generate_responses", parts, self.recipe.responses)
         self.responses = _product_id("generate_responses", key)
         return self
 
@@ -285,7 +284,9 @@ def _product_id(name: PhaseName, key: str, method: str = "lightning") -> str:
 
 def _asserted(source: ModelInput | DataInput | None) -> str | None:
     claim = source.sft_teacher if source else None
-    return claim.label() if claim and claim.basis == "asserted" else None
+    if claim is None or claim.basis == "proven":
+        return None
+    return claim.label() if claim.basis == "asserted" else "the teacher itself"
 
 
 def data_sets(inputs: RunInputs) -> dict[str, DataInput]:

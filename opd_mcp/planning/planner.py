@@ -25,6 +25,7 @@ from opd_mcp.planning.checks import (
     judge_data,
     judge_evaluation,
     judge_files,
+    judge_kept,
     judge_prompts,
     judge_quantization,
     judge_special_tokens,
@@ -40,6 +41,7 @@ from opd_mcp.planning.prompts.preview import judge_clock, judge_sizes, plan_prev
 from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder
+from opd_mcp.planning.teachers import judge_teachers, resolved_teacher, with_self_claim
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call
@@ -69,12 +71,12 @@ class Planner:
         """
         asked, method, found = arguments, arguments.method, Findings()
         recipe = distillation_recipe(arguments)  # a wrong override is told before any file is read
-        inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
+        inputs = self._inputs(arguments, recipe, found)
         arguments, reason = fitted_to(asked, inputs.student)
         recipe, found.warnings = self.builder.with_engines(distillation_recipe(arguments))
         target = self.target_of(recipe.runtime)
         differing = differing_tokens(inputs.teacher, inputs.student)
-        sft, verdict = judge_consistency(arguments, inputs, found)
+        sft, verdict = judge_consistency(arguments, inputs, recipe, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
         judge_adapters(recipe, inputs.student.facts, sft, found)
         judge_quantization(recipe, sft, inputs.student, found)
@@ -85,10 +87,12 @@ class Planner:
         schema = _with_mean(schema, facts.mean_prompt_tokens)
         inspect = self.references.models.inspect_model
         recipe = recipe_for_device(recipe, schema, target, DRAWN, arguments.overrides, inspect)
+        judge_teachers(inputs, recipe, method, sft, found)
         judge_sizes(inputs, found)
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
+        judge_kept(recipe, schema.sft_prompts, found)
         grading = judged_golds(inputs, recipe.benchmark, found)
         hygiene = judge_prompts(inputs, facts, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
@@ -134,18 +138,21 @@ class Planner:
         """The work of a plan's phases; None while one of its models is still to be fetched."""
         return workload_of(plan.recipe, plan.inputs, inspect=self.references.models.inspect_model)
 
-    def _inputs(self, arguments: PlanDistillation, max_prompt_tokens: int) -> PlanInputs:
-        references = self.references
+    def _inputs(self, arguments: PlanDistillation, recipe: Recipe, found: Findings) -> PlanInputs:
+        references, prompting = self.references, recipe.prompting
 
         def prompts_of(argument: str) -> ResolvedPrompts | None:
             value, columns = getattr(arguments, argument), columns_of(arguments.columns, argument)
             # A token is at least one byte, so only longer texts can be too long.
-            return None if value is None else references.prompts(value, columns, long_bytes=max_prompt_tokens)
+            return None if value is None else references.prompts(value, columns, long_bytes=prompting.max_prompt_tokens)
 
-        student = references.sft_student(arguments.student, arguments.declared_teacher)
-        teacher = references.model(arguments.teacher)
         prompts, sft_prompts, eval_prompts = map(prompts_of, ("prompts", "sft_prompts", "eval_prompts"))
         assert prompts is not None, "a plan has prompts"
+        seen = prompts.context(prompting)
+        teacher = resolved_teacher(references, arguments.teacher).as_teacher(seen)
+        student = references.sft_student(arguments.student, arguments.declared_teacher, seen)
+        if recipe.sft.skip and arguments.method != "sft":
+            student = with_self_claim(teacher, student, recipe, found)
         schema = RunInputs(
             student=student.input,
             teacher=teacher.input,
@@ -198,12 +205,13 @@ class Planner:
         return Asked(model.path, recipe.prompting, inputs.prompts.scan, turns, taught, watched, moment)
 
     def _requests(self, recipe: Recipe, inputs: RunInputs, method: Method, sft: bool) -> dict[Method, RunRequest]:
-        """By method, what it would run: the asked one, and the two to compare it with.
+        """By method, what it would run: the asked one, and the two to compare it with; several teachers have no live.
 
         A start that was asked for "sft" would need the SFT for the two others as well.
         """
-        requests = {}
-        for name in dict.fromkeys((method, "lightning", "live")):
+        requests, several = {}, inputs.teacher is not None and inputs.teacher.members is not None
+        compared: tuple[Method, ...] = ("lightning",) if several else ("lightning", "live")
+        for name in dict.fromkeys((method, *compared)):
             other = compared_recipe(recipe, method, name)
             phases = distillation_phases(other, inputs, name, sft=sft, benchmark=True)
             requests[name] = RunRequest(kind=kind_of(name), recipe=other, inputs=inputs, phases=phases)
@@ -252,6 +260,7 @@ def unlabelled(arguments: PlanDistillation) -> dict[str, Any]:
 def files_signature(inputs: RunInputs) -> str:
     """What changes with any file of a run's inputs: names, sizes and times, not contents."""
     sources = [getattr(inputs, name) for name in type(inputs).model_fields]
+    sources += [*(inputs.teacher.members or {}).values()] if inputs.teacher else []
     paths = [Path(source.path) for source in sources if isinstance(source, ModelInput | DataInput) and source.path]
     files = [file for path in paths for file in ((path,) if not is_glob(path) else source_of(path).files)]
     return content_hash([path_signature(file) for file in files])
@@ -296,7 +305,8 @@ def _next_action(
 ) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan.
 
-    After a blocking finding it is the finding's own, else this plan's with its arguments, to be changed as `why` says.
+    After a blocking finding it is the finding's own, or this plan's with what lifts it. Where that is the caller's
+    choice there is no call: the same arguments would be blocked again.
     """
     if not blocking:
         return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
@@ -304,7 +314,9 @@ def _next_action(
     call = blocking[0].call
     if call is not None and call.tool == "plan_distillation":
         return call.with_why(why)
-    return plan_again(arguments, why)
+    if blocking[0].overrides is not None:
+        return plan_again(arguments, why, blocking[0].overrides)
+    return NextAction(why=why)
 
 
 def judge_rates(arguments: PlanDistillation, recipe: Recipe, inputs: PlanInputs, sft: bool, found: Findings) -> None:

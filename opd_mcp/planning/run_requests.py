@@ -1,12 +1,13 @@
 """From a tool's arguments, a plan or a cache to a run's request: recipe, inputs, keyed phases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opd_mcp.devices.hardware import target_of
-from opd_mcp.identity.consistency import require_consistent
+from opd_mcp.grading.golds import no_answers_to_keep
+from opd_mcp.identity.consistency import cache_claim, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.adapter_bases import require_targets
@@ -15,6 +16,7 @@ from opd_mcp.planning.checks import (
     Findings,
     differing_tokens,
     judge_special_tokens,
+    lacks_answers,
     require_generating,
     require_own_rollouts,
     require_positions,
@@ -24,8 +26,21 @@ from opd_mcp.planning.costs.estimates import recipe_for_device
 from opd_mcp.planning.engines import with_engines
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.prompts.text_work import Asked
-from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
+from opd_mcp.planning.references import (
+    References,
+    ResolvedCache,
+    ResolvedModel,
+    ResolvedPrompts,
+    ResolvedResponses,
+    columns_of,
+)
 from opd_mcp.planning.suites import with_suite
+from opd_mcp.planning.teachers import (
+    require_own_prompts,
+    require_self_claim,
+    require_teachers_usable,
+    resolved_teacher,
+)
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import Finding, Plan
 from opd_mcp.schemas.recipes import Preset, Recipe, SampleRecipe, Sampling
@@ -72,9 +87,14 @@ class RequestBuilder:
     def responses(self, arguments: GenerateTeacherResponses) -> RunRequest:
         """The teacher answers prompts."""
         recipe = self._recipe(arguments.preset, arguments.overrides)
-        teacher = self.references.model(arguments.teacher)
+        teacher = resolved_teacher(self.references, arguments.teacher)
         require_generating(teacher)
-        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, [teacher], recipe))
+        require_teachers_usable(teacher, None, recipe, "lightning")
+        prompts = self._prompts(arguments, [teacher], recipe)
+        require_own_prompts(teacher, prompts)
+        inputs = RunInputs(teacher=teacher.input, prompts=prompts.input)
+        if recipe.responses.keep == "right" and lacks_answers(inputs.prompts):
+            raise no_answers_to_keep()
         recipe = self._for_device(recipe, inputs, "generate_responses", arguments.overrides)
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
@@ -117,19 +137,34 @@ class RequestBuilder:
         given = {f"score.{name}": getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
         recipe = self._recipe(arguments.preset, arguments.overrides, given)
         if arguments.teacher_url is None:
-            teacher = self.references.model(arguments.teacher)
+            teacher = resolved_teacher(self.references, arguments.teacher)
+        elif not isinstance(arguments.teacher, str):
+            raise ArgumentError(
+                "invalid_argument",
+                "teacher_url is the server of one teacher, and teacher names several.",
+                value=arguments.teacher_url,
+                fix="Leave out teacher_url, or build a cache per teacher.",
+            )
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
-        student = self.references.sft_student(arguments.student, arguments.declared_teacher)
+        student = self.references.model(arguments.student)
         require_generating(student)
         differing = differing_tokens(teacher, student)
+        prompts = self._prompts(arguments, [teacher, student] if teacher.facts else [student], recipe, differing)
+        require_teachers_usable(teacher, student, recipe, "lightning")
+        require_own_prompts(teacher, prompts)
+        seen = prompts.context(recipe.prompting)
+        teacher = teacher.as_teacher(seen)
+        student = self.references.sft_student(arguments.student, arguments.declared_teacher, seen)
+        if recipe.sft.skip:
+            student = require_self_claim(teacher, student, recipe)
         allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
             require_consistent(teacher.input.identity, student.input.sft_teacher, allowed=allowed)
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments, [teacher, student] if teacher.facts else [student], recipe, differing),
+            prompts=prompts.input,
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
@@ -195,7 +230,7 @@ class RequestBuilder:
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=None if arguments.prompts is None else self._prompts(arguments, [model, *baselines], recipe),
+            prompts=None if arguments.prompts is None else self._prompts(arguments, [model, *baselines], recipe).input,
             suite=suite,
         )
         recipe = self._for_device(recipe, inputs, "benchmark", overrides)
@@ -210,7 +245,7 @@ class RequestBuilder:
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
         require_generating(model)
-        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe))
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe).input)
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
 
     def assess(self, arguments: AssessOverhead) -> RunRequest:
@@ -252,7 +287,7 @@ class RequestBuilder:
         models: Sequence[ResolvedModel],
         recipe: Recipe,
         differing: Sequence[TokenDifference] = (),
-    ) -> DataInput:
+    ) -> ResolvedPrompts:
         """The prompts, looked at by the first model's tokenizer, which encodes them; raises as `TextWork.facts`.
 
         Raises ConsistencyError `tokenizer_mismatch` where they have one of the special tokens that differ, and as
@@ -273,7 +308,7 @@ class RequestBuilder:
                 drawn = f"{section}.sampling.max_new_tokens", getattr(recipe, section).sampling.max_new_tokens
                 require_positions(longest, drawn, models)
             mean = facts.mean_prompt_tokens
-        return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
+        return replace(prompts, input=prompts.input.model_copy(update={"mean_prompt_tokens": mean}))
 
     def _require_fitting_tokens(
         self, teacher: ResolvedModel, student: ResolvedModel, responses: ResolvedResponses, recipe: Recipe
@@ -288,10 +323,10 @@ class RequestBuilder:
         asked = Asked(teacher.facts.path, recipe.prompting, scan, recipe.sft.train_turns, rows[0], watched)
         judge_special_tokens(differing, self.references.texts.facts(asked), recipe.prompting, Findings())
 
-    def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:
+    def _teacher_of(self, cache: ResolvedCache, reference: str | Mapping[str, str] | None) -> ModelInput | None:
         """The cache's teacher: as given, or where the run that made the cache had it, if it is still the same."""
         if reference is not None:
-            teacher = self.references.model(reference)
+            teacher = resolved_teacher(self.references, reference)
             named = cache.manifest.teacher.remote == "named"  # its weights were never seen
             identity = teacher.input.identity
             if identity and not named and not identity.same_model(cache.manifest.teacher):
@@ -304,10 +339,13 @@ class RequestBuilder:
                 )
             return teacher.input
         made_by = self._inputs_of(cache)
-        path = self.references.allowed(made_by.teacher.path if made_by and made_by.teacher else None)
-        if path is None or not path.is_dir():
+        known = made_by.teacher if made_by else None
+        paths = {domain: member.path for domain, member in ((known and known.members) or {}).items()}
+        found = [self.references.allowed(path) for path in (paths.values() or [known.path if known else None])]
+        if any(path is None or not path.is_dir() for path in found):
             return None
-        teacher = self.references.model(str(path))
+        places = [str(path) for path in found]
+        teacher = resolved_teacher(self.references, dict(zip(paths, places, strict=True)) if paths else places[0])
         same = teacher.input.identity and teacher.input.identity.same_model(cache.manifest.teacher)
         return teacher.input if same else None
 
@@ -318,9 +356,11 @@ class RequestBuilder:
 
     def _cache_inputs(self, cache: ResolvedCache, arguments: StartDistillation) -> tuple[ResolvedModel, RunInputs]:
         """The student that a cache is for, and the inputs of its distillation."""
-        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
+        seen = cache.manifest.teacher.context
+        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher, seen)
         allowed = arguments.allow_teacher_mismatch
-        require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
+        claim = cache_claim(cache.manifest, student.input.sft_teacher)
+        require_consistent(cache.manifest.teacher, claim, allowed=allowed)
         teacher = self._teacher_of(cache, arguments.teacher)
         evaluation, prompts = (
             None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input

@@ -70,6 +70,7 @@ class Finding(Schema):
     message: str
     fix: str
     call: NextAction | None = None
+    overrides: dict[str, Any] | None = Field(None, description="recipe keys that lift it")
 
     @classmethod
     def of_error(cls, error: OpdError) -> Self:
@@ -101,6 +102,7 @@ class PromptPreview(Schema):
     text: str = Field(description="decoded from its ids, control tokens included; a long one without its middle")
     tokens: int
     control_tokens: dict[str, int] = Field(default_factory=dict, description="those among its ids, with how often")
+    teacher_text: str | None = Field(None, description="what the teacher sees, where that is something else")
 
 
 class LearntPreview(Schema):

@@ -341,6 +341,7 @@ class BenchmarkReport(Schema):
 
     schema_version: Literal[1] = 1
     verdict: Verdict | None = Field(None, description="absent in reports of earlier versions")
+    run: str | None = Field(None, description="name and id of the run that made it")
     recipe: BenchmarkRecipe
     suite: str | None = Field(None, description="the prompts' suite by name, or lm_eval:TASK")
     suite_changes: dict[str, list[Any]] = Field(

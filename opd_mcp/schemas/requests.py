@@ -16,6 +16,12 @@ Reference = Annotated[
     StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
     Field(description="absolute path, artifact, run or Hub id"),
 ]
+# One model, or several by the domain of their prompts.
+Teacher = Annotated[
+    Reference | Annotated[dict[Annotated[str, StringConstraints(max_length=40)], Reference], Field(max_length=16)],
+    WithJsonSchema({"type": ["string", "object"]}),
+    Field(description="reference, or several by domain (docs/data.md)"),
+]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
     Field(description="reference, or up to 200 inline"),
@@ -85,7 +91,7 @@ Overrides = Annotated[
 RunId = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
-    Field(description="a run_id, or 'latest'"),
+    Field(description="a run_id, a name, or 'latest'"),
 ]
 SftPrompts = Annotated[Prompts, Field(description="prompts for SFT on the teacher's responses, run first")]
 EvalPrompts = Annotated[Prompts, Field(description="held-out prompts with answers, for the report")]
@@ -117,7 +123,8 @@ Baselines = Annotated[
     list[Baseline],
     BeforeValidator(_listed),
     Field(max_length=3, description="arms to run and compare with"),
-    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string", "enum": list(get_args(Baseline))}}),
+    # a single name is taken as well
+    WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(get_args(Baseline))}, "maxItems": 3}),
 ]
 Seeds = Annotated[int, Field(ge=1, le=MAX_SEEDS, description="runs per arm")]
 
@@ -130,7 +137,7 @@ class PlanDistillation(Schema):
     """Arguments of `plan_distillation`."""
 
     student: Reference
-    teacher: Reference
+    teacher: Teacher
     prompts: Prompts
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None
@@ -151,7 +158,7 @@ class PlanDistillation(Schema):
 class GenerateTeacherResponses(Schema):
     """Arguments of `generate_teacher_responses`."""
 
-    teacher: Reference
+    teacher: Teacher
     prompts: Prompts
     columns: Columns | None = None
     preset: Preset = "quick"
@@ -178,7 +185,7 @@ class StartSft(Schema):
 class BuildTeacherCache(Schema):
     """Arguments of `build_teacher_cache`."""
 
-    teacher: Reference
+    teacher: Teacher
     student: Reference
     prompts: Prompts
     columns: Columns | None = None
@@ -212,7 +219,7 @@ class StartDistillation(Schema):
     cache_id: (
         Annotated[Reference, Field(description="teacher cache; with student, instead of teacher and prompts")] | None
     ) = None
-    teacher: Reference | None = None
+    teacher: Teacher | None = None
     prompts: Prompts | None = None
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None
@@ -321,12 +328,13 @@ class ExportStudent(Schema):
     destination: Annotated[
         str,
         StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
-        Field(description="new folder below an export root"),
+        Field(description="new folder below an export root, or hub:OWNER/NAME"),
     ]
-    format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; or the adapter alone")] = "input"
+    format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; adapter alone; gguf")] = "input"
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
+    confirm: Confirm | None = None
 
 
 class GetRunStatus(Schema):

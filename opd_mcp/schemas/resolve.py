@@ -98,20 +98,59 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate({**values, "preset": preset})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ArgumentError(
-            "invalid_argument",
-            f"Override {key}: {first['msg']}.",
-            value=first.get("input"),
-            fix=f"Give {key} a valid value.",
-        ) from error
+        raise invalid_recipe(error) from error
     for part, optimizer in (("sft.optimizer", recipe.sft.optimizer), ("distill.optimizer", recipe.distill.optimizer)):
         require_kept_updates(optimizer, part)
         require_package(optimizer, part)
     for name, training in (("sft", recipe.sft), ("distill", recipe.distill)):
         require_adapter_precision(training, name)
     return recipe
+
+
+def invalid_recipe(error: ValidationError) -> ArgumentError:
+    """What is wrong with a key's value and what it takes; or which keys do not fit together, as the message says."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    valid, key = set(recipe_keys()), ".".join(str(part) for part in first["loc"])
+    while key and key not in valid:  # a part of a value, or a branch of a choice
+        key = key.rpartition(".")[0]
+    if not key:
+        message = first["msg"].removeprefix("Value error, ")
+        fix = "Change one of the keys that this names; the resource opd://recipe-keys says what each means."
+        return ArgumentError("invalid_argument", f"{message}.", fix=fix)
+    allowed = allowed_text(key_schema(key))
+    return ArgumentError(
+        "invalid_argument",
+        f"Override {key}: {first['msg'].removeprefix('Value error, ')}.",
+        value=first.get("input"),
+        fix=f"Set '{key}' to: {allowed}.",
+    )
+
+
+BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+
+
+def key_schema(key: str) -> Mapping[str, Any]:
+    """The JSON schema of one recipe key."""
+    schema = Recipe.model_json_schema()
+    found: Mapping[str, Any] = schema
+    for name in key.split("."):
+        section = next((part for part in found.get("anyOf", ()) if "$ref" in part), found)
+        section = schema["$defs"][section["$ref"].rsplit("/", 1)[1]] if "$ref" in section else section
+        found = section["properties"][name]
+    return found
+
+
+def allowed_text(leaf: Mapping[str, Any]) -> str:
+    """What a key takes, by its schema: choices, or type and bounds."""
+    if "anyOf" in leaf:
+        return " or ".join(allowed_text(part) for part in leaf["anyOf"])
+    if "$ref" in leaf:
+        return "object"
+    if "enum" in leaf:
+        return ", ".join(leaf["enum"])
+    if leaf.get("maxItems") is not None and leaf.get("minItems") == leaf["maxItems"]:
+        return f"{leaf['type']} of {leaf['maxItems']}"
+    return " ".join([leaf["type"], *(f"{sign} {leaf[name]}" for name, sign in BOUNDS.items() if name in leaf)])
 
 
 def changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

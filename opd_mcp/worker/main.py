@@ -25,7 +25,7 @@ from opd_mcp.planning.engines import required_program
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import RuntimeRecipe
-from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
+from opd_mcp.schemas.runs import ExportSettings, PhaseName, RunRecord, RunState
 from opd_mcp.store.files import is_disk_full
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import (
@@ -42,6 +42,7 @@ from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import note_start, stop_of
 from opd_mcp.store.workspace import Workspace, grace_seconds, read_settings
 from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine
+from opd_mcp.worker.exporting import GgufConverter
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
 from opd_mcp.worker.guardian import guarded
@@ -67,13 +68,16 @@ def engine_stages() -> Stages:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What its launcher gives a worker: `teacher_key` for a remote teacher, `secrets` to keep out of the journal."""
+    """What its launcher gives a worker: `teacher_key` for a remote teacher, `secrets` to keep out of the journal, and
+    `hub_token` for uploads.
+    """
 
     leases: LeaseFolder
     teacher_key: str | None = field(default=None, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
     load_stages: Callable[[], Stages] = engine_stages
     watch: WatchSettings = field(default_factory=WatchSettings)
+    hub_token: str | None = field(default=None, repr=False)
 
 
 def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: WorkerSettings) -> int:
@@ -159,6 +163,7 @@ class RunWorker:
             check_fence=self.journal.check_fence,
             rendered_at=datetime.fromisoformat(record.created_at),
             start_engine=start_engine,
+            convert_to_gguf=gguf_converter(read_settings(self.store.workspace).export, self.reporter.should_stop),
         )
         return Pipeline(
             record=record,
@@ -171,6 +176,7 @@ class RunWorker:
             flops=lambda name: workload.work(name).flops if workload else 0.0,
             disk=lambda name: expected_disk(name, recipe, inputs),
             launch_seconds=launch_seconds,
+            hub_token=self.settings.hub_token,
         )
 
     def _engine(self, kind: str, model: EngineModel, device: str) -> ManagedEngine:
@@ -227,6 +233,13 @@ class RunWorker:
             self.journal.append("alert", {"code": "worker_signalled", "message": stop.text()})
         self.journal.append("state", {"state": state})
         return int(state == "failed")
+
+
+def gguf_converter(settings: ExportSettings, should_stop: Callable[[], bool]) -> GgufConverter | None:
+    """The converter that the settings name."""
+    if settings.gguf_converter is None:
+        return None
+    return GgufConverter(Path(settings.gguf_converter), Path(settings.gguf_python or sys.executable), should_stop)
 
 
 def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter) -> Lease:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.identity.files import write_atomic
@@ -35,6 +35,9 @@ from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
 
+if TYPE_CHECKING:
+    from opd_mcp.worker.hub_upload import HubExport
+
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 ROLLOUTS = "rollouts"
@@ -57,6 +60,7 @@ class Pipeline:
     flops: Callable[[PhaseName], float]
     disk: Callable[[PhaseName], int]
     launch_seconds: float = 0.0
+    hub_token: str | None = field(default=None, repr=False)
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
     held: ExitStack = field(default_factory=ExitStack)
@@ -184,8 +188,13 @@ class Pipeline:
         return named
 
     @property
-    def _exporting(self) -> Exporting:
-        return Exporting(self.record.request.inputs, self.directory, self.artifacts, self.journal)
+    def _exporting(self) -> "Exporting | HubExport":
+        inputs = self.record.request.inputs
+        if inputs.export is None or inputs.export.hub_id is None:
+            return Exporting(inputs, self.directory, self.artifacts, self.journal)
+        from opd_mcp.worker.hub_upload import HubExport  # with the packages that only an upload needs
+
+        return HubExport(inputs, self.directory, self.artifacts, self.journal, self.hub_token)
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)

@@ -23,6 +23,7 @@ from opd_mcp.engine.context import (
     TaskInputs,
     TeacherInputs,
 )
+from opd_mcp.identity.consistency import inherited
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
@@ -141,8 +142,10 @@ class StageCalls:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
                 learnt = any(phase.name == "sft" for phase in self.record.request.phases)
-                grading = None if learnt else recipe.benchmark
-                responses = ResponsesInputs(teacher=paths["teacher"], prompts=prompts, grading=grading)
+                grading = None if learnt and recipe.responses.keep == "all" else recipe.benchmark
+                responses = ResponsesInputs(
+                    teacher=paths["teacher"], teachers=self._teachers, prompts=prompts, grading=grading
+                )
                 cost = stages.generate_responses(recipe.responses, responses, output, context)
             case "sft":
                 cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
@@ -228,13 +231,22 @@ class StageCalls:
         """The fields of TeacherInputs."""
         return {
             "student": self._student(number),
+            "prompts": self.paths.get("prompts"),
             "teacher": self.paths.get("teacher"),
+            "teachers": self._teachers,
             "remote": self._remote(),
             "sft_teacher": self._claim(),
             "sft_teacher_path": self._sft_teacher_path(),
             "allow_teacher_mismatch": self.record.request.inputs.allow_teacher_mismatch,
             "form": base_form(self.record.request.recipe.distill.adapter),
         }
+
+    @property
+    def _teachers(self) -> dict[str, Path]:
+        """The directories of several teachers, by domain."""
+        teacher = self.record.request.inputs.teacher
+        members = teacher.members if teacher else None
+        return {domain: Path(str(member.path)) for domain, member in (members or {}).items()}
 
     def _remote(self) -> RemoteTeacher | None:
         teacher = self.record.request.inputs.teacher
@@ -267,7 +279,8 @@ class StageCalls:
                 sft_teacher=self._claim(),
                 allow_teacher_mismatch=allowed,
                 round=None if number is None else self._round(number),
-                judge=paths.get("teacher"),
+                judge=None if self._teachers else paths.get("teacher"),
+                judges=self._teachers,
                 **self._held_out(),
             )
         return DistillInputs(
@@ -314,12 +327,14 @@ class StageCalls:
             suite_changes=suite_changes(self.record.request.inputs.suite, self.record.request.recipe),
             prompts=self._benchmark_prompts(),
             recipe_hash=self.record.request.recipe.content_hash(),
-            teacher=self.paths.get("teacher"),
+            teacher=None if self._teachers else self.paths.get("teacher"),
+            teachers=self._teachers,
             costs=summed_costs(self.costs),
             alerts=view.alerts,
             skipped=self.record.request.skipped_prompts,
             planned_seconds=self.record.expected_phase_seconds,
             curves=told_curves(view.series),
+            run=run_heading(self.record),
         )
 
     def _benchmarked(self) -> dict[str, Path]:
@@ -328,8 +343,11 @@ class StageCalls:
             models = [inputs.model, *inputs.baselines]
             return dict(zip(model_names(models), [Path(str(model.path)) for model in models], strict=True))
         if "model" in paths:
-            return {"distilled": paths["model"], student_name(paths["student"]): paths["student"]}
+            return {"distilled": paths["model"], self._student_name(): paths["student"]}
         return {"sft": paths["student"], "base": paths["base"]}
+
+    def _student_name(self) -> str:
+        return "base" if self.record.request.recipe.sft.skip else student_name(self.paths["student"])
 
     def _forms(self) -> dict[str, BaseForm]:
         """How the run's last training held the student that it began with."""
@@ -337,21 +355,24 @@ class StageCalls:
         if self.record.request.inputs.model is not None:
             return {}
         if "model" in self.paths:
-            return {student_name(self.paths["student"]): base_form(recipe.distill.adapter)}
+            return {self._student_name(): base_form(recipe.distill.adapter)}
         return {"base": base_form(recipe.sft.adapter)}
 
     def _references(self, models: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
         """The teacher and the student before its SFT, where the report is to have them, and why one is absent."""
         inputs, wanted = self.record.request.inputs, self.record.request.recipe.benchmark.references
         teacher, found, absent = self.paths.get("teacher"), {}, {}
-        if "teacher" in wanted and teacher is not None and teacher not in models.values():
+        sees_more = inputs.teacher is not None and inputs.teacher.sees_more
+        if "teacher" in wanted and self._teachers:
+            absent["teacher"] = "there are several; benchmark_student measures each on the prompts of its domain"
+        elif "teacher" in wanted and teacher is not None and (sees_more or teacher not in models.values()):
             found["teacher"] = teacher
         elif "teacher" in wanted and teacher is None and inputs.model is None:
             absent["teacher"] = "its files are not here, and its server scores tokens without generating any"
         base = self.paths.get("base")
         if "base" in wanted and base is not None and base not in models.values():
             found["base"] = base
-        elif "base" in wanted and base is None and inputs.model is None:
+        elif "base" in wanted and base is None and inputs.model is None and not self.record.request.recipe.sft.skip:
             absent["base"] = "the student came with its SFT done; name its base as a baseline of benchmark_student"
         return found, absent
 
@@ -376,7 +397,14 @@ class StageCalls:
     def _claim(self) -> TeacherClaim | None:
         """The teacher claimed for the student's SFT responses; after an SFT phase the student's lineage says it."""
         student = self.record.request.inputs.student
-        return student.sft_teacher if student and "base" not in self.paths else None
+        claim = student.sft_teacher if student and "base" not in self.paths else None
+        return inherited(claim) if "model" in self.paths else claim  # a later round's student is no longer its teacher
+
+
+def run_heading(record: RunRecord) -> str:
+    """A run's name and id; the id alone where it has no name."""
+    name = record.request.labels.name
+    return f"{name} ({record.run_id})" if name else record.run_id
 
 
 def student_name(student: Path) -> str:
@@ -442,5 +470,9 @@ def model_names(models: list[ModelInput]) -> list[str]:
 
 
 def _without_answer(row: PromptRow) -> str:
-    content = {"prompt": row.prompt} if row.prompt is not None else {"messages": list(row.messages or ())}
+    content: dict[str, Any] = (
+        {"prompt": row.prompt} if row.prompt is not None else {"messages": list(row.messages or ())}
+    )
+    own = {"teacher_messages": row.teacher_messages, "teacher_domain": row.teacher_domain}
+    content |= {name: value for name, value in own.items() if value is not None}
     return json.dumps({"id": row.id, **content}, ensure_ascii=False) + "\n"

@@ -127,3 +127,20 @@ def test_a_named_grader_takes_the_place_of_the_presets_pattern() -> None:
     assert resolve_recipe("demo", {"benchmark.grader": "gsm8k"}).benchmark.answer_pattern is None
     with pytest.raises(ArgumentError, match="answer_pattern is for the grader 'regex'"):
         resolve_recipe("demo", {"benchmark.grader": "gsm8k", "benchmark.answer_pattern": "x"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "fix"),
+    [
+        ({"distill.steps": 0}, "Override distill.steps: ", "Set 'distill.steps' to: integer > 0."),
+        ({"sft.optimizer.schedule": "step"}, "Override sft.optimizer.schedule: ", "constant, linear, cosine."),
+        ({"sft.optimizer.betas": [1, 2, 3]}, "Override sft.optimizer.betas: ", "Set 'sft.optimizer.betas' to: array"),
+        ({"distill.horizon_growth_steps": 3}, "needs a distill.horizon to grow from.", "Change one of the keys"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_the_key_takes(overrides, message, fix):
+    with pytest.raises(ArgumentError, match="invalid_argument") as refused:
+        resolve_recipe("quick", overrides)
+    assert message in refused.value.message
+    assert "Value error" not in refused.value.message
+    assert fix in refused.value.fix

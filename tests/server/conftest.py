@@ -146,6 +146,9 @@ class ScriptedService:
             next_action=next_call("start_distillation", plan_id="plan-1"),
         )
 
+    def assess_overhead(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("assess_overhead", "assess", arguments)
+
     def generate_teacher_responses(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("generate_teacher_responses", "generate", arguments)
 
@@ -157,9 +160,6 @@ class ScriptedService:
 
     def start_distillation(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("start_distillation", "distill", arguments)
-
-    def assess_overhead(self, arguments: Any) -> RunSnapshot:
-        return self._snapshot("assess_overhead", "assess", arguments)
 
     def benchmark_student(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("benchmark_student", "benchmark", arguments)
@@ -268,6 +268,9 @@ class ScriptedService:
 
     def sweep_question(self, arguments: Any, gpu_hours: float) -> Question | None:
         return self.question
+
+    def export_question(self, arguments: Any) -> Question | None:
+        return None
 
     def run_deletion_question(self, run_id: str) -> Question:
         return Question(run_id, f"Delete {run_id} with model-1?")

@@ -4,17 +4,19 @@ Reverse KL and entropy are exact over the vocabulary on given sequences.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context, require_going
 from opd_mcp.engine.data.batches import build_batch, grouped_rows
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, student_side
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
 from opd_mcp.engine.evaluation.intervals import mean_over_prompts, pass_at_k, per_token_mean, wilson
 from opd_mcp.engine.generation.batch_state import GenerationSettings
@@ -27,7 +29,7 @@ from opd_mcp.engine.runtime import Runtime, seed_for
 from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.grading.grade import Tally
 from opd_mcp.grading.graders import Grader
-from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.data.rows import PromptRow, Turns
 from opd_mcp.identity.models import ModelFacts
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
 from opd_mcp.schemas.reports import Estimate95, ModelScore, TokenRatios
@@ -45,7 +47,10 @@ SHOWN_TOKENS = 256
 
 @dataclass(frozen=True)
 class Measurement:
-    """What every model of a benchmark is measured on: the prompts, how, and the teacher of the reverse KL, if any."""
+    """What every model of a benchmark is measured on: the prompts, how, and the teacher of the reverse KL, if any.
+
+    Of several `teachers` by domain each is loaded for the rows of its own; rows of no domain have no reverse KL then.
+    """
 
     settings: BenchmarkRecipe
     rows: Sequence[PromptRow]
@@ -53,6 +58,7 @@ class Measurement:
     teacher: LoadedModel | None
     runtime: Runtime
     context: Context
+    teachers: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,24 @@ def score_model(
     eos_token_ids: Sequence[int],
     task: Measurement,
     generator: Generator | None = None,
+    *,
+    as_teacher: bool = False,
 ) -> Scored:
     """Measure one model; accuracy only on rows with an answer, reverse KL only with a teacher.
 
-    `generator` draws its responses, by default the model itself. Raises RunError `engine_disagrees` for an engine that
-    draws from another model.
+    `as_teacher` shows it what the teacher alone sees, as the reverse KL does the teacher. `generator` draws its
+    responses, by default the model itself. Raises RunError `engine_disagrees` for an engine that draws from another
+    model.
     """
     started, settings = time.perf_counter(), task.settings
-    prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)
+    scorer = task.teacher.path if task.teacher else next(iter(task.teachers.values()), None)
+    if scorer is None:
+        prompts = encode_prompts(*_plain(task, model))
+    else:
+        tokenizers = load_tokenizer(model.path), load_tokenizer(scorer)
+        prompts = encode_prompts(task.rows, tokenizers[0], task.context, tokenizers[1])
+    if as_teacher:
+        prompts = [prompt.for_teacher() for prompt in prompts]
     draw = _Drawer(name, model, eos_token_ids, task, generator or LocalGenerator(model))
     measured = _Measured()
     answered = [prompt for prompt in prompts if prompt.row.answer is not None]
@@ -92,8 +108,9 @@ def score_model(
         greedy, measured.greedy_correct = draw.greedy_accuracy(answered, measured)
         if settings.samples_per_prompt:
             sampled, passes = draw.sampled_accuracy(answered, measured)
-    if task.teacher is not None and model is not task.teacher:
-        divergence, entropy = draw.reverse_kl(prompts[: settings.kl_prompts], task.teacher, measured)
+    judged = [prompt for prompt in prompts if not task.teachers or prompt.row.teacher_domain in task.teachers]
+    if judged and scorer is not None and model is not task.teacher:
+        divergence, entropy = draw.reverse_kl(judged[: settings.kl_prompts], measured)
     if not measured.drawn:
         draw.responses(prompts, settings.sampling, "sampled", measured)
     everything = concatenate(measured.drawn)
@@ -125,18 +142,29 @@ def score_model(
     return Scored(score, measured.greedy_correct, measured.sampled_shares, shown, by_id)
 
 
+def _plain(task: Measurement, model: LoadedModel) -> tuple[list[PromptRow], PreTrainedTokenizerBase, Context]:
+    """What `encode_prompts` needs of prompts that only this model sees."""
+    rows, context = student_side(task.rows, task.context)
+    return rows, load_tokenizer(model.path), context
+
+
 def asked(row: PromptRow, template: str | None) -> PromptRow:
     """The prompt within the template; of a chat, its last turn that is the user's and a text."""
     if template is None:
         return row
+    seen = None if row.teacher_messages is None else _asked_turns(row.teacher_messages, template)
     if row.prompt is not None:
-        return replace(row, prompt=template.replace("{prompt}", row.prompt))
-    turns = list(row.messages or ())
+        return replace(row, prompt=template.replace("{prompt}", row.prompt), teacher_messages=seen)
+    return replace(row, messages=_asked_turns(row.messages or (), template), teacher_messages=seen)
+
+
+def _asked_turns(messages: Turns, template: str) -> Turns:
+    turns = list(messages)
     for number in reversed(range(len(turns))):
         if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
             turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
             break
-    return replace(row, messages=tuple(turns))
+    return tuple(turns)
 
 
 def _outcomes(correct: NDArray[np.float64] | None) -> str | None:
@@ -194,13 +222,16 @@ class _Drawer:
         return list(load_tokenizer(self.model.path).batch_decode(ids, skip_special_tokens=True))
 
     def token_ratios(self, drawn: Sequences, teacher: LoadedModel) -> list[TokenRatios]:
-        """log π_T − log π_θ of each response's first tokens, and where each token ends in the response's text."""
+        """log π_T − log π_θ of each response's first tokens, and where each token ends in the response's text.
+
+        Each model sees its own prompts.
+        """
         begun = drawn.beginnings(np.minimum(drawn.response_lengths(), SHOWN_TOKENS))
         scores = [
             score_sequences(
-                model, begun, topk=0, micro_batch_tokens=MICRO_BATCH_TOKENS, runtime=self.task.runtime
+                model, seen, topk=0, micro_batch_tokens=MICRO_BATCH_TOKENS, runtime=self.task.runtime
             ).logprobs.astype(np.float64)
-            for model in (teacher, self.model)
+            for model, seen in ((teacher, begun.for_teacher()), (self.model, begun))
         ]
         ratios = begun.with_columns(ratios=scores[0] - scores[1])
         tokenizer = load_tokenizer(self.model.path)
@@ -253,13 +284,25 @@ class _Drawer:
         measured.sampled_shares = correct.mean(axis=1)
         return mean_over_prompts(measured.sampled_shares, n), passes
 
-    def reverse_kl(
-        self, prompts: Sequence[EncodedPrompt], teacher: LoadedModel, measured: _Measured
-    ) -> tuple[Estimate95, float]:
+    def _divergences(self, drawn: Sequences) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As `divergence_sums`, each row with its own teacher; of several one is in memory at a time."""
+        task = self.task
+        if task.teacher is not None:
+            return divergence_sums(self.model, task.teacher, drawn, task.runtime)
+        sums = np.zeros((2, len(drawn)))
+        for domain, path in task.teachers.items():
+            rows = np.flatnonzero(np.array(drawn.domains, dtype=object) == domain)
+            if len(rows):
+                teacher = load_model(path, task.runtime)
+                sums[:, rows] = divergence_sums(self.model, teacher, drawn.take(rows), task.runtime)
+                del teacher
+        return sums[0], sums[1]
+
+    def reverse_kl(self, prompts: Sequence[EncodedPrompt], measured: _Measured) -> tuple[Estimate95, float]:
         """Exact KL(student‖teacher) and the student's entropy per token, on fresh samples at temperature 1, nats."""
         sampling = Sampling(temperature=1.0, max_new_tokens=self.task.settings.sampling.max_new_tokens)
         drawn = self.responses(prompts, sampling, "reverse-KL", measured)
-        divergences, entropies = divergence_sums(self.model, teacher, drawn, self.task.runtime)
+        divergences, entropies = self._divergences(drawn)
         tokens = drawn.response_lengths().astype(np.float64)
         estimate = per_token_mean(
             divergences,
@@ -301,7 +344,7 @@ def quantisation_kl(
     """
     settings, runtime = task.settings, task.runtime
     model = load_model(quantised, runtime, generates=True)
-    prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)[: settings.kl_prompts]
+    prompts = encode_prompts(*_plain(task, model))[: settings.kl_prompts]
     sampling = Sampling(temperature=1.0, max_new_tokens=settings.sampling.max_new_tokens)
     drawer = _Drawer("the quantised student", model, eos_token_ids, task, LocalGenerator(model))
     drawn = drawer.responses(prompts, sampling, "quantisation", _Measured())
@@ -336,14 +379,16 @@ def reverse_kl_rows(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def divergence_sums(
     student: LoadedModel, teacher: LoadedModel, sequences: Sequences, runtime: Runtime
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Σ_t KL(π_θ‖π_T) and Σ_t H(π_θ) of each sequence [N], in nats."""
+    """Σ_t KL(π_θ‖π_T) and Σ_t H(π_θ) of each sequence [N], in nats; each model sees its own prompts."""
+    seen = sequences.for_teacher()
     sums = np.zeros((2, len(sequences)), dtype=np.float64)
     tile = max(1, TILE_BYTES // (8 * 4 * max(student.vocab_size, teacher.vocab_size)))
     packed, everything = packs(student.model) and packs(teacher.model), np.arange(len(sequences))
     for group in grouped_rows(sequences.lengths(), everything, MICRO_BATCH_TOKENS, packed=packed):
         batch = build_batch(sequences, group, runtime.device)
         student_hidden = hidden_rows(student.model, batch.input_ids, batch.lengths, batch.rows)
-        teacher_hidden = hidden_rows(teacher.model, batch.input_ids, batch.lengths, batch.rows)
+        theirs = batch if seen is sequences else build_batch(seen, group, runtime.device)
+        teacher_hidden = hidden_rows(teacher.model, theirs.input_ids, theirs.lengths, theirs.rows)
         totals = torch.zeros((2, len(group)), dtype=torch.float64, device=runtime.device)
         for start in range(0, len(batch.rows), tile):
             rows = slice(start, start + tile)

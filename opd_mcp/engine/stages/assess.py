@@ -198,7 +198,7 @@ class _Measured:
                 self.not_graded = error.message
                 self.context.reporter.alert("responses_not_graded", f"Nothing is graded: {error.message}")
             return None
-        return wilson(right, len(answered))
+        return wilson(right, len(answered)).model_copy(update={"basis": "one response a prompt; Wilson interval"})
 
     def _train(self, work: Work, student: LoadedModel, task: TrainingTask, batch_size: int) -> None:
         self._begin(f"measuring: {work}")

@@ -5,7 +5,8 @@ opened and checked before any step.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,15 @@ from numpy.typing import NDArray
 from opd_mcp.engine.cache.flat import open_flat
 from opd_mcp.engine.cache.repair import repaired
 from opd_mcp.engine.context import Context, DistillInputs, QuietReporter, RoundInputs
-from opd_mcp.engine.data.batches import StepData, StepsFrom, shortened_steps, shuffled_batches, stored_batches
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, recorded_moment
+from opd_mcp.engine.data.batches import (
+    StepData,
+    StepsFrom,
+    shortened_steps,
+    shuffled_batches,
+    steps_by_domain,
+    stored_batches,
+)
+from opd_mcp.engine.data.encoding import EncodedPrompt, context_of, encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.evaluation.model_score import Measurement, asked
 from opd_mcp.engine.generation.batch_state import GenerationSettings
@@ -33,7 +41,15 @@ from opd_mcp.engine.models.loading import (
 )
 from opd_mcp.engine.models.lora import renew_adapter, without_adapters
 from opd_mcp.engine.models.saving import SavedForm, saved_files
-from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, frozen_hash, full_identity, record_lineage
+from opd_mcp.engine.provenance import (
+    Provenance,
+    adapter_origin,
+    claim_of,
+    frozen_hash,
+    full_identity,
+    record_lineage,
+    require_self,
+)
 from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
 from opd_mcp.engine.scoring.local import base_as_teacher, engine_gap, require_agreement, score_sequences
 from opd_mcp.engine.training.held_out import HeldOut
@@ -42,9 +58,9 @@ from opd_mcp.engine.training.token_factors import reweigh_of
 from opd_mcp.engine.training.watches import WATCHED_STEPS, DistillWatch, are_stale
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.consistency import require_behaviour, require_consistent, vouched
+from opd_mcp.identity.consistency import cache_claim, inherited, require_behaviour, require_consistent, vouched
 from opd_mcp.identity.data.reading import read_prompts
-from opd_mcp.identity.data.rows import prompts_hash
+from opd_mcp.identity.data.rows import prompts_hash, require_all_or_no_domain
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.identity.models import inspect_model
@@ -76,7 +92,7 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         return _trained(section, inputs, output, Opened(model, cached, steps), context)
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
-    source = open_live(inputs, context)
+    source = open_live(section, inputs, context)
     model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
     teacher = base_as_teacher(model, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
     model_warnings(context, model, teacher)
@@ -179,14 +195,19 @@ def _trained(
     if of_round is not None and of_round.final and section.save_dtype == "input" and origin is None:
         form = replace(form, dtype=stored_dtype(inspect_model(of_round.origin).weights_path))
     form.try_out(model.model)
-    steps = opened.steps
+    steps, domains = opened.steps, dict(source.domains)
+    require_weighed(section, domains)
+    if domains:
+        steps = steps_by_domain(steps, domains, section.domain_weights or {})
     if section.horizon is not None:
         steps = shortened_steps(steps, section.horizon, section.horizon_growth_steps)
     task = TrainingTask(
         LoopSettings.of(section, section.normalize),
         steps,
         distill_objective(section),
-        DistillWatch(section, context, of_round.number + 1 if of_round and of_round.until_stale else None),
+        DistillWatch(
+            section, context, of_round.number + 1 if of_round and of_round.until_stale else None, sorted(domains)
+        ),
         frozen_hash(origin, student),
         reweigh_of(section),
         stretch_of_round(of_round, output) if of_round else None,
@@ -209,7 +230,7 @@ def _trained(
         output,
         Provenance("model", "distill", section, parents, [*saved_files(output), *_left_files(output)]),
         context,
-        sft_teacher=source.claim,
+        sft_teacher=inherited(source.claim),
         distilled_from=source.teacher,
         adapter=origin,
         teacher_mismatch_allowed=inputs.allow_teacher_mismatch,
@@ -236,7 +257,7 @@ def held_out_of(section: DistillRecipe, inputs: DistillInputs, opened: Opened, c
         settings=section,
         student=opened.student,
         eos_token_ids=tuple(opened.source.adopted.eos_token_ids),
-        task=Measurement(settings, rows, grader, judge, runtime, quiet),
+        task=Measurement(settings, rows, grader, judge, runtime, quiet, inputs.judges),
         context=context,
         folder=context.checkpoints,
         total=section.steps,
@@ -265,6 +286,7 @@ class CacheSource:
     adopted: AdoptedTokenizer
     parents: list[Parent]
     claim: TeacherClaim | None
+    domains: Mapping[str, int]
     repair: RepairSummary | None = None
     rendered_at: str | None = None
 
@@ -280,6 +302,28 @@ class LiveSource:
     claim: TeacherClaim | None
     rendered_at: str | None = None
 
+    @property
+    def domains(self) -> Mapping[str, int]:
+        """Prompts by the domain of their teacher; none where they have no domain."""
+        return Counter(prompt.row.teacher_domain for prompt in self.prompts if prompt.row.teacher_domain is not None)
+
+
+def require_weighed(section: DistillRecipe, domains: Mapping[str, int]) -> None:
+    """Raise ArgumentError `invalid_argument` for weights of domains that no row has, or that leave no row."""
+    weights = section.domain_weights or {}
+    unknown = sorted(weights.keys() - domains.keys())
+    if unknown or (weights and not any(weights.get(name, 1.0) for name in domains)):
+        known = ", ".join(sorted(domains)) or "no domain"
+        raise ArgumentError(
+            "invalid_argument",
+            f"distill.domain_weights names {', '.join(unknown)}, and the rows are of {known}."
+            if unknown
+            else "distill.domain_weights gives every domain of the rows the weight 0.",
+            value=unknown or weights,
+            nearest=sorted(domains)[:3],
+            fix="Name domains that the prompts have in `teacher_domain`, and give one of them a weight above 0.",
+        )
+
 
 def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) -> CacheSource:
     """The cache's rows, proven to belong to this student and its SFT teacher.
@@ -294,6 +338,7 @@ def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) 
     manifest, claim = read_manifest(cache), claim_of(inputs.student, inputs.sft_teacher, context)
     require_agreement(manifest.engine_gap)
     require_behaviour(manifest.behaviour, full_identity(inputs.student, base_form(section.adapter)))
+    claim = cache_claim(manifest, claim)
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
     if manifest.topk < section.teacher_tokens:
         raise ConsistencyError(
@@ -319,7 +364,8 @@ def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) 
         sequences, repair = repaired(sequences)
     # Whose log-probs these are is as little proven as the cache's own lineage.
     claim = vouched(claim, made_here=context.made_here(cache))
-    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, claim, repair, manifest.rendered_at)
+    known = adopted, parents, claim, manifest.domains or {}
+    return CacheSource(cache, sequences, manifest.teacher, *known, repair, manifest.rendered_at)
 
 
 def cached_steps(
@@ -338,19 +384,21 @@ def cached_steps(
     return lambda step: steps(step - first)
 
 
-def open_live(inputs: DistillInputs, context: Context) -> LiveSource:
+def open_live(section: DistillRecipe, inputs: DistillInputs, context: Context) -> LiveSource:
     """The prompts as the teacher's template encodes them, once teacher and student are proven to fit.
 
-    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch` or `lineage_missing`.
+    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch` or `lineage_missing`, and as `self_claim`.
     """
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.prompts is not None, "live distillation draws rollouts for prompts"
     differing = special_differences(inputs.teacher, inputs.student)
-    identity, claim = full_identity(inputs.teacher), claim_of(inputs.student, inputs.sft_teacher, context)
+    rows, claim = read_prompts(inputs.prompts), claim_of(inputs.student, inputs.sft_teacher, context)
+    identity = full_identity(inputs.teacher).model_copy(update={"context": context_of(rows, context.prompting)})
+    require_self(claim, identity, full_identity(inputs.student, base_form(section.adapter)))
     require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     adopted = adopt_tokenizer(inputs.teacher, context.prompting)
-    rows = read_prompts(inputs.prompts)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
+    require_all_or_no_domain(rows)
     encoded = encode_prompts(rows, adopted.tokenizer, context)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
     return LiveSource(encoded, identity, adopted, parents, claim, recorded_moment(adopted.tokenizer, context))
@@ -387,7 +435,7 @@ def live_batches(
         with without_adapters(student.model) if teacher.model is student.model else nullcontext():
             scores = score_sequences(
                 teacher,
-                sequences,
+                sequences.for_teacher(),
                 topk=section.teacher_tokens,
                 micro_batch_tokens=section.micro_batch_tokens,
                 runtime=runtime,

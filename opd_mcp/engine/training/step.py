@@ -111,6 +111,8 @@ def accumulate_gradients(
     indices = torch.from_numpy(data.indices)
     weight_of_row = torch.zeros(len(sequences), dtype=torch.float64)
     weight_of_row[indices] = token_weights(torch.from_numpy(sequences.response_lengths())[indices], settings.normalize)
+    if data.row_weights is not None:
+        weight_of_row *= torch.from_numpy(data.row_weights)
     factors = None if reweigh is None else _first_pass(model, data, reweigh, settings)
     head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
     head_grad, embedding_grad = main_gradient(head.weight), main_gradient(model.get_input_embeddings().weight)
@@ -240,4 +242,17 @@ def distill_metrics(result: StepResult, settings: DistillRecipe) -> Metrics:
         ratio = (student - result.columns["behaviour_logprobs"].double()).clamp(-20, 20).exp()
         share = ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)
         metrics |= {"drift_mean": float(ratio.mean()), "effective_sample_share": float(share)}
+    return metrics
+
+
+def domain_metrics(result: StepResult, names: Sequence[str]) -> Metrics:
+    """k1 of the reverse KL on the tokens of each domain that the step has, as `reverse_kl_k1_NAME`."""
+    if not names or not result.tokens:
+        return {}
+    difference = (result.logprobs - result.columns["teacher_logprobs"]).double()
+    places, metrics = result.columns["domain"], {}
+    for place, name in enumerate(names):
+        own = difference[places == place]
+        if len(own):
+            metrics[f"reverse_kl_k1_{name}"] = float(own.mean())
     return metrics

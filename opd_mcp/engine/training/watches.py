@@ -14,7 +14,7 @@ import numpy as np
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics
+from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics, domain_metrics
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe
@@ -132,19 +132,22 @@ def are_stale(recent: Sequence[Metrics]) -> bool:
 class DistillWatch:
     """The metrics of a distillation step; alerts once for a clip that binds and once for rollouts that are stale.
 
-    `next_round` is the number of the round that begins when they are.
+    `next_round` is the number of the round that begins when they are; `domains` are told one by one.
     """
 
-    def __init__(self, settings: DistillRecipe, context: Context, next_round: int | None = None) -> None:
+    def __init__(
+        self, settings: DistillRecipe, context: Context, next_round: int | None = None, domains: Sequence[str] = ()
+    ) -> None:
         self._settings, self._reporter, self._next_round = settings, context.reporter, next_round
+        self._domains = domains
         # these have no advantage that a clip could bind on
         pointless = settings.estimator in ("topk_forward_kl", "topk_js", "opsa")
         self._clip = Watch("advantage_clipped", 0.0, CLIPPED_SHARE, above=True, told=pointless)
         self._drift = Watch("effective_sample_share", 1.0, EFFECTIVE_SHARE, above=False)
 
     def __call__(self, result: StepResult) -> Metrics:
-        """`distill_metrics` of the step."""
-        metrics = distill_metrics(result, self._settings)
+        """`distill_metrics` of the step, and `domain_metrics` where rows have domains."""
+        metrics = distill_metrics(result, self._settings) | domain_metrics(result, self._domains)
         if self._clip.is_bad(metrics):
             self._reporter.alert(
                 "advantages_clipped",

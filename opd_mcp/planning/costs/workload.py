@@ -113,8 +113,7 @@ class Workload:
         recipe, data = self.recipe, self.data
         match name:
             case "generate_responses":
-                rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
-                return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
+                return int(self._answers * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
             case "sft" | "distill":
                 between = (recipe.distill.rounds - 1) * self._left_between() if name == "distill" else 0
                 return self._saved(recipe.sft if name == "sft" else recipe.distill) + (16 << 20) + between
@@ -235,10 +234,15 @@ class Workload:
         flops = each * section.steps * tokens
         return Work(flops, passes, total, memory.policy)
 
+    @property
+    def _answers(self) -> int:
+        """Responses that the teacher draws."""
+        section = self.recipe.responses
+        return min(section.limit or self.data.sft_prompts, self.data.sft_prompts) * section.samples
+
     def _responses(self) -> Work:
         section = self.recipe.responses
-        rows = min(section.limit or self.data.sft_prompts, self.data.sft_prompts)
-        return self._generation(self.teacher, rows, section.batch_size, section.sampling)
+        return self._generation(self.teacher, self._answers, section.batch_size, section.sampling)
 
     def _sft(self) -> Work:
         new_tokens = self.recipe.responses.sampling.max_new_tokens
@@ -426,7 +430,7 @@ def data_size(inputs: RunInputs) -> DataSize:
 
 def converted_bytes(facts: ModelFacts, form: ExportFormat) -> int:
     """What an export in this form holds of a model: merging is done in float32, with the result next to it."""
-    if form == "adapter" or (form == "input" and facts.adapter is None):
+    if form == "adapter" or (form in ("input", "gguf") and facts.adapter is None):
         return 0
     return facts.parameters * (8 if facts.adapter is not None or form == "float32" else 4)
 
@@ -437,8 +441,9 @@ def exported_bytes(inputs: RunInputs) -> int:
     if model is None or model.path is None or target is None:
         return 0
     facts = inspect_model(Path(model.path))
-    own = 4 * facts.parameters if facts.adapter is not None and target.format == "input" else facts.weight_bytes
-    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters}
+    merged = facts.adapter is not None and target.format in ("input", "gguf")
+    own = 4 * facts.parameters if merged else facts.weight_bytes
+    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters, "gguf": 2 * own}
     return widths.get(target.format, own) + (16 << 20)
 
 

@@ -77,6 +77,8 @@ def preview_lines(preview: Preview) -> list[str]:
     if preview.prompts:
         first = preview.prompts[0]
         lines.append(f"prompt {first.id} ({first.tokens} tokens): {_quoted(first.text)}")
+        if first.teacher_text is not None:
+            lines.append(f"of it the teacher sees: {_quoted(first.teacher_text)}")
     if preview.learnt is not None:
         learnt = preview.learnt
         lines.append(f"SFT learns ({learnt.source}, {learnt.learnt_tokens} tokens): {_quoted(learnt.learnt)}")

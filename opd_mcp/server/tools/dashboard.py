@@ -23,6 +23,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         "the client has no pages.",
         request=OpenDashboard,
         call=lambda service, request: service.dashboard(request.run_ids),
+        command="dashboard",
         meta={"ui": {"resourceUri": PAGE, "visibility": ["model"]}},
         **SHARED,
     ),

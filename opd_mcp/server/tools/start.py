@@ -110,10 +110,12 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="export_student",
         title="Export a student",
-        description=f"Writes a model (merged or its adapter) with tokenizer and model card to a new folder. {RETURNS}",
+        description="Writes a model (merged or its adapter) with tokenizer and model card to a new folder, or to a new "
+        f"private repository of the Hub. {RETURNS}",
         request=ExportStudent,
         call=lambda service, request: service.export_student(request),
         command="export {model} {destination}",
+        ask=lambda service, request, settings: service.export_question(request),
         **SHARED,
     ),
 )

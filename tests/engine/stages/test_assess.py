@@ -16,8 +16,6 @@ SHORT = {
     "assess.rows": 8,
     "assess.sft_steps": 20,
     "assess.steps": 2,
-    "responses.sampling.max_new_tokens": 16,
-    "rollout.sampling.max_new_tokens": 16,
     "sft.batch_size": 8,
     "distill.batch_size": 8,
 }
