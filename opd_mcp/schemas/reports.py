@@ -288,12 +288,22 @@ class QuantisationCost(Schema):
     accuracy_difference: Estimate95 | None = Field(None, description="quantised − plain, greedy, paired by prompt")
 
 
+class TokenRatios(Schema):
+    """The tokens of a response, and how much more likely each is to the teacher than to the model that wrote it."""
+
+    ends: list[int] = Field(description="per token, where it ends in the response's text, in characters")
+    log_ratios: list[float] = Field(description="per token, log π_T − log π_θ at temperature 1, nats")
+
+
 class ShownAnswers(Schema):
     """One prompt and what each model said, cut to size."""
 
     prompt: str
     answer: str | None = None
     responses: dict[str, str] = Field(description="by model")
+    tokens: dict[str, TokenRatios] = Field(
+        default_factory=dict, description="by model, of its response's first tokens; absent without a teacher"
+    )
     right: dict[str, bool] = Field(default_factory=dict, description="by model; absent where nothing was graded")
 
 

@@ -316,6 +316,10 @@ class ScriptedService:
         )
         return DashboardFeed(runs=[run], listed=self.list_runs().rows)
 
+    def dashboard_page(self, arguments: Any) -> DashboardFeed:
+        self._record("dashboard_page", arguments)
+        return self.dashboard(arguments.run_ids)
+
     def start_question(self, arguments: Any, gpu_hours: float) -> Question | None:
         return self.question
 
