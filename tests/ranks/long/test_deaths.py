@@ -19,12 +19,7 @@ PACKAGE = Path(opd_mcp.__file__).parents[1]
 STEPS = 6
 SUMMARY = {"steps": 1, "seconds": 1.0, "seconds_per_step": 1.0, "trained_tokens": 5, "parameters": 7, "device": "CPU"}
 # before a step, after one, while a checkpoint is copied, before its parts are written, before it is sealed
-POINTS = [
-    *(("should_stop", nth) for nth in (1, 3)),
-    *(("metric", nth) for nth in (1, 2, 5)),
-    *(("position", nth) for nth in (1, 3)),
-    *(("check_fence", nth) for nth in (1, 2, 4, 5)),
-]
+POINTS = {"should_stop": (1, 3), "metric": (1, 2, 5), "position": (1, 3), "check_fence": (1, 2, 4, 5)}
 MOST_SECONDS = 1.0
 
 
@@ -40,12 +35,13 @@ def lives(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("call", POINTS)
 @pytest.mark.parametrize("victim", [0, 1, "worker"])
 def test_a_death_at_any_point_ends_all_and_costs_no_bit(
-    on_ranks, tmp_path: Path, victim: int | str, record_property
+    on_ranks, tmp_path: Path, call: str, victim: int | str, record_property
 ) -> None:
     folders, most = {}, 0.0
-    for call, nth in POINTS:
+    for nth in POINTS[call]:
         folder = folders[call, nth] = tmp_path / f"{call}-{nth}"
         facts = tmp_path / f"{call}-{nth}.json"
         given = {"victim": victim, "call": call, "nth": nth, "folder": str(tmp_path)}
@@ -70,7 +66,7 @@ def test_a_death_at_any_point_ends_all_and_costs_no_bit(
             most = max(most, ended["seconds"])
             assert ended["left"] == []
         assert [pid for pid in pids if lives(pid)] == []
-    record_property("points", len(POINTS))
+    record_property("points", len(POINTS[call]))
     record_property("most_seconds_until_all_had_ended", most)
     whole = tmp_path / "whole"
     answers = on_ranks(2, case(whole), *(case(folder) for folder in folders.values()))[0]

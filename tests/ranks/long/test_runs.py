@@ -71,6 +71,8 @@ def test_a_killed_rank_fails_the_run_with_the_reason_and_a_resume_finishes_it(wo
     assert len(record.files) == 2
 
     service.resume(run.run_id)
+    until(service, run.run_id, lambda status: status.phase in ("rollout", "score", "distill"))
+    until(service, run.run_id, lambda status: status.phase == "distill")
     status = finished(service, run.run_id)
     assert status.state == "succeeded", status
     events = [entry.data for entry in read_journal(directory / "journal.jsonl") if entry.type == "phase"]
