@@ -109,6 +109,7 @@ class TrainingSummary(Schema):
     parameters: int
     trained_parameters: int | None = Field(None, description="those of the adapter; absent where all are trained")
     device: str
+    devices: int | None = Field(None, description="devices that held the model together; absent for one process")
     final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
     seconds_generation: float | None = None
     seconds_scoring: float | None = None
