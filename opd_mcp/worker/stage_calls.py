@@ -416,7 +416,7 @@ class StageCalls:
 
 def run_heading(record: RunRecord) -> str:
     """A run's name and id; the id alone where it has no name."""
-    name = record.request.labels.name
+    name = " ".join((record.request.labels.name or "").split())
     return f"{name} ({record.run_id})" if name else record.run_id
 
 
