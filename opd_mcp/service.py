@@ -50,6 +50,7 @@ from opd_mcp.schemas.requests import (
     GetRunMetrics,
     ListArtifacts,
     PlanDistillation,
+    ReadDashboard,
     SampleModel,
     StartDistillation,
     StartSft,
@@ -80,9 +81,10 @@ from opd_mcp.supervisor.sweeps import Settings, Sweeps, require_different, swept
 from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.compare import chosen_runs, compared
-from opd_mcp.views.dashboard import dashboard_feed
+from opd_mcp.views.dashboard import dashboard_feed, dashboard_page
 from opd_mcp.views.deletion import delete_run, run_deletion
 from opd_mcp.views.metrics import metrics_report
+from opd_mcp.views.resources import export_card, report_page
 from opd_mcp.views.setup import setup_report
 from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
 
@@ -313,8 +315,23 @@ class JobService:
         return log_page(run_id, log, tail=arguments.tail, contains=arguments.contains, cursor=arguments.cursor)
 
     def dashboard(self, run_ids: Sequence[str] = ()) -> DashboardFeed:
-        """What the dashboard shows of up to four runs, the newest one by default."""
+        """Up to four runs in short, by default an active one, else the newest, and the newest runs as a list."""
         return dashboard_feed(self.store, [self._existing(run_id) for run_id in run_ids])
+
+    def dashboard_page(self, arguments: ReadDashboard) -> DashboardFeed:
+        """What the dashboard's page shows: up to eight runs in full, and a page of runs with their curves in small."""
+        return dashboard_page(self.store, [self._existing(run_id) for run_id in arguments.run_ids], arguments)
+
+    def run_document(self, run_id: str, kind: str) -> str:
+        """The HTML `report` of a run, or the Markdown `card` of its export.
+
+        Raises UnknownIdError `unknown_run`, or `unknown_artifact` where there is none; PathError for a card that is
+        gone, or outside of the allowed roots.
+        """
+        run_id = self._existing(run_id)
+        if kind == "report":
+            return report_page(self.store, run_id)
+        return self.roots.resolve(export_card(self.store, run_id)).read_text(encoding="utf-8")
 
     def list_artifacts(self, arguments: ListArtifacts) -> ArtifactList:
         """A page of artifacts, newest first."""

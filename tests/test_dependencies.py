@@ -8,8 +8,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Packages whose distribution is called differently, where it is not installed.
-OTHER_NAMES = {"mlflow": ["mlflow-skinny"]}
+PROVIDERS = {"mlflow": "mlflow-skinny"}  # where the package is not installed
 # those that opd_mcp itself imports
 EXTRAS = ("int8", "tasks", "eval", "trackio", "wandb", "tensorboard", "mlflow")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -33,9 +32,9 @@ def imported() -> list[set[str]]:
                 packages |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 packages.add(node.module.split(".")[0])
-    known = OTHER_NAMES | packages_distributions()
+    known = packages_distributions()
     foreign = packages - set(sys.stdlib_module_names) - {"opd_mcp", "triton"}  # torch brings triton for CUDA
-    return [set(map(normalised, known.get(package, [package]))) for package in sorted(foreign)]
+    return [set(map(normalised, known.get(package, [PROVIDERS.get(package, package)]))) for package in sorted(foreign)]
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():

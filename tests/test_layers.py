@@ -26,7 +26,7 @@ ALLOWED = {
     "server": {"schemas", "store", "planning", "views", "service"},
 }
 # The files that may name the engine: at its start a worker makes the inputs of the stages, which need no torch.
-LOADS_ENGINE = {PACKAGE / "worker" / "main.py", PACKAGE / "worker" / "stage_calls.py"}
+LOADS_ENGINE = {PACKAGE / "worker" / name for name in ("main.py", "stage_calls.py", "rank_process.py")}
 MACHINE_LEARNING = {"torch", "transformers", "datasets"}
 # Foreign packages that loading every module of a layer must not load.
 FORBIDDEN = {

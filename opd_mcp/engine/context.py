@@ -123,6 +123,20 @@ def no_engine(wish: EngineWish) -> AbstractContextManager[EngineAddress]:
 
 
 @dataclass(frozen=True)
+class RankPlace:
+    """The place of this process among the `size` ranks that train one model together on this machine.
+
+    They meet in `folder`, which is theirs alone. A collective operation that one of them does not join within
+    `timeout` seconds fails on the others.
+    """
+
+    rank: int
+    size: int
+    folder: Path
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
 class Context:
     """Shared by all stages of a run."""
 
@@ -145,6 +159,13 @@ class Context:
     """Starts an engine for a block's time; the worker, which keeps a run's processes, gives it."""
     convert_to_gguf: Callable[[Path, Path], None] | None = None
     """Writes a GGUF file, the second path, of the model in a directory; None where llama.cpp's converter is unknown."""
+    ranks: RankPlace | None = None
+    """Among which processes a training stage trains one model; None: this one alone."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the stage's results; of several ranks the first one does."""
+        return self.ranks is None or self.ranks.rank == 0
 
 
 def require_going(context: Context) -> None:

@@ -10,7 +10,7 @@ from opd_mcp.planning.references import ResolvedModel
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.recipes import Method, Preset, Recipe
 from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
-from opd_mcp.schemas.resolve import chosen_preset, resolve_recipe
+from opd_mcp.schemas.resolve import chosen_preset, require_divisible, resolve_recipe
 from opd_mcp.schemas.runs import RunKind
 
 Distillation = TypeVar("Distillation", PlanDistillation, StartDistillation)
@@ -60,6 +60,7 @@ def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Reci
     preset: Preset = "quick" if arguments.preset == "auto" else arguments.preset
     recipe = requested_recipe(preset, overrides, {"distill.estimator": estimator})
     recipe = method_recipe(recipe, arguments.method)
+    require_divisible(recipe)
     require_engines_used(recipe, arguments.method)
     if "score.topk" in overrides and recipe.score.topk != overrides["score.topk"]:
         raise ArgumentError(

@@ -34,6 +34,8 @@ PUBLISHED: dict[str, Published] = {
     "assess": Published("report", "assessment", "assessment"),
 }
 """By phase; a phase that is not here makes something that only the next phase, or the run's result, holds."""
+RANKED: frozenset[PhaseName] = frozenset({"sft", "distill"})
+"""Phases that several devices compute together."""
 RESUMABLE: frozenset[PhaseName] = frozenset({"rollout", "score"})
 """Phases whose building directory outlives an interrupted run; its name is the phase and `KEY_DIGITS` of its key."""
 KEY_DIGITS = 32
@@ -196,6 +198,11 @@ class PhaseChain:
         claim = _asserted(self.inputs.student)
         return {"declared_teacher": claim, "mismatch_allowed": self.inputs.allow_teacher_mismatch}
 
+    def _runtime(self, name: PhaseName) -> dict[str, Any]:
+        """What of the runtime decides the phase's result: only training is divided among devices."""
+        settings = self.recipe.runtime.key_settings()
+        return settings if name in RANKED else {key: value for key, value in settings.items() if key != "devices"}
+
     def _begins_with(self, number: int | None) -> Any:
         return self.student if number is None or number == 1 else self.distilled
 
@@ -206,7 +213,7 @@ class PhaseChain:
             {
                 "phase": name,
                 "recipe": section.key_settings() if section else None,
-                "runtime": self.recipe.runtime.key_settings(),
+                "runtime": self._runtime(name),
                 "prompting": self.recipe.prompting.key_settings(),
                 **parts,
             }

@@ -257,7 +257,7 @@ class RequestBuilder:
         teacher, student = self.references.model(arguments.teacher), self.references.model(arguments.student)
         require_generating(student, teacher)
         differing = differing_tokens(teacher, student)
-        prompts = self._prompts(arguments, [teacher, student], recipe, differing)
+        prompts = self._prompts(arguments, [teacher, student], recipe, differing).input
         inputs = RunInputs(student=student.input, teacher=teacher.input, prompts=prompts)
         for phase in DRAWN_TO_ASSESS:
             recipe = self._for_device(recipe, inputs, phase, arguments.overrides)

@@ -12,7 +12,7 @@ OpdError
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision ·
-│   │                              unknown_template_option · reserved_template_option
+│   │                              unknown_template_option · reserved_template_option · devices_unsupported
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue · behaviour_missing ·
@@ -26,7 +26,7 @@ OpdError
 │                                  engine_failed · engine_unreachable · engine_refused · missing_token
 └── RunError                       run_not_active · run_active · run_locked · run_cancelled · launch_failed ·
                                    worker_lost · worker_terminated · attempt_superseded · same_request_active ·
-                                   run_starting · bad_number · bad_rows · engine_disagrees
+                                   run_starting · bad_number · bad_rows · engine_disagrees · rank_lost
 """
 
 from collections.abc import Iterable

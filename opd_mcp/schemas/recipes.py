@@ -26,6 +26,7 @@ AdapterScaling = Literal["lora", "rslora"]
 AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 ReferenceRow = Literal["teacher", "base"]
+Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["all"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 BATCH = (
     "rows drawn at a time; halved by the plan, unless an override names it, until the device's memory holds it. "
@@ -74,6 +75,11 @@ class RuntimeRecipe(Schema):
     )
     threads: PositiveInt = Field(1, description="of a run on the CPU: a core each")
     seed: Seed = Field(0, description="of every draw in every stage")
+    devices: Annotated[Devices, AddedLater()] = Field(
+        1,
+        description="how many devices of one kind sft and lightning train on, or 'all' of this machine: each holds its "
+        "part of the student (docs/scale.md); the other phases use one",
+    )
 
 
 class PromptingRecipe(Schema):

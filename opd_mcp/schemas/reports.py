@@ -109,6 +109,7 @@ class TrainingSummary(Schema):
     parameters: int
     trained_parameters: int | None = Field(None, description="those of the adapter; absent where all are trained")
     device: str
+    devices: int | None = Field(None, description="devices that held the model together; absent for one process")
     final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
     seconds_generation: float | None = None
     seconds_scoring: float | None = None
@@ -288,12 +289,22 @@ class QuantisationCost(Schema):
     accuracy_difference: Estimate95 | None = Field(None, description="quantised − plain, greedy, paired by prompt")
 
 
+class TokenRatios(Schema):
+    """The tokens of a response, and how much more likely each is to the teacher than to the model that wrote it."""
+
+    ends: list[int] = Field(description="per token, where it ends in the response's text, in characters")
+    log_ratios: list[float] = Field(description="per token, log π_T − log π_θ at temperature 1, nats")
+
+
 class ShownAnswers(Schema):
     """One prompt and what each model said, cut to size."""
 
     prompt: str
     answer: str | None = None
     responses: dict[str, str] = Field(description="by model")
+    tokens: dict[str, TokenRatios] = Field(
+        default_factory=dict, description="by model, of its response's first tokens; absent without a teacher"
+    )
     right: dict[str, bool] = Field(default_factory=dict, description="by model; absent where nothing was graded")
 
 

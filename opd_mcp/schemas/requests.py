@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.recipes import AskedPreset, CacheDtype, Estimator, ExportFormat, Method, OnTruncated, Preset, Seed
-from opd_mcp.schemas.runs import MAX_TAGS, RunKind, RunName, RunState, Tag
+from opd_mcp.schemas.runs import LISTED_AS_TEXT, MAX_TAGS, RunKind, RunName, RunState, Tag
 
 Reference = Annotated[
     str,
@@ -430,8 +430,17 @@ class DeleteRun(Schema):
 
 
 class OpenDashboard(Schema):
-    """Arguments of `open_dashboard` and `dashboard_feed`."""
+    """Arguments of `open_dashboard`; an active run, else the newest one, by default."""
 
-    run_ids: Annotated[list[RunId], Field(max_length=4, description="the newest by default")] = Field(
-        default_factory=list
-    )
+    run_ids: Annotated[list[RunId], Field(max_length=4)] = Field(default_factory=list)
+
+
+class ReadDashboard(Schema):
+    """Arguments of `dashboard_feed`: the runs to show in full, and which page of which runs to list."""
+
+    run_ids: Annotated[list[RunId], Field(max_length=8)] = Field(default_factory=list)
+    state: Annotated[RunState, LISTED_AS_TEXT] | None = None
+    kind: Annotated[RunKind, LISTED_AS_TEXT] | None = None
+    name: Annotated[str, Field(max_length=80)] | None = None
+    tag: Annotated[str, Field(max_length=80)] | None = None
+    cursor: Annotated[str, Field(max_length=500)] | None = None

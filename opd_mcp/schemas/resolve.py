@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.errors import ArgumentError, ResourceError, nearest
 from opd_mcp.schemas.memory import keeps_float32
-from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Preset, Recipe, SftRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Preset, Recipe, SftRecipe, base_form
 
 
 def preset_values(preset: Preset) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
         require_package(optimizer, part)
     for name, training in (("sft", recipe.sft), ("distill", recipe.distill)):
         require_adapter_precision(training, name)
+    require_divisible(recipe)
     return recipe
 
 
@@ -228,6 +229,44 @@ def require_adapter_precision(recipe: SftRecipe | DistillRecipe, section: str) -
             value=f"{section}.optimizer.precision='{recipe.optimizer.precision}'",
             fix=f"Set '{section}.optimizer.precision' to 'fp32_master'; '{section}.adapter.base_dtype' says how the "
             "frozen weights are kept.",
+        )
+
+
+def require_divisible(recipe: Recipe) -> None:
+    """Raise ArgumentError `devices_unsupported` for a training that several devices cannot share."""
+    if recipe.runtime.devices == 1:
+        return
+    value, one = f"runtime.devices={recipe.runtime.devices}", "set 'runtime.devices' to 1."
+    for name, section in (("sft", recipe.sft), ("distill", recipe.distill)):
+        if section.optimizer.precision != "fp32_master":
+            raise ArgumentError(
+                "devices_unsupported",
+                f"On several devices weights and moments are kept in float32, of which each holds its part; "
+                f"'{name}.optimizer.precision' is '{section.optimizer.precision}'.",
+                value=value,
+                fix=f"Set '{name}.optimizer.precision' to 'fp32_master', or {one}",
+            )
+        if base_form(section.adapter) == "nf4":
+            raise ArgumentError(
+                "devices_unsupported",
+                "Weights in 4 bits are not divided among devices: a base in 4 bits fits one.",
+                value=value,
+                fix=f"Leave out '{name}.adapter.quantization', or {one}",
+            )
+    for key, off in (("rounds", 1), ("evaluate_steps", None)):
+        if (asked := getattr(recipe.distill, key)) != off:
+            raise ArgumentError(
+                "devices_unsupported",
+                f"'distill.{key}' is {asked}: between its steps the student generates, which here one device does.",
+                value=value,
+                fix=f"Leave out 'distill.{key}', or {one}",
+            )
+    if recipe.distill.method == "live":
+        raise ArgumentError(
+            "devices_unsupported",
+            "Live distillation draws its rollouts from the student at every step, which here one device does.",
+            value=value,
+            fix=f"Use method='lightning', whose training is divided among devices, or {one}",
         )
 
 

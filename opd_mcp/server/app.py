@@ -2,8 +2,6 @@
 
 import logging
 import sys
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from mcp.server import MCPServer
@@ -15,6 +13,7 @@ from mcp_types import CallToolResult, InputRequiredResult
 
 import opd_mcp
 from opd_mcp.server.guidance import INSTRUCTIONS, add_prompts
+from opd_mcp.server.page.assembly import dashboard_html
 from opd_mcp.server.protocol.sdk_tool import sdk_tool
 from opd_mcp.server.protocol.tasks import RunTasks, TasksExtension
 from opd_mcp.server.resources import RunWatcher, add_resources
@@ -76,9 +75,3 @@ def dashboard_app() -> Apps:
         PAGE, dashboard_html(), title="Distillation runs", csp=ResourceCsp(connect_domains=[], resource_domains=[])
     )
     return apps
-
-
-@cache
-def dashboard_html() -> str:
-    """The page as it is sent."""
-    return (files("opd_mcp.server") / "dashboard.html").read_text(encoding="utf-8")

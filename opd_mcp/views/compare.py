@@ -60,7 +60,7 @@ def compared(store: Store, run_ids: Sequence[str]) -> RunComparison:
     Raises UnknownIdError `unknown_run`, IntegrityError `damaged_file` for a record that cannot be read.
     """
     runs = [(store.record(run_id), store.view(run_id)) for run_id in run_ids[:MAX_COMPARED]]
-    reports = [_report(store, view) for _, view in runs]
+    reports = [report_of(store, view) for _, view in runs]
     differing = differences([record for record, _ in runs])
     rows = []
     for place, (record, view) in enumerate(runs):
@@ -104,7 +104,7 @@ def candidate_of(report: BenchmarkReport) -> ModelScore:
     return report.models[0]
 
 
-def _report(store: Store, view: RunView) -> BenchmarkReport | str:
+def report_of(store: Store, view: RunView) -> BenchmarkReport | str:
     """The report that a run ended with, or why there is none to read."""
     artifact_id = view.artifacts.get("benchmark")
     if artifact_id is None:

@@ -16,9 +16,8 @@ from opd_mcp.planning.costs.estimates import (
     PROCESS_START,
     ArtifactCosts,
     PhaseCost,
-    engine_of,
     recorded_cost,
-    work_name,
+    work_of,
 )
 from opd_mcp.planning.costs.overhead import assessed
 from opd_mcp.planning.phases import KEY_DIGITS, PUBLISHED, RESUMABLE, Product, product
@@ -205,9 +204,8 @@ class Pipeline:
 
     def _phase_cost(self, phase: RunPhase, cost: StageCost) -> PhaseCost:
         recipe, name = self.record.request.recipe, phase.name
-        work = work_name(name, recipe.distill.method, engine_of(recipe, name))
         expected = self.flops(name) / self._rounds(phase)
-        return PhaseCost(work=work, device=self.device, expected_flops=expected, cost=cost)
+        return PhaseCost(work=work_of(recipe, name), device=self.device, expected_flops=expected, cost=cost)
 
     def _rounds(self, phase: RunPhase) -> int:
         """How many phases share what is expected of all with this name."""

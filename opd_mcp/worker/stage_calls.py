@@ -60,6 +60,7 @@ from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
 from opd_mcp.store.series import Points, thinned
 
+TRAINING: tuple[PhaseName, ...] = ("sft", "distill")
 TRAINING_FILE = "training.json"
 CURVE_METRICS = ("reverse_kl_k1", "loss", "mean_response_tokens", "effective_sample_share", "mean_logprob")
 MAX_CURVES, CURVE_POINTS = 8, 80
@@ -113,6 +114,8 @@ class StageCalls:
     costs: list[StageCost] = field(default_factory=list)
     loading_seconds: float | None = None
     """Seconds spent on loading the stages; None until a phase must be computed."""
+    on_ranks: "Callable[[StageCalls, PhaseName, Path], TrainingSummary] | None" = None
+    """Trains a phase in processes of its own, where the run has several devices."""
 
     def __post_init__(self) -> None:
         inputs = self.record.request.inputs
@@ -135,9 +138,15 @@ class StageCalls:
         Raises the stage's errors.
         """
         context = replace(self.context, checkpoints=checkpoints_of(self.directory, phase_label(name, number)))
-        recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
+        recipe, paths = self.record.request.recipe, self.paths
         if number in (None, 1):
             self._tell_far_rates(name)
+        if name in TRAINING:
+            if self.on_ranks is not None:
+                return training_cost(name, self.on_ranks(self, name, output))
+            cost = training_cost(name, self.trained(name, output, number))
+            return cost if number is None else cost.model_copy(update={"round": number})
+        stages = self.stages
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
@@ -147,8 +156,6 @@ class StageCalls:
                     teacher=paths["teacher"], teachers=self._teachers, prompts=prompts, grading=grading
                 )
                 cost = stages.generate_responses(recipe.responses, responses, output, context)
-            case "sft":
-                cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
             case "rollout":
                 longest = None
                 if self._remote() is not None or is_url(recipe.score.engine):
@@ -160,8 +167,6 @@ class StageCalls:
             case "score":
                 scored = ScoreInputs(rollouts=paths["rollouts"], **self._scorer(number))
                 cost = stages.score(recipe.score, scored, output, context)
-            case "distill":
-                cost = training_cost(name, stages.distill(recipe.distill, self._distill(number), output, context))
             case "assess":
                 cost = self._assessed(output, context)
             case "sample":
@@ -179,9 +184,17 @@ class StageCalls:
                 cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
         return cost if number is None else cost.model_copy(update={"round": number})
 
+    def trained(self, name: PhaseName, output: Path, number: int | None = None) -> TrainingSummary:
+        """Run the stage of a training phase, of a round's where `number` says it; raises the stage's errors."""
+        context = replace(self.context, checkpoints=checkpoints_of(self.directory, phase_label(name, number)))
+        recipe, stages = self.record.request.recipe, self.stages
+        if name == "sft":
+            return stages.sft(recipe.sft, self._sft(), output, context)
+        return stages.distill(recipe.distill, self._distill(number), output, context)
+
     def _tell_far_rates(self, name: PhaseName) -> None:
         recipe, student = self.record.request.recipe, self.record.request.inputs.student
-        stages = [name] if name in ("sft", "distill") else []
+        stages = [name] if name in TRAINING else []
         for rate in far_rates(recipe, stages, student.parameters if student else None):
             self.context.reporter.alert(rate.code, f"{rate.message} {rate.fix}")
 
@@ -403,7 +416,7 @@ class StageCalls:
 
 def run_heading(record: RunRecord) -> str:
     """A run's name and id; the id alone where it has no name."""
-    name = record.request.labels.name
+    name = " ".join((record.request.labels.name or "").split())
     return f"{name} ({record.run_id})" if name else record.run_id
 
 

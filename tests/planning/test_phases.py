@@ -37,6 +37,7 @@ def keys(given: RunInputs, method: str = "lightning", **overrides: object) -> di
         ({"sft__steps": 7}, ["generate_responses"]),
         ({"benchmark__limit": 7}, ["generate_responses", "sft", "rollout", "score", "distill"]),
         ({"runtime__seed": 7}, []),
+        ({"runtime__devices": 2}, ["generate_responses"]),
         ({"distill__adapter": {}}, ["generate_responses", "sft", "rollout", "score"]),
         ({"distill__adapter": {"quantization": "nf4"}}, ["generate_responses", "sft"]),
     ],
@@ -51,6 +52,19 @@ def test_a_setting_that_came_later_changes_no_key_at_its_default():
     assert keys(inputs(), distill__repair="residual")["distill"] != keys(inputs())["distill"]
     assert "repair" not in resolve_recipe("demo", {}).distill.key_settings()
     assert "repair" in resolve_recipe("demo", {"distill.repair": "residual"}).distill.key_settings()
+    assert keys(inputs(), runtime__devices=1) == keys(inputs())
+
+
+def test_only_what_several_devices_train_has_another_key():
+    """A cache that was made for one device serves the training on two; two and all are not the same."""
+    made = inputs(cache=None)
+    chain = {n: PhaseChain(resolve_recipe("demo", {"runtime.devices": n}), made) for n in (1, 2, "all")}
+    for one in chain.values():
+        one.cache_of_rollouts().distill()
+    found = {n: {phase.name: phase.key for phase in one.phases} for n, one in chain.items()}
+    assert found[1]["rollout"] == found[2]["rollout"] == found["all"]["rollout"]
+    assert found[1]["score"] == found[2]["score"] == found["all"]["score"]
+    assert len({keys_of["distill"] for keys_of in found.values()}) == 3
 
 
 def test_where_a_model_lies_and_how_it_is_called_does_not_matter():

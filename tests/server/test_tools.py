@@ -30,7 +30,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "get_run_logs": ("run_logs", {"contains": "sft"}),
     "list_artifacts": ("list_artifacts", {"kind": "model"}),
     "open_dashboard": ("dashboard", {}),
-    "dashboard_feed": ("dashboard", {"run_ids": ["lightning-arithmetic-7f3a"]}),
+    "dashboard_feed": ("dashboard_page", {"run_ids": ["lightning-arithmetic-7f3a"]}),
 }
 READ_ONLY = {"inspect_setup", "plan_distillation", "inspect_cache", "get_run_status", "list_runs"} | {
     "get_run_metrics",

@@ -4,7 +4,7 @@ Reverse KL and entropy are exact over the vocabulary on given sequences.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from opd_mcp.grading.graders import Grader
 from opd_mcp.identity.data.rows import PromptRow, Turns
 from opd_mcp.identity.models import ModelFacts
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
-from opd_mcp.schemas.reports import Estimate95, ModelScore
+from opd_mcp.schemas.reports import Estimate95, ModelScore, TokenRatios
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
 TILE_BYTES = 256 * 2**20
@@ -42,6 +42,7 @@ GRADED_AT_ONCE = 64
 # A response that ends in three or more copies of a phrase of up to eight tokens repeats itself.
 REPEATED_TOKENS, LONGEST_PHRASE = 24, 8
 SHOWN_PROMPTS = 4
+SHOWN_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ class Measurement:
 class Scored:
     """A model's score, and per prompt [P] its greedy correctness and the share of right samples, for paired numbers.
 
-    `shown` has the first prompts' responses by the prompt's id.
+    `shown` has the first prompts' responses by the prompt's id, `ratios` their tokens against the teacher's.
     """
 
     score: ModelScore
     greedy_correct: NDArray[np.float64] | None
     sampled_shares: NDArray[np.float64] | None = None
     shown: dict[str, str] = field(default_factory=dict)
+    ratios: dict[str, TokenRatios] = field(default_factory=dict)
 
 
 def score_model(
@@ -132,9 +134,12 @@ def score_model(
         generated_by=draw.generator.facts,
     )
     # The first responses drawn are one per prompt: the greedy ones where there are answers.
-    texts = draw.texts(measured.drawn[0], SHOWN_PROMPTS)
-    shown = {prompt.row.id: text for prompt, text in zip(answered or prompts, texts, strict=False)}
-    return Scored(score, measured.greedy_correct, measured.sampled_shares, shown)
+    first = measured.drawn[0].slice(0, min(SHOWN_PROMPTS, len(measured.drawn[0])))
+    ids = [prompt.row.id for prompt in (answered or prompts)[: len(first)]]
+    shown = dict(zip(ids, draw.texts(first), strict=True))
+    ratios = draw.token_ratios(first, task.teacher) if task.teacher and model is not task.teacher else []
+    by_id = dict(zip(ids, ratios, strict=False))
+    return Scored(score, measured.greedy_correct, measured.sampled_shares, shown, by_id)
 
 
 def _plain(task: Measurement, model: LoadedModel) -> tuple[list[PromptRow], PreTrainedTokenizerBase, Context]:
@@ -211,11 +216,36 @@ class _Drawer:
         measured.drawn.append(drawn)
         return drawn
 
-    def texts(self, drawn: Sequences, limit: int | None = None) -> list[str]:
-        """The responses decoded, all or the first so many."""
-        rows = range(len(drawn))[:limit]
-        ids = [drawn.response(row).tolist() for row in rows]
+    def texts(self, drawn: Sequences) -> list[str]:
+        """The responses decoded."""
+        ids = [drawn.response(row).tolist() for row in range(len(drawn))]
         return list(load_tokenizer(self.model.path).batch_decode(ids, skip_special_tokens=True))
+
+    def token_ratios(self, drawn: Sequences, teacher: LoadedModel) -> list[TokenRatios]:
+        """log π_T − log π_θ of each response's first tokens, and where each token ends in the response's text.
+
+        Each model sees its own prompts.
+        """
+        begun = drawn.beginnings(np.minimum(drawn.response_lengths(), SHOWN_TOKENS))
+        scores = [
+            score_sequences(
+                model, seen, topk=0, micro_batch_tokens=MICRO_BATCH_TOKENS, runtime=self.task.runtime
+            ).logprobs.astype(np.float64)
+            for model, seen in ((teacher, begun.for_teacher()), (self.model, begun))
+        ]
+        ratios = begun.with_columns(ratios=scores[0] - scores[1])
+        tokenizer = load_tokenizer(self.model.path)
+
+        def text_of(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+        return [
+            TokenRatios(
+                ends=token_ends(begun.response(row).tolist(), text_of),
+                log_ratios=[round(float(ratio), 3) for ratio in ratios.column("ratios", row)],
+            )
+            for row in range(len(begun))
+        ]
 
     def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences, tally: Tally) -> NDArray[np.float64]:
         """1.0 where the response's answer is right [N]."""
@@ -281,6 +311,20 @@ class _Drawer:
             basis="exact over the vocabulary, one fresh student sample a prompt at temperature 1",
         )
         return estimate, float(entropies.sum() / tokens.sum())
+
+
+def token_ends(ids: Sequence[int], text_of: Callable[[list[int]], str]) -> list[int]:
+    """Where each token [T] ends in the text of all, in characters; one that adds none ends where the one before does.
+
+    Bytes of one character may be spread over several tokens, so each beginning is decoded as a whole.
+    """
+    whole = text_of(list(ids))
+    ends, reached = [], 0
+    for count in range(1, len(ids) + 1):
+        begun = text_of(list(ids[:count])).rstrip("\ufffd")
+        reached = max(reached, min(len(begun), len(whole)))
+        ends.append(reached)
+    return ends
 
 
 def repeats(ids: NDArray[np.int32]) -> bool:

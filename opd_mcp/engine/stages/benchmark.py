@@ -256,6 +256,7 @@ def shown_answers(rows: Sequence[PromptRow], scored: Mapping[str, Scored]) -> li
                 for name, entry in scored.items()
                 if row_id in entry.shown
             },
+            tokens={name: entry.ratios[row_id] for name, entry in scored.items() if row_id in entry.ratios},
             right={
                 name: bool(entry.greedy_correct[place])
                 for name, entry in scored.items()

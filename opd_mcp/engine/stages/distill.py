@@ -50,7 +50,7 @@ from opd_mcp.engine.provenance import (
     record_lineage,
     require_self,
 )
-from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
+from opd_mcp.engine.runtime import Runtime, generator_for, loading_runtime, open_runtime
 from opd_mcp.engine.scoring.local import base_as_teacher, engine_gap, require_agreement, score_sequences
 from opd_mcp.engine.training.held_out import HeldOut
 from opd_mcp.engine.training.loop import LoopSettings, Stretch, TrainingTask, train
@@ -86,7 +86,8 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         section = section_of_round(section, inputs.round)
     if section.method == "lightning":
         cached = open_cache(section, inputs, context)
-        model = load_model(student, runtime, for_training=True, adapter=section.adapter)
+        place = loading_runtime(runtime, context)
+        model = load_model(student, place, for_training=True, adapter=section.adapter)
         model_warnings(context, model)
         steps = cached_steps(section, cached, runtime, inputs.round)
         return _trained(section, inputs, output, Opened(model, cached, steps), context)
@@ -214,6 +215,8 @@ def _trained(
         held_out := held_out_of(section, inputs, opened, context),
     )
     summary = train(model.model, task, open_runtime(context.runtime), context)
+    if not context.writes:
+        return summary
     if isinstance(source, CacheSource):
         summary = summary.model_copy(update={"repair": source.repair})
     if held_out is not None:

@@ -2,13 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context, run_cancelled
@@ -21,6 +22,10 @@ from opd_mcp.engine.training.activations import checkpointed_activations, step_m
 from opd_mcp.engine.training.checkpoints import Checkpoints, leave_moments, restore_moments
 from opd_mcp.engine.training.held_out import HeldOut
 from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at, set_rate
+from opd_mcp.engine.training.rank_checkpoints import RankCheckpoints
+from opd_mcp.engine.training.rank_step import accumulate_on_ranks
+from opd_mcp.engine.training.ranks import joined
+from opd_mcp.engine.training.sharding import sharded
 from opd_mcp.engine.training.step import (
     Metrics,
     Reweigh,
@@ -33,7 +38,7 @@ from opd_mcp.engine.training.step import (
 from opd_mcp.engine.training.watches import FiniteGuard
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.memory import TrainingMemory, micro_tokens
+from opd_mcp.schemas.memory import POLICIES, TrainingMemory, micro_tokens
 from opd_mcp.schemas.recipes import ActivationCheckpointing, DistillRecipe, Normalize, OptimizerRecipe, SftRecipe
 from opd_mcp.schemas.reports import LoopState, Throughput, TrainingSummary
 
@@ -115,19 +120,23 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
 
     Raises RunError `run_cancelled` between steps when asked to stop, after a checkpoint; `bad_number` when loss or
     gradient stay not finite. In the end the model holds its master weights.
+
+    Of several ranks each calls this with the same task; in the end the first one's model is whole, in the host's
+    memory, and the others' have no weights.
     """
     settings, stretch = task.settings, task.taken
-    optimizer = build_optimizer(model, settings.optimizer, seed=runtime.seed)
     clock, guard = Stopwatch(runtime.device), FiniteGuard(context)
-    peak = matmul_peak(runtime.device, runtime.dtype)
+    process = (_OneProcess if context.ranks is None else _OneOfRanks)(model, task, runtime, context, clock)
+    optimizer = build_optimizer(model, settings.optimizer, seed=runtime.seed, weights=process.weights())
+    peak = matmul_peak(runtime.device, runtime.dtype) * process.size
     memory: TrainingMemory | None = None
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(model, optimizer, _fingerprint(model, task), context))
+        checkpoints = stack.enter_context(process.checkpoints(optimizer))
         state = _state(task, optimizer, checkpoints)
         step = StepSettings(settings.normalize, state.micro_batch_tokens, runtime)
         steps = task.steps(state.step)
         while not task.is_over(state):
-            if context.reporter.should_stop():
+            if process.is_stopped():
                 checkpoints.save(state, wait=True)
                 raise run_cancelled()
             started = time.perf_counter()
@@ -135,13 +144,13 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
             set_rate(optimizer, rate)
             data = next(steps)
             if memory is None:
-                memory = _memory(model, settings, data, state.micro_batch_tokens, runtime)
+                memory = process.memory(data, state.micro_batch_tokens)
                 stack.enter_context(checkpointed_activations(model, memory.policy))
-            result, step = _gradients(model, data, task, step, clock, context)
+            result, step = process.gradients(data, step)
             with clock.part("optimizer"):
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.gradient_clip)
+                norm = process.clipped_norm()
             measured = task.measure(result)
-            metrics = {"loss": result.loss, **measured, "gradient_norm": float(norm), "learning_rate": rate}
+            metrics = {"loss": result.loss, **measured, "gradient_norm": norm, "learning_rate": rate}
             try:
                 good = guard.is_good(state.step, metrics, data.sequences)
             except RunError:
@@ -174,7 +183,7 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
                 with clock.part("checkpoint"):
                     checkpoints.save(state)
     _end(optimizer, stretch)
-    return _summary(model, task, state, memory, peak, runtime)
+    return process.finished(_summary(model, task, state, memory, peak, runtime))
 
 
 def _state(task: TrainingTask, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> LoopState:
@@ -197,14 +206,122 @@ def _end(optimizer: torch.optim.Optimizer, stretch: Stretch) -> None:
         optimizer.restore_masters()
 
 
-def _memory(
-    model: PreTrainedModel, settings: LoopSettings, data: StepData, micro_batch_tokens: int, runtime: Runtime
-) -> TrainingMemory:
-    """The estimate of a step like this one."""
-    lengths = data.sequences.lengths()[data.indices]
-    tokens = micro_tokens(micro_batch_tokens, int(lengths.max(initial=1)), int(lengths.sum()))
-    precision, checkpointing = settings.optimizer.precision, settings.activation_checkpointing
-    return step_memory(model, precision, checkpointing, tokens=tokens, runtime=runtime)
+class _OneProcess:
+    """What a training step needs of its process: here this one has the whole model."""
+
+    size = 1
+
+    def __init__(
+        self, model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context, clock: Stopwatch
+    ) -> None:
+        self.model, self.task, self.runtime, self.context, self.clock = model, task, runtime, context, clock
+
+    def weights(self) -> Iterable[nn.Parameter]:
+        """What the optimizer moves, and frozen weights."""
+        return self.model.parameters()
+
+    def checkpoints(self, optimizer: torch.optim.Optimizer) -> Checkpoints:
+        """The training's checkpoints."""
+        return Checkpoints(self.model, optimizer, _fingerprint(self.model, self.task), self.context)
+
+    def is_stopped(self) -> bool:
+        """Whether to stop before the next step."""
+        return self.context.reporter.should_stop()
+
+    def memory(self, data: StepData, micro_batch_tokens: int) -> TrainingMemory:
+        """The estimate of a step like this one."""
+        return self._memory(data, micro_batch_tokens, self.task.settings.activation_checkpointing)
+
+    def gradients(self, data: StepData, settings: StepSettings) -> tuple[StepResult, StepSettings]:
+        """The step's gradient and the settings it fitted in; out of memory, the step begins again with half the tokens.
+
+        Normalisers are those of the whole step, so the gradient does not depend on the micro-batches.
+        """
+        model, task = self.model, self.task
+        while True:
+            try:
+                result = accumulate_gradients(
+                    model, data, task.objective, settings, reweigh=task.reweigh, clock=self.clock
+                )
+                return result, settings
+            except RuntimeError as error:
+                longest = int(data.sequences.lengths()[data.indices].max(initial=1))
+                if not is_out_of_memory(error) or settings.micro_batch_tokens <= longest:
+                    raise
+            model.zero_grad(set_to_none=True)
+            if settings.runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+            settings = replace(settings, micro_batch_tokens=max(longest, settings.micro_batch_tokens // 2))
+            self.context.reporter.alert(
+                "micro_batch_halved",
+                f"Memory ran out: micro-batches hold {settings.micro_batch_tokens} tokens from here on, the gradient "
+                "is the same.",
+            )
+
+    def clipped_norm(self) -> float:
+        """The norm of the gradient before it was clipped."""
+        limit = self.task.settings.optimizer.gradient_clip
+        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+
+    def finished(self, summary: TrainingSummary) -> TrainingSummary:
+        """The summary, once the model is what is saved."""
+        return summary
+
+    def _memory(
+        self, data: StepData, micro_batch_tokens: int, checkpointing: ActivationCheckpointing
+    ) -> TrainingMemory:
+        lengths = data.sequences.lengths()[data.indices]
+        tokens = micro_tokens(micro_batch_tokens, int(lengths.max(initial=1)), int(lengths.sum()))
+        precision = self.task.settings.optimizer.precision
+        return step_memory(self.model, precision, checkpointing, tokens=tokens, runtime=self.runtime, ranks=self.size)
+
+
+class _OneOfRanks(_OneProcess):
+    """The same where this process is one of several, which have divided the model."""
+
+    def __init__(
+        self, model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context, clock: Stopwatch
+    ) -> None:
+        super().__init__(model, task, runtime, context, clock)
+        assert context.ranks is not None, "a rank has its place"
+        self.parts = sharded(model, joined(context.ranks, runtime.device), runtime)
+        self.size = context.ranks.size
+        if runtime.device.type == "cuda":
+            slower = "on several devices they are not compiled"
+            context.reporter.alert("plain_layers", f"The decoder layers run in plain torch, more slowly: {slower}.")
+
+    def weights(self) -> Iterable[nn.Parameter]:
+        """This rank's parts."""
+        return self.parts.trained().values()
+
+    def checkpoints(self, optimizer: torch.optim.Optimizer) -> Checkpoints:
+        """Those of all ranks together."""
+        return RankCheckpoints(self.parts, optimizer, _fingerprint(self.model, self.task), self.context)
+
+    def is_stopped(self) -> bool:
+        """As the first rank hears it."""
+        return bool(self.parts.ranks.agreed(int(super().is_stopped()))[0])
+
+    def memory(self, data: StepData, micro_batch_tokens: int) -> TrainingMemory:
+        """Of one rank; the policy is the one that the first rank's free memory allows."""
+        memory = super().memory(data, micro_batch_tokens)
+        policy = POLICIES[self.parts.ranks.agreed(POLICIES.index(memory.policy))[0]]
+        return self._memory(data, micro_batch_tokens, policy)
+
+    def gradients(self, data: StepData, settings: StepSettings) -> tuple[StepResult, StepSettings]:
+        """This rank's part of the gradient; memory that runs out on one rank ends the attempt of all."""
+        task = self.task
+        result = accumulate_on_ranks(self.parts, data, task.objective, settings, reweigh=task.reweigh, clock=self.clock)
+        return result, settings
+
+    def clipped_norm(self) -> float:
+        """That of the whole gradient."""
+        return self.parts.clipped_norm(self.task.settings.optimizer.gradient_clip)
+
+    def finished(self, summary: TrainingSummary) -> TrainingSummary:
+        """The summary, once the first rank has the whole model."""
+        self.parts.make_whole()
+        return summary.model_copy(update={"devices": self.size})
 
 
 def _summary(
@@ -253,37 +370,6 @@ def _fingerprint(model: PreTrainedModel, task: TrainingTask) -> str:
     parts = {"settings": recipe, "objective": repr(task.objective), "parameters": shapes}
     stretch = {} if task.stretch is None else {"stretch": [task.stretch.first, task.stretch.last]}
     return content_hash(parts | stretch | ({} if task.frozen is None else {"frozen": task.frozen}))
-
-
-def _gradients(
-    model: PreTrainedModel,
-    data: StepData,
-    task: TrainingTask,
-    settings: StepSettings,
-    clock: Stopwatch,
-    context: Context,
-) -> tuple[StepResult, StepSettings]:
-    """The step's gradient and the settings it fitted in; out of memory, the step begins again with half the tokens.
-
-    Normalisers are those of the whole step, so the gradient does not depend on the micro-batches.
-    """
-    while True:
-        try:
-            result = accumulate_gradients(model, data, task.objective, settings, reweigh=task.reweigh, clock=clock)
-            return result, settings
-        except RuntimeError as error:
-            longest = int(data.sequences.lengths()[data.indices].max(initial=1))
-            if not is_out_of_memory(error) or settings.micro_batch_tokens <= longest:
-                raise
-        model.zero_grad(set_to_none=True)
-        if settings.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
-        settings = replace(settings, micro_batch_tokens=max(longest, settings.micro_batch_tokens // 2))
-        context.reporter.alert(
-            "micro_batch_halved",
-            f"Memory ran out: micro-batches hold {settings.micro_batch_tokens} tokens from here on, the gradient is "
-            "the same.",
-        )
 
 
 def _means(history: list[Metrics]) -> Metrics:

@@ -72,7 +72,7 @@ class FiniteGuard:
 
     def _saved(self, step: int, rows: Sequences) -> str:
         """Where the step's rows are, as the end of a sentence; nothing where there is no place for them."""
-        if self.context.checkpoints is None:
+        if self.context.checkpoints is None or not self.context.writes:
             return ""
         self.context.checkpoints.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = self.context.checkpoints / f"bad-step-{step + 1:08d}.jsonl"

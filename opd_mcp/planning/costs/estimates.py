@@ -23,6 +23,7 @@ from opd_mcp.planning.costs.workload import (
     with_fitting_batches,
     workload_of,
 )
+from opd_mcp.planning.phases import RANKED
 from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayToTrain
 from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, is_url
@@ -37,6 +38,8 @@ COMPARABLE_FACTOR = 30.0
 ASSUMED_START_SECONDS = 8.0
 # vLLM on loaded cores took 2 to 5 minutes; on a GPU it compiles and records graphs.
 ASSUMED_ENGINE_START = 180.0
+# of what as many devices would do alone: what they gather and add up costs time
+ASSUMED_SCALING = 0.8
 
 
 class PhaseCost(Schema):
@@ -77,7 +80,9 @@ class CostModel:
         if estimates:
             estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
-        peak = (works[heaviest].memory if heaviest else 0) + PROCESS_BYTES
+        shares = heaviest in RANKED and self.target.kind == "cpu"
+        processes = PROCESS_BYTES * (self.target.devices if shares else 1)
+        peak = (works[heaviest].memory if heaviest else 0) + processes
         checkpoints = max(map(workload.checkpoint_disk, works), default=0)
         return MethodEstimate(
             method=method,
@@ -86,7 +91,7 @@ class CostModel:
             peak_memory_bytes=peak,
             disk_bytes=sum(map(workload.disk, works)) + checkpoints,
             memory_basis=f"computed for phase {heaviest}: weights, optimizer, activations and logits of its largest "
-            f"batch, plus {byte_size(PROCESS_BYTES)} for the process{_recomputed(works[heaviest])}"
+            f"batch, plus {byte_size(processes)} for the process{_recomputed(works[heaviest])}"
             if heaviest
             else "nothing is left to compute",
             disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed, and "
@@ -110,7 +115,7 @@ class CostModel:
         if name == "fetch":
             return PhaseEstimate(phase=name, flops=0.0, seconds=0.0, basis="the download is not estimated")
         engine = engine_of(self.workload.recipe, name)
-        rates = self._measured_rates(work_name(name, self.workload.recipe.distill.method, engine), work)
+        rates = self._measured_rates(work_of(self.workload.recipe, name), work)
         if rates:
             seconds, source = (
                 work.flops / median(rates),
@@ -155,8 +160,12 @@ class CostModel:
         generates = live or name in ("generate_responses", "rollout", "benchmark")
         rate = speed.generation if generates else speed.scoring if name == "score" else speed.training
         model = workload.teacher if name in ("generate_responses", "score") else workload.student
+        label, devices = speed.label, self.target.devices if name in RANKED else 1
+        if devices > 1:
+            rate *= ASSUMED_SCALING * devices
+            label = f"{label}, {devices} devices at {ASSUMED_SCALING:.0%} of that each"
         seconds = max(work.flops / rate, work.passes * model.layers * speed.layer_seconds)
-        return seconds, f"assumed: {speed.label}, and {speed.layer_seconds * 1e6:.0f} µs a layer and pass at least"
+        return seconds, f"assumed: {label}, and {speed.layer_seconds * 1e6:.0f} µs a layer and pass at least"
 
 
 def estimate_of(
@@ -194,6 +203,8 @@ def fit_options(request: RunRequest, target: Target, inspect: Callable[[Path], M
     """
     pending = {phase.name for phase in request.phases if phase.satisfied_by is None}
     ways: tuple[WayToTrain, ...] = get_args(WayToTrain) if pending & {"sft", "distill"} else ()
+    if request.recipe.runtime.devices != 1:
+        ways = tuple(way for way in ways if way != "lora_4bit")
     found: list[FitOption] = []
     for way in ways:
         option: FitOption | None = None
@@ -284,7 +295,8 @@ def recipe_for_device(
 
 def room_of(target: Target) -> Room:
     """What of a target is there for a run's tensors."""
-    return Room(target.kind, max(target.memory - PROCESS_BYTES, 0))
+    processes = target.devices if target.kind == "cpu" else 1
+    return Room(target.kind, max(target.memory - processes * PROCESS_BYTES, 0), target.devices)
 
 
 def _share(work: Work, share: float) -> Work:
@@ -312,6 +324,13 @@ def work_name(phase: str, method: str, engine: str | None = None) -> str:
 def engine_name(engine: str) -> str:
     """What an engine is called in estimates."""
     return "a server" if is_url(engine) else engine
+
+
+def work_of(recipe: Recipe, phase: PhaseName) -> str:
+    """The name of a phase's work under this recipe; on several devices another one than on one."""
+    name = work_name(phase, recipe.distill.method, engine_of(recipe, phase))
+    devices = recipe.runtime.devices if phase in RANKED else 1
+    return name if devices == 1 else f"{name}*{devices}"
 
 
 def engine_of(recipe: Recipe, phase: str) -> str | None:

@@ -41,10 +41,14 @@ def model_shape(facts: ModelFacts) -> ModelShape:
 
 @dataclass(frozen=True)
 class Room:
-    """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts."""
+    """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts.
+
+    Of the `devices` of a training these are the bytes of each GPU, or those of the CPU that all share.
+    """
 
     device: str = "cpu"
     memory: int = 1 << 62
+    devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -223,9 +227,17 @@ class Workload:
         tokens = section.batch_size * length
         micro = micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens))
         adapter = self.adapter(section)
-        step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device, adapter=adapter)
-        memory = training_memory(self.student, step, section.activation_checkpointing, room.memory)
-        total = max(memory.total, self._loading(self._packed(section)))
+        step = StepSize(
+            section.optimizer.precision,
+            micro,
+            self.recipe.runtime.dtype,
+            room.device,
+            adapter=adapter,
+            ranks=room.devices,
+        )
+        sharing = room.devices if room.device == "cpu" else 1
+        memory = training_memory(self.student, step, section.activation_checkpointing, room.memory // sharing)
+        total = max(sharing * memory.total, self._loading(self._packed(section)))
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         # a frozen weight forms no gradient of its own
         each = (
