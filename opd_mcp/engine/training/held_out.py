@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.evaluation.model_score import Measurement, score_model
 from opd_mcp.engine.models.loading import LoadedModel
-from opd_mcp.identity.files import write_atomic
+from opd_mcp.identity.files import publish_file, write_atomic
 from opd_mcp.schemas.recipes import DistillRecipe
 from opd_mcp.schemas.reports import HeldOutEvaluation, HeldOutSummary
 
@@ -41,7 +41,7 @@ class HeldOut:
     _kept: int | None = None
 
     def begin(self, step: int) -> None:
-        """Take up what an earlier attempt judged up to this step."""
+        """Load what an earlier attempt judged up to this step."""
         file = self.folder / HISTORY_FILE if self.folder else None
         if file is not None and file.is_file():
             saved = json.loads(file.read_bytes())
@@ -111,7 +111,7 @@ class HeldOut:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 building = self.folder / f".{WEIGHTS_FILE}.partial"
                 save_file({name: part.contiguous() for name, part in weights.items()}, building)
-                building.replace(self.folder / WEIGHTS_FILE)
+                publish_file(building, self.folder / WEIGHTS_FILE)
             self._kept = step
 
     def _save(self) -> None:
