@@ -55,13 +55,15 @@ async def test_two_teachers_each_teach_their_domain_and_only_right_responses_are
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = world.plan_arguments()
     teacher = given["teacher"]
-    own = {"responses.keep": "right", "responses.samples": 4, "distill.domain_weights": {"styled": 2}}
+    # answers need more room than the short runs of the other tests have: cut ones are not right
+    own = {"responses.keep": "right", "responses.samples": 4, "responses.sampling.max_new_tokens": 64}
+    own |= {"distill.domain_weights": {"styled": 2}}
     given |= {"teacher": {"plain": teacher, "styled": f"{teacher}_other_style"}, "overrides": given["overrides"] | own}
     async with connect() as client:
         run = await answer(client, "start_distillation", **given)
         status = await followed(client, answer, run["run_id"])
+        assert status["state"] == "succeeded", status
         metrics = await answer(client, "get_run_metrics", run_ids=[run["run_id"]], keys=["reverse_kl_k1_styled"])
-    assert status["state"] == "succeeded", status
     assert "reverse_kl_k1_styled" in json.dumps(metrics)
     manifest = json.loads(next((world.workspace / "artifacts" / "cache").glob("*/manifest.json")).read_text())
     assert manifest["domains"] == {"plain": 4, "styled": 4}
