@@ -19,7 +19,7 @@ Reference = Annotated[
 # One model, or several by the domain of their prompts.
 Teacher = Annotated[
     Reference | Annotated[dict[Annotated[str, StringConstraints(max_length=40)], Reference], Field(max_length=16)],
-    WithJsonSchema({"type": ["string", "object"]}),
+    WithJsonSchema({"type": ["string", "object"], "maxLength": 1024, "maxProperties": 16}),
     Field(description="reference, or several by domain (docs/data.md)"),
 ]
 Prompts = Annotated[

@@ -17,7 +17,7 @@ PhaseName = Literal[
 ]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
-LISTED_AS_TEXT = WithJsonSchema({"type": "string"})
+LISTED_AS_TEXT = WithJsonSchema({"type": "string", "maxLength": 40})
 """For an answer's names that no caller chooses between: the listing of tools spares their enumeration."""
 LM_EVAL = "lm_eval:"
 """How the name of a suite begins that is a task of lm-eval."""

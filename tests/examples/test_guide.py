@@ -21,6 +21,7 @@ from opd_mcp.identity.models import inspect_model
 from opd_mcp.planning.costs.estimates import CostModel, room_of
 from opd_mcp.planning.costs.workload import PROCESS_BYTES, DataSize, Workload
 from opd_mcp.planning.exports import export_request
+from opd_mcp.planning.start_arguments import plan_arguments
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.memory import ModelShape
@@ -174,8 +175,8 @@ def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, ar
             given["overrides"]["prompting.teacher_system"] = "1;2"
     request = request_from_arguments(spec.name, spec.request, given)
     builder = service._builder
-    if tool == "plan_distillation":
-        plan = service.plan(request)
+    if tool == "plan_distillation" or (tool == "start_distillation" and request.prompts is not None):
+        plan = service.plan(request if tool == "plan_distillation" else plan_arguments(request))
         assert not plan.blocking, plan.blocking
     elif tool == "start_distillation" and request.cache_id is not None:
         assert [phase.name for phase in builder.from_cache(request).phases] == ["distill", "benchmark"]
