@@ -1,15 +1,22 @@
 # `make demo` and `make test` set up what they need by themselves; a fresh .venv is left alone.
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
+# Whole runs of minutes, which `make test` leaves to `make test-long`.
+LONG := tests/e2e/test_newcomer.py tests/e2e/test_method.py tests/e2e/test_teachers.py
+ELSEWHERE := tests/ranks tests/tools/chaos tests/tools/fuzz tests/tools/gpu
 
-.PHONY: demo test test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/ranks/long --ignore=tests/tools/chaos --ignore=tests/tools/fuzz --ignore=tests/tools/gpu $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(ELSEWHERE) $(LONG)) $(ARGS)
+
+# A newcomer's session, one call for each part of the method, several teachers: each on a real server with real workers.
+test-long: .venv/fresh
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG) $(ARGS)
 
 # Short runs of the chaos suite, the fuzzers and the GPU scripts, which take minutes: after changes to them.
 test-tools: .venv/fresh

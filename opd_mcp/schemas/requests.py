@@ -20,7 +20,7 @@ Reference = Annotated[
 Teacher = Annotated[
     Reference | Annotated[dict[Annotated[str, StringConstraints(max_length=40)], Reference], Field(max_length=16)],
     WithJsonSchema({"type": ["string", "object"], "maxLength": 1024, "maxProperties": 16}),
-    Field(description="reference, or several by domain (docs/data.md)"),
+    Field(description="absolute path, artifact, run or Hub id; several: by domain"),
 ]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],

@@ -76,7 +76,10 @@ def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, 
 
 
 def _in_place(node: Any, definitions: Mapping[str, Any], opaque: frozenset[str]) -> Any:
-    """The node with every reference replaced by what it refers to, in short: its properties' types."""
+    """The node with every reference replaced by what it refers to, in short: its properties' types.
+
+    What a model holds of its own kind is a plain object.
+    """
     if isinstance(node, list):
         return [_in_place(item, definitions, opaque) for item in node]
     if not isinstance(node, dict):
@@ -85,7 +88,9 @@ def _in_place(node: Any, definitions: Mapping[str, Any], opaque: frozenset[str])
         return {key: _in_place(value, definitions, opaque) for key, value in node.items()}
     name = node["$ref"].removeprefix("#/$defs/")
     properties = {} if name in opaque else definitions[name].get("properties", {})
-    target = {"type": "object", "properties": _in_place(properties, definitions, opaque)} if properties else _OBJECT
+    target = (
+        {"type": "object", "properties": _in_place(properties, definitions, opaque | {name})} if properties else _OBJECT
+    )
     return {**target, **{key: value for key, value in node.items() if key != "$ref"}}
 
 
