@@ -2,8 +2,8 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 # Whole runs of minutes, which `make test` leaves to `make test-long`.
-LONG := tests/e2e/test_newcomer.py tests/e2e/test_method.py tests/e2e/test_teachers.py
-ELSEWHERE := tests/ranks tests/tools/chaos tests/tools/fuzz tests/tools/gpu
+LONG := $(addprefix tests/e2e/test_,demo.py method.py newcomer.py teachers.py) tests/engine/stages/test_held_out.py
+ELSEWHERE := tests/ranks tests/e2e/test_adapters.py $(addprefix tests/tools/,chaos evidence fuzz gpu)
 
 .PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
@@ -14,11 +14,12 @@ demo: .venv/fresh
 test: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(ELSEWHERE) $(LONG)) $(ARGS)
 
-# A newcomer's session, one call for each part of the method, several teachers: each on a real server with real workers.
+# The demo, a newcomer's session, a call for each part of the method, several teachers: on a real server with real workers;
+# and trainings that are judged while they run.
 test-long: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG) $(ARGS)
 
-# Short runs of the chaos suite, the fuzzers and the GPU scripts, which take minutes: after changes to them.
+# Short runs of the chaos suite, the fuzzers, the evidence and the GPU scripts, which take minutes: after changes to them.
 test-tools: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tools $(ARGS)
 
