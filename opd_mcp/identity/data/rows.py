@@ -208,14 +208,14 @@ class PromptsHash:
         """The same bytes from a faster encoder, which neither sorts keys nor writes floats as Python does."""
         if max(map(len, prompts)) > PLAIN_PARTS:
             return None
-        messages = [parts[2] for parts in prompts]
+        messages = list(map(itemgetter(2), prompts))
         if messages.count(None) < len(prompts):
             turns = list(chain.from_iterable(filter(None, messages)))
             if set(map(len, turns)) != {2}:
                 return None  # more than a role and a content, which every turn has
             pairs = zip(map(itemgetter("content"), turns), map(itemgetter("role"), turns), strict=True)
             sorted_turns = [{"content": content, "role": role} for content, role in pairs]
-            ids, texts, _, answers = zip(*(parts[:PLAIN_PARTS] for parts in prompts), strict=True)
+            ids, texts, _, answers = zip(*prompts, strict=True)  # each has four parts
             return to_json(list(zip(ids, texts, _regrouped(sorted_turns, messages), answers, strict=True)))
         return to_json(prompts)
 

@@ -73,14 +73,19 @@ class PromptScan:
 
 def overlap_of(scans: Sequence[PromptScan], others: Sequence[PromptScan]) -> dict[str, int]:
     """How many rows of `scans` one of `others` also holds, as they are and normalised."""
-    exact: set[int] = set().union(*(other.texts for other in others))
-    found = sum(text in exact for scan in scans for text in scan.texts)
-    del exact  # a set of a million numbers takes as much memory as all else here
-    normal: set[int] = set().union(*(other.normal_texts for other in others))
     return {
-        "eval_overlap_exact": found,
-        "eval_overlap_normalised": sum(text in normal for scan in scans for text in scan.normal_texts),
+        "eval_overlap_exact": _held([scan.texts for scan in scans], [other.texts for other in others]),
+        "eval_overlap_normalised": _held(
+            [scan.normal_texts for scan in scans], [other.normal_texts for other in others]
+        ),
     }
+
+
+def _held(hashes: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> int:
+    """How many of the hashes are among the others. A set is made of the fewer ones only: making it takes the time."""
+    few, many = sorted((hashes, others), key=lambda each: sum(map(len, each)))
+    common = set(chain.from_iterable(few)).intersection(chain.from_iterable(many))
+    return sum(map(common.__contains__, chain.from_iterable(hashes))) if common else 0
 
 
 def scan_prompts(path: Path, columns: Columns | None = None, *, long_bytes: int = 1 << 62) -> PromptScan:
@@ -116,9 +121,13 @@ class _Scanner:
 
     def add(self, batch: list[PromptParts]) -> None:
         """Take in the next rows."""
+        simple = max(map(len, batch), default=PLAIN_PARTS) == PLAIN_PARTS
         self.digest.add(batch)
-        self.teacher_turns.add(batch)
-        self._add_domains(batch)
+        if simple:
+            self._count_domains({None: len(batch)} if batch else {})
+        else:
+            self.teacher_turns.add(batch)
+            self._count_domains(Counter(parts[5] if len(parts) == 6 else None for parts in batch))
         self.first += batch[: FIRST_ROWS - len(self.first)]
         start = -self.rows % self.distance
         self.sample += batch[start :: self.distance]
@@ -127,7 +136,7 @@ class _Scanner:
             self.distance *= 2
         if not batch:
             return
-        plain = batch if max(map(len, batch)) == PLAIN_PARTS else [parts[:PLAIN_PARTS] for parts in batch]
+        plain = batch if simple else [parts[:PLAIN_PARTS] for parts in batch]
         ids, prompts, messages, answers = zip(*plain, strict=True)
         self._add_golds(ids, answers)
         shown = prompts if messages.count(None) == len(batch) else shown_texts(prompts, messages)
@@ -137,9 +146,8 @@ class _Scanner:
         self.rows += len(batch)
         self._add_long(prompts, messages, max(map(len, shown)))
 
-    def _add_domains(self, batch: list[PromptParts]) -> None:
-        found = [parts[5] for parts in batch if len(parts) == 6]
-        for name, count in Counter([*found, *([None] * (len(batch) - len(found)))]).items():
+    def _count_domains(self, found: Mapping[str | None, int]) -> None:
+        for name, count in found.items():
             if name in self.domains or len(self.domains) < KEPT_DOMAINS:
                 self.domains[name] += count
 

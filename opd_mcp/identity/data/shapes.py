@@ -5,6 +5,7 @@ A path such as `reward_model.ground_truth` leads into nested fields; a part of i
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import repeat
 from math import isnan
 from typing import Any, Literal
@@ -268,7 +269,11 @@ def _answers(shape: Shape, chunk: Chunk, *, chat: bool) -> Sequence[str | None] 
         golds = _texts(chunk, found, (str, int))
         if golds is None or shape.gold == "as it is":
             return golds
-        return [_gold(shape, gold) if "####" in gold or "boxed" in shape.gold else gold for gold in golds]
+        other = partial(_gold, shape) if "boxed" in shape.gold else str
+        return [
+            gold.rpartition("####")[2].strip() or _gold(shape, gold) if "####" in gold else other(gold)
+            for gold in golds
+        ]
     if shape.solution is None or _root(shape.solution) not in names:
         return [None] * len(chunk)
     solutions = _texts(chunk, shape.solution, (str,))
