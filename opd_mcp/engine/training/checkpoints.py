@@ -92,19 +92,23 @@ class Checkpoints:
             RANDOM_FILE: random_states(),
         }
         copies = {file: {name: copied(part) for name, part in parts.items()} for file, parts in tensors.items()}
-        record = CheckpointRecord(
+        record = self._record(state, self.model.device)
+        self._pending = self._thread.submit(_write, directory, record, copies, started, self.context.check_fence)
+        self._last = time.monotonic()
+        if wait:
+            self._settle()
+
+    def _record(self, state: LoopState, device: torch.device) -> CheckpointRecord:
+        """The record of a checkpoint whose files are still to be written; the journal before it is durable."""
+        return CheckpointRecord(
             fingerprint=self.fingerprint,
             state=state,
             journal_position=self.context.reporter.position(),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
-            device=self.model.device.type,
+            device=device.type,
             files={},
         )
-        self._pending = self._thread.submit(_write, directory, record, copies, started, self.context.check_fence)
-        self._last = time.monotonic()
-        if wait:
-            self._settle()
 
     def __enter__(self) -> Self:
         return self

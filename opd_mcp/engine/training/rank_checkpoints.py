@@ -89,15 +89,7 @@ class RankCheckpoints(Checkpoints):
         if not token:
             return
         started = time.monotonic()
-        record = CheckpointRecord(
-            fingerprint=self.fingerprint,
-            state=state,
-            journal_position=self.context.reporter.position(),
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            device=self._ranks.device.type,
-            files={},
-        )
+        record = self._record(state, self._ranks.device)
         place = self.context.ranks
         assert place is not None, "several ranks have their places"
         part = _Part(directory, directory / f"{BUILDING_PREFIX}{token:016x}", place.rank, place.size, place.timeout)

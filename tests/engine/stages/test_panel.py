@@ -31,14 +31,7 @@ from opd_mcp.schemas.recipes import DistillRecipe
 
 @pytest.fixture
 def build(build):
-    """Builds that are shorter still."""
-    recipe = build.recipe
-    update = {
-        "responses": recipe.responses.model_copy(update={"limit": 9}),
-        "sft": recipe.sft.model_copy(update={"steps": 3}),
-        "rollout": recipe.rollout.model_copy(update={"count": 16}),
-    }
-    return replace(build, recipe=recipe.model_copy(update=update))
+    return build.shorter()
 
 
 @pytest.fixture

@@ -35,14 +35,7 @@ HINT = "3;"
 
 @pytest.fixture
 def build(build):
-    """Builds that are shorter still."""
-    recipe = build.recipe
-    update = {
-        "responses": recipe.responses.model_copy(update={"limit": 9}),
-        "sft": recipe.sft.model_copy(update={"steps": 3}),
-        "rollout": recipe.rollout.model_copy(update={"count": 16}),
-    }
-    return replace(build, recipe=recipe.model_copy(update=update))
+    return build.shorter()
 
 
 @pytest.fixture
