@@ -12,6 +12,7 @@ from opd_mcp.planning.arms import arms_of, has_arms
 from opd_mcp.planning.confirmation import Question, cache_question, deletion_question, plan_question
 from opd_mcp.planning.costs.workload import Workload
 from opd_mcp.planning.exports import export_question, export_request
+from opd_mcp.planning.hub_models import HubModels
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
 from opd_mcp.planning.references import References
@@ -104,7 +105,8 @@ class JobService:
         self.store = Store(workspace)
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
         models = ModelCache()
-        self._references = References(self.store, self.roots, models, self.settings.teacher_hosts)
+        hub = HubModels(self.settings.hub)
+        self._references = References(self.store, self.roots, models, self.settings.teacher_hosts, hub=hub)
         self._builder = RequestBuilder(self._references, self.store.artifacts)
         self._supervisor = Supervisor(self.store, self.leases, self.settings, models)
         self._sweeps = Sweeps(self.store, self._supervisor)

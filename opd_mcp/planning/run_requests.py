@@ -297,7 +297,7 @@ class RequestBuilder:
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
         assert arguments.prompts is not None, "a suite's are filled in, a task of lm-eval has none"
         prompts = self.references.prompts(arguments.prompts, columns)
-        mean = None
+        mean = prompts.scan.guessed_tokens()
         if model.facts is not None:
             watched = tuple(difference.id for difference in differing)
             asked = Asked(model.facts.path, prompting, prompts.scan, "all" if watched else None, watched=watched)

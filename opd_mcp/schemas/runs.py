@@ -25,6 +25,15 @@ TOKENIZER_FOLDER = "tokenizer"
 """Where responses, rollouts and caches keep the tokenizer and template that they were made with."""
 
 
+class HubSizes(Schema):
+    """What the Hub says of a model that is not here yet; estimates are made by it, and nothing else."""
+
+    parameters: int
+    weight_bytes: int
+    download_bytes: int = Field(description="of all files that the run fetches")
+    settings: dict[str, int] = Field(description="of its config.json: those that memory and time depend on")
+
+
 class ModelInput(Schema):
     """A model as resolved for a run."""
 
@@ -36,6 +45,7 @@ class ModelInput(Schema):
     artifact_id: str | None = None
     sft_teacher: TeacherClaim | None = None
     parameters: int | None = None
+    hub_sizes: HubSizes | None = Field(None, description="of a Hub model that is still to be fetched")
     members: dict[str, "ModelInput"] | None = Field(
         None, description="several teachers by domain; `path` is that of the one whose tokenizer and template count"
     )
