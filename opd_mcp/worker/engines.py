@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:  # the keeper has the standard library only
     from opd_mcp.schemas.errors import OpdError
@@ -39,6 +39,7 @@ END_SECONDS = 20.0
 LEAST_LENGTH = 64
 MOST_LOGPROBS = 20
 SPARE_BYTES = 4 << 30
+SHELLS_SIGNALS = 128  # a shell's status for a command that a signal ended is this and the signal
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,13 @@ def memory_share(model: EngineModel) -> float:
     return min(max((gpu.free_memory - 1.2 * weights - SPARE_BYTES) / gpu.total_memory, 0.1), 0.9)
 
 
+class _Killed(Exception):
+    """A signal ended the engine, or its keeper, before it answered: starting it again can help."""
+
+
+KILLED = "it was killed before it answered"
+
+
 @dataclass
 class ManagedEngine:
     """An engine that serves one model: started, watched by a thread, started again when it ends, and ended.
@@ -185,7 +193,10 @@ class ManagedEngine:
         """
         end_marked(self.run)  # of an attempt whose worker and keeper were both killed
         try:
-            self._start()
+            try:
+                self._start()
+            except _Killed:
+                self._restart(KILLED)
             self._watcher.start()
             yield self
         finally:
@@ -195,26 +206,39 @@ class ManagedEngine:
             self._end()
 
     def _start(self) -> None:
-        """Start the processes and wait until they answer."""
+        """Start the processes and wait until they answer; raises _Killed where a signal ended them before."""
         begun = time.monotonic()
         command = self.program.command(self.model, self.port, self.key)
         logger.info("Starting %s for %s at %s", self.program.kind, self.model.path.name, self.url)
-        self.keeper = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, json.dumps({"command": command, "run": str(self.run)})],
-            stdin=subprocess.PIPE,
-            stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-            env=self.program.environment(os.environ, self.run, self.key),
-            start_new_session=True,
-        )
+        told, tell = os.pipe()
+        facts = {"command": command, "run": str(self.run), "tell": tell}
+        try:
+            self.keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, json.dumps(facts)],
+                stdin=subprocess.PIPE,
+                stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
+                env=self.program.environment(os.environ, self.run, self.key),
+                start_new_session=True,
+                pass_fds=(tell,),
+            )
+        finally:
+            os.close(tell)
+        with open(told, "rb") as status:
+            self._await(begun, status)
+        logger.info("%s answers after %.1f s", self.program.kind, time.monotonic() - begun)
+
+    def _await(self, begun: float, status: BinaryIO) -> None:
         while self._health() != 200:
             if self.should_stop() or self._over.is_set():
                 raise stopped()
-            if has_ended(self.keeper):
-                raise self._failed("it ended before it answered")
+            if self.keeper is None or has_ended(self.keeper):
+                ended = status.read().decode()  # empty where the keeper was killed
+                if not ended or not 0 <= int(ended) <= SHELLS_SIGNALS:
+                    raise _Killed
+                raise self._failed(f"it ended with status {ended} before it answered")
             if time.monotonic() - begun > self.settings.start_seconds:
                 raise self._failed(f"it did not answer within {self.settings.start_seconds:g} s")
             time.sleep(POLL_SECONDS)
-        logger.info("%s answers after %.1f s", self.program.kind, time.monotonic() - begun)
 
     def _watch(self) -> None:
         looks, next_look = 0, time.monotonic() + HEALTH_SECONDS
@@ -234,12 +258,17 @@ class ManagedEngine:
                 return
 
     def _restart(self, why: str) -> None:
-        self._end()
-        if self.restarts >= self.settings.restarts:
-            raise self._failed(f"{why}, after {self.restarts} restarts")
-        self.restarts += 1
-        self.alert("engine_restarted", f"{self.program.kind} is started again ({self.restarts}): {why}.")
-        self._start()
+        while True:
+            self._end()
+            if self.restarts >= self.settings.restarts:
+                raise self._failed(f"{why}, after {self.restarts} restarts")
+            self.restarts += 1
+            self.alert("engine_restarted", f"{self.program.kind} is started again ({self.restarts}): {why}.")
+            try:
+                self._start()
+                return
+            except _Killed:
+                why = KILLED
 
     def _failed(self, why: str) -> "OpdError":
         from opd_mcp.schemas.errors import ResourceError
@@ -335,6 +364,8 @@ def keep(facts: Mapping[str, Any]) -> None:
             break
     else:
         print(f"the engine ended with status {engine.returncode}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # once it has answered nobody reads this
+            os.write(facts["tell"], str(engine.returncode).encode())
     end_marked(Path(facts["run"]))
     os.killpg(0, signal.SIGKILL)
 

@@ -100,6 +100,23 @@ def test_whichever_process_is_killed_all_are_ended_and_it_is_started_again(engin
     assert [code for code, _ in managed.told] == ["engine_restarted"]
 
 
+def test_one_that_is_killed_while_it_starts_is_started_again(engine, program, tmp_path):
+    """As the kernel does for want of memory; one that ends by itself is told at once."""
+    managed, once = engine(), tmp_path / "killed"
+    text = Path(program).read_text()
+    dying = (
+        f"if not os.path.exists({str(once)!r}):\n    open({str(once)!r}, 'w').close()\n    os.kill(os.getpid(), 9)\n"
+    )
+    Path(program).write_text(text.replace("os.execv", f"{dying}\nos.execv"))
+    with managed.running():
+        assert managed._health() == 200
+    assert managed.told == [("engine_restarted", "vllm is started again (1): it was killed before it answered.")]
+    once.unlink()
+    managed = engine(restarts=0)
+    with pytest.raises(ResourceError, match=r"engine_failed.*killed before it answered, after 0"), managed.running():
+        pass
+
+
 def test_one_that_ends_again_and_again_is_one_error(engine):
     managed = engine(restarts=0)
     with managed.running():
@@ -112,7 +129,10 @@ def test_one_that_ends_again_and_again_is_one_error(engine):
 def test_one_that_does_not_start_is_told_at_once(engine, program):
     managed = engine()
     Path(program).write_text(f"#!{sys.executable} -IS\nraise SystemExit('no such model')\n")
-    with pytest.raises(ResourceError, match=r"engine_failed.*ended before it answered"), managed.running():
+    with (
+        pytest.raises(ResourceError, match=r"engine_failed.*ended with status 1 before it answered"),
+        managed.running(),
+    ):
         pass
 
 
