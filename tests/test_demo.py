@@ -53,6 +53,14 @@ def test_the_last_screen_fits_80_columns_and_begins_with_the_verdict():
     assert "refused as it should be" in screen
 
 
+def test_a_quick_demo_says_first_that_it_proves_nothing():
+    screen = screen_of(demo_result().model_copy(update={"changed": True}))
+    assert " ".join(screen.split()).startswith(
+        "This shows that everything runs here. After so few steps the figures prove"
+    )
+    assert "prove nothing" not in screen_of(demo_result())
+
+
 def test_a_guard_that_let_it_pass_is_said():
     assert "NOT REFUSED" in screen_of(demo_result(refused=False))
 

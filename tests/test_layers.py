@@ -17,15 +17,16 @@ ALLOWED = {
     "store": {"schemas", "identity"},
     "devices": {"schemas", "identity", "store"},
     "planning": {"schemas", "identity", "grading", "store", "devices"},
-    "supervisor": {"schemas", "identity", "store", "devices", "planning"},
+    "tracking": {"schemas", "identity", "store", "devices"},
+    "supervisor": {"schemas", "identity", "store", "devices", "planning", "tracking"},
     "worker": {"schemas", "identity", "grading", "store", "devices", "planning"},
     "views": {"schemas", "identity", "grading", "store", "devices", "planning", "supervisor"},
     "service": {"schemas", "identity", "store", "devices", "planning", "supervisor", "views"},
-    "maintenance": {"schemas", "identity", "store", "devices", "planning", "views", "service"},
+    "maintenance": {"schemas", "identity", "store", "devices", "planning", "tracking", "views", "service"},
     "server": {"schemas", "store", "planning", "views", "service"},
 }
 # The files that may name the engine: at its start a worker makes the inputs of the stages, which need no torch.
-LOADS_ENGINE = {PACKAGE / "worker" / "main.py", PACKAGE / "worker" / "stage_calls.py"}
+LOADS_ENGINE = {PACKAGE / "worker" / name for name in ("main.py", "stage_calls.py", "rank_process.py")}
 MACHINE_LEARNING = {"torch", "transformers", "datasets"}
 # Foreign packages that loading every module of a layer must not load.
 FORBIDDEN = {
@@ -36,7 +37,7 @@ FORBIDDEN = {
     "store": {*MACHINE_LEARNING, "mcp", "pyarrow", "numpy"},
     **{
         layer: {*MACHINE_LEARNING, "mcp", "pyarrow", "huggingface_hub", "numpy"}
-        for layer in ("devices", "planning", "supervisor", "worker", "views", "service", "maintenance")
+        for layer in ("devices", "planning", "tracking", "supervisor", "worker", "views", "service", "maintenance")
     },
     "server": {*MACHINE_LEARNING, "pyarrow", "huggingface_hub", "numpy"},
 }

@@ -41,11 +41,12 @@ def cache_verify(
     """Check hashes, counts and values, and score a sample again; exit status 1 when something is wrong."""
     from opd_mcp.engine.cache.verify import verified
 
-    directory, rescore = cache_directory(cache), None
+    directory, rescore, identity = cache_directory(cache), None, None
     if teacher is not None:
         from opd_mcp.engine.scoring.local import rescorer
+        from opd_mcp.identity.models import inspect_model
 
-        rescore = rescorer(teacher)
+        rescore, identity = rescorer(teacher), inspect_model(teacher).identity
     elif teacher_url is not None:
         from opd_mcp.engine.scoring.remote import remote_rescorer
         from opd_mcp.identity.lineage import read_manifest
@@ -54,7 +55,7 @@ def cache_verify(
         expected = read_manifest(directory).teacher
         served = RemoteTeacher(name=expected.name, url=teacher_url)
         rescore = remote_rescorer(served, directory / "tokenizer", os.environ.get(TEACHER_KEY), expected)
-    found = verified(directory, rescore, sample=sample)
+    found = verified(directory, rescore, sample=sample, teacher=identity)
     show(found, as_json, lambda found: found.text())
     raise typer.Exit(bool(found.problems))
 

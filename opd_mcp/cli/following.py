@@ -103,7 +103,7 @@ def list_runs(  # noqa: PLR0913  a command's options are its parameters
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN", help="Run ids, or one tag or sweep id.", autocompletion=completed_run),
+        typer.Argument(metavar="RUN", help="Run ids or names, or one tag or sweep id.", autocompletion=completed_run),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -113,7 +113,7 @@ def compare(
     from opd_mcp.server.tools.table import command_text
 
     service = open_service()
-    tag = runs[0] if len(runs) == 1 and runs[0] != "latest" and not service.store.exists(runs[0]) else None
+    tag = runs[0] if len(runs) == 1 and service.store.index.runs(tag=runs[0]) else None
     found = service.compare_runs(CompareRuns(tag=tag) if tag else CompareRuns(run_ids=runs))
     show(found, as_json, lambda found: comparison_text(found, command_text))
 
@@ -136,7 +136,7 @@ def report(run_id: RunArgument = "latest", as_json: AsJson = False) -> None:
 def cancel(
     run_id: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="A run id, latest, or a tag: all its runs.", autocompletion=completed_run),
+        typer.Argument(metavar="RUN", help="A run, latest, or a tag: all its runs.", autocompletion=completed_run),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -151,7 +151,7 @@ def cancel(
 
 @command(rich_help_panel=RUNS)
 def resume(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run id, or latest.", autocompletion=completed_run)],
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run, or latest.", autocompletion=completed_run)],
     as_json: AsJson = False,
 ) -> None:
     """Resume a failed, cancelled or lost run from its last checkpoint."""

@@ -62,6 +62,10 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
         list[Path] | None,
         typer.Option(help="A folder that models may be exported to; repeatable.", exists=True, file_okay=False),
     ] = None,
+    export_hub: Annotated[
+        list[str] | None,
+        typer.Option(help="An owner on the Hub that models may be uploaded for (HF_TOKEN); repeatable."),
+    ] = None,
     read_only: Annotated[
         bool, typer.Option("--read-only", help="Offer no tool that starts, stops, deletes or exports.")
     ] = False,
@@ -80,7 +84,7 @@ def serve(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.tools.table import named_groups
 
     def opened() -> "JobService":
-        return open_service(allow_root or [], tuple(allow_teacher_host or ()), export_root or [])
+        return open_service(allow_root or [], export_root or [], allow_teacher_host or [], export_hub or [])
 
     def settings(token: str) -> ServerSettings:
         secrets = environment_secrets(os.environ | {"OPD_TOKEN": token})
@@ -167,6 +171,7 @@ def worker(
     cpu_slots: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
+    from opd_mcp.devices.environment import hub_token
     from opd_mcp.devices.leases import LeaseFolder
     from opd_mcp.devices.settings import JobSettings
     from opd_mcp.schemas.redaction import RedactingStream, environment_secrets
@@ -177,4 +182,5 @@ def worker(
     sys.stdout = RedactingStream(sys.stdout, secrets)
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
-    raise typer.Exit(work(root, run_id, lock_fd, WorkerSettings(leases, key, secrets)))
+    token = hub_token(os.environ)
+    raise typer.Exit(work(root, run_id, lock_fd, WorkerSettings(leases, key, secrets, hub_token=token)))

@@ -98,7 +98,10 @@ def completed_run(incomplete: str) -> list[str]:
 
 
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run id, or latest.", autocompletion=completed_run, show_default=False)
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run id, a name, or latest.", autocompletion=completed_run, show_default=False
+    ),
 ]
 
 
@@ -181,7 +184,10 @@ def workspace_root() -> Path:
 
 
 def open_service(
-    allow_roots: Sequence[Path] = (), teacher_hosts: tuple[str, ...] = (), export_roots: Sequence[Path] = ()
+    allow_roots: Sequence[Path] = (),
+    export_roots: Sequence[Path] = (),
+    teacher_hosts: Sequence[str] = (),
+    hub_owners: Sequence[str] = (),
 ) -> "JobService":
     """The service over the workspace; it may read what is below it, the examples and the given folders."""
     from opd_mcp.devices.settings import JobSettings
@@ -191,7 +197,7 @@ def open_service(
     return JobService(
         open_workspace(),
         AllowedRoots(allow_roots),
-        JobSettings(teacher_hosts=teacher_hosts, export_roots=tuple(export_roots)),
+        JobSettings(teacher_hosts=tuple(teacher_hosts), export_roots=tuple(export_roots), hub_owners=tuple(hub_owners)),
     )
 
 

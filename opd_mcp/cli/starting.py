@@ -25,6 +25,11 @@ Settings = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="A recipe key, e.g. distill.steps=100; repeatable."),
 ]
 Mismatch = Annotated[bool, typer.Option("--allow-teacher-mismatch", help="Train although the SFT teacher differs.")]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option("--baseline", metavar="ARM", help="live, sft_more or opsa: also run and compare with; repeatable."),
+]
+Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each arm, each with a seed of its own.")]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="What the run is called.", show_default=False)]
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="TAG", help="To find runs by; repeatable.")]
 Notes = Annotated[str | None, typer.Option(metavar="NOTES", help="What you want to remember.", show_default=False)]
@@ -41,13 +46,14 @@ class Method(StrEnum):
 class Preset(StrEnum):
     """The size of a run."""
 
+    AUTO = "auto"
     QUICK = "quick"
     PAPER = "paper"
     DEMO = "demo"
 
 
 How = Annotated[Method, typer.Option(metavar="METHOD", help="lightning, live or sft.")]
-Size = Annotated[Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: how large a run is.")]
+Size = Annotated[Preset, typer.Option(metavar="PRESET", help="auto, quick, paper or demo: how large a run is.")]
 Objective = Annotated[
     str, typer.Option(metavar="ESTIMATOR", help="What is minimised, e.g. sampled or topk_reverse_kl (docs/method.md).")
 ]
@@ -62,9 +68,11 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     eval_prompts: Data = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
-    preset: Size = Preset.QUICK,
+    preset: Size = Preset.AUTO,
     declared_teacher: Model = None,
     allow_teacher_mismatch: Mismatch = False,
+    baseline: Baselines = None,
+    seeds: Seeds = 1,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -94,9 +102,11 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     cache: Annotated[str | None, typer.Option(metavar="CACHE", help="A teacher cache, with --student.")] = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
-    preset: Size = Preset.QUICK,
+    preset: Size = Preset.AUTO,
     declared_teacher: Model = None,
     allow_teacher_mismatch: Mismatch = False,
+    baseline: Baselines = None,
+    seeds: Seeds = 1,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -159,24 +169,30 @@ class Form(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     ADAPTER = "adapter"
+    GGUF = "gguf"
 
 
 @command(rich_help_panel=STARTS)
 def export(
     model: Annotated[str, typer.Argument(help="A run id, an artifact id, a Hub id or a directory.")],
-    destination: Annotated[Path, typer.Argument(help="A new directory.")],
-    form: Annotated[Form, typer.Option("--format", help="Dtype of the weights, or the adapter alone.")] = Form.INPUT,
+    destination: Annotated[str, typer.Argument(help="A new directory, or hub:OWNER/NAME.")],
+    form: Annotated[Form, typer.Option("--format", help="Dtype, the adapter alone, or gguf.")] = Form.INPUT,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model with its tokenizer and model card to a new directory, in the background."""
+    """Write a model with tokenizer and model card to a new directory or private repository, in the background."""
     from opd_mcp.schemas.requests import ExportStudent
     from opd_mcp.server.render.runs import snapshot_text
     from opd_mcp.server.tools.table import command_text
 
-    source, target = Path(model), destination.absolute()
+    source, uploads = Path(model), destination.startswith("hub:")
     reference = str(source.resolve()) if source.is_dir() else model
-    service = open_service([source] if source.is_dir() else [], export_roots=[target.parent])
-    request = ExportStudent(model=reference, destination=str(target), format=form.value)
+    target = destination if uploads else str(Path(destination).absolute())
+    owners = (destination.removeprefix("hub:").partition("/")[0],) if uploads else ()
+    roots = [] if uploads else [Path(target).parent]
+    service = open_service([source] if source.is_dir() else [], roots, hub_owners=owners)
+    request = ExportStudent(model=reference, destination=target, format=form.value)
+    agree(service.export_question(request), yes)
     found = audited(service, "export_student", request.to_dict(), lambda: service.export_student(request))
     show(found, as_json, lambda found: snapshot_text(found, command_text))
 
@@ -229,7 +245,8 @@ def _distillation(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a distillation, from the options that plan and start share."""
     given = _named(options, "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
     given |= {"method": options["method"].value, "preset": options["preset"].value}
-    given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch")}
+    given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch", "seeds")}
+    given |= {"baseline": options["baseline"] or []}
     return (
         given
         | {"overrides": parsed_settings(options["settings"])}

@@ -1,4 +1,4 @@
-"""What looks after a workspace: doctor, gc, artifacts, deletion, the audit log and the token."""
+"""What looks after a workspace: doctor, gc, artifacts, deletion, trackers, the audit log and the token."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +8,7 @@ import typer
 from opd_mcp.cli.shared import (
     UPKEEP,
     AsJson,
+    RunArgument,
     Yes,
     agree,
     audited,
@@ -90,6 +91,17 @@ def rm(
 
 
 @command(rich_help_panel=UPKEEP)
+def track(run_id: RunArgument = "latest", as_json: AsJson = False) -> None:
+    """Send a run to the trackers of settings.toml, where they do not have all of it (docs/tracking.md)."""
+    from opd_mcp.tracking.processes import caught_up, report_text
+
+    service = open_service()
+    found = caught_up(service.workspace, service.status(run_id).run_id)
+    show(found, as_json, report_text)
+    raise typer.Exit(int(not all(row.complete for row in found.trackers)))
+
+
+@command(rich_help_panel=UPKEEP)
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List only.")] = False,
     older_than: Annotated[
@@ -129,6 +141,7 @@ def token(
     sign_out: Annotated[
         bool, typer.Option("--sign-out", help="Print nothing, and end the sessions of all dashboards.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the bearer token of this workspace's HTTP servers."""
     from opd_mcp.store.keys import end_sessions, replace_token, workspace_token
@@ -138,5 +151,9 @@ def token(
         end_sessions(workspace)
     if new:
         replace_token(workspace)
-    if not sign_out:
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"signed_out": True} if sign_out else {"token": workspace_token(workspace)()}))
+    elif not sign_out:
         typer.echo(workspace_token(workspace)())

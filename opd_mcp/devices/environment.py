@@ -27,6 +27,12 @@ BOUNDED_NAMES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", 
 # What is called a secret is passed on by its full name only.
 TEACHER_KEY = "OPD_TEACHER_KEY"
 HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
+TRACKER_PREFIXES = {"trackio": ("TRACKIO_",), "wandb": ("WANDB_",), "mlflow": ("MLFLOW_",)}
+TRACKER_SECRETS = {
+    "trackio": HUB_TOKENS,
+    "wandb": {"WANDB_API_KEY"},
+    "mlflow": {"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"},
+}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -39,10 +45,26 @@ def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": absolute_import_path(environment), "PYTHONUNBUFFERED": "1"}
 
 
+def hub_token(environment: Mapping[str, str]) -> str | None:
+    """The Hub's token."""
+    return next((environment[name] for name in sorted(HUB_TOKENS) if environment.get(name)), None)
+
+
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of an engine that a worker starts, which has an environment of its own: no secret, no Python's."""
     own = ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_PRELOAD", "COVERAGE_", "OTEL_")
     return {name: value for name, value in environment.items() if _is_needed(name) and not name.startswith(own)}
+
+
+def tracker_environment(environment: Mapping[str, str], tracker: str) -> dict[str, str]:
+    """The variables of the process that mirrors a run to a tracker: with this tracker's own ones and its secrets."""
+    prefixes, secrets = TRACKER_PREFIXES.get(tracker, ()), TRACKER_SECRETS.get(tracker, frozenset[str]())
+    inherited = {
+        name: value
+        for name, value in environment.items()
+        if name in secrets or _is_needed(name) or (name.startswith(prefixes) and not SECRET_NAMES.search(name))
+    }
+    return {**inherited, "PYTHONPATH": absolute_import_path(environment), "PYTHONUNBUFFERED": "1"}
 
 
 def bounded_environment(environment: Mapping[str, str]) -> dict[str, str]:

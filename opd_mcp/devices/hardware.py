@@ -1,5 +1,6 @@
 """What the machine has: memory, disk and GPUs, found without torch."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ class Target:
     """Where a run of a given recipe computes; `memory` is the free memory there, in bytes.
 
     `claimed` is the part of it that active runs will still use. `capacity` is all memory, free or not; 0: unknown.
+    A training takes `devices` at once: GPUs of this memory each, or groups of CPU threads that share it.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class Target:
     memory: int
     claimed: int = 0
     capacity: int = 0
+    devices: int = 1
 
 
 def gpus() -> list[Gpu]:
@@ -100,6 +103,23 @@ def gpu_slot(gpu: Gpu) -> str:
     return f"gpu-{gpu.uuid}"
 
 
+def device_count(runtime: RuntimeRecipe, gpus_here: int) -> int:
+    """How many devices of this machine a training of this recipe takes; without a GPU, as many as its threads fill.
+
+    Raises ResourceError `device_unavailable` for more GPUs than there are.
+    """
+    if not isinstance(runtime.devices, int):
+        return gpus_here or max(1, (os.cpu_count() or 1) // runtime.threads)
+    if gpus_here and runtime.devices > gpus_here:
+        raise ResourceError(
+            "device_unavailable",
+            f"The recipe asks for {runtime.devices} GPUs, and {gpus_here} are visible here.",
+            value=f"runtime.devices={runtime.devices}",
+            fix="Lower runtime.devices, or set it to 'all'.",
+        )
+    return runtime.devices
+
+
 def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[str]] = lambda slots: ()) -> Target:
     """The device that the recipe's runtime asks for; `busy` says which slots are leased.
 
@@ -108,11 +128,13 @@ def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[s
     """
     found = [] if runtime.device == "cpu" else gpus()
     if found:
+        devices = device_count(runtime, len(found))
         leased = busy([gpu_slot(gpu) for gpu in found])
         room = {gpu: gpu.total_memory if gpu_slot(gpu) in leased else gpu.free_memory for gpu in found}
-        best = max(found, key=lambda gpu: room[gpu])
+        best = sorted(found, key=lambda gpu: -room[gpu])[devices - 1]  # of those that it would take, the fullest
+        name = best.name if devices == 1 else f"each of {devices} x {best.name}"
         # which GPU it will be is not known before a lease: the smallest decides what fits any of them
-        return Target("cuda", best.name, room[best], capacity=min(gpu.total_memory for gpu in found))
+        return Target("cuda", name, room[best], capacity=min(gpu.total_memory for gpu in found), devices=devices)
     if runtime.device == "cuda":
         raise ResourceError(
             "device_unavailable",
@@ -120,5 +142,7 @@ def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[s
             value="runtime.device='cuda'",
             fix="Leave runtime.device at 'auto' or set it to 'cpu'.",
         )
-    name = f"{runtime.threads} CPU thread{'s' if runtime.threads > 1 else ''}"
-    return Target("cpu", name, available_memory(), capacity=total_memory())
+    devices = device_count(runtime, 0)
+    threads = devices * runtime.threads
+    name = f"{threads} CPU thread{'s' if threads > 1 else ''}"
+    return Target("cpu", name, available_memory(), capacity=total_memory(), devices=devices)

@@ -31,7 +31,7 @@ class JobSettings:
     """Where leases and examples are, how many CPU runs fit at the same time, and what starts a worker.
 
     `teacher_hosts` are hosts besides this machine that a `teacher_url` may name; below `export_roots` models are
-    exported.
+    exported, and for `hub_owners` uploaded to the Hub.
     """
 
     lease_folder: Path = field(default_factory=default_lease_folder)
@@ -40,3 +40,4 @@ class JobSettings:
     worker_command: tuple[str, ...] = (sys.executable, "-P", "-m", "opd_mcp.cli", "worker")
     teacher_hosts: tuple[str, ...] = ()
     export_roots: tuple[Path, ...] = ()
+    hub_owners: tuple[str, ...] = ()

@@ -57,6 +57,37 @@ class SilentReporter(Reporter):
 
 
 @dataclass(frozen=True)
+class QuietReporter(Reporter):
+    """Passes on alerts and the request to stop, and nothing else: for work within the step or phase of another one."""
+
+    told: Reporter
+
+    def phase(self, name: str) -> None:
+        """Not told."""
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Not told."""
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        """Not told."""
+
+    def resumed(self, step: int) -> None:
+        """Not told."""
+
+    def alert(self, code: str, message: str) -> None:
+        """Told."""
+        self.told.alert(code, message)
+
+    def position(self) -> int:
+        """That of the run."""
+        return self.told.position()
+
+    def should_stop(self) -> bool:
+        """As the run says."""
+        return self.told.should_stop()
+
+
+@dataclass(frozen=True)
 class EngineWish:
     """An engine that a stage needs: which one, serving which directory, in which dtype, for sequences of `length`.
 
@@ -92,6 +123,20 @@ def no_engine(wish: EngineWish) -> AbstractContextManager[EngineAddress]:
 
 
 @dataclass(frozen=True)
+class RankPlace:
+    """The place of this process among the `size` ranks that train one model together on this machine.
+
+    They meet in `folder`, which is theirs alone. A collective operation that one of them does not join within
+    `timeout` seconds fails on the others.
+    """
+
+    rank: int
+    size: int
+    folder: Path
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
 class Context:
     """Shared by all stages of a run."""
 
@@ -112,6 +157,15 @@ class Context:
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
     start_engine: Callable[[EngineWish], AbstractContextManager[EngineAddress]] = no_engine
     """Starts an engine for a block's time; the worker, which keeps a run's processes, gives it."""
+    convert_to_gguf: Callable[[Path, Path], None] | None = None
+    """Writes a GGUF file, the second path, of the model in a directory; None where llama.cpp's converter is unknown."""
+    ranks: RankPlace | None = None
+    """Among which processes a training stage trains one model; None: this one alone."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the stage's results; of several ranks the first one does."""
+        return self.ranks is None or self.ranks.rank == 0
 
 
 def require_going(context: Context) -> None:
@@ -141,11 +195,14 @@ def counter(context: Context, total: int, unit: str, before: int = 0) -> Callabl
 class ResponsesInputs:
     """Of `stages.generate_responses`: the teacher's directory and the SFT prompts.
 
-    `grading` says how to grade the responses; it is for runs that end with them, since `stages.sft` grades as well.
+    `grading` says how to grade the responses; it is for runs that end with them, since `stages.sft` grades as well, and
+    for those that keep the right ones only. Of several `teachers` by domain each answers the prompts of its own;
+    `teacher` is the one whose tokenizer counts.
     """
 
     teacher: Path
     prompts: Path
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     grading: BenchmarkRecipe | None = None
 
 
@@ -168,7 +225,8 @@ class RolloutInputs:
     """Of `stages.rollout`: `tokenizer` is the teacher's directory, whose template and EOS ids hold.
 
     `longest` are the tokens of the longest sequence that the scorer of the rollouts takes. `form` is how the training
-    that will learn from them holds the student's linear layers.
+    that will learn from them holds the student's linear layers. At most `most` are drawn, from the prompt after the
+    first `skipped` on: of several rounds each has prompts of its own.
     """
 
     student: Path
@@ -177,6 +235,8 @@ class RolloutInputs:
     eval_prompts: Path | None = None
     form: BaseForm = "as_saved"
     longest: int | None = None
+    most: int | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +244,14 @@ class TeacherInputs:
     """Of `stages.check_teacher`: who is to score which student; the teacher is a directory, a server, or both.
 
     `sft_teacher` counts for a student without lineage; `sft_teacher_path` is the directory that Δ is measured with;
-    `form` is that of the rollouts.
+    `form` is that of the rollouts, `prompts` those whose messages for the teacher belong to its identity.
+    Of several `teachers` by domain each scores the rows of its own; `teacher` is the one whose tokenizer counts.
     """
 
     student: Path
+    prompts: Path | None = None
     teacher: Path | None = None
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     remote: RemoteTeacher | None = None
     sft_teacher: TeacherClaim | None = None
     sft_teacher_path: Path | None = None
@@ -204,8 +267,30 @@ class ScoreInputs(TeacherInputs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundInputs:
+    """One of several stretches of a distillation, from step `first` (of all rounds' steps) to `last` at most.
+
+    `until_stale` ends it once its rollouts are stale. `before` is the directory of the round before, whose optimizer
+    goes on; `origin` that of the student that round 1 began with. The `final` one saves the student as the recipe says.
+    """
+
+    number: int
+    first: int
+    last: int
+    final: bool
+    origin: Path
+    before: Path | None = None
+    until_stale: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillInputs:
-    """Of `stages.distill`: `cache` for the method lightning; `teacher`, `prompts` and `rollout` for live."""
+    """Of `stages.distill`: `cache` for the method lightning; `teacher`, `prompts` and `rollout` for live.
+
+    `round` is for a lightning distillation in several stretches. With `distill.evaluate_steps` the student is judged
+    on `held_out` prompts, graded by `grading`, and against the `judge`, a teacher's directory, where there is one, or
+    several `judges` by domain.
+    """
 
     student: Path
     cache: Path | None = None
@@ -214,6 +299,11 @@ class DistillInputs:
     rollout: RolloutRecipe | None = None
     sft_teacher: TeacherClaim | None = None
     allow_teacher_mismatch: bool = False
+    round: RoundInputs | None = None
+    held_out: Path | None = None
+    grading: BenchmarkRecipe | None = None
+    judge: Path | None = None
+    judges: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,14 +312,16 @@ class BenchmarkInputs:
 
     `references` are measured besides where the prompts have answers; `not_measured` says of others why they are not.
     `suite` names what the prompts are, `suite_changes` what differs from how it is published, as [published, used].
-    `planned_seconds` by stage and `curves` are for the report's figures; `forms` says of models by name how the run's
-    training held their linear layers.
+    `planned_seconds` by stage and `curves` are for the report's figures, `run` is its heading; `forms` says of models
+    by name how the run's training held their linear layers. The first `skipped` prompts were used to choose the
+    candidate. Of several `teachers` by domain the reverse KL asks each for the rows of its own.
     """
 
     models: Mapping[str, Path]
     prompts: Path
     recipe_hash: str
     teacher: Path | None = None
+    teachers: Mapping[str, Path] = field(default_factory=dict)
     references: Mapping[str, Path] = field(default_factory=dict)
     not_measured: Mapping[str, str] = field(default_factory=dict)
     teacher_responses: GradedResponses | None = None
@@ -240,6 +332,8 @@ class BenchmarkInputs:
     alerts: Sequence[Alert] = ()
     planned_seconds: Mapping[str, float] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
+    run: str | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +355,15 @@ class SampleInputs:
     """Of `stages.sample`: a model's directory and the prompts it answers."""
 
     model: Path
+    prompts: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssessInputs:
+    """Of `stages.assess`: the directories of two models, and prompts."""
+
+    student: Path
+    teacher: Path
     prompts: Path
 
 

@@ -16,7 +16,7 @@ from opd_mcp.engine.context import Context
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.models.nf4 import kernel_name
 from opd_mcp.engine.runtime import hardware_name
-from opd_mcp.identity.consistency import vouched
+from opd_mcp.identity.consistency import self_claim, vouched
 from opd_mcp.identity.lineage import data_hashes, verified_lineage, write_lineage
 from opd_mcp.identity.models import full_weights_hash, inspect_model
 from opd_mcp.schemas.base import Schema, content_hash
@@ -50,11 +50,20 @@ def full_identity(path: Path, form: BaseForm = "as_saved") -> ModelIdentity:
 def claim_of(directory: Path, given: TeacherClaim | None, context: Context) -> TeacherClaim | None:
     """Whose responses a student was fine-tuned on, or responses are: the lineage's claim, else the given one.
 
-    The claim of a lineage that was not made here is only asserted.
+    The claim of a lineage that was not made here is only asserted. That the student is the teacher itself counts before
+    a lineage; who asks holds the two against each other.
     """
+    if given is not None and given.basis == "by_construction":
+        return given
     lineage = verified_lineage(directory, full=True)
     claim = lineage.sft_teacher if lineage else None
     return vouched(claim, made_here=context.made_here(directory)) if claim else given
+
+
+def require_self(claim: TeacherClaim | None, teacher: ModelIdentity, student: ModelIdentity) -> None:
+    """Raise as `self_claim` where a student counts as its teacher and is not."""
+    if claim is not None and claim.basis == "by_construction":
+        self_claim(teacher, student)
 
 
 def adapter_origin(student: LoadedModel, recipe: AdapterRecipe | None, context: Context) -> AdapterOrigin | None:

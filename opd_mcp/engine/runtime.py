@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import torch
 
+from opd_mcp.engine.context import Context
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.schemas.recipes import RuntimeRecipe
 
@@ -53,6 +54,11 @@ def open_runtime(settings: RuntimeRecipe) -> Runtime:
     torch.set_num_threads(settings.threads)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     return Runtime(torch.device("cuda" if use_cuda else "cpu"), dtype, settings.seed)
+
+
+def loading_runtime(runtime: Runtime, context: Context) -> Runtime:
+    """Where a student is loaded for its training: on the device, or in the host's memory before ranks divide it."""
+    return runtime if context.ranks is None else replace(runtime, device=torch.device("cpu"))
 
 
 def return_large_blocks() -> None:

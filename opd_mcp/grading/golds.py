@@ -34,6 +34,16 @@ _FITTING: tuple[tuple[GraderName, Callable[[str], bool], str], ...] = (
 )
 
 
+def no_answers_to_keep() -> DataError:
+    """The error for keeping right responses to prompts that have no answers."""
+    return DataError(
+        "no_answers",
+        "responses.keep='right' grades responses, and none of the prompts to answer has an `answer`.",
+        fix="Give prompts with answers, naming their field by columns=… where it has another name, or leave out "
+        "'responses.keep'.",
+    )
+
+
 @dataclass(frozen=True)
 class OddGolds:
     """Expected answers that are of another kind than most: how many of how many, the kind's grader, and the first."""

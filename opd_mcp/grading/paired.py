@@ -1,9 +1,11 @@
-"""The difference of two models' accuracy on the same prompts, with Tango's score interval (1998).
+"""The difference of two models' accuracy on the same prompts, with Tango's score interval (1998), and over seeds.
 
 By counts alone, so that the engine measures with it, and a comparison of reports too.
 """
 
 import math
+from collections.abc import Sequence
+from statistics import mean, stdev
 
 from opd_mcp.schemas.reports import Estimate95
 
@@ -28,6 +30,28 @@ def paired_outcomes(candidate: str, baseline: str) -> Estimate95:
     """The difference of outcomes as reports keep them: a `1` or `0` per prompt, of the same prompts in their order."""
     pairs = list(zip(candidate, baseline, strict=True))
     return paired_estimate(pairs.count(("1", "0")), pairs.count(("0", "1")), len(pairs))
+
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate95 | None:
+    """The mean of one value per seed with its t-interval; None for fewer than two, which have no spread."""
+    if len(values) < 2:
+        return None
+    middle, half = mean(values), t95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    basis = f"mean over {len(values)} seeds; t-interval"
+    return Estimate95(value=middle, low=middle - half, high=middle + half, samples=len(values), basis=basis)
+
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def t95(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t; above 9 degrees of freedom by its expansion in their inverse."""
+    if freedom <= len(T95):
+        return T95[freedom - 1]
+    first = (Z95**3 + Z95) / 4
+    second = (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / 96
+    third = (3 * Z95**7 + 19 * Z95**5 + 17 * Z95**3 - 15 * Z95) / 384
+    return Z95 + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def _difference_bound(gained: int, lost: int, pairs: int, end: float) -> float:

@@ -56,6 +56,17 @@ def fsync_tree(directory: Path) -> None:
         fsync_directory(Path(folder))
 
 
+def publish_file(building: Path, final: Path) -> None:
+    """Give a finished file its final name, durably, in place of an earlier one."""
+    descriptor = os.open(building, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(building, final)
+    fsync_directory(final.parent)
+
+
 def publish_directory(building: Path, final: Path, check_fence: Callable[[], None] = lambda: None) -> None:
     """Give a finished directory its final name, durably; FileExistsError when there is one of that name.
 

@@ -14,6 +14,7 @@ from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.service import JobService
+from opd_mcp.store.workspace import read_settings, wants_tracking
 from opd_mcp.views.setup import example_paths, settings_problem
 
 NEEDED_PACKAGES = ("torch", "transformers", "datasets", "pyarrow", "safetensors")
@@ -65,6 +66,7 @@ def checks(service: JobService) -> Iterator[Check]:
     fix = "Free disk space, or move the workspace with OPD_HOME."
     yield Check("disk", free >= MIN_FREE_BYTES, f"{byte_size(free)} free", fix)
     yield _settings(service)
+    yield _trackers(service)
     yield _index(service)
     damaged = [f"{problem.value}: {problem.message}" for problem in service.store.damaged()]
     found = "; ".join(damaged[:5]) or "none"
@@ -86,6 +88,18 @@ def _settings(service: JobService) -> Check:
         if problem
         else Check("settings", True, "readable")
     )
+
+
+def _trackers(service: JobService) -> Check:
+    """Whether the trackers of the settings are installed and have the runs."""
+    if not wants_tracking(service.workspace):
+        return Check("trackers", True, "none are set")
+    from opd_mcp.tracking.processes import missing_trackers, not_installed, untracked_runs
+
+    names = read_settings(service.workspace).tracking.trackers
+    problems = [*map(not_installed, missing_trackers(names)), *untracked_runs(service.workspace)]
+    fix = "Install what is missing; then opd-mcp track RUN sends a run."
+    return Check("trackers", not problems, "; ".join(problems[:5]) or ", ".join(names), fix)
 
 
 def _workers(service: JobService) -> Check:

@@ -6,9 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.grading.child import AnswerLimits
-from opd_mcp.grading.golds import gold_problems, odd_golds, recipe_grader
+from opd_mcp.grading.golds import gold_problems, no_answers_to_keep, odd_golds, recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.consistency import consistency, require_behaviour, require_consistent
+from opd_mcp.identity.consistency import (
+    consistency,
+    context_mismatch,
+    proven_claim,
+    require_behaviour,
+    require_consistent,
+)
 from opd_mcp.identity.data.rows import RawIds
 from opd_mcp.identity.data.scan import overlap_of
 from opd_mcp.identity.lineage import read_lineage
@@ -25,11 +31,12 @@ from opd_mcp.planning.prompts.text_work import TextFacts
 from opd_mcp.planning.references import ResolvedModel, ResolvedPrompts
 from opd_mcp.schemas.cache import CacheManifest, PromptHygiene
 from opd_mcp.schemas.errors import ConsistencyError, DataError, OpdError
+from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import ConsistencyVerdict, Finding, GradingPlan
 from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, PromptingRecipe, Recipe, SftRecipe, base_form
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.runs import RunInputs
+from opd_mcp.schemas.runs import DataInput, RunInputs
 from opd_mcp.schemas.texts import shortened
 
 # above this share a distillation learns much from answers without an end
@@ -173,6 +180,7 @@ def judge_adapters(recipe: Recipe, student: ModelFacts | None, sft: bool, found:
                 message="distill.adapter.continue_adapter needs an adapter, but the SFT of this run ends with a whole "
                 "model.",
                 fix="Set 'sft.adapter.save' to 'adapter' or 'both', or 'distill.adapter.continue_adapter' to false.",
+                overrides={"sft.adapter.save": "both"} if made else {"distill.adapter.continue_adapter": False},
             )
         )
     elif (made.rank, made.scale) != (wanted.rank, wanted.scale):
@@ -182,6 +190,7 @@ def judge_adapters(recipe: Recipe, student: ModelFacts | None, sft: bool, found:
                 message=f"The adapter to continue has rank {made.rank} and scale {made.scale:g} after the SFT, "
                 f"distill.adapter asks for rank {wanted.rank} and scale {wanted.scale:g}.",
                 fix="Give 'distill.adapter' the rank, alpha and scaling of 'sft.adapter'.",
+                overrides={f"distill.adapter.{key}": getattr(made, key) for key in ("rank", "alpha", "scaling")},
             )
         )
 
@@ -229,11 +238,21 @@ def judge_files(inputs: PlanInputs, found: Findings) -> None:
 
 
 def judge_consistency(
-    arguments: PlanDistillation, inputs: PlanInputs, found: Findings
+    arguments: PlanDistillation, inputs: PlanInputs, recipe: Recipe, found: Findings
 ) -> tuple[bool, ConsistencyVerdict]:
     """Whether the student needs its SFT first, and the verdict on the teacher; adds what stands in the way."""
     teacher, claim = inputs.teacher.input, inputs.student.input.sft_teacher
+    if arguments.method == "sft" and recipe.sft.skip:
+        found.blocking.append(
+            Finding(
+                code="invalid_argument",
+                message="method='sft' is the SFT alone, and sft.skip leaves it out.",
+                fix="Leave out 'sft.skip', or use method='lightning' or 'live'.",
+            )
+        )
     if arguments.method == "sft" or claim is None:
+        if inputs.sft_prompts is not None and teacher.identity is not None:
+            _judge_context(teacher.identity, inputs.sft_prompts, recipe, arguments, found)
         verdict = ConsistencyVerdict(
             status="consistent",
             basis="by_construction",
@@ -266,6 +285,22 @@ def judge_consistency(
             "To have it proven, give a student whose SFT was a run of this workspace.",
         )
     return False, verdict
+
+
+def _judge_context(
+    teacher: ModelIdentity, sft_prompts: ResolvedPrompts, recipe: Recipe, arguments: PlanDistillation, found: Findings
+) -> None:
+    """Block a teacher that would see messages of its own in only one of SFT and distillation."""
+    seen = sft_prompts.context(recipe.prompting)
+    answering = teacher.model_copy(update={"context": seen})
+    known = sft_prompts.input.path is not None and arguments.method != "sft"
+    if not known or answering.same_context(teacher):
+        return
+    error = context_mismatch(teacher, proven_claim(answering))
+    if arguments.allow_teacher_mismatch:
+        found.warn(error.code, f"{error.message} You allowed it; the report records it.", error.fix, error.call)
+    else:
+        found.blocking.append(Finding.of_error(error))
 
 
 def _add_mismatch(verdict: ConsistencyVerdict, allowed: bool, found: Findings) -> None:
@@ -347,9 +382,21 @@ def judged_golds(inputs: PlanInputs, recipe: BenchmarkRecipe, found: Findings) -
                     else "Set 'benchmark.grader' to one that fits, repair these answers, or name their field by "
                     "columns=…."
                 ),
+                overrides={"benchmark.answer_pattern": None} if name == "regex" else None,
             )
         )
     return GradingPlan(grader=name, why=why, right=graded - len(problems), graded=graded)
+
+
+def lacks_answers(prompts: DataInput | None) -> bool:
+    """Whether prompts are known to have no answers."""
+    return prompts is not None and prompts.path is not None and not prompts.rows_with_answer
+
+
+def judge_kept(recipe: Recipe, prompts: DataInput | None, found: Findings) -> None:
+    """Block keeping the right responses to prompts without answers."""
+    if recipe.responses.keep == "right" and lacks_answers(prompts):
+        found.blocking.append(Finding.of_error(no_answers_to_keep()))
 
 
 def judge_evaluation(inputs: PlanInputs, found: Findings) -> None:

@@ -1,4 +1,4 @@
-"""What a user must agree to before it happens: costly plans, a teacher mismatch, deletion.
+"""What a user must agree to before it happens: costly plans, a teacher mismatch, an upload, deletion.
 
 A question is the same text for the same request, since the protocol may ask for it twice.
 """
@@ -38,6 +38,8 @@ def mismatch_reason(plan: Plan) -> list[str]:
 def cost_reason(plan: Plan, gpu_hours: float) -> list[str]:
     """What the plan takes, where that is more than the threshold."""
     hours = max((estimate.seconds / 3600 for estimate in plan.estimates if estimate.method == plan.method), default=0.0)
+    if plan.arms:
+        hours = sum(arm.runs * (arm.seconds or 0.0) for arm in plan.arms) / 3600
     if hours <= gpu_hours:
         return []
     return [f"The plan takes about {hours:.2g} hours of the device (asked above {gpu_hours:g})."]
@@ -61,6 +63,12 @@ def sweep_question(sweep_id: str, runs: int, seconds: float, gpu_hours: float, m
             f"The {runs} runs take about {seconds / 3600:.2g} hours of the device together (asked above {gpu_hours:g})."
         )
     return Question(sweep_id, f"{' '.join(reasons)} Start {sweep_id}?") if reasons and runs else None
+
+
+def upload_question(destination: str, model: str, size: str) -> Question:
+    """What to ask before a model is uploaded to the Hub."""
+    text = f"Upload {model} ({size}) to a new private repository, {destination}, with the token in HF_TOKEN?"
+    return Question(destination, text)
 
 
 def run_deletion_question(run_id: str, parts: list[str]) -> Question:

@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Literal
 
 from opd_mcp.identity.adapters import is_adapter
+from opd_mcp.planning.asked_recipes import usable_recipe
+from opd_mcp.planning.confirmation import Question, upload_question
+from opd_mcp.planning.costs.workload import exported_bytes
 from opd_mcp.planning.phases import PhaseChain
 from opd_mcp.planning.references import References, ResolvedModel
-from opd_mcp.planning.run_requests import RequestBuilder, model_label, usable_recipe
-from opd_mcp.schemas.errors import ConsistencyError, OpdError
+from opd_mcp.planning.run_requests import RequestBuilder, model_label
+from opd_mcp.schemas.errors import ConsistencyError, OpdError, converter_missing
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.recipes import ExportFormat
 from opd_mcp.schemas.reports import BenchmarkReport
 from opd_mcp.schemas.requests import ExportStudent
 from opd_mcp.schemas.runs import DataInput, DataOrigin, ExportTarget, ModelInput, ModelOrigin, RunInputs, RunRequest
-from opd_mcp.store.roots import ExportRoots
+from opd_mcp.schemas.texts import byte_size
+from opd_mcp.store.roots import HUB_PREFIX, ExportRoots
+from opd_mcp.store.workspace import read_settings
 
 ADAPTER_FOLDER = "adapter"
 REPORT_FILE = "report.json"
@@ -27,19 +32,22 @@ DATA_ROLES = ("sft_prompts", "prompts", "responses", "cache")
 
 
 def export_request(builder: RequestBuilder, roots: ExportRoots, arguments: ExportStudent) -> RunRequest:
-    """A model is written below an export root, on the CPU.
+    """A model is written below an export root or uploaded to the Hub, on the CPU.
 
-    Raises PathError as `ExportRoots.new_directory` and `References.model`, ConsistencyError `no_adapter`.
+    Raises PathError as `ExportRoots.destination` and `References.model`, ConsistencyError `no_adapter`, ResourceError
+    `missing_package`.
     """
-    destination = roots.new_directory(arguments.destination)
     references = builder.references
+    if arguments.format == "gguf" and read_settings(references.workspace).export.gguf_converter is None:
+        raise converter_missing()
+    destination = roots.destination(arguments.destination)
     model = references.model(arguments.model)
     require_form(model, arguments.format)
     origins = list(_made_with(references, model.input))
     models = [origin for origin in origins if isinstance(origin, ModelOrigin)]
     data = [origin for origin in origins if isinstance(origin, DataOrigin)]
     target = ExportTarget(
-        destination=str(destination),
+        destination=destination,
         format=arguments.format,
         report=newest_report(references, model.input.identity),
         models=list(dict.fromkeys(models)),
@@ -48,6 +56,14 @@ def export_request(builder: RequestBuilder, roots: ExportRoots, arguments: Expor
     recipe = usable_recipe("quick", {"runtime.device": "cpu"})
     inputs = RunInputs(model=model.input, export=target)
     return builder.request("export", recipe, inputs, PhaseChain(recipe, inputs).export().phases)
+
+
+def export_question(builder: RequestBuilder, roots: ExportRoots, arguments: ExportStudent) -> Question | None:
+    """What the user must agree to before a model is uploaded; None for a folder. Raises as `export_request`."""
+    if not arguments.destination.startswith(HUB_PREFIX):
+        return None
+    inputs = export_request(builder, roots, arguments).inputs
+    return upload_question(arguments.destination, arguments.model, byte_size(exported_bytes(inputs)))
 
 
 def require_form(model: ResolvedModel, form: ExportFormat) -> None:

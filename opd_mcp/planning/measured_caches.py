@@ -120,7 +120,5 @@ def _manifest_of(artifact: Artifact, student: ModelIdentity, teacher: ModelIdent
 
 
 def _has(lineage: Lineage, role: str, model: ModelIdentity) -> bool:
-    return any(
-        parent.role == role and parent.identity is not None and parent.identity.same_model(model)
-        for parent in lineage.parents
-    )
+    identities = [parent.identity for parent in lineage.parents if parent.role == role and parent.identity]
+    return any(identity.same_model(model) and identity.same_context(model) for identity in identities)

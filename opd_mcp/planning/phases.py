@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_mcp.schemas.base import Schema, content_hash
+from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.identity import ArtifactKind, ModelIdentity
 from opd_mcp.schemas.recipes import Method, Recipe, base_form
-from opd_mcp.schemas.runs import DataInput, ModelInput, PhaseName, RunInputs, RunPhase
+from opd_mcp.schemas.runs import DataInput, ModelInput, PhaseName, RunInputs, RunPhase, skipped_prompts
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,11 @@ PUBLISHED: dict[str, Published] = {
     "score": Published("cache", "cache", "cache"),
     "distill": Published("model", "model", "model-{method}"),
     "benchmark": Published("report", "report", "report"),
+    "assess": Published("report", "assessment", "assessment"),
 }
 """By phase; a phase that is not here makes something that only the next phase, or the run's result, holds."""
+RANKED: frozenset[PhaseName] = frozenset({"sft", "distill"})
+"""Phases that several devices compute together."""
 RESUMABLE: frozenset[PhaseName] = frozenset({"rollout", "score"})
 """Phases whose building directory outlives an interrupted run; its name is the phase and `KEY_DIGITS` of its key."""
 KEY_DIGITS = 32
@@ -96,11 +100,10 @@ class PhaseChain:
     def generate_responses(self) -> "PhaseChain":
         """The teacher answers the SFT prompts."""
         prompts = self.inputs.sft_prompts or self.inputs.prompts
-        key = self._add(
-            "generate_responses",
-            {"teacher": model_token(self.inputs.teacher), "prompts": data_token(prompts)},
-            self.recipe.responses,
-        )
+        parts: dict[str, Any] = {"teacher": model_token(self.inputs.teacher), "prompts": data_token(prompts)}
+        if self.recipe.responses.keep == "right":
+            parts["grading"] = self.recipe.benchmark.model_dump(include={"grader", "answer_pattern"})
+        key = self._add("generate_responses", parts, self.recipe.responses)
         self.responses = _product_id("generate_responses", key)
         return self
 
@@ -113,23 +116,32 @@ class PhaseChain:
         self.student = _product_id("sft", self._add("sft", parts, self.recipe.sft))
         return self
 
-    def cache_of_rollouts(self) -> "PhaseChain":
-        """The SFT student's rollouts, scored by the teacher."""
+    def cache_of_rollouts(self, number: int | None = None) -> "PhaseChain":
+        """The student's rollouts, scored by the teacher: the SFT student's, or of a later round the distilled one's."""
         teacher = self.inputs.teacher
         prompting = {"tokenizer": _tokenizer_token(teacher)}
         form = base_form(self.recipe.distill.adapter)  # π_ref is what the distillation begins with
         held = {} if form == "as_saved" else {"form": form}
-        parts = {"student": self.student, "prompts": data_token(self.inputs.prompts), **prompting, **held}
-        rollouts = self._add("rollout", parts, self.recipe.rollout)
+        student = self._begins_with(number)
+        drawn: dict[str, Any] = {}
+        if number is not None and (number > 1 or self.recipe.distill.rows_of_round(number) is not None):
+            drawn = {"round": number, "rows": self.recipe.distill.rows_of_round(number)}
+            if number > 1:
+                drawn["before"] = self.recipe.distill.steps_before(number)
+        parts = {"student": student, "prompts": data_token(self.inputs.prompts), **prompting, **held, **drawn}
+        rollouts = self._add("rollout", parts, self.recipe.rollout, number)
         scored = {"rollouts": rollouts, "teacher": model_token(teacher), **self._claims()}
-        self.cache = _product_id("score", self._add("score", scored, self.recipe.score))
+        self.cache = _product_id("score", self._add("score", scored, self.recipe.score, number))
         return self
 
-    def distill(self) -> "PhaseChain":
+    def distill(self, number: int | None = None) -> "PhaseChain":
         """The student learns from the cache (lightning), or from its teacher at every step (live)."""
-        parts = {"student": self.student, **self._claims()}
+        parts = {"student": self._begins_with(number), **self._claims()}
+        if self.recipe.distill.evaluate_steps is not None:
+            parts["held_out"] = [data_token(self.inputs.eval_prompts), model_token(self.inputs.teacher)]
         if self.recipe.distill.method == "lightning":
-            key = self._add("distill", {**parts, "cache": self.cache}, self.recipe.distill)
+            of_round = {} if number is None else {"round": number}
+            key = self._add("distill", {**parts, "cache": self.cache, **of_round}, self.recipe.distill, number)
         else:
             live = {"teacher": model_token(self.inputs.teacher), "prompts": data_token(self.inputs.prompts)}
             rollout = self.recipe.rollout.model_copy(update={"count": None})
@@ -148,6 +160,7 @@ class PhaseChain:
             "prompts": data_token(inputs.eval_prompts or inputs.prompts),
             "answers": inputs.eval_prompts is not None or inputs.model is not None,
             **({"suite": inputs.suite} if inputs.suite else {}),
+            **({"skipped": skipped} if (skipped := skipped_prompts(self.recipe, inputs)) else {}),
         }
         self._add("benchmark", parts, self.recipe.benchmark)
         return self
@@ -158,6 +171,19 @@ class PhaseChain:
         self._add(
             "sample", {"model": model_token(inputs.model), "prompts": data_token(inputs.prompts)}, self.recipe.sample
         )
+        return self
+
+    def assess(self) -> "PhaseChain":
+        """Two models are measured on a few prompts."""
+        inputs, recipe = self.inputs, self.recipe
+        measured = (recipe.responses, recipe.sft, recipe.rollout, recipe.score, recipe.distill)
+        parts = {
+            "student": self.student,
+            "teacher": model_token(inputs.teacher),
+            "prompts": data_token(inputs.prompts),
+            "measured": [section.key_settings() for section in measured],
+        }
+        self._add("assess", parts, recipe.assess)
         return self
 
     def export(self) -> "PhaseChain":
@@ -172,17 +198,27 @@ class PhaseChain:
         claim = _asserted(self.inputs.student)
         return {"declared_teacher": claim, "mismatch_allowed": self.inputs.allow_teacher_mismatch}
 
-    def _add(self, name: PhaseName, parts: dict[str, Any], section: Schema | None = None) -> str:
+    def _runtime(self, name: PhaseName) -> dict[str, Any]:
+        """What of the runtime decides the phase's result: only training is divided among devices."""
+        settings = self.recipe.runtime.key_settings()
+        return settings if name in RANKED else {key: value for key, value in settings.items() if key != "devices"}
+
+    def _begins_with(self, number: int | None) -> Any:
+        return self.student if number is None or number == 1 else self.distilled
+
+    def _add(
+        self, name: PhaseName, parts: dict[str, Any], section: Schema | None = None, number: int | None = None
+    ) -> str:
         key = content_hash(
             {
                 "phase": name,
                 "recipe": section.key_settings() if section else None,
-                "runtime": self.recipe.runtime.key_settings(),
+                "runtime": self._runtime(name),
                 "prompting": self.recipe.prompting.key_settings(),
                 **parts,
             }
         )
-        self.phases.append(RunPhase(name=name, key=key))
+        self.phases.append(RunPhase(name=name, key=key, round=number))
         return key
 
 
@@ -190,16 +226,36 @@ def distillation_phases(
     recipe: Recipe, inputs: RunInputs, method: Method, *, sft: bool, benchmark: bool
 ) -> list[RunPhase]:
     """The phases of a distillation; `sft` says whether the student must first be fine-tuned on the teacher."""
+    if method != "sft":
+        require_held_out(recipe, inputs)
     chain = PhaseChain(recipe, inputs)
     if sft:
         chain.generate_responses().sft()
-    if method == "lightning" and inputs.cache is None:
-        chain.cache_of_rollouts()
-    if method != "sft":
-        chain.distill()
+    rounds = recipe.distill.rounds if method == "lightning" else 1
+    for number in range(1, rounds + 1) if method != "sft" else ():
+        place = number if rounds > 1 else None
+        if method == "lightning" and (inputs.cache is None or number > 1):
+            chain.cache_of_rollouts(place)
+        chain.distill(place)
     if benchmark:
         chain.benchmark()
     return chain.phases
+
+
+def require_held_out(recipe: Recipe, inputs: RunInputs) -> None:
+    """Raise ArgumentError `invalid_argument` unless there are prompts to judge a student by, and others to report."""
+    evaluation, count = inputs.eval_prompts, recipe.distill.evaluate_prompts
+    if recipe.distill.evaluate_steps is None or (
+        evaluation is not None and (evaluation.rows is None or evaluation.rows > count)
+    ):
+        return
+    raise ArgumentError(
+        "invalid_argument",
+        f"distill.evaluate_steps judges the student by the first {count} eval_prompts and reports on the others; "
+        f"{'there are none' if evaluation is None else f'there are {evaluation.rows}'}.",
+        value=f"distill.evaluate_steps={recipe.distill.evaluate_steps}",
+        fix="Give more eval_prompts, lower distill.evaluate_prompts, or leave out distill.evaluate_steps.",
+    )
 
 
 def with_satisfied(phases: Iterable[RunPhase], made: Mapping[str, str]) -> list[RunPhase]:
@@ -235,7 +291,9 @@ def _product_id(name: PhaseName, key: str, method: str = "lightning") -> str:
 
 def _asserted(source: ModelInput | DataInput | None) -> str | None:
     claim = source.sft_teacher if source else None
-    return claim.label() if claim and claim.basis == "asserted" else None
+    if claim is None or claim.basis == "proven":
+        return None
+    return claim.label() if claim.basis == "asserted" else "the teacher itself"
 
 
 def data_sets(inputs: RunInputs) -> dict[str, DataInput]:

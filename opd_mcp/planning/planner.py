@@ -14,6 +14,8 @@ from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
 from opd_mcp.identity.models import ModelFacts, is_untrained
 from opd_mcp.identity.tokenizers import TokenDifference
+from opd_mcp.planning.arms import compared_recipe, has_arms, with_arms
+from opd_mcp.planning.asked_recipes import distillation_recipe, fitted_to, kind_of
 from opd_mcp.planning.checks import (
     Findings,
     PlanInputs,
@@ -23,6 +25,7 @@ from opd_mcp.planning.checks import (
     judge_data,
     judge_evaluation,
     judge_files,
+    judge_kept,
     judge_prompts,
     judge_quantization,
     judge_special_tokens,
@@ -31,13 +34,14 @@ from opd_mcp.planning.checks import (
 )
 from opd_mcp.planning.costs.admission import quota_findings, resource_findings
 from opd_mcp.planning.costs.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
-from opd_mcp.planning.costs.workload import DRAWN
+from opd_mcp.planning.costs.workload import DRAWN, Workload, workload_of
 from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.prompts.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
-from opd_mcp.planning.run_requests import RequestBuilder, distillation_recipe, kind_of, method_recipe
+from opd_mcp.planning.run_requests import RequestBuilder
+from opd_mcp.planning.teachers import judge_teachers, resolved_teacher, with_self_claim
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import IntegrityError, PlanError
 from opd_mcp.schemas.next_action import NextAction, next_call
@@ -65,12 +69,14 @@ class Planner:
 
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
-        method, found = arguments.method, Findings()
+        asked, method, found = arguments, arguments.method, Findings()
+        recipe = distillation_recipe(arguments)  # a wrong override is told before any file is read
+        inputs = self._inputs(arguments, recipe, found)
+        arguments, reason = fitted_to(asked, inputs.student)
         recipe, found.warnings = self.builder.with_engines(distillation_recipe(arguments))
         target = self.target_of(recipe.runtime)
-        inputs = self._inputs(arguments, recipe.prompting.max_prompt_tokens)
         differing = differing_tokens(inputs.teacher, inputs.student)
-        sft, verdict = judge_consistency(arguments, inputs, found)
+        sft, verdict = judge_consistency(arguments, inputs, recipe, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
         judge_adapters(recipe, inputs.student.facts, sft, found)
         judge_quantization(recipe, sft, inputs.student, found)
@@ -81,10 +87,12 @@ class Planner:
         schema = _with_mean(schema, facts.mean_prompt_tokens)
         inspect = self.references.models.inspect_model
         recipe = recipe_for_device(recipe, schema, target, DRAWN, arguments.overrides, inspect)
+        judge_teachers(inputs, recipe, method, sft, found)
         judge_sizes(inputs, found)
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
+        judge_kept(recipe, schema.sft_prompts, found)
         grading = judged_golds(inputs, recipe.benchmark, found)
         hygiene = judge_prompts(inputs, facts, recipe.prompting.max_prompt_tokens, found)
         requests = self._requests(recipe, schema, method, sft)
@@ -99,10 +107,10 @@ class Planner:
             found.blocking += resource_findings(mine, target, free_disk(self.references.workspace.root))
         fits = fit_options(requests[method], target, inspect)
         found.blocking = [with_way_to_fit(finding, arguments, fits) for finding in found.blocking]
-        plan_id = f"plan-{content_hash(fingerprint(arguments, schema, recipe, phases))[:12]}"
+        plan_id = f"plan-{content_hash(fingerprint(asked, schema, recipe, phases))[:12]}"
         request = requests[method].model_copy(update={"plan_id": plan_id})
         quota = quota_findings(self.references.store, request, mine.seconds if mine else None)
-        return Plan(
+        plan = Plan(
             plan_id=plan_id,
             method=method,
             inputs=schema,
@@ -118,21 +126,33 @@ class Planner:
             rollouts=cache.manifest.rollouts if cache else None,
             blocking=found.blocking,
             warnings=[*quota, *found.warnings],
-            next_action=_next_action(plan_id, arguments, found.blocking, quota),
+            preset_reason=reason,
+            next_action=_next_action(plan_id, asked, found.blocking, quota),
         )
+        if not has_arms(asked):
+            return plan
+        plan = with_arms(asked, plan, self.workload(plan), self.plan)
+        return plan.model_copy(update={"next_action": _next_action(plan_id, asked, plan.blocking, quota)})
 
-    def _inputs(self, arguments: PlanDistillation, max_prompt_tokens: int) -> PlanInputs:
-        references = self.references
+    def workload(self, plan: Plan) -> Workload | None:
+        """The work of a plan's phases; None while one of its models is still to be fetched."""
+        return workload_of(plan.recipe, plan.inputs, inspect=self.references.models.inspect_model)
+
+    def _inputs(self, arguments: PlanDistillation, recipe: Recipe, found: Findings) -> PlanInputs:
+        references, prompting = self.references, recipe.prompting
 
         def prompts_of(argument: str) -> ResolvedPrompts | None:
             value, columns = getattr(arguments, argument), columns_of(arguments.columns, argument)
             # A token is at least one byte, so only longer texts can be too long.
-            return None if value is None else references.prompts(value, columns, long_bytes=max_prompt_tokens)
+            return None if value is None else references.prompts(value, columns, long_bytes=prompting.max_prompt_tokens)
 
-        student = references.sft_student(arguments.student, arguments.declared_teacher)
-        teacher = references.model(arguments.teacher)
         prompts, sft_prompts, eval_prompts = map(prompts_of, ("prompts", "sft_prompts", "eval_prompts"))
         assert prompts is not None, "a plan has prompts"
+        seen = prompts.context(prompting)
+        teacher = resolved_teacher(references, arguments.teacher).as_teacher(seen)
+        student = references.sft_student(arguments.student, arguments.declared_teacher, seen)
+        if recipe.sft.skip and arguments.method != "sft":
+            student = with_self_claim(teacher, student, recipe, found)
         schema = RunInputs(
             student=student.input,
             teacher=teacher.input,
@@ -185,13 +205,14 @@ class Planner:
         return Asked(model.path, recipe.prompting, inputs.prompts.scan, turns, taught, watched, moment)
 
     def _requests(self, recipe: Recipe, inputs: RunInputs, method: Method, sft: bool) -> dict[Method, RunRequest]:
-        """By method, what it would run: the asked one, and the two to compare it with.
+        """By method, what it would run: the asked one, and the two to compare it with; several teachers have no live.
 
         A start that was asked for "sft" would need the SFT for the two others as well.
         """
-        requests = {}
-        for name in dict.fromkeys((method, "lightning", "live")):
-            other = method_recipe(recipe, name)
+        requests, several = {}, inputs.teacher is not None and inputs.teacher.members is not None
+        compared: tuple[Method, ...] = ("lightning",) if several else ("lightning", "live")
+        for name in dict.fromkeys((method, *compared)):
+            other = compared_recipe(recipe, method, name)
             phases = distillation_phases(other, inputs, name, sft=sft, benchmark=True)
             requests[name] = RunRequest(kind=kind_of(name), recipe=other, inputs=inputs, phases=phases)
         made = self.builder.artifacts.made_by([phase.key for asked in requests.values() for phase in asked.phases])
@@ -231,12 +252,15 @@ class PlanMemory:
 
 def unlabelled(arguments: PlanDistillation) -> dict[str, Any]:
     """The arguments without what the run is called: the same work under another name is the same plan."""
-    return arguments.model_dump(mode="json", exclude_none=True, exclude=set(RunLabels.model_fields))
+    values = arguments.model_dump(mode="json", exclude_none=True, exclude=set(RunLabels.model_fields))
+    alone = {"baseline": [], "seeds": 1}  # as plans of earlier versions, which had no arms
+    return {name: value for name, value in values.items() if alone.get(name, ()) != value}
 
 
 def files_signature(inputs: RunInputs) -> str:
     """What changes with any file of a run's inputs: names, sizes and times, not contents."""
     sources = [getattr(inputs, name) for name in type(inputs).model_fields]
+    sources += [*(inputs.teacher.members or {}).values()] if inputs.teacher else []
     paths = [Path(source.path) for source in sources if isinstance(source, ModelInput | DataInput) and source.path]
     files = [file for path in paths for file in ((path,) if not is_glob(path) else source_of(path).files)]
     return content_hash([path_signature(file) for file in files])
@@ -281,7 +305,8 @@ def _next_action(
 ) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan.
 
-    After a blocking finding it is the finding's own, else this plan's with its arguments, to be changed as `why` says.
+    After a blocking finding it is the finding's own, or this plan's with what lifts it. Where that is the caller's
+    choice there is no call: the same arguments would be blocked again.
     """
     if not blocking:
         return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
@@ -289,7 +314,9 @@ def _next_action(
     call = blocking[0].call
     if call is not None and call.tool == "plan_distillation":
         return call.with_why(why)
-    return plan_again(arguments, why)
+    if blocking[0].overrides is not None:
+        return plan_again(arguments, why, blocking[0].overrides)
+    return NextAction(why=why)
 
 
 def judge_rates(arguments: PlanDistillation, recipe: Recipe, inputs: PlanInputs, sft: bool, found: Findings) -> None:
@@ -323,7 +350,7 @@ def plan_again(
     defaults = {
         name: field.get_default(call_default_factory=True) for name, field in type(arguments).model_fields.items()
     }
-    inline = [name for name, value in given.items() if isinstance(value, list) and name != "tags"]
+    inline = [name for name, value in given.items() if isinstance(value, list) and name not in ("tags", "baseline")]
     changed = {name: value for name, value in given.items() if name not in inline and value != defaults[name]}
     return next_call("plan_distillation", why, missing=inline, **changed)
 

@@ -5,11 +5,11 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opd_mcp.identity.adapters import is_adapter, read_adapter
-from opd_mcp.identity.consistency import asserted_claim, sft_teacher, vouched
+from opd_mcp.identity.consistency import asserted_claim, sft_teacher, teacher_context, vouched
 from opd_mcp.identity.data.reading import ResponsesHeader, read_responses_header
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.data.scan import PromptScan, scan_of_rows, scan_prompts
@@ -24,8 +24,9 @@ from opd_mcp.planning.prompts.task_prompts import is_task, task_prompts, write_t
 from opd_mcp.planning.prompts.text_work import TextWork
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import ArgumentError, DataError, OpdError, PathError, UnknownIdError, nearest
-from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim
+from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim, TeacherContext
 from opd_mcp.schemas.next_action import next_call
+from opd_mcp.schemas.recipes import PromptingRecipe
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
 from opd_mcp.store.artifacts import Artifact
 from opd_mcp.store.roots import AllowedRoots
@@ -51,6 +52,14 @@ class ResolvedModel:
     input: ModelInput
     facts: ModelFacts | None = None
 
+    def as_teacher(self, context: TeacherContext | None) -> "ResolvedModel":
+        """The model as a teacher that sees more than its student."""
+        known = self.input.identity
+        if known is None or context is None:
+            return self
+        identity = known.model_copy(update={"context": context})
+        return replace(self, input=self.input.model_copy(update={"identity": identity}))
+
 
 @dataclass(frozen=True)
 class ResolvedPrompts:
@@ -58,6 +67,10 @@ class ResolvedPrompts:
 
     input: DataInput
     scan: PromptScan = field(default_factory=lambda: scan_of_rows([]))
+
+    def context(self, prompting: PromptingRecipe) -> TeacherContext | None:
+        """What a teacher of these prompts sees that its student does not."""
+        return teacher_context(prompting.teacher_system, self.scan.teacher_turns)
 
 
 @dataclass(frozen=True)
@@ -133,12 +146,14 @@ class References:
         local = hub_directory(self.workspace, name) if HUB_ID.fullmatch(name) else None
         return local if local is not None and local.is_dir() else None
 
-    def sft_student(self, reference: str, declared_teacher: str | None) -> ResolvedModel:
-        """As `model`, with `declared_teacher` as its SFT teacher where no lineage names one."""
+    def sft_student(
+        self, reference: str, declared_teacher: str | None, context: TeacherContext | None = None
+    ) -> ResolvedModel:
+        """As `model`, with `declared_teacher` as its SFT teacher, seeing the context, where no lineage names one."""
         student = self.model(reference)
         if student.input.sft_teacher is not None or declared_teacher is None:
             return student
-        claim = self.claim(declared_teacher)
+        claim = self.claim(declared_teacher, context)
         return ResolvedModel(student.input.model_copy(update={"sft_teacher": claim}), student.facts)
 
     def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
@@ -261,14 +276,14 @@ class References:
         )
         return ResolvedCache(resolved, manifest)
 
-    def claim(self, declared: str | None) -> TeacherClaim | None:
+    def claim(self, declared: str | None, context: TeacherContext | None = None) -> TeacherClaim | None:
         """What `declared_teacher` asserts: a model, when the text resolves to one here, else a mere name."""
         if declared is None:
             return None
         if not self._is_here(declared):
             return asserted_claim(declared)
         facts = self.model(declared).facts
-        return asserted_claim(facts.identity if facts else declared)
+        return asserted_claim(facts.identity if facts else declared, context)
 
     def declared_teacher(self, declared: str | None) -> ResolvedModel | None:
         """The model that `declared_teacher` means, where its files are here; None for a mere name."""

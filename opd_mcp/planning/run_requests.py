@@ -1,44 +1,59 @@
 """From a tool's arguments, a plan or a cache to a run's request: recipe, inputs, keyed phases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opd_mcp.devices.hardware import target_of
-from opd_mcp.identity.consistency import require_consistent
+from opd_mcp.grading.golds import no_answers_to_keep
+from opd_mcp.identity.consistency import cache_claim, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.adapter_bases import require_targets
+from opd_mcp.planning.asked_recipes import distillation_recipe, fitted_to, kind_of, method_recipe, usable_recipe
 from opd_mcp.planning.checks import (
     Findings,
     differing_tokens,
     judge_special_tokens,
+    lacks_answers,
     require_generating,
     require_own_rollouts,
     require_positions,
     require_usable_ids,
 )
 from opd_mcp.planning.costs.estimates import recipe_for_device
-from opd_mcp.planning.engines import require_engines_used, with_engines
+from opd_mcp.planning.engines import with_engines
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.prompts.text_work import Asked
-from opd_mcp.planning.references import References, ResolvedCache, ResolvedModel, ResolvedResponses, columns_of
+from opd_mcp.planning.references import (
+    References,
+    ResolvedCache,
+    ResolvedModel,
+    ResolvedPrompts,
+    ResolvedResponses,
+    columns_of,
+)
 from opd_mcp.planning.suites import with_suite
+from opd_mcp.planning.teachers import (
+    require_own_prompts,
+    require_self_claim,
+    require_teachers_usable,
+    resolved_teacher,
+)
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.plans import Finding, Plan
-from opd_mcp.schemas.recipes import Method, Preset, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.recipes import Preset, Recipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
+    AssessOverhead,
     BenchmarkStudent,
     BuildTeacherCache,
     GenerateTeacherResponses,
-    PlanDistillation,
     SampleModel,
     StartDistillation,
     StartSft,
     Sweep,
 )
-from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import (
     TOKENIZER_FOLDER,
     DataInput,
@@ -53,7 +68,13 @@ from opd_mcp.store.artifacts import ArtifactStore
 from opd_mcp.store.workspace import read_settings
 
 # The section of the recipe that says how many tokens are drawn after the prompts of a request.
-DRAWN_BY = {GenerateTeacherResponses: "responses", BuildTeacherCache: "rollout", BenchmarkStudent: "benchmark"}
+DRAWN_BY = {
+    GenerateTeacherResponses: "responses",
+    BuildTeacherCache: "rollout",
+    BenchmarkStudent: "benchmark",
+    AssessOverhead: "rollout",
+}
+DRAWN_TO_ASSESS: tuple[PhaseName, ...] = ("generate_responses", "rollout")
 
 
 @dataclass(frozen=True)
@@ -66,9 +87,14 @@ class RequestBuilder:
     def responses(self, arguments: GenerateTeacherResponses) -> RunRequest:
         """The teacher answers prompts."""
         recipe = self._recipe(arguments.preset, arguments.overrides)
-        teacher = self.references.model(arguments.teacher)
+        teacher = resolved_teacher(self.references, arguments.teacher)
         require_generating(teacher)
-        inputs = RunInputs(teacher=teacher.input, prompts=self._prompts(arguments, [teacher], recipe))
+        require_teachers_usable(teacher, None, recipe, "lightning")
+        prompts = self._prompts(arguments, [teacher], recipe)
+        require_own_prompts(teacher, prompts)
+        inputs = RunInputs(teacher=teacher.input, prompts=prompts.input)
+        if recipe.responses.keep == "right" and lacks_answers(inputs.prompts):
+            raise no_answers_to_keep()
         recipe = self._for_device(recipe, inputs, "generate_responses", arguments.overrides)
         return self.request("generate", recipe, inputs, PhaseChain(recipe, inputs).generate_responses().phases)
 
@@ -111,19 +137,34 @@ class RequestBuilder:
         given = {f"score.{name}": getattr(arguments, name) for name in ("topk", "dtype", "on_truncated")}
         recipe = self._recipe(arguments.preset, arguments.overrides, given)
         if arguments.teacher_url is None:
-            teacher = self.references.model(arguments.teacher)
+            teacher = resolved_teacher(self.references, arguments.teacher)
+        elif not isinstance(arguments.teacher, str):
+            raise ArgumentError(
+                "invalid_argument",
+                "teacher_url is the server of one teacher, and teacher names several.",
+                value=arguments.teacher_url,
+                fix="Leave out teacher_url, or build a cache per teacher.",
+            )
         else:
             teacher = self.references.remote_teacher(arguments.teacher, arguments.teacher_url)
-        student = self.references.sft_student(arguments.student, arguments.declared_teacher)
+        student = self.references.model(arguments.student)
         require_generating(student)
         differing = differing_tokens(teacher, student)
+        prompts = self._prompts(arguments, [teacher, student] if teacher.facts else [student], recipe, differing)
+        require_teachers_usable(teacher, student, recipe, "lightning")
+        require_own_prompts(teacher, prompts)
+        seen = prompts.context(recipe.prompting)
+        teacher = teacher.as_teacher(seen)
+        student = self.references.sft_student(arguments.student, arguments.declared_teacher, seen)
+        if recipe.sft.skip:
+            student = require_self_claim(teacher, student, recipe)
         allowed = arguments.allow_teacher_mismatch
         if teacher.input.identity is not None:
             require_consistent(teacher.input.identity, student.input.sft_teacher, allowed=allowed)
         inputs = RunInputs(
             student=student.input,
             teacher=teacher.input,
-            prompts=self._prompts(arguments, [teacher, student] if teacher.facts else [student], recipe, differing),
+            prompts=prompts.input,
             declared_teacher=arguments.declared_teacher,
             sft_teacher_path=self.references.path_of_claim(student.input, teacher.input),
             allow_teacher_mismatch=allowed,
@@ -134,7 +175,7 @@ class RequestBuilder:
     def from_plan(self, plan: Plan, *, benchmark: bool) -> RunRequest:
         """What an unblocked plan stands for, with or without the benchmark that ends it."""
         kept = [phase for phase in plan.phases if benchmark or phase.name != "benchmark"]
-        phases = [RunPhase(name=phase.name, key=phase.key, satisfied_by=phase.satisfied_by) for phase in kept]
+        phases = [RunPhase.model_validate(phase.model_dump()) for phase in kept]
         kind = kind_of(plan.method)
         return RunRequest(kind=kind, recipe=plan.recipe, inputs=plan.inputs, phases=phases, plan_id=plan.plan_id)
 
@@ -153,7 +194,7 @@ class RequestBuilder:
         distillation_recipe(arguments)  # a wrong override is told before any file is read
         cache = self.references.cache(str(arguments.cache_id))
         student, inputs = self._cache_inputs(cache, arguments)
-        return self._of_cache(cache, student, inputs, arguments)
+        return self._of_cache(cache, student, inputs, fitted_to(arguments, student)[0])
 
     def sweep(self, arguments: Sweep, points: Sequence[Mapping[str, Any]]) -> list[RunRequest]:
         """A distillation from the cache for each point, which has the overrides of its own; inputs are read once.
@@ -189,7 +230,7 @@ class RequestBuilder:
             model=model.input,
             baselines=[baseline.input for baseline in baselines],
             teacher=teacher.input if teacher else None,
-            prompts=None if arguments.prompts is None else self._prompts(arguments, [model, *baselines], recipe),
+            prompts=None if arguments.prompts is None else self._prompts(arguments, [model, *baselines], recipe).input,
             suite=suite,
         )
         recipe = self._for_device(recipe, inputs, "benchmark", overrides)
@@ -204,8 +245,23 @@ class RequestBuilder:
         recipe = recipe.model_copy(update={"sample": SampleRecipe(sampling=sampling)})
         model = self.references.model(arguments.model)
         require_generating(model)
-        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe))
+        inputs = RunInputs(model=model.input, prompts=self._prompts(arguments, [model], recipe).input)
         return self.request("sample", recipe, inputs, PhaseChain(recipe, inputs).sample().phases)
+
+    def assess(self, arguments: AssessOverhead) -> RunRequest:
+        """Two models are measured on a few prompts, by the recipe that a distillation would have.
+
+        Raises ConsistencyError `tokenizer_mismatch`.
+        """
+        recipe = method_recipe(self._recipe(arguments.preset, arguments.overrides), "lightning")
+        teacher, student = self.references.model(arguments.teacher), self.references.model(arguments.student)
+        require_generating(student, teacher)
+        differing = differing_tokens(teacher, student)
+        prompts = self._prompts(arguments, [teacher, student], recipe, differing).input
+        inputs = RunInputs(student=student.input, teacher=teacher.input, prompts=prompts)
+        for phase in DRAWN_TO_ASSESS:
+            recipe = self._for_device(recipe, inputs, phase, arguments.overrides)
+        return self.request("assess", recipe, inputs, PhaseChain(recipe, inputs).assess().phases)
 
     def with_engines(self, recipe: Recipe) -> tuple[Recipe, list[Finding]]:
         """As `planning.engines.with_engines`, with what this workspace's settings say."""
@@ -227,11 +283,11 @@ class RequestBuilder:
 
     def _prompts(
         self,
-        arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel,
+        arguments: GenerateTeacherResponses | BuildTeacherCache | BenchmarkStudent | SampleModel | AssessOverhead,
         models: Sequence[ResolvedModel],
         recipe: Recipe,
         differing: Sequence[TokenDifference] = (),
-    ) -> DataInput:
+    ) -> ResolvedPrompts:
         """The prompts, looked at by the first model's tokenizer, which encodes them; raises as `TextWork.facts`.
 
         Raises ConsistencyError `tokenizer_mismatch` where they have one of the special tokens that differ, and as
@@ -252,7 +308,7 @@ class RequestBuilder:
                 drawn = f"{section}.sampling.max_new_tokens", getattr(recipe, section).sampling.max_new_tokens
                 require_positions(longest, drawn, models)
             mean = facts.mean_prompt_tokens
-        return prompts.input.model_copy(update={"mean_prompt_tokens": mean})
+        return replace(prompts, input=prompts.input.model_copy(update={"mean_prompt_tokens": mean}))
 
     def _require_fitting_tokens(
         self, teacher: ResolvedModel, student: ResolvedModel, responses: ResolvedResponses, recipe: Recipe
@@ -267,10 +323,10 @@ class RequestBuilder:
         asked = Asked(teacher.facts.path, recipe.prompting, scan, recipe.sft.train_turns, rows[0], watched)
         judge_special_tokens(differing, self.references.texts.facts(asked), recipe.prompting, Findings())
 
-    def _teacher_of(self, cache: ResolvedCache, reference: str | None) -> ModelInput | None:
+    def _teacher_of(self, cache: ResolvedCache, reference: str | Mapping[str, str] | None) -> ModelInput | None:
         """The cache's teacher: as given, or where the run that made the cache had it, if it is still the same."""
         if reference is not None:
-            teacher = self.references.model(reference)
+            teacher = resolved_teacher(self.references, reference)
             named = cache.manifest.teacher.remote == "named"  # its weights were never seen
             identity = teacher.input.identity
             if identity and not named and not identity.same_model(cache.manifest.teacher):
@@ -283,10 +339,13 @@ class RequestBuilder:
                 )
             return teacher.input
         made_by = self._inputs_of(cache)
-        path = self.references.allowed(made_by.teacher.path if made_by and made_by.teacher else None)
-        if path is None or not path.is_dir():
+        known = made_by.teacher if made_by else None
+        paths = {domain: member.path for domain, member in ((known and known.members) or {}).items()}
+        found = [self.references.allowed(path) for path in (paths.values() or [known.path if known else None])]
+        if any(path is None or not path.is_dir() for path in found):
             return None
-        teacher = self.references.model(str(path))
+        places = [str(path) for path in found]
+        teacher = resolved_teacher(self.references, dict(zip(paths, places, strict=True)) if paths else places[0])
         same = teacher.input.identity and teacher.input.identity.same_model(cache.manifest.teacher)
         return teacher.input if same else None
 
@@ -297,9 +356,11 @@ class RequestBuilder:
 
     def _cache_inputs(self, cache: ResolvedCache, arguments: StartDistillation) -> tuple[ResolvedModel, RunInputs]:
         """The student that a cache is for, and the inputs of its distillation."""
-        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher)
+        seen = cache.manifest.teacher.context
+        student = self.references.sft_student(str(arguments.student), arguments.declared_teacher, seen)
         allowed = arguments.allow_teacher_mismatch
-        require_consistent(cache.manifest.teacher, student.input.sft_teacher, allowed=allowed)
+        claim = cache_claim(cache.manifest, student.input.sft_teacher)
+        require_consistent(cache.manifest.teacher, claim, allowed=allowed)
         teacher = self._teacher_of(cache, arguments.teacher)
         evaluation, prompts = (
             None if value is None else self.references.prompts(value, columns_of(arguments.columns, name)).input
@@ -324,6 +385,14 @@ class RequestBuilder:
         require_targets({"distill": recipe.distill}, student.facts)
         require_own_rollouts(cache.manifest, student, recipe)
         require_topk(cache, recipe)
+        if recipe.distill.rounds > 1 and (inputs.teacher is None or inputs.prompts is None):
+            raise ArgumentError(
+                "invalid_argument",
+                "A later round draws and scores rollouts anew: that takes the teacher and the prompts, which are not "
+                "known of this cache.",
+                value=f"distill.rounds={recipe.distill.rounds}",
+                fix="Give teacher and prompts as well, or leave out distill.rounds.",
+            )
         # Without answers and without the teacher at hand there is nothing to measure.
         measurable = inputs.eval_prompts is not None or (inputs.teacher is not None and inputs.prompts is not None)
         benchmark = arguments.benchmark and measurable
@@ -349,91 +418,6 @@ class RequestBuilder:
 
     def _inputs_of(self, cache: ResolvedCache) -> RunInputs | None:
         return self.references.inputs_of_artifact(cache.input.artifact_id) if cache.input.artifact_id else None
-
-
-def usable_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
-    """The resolved recipe, for an available device; `given` holds the recipe keys that the tool's arguments set.
-
-    Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
-    """
-    recipe = requested_recipe(preset, overrides, given or {})
-    target_of(recipe.runtime)
-    return recipe
-
-
-def requested_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
-    """The preset with the overrides, and with what arguments say by dotted key; None stands for an absent argument.
-
-    Raises ArgumentError: `invalid_argument` where an override contradicts an argument, and as `resolve_recipe`.
-    """
-    said = {key: value for key, value in given.items() if value is not None}
-    require_no_contradiction(overrides, said)
-    return resolve_recipe(preset, {**overrides, **said})
-
-
-def require_no_contradiction(overrides: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """Raise ArgumentError `invalid_argument` for an override whose key an argument sets to something else."""
-    for key, value in said.items():
-        if overrides.get(key, value) != value:
-            name = key.rpartition(".")[2]
-            raise ArgumentError(
-                "invalid_argument",
-                f"The override {key}={overrides[key]!r} contradicts the argument {name}={value!r}.",
-                value=overrides[key],
-                fix=f"Leave out the override and give {name}=….",
-            )
-
-
-def distillation_recipe(arguments: PlanDistillation | StartDistillation) -> Recipe:
-    """The resolved recipe of a distillation, with its method and estimator.
-
-    Raises ArgumentError: `invalid_argument` for an override that contradicts an argument or another override, and as
-    `resolve_recipe`.
-    """
-    overrides, estimator = arguments.overrides, arguments.estimator
-    require_no_contradiction(overrides, {"distill.method": arguments.method})
-    recipe = requested_recipe(arguments.preset, overrides, {"distill.estimator": estimator})
-    recipe = method_recipe(recipe, arguments.method)
-    require_engines_used(recipe, arguments.method)
-    if "score.topk" in overrides and recipe.score.topk != overrides["score.topk"]:
-        raise ArgumentError(
-            "invalid_argument",
-            f"The override score.topk={overrides['score.topk']!r} contradicts distill.topk={recipe.distill.topk}: "
-            f"{estimator} trains on the teacher's top {recipe.distill.topk} tokens.",
-            value=overrides["score.topk"],
-            fix="Leave out score.topk, or lower distill.topk.",
-        )
-    return recipe
-
-
-def method_recipe(recipe: Recipe, method: Method) -> Recipe:
-    """The recipe for a method; a cache for the top-k estimator holds at least the k that it trains on.
-
-    Raises ArgumentError `invalid_argument` for a live distillation with what needs a cache's scores.
-    """
-    if method == "sft":
-        return recipe
-    for key, value, off in (
-        ("repair", recipe.distill.repair, "none"),
-        ("extrapolation", recipe.distill.extrapolation, 1.0),
-    ):
-        if method == "live" and value != off:
-            raise ArgumentError(
-                "invalid_argument",
-                f"distill.{key} works on the scores of a teacher cache; live distillation has none.",
-                value=value,
-                fix=f"Leave out distill.{key}, or use method='lightning'.",
-            )
-    distill = recipe.distill.model_copy(update={"method": method})
-    update: dict[str, object] = {"distill": distill}
-    if method == "lightning" and recipe.score.topk < distill.teacher_tokens:
-        update["score"] = recipe.score.model_copy(update={"topk": distill.teacher_tokens})
-    return recipe.model_copy(update=update)
-
-
-def kind_of(method: Method) -> RunKind:
-    """The kind of a run of a method."""
-    return "sft" if method == "sft" else "distill"
 
 
 def require_topk(cache: ResolvedCache, recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.requests import (
+    AssessOverhead,
     BenchmarkStudent,
     BuildTeacherCache,
     ExportStudent,
@@ -23,6 +24,7 @@ Labelled = (
     | StartDistillation
     | BenchmarkStudent
     | SampleModel
+    | AssessOverhead
     | ExportStudent
     | Sweep
 )
@@ -55,6 +57,12 @@ def require_cache_arguments(arguments: StartDistillation) -> None:
             "invalid_argument",
             "sft_prompts have no use with cache_id: the cache's student has had its SFT.",
             fix="Leave out sft_prompts.",
+        )
+    if arguments.baseline or arguments.seeds > 1:
+        raise ArgumentError(
+            "invalid_argument",
+            "Baselines and seeds make runs of their own from the models and prompts, not from one cache.",
+            fix="Give teacher and prompts instead of cache_id; what is made already is reused.",
         )
 
 

@@ -8,7 +8,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.reports import Curve, Judgement, StageCost, Verdict
+from opd_mcp.schemas.reports import Curve, Judgement, ShownAnswers, StageCost, Verdict
 from opd_mcp.schemas.runs import Alert, Progress, Quotas, RunKind, RunRow, RunState
 
 
@@ -80,6 +80,21 @@ class PairedRuns(Schema):
     prompts: int
 
 
+class ComparedArm(Schema):
+    """The runs of one arm; `gain` and `kl_change` are the asked arm minus this one, paired by seed.
+
+    Over one seed the gain is paired by prompt.
+    """
+
+    arm: str
+    runs: int
+    accuracy: float | None = Field(None, description="mean over its runs")
+    reverse_kl: float | None = None
+    seconds: float | None = Field(None, description="mean of all stages up to the student, made here or reused")
+    gain: Interval | None = None
+    kl_change: Interval | None = None
+
+
 class RunComparison(Schema):
     """The answer of `compare_runs`: one table, oldest run first, from the reports alone."""
 
@@ -87,6 +102,7 @@ class RunComparison(Schema):
     runs: list[ComparedRun]
     best: str | None = Field(None, description="the run whose model is most accurate")
     paired: list[PairedRuns] = Field(default_factory=list, description="the best against each other run")
+    arms: list[ComparedArm] = Field(default_factory=list, description="of runs that baselines or seeds started")
     notes: list[str] = Field(default_factory=list, description="how to read the table, and what is left out")
     basis: dict[str, str] = Field(default_factory=dict, description="how each figure was obtained")
     next_action: NextAction
@@ -165,6 +181,41 @@ class ShownPhase(Schema):
     state: str
 
 
+class CurveMark(Schema):
+    """Something that belongs to a step of a phase's curves."""
+
+    phase: str
+    step: int
+    kind: Literal["alert", "checkpoint"]
+    text: str
+
+
+class RunDocument(Schema):
+    """What a run wrote for people to read."""
+
+    kind: Literal["report", "card"]
+    path: str
+    resource: str | None = Field(None, description="where an MCP client reads it")
+
+
+class RunDetail(Schema):
+    """What the page shows of a run and no agent needs from it: get_run_logs, resources and reports tell the same."""
+
+    preset: str
+    settings: dict[str, Any] = Field(description="by recipe key")
+    changed: list[str] = Field(default_factory=list, description="recipe keys that differ from the preset")
+    inputs: dict[str, str] = Field(default_factory=dict, description="by role")
+    planned_seconds: dict[str, float] = Field(default_factory=dict, description="by phase")
+    log: list[str] = Field(default_factory=list, description="the last lines")
+    marks: list[CurveMark] = Field(default_factory=list)
+    samples: list[ShownAnswers] = Field(default_factory=list)
+    curves_of: dict[str, str] = Field(
+        default_factory=dict, description="by reused phase, the run that made its result, whose curves are shown"
+    )
+    documents: list[RunDocument] = Field(default_factory=list)
+    export: str | None = Field(None, description="where the run exported the student to")
+
+
 class DashboardRun(Schema):
     """One run as the page draws it."""
 
@@ -188,13 +239,19 @@ class DashboardRun(Schema):
     comparisons: list[Any] = Field(default_factory=list)
     teacher_row: str | None = Field(None, description="the teacher's name among the scores")
     error: str | None = None
+    detail: RunDetail | None = Field(None, description="for the page alone")
 
 
 class DashboardFeed(Schema):
-    """The answer of `dashboard_feed`."""
+    """The answer of `open_dashboard` and `dashboard_feed`."""
 
     runs: list[DashboardRun]
-    listed: list[RunRow] = Field(default_factory=list, description="the newest runs, to choose from")
+    listed: list[RunRow] = Field(default_factory=list, description="a page of runs to choose from, newest first")
+    total: int = Field(0, description="runs that the filters let through")
+    next_cursor: str | None = None
+    sparks: dict[str, list[float]] = Field(
+        default_factory=dict, description="by listed run, its training objective in a few points"
+    )
     comparison: RunComparison | None = Field(None, description="where more than one run is chosen")
 
 

@@ -121,6 +121,7 @@ class CacheManifest(Record):
     layout: BuildLayout | None = None
     rollouts: RolloutStatistics = Field(description="as drawn, before any row was left out")
     scores: ScoreStatistics
+    domains: dict[str, int] | None = Field(None, description="rows by the domain of their teacher, where they have one")
     hygiene: Hygiene = Hygiene()
     engine_gap: EngineGap | None = None
     generated_by: EngineFacts | None = Field(None, description="absent: this program's own engine")

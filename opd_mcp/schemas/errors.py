@@ -8,25 +8,25 @@ OpdError
 │   │                              unsupported_model · unsupported_adapter · base_missing · destination_exists
 │   ├── DataError                  empty_data · malformed_line · missing_field · no_answers · unknown_format ·
 │   │                              too_large · unknown_token · template_failed · too_long · doubled_think ·
-│   │                              golds_not_gradable
+│   │                              golds_not_gradable · system_dropped · unknown_domain
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision ·
-│   │                              unknown_template_option · reserved_template_option
+│   │                              unknown_template_option · reserved_template_option · devices_unsupported
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue · behaviour_missing ·
-│                                  no_adapter · engine_untrue
+│                                  no_adapter · engine_untrue · not_one_model · nothing_to_learn
 ├── PlanError                      plan_blocked · plan_changed · declined
 ├── IntegrityError                 damaged_file · damaged_journal · lineage_mismatch · input_changed ·
 │                                  artifact_exists · artifact_needed
 ├── ResourceError                  not_enough_memory · not_enough_disk · quota_exceeded · device_unavailable · offline ·
 │                                  missing_package · teacher_unreachable · teacher_refused · grader_failed ·
 │                                  sandbox_unavailable · workspace_busy · workspace_unusable · child_failed ·
-│                                  engine_failed · engine_unreachable · engine_refused
+│                                  engine_failed · engine_unreachable · engine_refused · missing_token
 └── RunError                       run_not_active · run_active · run_locked · run_cancelled · launch_failed ·
                                    worker_lost · worker_terminated · attempt_superseded · same_request_active ·
-                                   run_starting · bad_number · bad_rows · engine_disagrees
+                                   run_starting · bad_number · bad_rows · engine_disagrees · rank_lost
 """
 
 from collections.abc import Iterable
@@ -132,3 +132,15 @@ class RunError(OpdError):
 def nearest(value: str, valid: Iterable[str]) -> list[str]:
     """Up to three valid values that look like the given one."""
     return get_close_matches(value, list(valid), n=3, cutoff=0.5)
+
+
+def converter_missing() -> ResourceError:
+    """The error of an export as GGUF where llama.cpp's converter is unknown."""
+    return ResourceError(
+        "missing_package",
+        "GGUF files are written by llama.cpp's convert_hf_to_gguf.py, which is in no package of its own; this "
+        "workspace's settings do not name it.",
+        value="format='gguf'",
+        fix='Check out llama.cpp, and write its path in settings.toml: [export] gguf_converter = "/…/'
+        'convert_hf_to_gguf.py" (docs/guide/serving.md).',
+    )

@@ -12,6 +12,13 @@ BaseForm = Literal["as_saved", "plain", "nf4"]
 ArtifactKind = Literal["prompts", "responses", "model", "cache", "report"]
 
 
+class TeacherContext(Schema):
+    """What a teacher sees that its student does not, by sha256 in hex."""
+
+    system: str | None = Field(None, description="of the system prompt that it alone sees")
+    rows: str | None = Field(None, description="of the prompts' own messages for it; absent where no prompt has any")
+
+
 class ModelIdentity(Schema):
     """Separate hashes of what makes two models the same; each is sha256 in hex.
 
@@ -38,6 +45,12 @@ class ModelIdentity(Schema):
         None, description="a teacher on a server: `served` gives its hashes itself, `named` has only a declared name"
     )
     probe: list[float] | None = Field(None, description="a remote teacher's log-probs of the probe sequence")
+    context: TeacherContext | None = Field(
+        None, description="what the model sees, as a teacher, before the student's prompts; absent: nothing more"
+    )
+    members: dict[str, "ModelIdentity"] | None = Field(
+        None, description="of several teachers each, by the domain of its prompts; the other hashes are over them all"
+    )
 
     def same_model(self, other: "ModelIdentity") -> bool:
         """Whether both compute the same log-probs of the same ids: weights and configuration."""
@@ -49,11 +62,25 @@ class ModelIdentity(Schema):
         compared = {"weights", "tokenizer", "chat_template", "special_tokens"} | known
         return {name for name in compared if getattr(self, name) != getattr(other, name)}
 
+    def same_context(self, other: "ModelIdentity") -> bool:
+        """Whether both, as teachers, see the same system prompt, and both or neither have messages of prompts' own.
+
+        Those messages belong to prompts, and SFT and distillation have different ones.
+        """
+        mine, theirs = self.context or TeacherContext(), other.context or TeacherContext()
+        return mine.system == theirs.system and (mine.rows is None) == (theirs.rows is None)
+
     def label(self) -> str:
-        """Readable and unambiguous: the name, twelve digits of the weights' hash, six of the configuration's."""
+        """Readable and unambiguous: the name, twelve digits of the weights' hash, six of the configuration's.
+
+        A teacher's context has six digits as well.
+        """
+        context = f"+context-{self.context.content_hash()[:6]}" if self.context else ""
+        if self.members:
+            return ", ".join(f"{domain}: {member.label()}" for domain, member in self.members.items()) + context
         configuration = f"+{self.configuration[:6]}" if self.configuration else ""
         quantization = f"+{self.quantization}" if self.quantization else ""
-        return f"{self.name}@{self.weights[:12]}{configuration}{quantization}"
+        return f"{self.name}@{self.weights[:12]}{configuration}{quantization}{context}"
 
 
 class RemoteTeacher(Schema):
@@ -66,7 +93,9 @@ class RemoteTeacher(Schema):
 class TeacherClaim(Schema):
     """Which teacher's responses a student or data set comes from, and how that is known."""
 
-    basis: Literal["proven", "asserted"]
+    basis: Literal["proven", "asserted", "by_construction"] = Field(
+        description="by_construction: the student is the teacher itself, which an SFT would teach nothing"
+    )
     name: str
     identity: ModelIdentity | None = Field(None, description="absent when only a name was declared")
 

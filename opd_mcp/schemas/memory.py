@@ -5,7 +5,7 @@ differ by a few values per token. `tests/engine/training/test_activations.py` me
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, Self
 
@@ -142,6 +142,7 @@ class AdapterSize:
 class StepSize:
     """What decides the memory of a training step besides its model: `tokens` are those of the largest micro-batch.
 
+    Of several `ranks` that hold the model together, it is the memory of one.
     `compiled` layers keep less; a plan cannot know whether layers will be compiled and assumes plain ones.
     """
 
@@ -151,6 +152,7 @@ class StepSize:
     device: str
     compiled: bool = False
     adapter: "AdapterSize | None" = None
+    ranks: int = 1
 
     @property
     def arithmetic(self) -> str:
@@ -167,7 +169,7 @@ def training_memory(
 ) -> TrainingMemory:
     """The memory of a step; `auto` takes the first checkpointing policy that fits `room`, in bytes."""
     policies = POLICIES if checkpointing == "auto" else (checkpointing,)
-    found = [_memory_with(policy, shape, step) for policy in policies]
+    found = [_share_of_a_rank(_memory_with(policy, shape, step), shape, step) for policy in policies]
     return next((memory for memory in found if memory.total <= USABLE_SHARE * room), found[-1])
 
 
@@ -247,6 +249,31 @@ def _adapter_memory(
         optimizer=8 * adapter.trained,
         activations=tokens * (_token_bytes(policy, shape, step) + layers * low_rank),
         head=tile + (tile // 2 if narrow else 0) + widened + 12 * tokens * shape.hidden,
+    )
+
+
+def _share_of_a_rank(memory: TrainingMemory, shape: ModelShape, step: StepSize) -> TrainingMemory:
+    """One rank's part of what is divided, with what it gathers: the vocabulary, and two layers with a gradient.
+
+    Of the vocabulary there are at most two matrices, which an untied model has; norms and adapters, which every rank
+    has whole, are small. Layers are gathered in the dtype that they compute in, so autocast copies none.
+    """
+    if step.ranks == 1:
+        return memory
+    adapter, ranks = step.adapter, step.ranks
+    held = weight_bytes(step.precision) if adapter is None else adapter.base_bytes
+    vocabulary = min(2 * shape.vocab * shape.hidden, shape.parameters)
+    layer = (shape.parameters - vocabulary) // shape.layers
+    gathered = 2 * layer * (2 if step.arithmetic != "float32" else 4)
+    if adapter is not None:
+        thin = 4 * (adapter.trained + adapter.earlier)
+        weights = held * shape.parameters // ranks + held * vocabulary + gathered + thin
+        return replace(memory, weights=weights)
+    return replace(
+        memory,
+        weights=held * shape.parameters // ranks + held * vocabulary + gathered,
+        gradients=4 * (shape.parameters // ranks + vocabulary + layer),
+        optimizer=memory.optimizer // ranks,
     )
 
 

@@ -11,6 +11,7 @@ from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.memory import CheckpointingPolicy
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import GraderName, Recipe
+from opd_mcp.schemas.reports import Assessment
 from opd_mcp.schemas.runs import PhaseName, RunInputs
 
 
@@ -20,6 +21,7 @@ class PlannedPhase(Schema):
     name: PhaseName
     key: str = Field(description="hash of the recipe section and every input; equal key, equal result")
     satisfied_by: str | None = None
+    round: int | None = None
 
 
 class PhaseEstimate(Schema):
@@ -68,6 +70,7 @@ class Finding(Schema):
     message: str
     fix: str
     call: NextAction | None = None
+    overrides: dict[str, Any] | None = Field(None, description="recipe keys that lift it")
 
     @classmethod
     def of_error(cls, error: OpdError) -> Self:
@@ -99,6 +102,7 @@ class PromptPreview(Schema):
     text: str = Field(description="decoded from its ids, control tokens included; a long one without its middle")
     tokens: int
     control_tokens: dict[str, int] = Field(default_factory=dict, description="those among its ids, with how often")
+    teacher_text: str | None = Field(None, description="what the teacher sees, where that is something else")
 
 
 class LearntPreview(Schema):
@@ -150,6 +154,39 @@ class GradingPlan(Schema):
     graded: int
 
 
+class MethodOverhead(Schema):
+    """What a method takes beyond the SFT that both share, by measured speeds."""
+
+    method: Literal["lightning", "live"]
+    seconds: float
+    device_hours: float = Field(description="of one device, held for all of it")
+    teacher_seconds: float = Field(description="of them with the teacher in memory")
+    devices: int = 1
+    peak_memory_bytes: int
+
+
+class Overhead(Schema):
+    """The answer of an assessment: live against lightning for the asked recipe, each figure with its basis."""
+
+    methods: list[MethodOverhead]
+    break_even_steps: int | None = Field(None, description="from so many steps on lightning is cheaper; absent: never")
+    students_per_cache: int | None = Field(
+        None, description="students that must share the cache before lightning is cheaper at the recipe's steps"
+    )
+    start_seconds: dict[str, float] = Field(description="of loading each model")
+    measured_peak_bytes: int
+    basis: dict[str, str]
+    assessment: Assessment
+
+
+class PlannedArm(Schema):
+    """One arm of a comparison: the distillation as asked, or a baseline."""
+
+    name: str = Field(description="'asked', or the baseline's")
+    runs: int = Field(description="one per seed")
+    seconds: float | None = Field(None, description="of one of its runs by itself, what is not made yet")
+
+
 class Plan(Schema):
     """The answer of `plan_distillation`; `plan_id` is the approval and the idempotency key."""
 
@@ -168,4 +205,6 @@ class Plan(Schema):
     rollouts: RolloutStatistics | None = None
     blocking: list[Finding] = Field(default_factory=list)
     warnings: list[Finding] = Field(default_factory=list)
+    preset_reason: str | None = Field(None, description="why this preset, where none was named")
+    arms: list[PlannedArm] = Field(default_factory=list, description="where baselines or seeds were asked for")
     next_action: NextAction

@@ -16,8 +16,9 @@ CacheDtype = Literal["float32", "float16"]
 OnTruncated = Literal["keep", "drop", "cap"]
 TrainTurns = Literal["all", "last"]
 SaveDtype = Literal["input", "float32", "bfloat16"]
-ExportFormat = Literal["input", "float32", "bfloat16", "adapter"]
+ExportFormat = Literal["input", "float32", "bfloat16", "adapter", "gguf"]
 Preset = Literal["quick", "paper", "demo"]
+AskedPreset = Literal["auto", "quick", "paper", "demo"]
 Precision = Literal["fp32_master", "fp32_master_8bit", "split_master", "bf16_stochastic", "bf16"]
 ActivationCheckpointing = Literal["auto", "none", "selective", "full"]
 AdapterInit = Literal["kaiming", "gaussian"]
@@ -25,12 +26,14 @@ AdapterScaling = Literal["lora", "rslora"]
 AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 ReferenceRow = Literal["teacher", "base"]
+Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["all"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 BATCH = (
     "rows drawn at a time; halved by the plan, unless an override names it, until the device's memory holds it. "
     "Sampled tokens depend on it: each batch has a random stream of its own"
 )
 MANAGED_ENGINES = ("vllm", "sglang")
+MAX_ROUNDS = 32
 
 
 def _engine(value: object) -> object:
@@ -65,20 +68,33 @@ def urls_of(engine: str) -> list[str]:
 class RuntimeRecipe(Schema):
     """Where and how a run computes; `seed` is the only source of randomness in every stage."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: PositiveInt = 1
-    seed: Seed = 0
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto': a free GPU, else the CPU")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of the computation; weights are kept as optimizer.precision says",
+    )
+    threads: PositiveInt = Field(1, description="of a run on the CPU: a core each")
+    seed: Seed = Field(0, description="of every draw in every stage")
+    devices: Annotated[Devices, AddedLater()] = Field(
+        1,
+        description="how many devices of one kind sft and lightning train on, or 'all' of this machine: each holds its "
+        "part of the student (docs/scale.md); the other phases use one",
+    )
 
 
 class PromptingRecipe(Schema):
     """How a prompt becomes token ids, and which ids end a response."""
 
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="options of the chat template, e.g. {'enable_thinking': false}"
+    )
     eos_token_ids: list[int] | None = Field(
         None, description="default: the teacher's, of its generation config, its tokenizer and its chat template"
     )
-    max_prompt_tokens: PositiveInt = 2048
+    max_prompt_tokens: PositiveInt = Field(2048, description="longer prompts are left out, and counted")
+    teacher_system: Annotated[str, Field(min_length=1, max_length=20_000)] | None = Field(
+        None, description="a system prompt that the teacher alone sees, answering and scoring (docs/method.md)"
+    )
     differing_tokens: Literal["refuse", "learn"] = Field(
         "refuse",
         description="special tokens that teacher and student name differently where prompts have them: refused, or "
@@ -95,20 +111,23 @@ class Sampling(Schema):
     """How tokens are drawn; log-probs are always stored untruncated at temperature 1, regardless of these settings."""
 
     temperature: Annotated[float, Field(ge=0, le=10)] = Field(1.0, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: PositiveInt = 1024
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; 1: every token")
+    max_new_tokens: PositiveInt = Field(1024, description="a response is cut there")
 
 
 class OptimizerRecipe(Schema):
     """AdamW with warm-up and a schedule."""
 
-    learning_rate: PositiveFloat = 2e-6
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    gradient_clip: PositiveFloat = 1.0
+    learning_rate: PositiveFloat = Field(2e-6, description="at its highest")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="after the warm-up: constant, or to zero by the last step",
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="in which the rate rises from zero")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's β1 and β2")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's ε")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled, on matrices only")
+    gradient_clip: PositiveFloat = Field(1.0, description="largest norm of a step's gradient")
     precision: Precision = Field(
         "fp32_master",
         description="what the weights are kept in: float32, with float32 or 8-bit moments (extra 'int8'); bf16 with a "
@@ -119,7 +138,7 @@ class OptimizerRecipe(Schema):
 class AdapterRecipe(Schema):
     """LoRA (arXiv 2106.09685): the student stays frozen, and two thin matrices per linear layer are trained."""
 
-    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(32, description="r")
     alpha: PositiveFloat | None = Field(None, description="default: twice the rank")
     targets: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="names of linear layers, e.g. ['q_proj', 'v_proj']; default: all of a decoder layer"
@@ -164,6 +183,11 @@ class ResponsesRecipe(Schema):
 
     sampling: Sampling = Sampling()
     limit: PositiveInt | None = Field(None, description="use only the first so many prompts")
+    samples: Annotated[int, Field(ge=1, le=64), AddedLater()] = Field(1, description="responses per prompt")
+    keep: Annotated[Literal["all", "right"], AddedLater()] = Field(
+        "all",
+        description="'right': only those that the benchmark's grader finds right, without copies; prompts need answers",
+    )
     batch_size: PositiveInt = Field(64, description=BATCH)
     engine: Engine = Field(None, description=f"what generates: {ENGINE}")
 
@@ -171,9 +195,15 @@ class ResponsesRecipe(Schema):
 class SftRecipe(Schema):
     """Stage 1b: maximum likelihood on the teacher's response tokens."""
 
-    steps: PositiveInt = 250
-    batch_size: PositiveInt = 32
-    max_length: PositiveInt = 4096
+    skip: Annotated[bool, AddedLater()] = Field(
+        False, description="no SFT, for a student that is its teacher, which sees more (docs/method.md)"
+    )
+    steps: PositiveInt = Field(250, description="of the optimizer")
+    batch_size: PositiveInt = Field(32, description="responses per step")
+    max_length: PositiveInt = Field(
+        4096,
+        description="tokens of a prompt with its response; longer ones are left out, and counted",
+    )
     train_turns: TrainTurns = Field(
         "all", description="of a chat: learn every turn of the assistant, or only the last; the rest is context"
     )
@@ -202,7 +232,10 @@ class RolloutRecipe(Schema):
     sampling: Sampling = Sampling(temperature=0.8, max_new_tokens=4096)
     count: PositiveInt | None = Field(None, description="default: one response a prompt")
     batch_size: PositiveInt = Field(256, description=BATCH)
-    shard_rows: PositiveInt = 4096
+    shard_rows: PositiveInt = Field(
+        4096,
+        description="rollouts per file of the cache: what a resumed build draws again at most",
+    )
     engine: Engine = Field(None, description=f"what generates: {ENGINE}")
     rescore: Literal["local"] | None = Field(
         None,
@@ -214,13 +247,16 @@ class RolloutRecipe(Schema):
 class ScoreRecipe(Schema):
     """Stage 2a: the teacher's log-probs of every sampled token, and optionally of its own top k."""
 
-    topk: Annotated[int, Field(ge=0, le=256)] = 0
-    dtype: CacheDtype = "float32"
+    topk: Annotated[int, Field(ge=0, le=256)] = Field(
+        0,
+        description="how many of the teacher's likeliest tokens are stored next to the sampled one",
+    )
+    dtype: CacheDtype = Field("float32", description="of the stored log-probs")
     on_truncated: OnTruncated = Field("keep", description="rollouts without an end: as they are, left out, or cut")
     cap_tokens: PositiveInt | None = Field(
         None, description="tokens that 'cap' leaves of a truncated rollout; default: half of it"
     )
-    micro_batch_tokens: PositiveInt = 16384
+    micro_batch_tokens: PositiveInt = Field(16384, description="padded tokens in one forward pass")
     concurrency: Annotated[int, Field(ge=1, le=256)] = Field(
         8, description="requests at a time to a remote teacher; at least, to an engine"
     )
@@ -230,8 +266,11 @@ class ScoreRecipe(Schema):
 class DistillRecipe(Schema):
     """Stage 2b: train the student towards the teacher on its own rollouts."""
 
-    method: Literal["lightning", "live"] = "lightning"
-    estimator: Estimator = "sampled"
+    method: Literal["lightning", "live"] = Field(
+        "lightning",
+        description="'lightning': from a teacher cache; 'live': fresh rollouts and teacher at every step",
+    )
+    estimator: Estimator = Field("sampled", description="what is minimised (docs/method.md)")
     topk: PositiveInt = Field(8, description="k of the top-k estimators")
     repair: Annotated[Literal["none", "residual"], AddedLater()] = Field(
         "none", description="'residual' takes a mismatched teacher's style off its cached scores (docs/method.md)"
@@ -252,23 +291,55 @@ class DistillRecipe(Schema):
     token_weighting: Annotated[TokenWeighting, AddedLater()] = Field(
         "uniform", description="'early' weighs a token by what of its response's disagreement is still to come"
     )
+    domain_weights: dict[str, Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]] | None = Field(
+        None, description="how much a rollout of a teacher_domain counts; 1 for domains that are not named"
+    )
     entropy_share: Annotated[float, Field(gt=0, le=1), AddedLater()] = Field(
         1.0, description="train only on this share of a step's tokens, those where the teacher is least sure"
     )
-    normalize: Normalize = "sample"
+    normalize: Normalize = Field(
+        "sample",
+        description="a step's loss is the mean over its responses' means, or over all of its tokens",
+    )
     advantage_clip: PositiveFloat = Field(10.0, description="τ; the paper's value is 10")
-    steps: PositiveInt = 150
-    batch_size: PositiveInt = 256
+    steps: PositiveInt = Field(150, description="of the optimizer")
+    batch_size: PositiveInt = Field(256, description="rollouts per step")
+    rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS), AddedLater()] = Field(
+        1, description="stretches of training, each on new rollouts of the student as it is then, scored anew"
+    )
+    round_trigger: Annotated[Literal["steps", "stale"], AddedLater()] = Field(
+        "steps", description="a round ends after its share of the steps, or once its rollouts are stale"
+    )
+    evaluate_steps: PositiveInt | None = Field(
+        None, description="judge the student every so many steps on the first eval_prompts; the report leaves them out"
+    )
+    evaluate_prompts: Annotated[PositiveInt, AddedLater()] = Field(16, description="how many of them")
+    keep: Annotated[Literal["last", "best"], AddedLater()] = Field(
+        "last", description="which weights are saved: 'best' by evaluate_steps, the least reverse KL, else accuracy"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="end after so many evaluations without a better one; default: never"
+    )
     optimizer: OptimizerRecipe = OptimizerRecipe()
-    micro_batch_tokens: PositiveInt = 16384
-    activation_checkpointing: ActivationCheckpointing = "auto"
-    save_dtype: SaveDtype = "input"
-    adapter: AdapterRecipe | None = None
+    micro_batch_tokens: PositiveInt = Field(16384, description="padded tokens in one forward pass")
+    activation_checkpointing: ActivationCheckpointing = Field("auto", description="as of sft")
+    save_dtype: SaveDtype = Field("input", description="as of sft")
+    adapter: AdapterRecipe | None = Field(None, description="as of sft")
 
     @property
     def teacher_tokens(self) -> int:
         """How many of the teacher's likeliest tokens the training reads."""
         return self.topk if self.estimator.startswith("topk_") or self.entropy_share < 1 else 0
+
+    def steps_before(self, number: int) -> int:
+        """Steps that the rounds before this one take, counted from 1; with `stale` that is the least."""
+        return 0 if self.round_trigger == "stale" else self.steps * (number - 1) // self.rounds
+
+    def rows_of_round(self, number: int) -> int | None:
+        """The rollouts that a round's steps train on; None where a round may take all that a recipe draws."""
+        if self.rounds == 1 or self.round_trigger == "stale":
+            return None
+        return self.batch_size * (self.steps_before(number + 1) - self.steps_before(number))
 
     @model_validator(mode="after")
     def _settings_fit_the_estimator(self) -> Self:
@@ -280,6 +351,18 @@ class DistillRecipe(Schema):
                 )
         if self.extrapolation != 1 and self.method == "live":
             raise ValueError("distill.extrapolation needs π_ref's log-probs, which a teacher cache holds: not 'live'")
+        if self.rounds > 1 and self.method == "live":
+            raise ValueError(
+                "distill.rounds are stretches between which rollouts are drawn; 'live' draws at every step"
+            )
+        if self.evaluate_steps is None and (self.keep == "best" or self.patience is not None):
+            raise ValueError("distill.keep 'best' and distill.patience need distill.evaluate_steps to judge by")
+        if self.rounds > 1 and (self.keep == "best" or self.patience is not None):
+            raise ValueError("distill.keep 'best' and distill.patience are for one round: leave out distill.rounds")
+        if self.keep == "best" and not self.optimizer.precision.startswith("fp32_master"):
+            raise ValueError("distill.keep 'best' needs weights in float32: optimizer.precision 'fp32_master'")
+        if self.rounds > self.steps:
+            raise ValueError("distill.rounds are at most distill.steps")
         if self.horizon_growth_steps is not None and self.horizon is None:
             raise ValueError("distill.horizon_growth_steps needs a distill.horizon to grow from")
         if self.horizon is not None and self.horizon > 1 and not self.horizon.is_integer():
@@ -323,7 +406,7 @@ class BenchmarkRecipe(Schema):
         0.3,
         description="an alert before training if surely fewer of the teacher's own responses are right",
     )
-    limit: PositiveInt | None = None
+    limit: PositiveInt | None = Field(None, description="measure only the first so many prompts")
     kl_prompts: PositiveInt = Field(256, description="prompts whose fresh samples measure the reverse KL")
     batch_size: PositiveInt = Field(256, description=BATCH)
     engine: Engine = Field(None, description=f"what generates: {ENGINE}")
@@ -362,6 +445,14 @@ class ExportRecipe(Schema):
     shard_bytes: PositiveInt = Field(5_000_000_000, description="of one file of weights, at most")
 
 
+class AssessRecipe(Schema):
+    """A short measurement of two models: what their distillation would cost, and whether they fit each other."""
+
+    rows: PositiveInt | None = Field(None, description="prompts; default: 32 on a CPU, a batch on a GPU")
+    sft_steps: PositiveInt = Field(20, description="steps of the short SFT")
+    steps: PositiveInt = Field(3, description="steps of distillation")
+
+
 class Recipe(Schema):
     """The resolved recipe of a run, written next to its results."""
 
@@ -375,4 +466,5 @@ class Recipe(Schema):
     distill: DistillRecipe = DistillRecipe()
     benchmark: BenchmarkRecipe = BenchmarkRecipe()
     sample: SampleRecipe = SampleRecipe()
+    assess: AssessRecipe = AssessRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()

@@ -1,5 +1,6 @@
 """Reports: the final numbers, each with how it was obtained."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -58,6 +59,32 @@ class StageCost(Schema):
     tokens_per_second: float | None = None
     device: str | None = None
     reused: bool = False
+    round: int | None = Field(None, description="of several rounds, its number; absent in a sum over them")
+    processor_seconds: float | None = Field(None, description="of the worker's process, all threads, its last attempt")
+
+
+def summed_costs(costs: Iterable[StageCost]) -> list[StageCost]:
+    """The costs with those of one stage's rounds added up, in the order in which stages first appear."""
+    by_stage: dict[str, list[StageCost]] = {}
+    for cost in costs:
+        by_stage.setdefault(cost.stage, []).append(cost)
+    return [rounds[0] if len(rounds) == 1 else _summed(rounds) for rounds in by_stage.values()]
+
+
+def _summed(rounds: Sequence[StageCost]) -> StageCost:
+    seconds, tokens = sum(cost.seconds for cost in rounds), sum(cost.tokens for cost in rounds)
+    processor = [cost.processor_seconds for cost in rounds if cost.processor_seconds is not None]
+    return rounds[-1].model_copy(
+        update={
+            "seconds": seconds,
+            "tokens": tokens,
+            "steps": sum(cost.steps for cost in rounds),
+            "tokens_per_second": tokens / seconds if tokens and seconds > 0 else None,
+            "reused": all(cost.reused for cost in rounds),
+            "round": None,
+            "processor_seconds": sum(processor) if len(processor) == len(rounds) else None,
+        }
+    )
 
 
 class SftRows(Schema):
@@ -82,6 +109,7 @@ class TrainingSummary(Schema):
     parameters: int
     trained_parameters: int | None = Field(None, description="those of the adapter; absent where all are trained")
     device: str
+    devices: int | None = Field(None, description="devices that held the model together; absent for one process")
     final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
     seconds_generation: float | None = None
     seconds_scoring: float | None = None
@@ -94,6 +122,38 @@ class TrainingSummary(Schema):
     sft_rows: SftRows | None = None
     teacher_responses: "GradedResponses | None" = None
     repair: "RepairSummary | None" = None
+    held_out: "HeldOutSummary | None" = None
+    round: "RoundSummary | None" = Field(None, description="absent for a training in one stretch")
+
+
+class HeldOutEvaluation(Schema):
+    """A student judged in its training, on fresh samples for a few held-out prompts."""
+
+    step: int
+    reverse_kl: float | None = Field(None, description="nats per token; absent where the teacher is not here")
+    accuracy: float | None = Field(None, description="greedy; absent where the prompts have no answers")
+
+    def rank(self) -> float:
+        """Less is better: the reverse KL, without one the share of wrong answers."""
+        return self.reverse_kl if self.reverse_kl is not None else -(self.accuracy or 0.0)
+
+
+class HeldOutSummary(Schema):
+    """How a distillation was judged on held-out prompts, and which step's weights were saved."""
+
+    evaluations: list[HeldOutEvaluation]
+    best_step: int
+    kept_step: int
+    last_step: int = Field(description="earlier than the recipe's steps where it was stopped")
+
+
+class RoundSummary(Schema):
+    """Which stretch of a distillation in rounds this was; steps are counted over all rounds."""
+
+    number: int
+    first_step: int = Field(description="steps that the rounds before took")
+    last_step: int = Field(description="steps taken when it ended")
+    ended_by: Literal["steps", "stale"]
 
 
 class RepairSummary(Schema):
@@ -229,12 +289,22 @@ class QuantisationCost(Schema):
     accuracy_difference: Estimate95 | None = Field(None, description="quantised − plain, greedy, paired by prompt")
 
 
+class TokenRatios(Schema):
+    """The tokens of a response, and how much more likely each is to the teacher than to the model that wrote it."""
+
+    ends: list[int] = Field(description="per token, where it ends in the response's text, in characters")
+    log_ratios: list[float] = Field(description="per token, log π_T − log π_θ at temperature 1, nats")
+
+
 class ShownAnswers(Schema):
     """One prompt and what each model said, cut to size."""
 
     prompt: str
     answer: str | None = None
     responses: dict[str, str] = Field(description="by model")
+    tokens: dict[str, TokenRatios] = Field(
+        default_factory=dict, description="by model, of its response's first tokens; absent without a teacher"
+    )
     right: dict[str, bool] = Field(default_factory=dict, description="by model; absent where nothing was graded")
 
 
@@ -272,6 +342,7 @@ class BenchmarkReport(Schema):
 
     schema_version: Literal[1] = 1
     verdict: Verdict | None = Field(None, description="absent in reports of earlier versions")
+    run: str | None = Field(None, description="name and id of the run that made it")
     recipe: BenchmarkRecipe
     suite: str | None = Field(None, description="the prompts' suite by name, or lm_eval:TASK")
     suite_changes: dict[str, list[Any]] = Field(
@@ -302,6 +373,49 @@ class BenchmarkReport(Schema):
     planned_seconds: dict[str, float] = Field(default_factory=dict, description="what the plan expected, by stage")
     curves: list[Curve] = Field(default_factory=list, description="of the training that led here, phase.metric")
     samples: list[ShownAnswers] = Field(default_factory=list, description="the first prompts, each model's response")
+
+
+class MeasuredSpeed(Schema):
+    """One kind of work as an assessment measured it; the seconds are those of the work alone, without loading."""
+
+    work: Literal["answer", "generate", "generate_live", "score", "sft", "distill"]
+    rows: int = Field(description="drawn or scored; of a training, per step")
+    steps: int = 0
+    tokens: int = Field(description="response tokens")
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int = Field(description="until then: of the device's tensors, or on a CPU of the process")
+
+
+class PairSide(Schema):
+    """How the teacher sees a student's own rollouts."""
+
+    teacher_logprob: float = Field(description="mean per token, nats")
+    own_logprob: float = Field(description="the student's own of the same tokens")
+    topk_overlap: float = Field(description="share of the teacher's top k that is in the student's top k")
+    truncated: float = Field(description="share of rollouts that the length limit cut")
+    accuracy: Estimate95 | None = Field(None, description="of the rollouts, where prompts have answers")
+
+
+class Assessment(Schema):
+    """`assessment.json`: what a short run measured of two models on this machine, before any money is spent."""
+
+    hardware: str
+    rows: int
+    topk: int
+    sft_steps: int
+    load_seconds: dict[str, float] = Field(description="of the teacher and the student, weights to memory")
+    speeds: list[MeasuredSpeed]
+    before: PairSide = Field(description="the student as given")
+    after: PairSide = Field(description="after a short SFT on the teacher's responses")
+    teacher_truncated: float
+    teacher_accuracy: Estimate95 | None = None
+    judgement: Literal["works", "doubtful", "fails"]
+    diagnosis: str = Field(description="whether this pair will work, in one sentence with its figures")
+
+    def speed(self, work: str) -> MeasuredSpeed:
+        """Of one kind of work."""
+        return next(speed for speed in self.speeds if speed.work == work)
 
 
 class LoopState(Schema):

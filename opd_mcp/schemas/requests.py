@@ -2,19 +2,25 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.identity import ArtifactKind
-from opd_mcp.schemas.recipes import CacheDtype, Estimator, ExportFormat, Method, OnTruncated, Preset, Seed
-from opd_mcp.schemas.runs import MAX_TAGS, RunKind, RunName, RunState, Tag
+from opd_mcp.schemas.recipes import AskedPreset, CacheDtype, Estimator, ExportFormat, Method, OnTruncated, Preset, Seed
+from opd_mcp.schemas.runs import LISTED_AS_TEXT, MAX_TAGS, RunKind, RunName, RunState, Tag
 
 Reference = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
     Field(description="absolute path, artifact, run or Hub id"),
+]
+# One model, or several by the domain of their prompts.
+Teacher = Annotated[
+    Reference | Annotated[dict[Annotated[str, StringConstraints(max_length=40)], Reference], Field(max_length=16)],
+    WithJsonSchema({"type": ["string", "object"], "maxLength": 1024, "maxProperties": 16}),
+    Field(description="absolute path, artifact, run or Hub id; several: by domain"),
 ]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
@@ -85,7 +91,7 @@ Overrides = Annotated[
 RunId = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
-    Field(description="a run_id, or 'latest'"),
+    Field(description="a run_id, a name, or 'latest'"),
 ]
 SftPrompts = Annotated[Prompts, Field(description="prompts for SFT on the teacher's responses, run first")]
 EvalPrompts = Annotated[Prompts, Field(description="held-out prompts with answers, for the report")]
@@ -102,7 +108,25 @@ Tags = Annotated[
     WithJsonSchema({"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": MAX_TAGS}),
 ]
 Notes = Annotated[str, Field(max_length=2_000)]
-Confirm = Annotated[str, Field(max_length=200, description="the id that [confirm_needed] names")]
+Confirm = Annotated[str, Field(max_length=200, description="id that [confirm_needed] names")]
+
+
+Baseline = Literal["live", "sft_more", "opsa"]
+MAX_SEEDS = 10
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Baselines = Annotated[
+    list[Baseline],
+    BeforeValidator(_listed),
+    Field(max_length=3, description="arms to run and compare with"),
+    # a single name is taken as well
+    WithJsonSchema({"type": "array", "items": {"type": "string", "enum": list(get_args(Baseline))}, "maxItems": 3}),
+]
+Seeds = Annotated[int, Field(ge=1, le=MAX_SEEDS, description="runs per arm")]
 
 
 class InspectSetup(Schema):
@@ -113,16 +137,18 @@ class PlanDistillation(Schema):
     """Arguments of `plan_distillation`."""
 
     student: Reference
-    teacher: Reference
+    teacher: Teacher
     prompts: Prompts
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None
     columns: DescribedColumns | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
-    preset: Preset = "quick"
+    preset: AskedPreset = "auto"
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
+    baseline: Baselines = Field(default_factory=list)
+    seeds: Seeds = 1
     overrides: Overrides = Field(default_factory=dict)
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
@@ -132,7 +158,7 @@ class PlanDistillation(Schema):
 class GenerateTeacherResponses(Schema):
     """Arguments of `generate_teacher_responses`."""
 
-    teacher: Reference
+    teacher: Teacher
     prompts: Prompts
     columns: Columns | None = None
     preset: Preset = "quick"
@@ -159,7 +185,7 @@ class StartSft(Schema):
 class BuildTeacherCache(Schema):
     """Arguments of `build_teacher_cache`."""
 
-    teacher: Reference
+    teacher: Teacher
     student: Reference
     prompts: Prompts
     columns: Columns | None = None
@@ -193,17 +219,19 @@ class StartDistillation(Schema):
     cache_id: (
         Annotated[Reference, Field(description="teacher cache; with student, instead of teacher and prompts")] | None
     ) = None
-    teacher: Reference | None = None
+    teacher: Teacher | None = None
     prompts: Prompts | None = None
     sft_prompts: SftPrompts | None = None
     eval_prompts: EvalPrompts | None = None
     columns: Columns | None = None
     method: Method = "lightning"
     estimator: Estimator = "sampled"
-    preset: Preset = "quick"
+    preset: AskedPreset = "auto"
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
     benchmark: Annotated[bool, Field(description="end with a report")] = True
+    baseline: Baselines = Field(default_factory=list)
+    seeds: Seeds = 1
     overrides: Overrides = Field(default_factory=dict)
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
@@ -262,6 +290,20 @@ class BenchmarkStudent(Schema):
     notes: Notes | None = None
 
 
+class AssessOverhead(Schema):
+    """Arguments of `assess_overhead`."""
+
+    student: Reference
+    teacher: Reference
+    prompts: Prompts
+    columns: Columns | None = None
+    preset: Preset = "quick"
+    overrides: Overrides = Field(default_factory=dict)
+    name: Name | None = None
+    tags: Tags = Field(default_factory=list)
+    notes: Notes | None = None
+
+
 class SampleModel(Schema):
     """Arguments of `sample_model`."""
 
@@ -286,12 +328,13 @@ class ExportStudent(Schema):
     destination: Annotated[
         str,
         StringConstraints(strip_whitespace=True, min_length=1, max_length=1024),
-        Field(description="new folder below an export root"),
+        Field(description="new folder below an export root, or hub:OWNER/NAME"),
     ]
-    format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; or the adapter alone")] = "input"
+    format: Annotated[ExportFormat, Field(description="dtype, 'input': as stored; adapter alone; gguf")] = "input"
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
+    confirm: Confirm | None = None
 
 
 class GetRunStatus(Schema):
@@ -387,8 +430,17 @@ class DeleteRun(Schema):
 
 
 class OpenDashboard(Schema):
-    """Arguments of `open_dashboard` and `dashboard_feed`."""
+    """Arguments of `open_dashboard`; an active run, else the newest one, by default."""
 
-    run_ids: Annotated[list[RunId], Field(max_length=4, description="the newest by default")] = Field(
-        default_factory=list
-    )
+    run_ids: Annotated[list[RunId], Field(max_length=4)] = Field(default_factory=list)
+
+
+class ReadDashboard(Schema):
+    """Arguments of `dashboard_feed`: the runs to show in full, and which page of which runs to list."""
+
+    run_ids: Annotated[list[RunId], Field(max_length=8)] = Field(default_factory=list)
+    state: Annotated[RunState, LISTED_AS_TEXT] | None = None
+    kind: Annotated[RunKind, LISTED_AS_TEXT] | None = None
+    name: Annotated[str, Field(max_length=80)] | None = None
+    tag: Annotated[str, Field(max_length=80)] | None = None
+    cursor: Annotated[str, Field(max_length=500)] | None = None

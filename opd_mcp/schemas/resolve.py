@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.errors import ArgumentError, ResourceError, nearest
 from opd_mcp.schemas.memory import keeps_float32
-from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Preset, Recipe, SftRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Preset, Recipe, SftRecipe, base_form
 
 
 def preset_values(preset: Preset) -> dict[str, Any]:
@@ -98,20 +98,60 @@ def resolve_recipe(preset: Preset, overrides: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate({**values, "preset": preset})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ArgumentError(
-            "invalid_argument",
-            f"Override {key}: {first['msg']}.",
-            value=first.get("input"),
-            fix=f"Give {key} a valid value.",
-        ) from error
+        raise invalid_recipe(error) from error
     for part, optimizer in (("sft.optimizer", recipe.sft.optimizer), ("distill.optimizer", recipe.distill.optimizer)):
         require_kept_updates(optimizer, part)
         require_package(optimizer, part)
     for name, training in (("sft", recipe.sft), ("distill", recipe.distill)):
         require_adapter_precision(training, name)
+    require_divisible(recipe)
     return recipe
+
+
+def invalid_recipe(error: ValidationError) -> ArgumentError:
+    """What is wrong with a key's value and what it takes; or which keys do not fit together, as the message says."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    valid, key = set(recipe_keys()), ".".join(str(part) for part in first["loc"])
+    while key and key not in valid:  # a part of a value, or a branch of a choice
+        key = key.rpartition(".")[0]
+    if not key:
+        message = first["msg"].removeprefix("Value error, ")
+        fix = "Change one of the keys that this names; the resource opd://recipe-keys says what each means."
+        return ArgumentError("invalid_argument", f"{message}.", fix=fix)
+    allowed = allowed_text(key_schema(key))
+    return ArgumentError(
+        "invalid_argument",
+        f"Override {key}: {first['msg'].removeprefix('Value error, ')}.",
+        value=first.get("input"),
+        fix=f"Set '{key}' to: {allowed}.",
+    )
+
+
+BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+
+
+def key_schema(key: str) -> Mapping[str, Any]:
+    """The JSON schema of one recipe key."""
+    schema = Recipe.model_json_schema()
+    found: Mapping[str, Any] = schema
+    for name in key.split("."):
+        section = next((part for part in found.get("anyOf", ()) if "$ref" in part), found)
+        section = schema["$defs"][section["$ref"].rsplit("/", 1)[1]] if "$ref" in section else section
+        found = section["properties"][name]
+    return found
+
+
+def allowed_text(leaf: Mapping[str, Any]) -> str:
+    """What a key takes, by its schema: choices, or type and bounds."""
+    if "anyOf" in leaf:
+        return " or ".join(allowed_text(part) for part in leaf["anyOf"])
+    if "$ref" in leaf:
+        return "object"
+    if "enum" in leaf:
+        return ", ".join(leaf["enum"])
+    if leaf.get("maxItems") is not None and leaf.get("minItems") == leaf["maxItems"]:
+        return f"{leaf['type']} of {leaf['maxItems']}"
+    return " ".join([leaf["type"], *(f"{sign} {leaf[name]}" for name, sign in BOUNDS.items() if name in leaf)])
 
 
 def changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -192,6 +232,44 @@ def require_adapter_precision(recipe: SftRecipe | DistillRecipe, section: str) -
         )
 
 
+def require_divisible(recipe: Recipe) -> None:
+    """Raise ArgumentError `devices_unsupported` for a training that several devices cannot share."""
+    if recipe.runtime.devices == 1:
+        return
+    value, one = f"runtime.devices={recipe.runtime.devices}", "set 'runtime.devices' to 1."
+    for name, section in (("sft", recipe.sft), ("distill", recipe.distill)):
+        if section.optimizer.precision != "fp32_master":
+            raise ArgumentError(
+                "devices_unsupported",
+                f"On several devices weights and moments are kept in float32, of which each holds its part; "
+                f"'{name}.optimizer.precision' is '{section.optimizer.precision}'.",
+                value=value,
+                fix=f"Set '{name}.optimizer.precision' to 'fp32_master', or {one}",
+            )
+        if base_form(section.adapter) == "nf4":
+            raise ArgumentError(
+                "devices_unsupported",
+                "Weights in 4 bits are not divided among devices: a base in 4 bits fits one.",
+                value=value,
+                fix=f"Leave out '{name}.adapter.quantization', or {one}",
+            )
+    for key, off in (("rounds", 1), ("evaluate_steps", None)):
+        if (asked := getattr(recipe.distill, key)) != off:
+            raise ArgumentError(
+                "devices_unsupported",
+                f"'distill.{key}' is {asked}: between its steps the student generates, which here one device does.",
+                value=value,
+                fix=f"Leave out 'distill.{key}', or {one}",
+            )
+    if recipe.distill.method == "live":
+        raise ArgumentError(
+            "devices_unsupported",
+            "Live distillation draws its rollouts from the student at every step, which here one device does.",
+            value=value,
+            fix=f"Use method='lightning', whose training is divided among devices, or {one}",
+        )
+
+
 def require_package(recipe: OptimizerRecipe, section: str) -> None:
     """Raise ResourceError `missing_package` where the precision needs torchao and it is not installed."""
     if recipe.precision == "fp32_master_8bit" and find_spec("torchao") is None:
@@ -210,6 +288,28 @@ SMALL_PARAMETERS = 50_000_000
 USUAL_RATES = {"sft": 8e-5, "distill": 2e-6}
 SMALL_RATES = {"sft": 4e-3, "distill": 3e-3}
 FAR_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class ChosenPreset:
+    """The preset for a student, what of it is changed for its size, and why."""
+
+    preset: Preset
+    overrides: Mapping[str, Any]
+    why: str
+
+
+def chosen_preset(parameters: int | None, *, untrained: bool) -> ChosenPreset:
+    """The preset for a student by its size and state; `untrained`: its weights are as they were initialised."""
+    if parameters is None:
+        return ChosenPreset("quick", {}, "the student is still to be fetched: the rates of pretrained ones")
+    size = f"{parameters / 1e6:.3g}M parameters"
+    state = "never trained" if untrained else "trained before"
+    if parameters < SMALL_PARAMETERS:
+        rates = {f"{stage}.optimizer.learning_rate": rate for stage, rate in SMALL_RATES.items()}
+        why = f"a student of {size}, {state}: the higher rates of small ones, as measured on the embedded task"
+        return ChosenPreset("quick", rates, why)
+    return ChosenPreset("quick", {}, f"a student of {size}, {state}: the paper's rates, for pretrained ones")
 
 
 @dataclass(frozen=True)

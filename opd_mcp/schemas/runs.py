@@ -2,21 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, WithJsonSchema
+from pydantic import Field, StringConstraints, WithJsonSchema, model_validator
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import ExportFormat, Recipe
 
-RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample", "export"]
+TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow"]
+RunKind = Literal["generate", "sft", "cache", "distill", "benchmark", "sample", "export", "assess"]
 RunState = Literal["queued", "running", "succeeded", "failed", "cancelled", "lost"]
 PhaseName = Literal[
-    "fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample", "export"
+    "fetch", "generate_responses", "sft", "rollout", "score", "distill", "benchmark", "sample", "export", "assess"
 ]
 ACTIVE_STATES: frozenset[RunState] = frozenset({"queued", "running"})
 FINAL_STATES: frozenset[RunState] = frozenset({"succeeded", "failed", "cancelled"})
-LISTED_AS_TEXT = WithJsonSchema({"type": "string"})
+LISTED_AS_TEXT = WithJsonSchema({"type": "string", "maxLength": 40})
 """For an answer's names that no caller chooses between: the listing of tools spares their enumeration."""
 LM_EVAL = "lm_eval:"
 """How the name of a suite begins that is a task of lm-eval."""
@@ -35,6 +36,21 @@ class ModelInput(Schema):
     artifact_id: str | None = None
     sft_teacher: TeacherClaim | None = None
     parameters: int | None = None
+    members: dict[str, "ModelInput"] | None = Field(
+        None, description="several teachers by domain; `path` is that of the one whose tokenizer and template count"
+    )
+
+    @property
+    def given(self) -> str | dict[str, str]:
+        """What the caller gave, as an argument of a call."""
+        if not self.members:
+            return self.reference
+        return {domain: member.reference for domain, member in self.members.items()}
+
+    @property
+    def sees_more(self) -> bool:
+        """Whether it is a teacher that sees more than its student."""
+        return self.identity is not None and self.identity.context is not None
 
 
 class SkippedRow(Schema):
@@ -99,11 +115,16 @@ class DataOrigin(Schema):
 class ExportTarget(Schema):
     """What a run exports: where to, in which form, and what its card tells besides the lineage."""
 
-    destination: str = Field(description="absolute, below an export root; made by the run")
+    destination: str = Field(description="absolute, below an export root; or hub:OWNER/NAME; made by the run")
     format: ExportFormat = "input"
     report: str | None = Field(None, description="the directory of the newest report on this model")
     models: list[ModelOrigin] = Field(default_factory=list)
     data: list[DataOrigin] = Field(default_factory=list)
+
+    @property
+    def hub_id(self) -> str | None:
+        """OWNER/NAME of the Hub's repository that it makes; None for a directory."""
+        return self.destination.removeprefix("hub:") if self.destination.startswith("hub:") else None
 
 
 class RunInputs(Schema):
@@ -127,6 +148,12 @@ class RunInputs(Schema):
     export: ExportTarget | None = None
 
 
+def skipped_prompts(recipe: Recipe, inputs: RunInputs) -> int:
+    """How many of the first evaluation prompts a distillation is judged by in its training."""
+    judged = inputs.eval_prompts is not None and inputs.model is None and recipe.distill.evaluate_steps is not None
+    return recipe.distill.evaluate_prompts if judged else 0
+
+
 RunName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)]
 Tag = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,59}$")]
 MAX_TAGS = 10
@@ -140,12 +167,23 @@ class RunLabels(Schema):
     notes: str | None = None
 
 
+def phase_label(name: str, number: int | None) -> str:
+    """What a phase is called: its name, from the second of several rounds on with the round's number."""
+    return name if number is None or number == 1 else f"{name} {number}"
+
+
 class RunPhase(Schema):
     """One phase of a run in the order of execution."""
 
     name: PhaseName
     key: str
     satisfied_by: str | None = None
+    round: int | None = Field(None, description="of several rounds, the one that it belongs to, from 1")
+
+    @property
+    def label(self) -> str:
+        """Its name, told apart from that of other rounds."""
+        return phase_label(self.name, self.round)
 
 
 class RunRequest(Schema):
@@ -157,6 +195,11 @@ class RunRequest(Schema):
     phases: list[RunPhase]
     plan_id: str | None = None
     labels: RunLabels = RunLabels()
+
+    @property
+    def skipped_prompts(self) -> int:
+        """The evaluation prompts that judge a student in its training, and so are no evidence of it."""
+        return skipped_prompts(self.recipe, self.inputs)
 
 
 class RunRecord(Record):
@@ -208,6 +251,31 @@ class ExportSettings(Schema):
     """Where models may be exported to, besides the folders of `serve --export-root`."""
 
     roots: list[str] = Field(default_factory=list, description="absolute paths of folders")
+    hub: list[str] = Field(default_factory=list, description="owners on the Hub that models may be uploaded for")
+    gguf_converter: str | None = Field(
+        None, description="absolute path of convert_hf_to_gguf.py in a checkout of llama.cpp"
+    )
+    gguf_python: str | None = Field(
+        None, description="absolute path of the Python that runs it; default: the one that this program runs in"
+    )
+
+
+class TrackingSettings(Schema):
+    """The experiment trackers that the journals of runs are mirrored to; secrets come from the environment only."""
+
+    trackers: list[TrackerName] = Field(default_factory=list, description="any of trackio, wandb, tensorboard, mlflow")
+    project: str = Field("opd-mcp", min_length=1, max_length=100, description="what the runs are grouped under there")
+    offline: bool = Field(False, description="nothing leaves this machine, whatever a tracker's own settings say")
+    trackio_space: str | None = Field(None, description="OWNER/NAME of the Hub's Space that trackio sends to")
+    mlflow_uri: str | None = Field(None, description="MLflow's server; default: MLFLOW_TRACKING_URI, else a local file")
+    keep_trying_hours: float = Field(
+        24.0, ge=0, allow_inf_nan=False, description="how long a tracker that does not answer is tried after a run"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_alone(cls, values: object) -> object:
+        return {"trackers": values} if isinstance(values, list) else values
 
 
 class WorkspaceSettings(Schema):
@@ -217,6 +285,7 @@ class WorkspaceSettings(Schema):
     stop: StopSettings = StopSettings()
     engines: EngineSettings = EngineSettings()
     export: ExportSettings = ExportSettings()
+    tracking: TrackingSettings = Field(TrackingSettings(), description="a table, or the names of trackers alone")
 
 
 class Progress(Schema):

@@ -2,26 +2,46 @@
 
 import logging
 import sys
-from functools import cache
-from importlib.resources import files
+from typing import Any
 
 from mcp.server import MCPServer
 from mcp.server.apps import Apps, ResourceCsp
 from mcp.server.caching import CacheHint
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp_types import CallToolResult, InputRequiredResult
 
 import opd_mcp
 from opd_mcp.server.guidance import INSTRUCTIONS, add_prompts
+from opd_mcp.server.page.assembly import dashboard_html
 from opd_mcp.server.protocol.sdk_tool import sdk_tool
 from opd_mcp.server.protocol.tasks import RunTasks, TasksExtension
 from opd_mcp.server.resources import RunWatcher, add_resources
 from opd_mcp.server.serve import ServerSettings
 from opd_mcp.server.tools.dashboard import PAGE
-from opd_mcp.server.tools.table import offered_tools, restriction_text
+from opd_mcp.server.tools.table import offered_tools, restriction_text, unknown_tool_text
 from opd_mcp.service import JobService
 
 DEFAULTS = ServerSettings()
 STATIC = CacheHint(ttl_ms=3_600_000, scope="public")
 """For what never changes while a server runs."""
+
+
+class OpdServer(MCPServer):
+    """The SDK's server; a call of a tool that it does not offer is answered with the reason."""
+
+    def __init__(self, settings: ServerSettings, **options: Any) -> None:
+        super().__init__("opd-mcp", **options)
+        self._settings = settings
+        self._offered = frozenset(spec.name for spec in offered_tools(settings))
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        """The tool's answer; raises ToolError."""
+        if name not in self._offered:
+            raise ToolError(unknown_tool_text(name, self._settings))
+        return await super().call_tool(name, arguments, context)
 
 
 def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MCPServer:
@@ -31,8 +51,8 @@ def build_server(service: JobService, settings: ServerSettings = DEFAULTS) -> MC
     specs = offered_tools(settings)
     starting = frozenset(spec.name for spec in specs if spec.starts_run)
     watcher = RunWatcher(service)
-    server: MCPServer = MCPServer(
-        "opd-mcp",
+    server = OpdServer(
+        settings,
         title="Lightning OPD distillation",
         version=opd_mcp.__version__,
         instructions=INSTRUCTIONS + restriction_text(settings),
@@ -55,9 +75,3 @@ def dashboard_app() -> Apps:
         PAGE, dashboard_html(), title="Distillation runs", csp=ResourceCsp(connect_domains=[], resource_domains=[])
     )
     return apps
-
-
-@cache
-def dashboard_html() -> str:
-    """The page as it is sent."""
-    return (files("opd_mcp.server") / "dashboard.html").read_text(encoding="utf-8")

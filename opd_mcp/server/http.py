@@ -1,4 +1,4 @@
-"""The HTTP application: the gate, and the routes next to `/mcp`: `/health`, `/dashboard`.
+"""The HTTP application: the gate, and the routes next to `/mcp`: `/health`, `/dashboard`, and `/`, which leads there.
 
 Every request but `/health` must name an allowed host (421) and, from a browser, an allowed origin (403), and must carry
 the bearer token where there is one (401). A browser gets to the dashboard with `/dashboard?token=…` once; after that it
@@ -11,19 +11,21 @@ from typing import Any
 from anyio import to_thread
 from mcp.server import MCPServer
 from mcp.server.transport_security import TransportSecuritySettings
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import opd_mcp
 from opd_mcp.schemas.errors import OpdError
-from opd_mcp.server.app import dashboard_html
+from opd_mcp.schemas.requests import ReadDashboard
 from opd_mcp.server.http_access import SESSION_SECONDS, DashboardSessions, HttpAccess, origin_authority
+from opd_mcp.server.page.assembly import dashboard_html
 from opd_mcp.server.protocol.outgoing import Outgoing
 from opd_mcp.service import JobService
 
 COOKIE = "opd_dashboard"
-PAGES = ("/dashboard", "/dashboard/feed")
+PAGES = ("/dashboard", "/dashboard/feed", "/dashboard/document")
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 32 << 10
 MAX_TARGET_BYTES = 8 << 10
@@ -36,6 +38,11 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
+}
+# A report is text of models and data: it runs nothing, loads nothing, and is of no origin.
+DOCUMENT_HEADERS = PAGE_HEADERS | {
+    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'"
 }
 
 
@@ -62,7 +69,13 @@ class Gate:
             return refusal
         if request.url.path == "/health":
             return None
-        return self._misdirected(request) or self._unauthorized(request)
+        return self._misdirected(request) or self._front_door(request) or self._unauthorized(request)
+
+    def _front_door(self, request: Request) -> Response | None:
+        """The way from `/` to the dashboard, which asks for the token itself."""
+        if request.url.path != "/" or request.method not in ("GET", "HEAD"):
+            return None
+        return RedirectResponse("/dashboard", status_code=307, headers={"Cache-Control": "no-store"})
 
     def _misdirected(self, request: Request) -> Response | None:
         [host, *others] = request.headers.getlist("host") or [""]
@@ -152,12 +165,25 @@ def http_app(server: MCPServer[Any], service: JobService, access: HttpAccess, se
 
     @server.custom_route("/dashboard/feed", methods=["GET"])
     async def feed(request: Request) -> Response:
-        chosen = [run_id for run_id in request.query_params.get("run_ids", "").split(",") if run_id]
+        given: dict[str, Any] = {name: value for name, value in request.query_params.items() if value}
+        given["run_ids"] = [run_id for run_id in given.get("run_ids", "").split(",") if run_id]
         try:
-            found = await to_thread.run_sync(service.dashboard, chosen)
+            found = await to_thread.run_sync(service.dashboard_page, ReadDashboard.model_validate(given))
+        except ValidationError as error:
+            return JSONResponse({"error": outgoing.line(f"Not a view of the dashboard: {error}")}, status_code=400)
         except OpdError as error:
             return JSONResponse({"error": outgoing.error(error)}, status_code=404)
         return JSONResponse(outgoing.values(found), headers={"Cache-Control": "no-store"})
+
+    @server.custom_route("/dashboard/document", methods=["GET"])
+    async def document(request: Request) -> Response:
+        kind = "card" if request.query_params.get("kind") == "card" else "report"
+        try:
+            text = await to_thread.run_sync(service.run_document, request.query_params.get("run_id", ""), kind)
+        except OpdError as error:
+            return PlainTextResponse(outgoing.error(error), status_code=404, headers=DOCUMENT_HEADERS)
+        shown = HTMLResponse if kind == "report" else PlainTextResponse
+        return shown(outgoing.document(text), headers=DOCUMENT_HEADERS)
 
     app = server.streamable_http_app(
         host=access.host, transport_security=CHECKED_BY_THE_GATE, max_sessions=MAX_MCP_SESSIONS

@@ -353,7 +353,8 @@ def _phase(data: dict[str, Any]) -> bool:
     name, event = data.get("phase"), data.get("event")
     named = _text(name) and _text(event) and name in PHASES and event in EVENTS
     placed = event != "resumed" or is_count(data.get("step"))
-    return named and placed and _text(data.get("artifact_id", "")) and _is(StageCost, data.get("cost"))
+    numbered = data.get("round") is None or is_count(data["round"])
+    return named and placed and numbered and _text(data.get("artifact_id", "")) and _is(StageCost, data.get("cost"))
 
 
 def _progress(data: dict[str, Any]) -> bool:

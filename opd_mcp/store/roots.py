@@ -14,6 +14,9 @@ from opd_mcp.store.workspace import SECRET_FILES
 
 # Model, data and cache directories are shallow; nothing deeper is opened.
 LINK_DEPTH = 3
+HUB_PREFIX = "hub:"
+"""How a destination begins that is a repository of the Hub: hub:OWNER/NAME."""
+HUB_REPOSITORY = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,95})/([A-Za-z0-9][A-Za-z0-9._-]{0,95})", re.ASCII)
 EXPORT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
 """The name of an exported model, which stands in its card and in commands."""
 
@@ -93,26 +96,51 @@ class AllowedRoots:
 
 
 class ExportRoots:
-    """Directories below which a new directory may be made for an exported model; never in the workspace itself."""
+    """Where models may be exported to: below these folders, never in the workspace; to the Hub, for these owners."""
 
-    def __init__(self, roots: Iterable[Path], workspace: Path) -> None:
+    def __init__(self, roots: Iterable[Path], workspace: Path, hub_owners: Iterable[str] = ()) -> None:
         self.roots = tuple(dict.fromkeys(root.resolve() for root in roots))
         self.workspace = workspace
+        self.hub_owners = tuple(dict.fromkeys(hub_owners))
+
+    def destination(self, given: str) -> str:
+        """A new directory or `hub:OWNER/NAME` that may be exported to; raises PathError as the two methods below."""
+        return self.hub_repository(given) if given.startswith(HUB_PREFIX) else str(self.new_directory(given))
+
+    def hub_repository(self, destination: str) -> str:
+        """`hub:OWNER/NAME` of an owner that is allowed; raises PathError `unusable_name`, `outside_roots`."""
+        named = HUB_REPOSITORY.fullmatch(destination.removeprefix(HUB_PREFIX))
+        if named is None or "--" in destination or ".." in destination or destination.endswith((".git", ".ipynb")):
+            raise PathError(
+                "unusable_name",
+                "This is not a repository of the Hub.",
+                value=destination,
+                fix="Give hub:OWNER/NAME: letters, digits, '.', '_' and '-', without '--' or '..'.",
+            )
+        if named[1] not in self.hub_owners:
+            allowed = ", ".join(self.hub_owners) or "nobody"
+            raise PathError(
+                "outside_roots",
+                f"The owners that this server may upload for: {allowed}.",
+                value=destination,
+                nearest=[f"{HUB_PREFIX}{owner}/{named[2]}" for owner in self.hub_owners],
+                fix="Export to a folder, or ask the user to start the server with --export-hub OWNER.",
+            )
+        return destination
 
     def new_directory(self, destination: str) -> Path:
         """The real path of a directory that may be made.
 
-        Raises PathError: `relative_path` (also for a Hub id), `unusable_name`, `outside_roots` without or outside of
+        Raises PathError: `relative_path`, `unusable_name`, `outside_roots` without or outside of
         the export roots, `not_found` for a missing parent, `destination_exists`.
         """
         path = Path(destination)
         if not path.is_absolute():
             raise PathError(
                 "relative_path",
-                "A model is exported to an absolute path; uploading to the Hub is not this tool's.",
+                "A model is exported to an absolute path, or to hub:OWNER/NAME.",
                 value=destination,
-                fix=f"Give an absolute path{self._below()}. To publish it, the user runs "
-                "`hf upload OWNER/NAME DIRECTORY --private`.",
+                fix=f"Give an absolute path{self._below()}.",
             )
         if not EXPORT_NAME.fullmatch(path.name):
             raise PathError(
@@ -150,8 +178,8 @@ class ExportRoots:
         return f" below {self.roots[0]}" if self.roots else ""
 
 
-def destination_exists(path: Path) -> PathError:
-    """The error for an export that would replace something."""
+def destination_exists(path: Path | str) -> PathError:
+    """The error for an export that would replace something, here or on the Hub."""
     return PathError(
         "destination_exists",
         "There is something of this name already; an export never replaces anything.",

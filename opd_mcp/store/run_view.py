@@ -21,6 +21,7 @@ from opd_mcp.schemas.runs import (
     Progress,
     RunRecord,
     RunState,
+    phase_label,
 )
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.runs import JOURNAL_FILE, cancel_requested_at, is_alive, read_record, run_directory
@@ -37,8 +38,8 @@ Answer = TypeVar("Answer")
 Kept = TypeVar("Kept")
 # What a kept fold holds of a view as it is.
 KEPT_FIELDS = (
-    *("phase", "phases_done", "alert_count", "result", "artifacts", "started_at", "phase_started_at", "finished_at"),
-    *("updated_at", "attempt", "written", "step", "records"),
+    *("phase", "round", "phases_done", "alert_count", "result", "artifacts", "started_at", "phase_started_at"),
+    *("finished_at", "updated_at", "attempt", "written", "step", "records"),
 )
 
 
@@ -53,9 +54,13 @@ class RunView:
     keep_series: bool = False
     state: RunState = "queued"
     phase: PhaseName | None = None
+    round: int | None = None
+    """Of several rounds, the number of the phase's."""
     phases_done: list[str] = field(default_factory=list)
     progress: Progress | None = None
     alerts: list[Alert] = field(default_factory=list)
+    alert_places: list[tuple[str, int | None]] = field(default_factory=list)
+    """Per alert, the phase that it was raised in, and the last step that was recorded by then."""
     alert_count: int = 0
     result: dict[str, Any] | None = None
     error: Failure | None = None
@@ -123,10 +128,11 @@ class RunView:
         state = fold.state
         self._reader.resume(fold.offset, fold.digest, **state["reader"])
         for name in KEPT_FIELDS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name))  # one of an earlier version has no round
         self.progress = state["progress"] and Progress.model_validate(state["progress"])
         self.error = state["error"] and Failure.model_validate(state["error"])
         self.alerts = [Alert.model_validate(alert) for alert in state["alerts"]]
+        self.alert_places = [(phase, step) for phase, step in state["alert_places"]]
         self.costs = [StageCost.model_validate(cost) for cost in state["costs"]]
         self._held = {int(attempt): (begun, last) for attempt, (begun, last) in state["held"].items()}
         self._begun_phase, self._measured_phase = state["phases"]
@@ -144,6 +150,7 @@ class RunView:
             "error": self.error and self.error.model_dump(mode="json"),
             "alerts": [alert.model_dump(mode="json") for alert in self.alerts],
             "costs": [cost.model_dump(mode="json") for cost in self.costs],
+            "alert_places": self.alert_places,
             "held": self._held,
             "phases": [self._begun_phase, self._measured_phase],
             "pace": list(self._pace),
@@ -216,6 +223,7 @@ class RunView:
         name: PhaseName = data["phase"]
         if data["event"] == "started":
             self.phase = self._begun_phase = name
+            self.round = data.get("round")
             self._find_reached()
             self.phase_started_at = time
             self.progress = None
@@ -224,8 +232,9 @@ class RunView:
         if data["event"] == "resumed":
             self._rewind(data["step"])
             return
-        if name not in self.phases_done:
-            self.phases_done.append(name)
+        label = phase_label(name, data.get("round"))
+        if label not in self.phases_done:
+            self.phases_done.append(label)
         if "cost" in data:
             self.costs.append(StageCost.model_validate(data["cost"]))
         if "artifact_id" in data:
@@ -286,6 +295,7 @@ class RunView:
     def _alert(self, time: str, code: str, message: str) -> None:
         self.alert_count += 1
         self.alerts = [*self.alerts, Alert(time=time, code=code, message=message)][-MAX_ALERTS:]
+        self.alert_places = [*self.alert_places, (self._series_phase, self._reached)][-MAX_ALERTS:]
 
 
 def trend_of(values: Sequence[float]) -> Literal["up", "down", "flat"] | None:
@@ -315,6 +325,7 @@ class RunViews:
         self._records: OrderedDict[str, RunRecord] = OrderedDict()
         self._written: OrderedDict[str, tuple[tuple[int, int, int], RunState]] = OrderedDict()
         self._judged: OrderedDict[str, tuple[tuple[int, int, int], str | None]] = OrderedDict()
+        self._sparklines: OrderedDict[str, tuple[tuple[int, int, int], list[float]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, run_id: str, answer: Callable[[RunView, RunRecord], Answer]) -> Answer:
@@ -374,6 +385,18 @@ class RunViews:
             return known[1]
         found = self.look(run_id, _judgement)
         self._keep(self._judged, run_id, (signature, found), MAX_STATES)
+        return found
+
+    def sparkline(self, run_id: str, draw: Callable[[RunView], list[float]]) -> list[float]:
+        """What `draw` makes of the view with full series, again only once the journal has changed."""
+        directory = self._workspace.run(run_id)
+        signature = _signature(directory / JOURNAL_FILE)
+        with self._lock:
+            known = self._sparklines.get(run_id)
+        if known is not None and known[0] == signature:
+            return known[1]
+        found = draw(RunView(directory, keep_series=True).fold())
+        self._keep(self._sparklines, run_id, (signature, found), MAX_STATES)
         return found
 
     def _keep(self, kept: "OrderedDict[str, Kept]", run_id: str, value: Kept, limit: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from opd_mcp.identity.files import write_atomic
 
 SERIES_FILE = "series.bin"
-MAGIC = b"opd-mcp fold 1\n"
+MAGIC = b"opd-mcp fold 2\n"
 HASH_BYTES = 32
 BLOCK_BYTES = 1 << 20
 # A shorter journal is folded afresh each time; a longer one is kept again once it has grown by this, or by a 16th.

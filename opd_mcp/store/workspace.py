@@ -21,7 +21,14 @@ from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import plan_call
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.runs import EngineSettings, ExportSettings, Quotas, StopSettings, WorkspaceSettings
+from opd_mcp.schemas.runs import (
+    EngineSettings,
+    ExportSettings,
+    Quotas,
+    StopSettings,
+    TrackingSettings,
+    WorkspaceSettings,
+)
 
 # Secrets of the workspace itself: no reference of a caller opens them.
 LINEAGE_KEY, HTTP_TOKEN, HTTP_SESSIONS = "lineage.key", "http.token", "http.sessions"
@@ -73,6 +80,15 @@ class Workspace:
     def hub(self) -> Path:
         """Models and data sets fetched from the Hub."""
         return self.root / "hub"
+
+    @property
+    def tracking(self) -> Path:
+        """What is kept for experiment trackers; made by the first run that is mirrored."""
+        return self.root / "tracking"
+
+    def tracking_of(self, run_id: str) -> Path:
+        """Where the mirrors of a run keep their places and logs."""
+        return self.tracking / "runs" / run_id
 
     @property
     def compiled(self) -> Path:
@@ -147,6 +163,7 @@ def read_settings(workspace: Workspace) -> WorkspaceSettings:
         "stop": StopSettings,
         "export": ExportSettings,
         "engines": EngineSettings,
+        "tracking": TrackingSettings,
     }
     for name, section in sections.items():
         if isinstance(values.get(name), dict):
@@ -183,6 +200,14 @@ def grace_seconds(workspace: Workspace) -> float:
         return StopSettings().grace_seconds
 
 
+def wants_tracking(workspace: Workspace) -> bool:
+    """Whether the settings name a tracker; not while they are unusable."""
+    try:
+        return bool(read_settings(workspace).tracking.trackers)
+    except ArgumentError:
+        return False
+
+
 def export_folders(workspace: Workspace) -> list[Path]:
     """The absolute folders that the settings let models be exported to; none while the settings are unusable."""
     try:
@@ -190,6 +215,14 @@ def export_folders(workspace: Workspace) -> list[Path]:
     except ArgumentError:
         return []
     return [folder for folder in folders if folder.is_absolute()]
+
+
+def hub_owners(workspace: Workspace) -> list[str]:
+    """The owners on the Hub that the settings let models be uploaded for; none while the settings are unusable."""
+    try:
+        return read_settings(workspace).export.hub
+    except ArgumentError:
+        return []
 
 
 Content = TypeVar("Content", bound=Schema)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS, LOG_FILE, RunLock
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.worker_process import has_begun, note_exit
-from opd_mcp.store.workspace import Workspace, grace_seconds
+from opd_mcp.store.workspace import Workspace, grace_seconds, wants_tracking
 from opd_mcp.supervisor.liveness import attend
 from opd_mcp.supervisor.records import new_record
 
@@ -90,10 +90,11 @@ class Child:
 
 
 class Children:
-    """The workers of one server; safe to share between threads."""
+    """The workers of one server, and their mirrors; safe to share between threads."""
 
     def __init__(self) -> None:
         self._children: list[Child] = []
+        self._mirrors: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
 
     def add(self, directory: Path, attempt: int, process: subprocess.Popen[bytes]) -> None:
@@ -101,9 +102,15 @@ class Children:
         with self._lock:
             self._children.append(Child(directory, attempt, process))
 
+    def add_mirrors(self, mirrors: Iterable[subprocess.Popen[bytes]]) -> None:
+        """Reap these processes too, whose exit status nobody asks for."""
+        with self._lock:
+            self._mirrors += mirrors
+
     def reap(self) -> None:
         """Take the exit status of every worker that has ended; until somebody does, it stays a zombie."""
         with self._lock:
+            self._mirrors = [mirror for mirror in self._mirrors if mirror.poll() is None]
             ended = [child for child in self._children if child.process.poll() is not None]
             self._children = [child for child in self._children if child not in ended]
             for child in ended:
@@ -177,7 +184,7 @@ class Supervisor:
         return with_claims(target_of(runtime, self._leases.busy), self._store, self._settings.cpu_slots)
 
     def reap(self) -> None:
-        """Take the exit status of every worker that has ended."""
+        """Take the exit status of every worker and mirror that has ended."""
         self._children.reap()
 
     def attend(self, view: RunView) -> None:
@@ -213,6 +220,11 @@ class Supervisor:
         if started.lock is not None:
             worker = launch_worker(self._store.workspace, started.lock, self._settings)
             self._children.add(started.lock.directory, started.attempt, worker)
+            if wants_tracking(self._store.workspace):
+                from opd_mcp.tracking.processes import launch_mirrors
+
+                workspace, environment = self._store.workspace, os.environ
+                self._children.add_mirrors(launch_mirrors(workspace, started.run_id, started.attempt, environment))
         return started
 
 

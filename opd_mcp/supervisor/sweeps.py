@@ -1,4 +1,4 @@
-"""A sweep: one distillation per point of a grid or list, all from one cache, tagged with the sweep's id.
+"""A sweep: one run per point, tagged with the sweep's id: of a grid or list from one cache, or of arms and seeds.
 
 The id follows from the requests, so that the same call finds the runs that it started before.
 """
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from opd_mcp.planning.arms import ARM_TAG
 from opd_mcp.planning.confirmation import Question, sweep_question
 from opd_mcp.planning.phases import request_hash
-from opd_mcp.planning.start_arguments import labels_of
 from opd_mcp.schemas.answers import SweepStarted, SweptRun
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import ArgumentError, OpdError
@@ -80,7 +80,7 @@ class Sweeps:
         seconds = sum(self._supervisor.expected_seconds(request) or 0.0 for request in left)
         return sweep_question(sweep_id, len(left), seconds, gpu_hours, arguments.allow_teacher_mismatch)
 
-    def start(self, arguments: Sweep, points: Sequence[Settings], requests: Sequence[RunRequest]) -> SweepStarted:
+    def start(self, labels: RunLabels, points: Sequence[Settings], requests: Sequence[RunRequest]) -> SweepStarted:
         """Each point's run: the active or succeeded one that an equal call started, else a new one in the queue.
 
         What refuses a start ends the call, with the runs started so far; raises it where there are none.
@@ -89,7 +89,7 @@ class Sweeps:
         known = self._runs_by_request(sweep_id)
         runs: list[SweptRun] = []
         refused: list[str] = []
-        labels, expected = labels_of(arguments), 0.0
+        expected = 0.0
         for point, request in zip(points, requests, strict=True):
             run_id = known.get(request_hash(request.kind, request.phases))
             if run_id is None:
@@ -142,7 +142,8 @@ def _labels(labels: RunLabels, sweep_id: str, point: Settings) -> RunLabels:
     name = f"{labels.name}: {own}" if labels.name else own
     if len(name) > NAME_CHARACTERS:
         name = f"{name[: NAME_CHARACTERS - 1]}…"
-    return labels.model_copy(update={"name": name, "tags": [*labels.tags, sweep_id]})
+    arm = [f"{ARM_TAG}{point['arm']}"] if "arm" in point else []
+    return labels.model_copy(update={"name": name, "tags": [*labels.tags, sweep_id, *arm]})
 
 
 def _next_action(sweep_id: str, runs: Sequence[SweptRun]) -> Any:

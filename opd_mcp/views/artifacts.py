@@ -95,6 +95,7 @@ def used_by(record: RunRecord) -> set[str]:
     inputs, method = record.request.inputs, record.request.recipe.distill.method
     given = [inputs.student, inputs.teacher, inputs.model, *inputs.baselines, inputs.prompts, inputs.sft_prompts]
     given += [inputs.eval_prompts, inputs.responses, inputs.cache]
+    given += (inputs.teacher.members or {}).values() if inputs.teacher else []
     ids = {source.artifact_id for source in given if source is not None and source.artifact_id}
     made = [product(phase.name, phase.key, method) for phase in record.request.phases]
     return (
@@ -116,7 +117,8 @@ def is_parent(parent: Parent, artifact: Artifact) -> bool:
         return True
     if artifact.kind == "model" and parent.identity is not None:
         own = read_lineage(artifact.path)
-        return own is not None and own.model is not None and own.model.same_model(parent.identity)
+        parents = [parent.identity, *(parent.identity.members or {}).values()]
+        return own is not None and own.model is not None and any(map(own.model.same_model, parents))
     if artifact.kind == "cache" and parent.role == "cache":
         manifest = CacheManifest.from_json((artifact.path / MANIFEST_FILE).read_bytes())
         return parent.sha256 == manifest.content_hash()

@@ -1,17 +1,19 @@
 """Runs next to each other: the settings that differ, the figures of their reports, and paired differences."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 from pydantic import ValidationError
 
-from opd_mcp.grading.paired import paired_outcomes
-from opd_mcp.schemas.answers import ComparedRun, Interval, PairedRuns, RunComparison
+from opd_mcp.grading.paired import mean_over_seeds, paired_outcomes
+from opd_mcp.planning.arms import ASKED, arm_of
+from opd_mcp.schemas.answers import ComparedArm, ComparedRun, Interval, PairedRuns, RunComparison
 from opd_mcp.schemas.errors import ArgumentError, OpdError, UnknownIdError, nearest
 from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.reports import BenchmarkReport, Estimate95, ModelScore
 from opd_mcp.schemas.requests import MAX_COMPARED
-from opd_mcp.schemas.runs import ACTIVE_STATES
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.store import Store
 from opd_mcp.views.metrics import differences
@@ -58,7 +60,7 @@ def compared(store: Store, run_ids: Sequence[str]) -> RunComparison:
     Raises UnknownIdError `unknown_run`, IntegrityError `damaged_file` for a record that cannot be read.
     """
     runs = [(store.record(run_id), store.view(run_id)) for run_id in run_ids[:MAX_COMPARED]]
-    reports = [_report(store, view) for _, view in runs]
+    reports = [report_of(store, view) for _, view in runs]
     differing = differences([record for record, _ in runs])
     rows = []
     for place, (record, view) in enumerate(runs):
@@ -79,6 +81,8 @@ def compared(store: Store, run_ids: Sequence[str]) -> RunComparison:
     measured = {
         row.run_id: found for row, found in zip(rows, reports, strict=True) if isinstance(found, BenchmarkReport)
     }
+    runs_by_arm = [(arm_of(record.request.labels.tags), record, view) for record, view in runs]
+    arms = compared_arms([(arm, record, view) for arm, record, view in runs_by_arm if arm], measured)
     best = max((row for row in rows if row.accuracy), key=_accuracy, default=None)
     paired, notes = _paired(best.run_id, measured) if best else ([], [])
     if len(run_ids) > MAX_COMPARED:
@@ -88,6 +92,7 @@ def compared(store: Store, run_ids: Sequence[str]) -> RunComparison:
         runs=rows,
         best=best.run_id if best else None,
         paired=paired,
+        arms=arms,
         notes=notes,
         basis=_basis(measured.values()),
         next_action=_next_action(rows, best),
@@ -99,7 +104,7 @@ def candidate_of(report: BenchmarkReport) -> ModelScore:
     return report.models[0]
 
 
-def _report(store: Store, view: RunView) -> BenchmarkReport | str:
+def report_of(store: Store, view: RunView) -> BenchmarkReport | str:
     """The report that a run ended with, or why there is none to read."""
     artifact_id = view.artifacts.get("benchmark")
     if artifact_id is None:
@@ -161,6 +166,68 @@ def _paired(best: str, measured: dict[str, BenchmarkReport]) -> tuple[list[Paire
             "before you quote it"
         )
     return pairs, notes
+
+
+def compared_arms(
+    runs: Sequence[tuple[str, RunRecord, RunView]], measured: Mapping[str, BenchmarkReport]
+) -> list[ComparedArm]:
+    """Quality and whole cost of each arm, and the asked arm minus it, paired by seed; empty for fewer than two runs."""
+    by_arm: dict[str, dict[int, tuple[RunRecord, RunView]]] = {}
+    for arm, record, view in runs:
+        by_arm.setdefault(arm, {})[record.request.recipe.runtime.seed] = record, view
+    if len(runs) < 2:
+        return []
+    asked = {seed: measured.get(record.run_id) for seed, (record, _) in by_arm.get(ASKED, {}).items()}
+    rows = []
+    for arm, seeds in by_arm.items():
+        reports = {seed: measured[record.run_id] for seed, (record, _) in seeds.items() if record.run_id in measured}
+        scores = [candidate_of(report) for report in reports.values()]
+        pairs = [(one, reports[seed]) for seed, one in asked.items() if one is not None and seed in reports]
+        gain, change = (None, None) if arm == ASKED else paired_arms([p for p in pairs if _same_task(*p)])
+        rows.append(
+            ComparedArm(
+                arm=arm,
+                runs=len(seeds),
+                accuracy=_mean(score.greedy_accuracy for score in scores),
+                reverse_kl=_mean(score.reverse_kl for score in scores),
+                seconds=_mean_seconds(view for _, view in seeds.values()),
+                gain=interval(gain),
+                kl_change=interval(change),
+            )
+        )
+    return rows
+
+
+def paired_arms(
+    pairs: Sequence[tuple[BenchmarkReport, BenchmarkReport]],
+) -> tuple[Estimate95 | None, Estimate95 | None]:
+    """The first ones' gain in accuracy and change in reverse KL over the others, paired by seed, else by prompt."""
+    scores = [(candidate_of(one), candidate_of(other)) for one, other in pairs]
+    gains = [
+        mine.greedy_accuracy.value - others.greedy_accuracy.value
+        for mine, others in scores
+        if mine.greedy_accuracy and others.greedy_accuracy
+    ]
+    changes = [
+        mine.reverse_kl.value - others.reverse_kl.value
+        for mine, others in scores
+        if mine.reverse_kl and others.reverse_kl
+    ]
+    gain = mean_over_seeds(gains)
+    if len(scores) == 1 and gains and scores[0][0].greedy_right and scores[0][1].greedy_right:
+        gain = paired_outcomes(scores[0][0].greedy_right, scores[0][1].greedy_right)
+    return gain, mean_over_seeds(changes)
+
+
+def _mean(found: Iterable[Estimate95 | None]) -> float | None:
+    values = [estimate.value for estimate in found if estimate is not None]
+    return round(mean(values), 4) if values else None
+
+
+def _mean_seconds(views: Iterable[RunView]) -> float | None:
+    """The mean of what the stages up to the student took, whoever made them; the benchmark is no part of a method."""
+    whole = [sum(c.seconds for c in costs_by_stage(view) if c.stage != "benchmark") for view in views]
+    return round(mean(whole), 3) if any(whole) else None
 
 
 def _same_task(one: BenchmarkReport, other: BenchmarkReport) -> bool:

@@ -92,7 +92,9 @@ def delete_run(store: Store, run_id: str) -> DeletedRun:
             deleted.append(artifact.artifact_id)
         except IntegrityError as error:  # a run began to use it meanwhile
             stays[artifact.artifact_id] = error.message
-    shutil.rmtree(gone, ignore_errors=True)
+    tracking = store.workspace.tracking
+    for left in (gone, store.workspace.tracking_of(run_id), tracking / "tensorboard" / run_id):
+        shutil.rmtree(left, ignore_errors=True)
     return DeletedRun(
         run_id=run_id,
         freed_bytes=freed,

@@ -10,7 +10,7 @@ from opd_mcp.schemas.next_action import NextAction, next_call, plan_call, resume
 from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.reports import Verdict
 from opd_mcp.schemas.resolve import changed_settings, far_rates
-from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
+from opd_mcp.schemas.runs import ACTIVE_STATES, DataInput, ExportTarget, ModelInput, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.supervisor.liveness import worker_alert
 
@@ -117,7 +117,7 @@ def _with_arguments(action: NextAction, judgement: str, record: RunRecord) -> Ne
     inputs, recipe = record.request.inputs, record.request.recipe
     sources = {role: getattr(inputs, role) for role in ("student", "teacher", "prompts", "sft_prompts", "eval_prompts")}
     given: dict[str, Any] = {
-        role: source.artifact_id if source.reference == "inline" else source.reference
+        role: source.given if isinstance(source, ModelInput) else _data_reference(source)
         for role, source in sources.items()
         if source is not None
     }
@@ -137,12 +137,35 @@ def _with_arguments(action: NextAction, judgement: str, record: RunRecord) -> Ne
     return action.model_copy(update={"arguments": given | {"overrides": overrides}, "missing": None})
 
 
+def _data_reference(data: DataInput) -> str | None:
+    return data.artifact_id if data.reference == "inline" else data.reference
+
+
+def _after_export(run_id: str, target: ExportTarget | None) -> NextAction:
+    if target is not None and target.hub_id is not None:
+        return NextAction(why="The model is uploaded, private; its card there says how to serve it.")
+    why = "The export is complete; its README.md says how to serve it."
+    if target is not None and target.format == "gguf":
+        return NextAction(why=why)
+    return next_call("sample_model", why, missing=["prompts"], model=target.destination if target else run_id)
+
+
+def _after_preparation(record: RunRecord) -> NextAction:
+    run_id, inputs = record.run_id, record.request.inputs
+    if record.request.kind == "generate":
+        return next_call("start_sft", "The responses are ready for SFT.", missing=["student"], responses=run_id)
+    sources = {role: getattr(inputs, role) for role in ("student", "teacher", "prompts")}
+    given = {role: source.reference for role, source in sources.items() if source.reference != "inline"}
+    why = "Read result: `overhead` has the costs and the diagnosis; plans now estimate by these speeds."
+    return next_call("plan_distillation", why, missing=[role for role in sources if role not in given], **given)
+
+
 def _after_success(record: RunRecord, *, benchmarked: bool = False) -> NextAction:
     run_id, inputs = record.run_id, record.request.inputs
-    teacher = inputs.teacher.reference if inputs.teacher else None
+    teacher = inputs.teacher.given if inputs.teacher else None
     match record.request.kind:
-        case "generate":
-            return next_call("start_sft", "The responses are ready for SFT.", missing=["student"], responses=run_id)
+        case "generate" | "assess":
+            return _after_preparation(record)
         case "sft":
             why, missing = "The SFT student is ready; its teacher cache comes next.", ["teacher", "prompts"]
             return next_call("build_teacher_cache", why, missing=missing, student=run_id).filled(teacher=teacher)
@@ -152,10 +175,10 @@ def _after_success(record: RunRecord, *, benchmarked: bool = False) -> NextActio
             return call.filled(student=student)
         case "distill" if not benchmarked:
             why, missing = "The student is ready and not yet measured.", ["prompts", "teacher"]
-            return next_call("benchmark_student", why, missing=missing, model=run_id).filled(teacher=teacher)
+            one = teacher if isinstance(teacher, str) else None  # it measures against one at a time
+            return next_call("benchmark_student", why, missing=missing, model=run_id).filled(teacher=one)
         case "export":
-            why, target = "The export is complete; its README.md says how to serve it.", inputs.export
-            return next_call("sample_model", why, missing=["prompts"], model=target.destination if target else run_id)
+            return _after_export(run_id, inputs.export)
         case kind:
             texts = "Read result: `samples` holds the texts."
             evidence = (

@@ -12,7 +12,7 @@ from opd_mcp.store.runs import LOG_FILE, run_directory
 from opd_mcp.store.store import Store
 from opd_mcp.views.metrics import metrics_report
 
-REPORT_TEXT, REPORT_JSON = "report.md", "report.json"
+REPORT_TEXT, REPORT_JSON, REPORT_PAGE, CARD = "report.md", "report.json", "report.html", "README.md"
 LOG_LINES = 200
 MAX_IDS = 1_000
 
@@ -39,19 +39,39 @@ def report_markdown(store: Store, run_id: str) -> str:
 
 
 def report_file(store: Store, run_id: str) -> Path:
-    """The report that a run ended with; raises UnknownIdError `unknown_run`, or `unknown_artifact` without one."""
-    artifact_id = store.view(run_id).artifacts.get("benchmark")
-    if artifact_id is None:
-        raise UnknownIdError(
-            "unknown_artifact",
-            "This run has no report yet.",
-            value=run_id,
-            fix="Wait for its benchmark phase.",
-            call=next_call("get_run_status", run_id=run_id),
-        )
-    folder = store.artifacts.get(artifact_id).path
+    """The report that a run ended with; raises as `report_folder`."""
+    folder = report_folder(store, run_id)
     text = folder / REPORT_TEXT
     return text if text.is_file() else folder / REPORT_JSON
+
+
+def report_page(store: Store, run_id: str) -> str:
+    """The report as an HTML page; raises as `report_folder`, and where an earlier version wrote none."""
+    page = report_folder(store, run_id) / REPORT_PAGE
+    if not page.is_file():
+        raise _no_document("This report has no page: an earlier version wrote it.", run_id, "Read report.md instead.")
+    return page.read_text(encoding="utf-8")
+
+
+def report_folder(store: Store, run_id: str) -> Path:
+    """The directory of a run's report; raises UnknownIdError `unknown_run`, or `unknown_artifact` without one."""
+    artifact_id = store.view(run_id).artifacts.get("benchmark")
+    if artifact_id is None:
+        raise _no_document("This run has no report yet.", run_id, "Wait for its benchmark phase.")
+    return store.artifacts.get(artifact_id).path
+
+
+def export_card(store: Store, run_id: str) -> Path:
+    """Where the card of a run's export is; raises UnknownIdError `unknown_run`, or `unknown_artifact` without one."""
+    export = store.record(run_id).request.inputs.export
+    if export is None or store.view(run_id).state != "succeeded":
+        raise _no_document("This run has exported nothing.", run_id, "Export the student with export_student.")
+    return Path(export.destination) / CARD
+
+
+def _no_document(message: str, run_id: str, fix: str) -> UnknownIdError:
+    call = next_call("get_run_status", run_id=run_id)
+    return UnknownIdError("unknown_artifact", message, value=run_id, fix=fix, call=call)
 
 
 def lineage_json(store: Store, artifact_id: str) -> str:

@@ -34,7 +34,7 @@ def setup_report(
         free_disk_bytes=free_disk(store.workspace.root),
         workspace=str(store.workspace.root),
         allowed_roots=[str(root) for root in roots.roots],
-        export_roots=[str(root) for root in exports.roots] or None,
+        export_roots=[*map(str, exports.roots), *(f"hub:{owner}" for owner in exports.hub_owners)] or None,
         active_runs=active_runs(store),
         quotas=Quotas() if problem else read_settings(store.workspace).quotas,
         problem=problem,

@@ -1,12 +1,22 @@
 """What a run's view and record say to its reader: snapshot, status and ETA."""
 
 import time
+from collections import Counter
 from typing import Any
 
 from opd_mcp.devices.leases import Place
 from opd_mcp.planning.phases import cache_id_of
-from opd_mcp.schemas.reports import StageCost
-from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure, RunLabels, RunRecord, RunSnapshot, RunStatus
+from opd_mcp.schemas.reports import StageCost, summed_costs
+from opd_mcp.schemas.runs import (
+    ACTIVE_STATES,
+    Alert,
+    Failure,
+    RunLabels,
+    RunRecord,
+    RunSnapshot,
+    RunStatus,
+    phase_label,
+)
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.supervisor.liveness import lost_failure, worker_alert
 from opd_mcp.views.next_steps import next_action, run_verdict
@@ -110,11 +120,11 @@ def distinct_alerts(view: RunView) -> list[Alert]:
 
 def costs_by_stage(view: RunView) -> list[StageCost]:
     """What each stage took, once: what the run itself computed stays so when a later attempt takes it over."""
-    latest: dict[str, StageCost] = {}
+    latest: dict[tuple[str, int | None], StageCost] = {}
     for cost in view.costs:
-        if not cost.reused or cost.stage not in latest:
-            latest[cost.stage] = cost
-    return list(latest.values())
+        if not cost.reused or (cost.stage, cost.round) not in latest:
+            latest[cost.stage, cost.round] = cost
+    return summed_costs(latest.values())
 
 
 def remaining_seconds(view: RunView, record: RunRecord, now: float) -> float | None:
@@ -122,17 +132,19 @@ def remaining_seconds(view: RunView, record: RunRecord, now: float) -> float | N
 
     Later phases count as they were expected, corrected by how the finished ones went.
     """
-    expected = record.expected_phase_seconds
-    pace = _pace(view, record)
+    rounds = Counter[str](phase.name for phase in record.request.phases if phase.satisfied_by is None)
+    expected = {name: seconds / max(rounds[name], 1) for name, seconds in record.expected_phase_seconds.items()}
+    pace = _pace(view, expected)
     current = _current_remaining(view, expected, pace, now)
-    later = [phase.name for phase in record.request.phases if phase.name not in {*view.phases_done, view.phase}]
+    begun = {*view.phases_done, phase_label(view.phase or "", view.round)}
+    later = [phase.name for phase in record.request.phases if phase.label not in begun]
     if current is None or any(name not in expected for name in later):
         return None
     return current + pace * sum(expected[name] for name in later)
 
 
 def _current_remaining(view: RunView, expected: dict[str, float], pace: float, now: float) -> float | None:
-    if view.phase is None or view.phase in view.phases_done:
+    if view.phase is None or phase_label(view.phase, view.round) in view.phases_done:
         return 0.0
     by_progress = by_expectation = None
     if view.progress is not None and view.progress.eta_s is not None and view.updated_at is not None:
@@ -146,9 +158,11 @@ def _current_remaining(view: RunView, expected: dict[str, float], pace: float, n
     return by_progress
 
 
-def _pace(view: RunView, record: RunRecord) -> float:
+def _pace(view: RunView, expected: dict[str, float]) -> float:
+    """Actual over expected seconds of what was computed; `expected` are those of one phase by name."""
     computed = [cost for cost in costs_by_stage(view) if not cost.reused]
-    known = [(cost.seconds, record.expected_phase_seconds.get(cost.stage, 0.0)) for cost in computed]
+    done = Counter(label.split()[0] for label in view.phases_done)
+    known = [(cost.seconds, expected.get(cost.stage, 0.0) * done[cost.stage]) for cost in computed]
     actual, planned = sum(pair[0] for pair in known), sum(pair[1] for pair in known)
     if planned <= 0 or actual <= 0:
         return 1.0

@@ -1,16 +1,22 @@
 """Where a run exports to: a hidden folder next to the destination, which gets its name once everything is on disk."""
 
 import json
+import logging
+import os
 import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd_mcp.devices.environment import engine_environment
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.identity.files import file_sha256, publish_directory, read_json_object, write_atomic
 from opd_mcp.identity.lineage import LINEAGE_FILE
 from opd_mcp.planning.costs.workload import exported_bytes
-from opd_mcp.schemas.errors import PathError, ResourceError
+from opd_mcp.schemas.errors import PathError, ResourceError, RunError
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import RunInputs
 from opd_mcp.schemas.texts import byte_size
@@ -19,6 +25,8 @@ from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.roots import destination_exists
 
+logger = logging.getLogger(__name__)
+WAIT_SECONDS, LOGGED_LINES = 0.2, 30
 MARK_FILE = "export.json"
 """In the run's directory: the hash of the lineage of what it is about to give its name."""
 
@@ -61,15 +69,7 @@ class Exporting:
             )
         if final.exists():
             raise destination_exists(final)
-        needed, free = exported_bytes(self.inputs), free_disk(final.parent)
-        if needed > free:
-            raise ResourceError(
-                "not_enough_disk",
-                f"The export takes up to {byte_size(needed)}; the disk of its destination has {byte_size(free)} free.",
-                value=final,
-                fix="Free disk space there, then resume the run; or export elsewhere.",
-                call=resume_call(),
-            )
+        require_export_room(self.inputs, final.parent, str(final))
         for left in final.parent.glob(f"{self._hidden_prefix}*"):
             shutil.rmtree(left, ignore_errors=True)
         named = final.parent / f"{self._hidden_prefix}{self.journal.attempt}" / final.name
@@ -104,3 +104,65 @@ class Exporting:
     @property
     def _hidden_prefix(self) -> str:
         return f".{self.destination.name}.{self.directory.name}-"
+
+
+@dataclass(frozen=True)
+class GgufConverter:
+    """llama.cpp's converter as the settings name it; `should_stop` ends it."""
+
+    script: Path
+    python: Path
+    should_stop: Callable[[], bool]
+
+    def __call__(self, model: Path, file: Path) -> None:
+        """Write the file of the model in a directory, in the dtype of its weights.
+
+        The converter inherits no secret and is offline. Raises ResourceError `child_failed` with its last words,
+        RunError `run_cancelled`.
+        """
+        command = [str(self.python), str(self.script), str(model), "--outfile", str(file), "--outtype", "auto"]
+        environment = engine_environment(os.environ) | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        try:
+            with tempfile.TemporaryFile() as said:
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=environment
+                )
+                while (status := _status(child)) is None:
+                    if self.should_stop():
+                        child.kill()
+                        child.wait()
+                        raise RunError("run_cancelled", "The run was asked to stop.", fix="Resume the run to go on.")
+                said.seek(0)
+                words = said.read().decode(errors="replace").strip().splitlines()
+        except OSError as error:
+            status, words = 1, [str(error)]
+        logger.info("%s", "\n".join(words[-LOGGED_LINES:]))
+        if status != 0 or not file.is_file():
+            raise ResourceError(
+                "child_failed",
+                f"llama.cpp's converter ended with status {status}: {' '.join(words[-2:])[:400]}",
+                value=str(self.script),
+                fix="It must know the model's architecture and tokenizer, and its Python must have its requirements "
+                "(gguf, torch, transformers); then resume the run. Or export with format='input'.",
+                call=resume_call(),
+            )
+
+
+def _status(child: "subprocess.Popen[bytes]") -> int | None:
+    try:
+        return child.wait(WAIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def require_export_room(inputs: RunInputs, folder: Path, destination: str) -> None:
+    """Raise ResourceError `not_enough_disk` where an export does not fit on the disk of the folder it is built in."""
+    needed, free = exported_bytes(inputs), free_disk(folder)
+    if needed > free:
+        raise ResourceError(
+            "not_enough_disk",
+            f"The export takes up to {byte_size(needed)}; the disk that it is built on has {byte_size(free)} free.",
+            value=destination,
+            fix="Free disk space there, then resume the run; or export elsewhere.",
+            call=resume_call(),
+        )

@@ -108,6 +108,9 @@ def present_model(store: Store, model: ModelInput | None, check_fence: Callable[
     """The model with its files here, and what they are; raises IntegrityError `input_changed` for other ones now."""
     if model is None or (model.url is not None and model.path is None):
         return model  # a server's model is checked by a probe
+    if model.members:
+        members = {domain: present_model(store, member, check_fence) for domain, member in model.members.items()}
+        return model.model_copy(update={"members": members})
     path = Path(model.path) if model.path else fetched_model(store.workspace, str(model.hub_id), check_fence)
     facts = inspect_model(path)
     changed = model.identity.differences(facts.identity) if model.identity is not None else set()
@@ -120,7 +123,9 @@ def present_model(store: Store, model: ModelInput | None, check_fence: Callable[
             fix="Start again, with the model that is meant.",
         )
     claim = model.sft_teacher or sft_teacher(path, made_here=store.artifacts.made_here)
-    known = {"path": str(path), "identity": facts.identity, "parameters": facts.parameters, "sft_teacher": claim}
+    seen = model.identity.context if model.identity else None
+    identity = facts.identity.model_copy(update={"context": seen})
+    known = {"path": str(path), "identity": identity, "parameters": facts.parameters, "sft_teacher": claim}
     return model.model_copy(update=known)
 
 

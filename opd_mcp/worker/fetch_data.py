@@ -132,7 +132,8 @@ def _mapped(role: str, path: Path, columns: Mapping[str, str], run: Path, check_
 
 
 def _prompt_fields(row: PromptRow) -> dict[str, Any]:
-    fields = {"id": row.id, "prompt": row.prompt, "messages": row.messages, "answer": row.answer}
+    fields: dict[str, Any] = {"id": row.id, "prompt": row.prompt, "messages": row.messages, "answer": row.answer}
+    fields |= {"teacher_messages": row.teacher_messages, "teacher_domain": row.teacher_domain}
     return {name: value for name, value in fields.items() if value is not None}
 
 

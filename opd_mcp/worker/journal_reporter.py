@@ -18,6 +18,9 @@ from opd_mcp.worker.watchdog import Pulse
 logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.5
 CANCEL_SECONDS = 0.1
+LOGGED_SECONDS = 15.0
+"""Between two lines of the log on a phase's progress; its first and last steps have one in any case."""
+LOGGED_METRICS = 6
 ALERTS_PER_CODE = 5
 LONGEST_ALARM = 1e8
 STEPS = "steps"
@@ -32,6 +35,8 @@ class JournalReporter:
         self._clock = clock
         self._unit = ""
         self._next_progress = 0.0
+        self._next_line = 0.0
+        self._values: Mapping[str, float] = {}
         self._next_cancel_check = 0.0
         self._cancelled = False
         self.current: PhaseName | None = None
@@ -44,11 +49,13 @@ class JournalReporter:
         """When the run must give up its device, by the monotonic clock."""
         self._alerts: Counter[str] = Counter()
 
-    def begin(self, phase: PhaseName) -> None:
-        """A phase of the run begins."""
+    def begin(self, phase: PhaseName, number: int | None = None) -> None:
+        """A phase of the run begins; `number` is that of its round, of several."""
         self.current = phase
+        self._unit, self._values = "", {}
         self.pulse.reset()
-        self._journal.append("phase", {"phase": phase, "event": "started"})
+        of_round = {} if number is None else {"round": number}
+        self._journal.append("phase", {"phase": phase, "event": "started", **of_round})
 
     def resumed(self, step: int) -> None:
         """The phase continues after a step of an earlier attempt; metrics of later steps are superseded."""
@@ -68,6 +75,9 @@ class JournalReporter:
         if done >= total and unit == STEPS:
             self.pulse.pause()  # the last step: saving the model follows
         now = self._clock()
+        if now >= self._next_line or done >= total or unit != self._unit:
+            self._next_line = now + LOGGED_SECONDS
+            logger.info("%s", self._progress_line(done, total, unit))
         if now < self._next_progress and done < total and unit == self._unit:
             return
         self._unit, self._next_progress = unit, now + PROGRESS_SECONDS
@@ -76,7 +86,14 @@ class JournalReporter:
     def metric(self, step: int, values: Mapping[str, float]) -> None:
         """A metric line; durable with the next checkpoint, since lost steps are computed again."""
         self.pulse.beat()
+        self._values = values
         self._journal.append("metric", {"step": step, "values": dict(values)}, durable=False)
+
+    def _progress_line(self, done: int, total: int, unit: str) -> str:
+        """E.g. `distill 40/400 steps: loss 0.1234, reverse_kl_k1 0.5`."""
+        shown = [f"{name} {value:.4g}" for name, value in list(self._values.items())[:LOGGED_METRICS]]
+        place = f"{self.current} {done}/{total} {unit}"
+        return f"{place}: {', '.join(shown)}" if shown and unit == STEPS else place
 
     def alert(self, code: str, message: str) -> None:
         """An alert line; the same code is recorded a few times, not at every step."""

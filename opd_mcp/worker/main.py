@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from opd_mcp.devices.hardware import free_disk, gpu_slot, gpus
+from opd_mcp.devices.hardware import device_count, free_disk, gpu_slot, gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
 from opd_mcp.planning.costs.admission import is_short, out_of_hours, seconds_left, short_admission
 from opd_mcp.planning.costs.workload import expected_disk, workload_of
@@ -25,7 +25,8 @@ from opd_mcp.planning.engines import required_program
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import RuntimeRecipe
-from opd_mcp.schemas.runs import PhaseName, RunRecord, RunState
+from opd_mcp.schemas.reports import TrainingSummary
+from opd_mcp.schemas.runs import ExportSettings, PhaseName, RunRecord, RunState
 from opd_mcp.store.files import is_disk_full
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import (
@@ -42,13 +43,15 @@ from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import note_start, stop_of
 from opd_mcp.store.workspace import Workspace, grace_seconds, read_settings
 from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine
+from opd_mcp.worker.exporting import GgufConverter
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
 from opd_mcp.worker.guardian import guarded
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.log import logging_to_stderr, take_over_libraries
 from opd_mcp.worker.pipeline import Pipeline, run_cancelled
-from opd_mcp.worker.stage_calls import StageCalls, Stages
+from opd_mcp.worker.ranks import GROUP_SECONDS, RankTeam, RankWork
+from opd_mcp.worker.stage_calls import TRAINING, StageCalls, Stages
 from opd_mcp.worker.watchdog import WatchSettings, watching
 
 logger = logging.getLogger(__name__)
@@ -67,13 +70,18 @@ def engine_stages() -> Stages:
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What its launcher gives a worker: `teacher_key` for a remote teacher, `secrets` to keep out of the journal."""
+    """What its launcher gives a worker: `teacher_key` for a remote teacher, `secrets` to keep out of the journal, and
+    `hub_token` for uploads.
+    """
 
     leases: LeaseFolder
     teacher_key: str | None = field(default=None, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
     load_stages: Callable[[], Stages] = engine_stages
     watch: WatchSettings = field(default_factory=WatchSettings)
+    group_seconds: float = GROUP_SECONDS
+    """After how long a rank that does not answer the others counts as lost."""
+    hub_token: str | None = field(default=None, repr=False)
 
 
 def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: WorkerSettings) -> int:
@@ -129,14 +137,15 @@ class RunWorker:
         self.reporter.limit(seconds_left(quotas, self.directory))
         with run_span(record):
             record = prepared_record(self.store, record, self.journal, self.reporter)
-            return self._pipeline(record, device_kind(lease), launch_seconds).run()
+            return self._pipeline(record, lease, launch_seconds).run()
 
-    def _pipeline(self, record: RunRecord, device: str, launch_seconds: float) -> Pipeline:
+    def _pipeline(self, record: RunRecord, lease: Lease, launch_seconds: float) -> Pipeline:
         """The run's phases; the stages are loaded only when a phase must be computed."""
         from opd_mcp.engine.context import Context, EngineAddress, EngineWish
 
-        recipe, inputs = record.request.recipe, record.request.inputs
+        recipe, inputs, device = record.request.recipe, record.request.inputs, device_kind(lease)
         workload = workload_of(recipe, inputs)
+        devices = rank_devices(recipe.runtime, lease)
 
         @contextmanager
         def start_engine(wish: EngineWish) -> Iterator[EngineAddress]:
@@ -159,6 +168,7 @@ class RunWorker:
             check_fence=self.journal.check_fence,
             rendered_at=datetime.fromisoformat(record.created_at),
             start_engine=start_engine,
+            convert_to_gguf=gguf_converter(read_settings(self.store.workspace).export, self.reporter.should_stop),
         )
         return Pipeline(
             record=record,
@@ -166,12 +176,44 @@ class RunWorker:
             artifacts=self.store.artifacts,
             journal=self.journal,
             reporter=self.reporter,
-            calls=StageCalls(record, self.directory, context, loaded),
+            calls=StageCalls(record, self.directory, context, loaded, on_ranks=self._on_ranks(devices)),
             device=device,
             flops=lambda name: workload.work(name).flops if workload else 0.0,
             disk=lambda name: expected_disk(name, recipe, inputs),
             launch_seconds=launch_seconds,
+            hub_token=self.settings.hub_token,
         )
+
+    def _on_ranks(self, devices: list[str | None]) -> Callable[[StageCalls, PhaseName, Path], TrainingSummary] | None:
+        """What trains a phase in one process per device; None where the run trains in this one."""
+        reporter = self.reporter
+        answers: dict[str, Callable[..., Any]] = {
+            "phase": reporter.phase,
+            "progress": reporter.progress,
+            "metric": reporter.metric,
+            "alert": reporter.alert,
+            "resumed": reporter.resumed,
+            "position": reporter.position,
+            "should_stop": reporter.should_stop,
+            "check_fence": self.journal.check_fence,
+        }
+        questions: dict[str, Callable[..., Any]] = {
+            "made_here": lambda directory: self.store.artifacts.made_here(Path(directory))
+        }
+
+        def train(calls: StageCalls, name: PhaseName, output: Path) -> TrainingSummary:
+            facts = {
+                # a fetched model's path was added after it was sealed
+                "record": calls.record.model_copy(update={"self_sha256": ""}).to_dict(),
+                "directory": str(self.directory),
+                "paths": {role: str(path) for role, path in calls.paths.items()},
+                "phase": name,
+                "output": str(output),
+            }
+            work = RankWork(facts, devices, self.directory, self.settings.group_seconds)
+            return RankTeam(work, answers, questions).trained()
+
+        return train if devices else None
 
     def _engine(self, kind: str, model: EngineModel, device: str) -> ManagedEngine:
         """An engine as this workspace's settings name it; raises ResourceError `missing_package`."""
@@ -229,15 +271,26 @@ class RunWorker:
         return int(state == "failed")
 
 
-def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter) -> Lease:
-    """The lease of one GPU, or of as many CPU slots as the run has threads; raises RunError `run_cancelled`.
+def gguf_converter(settings: ExportSettings, should_stop: Callable[[], bool]) -> GgufConverter | None:
+    """The converter that the settings name."""
+    if settings.gguf_converter is None:
+        return None
+    return GgufConverter(Path(settings.gguf_converter), Path(settings.gguf_python or sys.executable), should_stop)
 
-    A short run also takes a device's slot for short runs, once its memory is free there.
+
+def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter) -> Lease:
+    """The lease of all the run's devices: GPUs, or CPU slots for its threads; raises RunError `run_cancelled`.
+
+    Raises ResourceError `device_unavailable` for more GPUs than there are. A short run also takes a
+    device's slot for short runs, once its memory is free there.
     """
     runtime = record.request.recipe.runtime
     found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
     slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
-    count = 1 if found else min(runtime.threads, len(slots))
+    count = device_count(runtime, len(found)) if trains(record) else 1
+    if not found:
+        every = runtime.devices == "all" and trains(record)
+        count = len(slots) if every else min(count * runtime.threads, len(slots))
     wishes = [Wish(slots, count)]
     if is_short(record):
         wishes.append(Wish(leases.short_slots(slots), 1, short_admission(store, record, leases)))
@@ -247,10 +300,31 @@ def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter:
     return lease
 
 
-def gpu_of(lease: Lease) -> str | None:
-    """The UUID of the leased GPU; None for the CPU."""
-    _, separator, uuid = lease.slots[0].partition("gpu-")
+def trains(record: RunRecord) -> bool:
+    """Whether the run has a phase that several devices compute; the others need one."""
+    return any(phase.name in TRAINING for phase in record.request.phases)
+
+
+def rank_devices(runtime: RuntimeRecipe, lease: Lease) -> list[str | None]:
+    """The device of each rank, a GPU's UUID or None for the CPU; nothing for a run that trains in its own process."""
+    if runtime.devices == 1:
+        return []
+    gpus_held = [gpu_named(slot) for slot in lease.slots]
+    if gpus_held[0] is not None:
+        return gpus_held
+    cpu: list[str | None] = [None]
+    return cpu * (runtime.devices if isinstance(runtime.devices, int) else max(1, len(lease.slots) // runtime.threads))
+
+
+def gpu_named(slot: str) -> str | None:
+    """The UUID of a GPU's slot; None for the CPU."""
+    _, separator, uuid = slot.partition("gpu-")
     return uuid if separator else None
+
+
+def gpu_of(lease: Lease) -> str | None:
+    """The UUID of the first leased GPU; None for the CPU."""
+    return gpu_named(lease.slots[0])
 
 
 def device_kind(lease: Lease) -> str:

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.identity.files import write_atomic
@@ -15,14 +16,14 @@ from opd_mcp.planning.costs.estimates import (
     PROCESS_START,
     ArtifactCosts,
     PhaseCost,
-    engine_of,
     recorded_cost,
-    work_name,
+    work_of,
 )
+from opd_mcp.planning.costs.overhead import assessed
 from opd_mcp.planning.phases import KEY_DIGITS, PUBLISHED, RESUMABLE, Product, product
 from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.next_action import resume_call
-from opd_mcp.schemas.reports import BenchmarkReport, StageCost
+from opd_mcp.schemas.reports import BenchmarkReport, StageCost, summed_costs
 from opd_mcp.schemas.runs import PhaseName, RunPhase, RunRecord
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.artifacts import ArtifactStore, require_intact
@@ -32,6 +33,9 @@ from opd_mcp.worker.exporting import Exporting
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
+
+if TYPE_CHECKING:
+    from opd_mcp.worker.hub_upload import HubExport
 
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
@@ -55,6 +59,7 @@ class Pipeline:
     flops: Callable[[PhaseName], float]
     disk: Callable[[PhaseName], int]
     launch_seconds: float = 0.0
+    hub_token: str | None = field(default=None, repr=False)
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
     held: ExitStack = field(default_factory=ExitStack)
@@ -71,6 +76,9 @@ class Pipeline:
                     self.result |= self._exporting.result()
                     self.journal.append("phase", {"phase": phase.name, "event": "finished"})
                     continue
+                if self._is_over(phase):
+                    self._skipped(phase)
+                    continue
                 # Rollouts are only an intermediate of the cache that comes next.
                 holder = phases[position + 1] if phase.name == "rollout" else phase
                 if self._reused(phase, holder):
@@ -79,8 +87,19 @@ class Pipeline:
                 # Another run may have made it while this one waited for the directory.
                 if not self._reused(phase, holder):
                     self._computed(phase, building)
-        self.result["costs"] = [cost.to_dict() for cost in self.calls.costs]
+        self.result["costs"] = [cost.to_dict() for cost in summed_costs(self.calls.costs)]
         return rounded(self.result)
+
+    def _is_over(self, phase: RunPhase) -> bool:
+        """Whether the rounds before this phase's have taken all steps, as those that end by staleness may."""
+        distill = self.record.request.recipe.distill
+        if phase.round is None or phase.round == 1 or distill.round_trigger != "stale":
+            return False
+        return self.calls.steps_taken() >= distill.steps
+
+    def _skipped(self, phase: RunPhase) -> None:
+        self.reporter.begin(phase.name, phase.round)
+        self.journal.append("phase", {**_of(phase), "event": "finished", "skipped": True})
 
     def _reused(self, phase: RunPhase, holder: RunPhase) -> bool:
         made = self._product(holder)
@@ -89,12 +108,13 @@ class Pipeline:
             return False
         require_intact(found)
         self.pending = []  # rollouts whose cache another run has finished meanwhile
-        self.reporter.begin(phase.name)
-        event: dict[str, Any] = {"phase": phase.name, "event": "reused", "artifact_id": found.artifact_id}
+        self.reporter.begin(phase.name, phase.round)
+        event: dict[str, Any] = {**_of(phase), "event": "reused", "artifact_id": found.artifact_id}
         cost = recorded_cost(found.path, phase.name)
         if cost is not None:
             # The work of an earlier attempt counts as this run's.
-            cost = cost.model_copy(update={"reused": found.record.run_id != self.record.run_id})
+            reused = found.record.run_id != self.record.run_id
+            cost = cost.model_copy(update={"reused": reused, "round": phase.round})
             self.calls.costs.append(cost)
             event["cost"] = cost.to_dict()
         if phase is holder:
@@ -103,16 +123,20 @@ class Pipeline:
         return True
 
     def _computed(self, phase: RunPhase, building: Path) -> None:
-        self.reporter.begin(phase.name)
+        self.reporter.begin(phase.name, phase.round)
         made = self._product(phase)
-        event: dict[str, Any] = {"phase": phase.name, "event": "finished"}
-        written = tree_bytes(checkpoints_of(self.directory, phase.name))
-        require_disk(self.directory, self.disk(phase.name) - written, phase.name)
+        event: dict[str, Any] = {**_of(phase), "event": "finished"}
+        written = tree_bytes(checkpoints_of(self.directory, phase.label))
+        require_disk(self.directory, self.disk(phase.name) // self._rounds(phase) - written, phase.name)
         first = self.calls.loading_seconds is None
-        cost = self.calls.compute(phase.name, building)
+        spent = time.process_time()
+        cost = self.calls.compute(phase.name, building, phase.round)
+        cost = cost.model_copy(update={"processor_seconds": time.process_time() - spent})
         if first and self.calls.loading_seconds is not None:
             self.pending.append(self._start_cost(self.calls.loading_seconds))
-        self.pending.append(self._phase_cost(phase.name, cost))
+        self.pending.append(self._phase_cost(phase, cost))
+        if phase.name == "assess":
+            self.pending += assessed(self.record.request, building, self.device)[0]
         if made is None:
             if phase.name == "sample":
                 self.result |= sampled(building)
@@ -138,7 +162,7 @@ class Pipeline:
                 shutil.rmtree(self.calls.paths.pop(ROLLOUTS), ignore_errors=True)
         self.calls.costs.append(cost)
         self.journal.append("phase", {**event, "cost": cost.to_dict()})
-        shutil.rmtree(checkpoints_of(self.directory, phase.name), ignore_errors=True)
+        shutil.rmtree(checkpoints_of(self.directory, phase.label), ignore_errors=True)
 
     def _building(self, phase: RunPhase) -> Path:
         """Where the phase builds; rollouts and scores in directories that the next run with the same key resumes."""
@@ -163,8 +187,13 @@ class Pipeline:
         return named
 
     @property
-    def _exporting(self) -> Exporting:
-        return Exporting(self.record.request.inputs, self.directory, self.artifacts, self.journal)
+    def _exporting(self) -> "Exporting | HubExport":
+        inputs = self.record.request.inputs
+        if inputs.export is None or inputs.export.hub_id is None:
+            return Exporting(inputs, self.directory, self.artifacts, self.journal)
+        from opd_mcp.worker.hub_upload import HubExport  # with the packages that only an upload needs
+
+        return HubExport(inputs, self.directory, self.artifacts, self.journal, self.hub_token)
 
     def _product(self, phase: RunPhase) -> Product | None:
         return product(phase.name, phase.key, self.record.request.recipe.distill.method)
@@ -173,10 +202,14 @@ class Pipeline:
         cost = StageCost(stage=PROCESS_START, seconds=self.launch_seconds + loading_seconds)
         return PhaseCost(work=PROCESS_START, device=self.device, expected_flops=0.0, cost=cost)
 
-    def _phase_cost(self, name: PhaseName, cost: StageCost) -> PhaseCost:
-        recipe = self.record.request.recipe
-        work = work_name(name, recipe.distill.method, engine_of(recipe, name))
-        return PhaseCost(work=work, device=self.device, expected_flops=self.flops(name), cost=cost)
+    def _phase_cost(self, phase: RunPhase, cost: StageCost) -> PhaseCost:
+        recipe, name = self.record.request.recipe, phase.name
+        expected = self.flops(name) / self._rounds(phase)
+        return PhaseCost(work=work_of(recipe, name), device=self.device, expected_flops=expected, cost=cost)
+
+    def _rounds(self, phase: RunPhase) -> int:
+        """How many phases share what is expected of all with this name."""
+        return self.record.request.recipe.distill.rounds if phase.round is not None else 1
 
     def _take(self, name: PhaseName, artifact_id: str, path: Path) -> None:
         """Make a phase's artifact an input of later phases and part of the result."""
@@ -187,11 +220,21 @@ class Pipeline:
         self.result["artifacts"][role] = artifact_id
         self.result["paths"][role] = str(path)
         if name in ("sft", "distill") and (path / TRAINING_FILE).is_file():
-            self.result.setdefault("training", {})[name] = json.loads((path / TRAINING_FILE).read_bytes())
+            training = json.loads((path / TRAINING_FILE).read_bytes())
+            self.result.setdefault("training", {})[name] = training
+            if "round" in training:
+                self.result.setdefault("rounds", []).append({**training["round"], "model": artifact_id})
+        if name == "assess":
+            self.result["overhead"] = assessed(self.record.request, path, self.device)[1].to_dict()
         if name == "benchmark":
             self.result.update(report_figures(BenchmarkReport.from_json((path / REPORT_FILE).read_bytes())))
             if (path / REPORT_PAGE).is_file():
                 self.result["paths"]["report_page"] = str(path / REPORT_PAGE)
+
+
+def _of(phase: RunPhase) -> dict[str, Any]:
+    """How the journal's lines name a phase."""
+    return {"phase": phase.name} | ({} if phase.round is None else {"round": phase.round})
 
 
 def require_disk(directory: Path, needed: int, phase: PhaseName) -> None:

@@ -9,43 +9,58 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opd_mcp.engine.context import (
+    AssessInputs,
     BenchmarkInputs,
     Context,
     DistillInputs,
     ExportInputs,
     ResponsesInputs,
     RolloutInputs,
+    RoundInputs,
     SampleInputs,
     ScoreInputs,
     SftInputs,
     TaskInputs,
     TeacherInputs,
 )
+from opd_mcp.identity.consistency import inherited
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_lineage
 from opd_mcp.planning.suites import suite_changes
+from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
 from opd_mcp.schemas.recipes import (
     BenchmarkRecipe,
     DistillRecipe,
     ExportRecipe,
+    Recipe,
     ResponsesRecipe,
     RolloutRecipe,
+    RuntimeRecipe,
     SampleRecipe,
     ScoreRecipe,
     SftRecipe,
     base_form,
     is_url,
 )
-from opd_mcp.schemas.reports import BenchmarkReport, Curve, GradedResponses, StageCost, TrainingSummary
+from opd_mcp.schemas.reports import (
+    Assessment,
+    BenchmarkReport,
+    Curve,
+    GradedResponses,
+    StageCost,
+    TrainingSummary,
+    summed_costs,
+)
 from opd_mcp.schemas.resolve import far_rates
-from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord
+from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord, phase_label
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
 from opd_mcp.store.series import Points, thinned
 
+TRAINING: tuple[PhaseName, ...] = ("sft", "distill")
 TRAINING_FILE = "training.json"
 CURVE_METRICS = ("reverse_kl_k1", "loss", "mean_response_tokens", "effective_sample_share", "mean_logprob")
 MAX_CURVES, CURVE_POINTS = 8, 80
@@ -82,6 +97,8 @@ class Stages(Protocol):
 
     def sample(self, section: SampleRecipe, inputs: SampleInputs, output: Path, context: Context) -> StageCost: ...
 
+    def assess(self, recipe: Recipe, inputs: AssessInputs, output: Path, context: Context) -> Assessment: ...
+
     def export(self, section: ExportRecipe, inputs: ExportInputs, output: Path, context: Context) -> StageCost: ...
 
 
@@ -97,6 +114,8 @@ class StageCalls:
     costs: list[StageCost] = field(default_factory=list)
     loading_seconds: float | None = None
     """Seconds spent on loading the stages; None until a phase must be computed."""
+    on_ranks: "Callable[[StageCalls, PhaseName, Path], TrainingSummary] | None" = None
+    """Trains a phase in processes of its own, where the run has several devices."""
 
     def __post_init__(self) -> None:
         inputs = self.record.request.inputs
@@ -113,42 +132,43 @@ class StageCalls:
         self.loading_seconds = time.perf_counter() - begun
         return stages
 
-    def compute(self, name: PhaseName, output: Path) -> StageCost:
-        """Run the stage of a phase into an empty or new directory; raises the stage's errors."""
-        context = replace(self.context, checkpoints=checkpoints_of(self.directory, name))
-        recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
-        if name in ("sft", "distill"):
-            student = self.record.request.inputs.student
-            for rate in far_rates(recipe, [name], student.parameters if student else None):
-                context.reporter.alert(rate.code, f"{rate.message} {rate.fix}")
+    def compute(self, name: PhaseName, output: Path, number: int | None = None) -> StageCost:
+        """Run the stage of a phase, of a round's where `number` says it, into an empty or new directory.
+
+        Raises the stage's errors.
+        """
+        context = replace(self.context, checkpoints=checkpoints_of(self.directory, phase_label(name, number)))
+        recipe, paths = self.record.request.recipe, self.paths
+        if number in (None, 1):
+            self._tell_far_rates(name)
+        if name in TRAINING:
+            if self.on_ranks is not None:
+                return training_cost(name, self.on_ranks(self, name, output))
+            cost = training_cost(name, self.trained(name, output, number))
+            return cost if number is None else cost.model_copy(update={"round": number})
+        stages = self.stages
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
                 learnt = any(phase.name == "sft" for phase in self.record.request.phases)
-                grading = None if learnt else recipe.benchmark
-                responses = ResponsesInputs(teacher=paths["teacher"], prompts=prompts, grading=grading)
+                grading = None if learnt and recipe.responses.keep == "all" else recipe.benchmark
+                responses = ResponsesInputs(
+                    teacher=paths["teacher"], teachers=self._teachers, prompts=prompts, grading=grading
+                )
                 cost = stages.generate_responses(recipe.responses, responses, output, context)
-            case "sft":
-                cost = training_cost(name, stages.sft(recipe.sft, self._sft(), output, context))
             case "rollout":
                 longest = None
                 if self._remote() is not None or is_url(recipe.score.engine):
                     # its identity is checked before the work, not after it
-                    longest = stages.check_teacher(recipe.score, TeacherInputs(**self._scorer()), context)
-                rollouts = RolloutInputs(
-                    student=paths["student"],
-                    prompts=paths["prompts"],
-                    tokenizer=paths.get("teacher"),
-                    eval_prompts=paths.get("eval_prompts"),
-                    form=base_form(recipe.distill.adapter),
-                    longest=longest,
-                )
+                    longest = stages.check_teacher(recipe.score, TeacherInputs(**self._scorer(number)), context)
+                context = replace(context, runtime=runtime_of_round(context.runtime, number))
+                rollouts = self._rollout(number, longest)
                 cost = stages.rollout(recipe.rollout, rollouts, output, context)
             case "score":
-                scored = ScoreInputs(rollouts=paths["rollouts"], **self._scorer())
+                scored = ScoreInputs(rollouts=paths["rollouts"], **self._scorer(number))
                 cost = stages.score(recipe.score, scored, output, context)
-            case "distill":
-                cost = training_cost(name, stages.distill(recipe.distill, self._distill(), output, context))
+            case "assess":
+                cost = self._assessed(output, context)
             case "sample":
                 shown = SampleInputs(model=paths["model"], prompts=paths["prompts"])
                 cost = stages.sample(recipe.sample, shown, output, context)
@@ -162,19 +182,84 @@ class StageCalls:
                 cost = report_cost(stages.benchmark_task(recipe.benchmark, task, output, context))
             case _:
                 cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
-        return cost
+        return cost if number is None else cost.model_copy(update={"round": number})
 
-    def _scorer(self) -> dict[str, Any]:
+    def trained(self, name: PhaseName, output: Path, number: int | None = None) -> TrainingSummary:
+        """Run the stage of a training phase, of a round's where `number` says it; raises the stage's errors."""
+        context = replace(self.context, checkpoints=checkpoints_of(self.directory, phase_label(name, number)))
+        recipe, stages = self.record.request.recipe, self.stages
+        if name == "sft":
+            return stages.sft(recipe.sft, self._sft(), output, context)
+        return stages.distill(recipe.distill, self._distill(number), output, context)
+
+    def _tell_far_rates(self, name: PhaseName) -> None:
+        recipe, student = self.record.request.recipe, self.record.request.inputs.student
+        stages = [name] if name in TRAINING else []
+        for rate in far_rates(recipe, stages, student.parameters if student else None):
+            self.context.reporter.alert(rate.code, f"{rate.message} {rate.fix}")
+
+    def steps_taken(self) -> int:
+        """Of a distillation in rounds, the steps that those taken so far did."""
+        summary = TrainingSummary.from_json((self.paths["model"] / TRAINING_FILE).read_bytes())
+        return summary.round.last_step if summary.round else summary.steps
+
+    def _assessed(self, output: Path, context: Context) -> StageCost:
+        paths, started = self.paths, time.perf_counter()
+        pair = AssessInputs(student=paths["student"], teacher=paths["teacher"], prompts=paths["prompts"])
+        found = self.stages.assess(self.record.request.recipe, pair, output, context)
+        seconds, tokens = time.perf_counter() - started, sum(speed.tokens for speed in found.speeds)
+        return StageCost(stage="assess", seconds=seconds, tokens=tokens, device=found.hardware)
+
+    def _student(self, number: int | None) -> Path:
+        """What a round draws its rollouts from and begins with."""
+        return self.paths["model" if number is not None and number > 1 else "student"]
+
+    def _round(self, number: int) -> RoundInputs:
+        distill = self.record.request.recipe.distill
+        final, until_stale = number == distill.rounds, distill.round_trigger == "stale"
+        return RoundInputs(
+            number=number,
+            first=self.steps_taken() if number > 1 else 0,
+            last=distill.steps if final or until_stale else distill.steps_before(number + 1),
+            final=final,
+            origin=self.paths["student"],
+            before=self.paths["model"] if number > 1 else None,
+            until_stale=until_stale and not final,
+        )
+
+    def _rollout(self, number: int | None, longest: int | None) -> RolloutInputs:
+        paths, distill = self.paths, self.record.request.recipe.distill
+        return RolloutInputs(
+            student=self._student(number),
+            prompts=paths["prompts"],
+            tokenizer=paths.get("teacher"),
+            eval_prompts=paths.get("eval_prompts"),
+            form=base_form(distill.adapter),
+            longest=longest,
+            most=distill.rows_of_round(number) if number else None,
+            skipped=distill.batch_size * distill.steps_before(number) if number else 0,
+        )
+
+    def _scorer(self, number: int | None = None) -> dict[str, Any]:
         """The fields of TeacherInputs."""
         return {
-            "student": self.paths["student"],
+            "student": self._student(number),
+            "prompts": self.paths.get("prompts"),
             "teacher": self.paths.get("teacher"),
+            "teachers": self._teachers,
             "remote": self._remote(),
             "sft_teacher": self._claim(),
             "sft_teacher_path": self._sft_teacher_path(),
             "allow_teacher_mismatch": self.record.request.inputs.allow_teacher_mismatch,
             "form": base_form(self.record.request.recipe.distill.adapter),
         }
+
+    @property
+    def _teachers(self) -> dict[str, Path]:
+        """The directories of several teachers, by domain."""
+        teacher = self.record.request.inputs.teacher
+        members = teacher.members if teacher else None
+        return {domain: Path(str(member.path)) for domain, member in (members or {}).items()}
 
     def _remote(self) -> RemoteTeacher | None:
         teacher = self.record.request.inputs.teacher
@@ -197,12 +282,19 @@ class StageCalls:
             grading=self.record.request.recipe.benchmark,
         )
 
-    def _distill(self) -> DistillInputs:
+    def _distill(self, number: int | None) -> DistillInputs:
         request, paths = self.record.request, self.paths
-        student, allowed = paths["student"], request.inputs.allow_teacher_mismatch
+        student, allowed = self._student(number), request.inputs.allow_teacher_mismatch
         if request.recipe.distill.method == "lightning":
             return DistillInputs(
-                student=student, cache=paths["cache"], sft_teacher=self._claim(), allow_teacher_mismatch=allowed
+                student=student,
+                cache=paths["cache"],
+                sft_teacher=self._claim(),
+                allow_teacher_mismatch=allowed,
+                round=None if number is None else self._round(number),
+                judge=None if self._teachers else paths.get("teacher"),
+                judges=self._teachers,
+                **self._held_out(),
             )
         return DistillInputs(
             student=student,
@@ -211,7 +303,15 @@ class StageCalls:
             rollout=request.recipe.rollout,
             sft_teacher=self._claim(),
             allow_teacher_mismatch=allowed,
+            **self._held_out(),
         )
+
+    def _held_out(self) -> dict[str, Any]:
+        """What judges a student in its training, where the recipe asks for it."""
+        recipe = self.record.request.recipe
+        if recipe.distill.evaluate_steps is None:
+            return {}
+        return {"held_out": self.paths.get("eval_prompts"), "grading": recipe.benchmark}
 
     def _task(self) -> TaskInputs | None:
         """The inputs of a benchmark that is a task of lm-eval; None for one with prompts."""
@@ -240,11 +340,14 @@ class StageCalls:
             suite_changes=suite_changes(self.record.request.inputs.suite, self.record.request.recipe),
             prompts=self._benchmark_prompts(),
             recipe_hash=self.record.request.recipe.content_hash(),
-            teacher=self.paths.get("teacher"),
-            costs=self.costs,
+            teacher=None if self._teachers else self.paths.get("teacher"),
+            teachers=self._teachers,
+            costs=summed_costs(self.costs),
             alerts=view.alerts,
+            skipped=self.record.request.skipped_prompts,
             planned_seconds=self.record.expected_phase_seconds,
             curves=told_curves(view.series),
+            run=run_heading(self.record),
         )
 
     def _benchmarked(self) -> dict[str, Path]:
@@ -253,8 +356,11 @@ class StageCalls:
             models = [inputs.model, *inputs.baselines]
             return dict(zip(model_names(models), [Path(str(model.path)) for model in models], strict=True))
         if "model" in paths:
-            return {"distilled": paths["model"], student_name(paths["student"]): paths["student"]}
+            return {"distilled": paths["model"], self._student_name(): paths["student"]}
         return {"sft": paths["student"], "base": paths["base"]}
+
+    def _student_name(self) -> str:
+        return "base" if self.record.request.recipe.sft.skip else student_name(self.paths["student"])
 
     def _forms(self) -> dict[str, BaseForm]:
         """How the run's last training held the student that it began with."""
@@ -262,21 +368,24 @@ class StageCalls:
         if self.record.request.inputs.model is not None:
             return {}
         if "model" in self.paths:
-            return {student_name(self.paths["student"]): base_form(recipe.distill.adapter)}
+            return {self._student_name(): base_form(recipe.distill.adapter)}
         return {"base": base_form(recipe.sft.adapter)}
 
     def _references(self, models: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
         """The teacher and the student before its SFT, where the report is to have them, and why one is absent."""
         inputs, wanted = self.record.request.inputs, self.record.request.recipe.benchmark.references
         teacher, found, absent = self.paths.get("teacher"), {}, {}
-        if "teacher" in wanted and teacher is not None and teacher not in models.values():
+        sees_more = inputs.teacher is not None and inputs.teacher.sees_more
+        if "teacher" in wanted and self._teachers:
+            absent["teacher"] = "there are several; benchmark_student measures each on the prompts of its domain"
+        elif "teacher" in wanted and teacher is not None and (sees_more or teacher not in models.values()):
             found["teacher"] = teacher
         elif "teacher" in wanted and teacher is None and inputs.model is None:
             absent["teacher"] = "its files are not here, and its server scores tokens without generating any"
         base = self.paths.get("base")
         if "base" in wanted and base is not None and base not in models.values():
             found["base"] = base
-        elif "base" in wanted and base is None and inputs.model is None:
+        elif "base" in wanted and base is None and inputs.model is None and not self.record.request.recipe.sft.skip:
             absent["base"] = "the student came with its SFT done; name its base as a baseline of benchmark_student"
         return found, absent
 
@@ -301,7 +410,14 @@ class StageCalls:
     def _claim(self) -> TeacherClaim | None:
         """The teacher claimed for the student's SFT responses; after an SFT phase the student's lineage says it."""
         student = self.record.request.inputs.student
-        return student.sft_teacher if student and "base" not in self.paths else None
+        claim = student.sft_teacher if student and "base" not in self.paths else None
+        return inherited(claim) if "model" in self.paths else claim  # a later round's student is no longer its teacher
+
+
+def run_heading(record: RunRecord) -> str:
+    """A run's name and id; the id alone where it has no name."""
+    name = " ".join((record.request.labels.name or "").split())
+    return f"{name} ({record.run_id})" if name else record.run_id
 
 
 def student_name(student: Path) -> str:
@@ -323,6 +439,13 @@ def told_curves(series: Mapping[str, Points]) -> list[Curve]:
 def checkpoints_of(run: Path, phase: str) -> Path:
     """Where a phase of a run keeps its checkpoints."""
     return run / CHECKPOINTS / phase
+
+
+def runtime_of_round(runtime: RuntimeRecipe, number: int | None) -> RuntimeRecipe:
+    """The runtime with the seed that a later round draws with: with the first round's its samples would be alike."""
+    if number is None or number == 1:
+        return runtime
+    return runtime.model_copy(update={"seed": int(content_hash(["round", runtime.seed, number])[:7], 16)})
 
 
 def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:
@@ -360,5 +483,9 @@ def model_names(models: list[ModelInput]) -> list[str]:
 
 
 def _without_answer(row: PromptRow) -> str:
-    content = {"prompt": row.prompt} if row.prompt is not None else {"messages": list(row.messages or ())}
+    content: dict[str, Any] = (
+        {"prompt": row.prompt} if row.prompt is not None else {"messages": list(row.messages or ())}
+    )
+    own = {"teacher_messages": row.teacher_messages, "teacher_domain": row.teacher_domain}
+    content |= {name: value for name, value in own.items() if value is not None}
     return json.dumps({"id": row.id, **content}, ensure_ascii=False) + "\n"

@@ -49,6 +49,15 @@ def test_a_leased_gpu_counts_as_free_for_whoever_comes_after_its_holder(tool):
     assert target_of(RuntimeRecipe(), lambda slots: ["gpu-GPU-2b"]).memory == 143771 << 20
 
 
+def test_several_gpus_have_the_memory_of_the_fullest_that_is_taken(tool):
+    tool(f"printf '{ANSWER}'".replace("\n", "\\n"))
+    both = target_of(RuntimeRecipe(devices="all"))
+    assert (both.devices, both.memory, both.name) == (2, 1000 << 20, "each of 2 x NVIDIA H200")
+    with pytest.raises(ResourceError, match="asks for 3 GPUs, and 2 are visible"):
+        target_of(RuntimeRecipe(devices=3))
+    assert target_of(RuntimeRecipe(device="cpu", devices=3)).devices == 3
+
+
 @pytest.mark.parametrize("script", ["exit 9", "echo 'No devices were found'", "echo 'GPU-1, X, [N/A], [N/A]'"])
 def test_a_driver_that_does_not_answer_means_no_gpu(tool, script):
     tool(script)

@@ -96,6 +96,23 @@ def test_a_run_of_two_threads_gets_both_slots_before_later_small_ones(leases, ho
     assert later.stdout.readline().strip().startswith("cpu-")
 
 
+def test_two_runs_that_want_all_slots_get_them_one_after_the_other(leases, hold):
+    """Neither holds one slot while it waits for the other's, though a third run gives its slots back one by one."""
+    small = [hold("small"), hold("other")]
+    for process in small:
+        process.stdout.readline()
+    first = hold("first", 2)
+    waits(leases, "first")
+    second = hold("second", 2)
+    waits(leases, "second")
+    small[1].kill()
+    small[0].kill()
+    assert sorted(first.stdout.readline().split()) == ["cpu-0", "cpu-1"]
+    assert leases.place("second").position == 1
+    first.kill()
+    assert sorted(second.stdout.readline().split()) == ["cpu-0", "cpu-1"]
+
+
 def test_whoever_is_told_to_stop_leaves_queue_and_slots(leases, busy_machine):
     stop = threading.Event()
     answers = []

@@ -72,20 +72,17 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path, tmp_path / "workspace", data)
 
 
-Connect = Callable[[], AbstractAsyncContextManager[Client]]
+Connect = Callable[..., AbstractAsyncContextManager[Client]]
 
 
 @pytest.fixture
 def connect(world: World) -> Connect:
     """Starts a server process and connects to it; several may follow each other on one workspace."""
-    server = StdioServerParameters(
-        command=sys.executable,
-        args=["-m", "opd_mcp.cli", "serve", "--allow-root", str(world.data)],
-        env=world.environment(),
-    )
 
     @asynccontextmanager
-    async def opened() -> AsyncIterator[Client]:
+    async def opened(*options: str) -> AsyncIterator[Client]:
+        command = ["-m", "opd_mcp.cli", "serve", "--allow-root", str(world.data), *options]
+        server = StdioServerParameters(command=sys.executable, args=command, env=world.environment())
         async with Client(server) as client:
             yield client
 

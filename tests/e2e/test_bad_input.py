@@ -93,7 +93,11 @@ def bad_calls(world) -> dict[str, tuple[str, dict[str, Any], list[str]]]:
         "wait too long": ("get_run_status", {"wait_seconds": 26}, ["[wait_too_long]", "25"]),
         "unknown plan": ("start_distillation", {"plan_id": "plan-0123456789ab"}, ["[unknown_plan]"]),
         "start with too little": ("start_distillation", {"student": student}, ["[invalid_argument]"]),
-        "no lineage": ("build_teacher_cache", unmade | {"student": student}, ["[lineage_missing]", "declared_teacher"]),
+        "no lineage": (
+            "build_teacher_cache",
+            unmade | {"student": student, "preset": "demo"},
+            ["[lineage_missing]", "declared_teacher"],
+        ),
         "a server elsewhere": (
             "build_teacher_cache",
             unmade | {"teacher": "t", "teacher_url": "http://169.254.169.254"},

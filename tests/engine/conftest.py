@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,12 @@ class Builder:
     recipe: Recipe
     teacher: Path = EXAMPLE / "teacher"
     prompts: Path = EXAMPLE / "opd.jsonl"
+
+    def shorter(self) -> "Builder":
+        """Builds of fewer responses, steps and rollouts."""
+        few = {"responses": {"limit": 9}, "sft": {"steps": 3}, "rollout": {"count": 16}}
+        sections = {name: getattr(self.recipe, name).model_copy(update=update) for name, update in few.items()}
+        return replace(self, recipe=self.recipe.model_copy(update=sections))
 
     def context(self, **changes: object) -> Context:
         return Context(self.recipe.runtime, self.recipe.prompting, **changes)

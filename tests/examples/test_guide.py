@@ -21,6 +21,7 @@ from opd_mcp.identity.models import inspect_model
 from opd_mcp.planning.costs.estimates import CostModel, room_of
 from opd_mcp.planning.costs.workload import PROCESS_BYTES, DataSize, Workload
 from opd_mcp.planning.exports import export_request
+from opd_mcp.planning.start_arguments import plan_arguments
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.memory import ModelShape
@@ -98,6 +99,9 @@ def place(tmp_path_factory) -> tuple[JobService, dict[str, str]]:
     service.store.artifacts.key.key.sign(student)
     responses = root / "data" / "responses.jsonl"
     responses.write_text('{"prompt": "1+1=?", "response": "1+1=2;#2"}\n')
+    domains = root / "data" / "domains.jsonl"
+    rows = [{"prompt": f"1+{n}=?", "teacher_domain": "math" if n % 2 else "code"} for n in range(6)]
+    domains.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stands = {
         "Qwen/Qwen3-8B": str(teacher),
         "Qwen/Qwen3-1.7B": str(root / "data" / "student"),
@@ -105,6 +109,10 @@ def place(tmp_path_factory) -> tuple[JobService, dict[str, str]]:
         "/data/mine/opd.jsonl": str(task / "tune.jsonl"),
         "/data/mine/eval.jsonl": str(task / "eval.jsonl"),
         "/data/mine/responses.jsonl": str(responses),
+        "/data/mine/domains.jsonl": str(domains),
+        "/models/math-teacher": str(teacher),
+        "/models/code-teacher": str(teacher.with_name("teacher_other_style")),
+        "responses-4be1c09d2a77": str(responses),
         "/data/teacher": str(teacher),
         "/data": str(root / "data"),
         "/exports/qwen3-1.7b-mine": str(student),
@@ -147,6 +155,8 @@ def cache_of(student: Path, teacher: Path, cache: Path) -> Path:
 def standing_in(value: Any, stands: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [standing_in(part, stands) for part in value]
+    if isinstance(value, dict):
+        return {name: standing_in(part, stands) for name, part in value.items()}
     return stands.get(value, value) if isinstance(value, str) else value
 
 
@@ -161,10 +171,12 @@ def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, ar
         given["overrides"] = {
             name: value for name, value in given["overrides"].items() if name != "prompting.chat_template_kwargs"
         }
+        if "prompting.teacher_system" in given["overrides"]:  # and their tokenizer no letters
+            given["overrides"]["prompting.teacher_system"] = "1;2"
     request = request_from_arguments(spec.name, spec.request, given)
     builder = service._builder
-    if tool == "plan_distillation":
-        plan = service.plan(request)
+    if tool == "plan_distillation" or (tool == "start_distillation" and request.prompts is not None):
+        plan = service.plan(request if tool == "plan_distillation" else plan_arguments(request))
         assert not plan.blocking, plan.blocking
     elif tool == "start_distillation" and request.cache_id is not None:
         assert [phase.name for phase in builder.from_cache(request).phases] == ["distill", "benchmark"]
@@ -174,6 +186,7 @@ def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, ar
         assert export_request(builder, service.exports, request).inputs.export.format == "bfloat16"
     elif tool in (
         made := {
+            "generate_teacher_responses": builder.responses,
             "start_sft": builder.sft,
             "build_teacher_cache": builder.cache,
             "benchmark_student": builder.benchmark,

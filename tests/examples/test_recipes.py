@@ -3,11 +3,17 @@
 import pytest
 
 from opd_mcp.demo import TOPK_STEPS
-from opd_mcp.planning.run_requests import distillation_recipe
+from opd_mcp.planning.asked_recipes import distillation_recipe
 from opd_mcp.schemas.requests import PlanDistillation
 from opd_mcp.schemas.resolve import recipe_arguments, resolve_recipe
 
-NAMES = ["arithmetic.toml", "one_gpu_quick.toml", "qwen3_4b_from_8b.toml"]
+NAMES = [
+    "arithmetic.toml",
+    "one_gpu_quick.toml",
+    "qwen3_1.7b_from_8b.toml",
+    "qwen3_4b_from_8b.toml",
+    "qwen3_8b_from_32b.toml",
+]
 # What the embedded example, or the command line, gives where a recipe names no models or data.
 GIVEN = {"student": "/m/student", "teacher": "/m/teacher", "prompts": "/d/prompts.jsonl"}
 

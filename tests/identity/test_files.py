@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from opd_mcp.identity.files import read_json_object, write_atomic
+from opd_mcp.identity.files import publish_file, read_json_object, write_atomic
 from opd_mcp.schemas.errors import IntegrityError
 
 
@@ -16,6 +16,13 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+def test_a_finished_file_takes_the_place_of_an_earlier_one(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / ".a.partial").write_text("new")
+    publish_file(tmp_path / ".a.partial", tmp_path / "a")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
 
 
 def write_many(path, letter):

@@ -3,9 +3,10 @@
 import pytest
 
 from opd_mcp.planning.phases import PhaseChain, cache_id_of, distillation_phases, product, request_hash, with_satisfied
+from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
+from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunPhase
 
 
 def model(name: str, **fields: object) -> ModelInput:
@@ -36,6 +37,7 @@ def keys(given: RunInputs, method: str = "lightning", **overrides: object) -> di
         ({"sft__steps": 7}, ["generate_responses"]),
         ({"benchmark__limit": 7}, ["generate_responses", "sft", "rollout", "score", "distill"]),
         ({"runtime__seed": 7}, []),
+        ({"runtime__devices": 2}, ["generate_responses"]),
         ({"distill__adapter": {}}, ["generate_responses", "sft", "rollout", "score"]),
         ({"distill__adapter": {"quantization": "nf4"}}, ["generate_responses", "sft"]),
     ],
@@ -50,6 +52,19 @@ def test_a_setting_that_came_later_changes_no_key_at_its_default():
     assert keys(inputs(), distill__repair="residual")["distill"] != keys(inputs())["distill"]
     assert "repair" not in resolve_recipe("demo", {}).distill.key_settings()
     assert "repair" in resolve_recipe("demo", {"distill.repair": "residual"}).distill.key_settings()
+    assert keys(inputs(), runtime__devices=1) == keys(inputs())
+
+
+def test_only_what_several_devices_train_has_another_key():
+    """A cache that was made for one device serves the training on two; two and all are not the same."""
+    made = inputs(cache=None)
+    chain = {n: PhaseChain(resolve_recipe("demo", {"runtime.devices": n}), made) for n in (1, 2, "all")}
+    for one in chain.values():
+        one.cache_of_rollouts().distill()
+    found = {n: {phase.name: phase.key for phase in one.phases} for n, one in chain.items()}
+    assert found[1]["rollout"] == found[2]["rollout"] == found["all"]["rollout"]
+    assert found[1]["score"] == found[2]["score"] == found["all"]["score"]
+    assert len({keys_of["distill"] for keys_of in found.values()}) == 3
 
 
 def test_where_a_model_lies_and_how_it_is_called_does_not_matter():
@@ -96,3 +111,57 @@ def test_the_request_hash_is_of_kind_and_keys_only():
     satisfied = with_satisfied(phases, {phases[0].key: "responses-1"})
     assert request_hash("generate", phases) == request_hash("generate", satisfied)
     assert request_hash("generate", phases) != request_hash("sft", phases)
+
+
+def rounds_of(given: RunInputs, **overrides: object) -> list[RunPhase]:
+    recipe = resolve_recipe("demo", {f"distill.{name}": value for name, value in overrides.items()})
+    return distillation_phases(recipe, given, "lightning", sft=True, benchmark=True)
+
+
+def test_each_round_has_phases_of_its_own_and_one_round_is_what_it_was():
+    one = rounds_of(inputs())
+    assert rounds_of(inputs(), rounds=1, round_trigger="steps") == one
+    assert all(phase.round is None for phase in one)
+    three = rounds_of(inputs(), rounds=3)
+    assert [phase.label for phase in three[2:-1]] == [
+        *("rollout", "score", "distill"),
+        *("rollout 2", "score 2", "distill 2"),
+        *("rollout 3", "score 3", "distill 3"),
+    ]
+    assert len({phase.key for phase in three}) == len(three)
+    assert [phase.key for phase in three[:2]] == [phase.key for phase in one[:2]]
+    later = rounds_of(inputs(), rounds=3, steps=120)
+    assert all(mine.key != other.key for mine, other in zip(three[2:], later[2:], strict=True))
+
+
+def test_rounds_that_staleness_ends_begin_with_the_cache_of_one_round():
+    one, stale = rounds_of(inputs()), rounds_of(inputs(), rounds=2, round_trigger="stale")
+    assert [phase.key for phase in stale[:4]] == [phase.key for phase in one[:4]]
+    assert stale[4].key != one[4].key
+    given = data("cache", artifact_id="cache-1")
+    assert [phase.label for phase in rounds_of(inputs(cache=given), rounds=2)[2:]] == [
+        *("distill", "rollout 2", "score 2", "distill 2"),
+        "benchmark",
+    ]
+
+
+def test_a_round_draws_what_its_steps_train_on():
+    distill = resolve_recipe("demo", {"distill.rounds": 3, "distill.steps": 10, "distill.batch_size": 4}).distill
+    assert [distill.rows_of_round(number) for number in (1, 2, 3)] == [12, 12, 16]
+    assert [distill.steps_before(number) for number in (1, 2, 3)] == [0, 3, 6]
+    assert (
+        resolve_recipe("demo", {"distill.rounds": 3, "distill.round_trigger": "stale"}).distill.rows_of_round(2) is None
+    )
+    with pytest.raises(ArgumentError, match="at most"):
+        resolve_recipe("demo", {"distill.rounds": 3, "distill.steps": 2})
+
+
+def test_prompts_that_judge_a_training_are_no_evidence_of_it():
+    held = {"eval_prompts": data("eval", rows=40)}
+    plain, judged = keys(inputs(**held)), keys(inputs(**held), distill__evaluate_steps=5)
+    assert [name for name in plain if plain[name] == judged[name]] == ["generate_responses", "sft", "rollout", "score"]
+    fewer = keys(inputs(**held), distill__evaluate_steps=5, distill__evaluate_prompts=4)
+    assert fewer["benchmark"] != judged["benchmark"]
+    for wrong in ({}, {"eval_prompts": data("eval", rows=16)}):
+        with pytest.raises(ArgumentError, match="judges the student by the first 16 eval_prompts"):
+            keys(inputs(**wrong), distill__evaluate_steps=5)

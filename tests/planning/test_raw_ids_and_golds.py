@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_mcp.schemas.errors import ConsistencyError, DataError
-from opd_mcp.schemas.requests import StartSft
+from opd_mcp.schemas.requests import PlanDistillation, StartSft
 from opd_mcp.server.render.plans import plan_text
 
 GOOD = {"prompt": "1+1=?", "response_ids": [4, 5, 1]}
@@ -144,6 +144,7 @@ def test_golds_that_a_pattern_would_cut_short_block_with_the_way_out(service, wo
     assert "'benchmark.answer_pattern' to null" in fixes[0]
     whole = evaluated(service, world, ["7", "12", "3"], **{"benchmark.answer_pattern": r"#(\d+)"})
     assert problems(whole) == ""
+    assert problems(service.plan(PlanDistillation(**plan.next_action.arguments))) == "", "the next call has the fix"
 
 
 def test_a_sample_of_many_golds_is_graded_and_said(service, world):

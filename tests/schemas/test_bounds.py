@@ -22,15 +22,18 @@ def unbounded(node, place=""):
         return [found for index, part in enumerate(node) for found in unbounded(part, f"{place}/{index}")]
     if not isinstance(node, dict):
         return []
-    bound = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}.get(node.get("type"))
+    types = node.get("type") or []
+    bounds = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}
+    needed = {bounds[kind] for kind in ([types] if isinstance(types, str) else types) if kind in bounds}
     named = "enum" in node or "const" in node or node.get("additionalProperties") is False
-    found = [place] if bound is not None and bound not in node and not named else []
+    found = [place] if not named and not needed <= node.keys() else []
     return found + [hit for name, part in node.items() for hit in unbounded(part, f"{place}/{name}")]
 
 
 def test_there_are_requests_to_look_at():
     assert len(MODELS) >= 15
     assert unbounded({"properties": {"a": {"type": "string"}}}) == ["/properties/a"]
+    assert unbounded({"a": {"type": ["string", "object"], "maxLength": 1}}) == ["/a"]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)

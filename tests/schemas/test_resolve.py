@@ -104,6 +104,27 @@ def test_a_precision_that_loses_the_updates_is_refused_with_the_number(section: 
     resolve_recipe("paper", low | {f"{section}.optimizer.precision": "bf16_stochastic"})
 
 
+@pytest.mark.parametrize("devices", [2, "all"])
+@pytest.mark.parametrize(
+    ("overrides", "way_out"),
+    [
+        ({"sft.optimizer.precision": "split_master"}, "'sft.optimizer.precision' to 'fp32_master'"),
+        ({"distill.adapter.quantization": "nf4"}, "'distill.adapter.quantization'"),
+        ({"distill.method": "live"}, "method='lightning'"),
+        ({"distill.rounds": 2}, "Leave out 'distill.rounds'"),
+        ({"distill.evaluate_steps": 10}, "Leave out 'distill.evaluate_steps'"),
+    ],
+)
+def test_what_several_devices_cannot_share_is_refused_with_the_way_out(devices, overrides, way_out: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        resolve_recipe("paper", overrides | {"runtime.devices": devices})
+    assert caught.value.code == "devices_unsupported"
+    assert way_out in caught.value.fix
+    assert "'runtime.devices' to 1" in caught.value.fix
+    resolve_recipe("paper", {"runtime.devices": devices})
+    resolve_recipe("paper", overrides)
+
+
 @pytest.mark.parametrize("section", ["sft", "distill"])
 def test_8_bit_moments_are_refused_without_their_library(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {f"{section}.optimizer.precision": "fp32_master_8bit"}
@@ -127,3 +148,20 @@ def test_a_named_grader_takes_the_place_of_the_presets_pattern() -> None:
     assert resolve_recipe("demo", {"benchmark.grader": "gsm8k"}).benchmark.answer_pattern is None
     with pytest.raises(ArgumentError, match="answer_pattern is for the grader 'regex'"):
         resolve_recipe("demo", {"benchmark.grader": "gsm8k", "benchmark.answer_pattern": "x"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "fix"),
+    [
+        ({"distill.steps": 0}, "Override distill.steps: ", "Set 'distill.steps' to: integer > 0."),
+        ({"sft.optimizer.schedule": "step"}, "Override sft.optimizer.schedule: ", "constant, linear, cosine."),
+        ({"sft.optimizer.betas": [1, 2, 3]}, "Override sft.optimizer.betas: ", "Set 'sft.optimizer.betas' to: array"),
+        ({"distill.horizon_growth_steps": 3}, "needs a distill.horizon to grow from.", "Change one of the keys"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_the_key_takes(overrides, message, fix):
+    with pytest.raises(ArgumentError, match="invalid_argument") as refused:
+        resolve_recipe("quick", overrides)
+    assert message in refused.value.message
+    assert "Value error" not in refused.value.message
+    assert fix in refused.value.fix

@@ -158,6 +158,9 @@ class ScriptedService:
     def start_distillation(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("start_distillation", "distill", arguments)
 
+    def assess_overhead(self, arguments: Any) -> RunSnapshot:
+        return self._snapshot("assess_overhead", "assess", arguments)
+
     def benchmark_student(self, arguments: Any) -> RunSnapshot:
         return self._snapshot("benchmark_student", "benchmark", arguments)
 
@@ -266,6 +269,9 @@ class ScriptedService:
     def sweep_question(self, arguments: Any, gpu_hours: float) -> Question | None:
         return self.question
 
+    def export_question(self, arguments: Any) -> Question | None:
+        return self.question
+
     def run_deletion_question(self, run_id: str) -> Question:
         return Question(run_id, f"Delete {run_id} with model-1?")
 
@@ -309,6 +315,10 @@ class ScriptedService:
             scores={"distilled": {"greedy_accuracy": [0.8, 0.7, 0.9]}},
         )
         return DashboardFeed(runs=[run], listed=self.list_runs().rows)
+
+    def dashboard_page(self, arguments: Any) -> DashboardFeed:
+        self._record("dashboard_page", arguments)
+        return self.dashboard(arguments.run_ids)
 
     def start_question(self, arguments: Any, gpu_hours: float) -> Question | None:
         return self.question

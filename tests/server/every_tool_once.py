@@ -34,6 +34,7 @@ def calls(folder: Path, plan_id: str) -> list[tuple[str, dict[str, Any]]]:
     swept = {"cache_id": cache, "student": teacher, "points": [{"distill.steps": 1}]}
     return [
         ("inspect_setup", {}),
+        ("assess_overhead", {"student": student, "teacher": teacher, "prompts": ["1+1=?"], **common}),
         ("generate_teacher_responses", {"teacher": teacher, "prompts": ["1+1=?"], **common}),
         ("start_sft", {"student": student, "responses": str(folder / "responses.jsonl"), **declared, **common}),
         ("build_teacher_cache", {"teacher": teacher, "student": student, "prompts": ["1+1=?"], **declared, **common}),

@@ -100,6 +100,9 @@ async def test_the_token_lets_a_client_in(guarded, mode):
         ("/dashboard", {}, 401),
         ("/dashboard?token=wrong", {}, 401),
         ("/dashboard/feed", {}, 401),
+        ("/dashboard/document?run_id=latest&kind=report", {}, 401),
+        ("/", {}, 307),
+        ("/", {"Host": "evil.example"}, 421),
         ("/dashboard", {"Authorization": f"Bearer {TOKEN}"}, 200),
         ("/health", {}, 200),
         ("/mcp", {"Authorization": f"Bearer {TOKEN}", "Host": "evil.example"}, 421),
@@ -328,9 +331,17 @@ async def test_two_servers_share_a_workspace(local, serving):
 async def test_the_page_is_sent_with_a_strict_policy(local):
     async with httpx2.AsyncClient() as http:
         page = await http.get(f"{local}/dashboard")
+        front = await http.get(local, follow_redirects=False)
         unknown = await http.get(f"{local}/dashboard/feed?run_ids=nothing")
+        wrong = await http.get(f"{local}/dashboard/feed?state=asleep")
+        document = await http.get(f"{local}/dashboard/document?run_id=nothing&kind=report")
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert (front.status_code, front.headers["location"]) == (307, "/dashboard")
     assert (unknown.status_code, "[unknown_run]" in unknown.json()["error"]) == (404, True)
+    assert (wrong.status_code, "asleep" in wrong.json()["error"]) == (400, True)
+    assert (document.status_code, "[unknown_run]" in document.text) == (404, True)
+    assert document.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+    assert document.headers["x-content-type-options"] == "nosniff"
 
 
 async def test_tasks_over_http(local):

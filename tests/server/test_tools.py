@@ -11,6 +11,7 @@ MODELS = {"student": "/data/student", "teacher": "/data/teacher", "prompts": "/d
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "inspect_setup": ("setup", {}),
     "plan_distillation": ("plan", MODELS),
+    "assess_overhead": ("assess_overhead", MODELS),
     "generate_teacher_responses": ("generate_teacher_responses", {"teacher": "/data/t", "prompts": ["1+1=?"]}),
     "start_sft": ("start_sft", {"student": "/data/s", "responses": "responses-1"}),
     "build_teacher_cache": ("build_teacher_cache", MODELS | {"topk": 8}),
@@ -29,7 +30,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "get_run_logs": ("run_logs", {"contains": "sft"}),
     "list_artifacts": ("list_artifacts", {"kind": "model"}),
     "open_dashboard": ("dashboard", {}),
-    "dashboard_feed": ("dashboard", {"run_ids": ["lightning-arithmetic-7f3a"]}),
+    "dashboard_feed": ("dashboard_page", {"run_ids": ["lightning-arithmetic-7f3a"]}),
 }
 READ_ONLY = {"inspect_setup", "plan_distillation", "inspect_cache", "get_run_status", "list_runs"} | {
     "get_run_metrics",

@@ -1,9 +1,11 @@
 """The real worker with the stand-in stages; takes the same command line as `opd-mcp worker`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+from opd_mcp.devices.environment import hub_token
 from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.worker.main import WorkerSettings, main
 from opd_mcp.worker.watchdog import WatchSettings
@@ -28,5 +30,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     leases = LeaseFolder(given.lease_folder, given.cpu_slots)
     watch = WatchSettings(floor=given.stall_seconds, poll=0.02)
-    settings = WorkerSettings(leases, load_stages=load_stages, watch=watch)
+    settings = WorkerSettings(leases, load_stages=load_stages, watch=watch, hub_token=hub_token(os.environ))
     sys.exit(main(given.workspace, given.run_id, given.lock_fd, settings))

@@ -3,11 +3,14 @@
 import pytest
 
 from opd_mcp.planning.phases import request_hash
-from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.requests import StartDistillation
+from opd_mcp.schemas.answers import ComparedRun, PairedRuns, RunComparison
+from opd_mcp.schemas.errors import ArgumentError, UnknownIdError
+from opd_mcp.schemas.next_action import NextAction
+from opd_mcp.schemas.requests import CompareRuns, GetRunLogs, StartDistillation
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import ModelInput, RunInputs, RunPhase, RunRequest
 from opd_mcp.server.protocol.arguments import request_from_arguments
+from opd_mcp.server.render.monitoring import comparison_text
 from opd_mcp.server.render.runs import list_text, snapshot_text, status_text
 from opd_mcp.supervisor.records import NAME_CHARACTERS, default_name
 
@@ -93,3 +96,41 @@ def test_a_plan_keeps_its_id_under_another_name_and_a_start_may_name_its_run(wor
 def test_labels_that_cannot_be_listed_are_refused(bad):
     with pytest.raises(ArgumentError, match="invalid_argument"):
         request_from_arguments("start_distillation", StartDistillation, {"plan_id": "p", **bad})
+
+
+def test_a_run_is_meant_by_its_name_where_one_run_has_it(world, service, busy_machine):
+    first = service.start_distillation(world.start_arguments(name="first try"))
+    others = [
+        service.start_distillation(world.start_arguments(name="twice", overrides={"distill.steps": steps}))
+        for steps in (2, 4)
+    ]
+    assert service.status("first try").run_id == first.run_id
+    assert service.run_logs(GetRunLogs(run_id="first try")).run_id == first.run_id
+    assert [run.run_id for run in service.compare_runs(CompareRuns(run_ids=["first try"])).runs] == [first.run_id]
+    with pytest.raises(UnknownIdError, match="2 runs have this name") as refused:
+        service.status("twice")
+    assert set(refused.value.nearest) == {run.run_id for run in others}
+    with pytest.raises(UnknownIdError, match="no such run"):
+        service.status("first")
+    for name in ("first try", *(run.run_id for run in others)):
+        service.cancel(name)
+    assert first.run_id not in service.store.active_runs() or service.status("first try").cancel_requested
+
+
+def test_a_comparison_calls_runs_by_name_and_keys_by_what_tells_them_apart():
+    def run(run_id: str, name: str | None, rank: int) -> ComparedRun:
+        settings = {"sft.adapter.rank": rank, "distill.adapter.rank": 8, "distill.steps": 3}
+        return ComparedRun(run_id=run_id, name=name, kind="distill", state="succeeded", settings=settings)
+
+    runs = [run("a-1", "small", 8), run("b-2", "same", 16), run("c-3", "same", 32), run("d-4", None, 64)]
+    pairs = [
+        PairedRuns(candidate="a-1", baseline=other, accuracy_difference=(0.1, 0.0, 0.2), prompts=9)
+        for other in ("b-2", "d-4")
+    ]
+    keys = ["sft.adapter.rank", "distill.adapter.rank", "distill.steps"]
+    text = comparison_text(RunComparison(settings=keys, runs=runs, best="a-1", paired=pairs, next_action=NextAction()))
+    head, *rows = text.splitlines()
+    assert head.split()[:4] == ["run", "sft.adapter.rank", "distill.adapter.rank", "steps"]
+    assert [row.split()[0] for row in rows[:4]] == ["small", "b-2", "c-3", "d-4"]
+    assert "best: small (a-1)" in rows
+    assert "accuracy of small minus b-2: 0.100 [0.000, 0.200], 9 prompts" in rows

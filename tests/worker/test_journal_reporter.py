@@ -61,3 +61,21 @@ def test_a_cancel_request_is_seen_and_stays(tmp_path, reporter, clock):
     clock.now = 0.2
     assert reporter.should_stop()
     assert reporter.should_stop()
+
+
+def test_the_log_has_a_line_with_metrics_now_and_then(reporter, clock, caplog):
+    caplog.set_level("INFO")
+    reporter.begin("distill")
+    for step in range(1, 101):
+        clock.now = step * 0.5
+        reporter.metric(step, {"loss": 1 / step, "reverse_kl_k1": 0.25})
+        reporter.progress(step, 100, "steps")
+    reporter.begin("benchmark")
+    reporter.progress(1, 8, "prompts")
+    assert [line for line in caplog.messages if "loss" not in line or "100/100" in line] == [
+        "distill 100/100 steps: loss 0.01, reverse_kl_k1 0.25",
+        "benchmark 1/8 prompts",
+    ]
+    assert [line.split(" steps")[0] for line in caplog.messages[:-1]] == [
+        "distill 1/100", "distill 31/100", "distill 61/100", "distill 91/100", "distill 100/100",
+    ]  # fmt: skip

@@ -211,7 +211,8 @@ def problems(answer: dict[str, Any]) -> list[str]:
         elif max(build["behaviour_logprobs"], build["teacher_logprobs"]) > 10 * BAR:
             found.append("a build with kills has other log-probs")
     left = [
-        run["engine"]["left_over"],
+        run["left_over"],
+        made["left_over"],
         *(part["left_over"] for part in answer.get("kills", []) + answer.get("builds", [])),
     ]
     if any(left):

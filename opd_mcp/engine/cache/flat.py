@@ -29,6 +29,8 @@ HEADER_BYTES = 4096
 ALIGNMENT = 64
 CRC_BYTES = 1 << 24
 DTYPES = {"prompt_ids": "<i4", "prompt_offsets": "<i8", "response_ids": "<i4", "response_offsets": "<i8"}
+DOMAINS = "domains"
+"""The place of each row's domain among those that the header names."""
 COLUMN_DTYPES = {"teacher_logprobs": "<f4", "behaviour_logprobs": "<f4", "topk_ids": "<i4", "topk_logprobs": "<f4"}
 
 
@@ -71,8 +73,14 @@ def read_flat(cache: Path) -> Sequences:
         mapped = np.memmap(file, dtype=entry["dtype"], mode="r", offset=entry["offset"], shape=shape)
         arrays[entry["name"]] = mapped.view(np.ndarray)  # slicing a memmap itself costs twice the copy
     columns = {name: arrays[name] for name in COLUMN_DTYPES if name in arrays}
+    names = header.get(DOMAINS, [])
     return Sequences(
-        arrays["prompt_ids"], arrays["prompt_offsets"], arrays["response_ids"], arrays["response_offsets"], columns
+        arrays["prompt_ids"],
+        arrays["prompt_offsets"],
+        arrays["response_ids"],
+        arrays["response_offsets"],
+        columns,
+        domains=[names[place] for place in arrays[DOMAINS].tolist()] if names else (),
     )
 
 
@@ -91,11 +99,12 @@ def write_flat(cache: Path) -> Path:
                 )
                 for entry in arrays
             }
-            _fill(maps, cache, manifest)
+            names = _fill(maps, cache, manifest)
             del maps  # unmapped, so that reading the file sees what was written
             source = hashlib.sha256((cache / MANIFEST_FILE).read_bytes()).hexdigest()
             out.seek(0)
-            out.write(_header_bytes({"manifest": source, "crc32": _body_crc(partial), "arrays": arrays}))
+            header = {"manifest": source, "crc32": _body_crc(partial), "arrays": arrays}
+            out.write(_header_bytes(header | ({DOMAINS: names} if names else {})))
             out.flush()
             os.fsync(out.fileno())
         os.replace(partial, file)
@@ -130,16 +139,21 @@ def _plan(manifest: CacheManifest) -> tuple[list[dict[str, Any]], int]:
         shapes["behaviour_logprobs"] = (tokens,)
     if manifest.topk:
         shapes |= {"topk_ids": (tokens, manifest.topk), "topk_logprobs": (tokens, manifest.topk)}
+    if manifest.domains:
+        shapes[DOMAINS] = (rows,)
     arrays, place = [], HEADER_BYTES
     for name, shape in shapes.items():
-        dtype = np.dtype((DTYPES | COLUMN_DTYPES)[name])
+        dtype = np.dtype((DTYPES | COLUMN_DTYPES | {DOMAINS: "<i4"})[name])
         arrays.append({"name": name, "dtype": dtype.str, "shape": list(shape), "offset": place})
         place += -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
     return arrays, place
 
 
-def _fill(maps: dict[str, NDArray[Any]], cache: Path, manifest: CacheManifest) -> None:
+def _fill(maps: dict[str, NDArray[Any]], cache: Path, manifest: CacheManifest) -> list[str]:
+    """Write the arrays; the names of the domains."""
     row = prompts = responses = 0
+    names = sorted(manifest.domains or ())
+    places = {name: place for place, name in enumerate(names)}
     for shard in manifest.shards:
         part = read_shard(cache / shard.file, sha256=shard.sha256)
         count, prompt_count, response_count = len(part), len(part.prompt_ids), len(part.response_ids)
@@ -149,7 +163,10 @@ def _fill(maps: dict[str, NDArray[Any]], cache: Path, manifest: CacheManifest) -
         maps["response_offsets"][row : row + count + 1] = part.response_offsets + responses
         for name in COLUMN_DTYPES.keys() & maps.keys():
             maps[name][responses : responses + response_count] = part.columns[name]
+        if names:
+            maps[DOMAINS][row : row + count] = [places[name] for name in part.domains]
         row, prompts, responses = row + count, prompts + prompt_count, responses + response_count
+    return names
 
 
 def _header_bytes(header: dict[str, Any]) -> bytes:

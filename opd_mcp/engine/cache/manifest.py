@@ -20,7 +20,7 @@ from opd_mcp.schemas.cache import (
     ScoreStatistics,
     Shard,
 )
-from opd_mcp.schemas.identity import EngineFacts, ModelIdentity
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity, TeacherContext
 from opd_mcp.schemas.recipes import Sampling
 
 RECORD_FILE = "rollouts.json"
@@ -53,6 +53,8 @@ class RolloutRecord(Record):
     generated_by: EngineFacts | None = None
     rescored: bool | None = None
     rendered_at: str | None = None
+    teacher_context: TeacherContext | None = None
+    """What the prompts show the teacher alone; the shards then have its prompts as well."""
 
 
 def write_record(directory: Path, record: RolloutRecord) -> None:

@@ -12,7 +12,7 @@ from opd_mcp.identity.lineage import MANIFEST_FILE, data_hashes, read_manifest, 
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.cache import CacheManifest, Hygiene, Shard
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.identity import Lineage, Parent
+from opd_mcp.schemas.identity import Lineage, ModelIdentity, Parent
 
 SAME = ("topk", "dtype", "vocab_size", "eos_token_ids", "sampling", "sft_teacher", "teacher_mismatch_allowed", "lacks")
 
@@ -53,8 +53,10 @@ def merged(output: Path, caches: Sequence[Path]) -> CacheManifest:
     statistics = scores.statistics() if manifests[0].has_behaviour else manifests[0].scores
     whole = manifests[0].model_copy(
         update={
+            "teacher": _seen_by_all([manifest.teacher for manifest in manifests]),
             "prompts_sha256": content_hash([manifest.prompts_sha256 for manifest in manifests]),
             "shards": shards,
+            "domains": _domains(manifests),
             "content_sha256": content.hexdigest(),
             "layout": None,
             "rollouts": rollouts.statistics(),
@@ -84,16 +86,39 @@ def merged(output: Path, caches: Sequence[Path]) -> CacheManifest:
     return whole
 
 
+def _domains(manifests: Sequence[CacheManifest]) -> dict[str, int] | None:
+    rows: Counter[str] = Counter()
+    for manifest in manifests:
+        rows.update(manifest.domains or {})
+    return dict(rows) or None
+
+
+def _seen_by_all(teachers: Sequence[ModelIdentity]) -> ModelIdentity:
+    """The one teacher, with the messages of its own that the prompts of all caches have."""
+    context = teachers[0].context
+    if context is None or context.rows is None:
+        return teachers[0]
+    rows = content_hash([teacher.context.rows for teacher in teachers if teacher.context])
+    return teachers[0].model_copy(update={"context": context.model_copy(update={"rows": rows})})
+
+
 def _require_same(first: CacheManifest, other: CacheManifest) -> None:
     for code, role in (("teacher_mismatch", "teacher"), ("behaviour_mismatch", "behaviour")):
         one, two = getattr(first, role), getattr(other, role)
-        if not one.same_model(two) or one.tokenizer != two.tokenizer:
+        if not one.same_model(two) or one.tokenizer != two.tokenizer or not one.same_context(two):
             raise ConsistencyError(
                 code,
                 f"The caches are not of one {role}: {one.label()} and {two.label()}.",
                 value=two.label(),
                 fix="Merge caches of the same teacher and student only.",
             )
+    if (first.domains is None) != (other.domains is None):
+        raise ConsistencyError(
+            "caches_differ",
+            "The rows of only one of the caches have a teacher_domain.",
+            value=sorted(first.domains or other.domains or ()),
+            fix="Build both from prompts with a teacher_domain, or both from prompts without.",
+        )
     differing = [name for name in SAME if getattr(first, name) != getattr(other, name)]
     if differing:
         raise ConsistencyError(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_mcp.engine.data.sequences import Sequences, concatenate
+from opd_mcp.engine.data.sequences import Sequences, TeacherPrompts, concatenate
 from opd_mcp.identity.files import fsync_directory
 from opd_mcp.schemas.cache import Shard
 from opd_mcp.schemas.errors import IntegrityError
@@ -24,6 +24,10 @@ ZSTD_LEVEL = 1
 # below this float16 has no finite neighbour worth keeping, and an advantage is clipped long before
 LEAST_FLOAT16_LOGPROB = -1e4
 TOKEN_COLUMNS = ("teacher_logprobs", "behaviour_logprobs", "topk_ids", "topk_logprobs")
+TEACHER_PROMPTS = "teacher_prompt_ids"
+"""The column of the prompts that the teacher saw; absent where they are the student's."""
+DOMAIN = "teacher_domain"
+"""The column of the domains of several teachers; absent where the prompts have none."""
 
 
 def write_shard(
@@ -46,14 +50,20 @@ def write_shard(
         "response_ids": _ragged(sequences.response_offsets, sequences.response_ids),
         "finish_reason": pa.array(sequences.finish_reasons, pa.string()),
     }
+    seen = sequences.teacher_prompts
+    if seen is not None:
+        columns[TEACHER_PROMPTS] = _ragged(seen.offsets, seen.ids)
     for name in TOKEN_COLUMNS:
         if name in sequences.columns:
             columns[name] = _ragged(sequences.response_offsets, sequences.columns[name])
+    if sequences.domains:
+        columns[DOMAIN] = pa.array(sequences.domains, pa.string())
     for name, values in (texts or {}).items():
         columns[name] = pa.array(values, pa.string())
     columns["row_crc"] = pa.array(row_crcs(sequences), pa.uint32())
     table = pa.table(columns)
-    split = ["prompt_ids", "response_ids", *(name for name in TOKEN_COLUMNS if name in sequences.columns)]
+    ids = ("prompt_ids", "response_ids", TEACHER_PROMPTS)
+    split = [name for name in (*ids, *TOKEN_COLUMNS) if name in columns]
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(
         table,
@@ -106,12 +116,14 @@ def read_shard(path: Path, *, sha256: str | None = None) -> Sequences:
 def _decoded(table: Any) -> tuple[Sequences, NDArray[np.uint32]]:
     prompt_offsets, prompt_ids = _flat(table, "prompt_ids")
     response_offsets, response_ids = _flat(table, "response_ids")
+    seen = _flat(table, TEACHER_PROMPTS) if TEACHER_PROMPTS in table.column_names else None
     columns = {name: _flat(table, name)[1] for name in TOKEN_COLUMNS if name in table.column_names}
-    if any(values.dtype != np.int32 for values in (prompt_ids, response_ids)):
+    if any(values.dtype != np.int32 for values in (prompt_ids, response_ids, *(seen[1:] if seen else ()))):
         raise TypeError("ids are not 32-bit integers")
     if any(len(values) != len(response_ids) or values.dtype.kind not in "if" for values in columns.values()):
         raise ValueError("a column has another length or type than the responses")
-    texts = {name: table.column(name).to_pylist() for name in ("finish_reason", "prompt_id")}
+    named = ("finish_reason", "prompt_id", *([DOMAIN] if DOMAIN in table.column_names else []))
+    texts = {name: table.column(name).to_pylist() for name in named}
     if not all(isinstance(text, str) for values in texts.values() for text in values):
         raise TypeError("a text is missing")
     sequences = Sequences(
@@ -122,6 +134,8 @@ def _decoded(table: Any) -> tuple[Sequences, NDArray[np.uint32]]:
         columns,
         texts["finish_reason"],
         texts["prompt_id"],
+        TeacherPrompts(seen[1], seen[0]) if seen else None,
+        texts.get(DOMAIN, ()),
     )
     crcs = table.column("row_crc").to_numpy()
     if crcs.dtype != np.uint32:
@@ -162,14 +176,16 @@ def read_texts(path: Path, column: str) -> list[str | None]:
 
 
 def row_crcs(sequences: Sequences) -> NDArray[np.uint32]:
-    """crc32 of each row [N] over prompt ids, response ids and the token columns in name order."""
-    crcs = np.empty(len(sequences), dtype=np.uint32)
+    """crc32 of each row [N] over prompt, response, the token columns in name order, and the teacher's prompt."""
+    crcs, seen = np.empty(len(sequences), dtype=np.uint32), sequences.teacher_prompts
     names = sorted(name for name in sequences.columns if name in TOKEN_COLUMNS)
     for row in range(len(sequences)):
         crc = zlib.crc32(sequences.prompt(row).tobytes())
         crc = zlib.crc32(sequences.response(row).tobytes(), crc)
         for name in names:
             crc = zlib.crc32(np.ascontiguousarray(sequences.column(name, row)).tobytes(), crc)
+        if seen is not None:
+            crc = zlib.crc32(seen.of(row).tobytes(), crc)
         crcs[row] = crc
     return crcs
 
@@ -184,9 +200,11 @@ class ContentHash:
         """Take in these rows."""
         names = sorted(name for name in sequences.columns if name in TOKEN_COLUMNS)
         for row in range(len(sequences)):
-            texts = f"{sequences.prompt_row_ids[row]}\0{sequences.finish_reasons[row]}".encode()
+            texts = f"{sequences.prompt_row_ids[row]}\0{sequences.finish_reasons[row]}"
+            texts += f"\0{sequences.domains[row]}" if sequences.domains else ""
             values = [sequences.prompt(row), sequences.response(row), *(sequences.column(name, row) for name in names)]
-            parts = [texts, *(np.ascontiguousarray(part).tobytes() for part in values)]
+            values += [] if sequences.teacher_prompts is None else [sequences.teacher_prompts.of(row)]
+            parts = [texts.encode(), *(np.ascontiguousarray(part).tobytes() for part in values)]
             self._digest.update(str([len(part) for part in parts]).encode())
             for part in parts:
                 self._digest.update(part)

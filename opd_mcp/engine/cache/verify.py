@@ -11,9 +11,11 @@ from opd_mcp.engine.cache.flat import FLAT_FILE, FlatProblem, read_flat
 from opd_mcp.engine.cache.shards import ContentHash, read_shard
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
+from opd_mcp.identity.panels import domains_of
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.errors import IntegrityError, OpdError
+from opd_mcp.schemas.identity import ModelIdentity
 
 ROUNDING = 1e-4
 # what storing may add to a correct log-prob: float16 keeps 11 bits
@@ -45,8 +47,14 @@ class Verification(Schema):
         return "\n".join([*lines, *found])
 
 
-def verified(cache: Path, rescore: Rescore | None = None, *, sample: int = 16) -> Verification:
-    """Everything that is wrong with a cache; with `rescore`, `sample` rows are compared with the teacher."""
+def verified(
+    cache: Path, rescore: Rescore | None = None, *, sample: int = 16, teacher: ModelIdentity | None = None
+) -> Verification:
+    """Everything that is wrong with a cache; with `rescore`, `sample` rows are compared with the teacher.
+
+    Of a cache of several teachers only the rows of `teacher` are compared. Raises ConsistencyError `teacher_mismatch`
+    for one that is none of them.
+    """
     try:
         manifest = read_manifest(cache)
     except OpdError as error:
@@ -79,16 +87,16 @@ def verified(cache: Path, rescore: Rescore | None = None, *, sample: int = 16) -
             read_flat(cache)
         except FlatProblem as problem:
             problems.append(f"{FLAT_FILE}: {problem.why}; training makes it again")
-    rescored, largest = 0, None
+    chosen, largest = Sequences.empty(), None
     if rescore is not None and parts:
-        chosen = sampled_rows(concatenate(parts), sample)
-        rescored, largest = len(chosen), _compared(chosen, rescore, manifest, problems)
+        chosen = _rows_to_score(concatenate(parts), manifest, teacher, sample)
+        largest = _compared(chosen, rescore, manifest, problems)
     return Verification(
         cache=str(cache),
         rows=manifest.rows,
         tokens=manifest.tokens,
         problems=problems,
-        rescored_rows=rescored,
+        rescored_rows=len(chosen),
         largest_difference=largest,
     )
 
@@ -104,7 +112,13 @@ def value_problems(rows: Sequences, manifest: CacheManifest) -> list[str]:
             problems.append(f"{name} is not finite")
         elif (values > ROUNDING).any():
             problems.append(f"{name} is above 0")
-    ids = [rows.prompt_ids, rows.response_ids, *(v.ravel() for n, v in columns.items() if n == "topk_ids")]
+    seen = rows.teacher_prompts
+    ids = [
+        rows.prompt_ids,
+        rows.response_ids,
+        *([seen.ids] if seen else []),
+        *(v.ravel() for n, v in columns.items() if n == "topk_ids"),
+    ]
     if any(((part < 0) | (part >= manifest.vocab_size)).any() for part in ids):
         problems.append("a token id is outside the vocabulary")
     if "topk_logprobs" in rows.columns and (np.diff(rows.columns["topk_logprobs"], axis=1) > 0).any():
@@ -118,6 +132,13 @@ def value_problems(rows: Sequences, manifest: CacheManifest) -> list[str]:
     return problems
 
 
+def _rows_to_score(rows: Sequences, manifest: CacheManifest, teacher: ModelIdentity | None, sample: int) -> Sequences:
+    if manifest.teacher.members is not None:
+        own = domains_of(manifest.teacher, teacher)
+        rows = rows.take(np.flatnonzero([domain in own for domain in rows.domains]))
+    return sampled_rows(rows, sample)
+
+
 def sampled_rows(rows: Sequences, count: int) -> Sequences:
     """Up to `count` rows, evenly spread."""
     return rows.take(np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)))
@@ -125,7 +146,7 @@ def sampled_rows(rows: Sequences, count: int) -> Sequences:
 
 def _compared(chosen: Sequences, rescore: Rescore, manifest: CacheManifest, problems: list[str]) -> float:
     stored = chosen.columns["teacher_logprobs"].astype(np.float64)
-    difference = np.abs(rescore(chosen, manifest.topk).astype(np.float64) - stored)
+    difference = np.abs(rescore(chosen.for_teacher(), manifest.topk).astype(np.float64) - stored)
     allowed = TOLERANCE[manifest.dtype] + RELATIVE[manifest.dtype] * np.abs(stored)
     if manifest.teacher.remote is not None:
         allowed = allowed + TOLERANCE["float16"]  # another engine

@@ -1,6 +1,6 @@
 """Batches: the rows of each step, the micro-batches they are cut into, and a micro-batch's rows laid end to end."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,12 +128,16 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[NDArr
 
 @dataclass(frozen=True)
 class StepData:
-    """The rows of one optimizer step, with the seconds it took to generate and to score them (0 from a cache)."""
+    """The rows of one optimizer step, with the seconds it took to generate and to score them (0 from a cache).
+
+    `row_weights` [N] say how much each row counts; None: all the same.
+    """
 
     sequences: Sequences
     indices: NDArray[np.int64]
     seconds_generation: float = 0.0
     seconds_scoring: float = 0.0
+    row_weights: NDArray[np.float64] | None = None
 
 
 # the data of all steps from one on, so that a resumed loop gets what it would have got
@@ -154,6 +158,26 @@ def shortened_steps(steps: StepsFrom, horizon: float, growth_steps: int | None) 
             grown = 0.0 if growth_steps is None else min(1.0, step / growth_steps)
             lengths = np.ceil(kept + grown * (whole - kept)).astype(np.int64)
             yield replace(data, sequences=data.sequences.beginnings(lengths))
+
+    return steps_from
+
+
+def steps_by_domain(steps: StepsFrom, domains: Mapping[str, int], weights: Mapping[str, float]) -> StepsFrom:
+    """The steps with rows weighed by domain, whose place among the sorted names is in the tokens' column `domain`.
+
+    `domains` are all rows by name; over them the mean weight is 1, and 1 is the weight of a domain that is not named.
+    """
+    names = sorted(domains)
+    own = np.array([weights.get(name, 1.0) for name in names])
+    counts = np.array([domains[name] for name in names])
+    scale = counts.sum() / (counts * own).sum()
+
+    def steps_from(first: int) -> Iterator[StepData]:
+        for data in steps(first):
+            rows = data.sequences
+            places = np.array([names.index(domain) for domain in rows.domains], dtype=np.int32)
+            marked = rows.with_columns(domain=np.repeat(places, rows.response_lengths()))
+            yield replace(data, sequences=marked, row_weights=scale * own[places] if weights else None)
 
     return steps_from
 

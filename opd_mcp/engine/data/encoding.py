@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.runtime import TooSlow, processor_seconds
-from opd_mcp.identity.chat.rendering import NO_MOMENT
+from opd_mcp.identity.chat.rendering import NO_MOMENT, system_dropped
 from opd_mcp.identity.chat.tokenizer import ChatTokenizer
-from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.consistency import teacher_context
+from opd_mcp.identity.data.rows import PromptRow, TeacherTurnsHash
 from opd_mcp.identity.tokenizers import reads_clock
 from opd_mcp.schemas.errors import ArgumentError, DataError
+from opd_mcp.schemas.identity import TeacherContext
 from opd_mcp.schemas.recipes import PromptingRecipe
 
 # far above what a template and a tokenizer take for a prompt
@@ -23,25 +25,40 @@ TEMPLATE_SECONDS_A_ROW = 0.05
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One prompt with its token ids."""
+    """One prompt with its token ids, and those that the teacher sees; None for all prompts where they are the same."""
 
     row: PromptRow
     ids: list[int]
+    teacher_ids: list[int] | None = None
+
+    def for_teacher(self) -> "EncodedPrompt":
+        """The prompt that the teacher answers."""
+        return self if self.teacher_ids is None else EncodedPrompt(self.row, self.teacher_ids)
 
 
 def encode_prompts(
-    rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase, context: Context
+    rows: Sequence[PromptRow],
+    tokenizer: PreTrainedTokenizerBase,
+    context: Context,
+    teacher: PreTrainedTokenizerBase | None = None,
 ) -> list[EncodedPrompt]:
-    """Every prompt that fits `prompting.max_prompt_tokens`; the others are reported in an alert.
+    """Every prompt that fits `prompting.max_prompt_tokens`, as both see it; the others are reported in an alert.
 
-    Raises DataError `empty_data` if none fits, ArgumentError `too_slow` for a chat template that does not end.
+    `teacher` is the tokenizer of what the teacher sees, by default the same. Raises DataError `empty_data` if none
+    fits, `system_dropped` for a template that does not show the teacher its system prompt, ArgumentError `too_slow` for
+    a chat template that does not end.
     """
-    limit = context.prompting.max_prompt_tokens
+    limit, system = context.prompting.max_prompt_tokens, context.prompting.teacher_system
     chat = chat_of(tokenizer, context.prompting, context.rendered_at)
-    with limited_rendering(len(rows)):
+    seen = [row.for_teacher(system) for row in rows]
+    with limited_rendering(2 * len(rows)):
         encoded = [EncodedPrompt(row, chat.prompt_ids(row)) for row in rows]
         spelt = sum(bool(chat.spelt_control_tokens(row)) for row in rows)
+        if system is not None or any(row.teacher_messages is not None for row in rows):
+            other = chat if teacher is None else chat_of(teacher, context.prompting, context.rendered_at)
+            encoded = _with_teacher_ids(encoded, seen, other)
     kept = [prompt for prompt in encoded if 0 < len(prompt.ids) <= limit]
+    kept = [prompt for prompt in kept if prompt.teacher_ids is None or 0 < len(prompt.teacher_ids) <= limit]
     if len(kept) < len(encoded):
         context.reporter.alert(
             "prompts_dropped", f"{len(encoded) - len(kept)} of {len(encoded)} prompts are empty or over {limit} tokens."
@@ -62,8 +79,36 @@ def encode_prompts(
     return kept
 
 
+def by_domain(prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+    """The prompts, those of one domain after the other, so that each of several teachers is loaded once."""
+    return sorted(prompts, key=lambda prompt: prompt.row.teacher_domain or "")
+
+
+def student_side(rows: Sequence[PromptRow], context: Context) -> tuple[list[PromptRow], Context]:
+    """Prompts and context without what a teacher alone sees."""
+    prompting = context.prompting.model_copy(update={"teacher_system": None})
+    return [replace(row, teacher_messages=None) for row in rows], replace(context, prompting=prompting)
+
+
+def _with_teacher_ids(
+    encoded: Sequence[EncodedPrompt], seen: Sequence[PromptRow], chat: ChatTokenizer
+) -> list[EncodedPrompt]:
+    """The prompts with what the teacher sees, for all of them as soon as one differs; raises `system_dropped`."""
+    own = [prompt.ids if row is prompt.row else chat.prompt_ids(row) for prompt, row in zip(encoded, seen, strict=True)]
+    if chat.prompting.teacher_system and encoded and own[0] == chat.prompt_ids(encoded[0].row.for_teacher(None)):
+        raise system_dropped()
+    return [replace(prompt, teacher_ids=ids) for prompt, ids in zip(encoded, own, strict=True)]
+
+
+def context_of(rows: Sequence[PromptRow], prompting: PromptingRecipe) -> TeacherContext | None:
+    """What the teacher of these prompts sees that the student does not; None where it sees the same."""
+    turns = TeacherTurnsHash()
+    turns.add([row.parts() for row in rows])
+    return teacher_context(prompting.teacher_system, turns.hexdigest())
+
+
 def ids_of(prompts: Sequence[EncodedPrompt]) -> set[int]:
-    """Every id that stands in one of the prompts."""
+    """Every id that stands in one of the prompts, as the student sees them."""
     return set().union(*(prompt.ids for prompt in prompts))
 
 

@@ -1,7 +1,7 @@
 """Prompts with their responses, flat in memory: one array per column, offsets per row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +10,25 @@ EOS, TRUNCATED = "eos", "length"
 
 
 @dataclass(frozen=True)
+class TeacherPrompts:
+    """What the teacher sees before each of N responses: `ids` int32 [Q], `offsets` int64 [N + 1]."""
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    def of(self, row: int) -> NDArray[np.int32]:
+        """Token ids of one prompt."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True)
 class Sequences:
     """N rows with P prompt tokens and T response tokens in all.
 
     `prompt_ids` int32 [P], `response_ids` int32 [T], offsets int64 [N + 1]; `columns` hold one value ([T]) or k values
-    ([T, k]) a response token: `teacher_logprobs`, `behaviour_logprobs`, `topk_ids`, `topk_logprobs`.
+    ([T, k]) a response token: `teacher_logprobs`, `behaviour_logprobs`, `topk_ids`, `topk_logprobs`. Where the teacher
+    sees other prompts than the student, `teacher_prompts` has them; the response tokens are the same. `domains` are
+    those of several teachers.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -24,6 +38,8 @@ class Sequences:
     columns: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
     finish_reasons: Sequence[str] = ()
     prompt_row_ids: Sequence[str] = ()
+    teacher_prompts: TeacherPrompts | None = None
+    domains: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.response_offsets) - 1
@@ -55,15 +71,18 @@ class Sequences:
 
     def with_columns(self, **columns: NDArray[np.generic]) -> "Sequences":
         """The same rows with columns added or replaced."""
-        return Sequences(
-            self.prompt_ids,
-            self.prompt_offsets,
-            self.response_ids,
-            self.response_offsets,
-            {**self.columns, **columns},
-            self.finish_reasons,
-            self.prompt_row_ids,
-        )
+        return replace(self, columns={**self.columns, **columns})
+
+    def for_teacher(self) -> "Sequences":
+        """The same responses after the prompts that the teacher sees; a token has the place that it has here."""
+        seen = self.teacher_prompts
+        return self if seen is None else replace(self, prompt_ids=seen.ids, prompt_offsets=seen.offsets)
+
+    def with_prompts(self, prompts: Sequence[Sequence[int]]) -> "Sequences":
+        """The same responses after other prompts; those of now are what the teacher saw."""
+        ids, offsets = flatten(prompts)
+        seen = TeacherPrompts(self.prompt_ids, self.prompt_offsets)
+        return replace(self, prompt_ids=ids, prompt_offsets=offsets, teacher_prompts=seen)
 
     def beginnings(self, lengths: NDArray[np.int64]) -> "Sequences":
         """The same rows with the first `lengths` [N] tokens of their responses; why they ended is no longer known."""
@@ -77,6 +96,8 @@ class Sequences:
             {name: values[mask] for name, values in self.columns.items()},
             (),
             self.prompt_row_ids,
+            self.teacher_prompts,
+            self.domains,
         )
 
     def take(self, rows: NDArray[np.int64]) -> "Sequences":
@@ -91,6 +112,8 @@ class Sequences:
             {name: gathered(values, self.response_offsets, rows)[0] for name, values in self.columns.items()},
             [self.finish_reasons[row] for row in rows.tolist()] if self.finish_reasons else (),
             [self.prompt_row_ids[row] for row in rows.tolist()] if self.prompt_row_ids else (),
+            None if self.teacher_prompts is None else _taken(self.teacher_prompts, rows),
+            [self.domains[row] for row in rows.tolist()] if self.domains else (),
         )
 
     def slice(self, start: int, stop: int) -> "Sequences":
@@ -104,7 +127,14 @@ class Sequences:
             {name: values[r[0] : r[-1]] for name, values in self.columns.items()},
             self.finish_reasons[start:stop],
             self.prompt_row_ids[start:stop],
+            None if self.teacher_prompts is None else _taken(self.teacher_prompts, np.arange(start, stop)),
+            self.domains[start:stop],
         )
+
+
+def _taken(prompts: TeacherPrompts, rows: NDArray[np.int64]) -> TeacherPrompts:
+    ids, offsets = gathered(prompts.ids, prompts.offsets, rows)
+    return TeacherPrompts(ids.astype(np.int32, copy=False), offsets)
 
 
 def gathered(
@@ -148,7 +178,8 @@ def build_sequences(
 
 
 def concatenate(parts: Sequence[Sequences]) -> Sequences:
-    """All rows of all parts, in order; every part has the same columns."""
+    """All rows of all parts, in order; every part has the same columns, and all or none have teacher prompts."""
+    seen = [p.teacher_prompts for p in parts if p.teacher_prompts is not None]
 
     def joined_offsets(offsets: list[NDArray[np.int64]]) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(o) for o in offsets]))]).astype(np.int64)
@@ -161,4 +192,8 @@ def concatenate(parts: Sequence[Sequences]) -> Sequences:
         {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns},
         [reason for p in parts for reason in p.finish_reasons],
         [row_id for p in parts for row_id in p.prompt_row_ids],
+        TeacherPrompts(np.concatenate([s.ids for s in seen]), joined_offsets([s.offsets for s in seen]))
+        if seen
+        else None,
+        [domain for p in parts for domain in p.domains],
     )

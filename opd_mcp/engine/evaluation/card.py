@@ -27,7 +27,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is written from: `source` is the stage that made the model, `dtype` that of the exported weights."""
+    """What a card is written from: `source` is the stage that made the model, `dtype` that of the exported weights;
+    `gguf` is the name of the file where they are in that format.
+    """
 
     name: str
     source: str | None
@@ -38,6 +40,7 @@ class Card:
     data: Sequence[DataOrigin]
     chat: bool
     adapter_rank: int | None
+    gguf: str | None = None
 
 
 def model_card(card: Card) -> str:
@@ -103,7 +106,7 @@ def _front_matter(card: Card, licences: dict[str, dict[str, str]]) -> Iterator[s
     tags = ["opd-mcp", "distillation", *(["on-policy-distillation", "lightning-opd"] if _is_distilled(card) else [])]
     found = {json.dumps(fields.get("license", "")) for fields in licences.values()}
     yield "---"
-    yield f"library_name: {'peft' if card.adapter_rank else 'transformers'}"
+    yield f"library_name: {'gguf' if card.gguf else 'peft' if card.adapter_rank else 'transformers'}"
     yield "pipeline_tag: text-generation"
     if bases:
         yield f"base_model: {json.dumps(bases[:1])}"
@@ -141,6 +144,11 @@ def _use(card: Card) -> Iterator[str]:
     yield ""
     yield "In this directory:"
     yield ""
+    if card.gguf:
+        file = shlex.quote(escaped(card.gguf))
+        yield from ("```bash", f"llama-cli -m {file}", f"llama-server -m {file}", f"vllm serve {file}", "```", "")
+        yield from ("These commands follow the programs' documentation; opd-mcp has not run them.", "")
+        return
     yield from ("```python", *_transformers(card), "```", "")
     # The folder's name is the caller's choice, and these lines are copied into shells.
     rank, name = card.adapter_rank, shlex.quote(escaped(card.name))
@@ -247,7 +255,8 @@ def _making(card: Card) -> Iterator[str]:
         base = f", on a base in 4 bits ({lineage.adapter.quantization})" if lineage.adapter.quantization else ""
         yield f"| adapter | LoRA, rank {lineage.adapter.rank}, saved as {lineage.adapter.saved}{base} |"
     yield f"| last training stage | {markdown(card.source or 'unknown')} |"
-    yield f"| weights | {'LoRA adapter, ' if card.adapter_rank else ''}{card.dtype}, safetensors |"
+    form = "GGUF" if card.gguf else "safetensors"
+    yield f"| weights | {'LoRA adapter, ' if card.adapter_rank else ''}{card.dtype}, {form} |"
     yield ""
     settings = {name: part for name, part in lineage.recipe.items() if name != "export"}
     if settings:

@@ -4,17 +4,19 @@ Reverse KL and entropy are exact over the vocabulary on given sequences.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context, require_going
 from opd_mcp.engine.data.batches import build_batch, grouped_rows
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts
+from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, student_side
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, concatenate
 from opd_mcp.engine.evaluation.intervals import mean_over_prompts, pass_at_k, per_token_mean, wilson
 from opd_mcp.engine.generation.batch_state import GenerationSettings
@@ -27,10 +29,10 @@ from opd_mcp.engine.runtime import Runtime, seed_for
 from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.grading.grade import Tally
 from opd_mcp.grading.graders import Grader
-from opd_mcp.identity.data.rows import PromptRow
+from opd_mcp.identity.data.rows import PromptRow, Turns
 from opd_mcp.identity.models import ModelFacts
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
-from opd_mcp.schemas.reports import Estimate95, ModelScore
+from opd_mcp.schemas.reports import Estimate95, ModelScore, TokenRatios
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
 TILE_BYTES = 256 * 2**20
@@ -40,11 +42,15 @@ GRADED_AT_ONCE = 64
 # A response that ends in three or more copies of a phrase of up to eight tokens repeats itself.
 REPEATED_TOKENS, LONGEST_PHRASE = 24, 8
 SHOWN_PROMPTS = 4
+SHOWN_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What every model of a benchmark is measured on: the prompts, how, and the teacher of the reverse KL, if any."""
+    """What every model of a benchmark is measured on: the prompts, how, and the teacher of the reverse KL, if any.
+
+    Of several `teachers` by domain each is loaded for the rows of its own; rows of no domain have no reverse KL then.
+    """
 
     settings: BenchmarkRecipe
     rows: Sequence[PromptRow]
@@ -52,19 +58,21 @@ class Measurement:
     teacher: LoadedModel | None
     runtime: Runtime
     context: Context
+    teachers: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scored:
     """A model's score, and per prompt [P] its greedy correctness and the share of right samples, for paired numbers.
 
-    `shown` has the first prompts' responses by the prompt's id.
+    `shown` has the first prompts' responses by the prompt's id, `ratios` their tokens against the teacher's.
     """
 
     score: ModelScore
     greedy_correct: NDArray[np.float64] | None
     sampled_shares: NDArray[np.float64] | None = None
     shown: dict[str, str] = field(default_factory=dict)
+    ratios: dict[str, TokenRatios] = field(default_factory=dict)
 
 
 def score_model(
@@ -73,14 +81,24 @@ def score_model(
     eos_token_ids: Sequence[int],
     task: Measurement,
     generator: Generator | None = None,
+    *,
+    as_teacher: bool = False,
 ) -> Scored:
     """Measure one model; accuracy only on rows with an answer, reverse KL only with a teacher.
 
-    `generator` draws its responses, by default the model itself. Raises RunError `engine_disagrees` for an engine that
-    draws from another model.
+    `as_teacher` shows it what the teacher alone sees, as the reverse KL does the teacher. `generator` draws its
+    responses, by default the model itself. Raises RunError `engine_disagrees` for an engine that draws from another
+    model.
     """
     started, settings = time.perf_counter(), task.settings
-    prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)
+    scorer = task.teacher.path if task.teacher else next(iter(task.teachers.values()), None)
+    if scorer is None:
+        prompts = encode_prompts(*_plain(task, model))
+    else:
+        tokenizers = load_tokenizer(model.path), load_tokenizer(scorer)
+        prompts = encode_prompts(task.rows, tokenizers[0], task.context, tokenizers[1])
+    if as_teacher:
+        prompts = [prompt.for_teacher() for prompt in prompts]
     draw = _Drawer(name, model, eos_token_ids, task, generator or LocalGenerator(model))
     measured = _Measured()
     answered = [prompt for prompt in prompts if prompt.row.answer is not None]
@@ -90,8 +108,9 @@ def score_model(
         greedy, measured.greedy_correct = draw.greedy_accuracy(answered, measured)
         if settings.samples_per_prompt:
             sampled, passes = draw.sampled_accuracy(answered, measured)
-    if task.teacher is not None and model is not task.teacher:
-        divergence, entropy = draw.reverse_kl(prompts[: settings.kl_prompts], task.teacher, measured)
+    judged = [prompt for prompt in prompts if not task.teachers or prompt.row.teacher_domain in task.teachers]
+    if judged and scorer is not None and model is not task.teacher:
+        divergence, entropy = draw.reverse_kl(judged[: settings.kl_prompts], measured)
     if not measured.drawn:
         draw.responses(prompts, settings.sampling, "sampled", measured)
     everything = concatenate(measured.drawn)
@@ -115,9 +134,37 @@ def score_model(
         generated_by=draw.generator.facts,
     )
     # The first responses drawn are one per prompt: the greedy ones where there are answers.
-    texts = draw.texts(measured.drawn[0], SHOWN_PROMPTS)
-    shown = {prompt.row.id: text for prompt, text in zip(answered or prompts, texts, strict=False)}
-    return Scored(score, measured.greedy_correct, measured.sampled_shares, shown)
+    first = measured.drawn[0].slice(0, min(SHOWN_PROMPTS, len(measured.drawn[0])))
+    ids = [prompt.row.id for prompt in (answered or prompts)[: len(first)]]
+    shown = dict(zip(ids, draw.texts(first), strict=True))
+    ratios = draw.token_ratios(first, task.teacher) if task.teacher and model is not task.teacher else []
+    by_id = dict(zip(ids, ratios, strict=False))
+    return Scored(score, measured.greedy_correct, measured.sampled_shares, shown, by_id)
+
+
+def _plain(task: Measurement, model: LoadedModel) -> tuple[list[PromptRow], PreTrainedTokenizerBase, Context]:
+    """What `encode_prompts` needs of prompts that only this model sees."""
+    rows, context = student_side(task.rows, task.context)
+    return rows, load_tokenizer(model.path), context
+
+
+def asked(row: PromptRow, template: str | None) -> PromptRow:
+    """The prompt within the template; of a chat, its last turn that is the user's and a text."""
+    if template is None:
+        return row
+    seen = None if row.teacher_messages is None else _asked_turns(row.teacher_messages, template)
+    if row.prompt is not None:
+        return replace(row, prompt=template.replace("{prompt}", row.prompt), teacher_messages=seen)
+    return replace(row, messages=_asked_turns(row.messages or (), template), teacher_messages=seen)
+
+
+def _asked_turns(messages: Turns, template: str) -> Turns:
+    turns = list(messages)
+    for number in reversed(range(len(turns))):
+        if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
+            turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
+            break
+    return tuple(turns)
 
 
 def _outcomes(correct: NDArray[np.float64] | None) -> str | None:
@@ -169,11 +216,36 @@ class _Drawer:
         measured.drawn.append(drawn)
         return drawn
 
-    def texts(self, drawn: Sequences, limit: int | None = None) -> list[str]:
-        """The responses decoded, all or the first so many."""
-        rows = range(len(drawn))[:limit]
-        ids = [drawn.response(row).tolist() for row in rows]
+    def texts(self, drawn: Sequences) -> list[str]:
+        """The responses decoded."""
+        ids = [drawn.response(row).tolist() for row in range(len(drawn))]
         return list(load_tokenizer(self.model.path).batch_decode(ids, skip_special_tokens=True))
+
+    def token_ratios(self, drawn: Sequences, teacher: LoadedModel) -> list[TokenRatios]:
+        """log π_T − log π_θ of each response's first tokens, and where each token ends in the response's text.
+
+        Each model sees its own prompts.
+        """
+        begun = drawn.beginnings(np.minimum(drawn.response_lengths(), SHOWN_TOKENS))
+        scores = [
+            score_sequences(
+                model, seen, topk=0, micro_batch_tokens=MICRO_BATCH_TOKENS, runtime=self.task.runtime
+            ).logprobs.astype(np.float64)
+            for model, seen in ((teacher, begun.for_teacher()), (self.model, begun))
+        ]
+        ratios = begun.with_columns(ratios=scores[0] - scores[1])
+        tokenizer = load_tokenizer(self.model.path)
+
+        def text_of(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+        return [
+            TokenRatios(
+                ends=token_ends(begun.response(row).tolist(), text_of),
+                log_ratios=[round(float(ratio), 3) for ratio in ratios.column("ratios", row)],
+            )
+            for row in range(len(begun))
+        ]
 
     def correctness(self, prompts: Sequence[EncodedPrompt], drawn: Sequences, tally: Tally) -> NDArray[np.float64]:
         """1.0 where the response's answer is right [N]."""
@@ -212,13 +284,25 @@ class _Drawer:
         measured.sampled_shares = correct.mean(axis=1)
         return mean_over_prompts(measured.sampled_shares, n), passes
 
-    def reverse_kl(
-        self, prompts: Sequence[EncodedPrompt], teacher: LoadedModel, measured: _Measured
-    ) -> tuple[Estimate95, float]:
+    def _divergences(self, drawn: Sequences) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As `divergence_sums`, each row with its own teacher; of several one is in memory at a time."""
+        task = self.task
+        if task.teacher is not None:
+            return divergence_sums(self.model, task.teacher, drawn, task.runtime)
+        sums = np.zeros((2, len(drawn)))
+        for domain, path in task.teachers.items():
+            rows = np.flatnonzero(np.array(drawn.domains, dtype=object) == domain)
+            if len(rows):
+                teacher = load_model(path, task.runtime)
+                sums[:, rows] = divergence_sums(self.model, teacher, drawn.take(rows), task.runtime)
+                del teacher
+        return sums[0], sums[1]
+
+    def reverse_kl(self, prompts: Sequence[EncodedPrompt], measured: _Measured) -> tuple[Estimate95, float]:
         """Exact KL(student‖teacher) and the student's entropy per token, on fresh samples at temperature 1, nats."""
         sampling = Sampling(temperature=1.0, max_new_tokens=self.task.settings.sampling.max_new_tokens)
         drawn = self.responses(prompts, sampling, "reverse-KL", measured)
-        divergences, entropies = divergence_sums(self.model, teacher, drawn, self.task.runtime)
+        divergences, entropies = self._divergences(drawn)
         tokens = drawn.response_lengths().astype(np.float64)
         estimate = per_token_mean(
             divergences,
@@ -227,6 +311,20 @@ class _Drawer:
             basis="exact over the vocabulary, one fresh student sample a prompt at temperature 1",
         )
         return estimate, float(entropies.sum() / tokens.sum())
+
+
+def token_ends(ids: Sequence[int], text_of: Callable[[list[int]], str]) -> list[int]:
+    """Where each token [T] ends in the text of all, in characters; one that adds none ends where the one before does.
+
+    Bytes of one character may be spread over several tokens, so each beginning is decoded as a whole.
+    """
+    whole = text_of(list(ids))
+    ends, reached = [], 0
+    for count in range(1, len(ids) + 1):
+        begun = text_of(list(ids[:count])).rstrip("\ufffd")
+        reached = max(reached, min(len(begun), len(whole)))
+        ends.append(reached)
+    return ends
 
 
 def repeats(ids: NDArray[np.int32]) -> bool:
@@ -246,7 +344,7 @@ def quantisation_kl(
     """
     settings, runtime = task.settings, task.runtime
     model = load_model(quantised, runtime, generates=True)
-    prompts = encode_prompts(task.rows, load_tokenizer(model.path), task.context)[: settings.kl_prompts]
+    prompts = encode_prompts(*_plain(task, model))[: settings.kl_prompts]
     sampling = Sampling(temperature=1.0, max_new_tokens=settings.sampling.max_new_tokens)
     drawer = _Drawer("the quantised student", model, eos_token_ids, task, LocalGenerator(model))
     drawn = drawer.responses(prompts, sampling, "quantisation", _Measured())
@@ -281,14 +379,16 @@ def reverse_kl_rows(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def divergence_sums(
     student: LoadedModel, teacher: LoadedModel, sequences: Sequences, runtime: Runtime
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Σ_t KL(π_θ‖π_T) and Σ_t H(π_θ) of each sequence [N], in nats."""
+    """Σ_t KL(π_θ‖π_T) and Σ_t H(π_θ) of each sequence [N], in nats; each model sees its own prompts."""
+    seen = sequences.for_teacher()
     sums = np.zeros((2, len(sequences)), dtype=np.float64)
     tile = max(1, TILE_BYTES // (8 * 4 * max(student.vocab_size, teacher.vocab_size)))
     packed, everything = packs(student.model) and packs(teacher.model), np.arange(len(sequences))
     for group in grouped_rows(sequences.lengths(), everything, MICRO_BATCH_TOKENS, packed=packed):
         batch = build_batch(sequences, group, runtime.device)
         student_hidden = hidden_rows(student.model, batch.input_ids, batch.lengths, batch.rows)
-        teacher_hidden = hidden_rows(teacher.model, batch.input_ids, batch.lengths, batch.rows)
+        theirs = batch if seen is sequences else build_batch(seen, group, runtime.device)
+        teacher_hidden = hidden_rows(teacher.model, theirs.input_ids, theirs.lengths, theirs.rows)
         totals = torch.zeros((2, len(group)), dtype=torch.float64, device=runtime.device)
         for start in range(0, len(batch.rows), tile):
             rows = slice(start, start + tile)

@@ -58,8 +58,9 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45
 
 def report_page(report: BenchmarkReport) -> str:
     """The page: verdict, gain, table, curves, cost, samples, notes."""
-    title = f"opd-mcp report: {report.models[0].name}"
+    title = f"opd-mcp report: {report.run or report.models[0].name}"
     body = [
+        f"<p>{_text(report.run, 2 * NAME_CHARACTERS)}</p>" if report.run else "",
         _verdict(report),
         _gain(report),
         _table(report),

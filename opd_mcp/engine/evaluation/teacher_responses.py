@@ -5,15 +5,18 @@ A teacher that fails its own prompts is mostly a sign of a wrong grader, chat te
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from opd_mcp.engine.context import Context, require_going
+from opd_mcp.engine.data.encoding import EncodedPrompt
 from opd_mcp.engine.evaluation.intervals import wilson
-from opd_mcp.grading.golds import recipe_grader
+from opd_mcp.grading.golds import no_answers_to_keep, recipe_grader
 from opd_mcp.grading.grade import Grade, Tally
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.identity.data.rows import ResponseRow
-from opd_mcp.schemas.errors import OpdError, RunError
+from opd_mcp.identity.data.rows import PromptRow, ResponseRow
+from opd_mcp.schemas.errors import DataError, OpdError, RunError
 from opd_mcp.schemas.recipes import BenchmarkRecipe
 from opd_mcp.schemas.reports import GradedResponses
 from opd_mcp.schemas.texts import line_end, shortened
@@ -50,6 +53,53 @@ def graded_responses(
     if graded.right.high < grading.least_teacher_accuracy:
         context.reporter.alert("teacher_often_wrong", _warning(graded))
     return graded
+
+
+def require_gradable(prompts: Sequence[EncodedPrompt], grading: BenchmarkRecipe | None) -> None:
+    """Raise DataError `no_answers` for prompts without answers, and what `grader_for` raises."""
+    golds = [prompt.row.answer for prompt in prompts if prompt.row.answer is not None]
+    if not golds or grading is None:
+        raise no_answers_to_keep()
+    name, _ = recipe_grader(grading, golds)
+    grader_for(name, pattern=grading.answer_pattern, allow_code=grading.allow_code).close()
+
+
+def right_responses(
+    prompts: Sequence[PromptRow], texts: Sequence[str], grading: BenchmarkRecipe, context: Context
+) -> NDArray[np.int64]:
+    """The rows whose response is right, the first of equal ones to a prompt; prompts without an answer have none.
+
+    Raises DataError `empty_data` where no response is right.
+    """
+    answered = [row for row, prompt in enumerate(prompts) if prompt.answer is not None]
+    golds = [prompts[row].answer or "" for row in answered]
+    name, _ = recipe_grader(grading, golds)
+    kept: dict[tuple[str, str], int] = {}
+    right = 0
+    with grader_for(name, pattern=grading.answer_pattern, allow_code=grading.allow_code) as grader:
+        for number, grade in enumerate(grader.grades([texts[row] for row in answered], golds)):
+            if number % GRADED_AT_ONCE == 0:
+                require_going(context)
+                context.reporter.progress(number, len(answered), "responses graded")
+            row = answered[number]
+            right += grade.correct
+            if grade.correct:
+                kept.setdefault((prompts[row].id, texts[row]), row)
+    if not kept:
+        raise DataError(
+            "empty_data",
+            f"None of {len(texts)} responses is right by the grader '{name}', so responses.keep='right' keeps none.",
+            value=len(texts),
+            fix="Look at 'benchmark.grader' and the responses (responses.keep='all'), raise 'responses.samples' or "
+            "'responses.sampling.max_new_tokens', or take easier prompts.",
+        )
+    copies = right - len(kept)
+    context.reporter.alert(
+        "responses_kept",
+        f"{len(kept)} of {len(texts)} responses are kept: {right} are right by the grader '{name}'"
+        + (f", {copies} of them copies." if copies else "."),
+    )
+    return np.array(sorted(kept.values()), dtype=np.int64)
 
 
 def _graded(

@@ -1,7 +1,7 @@
 """Bulk generation with a KV cache: left-padded, longest prompts first, finished rows dropped from the batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from opd_mcp.engine.data.batches import length_sorted_batches
 from opd_mcp.engine.data.encoding import EncodedPrompt
-from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.data.sequences import Sequences, TeacherPrompts, build_sequences, flatten
 from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
 from opd_mcp.engine.generation.replay import draw_replayed, replays
 from opd_mcp.engine.models.embeddings import head_logits
@@ -62,7 +62,7 @@ class LocalGenerator:
 
 def as_sequences(prompts: Sequence[EncodedPrompt], drawn: Sequence[Generated]) -> Sequences:
     """The prompts with their responses, whose log-probs are in `behaviour_logprobs`."""
-    return build_sequences(
+    sequences = build_sequences(
         [prompt.ids for prompt in prompts],
         [row.response_ids for row in drawn],
         columns={
@@ -70,6 +70,13 @@ def as_sequences(prompts: Sequence[EncodedPrompt], drawn: Sequence[Generated]) -
         },
         finish_reasons=[row.finish_reason for row in drawn],
         prompt_row_ids=[prompt.row.id for prompt in prompts],
+    )
+    seen = [prompt.teacher_ids for prompt in prompts if prompt.teacher_ids is not None]
+    domains = [prompt.row.teacher_domain for prompt in prompts if prompt.row.teacher_domain is not None]
+    return replace(
+        sequences,
+        teacher_prompts=TeacherPrompts(*flatten(seen)) if seen else None,
+        domains=domains if len(domains) == len(prompts) else (),
     )
 
 

@@ -217,11 +217,11 @@ class ServedGenerator:
 
 
 def require_room(needed: int, room: int | None, who: str) -> None:
-    """Raise DataError `too_long` where the longest row has more tokens than a server takes."""
+    """Raise DataError `too_long` where the longest row has more tokens than a server, or a model, takes."""
     if room is not None and needed > room:
         raise DataError(
             "too_long",
-            f"The longest prompt with its response has up to {needed} tokens; the server takes {room} in all.",
+            f"The longest prompt with its response has up to {needed} tokens; {who} takes {room} in all.",
             value=who,
             fix="Start the server with a longer context (vLLM: --max-model-len), or lower 'sampling.max_new_tokens' or "
             "'prompting.max_prompt_tokens'.",

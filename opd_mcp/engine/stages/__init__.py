@@ -6,10 +6,11 @@ Every stage fills `output`, an empty or new directory, and writes its lineage.js
 continue in a directory that an earlier, interrupted call left. The caller decides where a finished directory lives. A
 stage stops with RunError `run_cancelled` when its reporter asks for it. `sample` shows a few responses of any model,
 `benchmark_task` asks a task of lm-eval instead of prompts, `export` writes a model for use elsewhere, with its card;
-`distill_adapters` is `distill` for several adapters on one loaded base.
+`assess` measures two models before a run; `distill_adapters` is `distill` for several adapters on one loaded base.
 The inputs are in `opd_mcp.engine.context`, which needs no torch. May import all of the engine.
 """
 
+from opd_mcp.engine.stages.assess import assess
 from opd_mcp.engine.stages.benchmark import benchmark
 from opd_mcp.engine.stages.distill import distill, distill_adapters
 from opd_mcp.engine.stages.export import export
@@ -21,6 +22,7 @@ from opd_mcp.engine.stages.sft import sft
 from opd_mcp.engine.stages.task import benchmark_task
 
 __all__ = [
+    "assess",
     "benchmark",
     "benchmark_task",
     "check_teacher",

@@ -1,12 +1,13 @@
 """Every model measured on the same prompts, and the report: `report.json`; for people `report.md` and `report.html`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.engine.context import BenchmarkInputs, Context
+from opd_mcp.engine.data.encoding import context_of
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
-from opd_mcp.engine.evaluation.model_score import Measurement, Scored, quantisation_kl, score_model
+from opd_mcp.engine.evaluation.model_score import Measurement, Scored, asked, quantisation_kl, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
 from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
@@ -21,9 +22,10 @@ from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.identity.panels import full_panel
 from opd_mcp.identity.tokenizers import chat_template, reads_clock
 from opd_mcp.schemas.errors import PathError
-from opd_mcp.schemas.identity import Parent
+from opd_mcp.schemas.identity import ModelIdentity, Parent
 from opd_mcp.schemas.recipes import BenchmarkRecipe, is_url
 from opd_mcp.schemas.reports import (
     BenchmarkReport,
@@ -39,7 +41,7 @@ from opd_mcp.schemas.texts import shortened
 # A tenth of the answers cut short moves an accuracy by more than its interval.
 TRUNCATED_SHARE = 0.1
 PROMPT_CHARACTERS, ANSWER_CHARACTERS, RESPONSE_CHARACTERS = 600, 200, 800
-TEMPLATE_CHARACTERS = 400
+TEMPLATE_CHARACTERS, HEADING_CHARACTERS = 400, 200
 
 
 def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, context: Context) -> BenchmarkReport:
@@ -50,13 +52,13 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     """
     runtime = open_runtime(context.runtime)
     rows = read_prompts(inputs.prompts)
-    chosen = [asked(row, section.prompt_template) for row in rows[: section.limit]]
+    chosen = [asked(row, section.prompt_template) for row in rows[inputs.skipped :][: section.limit]]
     grader_name, reason = recipe_grader(section, [row.answer for row in chosen if row.answer is not None])
     grader = grader_for(grader_name, pattern=section.answer_pattern, allow_code=section.allow_code)
     answered = sum(row.answer is not None for row in chosen)
     references = inputs.references if answered else {}
     teacher, references, warnings = _teacher_and_references(inputs.teacher, references, runtime)
-    task = Measurement(section, chosen, grader, teacher, runtime, context)
+    task = Measurement(section, chosen, grader, teacher, runtime, context, inputs.teachers)
     scored: dict[str, Scored] = {}
     warnings += model_warnings(context, teacher)
     models = {**inputs.models, **references}
@@ -76,7 +78,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
             warnings.append(f"{name} answered here, not on the engine that 'benchmark.engine' names.")
         room = context.prompting.max_prompt_tokens + section.sampling.max_new_tokens
         with grader, opened_generator(engine, model, room, section.batch_size, context) as generator:
-            scored[name] = score_model(name, model, stops, task, generator)
+            scored[name] = score_model(name, model, stops, task, generator, as_teacher=itself)
         del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     marks = {name for name, path in references.items() if path != inputs.teacher}
@@ -87,6 +89,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     lineage = verified_lineage(inputs.models[candidate])
     claim = vouched(lineage.sft_teacher if lineage else None, made_here=context.made_here(inputs.models[candidate]))
     report = BenchmarkReport(
+        run=inputs.run,
         recipe=section,
         suite=inputs.suite,
         suite_changes=dict(inputs.suite_changes),
@@ -96,7 +99,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         prompts_with_answer=answered,
         grader=grader_name,
         grader_reason=reason,
-        teacher=teacher.facts.identity if teacher else None,
+        teacher=_teacher_identity(teacher, inputs, rows, context),
         teacher_row=teacher_row,
         models=[entry.score for entry in scored.values()],
         comparisons=_comparisons(candidate, scored),
@@ -126,6 +129,15 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     return report
 
 
+def _teacher_identity(
+    teacher: LoadedModel | None, inputs: BenchmarkInputs, rows: Sequence[PromptRow], context: Context
+) -> ModelIdentity | None:
+    if teacher is None and not inputs.teachers:
+        return None
+    identity = teacher.facts.identity if teacher else full_panel(inputs.teachers)
+    return identity.model_copy(update={"context": context_of(rows, context.prompting)})
+
+
 def serves(engine: str | None, candidate: bool, model: LoadedModel) -> bool:
     """Whether an engine answers for a model: a user's server only for the candidate, none for an adapter or 4 bits."""
     as_stored = model.facts.adapter is None and model.facts.identity.quantization is None
@@ -150,20 +162,6 @@ def write_report(report: BenchmarkReport, output: Path, context: Context, models
         rendered_at=context.rendered_at.isoformat() if dated else None,
         engines=engines_of(benchmark=answered),
     )
-
-
-def asked(row: PromptRow, template: str | None) -> PromptRow:
-    """The prompt within the template; of a chat, its last turn that is the user's and a text."""
-    if template is None:
-        return row
-    if row.prompt is not None:
-        return replace(row, prompt=template.replace("{prompt}", row.prompt))
-    turns = list(row.messages or ())
-    for number in reversed(range(len(turns))):
-        if turns[number].get("role") == "user" and isinstance(turns[number].get("content"), str):
-            turns[number] = {**turns[number], "content": template.replace("{prompt}", turns[number]["content"])}
-            break
-    return replace(row, messages=tuple(turns))
 
 
 def _teacher_and_references(
@@ -265,6 +263,7 @@ def shown_answers(rows: Sequence[PromptRow], scored: Mapping[str, Scored]) -> li
                 for name, entry in scored.items()
                 if row_id in entry.shown
             },
+            tokens={name: entry.ratios[row_id] for name, entry in scored.items() if row_id in entry.ratios},
             right={
                 name: bool(entry.greedy_correct[place])
                 for name, entry in scored.items()
@@ -298,7 +297,7 @@ def truncation_warnings(scores: Iterable[ModelScore], section: BenchmarkRecipe) 
 def report_markdown(report: BenchmarkReport) -> str:
     """Markdown: one row per model, paired differences, costs, and how each number was obtained."""
     lines = [
-        "# Benchmark",
+        f"# Benchmark: {shortened(report.run, HEADING_CHARACTERS)}" if report.run else "# Benchmark",
         "",
         *_verdict_lines(report),
         f"{report.prompts} prompts, {report.prompts_with_answer} with an answer; seed {report.seed}; "
@@ -349,6 +348,7 @@ def report_markdown(report: BenchmarkReport) -> str:
             f"| {_number(c.tokens_per_second, '.0f')} | {c.device or ''} |"
             for c in report.costs
         ]
+        lines.append(f"| benchmark | {sum(model.seconds for model in report.models):.1f} | | | {report.hardware} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,8 @@ opened and checked before any step.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,18 @@ from numpy.typing import NDArray
 
 from opd_mcp.engine.cache.flat import open_flat
 from opd_mcp.engine.cache.repair import repaired
-from opd_mcp.engine.context import Context, DistillInputs
-from opd_mcp.engine.data.batches import StepData, StepsFrom, shortened_steps, shuffled_batches, stored_batches
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, recorded_moment
+from opd_mcp.engine.context import Context, DistillInputs, QuietReporter, RoundInputs
+from opd_mcp.engine.data.batches import (
+    StepData,
+    StepsFrom,
+    shortened_steps,
+    shuffled_batches,
+    steps_by_domain,
+    stored_batches,
+)
+from opd_mcp.engine.data.encoding import EncodedPrompt, context_of, encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.evaluation.model_score import Measurement, asked
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import LocalGenerator
 from opd_mcp.engine.losses.objectives import distill_objective
@@ -28,26 +37,41 @@ from opd_mcp.engine.models.loading import (
     adopt_tokenizer,
     load_model,
     model_warnings,
+    stored_dtype,
 )
 from opd_mcp.engine.models.lora import renew_adapter, without_adapters
 from opd_mcp.engine.models.saving import SavedForm, saved_files
-from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, frozen_hash, full_identity, record_lineage
-from opd_mcp.engine.runtime import Runtime, generator_for, open_runtime
+from opd_mcp.engine.provenance import (
+    Provenance,
+    adapter_origin,
+    claim_of,
+    frozen_hash,
+    full_identity,
+    record_lineage,
+    require_self,
+)
+from opd_mcp.engine.runtime import Runtime, generator_for, loading_runtime, open_runtime
 from opd_mcp.engine.scoring.local import base_as_teacher, engine_gap, require_agreement, score_sequences
-from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.held_out import HeldOut
+from opd_mcp.engine.training.loop import LoopSettings, Stretch, TrainingTask, train
 from opd_mcp.engine.training.token_factors import reweigh_of
-from opd_mcp.engine.training.watches import DistillWatch
-from opd_mcp.identity.consistency import require_behaviour, require_consistent, vouched
+from opd_mcp.engine.training.watches import WATCHED_STEPS, DistillWatch, are_stale
+from opd_mcp.grading.golds import recipe_grader
+from opd_mcp.grading.graders import grader_for
+from opd_mcp.identity.consistency import cache_claim, inherited, require_behaviour, require_consistent, vouched
 from opd_mcp.identity.data.reading import read_prompts
-from opd_mcp.identity.data.rows import prompts_hash
+from opd_mcp.identity.data.rows import prompts_hash, require_all_or_no_domain
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
-from opd_mcp.schemas.recipes import DistillRecipe, RolloutRecipe, base_form
-from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
+from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, RolloutRecipe, base_form
+from opd_mcp.schemas.reports import RepairSummary, RoundSummary, TrainingSummary
 
+MOMENTS_FILE = "optimizer/moments.safetensors"
+"""What a round leaves to the next one besides its student."""
 OWN_SETTINGS = {"rank", "alpha", "targets", "init", "scaling"}
 """What adapters on one base may differ in."""
 
@@ -58,19 +82,23 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
     Raises ConsistencyError for a cache of another teacher or behaviour policy, IntegrityError for a damaged one.
     """
     student, runtime = inputs.student, open_runtime(context.runtime)
+    if inputs.round is not None:
+        section = section_of_round(section, inputs.round)
     if section.method == "lightning":
         cached = open_cache(section, inputs, context)
-        model = load_model(student, runtime, for_training=True, adapter=section.adapter)
+        place = loading_runtime(runtime, context)
+        model = load_model(student, place, for_training=True, adapter=section.adapter)
         model_warnings(context, model)
-        return _trained(section, inputs, output, Opened(model, cached, cached_steps(section, cached, runtime)), context)
+        steps = cached_steps(section, cached, runtime, inputs.round)
+        return _trained(section, inputs, output, Opened(model, cached, steps), context)
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
-    source = open_live(inputs, context)
+    source = open_live(section, inputs, context)
     model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
     teacher = base_as_teacher(model, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
     model_warnings(context, model, teacher)
     steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
-    return _trained(section, inputs, output, Opened(model, source, steps), context)
+    return _trained(section, inputs, output, Opened(model, source, steps, teacher), context)
 
 
 def distill_adapters(
@@ -120,13 +148,41 @@ def require_kept_base(sections: Sequence[DistillRecipe]) -> None:
         )
 
 
+def section_of_round(section: DistillRecipe, of: RoundInputs) -> DistillRecipe:
+    """The settings of one round: between rounds the student stays as training kept it, and its adapter goes on."""
+    update: dict[str, object] = {}
+    if section.adapter is not None:
+        kept = {} if of.final else {"save": "adapter"}
+        going_on = {"continue_adapter": True} if of.number > 1 else {}
+        update["adapter"] = section.adapter.model_copy(update={**kept, **going_on})
+    if not of.final:
+        update["save_dtype"] = "float32"
+    return section.model_copy(update=update)
+
+
+def stretch_of_round(of: RoundInputs, output: Path) -> Stretch:
+    """The steps of a round: the optimizer comes from the round before and is left to the next one."""
+    return Stretch(
+        of.first,
+        of.last,
+        begins_with=None if of.before is None else of.before / MOMENTS_FILE,
+        leaves=None if of.final else output / MOMENTS_FILE,
+        ended=are_stale if of.until_stale else lambda recent: False,
+        watched=WATCHED_STEPS if of.until_stale else 0,
+    )
+
+
 @dataclass(frozen=True)
 class Opened:
-    """What one distillation trains: the student, what it learns from, and the rows of its steps."""
+    """What one distillation trains: the student, what it learns from, and the rows of its steps.
+
+    `judge` is a live distillation's teacher, by which the student may be judged as well.
+    """
 
     student: LoadedModel
     source: "CacheSource | LiveSource"
     steps: StepsFrom
+    judge: LoadedModel | None = None
 
 
 def _trained(
@@ -136,21 +192,38 @@ def _trained(
     student, model, source = inputs.student, opened.student, opened.source
     origin = adapter_origin(model, section.adapter, context)
     form = SavedForm.of(model, source.adopted, section.save_dtype, origin.saved if origin else None)
+    of_round = inputs.round
+    if of_round is not None and of_round.final and section.save_dtype == "input" and origin is None:
+        form = replace(form, dtype=stored_dtype(inspect_model(of_round.origin).weights_path))
     form.try_out(model.model)
-    steps = opened.steps
+    steps, domains = opened.steps, dict(source.domains)
+    require_weighed(section, domains)
+    if domains:
+        steps = steps_by_domain(steps, domains, section.domain_weights or {})
     if section.horizon is not None:
         steps = shortened_steps(steps, section.horizon, section.horizon_growth_steps)
     task = TrainingTask(
         LoopSettings.of(section, section.normalize),
         steps,
         distill_objective(section),
-        DistillWatch(section, context),
+        DistillWatch(
+            section, context, of_round.number + 1 if of_round and of_round.until_stale else None, sorted(domains)
+        ),
         frozen_hash(origin, student),
         reweigh_of(section),
+        stretch_of_round(of_round, output) if of_round else None,
+        held_out := held_out_of(section, inputs, opened, context),
     )
     summary = train(model.model, task, open_runtime(context.runtime), context)
+    if not context.writes:
+        return summary
     if isinstance(source, CacheSource):
         summary = summary.model_copy(update={"repair": source.repair})
+    if held_out is not None:
+        last = summary.steps + task.taken.first
+        summary = summary.model_copy(update={"held_out": held_out.finish(model.model, last)})
+    if of_round is not None:
+        summary = summary.model_copy(update={"round": round_summary(of_round, summary.steps)})
     if (refused := form.save(model.model, output)) is not None:
         context.reporter.alert("lossy_merge", refused)
     write_atomic(output / "training.json", summary.to_json(indent=2))
@@ -158,15 +231,52 @@ def _trained(
     parents += [Parent(role="base", identity=origin.base)] if origin else []
     record_lineage(
         output,
-        Provenance("model", "distill", section, parents, saved_files(output)),
+        Provenance("model", "distill", section, parents, [*saved_files(output), *_left_files(output)]),
         context,
-        sft_teacher=source.claim,
+        sft_teacher=inherited(source.claim),
         distilled_from=source.teacher,
         adapter=origin,
         teacher_mismatch_allowed=inputs.allow_teacher_mismatch,
         rendered_at=source.rendered_at,
     )
     return summary
+
+
+def held_out_of(section: DistillRecipe, inputs: DistillInputs, opened: Opened, context: Context) -> HeldOut | None:
+    """What judges the student in its training, where the recipe asks for it."""
+    if section.evaluate_steps is None or inputs.held_out is None:
+        return None
+    runtime = open_runtime(context.runtime)
+    judge = opened.judge or (load_model(inputs.judge, runtime) if inputs.judge else None)
+    if judge is not None and judge.model is opened.student.model:
+        judge = load_model(judge.path, runtime)  # the module whose adapter is being trained
+    grading = inputs.grading or BenchmarkRecipe()
+    rows = [asked(row, grading.prompt_template) for row in read_prompts(inputs.held_out)[: section.evaluate_prompts]]
+    name, _ = recipe_grader(grading, [row.answer for row in rows if row.answer is not None])
+    grader = grader_for(name, pattern=grading.answer_pattern, allow_code=grading.allow_code)
+    settings = grading.model_copy(update={"samples_per_prompt": 0, "kl_prompts": len(rows)})
+    quiet = replace(context, reporter=QuietReporter(context.reporter))
+    return HeldOut(
+        settings=section,
+        student=opened.student,
+        eos_token_ids=tuple(opened.source.adopted.eos_token_ids),
+        task=Measurement(settings, rows, grader, judge, runtime, quiet, inputs.judges),
+        context=context,
+        folder=context.checkpoints,
+        total=section.steps,
+    )
+
+
+def round_summary(of: RoundInputs, steps: int) -> RoundSummary:
+    """What a round that took so many steps did."""
+    last = of.first + steps
+    return RoundSummary(
+        number=of.number, first_step=of.first, last_step=last, ended_by="steps" if last == of.last else "stale"
+    )
+
+
+def _left_files(output: Path) -> list[str]:
+    return [MOMENTS_FILE] if (output / MOMENTS_FILE).is_file() else []
 
 
 @dataclass(frozen=True)
@@ -179,6 +289,7 @@ class CacheSource:
     adopted: AdoptedTokenizer
     parents: list[Parent]
     claim: TeacherClaim | None
+    domains: Mapping[str, int]
     repair: RepairSummary | None = None
     rendered_at: str | None = None
 
@@ -194,6 +305,28 @@ class LiveSource:
     claim: TeacherClaim | None
     rendered_at: str | None = None
 
+    @property
+    def domains(self) -> Mapping[str, int]:
+        """Prompts by the domain of their teacher; none where they have no domain."""
+        return Counter(prompt.row.teacher_domain for prompt in self.prompts if prompt.row.teacher_domain is not None)
+
+
+def require_weighed(section: DistillRecipe, domains: Mapping[str, int]) -> None:
+    """Raise ArgumentError `invalid_argument` for weights of domains that no row has, or that leave no row."""
+    weights = section.domain_weights or {}
+    unknown = sorted(weights.keys() - domains.keys())
+    if unknown or (weights and not any(weights.get(name, 1.0) for name in domains)):
+        known = ", ".join(sorted(domains)) or "no domain"
+        raise ArgumentError(
+            "invalid_argument",
+            f"distill.domain_weights names {', '.join(unknown)}, and the rows are of {known}."
+            if unknown
+            else "distill.domain_weights gives every domain of the rows the weight 0.",
+            value=unknown or weights,
+            nearest=sorted(domains)[:3],
+            fix="Name domains that the prompts have in `teacher_domain`, and give one of them a weight above 0.",
+        )
+
 
 def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) -> CacheSource:
     """The cache's rows, proven to belong to this student and its SFT teacher.
@@ -208,6 +341,7 @@ def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) 
     manifest, claim = read_manifest(cache), claim_of(inputs.student, inputs.sft_teacher, context)
     require_agreement(manifest.engine_gap)
     require_behaviour(manifest.behaviour, full_identity(inputs.student, base_form(section.adapter)))
+    claim = cache_claim(manifest, claim)
     require_consistent(manifest.teacher, claim or manifest.sft_teacher, allowed=inputs.allow_teacher_mismatch)
     if manifest.topk < section.teacher_tokens:
         raise ConsistencyError(
@@ -233,29 +367,41 @@ def open_cache(section: DistillRecipe, inputs: DistillInputs, context: Context) 
         sequences, repair = repaired(sequences)
     # Whose log-probs these are is as little proven as the cache's own lineage.
     claim = vouched(claim, made_here=context.made_here(cache))
-    return CacheSource(cache, sequences, manifest.teacher, adopted, parents, claim, repair, manifest.rendered_at)
+    known = adopted, parents, claim, manifest.domains or {}
+    return CacheSource(cache, sequences, manifest.teacher, *known, repair, manifest.rendered_at)
 
 
-def cached_steps(section: DistillRecipe, source: CacheSource, runtime: Runtime) -> StepsFrom:
-    """The cache's rows in batches, in an order that follows from the seed."""
-    return stored_batches(
-        source.sequences, steps=section.steps, batch_size=section.batch_size, seed=runtime.seed, scope="distill"
+def cached_steps(
+    section: DistillRecipe, source: CacheSource, runtime: Runtime, of: RoundInputs | None = None
+) -> StepsFrom:
+    """The cache's rows in batches, in an order that follows from the seed; of a round, those of its own steps."""
+    scope = "distill" if of is None or of.number == 1 else f"distill/round-{of.number}"
+    first = of.first if of else 0
+    steps = stored_batches(
+        source.sequences,
+        steps=section.steps - first,
+        batch_size=section.batch_size,
+        seed=runtime.seed,
+        scope=scope,
     )
+    return lambda step: steps(step - first)
 
 
-def open_live(inputs: DistillInputs, context: Context) -> LiveSource:
+def open_live(section: DistillRecipe, inputs: DistillInputs, context: Context) -> LiveSource:
     """The prompts as the teacher's template encodes them, once teacher and student are proven to fit.
 
-    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch` or `lineage_missing`.
+    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch` or `lineage_missing`, and as `self_claim`.
     """
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.prompts is not None, "live distillation draws rollouts for prompts"
     differing = special_differences(inputs.teacher, inputs.student)
-    identity, claim = full_identity(inputs.teacher), claim_of(inputs.student, inputs.sft_teacher, context)
+    rows, claim = read_prompts(inputs.prompts), claim_of(inputs.student, inputs.sft_teacher, context)
+    identity = full_identity(inputs.teacher).model_copy(update={"context": context_of(rows, context.prompting)})
+    require_self(claim, identity, full_identity(inputs.student, base_form(section.adapter)))
     require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     adopted = adopt_tokenizer(inputs.teacher, context.prompting)
-    rows = read_prompts(inputs.prompts)
     parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
+    require_all_or_no_domain(rows)
     encoded = encode_prompts(rows, adopted.tokenizer, context)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
     return LiveSource(encoded, identity, adopted, parents, claim, recorded_moment(adopted.tokenizer, context))
@@ -292,7 +438,7 @@ def live_batches(
         with without_adapters(student.model) if teacher.model is student.model else nullcontext():
             scores = score_sequences(
                 teacher,
-                sequences,
+                sequences.for_teacher(),
                 topk=section.teacher_tokens,
                 micro_batch_tokens=section.micro_batch_tokens,
                 runtime=runtime,

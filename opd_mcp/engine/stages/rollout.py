@@ -1,5 +1,6 @@
 """The student's own rollouts, shard by shard, resumed where an earlier call stopped."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,14 @@ from opd_mcp.engine.cache.building import ShardNote, begun_build, built_shard, k
 from opd_mcp.engine.cache.manifest import RECORD_FILE, RolloutRecord, RolloutTally, read_record, write_record
 from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, RolloutInputs, counter, require_going
-from opd_mcp.engine.data.encoding import EncodedPrompt, encode_prompts, ids_of, recorded_moment
+from opd_mcp.engine.data.encoding import (
+    EncodedPrompt,
+    by_domain,
+    context_of,
+    encode_prompts,
+    ids_of,
+    recorded_moment,
+)
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import Generator
@@ -28,7 +36,7 @@ from opd_mcp.engine.provenance import full_identity, stage_cost
 from opd_mcp.engine.runtime import Runtime, open_runtime
 from opd_mcp.engine.scoring.local import score_sequences
 from opd_mcp.identity.data.reading import read_prompts
-from opd_mcp.identity.data.rows import PromptRow, prompts_hash
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash, require_all_or_no_domain
 from opd_mcp.identity.data.scan import eval_overlap
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import require_unused, special_differences
@@ -60,11 +68,13 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
         moment = None  # of an earlier version, which did not record it
     rows = read_prompts(inputs.prompts)
     encoded = encode_prompts(rows, adopted.tokenizer, context)
+    require_all_or_no_domain(rows)
     differing = special_differences(adopted.path, inputs.student)
     require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
-    count = section.count or len(encoded)
-    room = room_for(encoded[:count], section.sampling)
-    require_room(room, inputs.longest, "the teacher's server")
+    count = min(section.count or len(encoded), inputs.most or sys.maxsize)
+    turn = inputs.skipped % max(len(encoded), 1)
+    encoded = [*encoded[turn:], *encoded[:turn]]
+    room = _room(encoded[:count], section, inputs)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student, inputs.form)
     open_build(
@@ -81,10 +91,12 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             **({"generated_by": section.engine} if section.engine else {}),
             **known_engine(begun),
             **({"rescore": section.rescore} if section.rescore else {}),
+            **({"skipped": inputs.skipped} if inputs.skipped else {}),
         },
     )
     if (output / RECORD_FILE).is_file():
         return stage_cost("rollout", started, read_record(output).statistics.response_tokens, runtime.device)
+    asked = by_domain([encoded[row % len(encoded)] for row in range(count)])
     here = section.engine is None
     facts = inspect_model(inputs.student, form=inputs.form)
     model = load_model(facts, runtime, generates=here, compiled=here or section.rescore is not None)
@@ -94,7 +106,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
         shared_engine(output, generator.facts)
         for number, first in enumerate(range(0, count, section.shard_rows)):
             require_going(context)
-            chosen = [encoded[row % len(encoded)] for row in range(first, min(first + section.shard_rows, count))]
+            chosen = asked[first : first + section.shard_rows]
             path, scope = output / f"rollouts-{number:05d}.parquet", f"rollout/{number}"
             settings = GenerationSettings(
                 section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, scope, model.facts.tokens
@@ -127,9 +139,20 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
             generated_by=generator.facts,
             rescored=True if section.rescore else None,
             rendered_at=moment,
+            teacher_context=context_of(rows, context.prompting),
         ),
     )
     return stage_cost("rollout", started, statistics.response_tokens, model.device, earlier=earlier)
+
+
+def _room(prompts: list[EncodedPrompt], section: RolloutRecipe, inputs: RolloutInputs) -> int:
+    """The tokens of the longest row; raises DataError `too_long` where the scorer's is longer than it takes."""
+    room = room_for(prompts, section.sampling)
+    seen = max(room, room_for([prompt.for_teacher() for prompt in prompts], section.sampling))
+    require_room(seen, inputs.longest, "the teacher's server")
+    if seen > room and inputs.tokenizer is not None:
+        require_room(seen, inspect_model(inputs.tokenizer).positions, "the teacher")
+    return room
 
 
 def _rows(

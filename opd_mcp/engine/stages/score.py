@@ -27,6 +27,7 @@ from opd_mcp.engine.cache.building import (
 from opd_mcp.engine.cache.manifest import RolloutRecord, ScoreTally, read_record, write_manifest
 from opd_mcp.engine.cache.shards import ContentHash, compacted, read_shard, widened, write_shard
 from opd_mcp.engine.context import Context, EngineWish, ScoreInputs, TeacherInputs, require_going
+from opd_mcp.engine.data.encoding import context_of
 from opd_mcp.engine.data.sequences import TRUNCATED, Sequences
 from opd_mcp.engine.generation.served import opened_scorer
 from opd_mcp.engine.models.loading import adopt_tokenizer, model_warnings
@@ -36,12 +37,14 @@ from opd_mcp.engine.provenance import (
     engines_of,
     full_identity,
     record_lineage,
+    require_self,
     stage_cost,
     tokenizer_files,
 )
 from opd_mcp.engine.runtime import Runtime, open_runtime, return_large_blocks
 from opd_mcp.engine.scoring.connection import Access
 from opd_mcp.engine.scoring.local import GAP_ROWS, LocalTeacher, Teacher, open_local, require_agreement
+from opd_mcp.engine.scoring.panel import open_panel
 from opd_mcp.engine.scoring.remote import RemoteScorer, open_remote, same_probe
 from opd_mcp.identity.consistency import (
     delta_by_construction,
@@ -49,12 +52,13 @@ from opd_mcp.identity.consistency import (
     require_behaviour,
     require_consistent,
 )
+from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import special_differences
 from opd_mcp.schemas.cache import COARSEST_DTYPE, CacheManifest, EngineGap, Hygiene, Shard, TeacherDelta
 from opd_mcp.schemas.errors import DataError, RunError
-from opd_mcp.schemas.identity import EngineFacts, Parent, TeacherClaim
+from opd_mcp.schemas.identity import EngineFacts, ModelIdentity, Parent, TeacherClaim
 from opd_mcp.schemas.recipes import ScoreRecipe
 from opd_mcp.schemas.reports import StageCost
 
@@ -82,8 +86,10 @@ def score(section: ScoreRecipe, inputs: ScoreInputs, output: Path, context: Cont
         if isinstance(teacher, LocalTeacher):
             model_warnings(context, teacher.model)
         claim = claim_of(inputs.student, inputs.sft_teacher, context)
-        require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
-        build = _CacheBuild(section, inputs, output, context, runtime, teacher, record, claim, facts)
+        identity = teacher.identity.model_copy(update={"context": record.teacher_context})
+        require_self(claim, identity, record.behaviour)
+        require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
+        build = _CacheBuild(section, inputs, output, context, runtime, teacher, record, claim, facts, identity)
         open_build(output, build.record(begun_build(output)))
         earlier = 0.0
         if not (output / LINEAGE_FILE).is_file():
@@ -104,7 +110,9 @@ def check_teacher(section: ScoreRecipe, inputs: TeacherInputs, context: Context)
     with ExitStack() as stack:
         teacher, _ = open_teacher(section, inputs, open_runtime(context.runtime), context, stack)
     claim = claim_of(inputs.student, inputs.sft_teacher, context)
-    require_consistent(teacher.identity, claim, allowed=inputs.allow_teacher_mismatch)
+    seen = context_of(read_prompts(inputs.prompts), context.prompting) if inputs.prompts else None
+    identity = teacher.identity.model_copy(update={"context": seen})
+    require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
     room = teacher.max_length if isinstance(teacher, RemoteScorer) else None
     return None if room is None else room - 1  # a server is always asked for one new token
 
@@ -119,6 +127,10 @@ def open_teacher(
     """
     if inputs.teacher is not None:
         special_differences(inputs.teacher, inputs.student)  # the rollouts had none of these in their prompts
+    if inputs.teachers:
+        for path in inputs.teachers.values():
+            special_differences(path, inputs.student)
+        return open_panel(inputs.teachers, runtime, section.micro_batch_tokens), None
     if inputs.remote is None and section.engine is not None and inputs.teacher is not None:
         length = longest_rollout(inputs.rollouts) + 1 if isinstance(inputs, ScoreInputs) else 0
         wish = EngineWish(section.engine, inputs.teacher, context.runtime.dtype, length, section.topk)
@@ -139,8 +151,10 @@ def open_teacher(
 
 
 def longest_rollout(rollouts: Path) -> int:
-    """The tokens of the longest row, prompt included."""
-    shards = (read_shard(rollouts / shard.file, sha256=shard.sha256) for shard in read_record(rollouts).shards)
+    """The tokens of the longest row, with the prompt that the teacher sees."""
+    shards = (
+        read_shard(rollouts / shard.file, sha256=shard.sha256).for_teacher() for shard in read_record(rollouts).shards
+    )
     return max((int(rows.lengths().max()) for rows in shards if len(rows)), default=0)
 
 
@@ -151,6 +165,7 @@ class _ScoredShards:
     notes: list[ShardNote] = field(default_factory=list)
     tally: ScoreTally = field(default_factory=ScoreTally)
     content: ContentHash = field(default_factory=ContentHash)
+    domains: Counter[str] = field(default_factory=Counter)
     sample: Sequences = field(default_factory=Sequences.empty)
     earlier: float = 0.0
 
@@ -168,11 +183,13 @@ class _CacheBuild:
     rollouts: RolloutRecord
     claim: TeacherClaim | None
     scored_by: EngineFacts | None
+    identity: ModelIdentity
+    """The teacher's, with its context."""
 
     def record(self, begun: dict[str, Any]) -> dict[str, Any]:
         """What fixes the build; `begun` is what an interrupted call began it with."""
         how = {"micro_batch_tokens", "concurrency"}
-        teacher = self.teacher.identity.to_dict()
+        teacher = self.identity.to_dict()
         before = begun.get("teacher", {}).get("probe")
         if before is not None and same_probe(before, self.teacher.identity.probe):
             teacher["probe"] = before  # a server's rounding may differ from day to day
@@ -199,10 +216,11 @@ class _CacheBuild:
         if len(rows.response_ids) == 0:
             return None
         local = open_local(path, self.runtime, self.section.micro_batch_tokens)
-        ours = local.score(rows, 0).scores.logprobs.astype(np.float64)
+        seen = rows.for_teacher()
+        ours = local.score(seen, 0).scores.logprobs.astype(np.float64)
         gaps = list[EngineGap]()
         for server in self.teacher.each() if isinstance(self.teacher, RemoteScorer) else ():
-            difference = np.abs(server.score(rows, 0).scores.logprobs.astype(np.float64) - ours)
+            difference = np.abs(server.score(seen, 0).scores.logprobs.astype(np.float64) - ours)
             gaps.append(EngineGap(tokens=len(ours), mean=float(difference.mean()), largest=float(difference.max())))
             require_agreement(gaps[-1], self.context.runtime.dtype if facts.dtype == "float32" else COARSEST_DTYPE)
         return max(gaps, key=lambda gap: gap.mean, default=None)
@@ -219,6 +237,7 @@ class _CacheBuild:
             built.notes.append(note)
             built.tally.add(rows, note.clamped)
             built.content.add(rows)
+            built.domains.update(rows.domains)
             if number == 0:
                 built.sample = rows.take(np.arange(min(DELTA_ROWS, len(rows))))  # a slice would hold the whole shard
             done += shard.rows
@@ -238,7 +257,7 @@ class _CacheBuild:
         begun = time.perf_counter()
         drawn = read_shard(self.inputs.rollouts / shard.file, sha256=shard.sha256)
         sequences, dropped, capped = without_truncated(drawn, self.section)
-        result = self.teacher.score(sequences, self.section.topk)
+        result = self.teacher.score(sequences.for_teacher(), self.section.topk)
         bad = result.bad_rows(sequences)
         scored = sequences.with_columns(**result.scores.columns())
         if bad:
@@ -260,13 +279,17 @@ class _CacheBuild:
         None where the SFT teacher's directory is not known, or the sample holds no token.
         """
         path = self.inputs.sft_teacher_path
-        known = delta_by_construction(self.teacher.identity, self.claim)
-        if known is None and path is not None:
-            known = delta_by_construction(self.teacher.identity, proven_claim(inspect_model(path).identity))
-        if known is not None or path is None or len(sample.response_ids) == 0:
+        known = delta_by_construction(self.identity, self.claim)
+        if known is not None or path is None or self.inputs.teachers or len(sample.response_ids) == 0:
             return known
+        saw = self.claim.identity.context if self.claim and self.claim.identity else None
+        answered = inspect_model(path).identity.model_copy(update={"context": saw})
+        if (known := delta_by_construction(self.identity, proven_claim(answered))) is not None:
+            return known
+        if saw is not None and not answered.same_context(self.identity):
+            return None  # what it saw is no longer known
         local = open_local(path, self.runtime, self.section.micro_batch_tokens)
-        theirs = local.score(sample, 0).scores.logprobs.astype(np.float64)
+        theirs = local.score(sample.for_teacher() if saw else sample, 0).scores.logprobs.astype(np.float64)
         difference = np.abs(theirs - sample.columns["teacher_logprobs"].astype(np.float64))
         return TeacherDelta(
             sft_teacher=local.identity.label(),
@@ -285,7 +308,7 @@ class _CacheBuild:
         write_manifest(
             output,
             CacheManifest(
-                teacher=self.teacher.identity,
+                teacher=self.identity,
                 behaviour=record.behaviour,
                 sft_teacher=self.claim,
                 teacher_mismatch_allowed=self.inputs.allow_teacher_mismatch,
@@ -301,6 +324,7 @@ class _CacheBuild:
                 layout=record.layout,
                 rollouts=record.statistics,
                 scores=built.tally.statistics(),
+                domains=dict(built.domains) or None,
                 hygiene=_hygiene(record.hygiene, section, built.notes),
                 engine_gap=record.engine_gap,
                 generated_by=record.generated_by,
@@ -312,7 +336,7 @@ class _CacheBuild:
             ),
         )
         parents = [
-            Parent(role="teacher", identity=self.teacher.identity),
+            Parent(role="teacher", identity=self.identity),
             Parent(role="student", identity=record.behaviour),
             Parent(role="prompts", sha256=record.prompts_sha256),
         ]

@@ -13,7 +13,7 @@ from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.models.loading import adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.models.saving import SavedForm, saved_files
 from opd_mcp.engine.provenance import Provenance, adapter_origin, claim_of, frozen_hash, full_identity, record_lineage
-from opd_mcp.engine.runtime import open_runtime
+from opd_mcp.engine.runtime import loading_runtime, open_runtime
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.engine.training.watches import tell_undertrained
@@ -35,13 +35,14 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     adopted = adopt_tokenizer(inputs.tokenizer or (saved if saved.is_dir() else student), context.prompting)
     differing = special_differences(adopted.path, student)
     rows = read_responses(responses)
-    graded = graded_responses(rows, adopted.tokenizer, inputs.grading, context) if inputs.grading else None
+    grading = inputs.grading if context.writes else None
+    graded = graded_responses(rows, adopted.tokenizer, grading, context) if grading else None
     targets = sft_targets(rows, adopted, section, context)
     used = {*map(int, np.unique(targets.sequences.prompt_ids)), adopted.end_of_turn}
     require_unused(differing, used, context.prompting, student)
     if differing:
         context.reporter.alert("special_tokens_differ", f"Teacher / student: {differences_text(differing)}.")
-    model = load_model(student, runtime, for_training=True, adapter=section.adapter)
+    model = load_model(student, loading_runtime(runtime, context), for_training=True, adapter=section.adapter)
     model_warnings(context, model)
     origin = adapter_origin(model, section.adapter, context)
     form = SavedForm.of(model, adopted, section.save_dtype, origin.saved if origin else None)
@@ -52,6 +53,8 @@ def sft(section: SftRecipe, inputs: SftInputs, output: Path, context: Context) -
     frozen = frozen_hash(origin, student)
     task = TrainingTask(LoopSettings.of(section, "token"), steps, SFT_OBJECTIVE, sft_metrics, frozen)
     summary = train(model.model, task, runtime, context)
+    if not context.writes:
+        return summary
     tell_undertrained(summary, model.facts.tokens, context)
     summary = summary.model_copy(update={"sft_rows": targets.rows, "teacher_responses": graded})
     if (refused := form.save(model.model, output)) is not None:

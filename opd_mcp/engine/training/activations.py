@@ -65,8 +65,11 @@ def step_memory(
     *,
     tokens: int,
     runtime: Runtime,
+    ranks: int = 1,
 ) -> TrainingMemory:
     """The estimate for micro-batches of `tokens`, `auto` resolved by what is free on the device now.
+
+    Of several `ranks`, one's; on the CPU they share the memory.
 
     Raises ArgumentError `invalid_argument` for a policy that the model's class cannot follow.
     """
@@ -80,7 +83,10 @@ def step_memory(
         )
     held = weight_bytes_held(model)
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if runtime.trains_in_autocast else "float32"
-    step = StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model), adapter_size(model))
+    step = StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model), adapter_size(model), ranks)
+    if ranks > 1:
+        free = free_memory(runtime.device) // (ranks if runtime.device.type == "cpu" else 1)
+        return training_memory(model_shape(model), step, checkpointing, free + held // ranks)
     room = free_memory(runtime.device) + held
     return training_memory(model_shape(model), step, checkpointing if able else "none", room)
 

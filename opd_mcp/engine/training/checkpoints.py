@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import ValidationError
@@ -58,19 +58,12 @@ class Checkpoints:
         directory = self.context.checkpoints
         if directory is None or not directory.is_dir():
             return None
-        for leftover in list(directory.glob(f"{BUILDING_PREFIX}*")):
-            # What was listed before this is an earlier attempt's; what a later one builds is not in the list.
-            self.context.check_fence()
-            shutil.rmtree(leftover)
+        self._remove_leftovers(directory)
         for path in reversed(saved_checkpoints(directory)):
             problem = self._problem(path)
             if problem is None:
                 return self._restore(path)
-            self.context.check_fence()
-            path.rename(path.with_name(f"{DAMAGED_PREFIX}{path.name}-{secrets.token_hex(3)}"))
-            self.context.reporter.alert(
-                "checkpoint_damaged", f"Checkpoint {path.name} is not used: {problem}. The one before it is, if any."
-            )
+            self._set_aside(path, problem)
         return None
 
     def is_due(self, step: int) -> bool:
@@ -93,21 +86,29 @@ class Checkpoints:
         if directory is None or (directory / name_of(state.step)).is_dir():
             return
         started = time.monotonic()
-        tensors = {MODEL_FILE: _weights(self.model), OPTIMIZER_FILE: _moments(self.optimizer), RANDOM_FILE: _random()}
-        copies = {file: {name: _copied(part) for name, part in parts.items()} for file, parts in tensors.items()}
-        record = CheckpointRecord(
+        tensors = {
+            MODEL_FILE: _weights(self.model),
+            OPTIMIZER_FILE: _moments(self.optimizer),
+            RANDOM_FILE: random_states(),
+        }
+        copies = {file: {name: copied(part) for name, part in parts.items()} for file, parts in tensors.items()}
+        record = self._record(state, self.model.device)
+        self._pending = self._thread.submit(_write, directory, record, copies, started, self.context.check_fence)
+        self._last = time.monotonic()
+        if wait:
+            self._settle()
+
+    def _record(self, state: LoopState, device: torch.device) -> CheckpointRecord:
+        """The record of a checkpoint whose files are still to be written; the journal before it is durable."""
+        return CheckpointRecord(
             fingerprint=self.fingerprint,
             state=state,
             journal_position=self.context.reporter.position(),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
-            device=self.model.device.type,
+            device=device.type,
             files={},
         )
-        self._pending = self._thread.submit(_write, directory, record, copies, started, self.context.check_fence)
-        self._last = time.monotonic()
-        if wait:
-            self._settle()
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +124,19 @@ class Checkpoints:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._cost = pending.result()
+
+    def _remove_leftovers(self, directory: Path) -> None:
+        for leftover in list(directory.glob(f"{BUILDING_PREFIX}*")):
+            # What was listed before this is an earlier attempt's; what a later one builds is not in the list.
+            self.context.check_fence()
+            shutil.rmtree(leftover)
+
+    def _set_aside(self, path: Path, problem: str) -> None:
+        self.context.check_fence()
+        path.rename(path.with_name(f"{DAMAGED_PREFIX}{path.name}-{secrets.token_hex(3)}"))
+        self.context.reporter.alert(
+            "checkpoint_damaged", f"Checkpoint {path.name} is not used: {problem}. The one before it is, if any."
+        )
 
     def _problem(self, path: Path) -> str | None:
         try:
@@ -141,17 +155,21 @@ class Checkpoints:
             for name, tensor in _weights(self.model).items():
                 tensor.copy_(weights[name])
         _restore_moments(self.optimizer, load_file(path / OPTIMIZER_FILE))
-        _restore_random(load_file(path / RANDOM_FILE))
-        now = {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": self.model.device.type}
-        other = [name for name, value in now.items() if getattr(record, name) != value]
+        restore_random_states(load_file(path / RANDOM_FILE))
+        self._tell_differences(record, {"device": (record.device, self.model.device.type)})
+        self.context.reporter.resumed(record.state.step)
+        return record.state
+
+    def _tell_differences(self, record: CheckpointRecord, more: dict[str, tuple[Any, Any]]) -> None:
+        """Alert where bits change: with other threads, another torch, or `more`, which was so and is so now."""
+        now = {"threads": (record.threads, torch.get_num_threads()), "torch": (record.torch, torch.__version__)} | more
+        other = [name for name, (before, after) in now.items() if before != after]
         if other:
             self.context.reporter.alert(
                 "resumed_elsewhere",
                 f"The checkpoint was written with another {' and another '.join(other)}: what follows is sound, but "
                 "not to the bit what an uninterrupted run would have given.",
             )
-        self.context.reporter.resumed(record.state.step)
-        return record.state
 
 
 def name_of(step: int) -> str:
@@ -209,6 +227,20 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{number}.{name}": value for number, entries in state.items() for name, value in entries.items()}
 
 
+def leave_moments(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Write the optimizer's state for the stretch of training that goes on with the saved weights.
+
+    What a narrow weight lacks of its master is left out: the weights are saved as their masters.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    save_file({name: copied(part) for name, part in _moments(optimizer).items() if not name.endswith(".low")}, file)
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Go on with the state that `leave_moments` wrote, for the same weights in a new process."""
+    _restore_moments(optimizer, _moments(optimizer) | load_file(file))
+
+
 def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -217,16 +249,19 @@ def _restore_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _random() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
+    """The states of torch's own random streams by device."""
     states = {"cpu": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
-def _restore_random(states: dict[str, Tensor]) -> None:
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    """Continue the streams from these states."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def copied(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()

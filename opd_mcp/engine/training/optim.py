@@ -7,7 +7,7 @@ gradients.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,16 +22,21 @@ CHUNK = 1 << 22
 
 
 def build_optimizer(
-    model: nn.Module, settings: OptimizerRecipe, *, seed: int, section: str = "optimizer"
+    model: nn.Module,
+    settings: OptimizerRecipe,
+    *,
+    seed: int,
+    section: str = "optimizer",
+    weights: Iterable[nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW for the model, whose weights are turned into what the precision keeps; decay on matrices only.
 
-    `seed` is that of stochastic rounding. Raises ArgumentError `lossy_precision` or ResourceError `missing_package`,
-    naming the recipe's `section`.
+    `seed` is that of stochastic rounding; `weights` are the trained ones where a rank holds a part of the model.
+    Raises ArgumentError `lossy_precision` or ResourceError `missing_package`, naming the recipe's `section`.
     """
     require_kept_updates(settings, section)
     require_package(settings, section)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [weight for weight in (model.parameters() if weights is None else weights) if weight.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -140,6 +145,12 @@ def stochastically_rounded(values: Tensor, generator: torch.Generator) -> Tensor
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = values.contiguous().view(torch.int32) + noise
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next step of all groups have this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def learning_rate_at(step: int, steps: int, settings: OptimizerRecipe) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_mcp.engine.data.batches import Batch, StepData, build_batch, grouped_rows
+from opd_mcp.engine.data.batches import Batch, Group, StepData, build_batch, grouped_rows
 from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_scores
 from opd_mcp.engine.losses.objectives import RowObjective, clipped_advantage, target_scores, token_weights
 from opd_mcp.engine.models.attention import hidden_rows, packs
@@ -106,41 +106,76 @@ def accumulate_gradients(
     Normalisers are taken over the whole step first, so micro-batches only decide memory. With `reweigh` a first pass
     over all log-probs gives each token a factor, held constant: that is how sequence- and batch-scoped weights work.
     """
-    sequences, runtime = data.sequences, settings.runtime
-    clock = clock or Stopwatch(runtime.device)
-    indices = torch.from_numpy(data.indices)
-    weight_of_row = torch.zeros(len(sequences), dtype=torch.float64)
-    weight_of_row[indices] = token_weights(torch.from_numpy(sequences.response_lengths())[indices], settings.normalize)
+    clock = clock or Stopwatch(settings.runtime.device)
     factors = None if reweigh is None else _first_pass(model, data, reweigh, settings)
+    batches = _weighted(_micro_batches(model, data, settings, clock), row_weights(data, settings), factors)
+    added = added_gradients(model, batches, objective, settings, clock)
+    if not added.logprobs:
+        return StepResult(0.0, torch.empty(0), {}, 0)
+    joined = torch.cat(added.logprobs)
+    names = added.batches[0].columns
+    stored = {name: torch.cat([batch.columns[name] for batch in added.batches]) for name in names}
+    lengths = tuple(length for batch in added.batches for length in batch.lengths)
+    return StepResult(float(added.total), joined, stored, len(joined), lengths)
+
+
+@dataclass(frozen=True)
+class AddedGradients:
+    """What micro-batches gave: the sum of their losses, each one's log-probs, and they themselves."""
+
+    total: Tensor
+    logprobs: list[Tensor]
+    batches: list[Batch]
+
+
+def added_gradients(
+    model: PreTrainedModel,
+    batches: Iterable[tuple[Batch, Tensor]],
+    objective: RowObjective,
+    settings: StepSettings,
+    clock: Stopwatch,
+) -> AddedGradients:
+    """Add the gradients of these micro-batches, each with the weights [R] of its tokens, to the parameters' own."""
+    runtime = settings.runtime
     head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
     head_grad, embedding_grad = main_gradient(head.weight), main_gradient(model.get_input_embeddings().weight)
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    logprobs: list[Tensor] = []
-    columns: dict[str, list[Tensor]] = {}
-    lengths: list[int] = []
-    first = 0
-    for batch in _micro_batches(model, data, settings, clock):
+    added = AddedGradients(torch.zeros((), dtype=torch.float64, device=runtime.device), [], [])
+    for batch, weights in batches:
         with clock.part("forward"):
-            token_weight = weight_of_row[torch.from_numpy(batch.indices)].to(runtime.device)[batch.sequence]
-            if factors is not None:
-                token_weight = token_weight * factors[first : first + len(batch.rows)]
-                first += len(batch.rows)
             with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
                 hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows, main_grad=embedding_grad)
-            rows = LossRows(batch.targets, token_weight, batch.columns)
+            rows = LossRows(batch.targets, weights.to(runtime.device), batch.columns)
             losses = one_pass_losses(head, hidden, rows, objective, main_grad=head_grad)
         with clock.part("backward"):
             torch.autograd.backward(losses.total)
-        total += losses.total.detach()
-        logprobs.append(losses.logprobs)
-        lengths += batch.lengths
-        for name, values in batch.columns.items():
-            columns.setdefault(name, []).append(values)
-    if not logprobs:
-        return StepResult(0.0, torch.empty(0), {}, 0)
-    joined = torch.cat(logprobs)
-    stored = {name: torch.cat(parts) for name, parts in columns.items()}
-    return StepResult(float(total), joined, stored, len(joined), tuple(lengths))
+        added.total.add_(losses.total.detach())
+        added.logprobs.append(losses.logprobs)
+        added.batches.append(batch)
+    return added
+
+
+def row_weights(data: StepData, settings: StepSettings) -> Tensor:
+    """The weight [rows of the data], float64, of each token of a row; the step's normaliser is in it."""
+    counts, indices = torch.from_numpy(data.sequences.response_lengths()), torch.from_numpy(data.indices)
+    weights = torch.zeros(len(data.sequences), dtype=torch.float64)
+    weights[indices] = token_weights(counts[indices], settings.normalize)
+    return weights if data.row_weights is None else weights * torch.from_numpy(data.row_weights)
+
+
+def token_weights_of(batch: Batch, weights: Tensor) -> Tensor:
+    """The weights [R] of a micro-batch's tokens, of those of all rows."""
+    return weights[torch.from_numpy(batch.indices)].to(batch.sequence.device)[batch.sequence]
+
+
+def _weighted(batches: Iterable[Batch], weights: Tensor, factors: Tensor | None) -> Iterator[tuple[Batch, Tensor]]:
+    """The micro-batches with the weights of their tokens; `factors` [R] are in the order of the step's tokens."""
+    first = 0
+    for batch in batches:
+        own = token_weights_of(batch, weights)
+        if factors is not None:
+            own = own * factors[first : first + len(batch.rows)]
+            first += len(batch.rows)
+        yield batch, own
 
 
 def main_gradient(weight: Tensor) -> Tensor | None:
@@ -156,15 +191,19 @@ def main_gradient(weight: Tensor) -> Tensor | None:
 
 
 def _micro_batches(model: PreTrainedModel, data: StepData, settings: StepSettings, clock: Stopwatch) -> Iterator[Batch]:
-    sequences, counts = data.sequences, data.sequences.response_lengths()
     with clock.part("data"):
-        groups = grouped_rows(sequences.lengths(), data.indices, settings.micro_batch_tokens, packed=packs(model))
+        groups = trained_groups(model, data, settings)
     for group in groups:
-        if counts[group].sum() == 0:
-            continue
         with clock.part("data"):
-            batch = build_batch(sequences, group, settings.runtime.device)
+            batch = build_batch(data.sequences, group, settings.runtime.device)
         yield batch
+
+
+def trained_groups(model: PreTrainedModel, data: StepData, settings: StepSettings) -> list[Group]:
+    """The rows of the step's micro-batches, without those that have no response token."""
+    sequences, counts = data.sequences, data.sequences.response_lengths()
+    groups = grouped_rows(sequences.lengths(), data.indices, settings.micro_batch_tokens, packed=packs(model))
+    return [group for group in groups if counts[group].sum() > 0]
 
 
 @torch.no_grad()
@@ -240,4 +279,17 @@ def distill_metrics(result: StepResult, settings: DistillRecipe) -> Metrics:
         ratio = (student - result.columns["behaviour_logprobs"].double()).clamp(-20, 20).exp()
         share = ratio.sum().square() / (len(ratio) * ratio.square().sum()).clamp_min(1e-300)
         metrics |= {"drift_mean": float(ratio.mean()), "effective_sample_share": float(share)}
+    return metrics
+
+
+def domain_metrics(result: StepResult, names: Sequence[str]) -> Metrics:
+    """k1 of the reverse KL on the tokens of each domain that the step has, as `reverse_kl_k1_NAME`."""
+    if not names or not result.tokens:
+        return {}
+    difference = (result.logprobs - result.columns["teacher_logprobs"]).double()
+    places, metrics = result.columns["domain"], {}
+    for place, name in enumerate(names):
+        own = difference[places == place]
+        if len(own):
+            metrics[f"reverse_kl_k1_{name}"] = float(own.mean())
     return metrics

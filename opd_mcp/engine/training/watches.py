@@ -7,13 +7,14 @@ metrics, when what the last steps trained on has lost its meaning.
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
-from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics
+from opd_mcp.engine.training.step import Metrics, StepResult, distill_metrics, domain_metrics
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import DistillRecipe
@@ -71,7 +72,7 @@ class FiniteGuard:
 
     def _saved(self, step: int, rows: Sequences) -> str:
         """Where the step's rows are, as the end of a sentence; nothing where there is no place for them."""
-        if self.context.checkpoints is None:
+        if self.context.checkpoints is None or not self.context.writes:
             return ""
         self.context.checkpoints.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = self.context.checkpoints / f"bad-step-{step + 1:08d}.jsonl"
@@ -122,19 +123,31 @@ class Watch:
         return sum(self.values) / len(self.values)
 
 
-class DistillWatch:
-    """The metrics of a distillation step; alerts once for a clip that binds and once for rollouts that are stale."""
+def are_stale(recent: Sequence[Metrics]) -> bool:
+    """Whether a distillation's last `WATCHED_STEPS` steps say that the rollouts are another policy's by now."""
+    shares = [metrics.get("effective_sample_share", 1.0) for metrics in recent[-WATCHED_STEPS:]]
+    return len(shares) == WATCHED_STEPS and sum(shares) / WATCHED_STEPS < EFFECTIVE_SHARE
 
-    def __init__(self, settings: DistillRecipe, context: Context) -> None:
-        self._settings, self._reporter = settings, context.reporter
+
+class DistillWatch:
+    """The metrics of a distillation step; alerts once for a clip that binds and once for rollouts that are stale.
+
+    `next_round` is the number of the round that begins when they are; `domains` are told one by one.
+    """
+
+    def __init__(
+        self, settings: DistillRecipe, context: Context, next_round: int | None = None, domains: Sequence[str] = ()
+    ) -> None:
+        self._settings, self._reporter, self._next_round = settings, context.reporter, next_round
+        self._domains = domains
         # these have no advantage that a clip could bind on
         pointless = settings.estimator in ("topk_forward_kl", "topk_js", "opsa")
         self._clip = Watch("advantage_clipped", 0.0, CLIPPED_SHARE, above=True, told=pointless)
         self._drift = Watch("effective_sample_share", 1.0, EFFECTIVE_SHARE, above=False)
 
     def __call__(self, result: StepResult) -> Metrics:
-        """`distill_metrics` of the step."""
-        metrics = distill_metrics(result, self._settings)
+        """`distill_metrics` of the step, and `domain_metrics` where rows have domains."""
+        metrics = distill_metrics(result, self._settings) | domain_metrics(result, self._domains)
         if self._clip.is_bad(metrics):
             self._reporter.alert(
                 "advantages_clipped",
@@ -144,14 +157,23 @@ class DistillWatch:
                 "distill.advantage_clip is too small.",
             )
         if self._drift.is_bad(metrics):
-            self._reporter.alert(
-                "rollouts_stale",
-                f"Over the last {WATCHED_STEPS} steps effective_sample_share was {self._drift.mean:.3f}: the student "
-                "is so far from the policy that drew the rollouts that they say little about what it writes now. Take "
-                "fewer distill.steps or a lower learning rate, or build a teacher cache of new rollouts from the "
-                "distilled student and continue from it.",
-            )
+            self._tell_stale(self._drift.mean)
         return metrics
+
+    def _tell_stale(self, share: float) -> None:
+        seen = f"Over the last {WATCHED_STEPS} steps effective_sample_share was {share:.3f}"
+        if self._next_round is not None:
+            self._reporter.alert(
+                "next_round", f"{seen}: round {self._next_round} begins, on new rollouts of the student as it is now."
+            )
+            return
+        self._reporter.alert(
+            "rollouts_stale",
+            f"{seen}: the student is so far from the policy that drew the rollouts that they say little about what it "
+            "writes now. Take fewer distill.steps or a lower learning rate, build a teacher cache of new rollouts from "
+            "the distilled student and continue from it, or let a run do that: raise 'distill.rounds', with "
+            "'distill.round_trigger' 'stale' where it is to begin a round by itself.",
+        )
 
 
 def tell_undertrained(summary: TrainingSummary, vocabulary: int, context: Context) -> None:

@@ -163,6 +163,16 @@ def render(
     return text
 
 
+def system_dropped() -> DataError:
+    """The error for a teacher's system prompt that its template does not show."""
+    return DataError(
+        "system_dropped",
+        "The chat template does not show system prompts, so the teacher would not see prompting.teacher_system.",
+        fix="Give the text in `teacher_messages` of the prompts, in the user's turn, or a model whose template has "
+        "system prompts.",
+    )
+
+
 def _shown(turn: Turn) -> dict[str, Any]:
     """A turn without absent fields, its reasoning under the names that templates read."""
     shown = {name: value for name, value in turn.items() if value is not None}

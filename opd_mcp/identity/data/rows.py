@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -11,11 +11,16 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from opd_mcp.schemas.errors import DataError
+
 Row = dict[str, Any]
 Turns = tuple[dict[str, Any], ...]
-PromptParts = tuple[str, str | None, Turns | None, str | None]
-"""(id, prompt, messages, answer) of a `PromptRow`."""
-PROMPT_COLUMNS = ("id", "prompt", "messages", "answer")
+PlainParts = tuple[str, str | None, Turns | None, str | None]
+"""(id, prompt, messages, answer) of a `PromptRow` that the teacher sees as the student does."""
+PromptParts = PlainParts | tuple[str, str | None, Turns | None, str | None, Turns | None, str | None]
+"""The same, and where a row has one of them the teacher's own turns and the teacher's domain."""
+PLAIN_PARTS = 4
+PROMPT_COLUMNS = ("id", "prompt", "messages", "answer", "teacher_messages", "teacher_domain")
 RESPONSE_COLUMNS = (*PROMPT_COLUMNS, "response", "response_ids", "prompt_ids", "finish_reason")
 # ShareGPT's names for the roles that templates know.
 ROLES = {
@@ -95,12 +100,40 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One prompt: exactly one of `prompt` and `messages` is set; `id` is the file's, or the row number from 0."""
+    """One prompt: exactly one of `prompt` and `messages` is set; `id` is the file's, or the row number from 0.
+
+    `teacher_messages` are what the teacher sees instead, None where it sees what the student sees; `teacher_domain`
+    says which of several teachers it is.
+    """
 
     id: str
     prompt: str | None = None
     messages: Turns | None = None
     answer: str | None = None
+    teacher_messages: Turns | None = None
+    teacher_domain: str | None = None
+
+    def parts(self) -> PromptParts:
+        """The row as `PromptParts`."""
+        plain = self.id, self.prompt, self.messages, self.answer
+        own = self.teacher_messages, self.teacher_domain
+        return plain if own == (None, None) else (*plain, *own)
+
+    def turns(self) -> Turns:
+        """The prompt as turns."""
+        return user_turn(self.prompt) if self.prompt is not None else self.messages or ()
+
+    def for_teacher(self, system: str | None) -> "PromptRow":
+        """The prompt as the teacher sees it: its own turns, or the student's, after the system prompt for it alone.
+
+        A system turn that is there already follows that prompt, after an empty line.
+        """
+        turns = self.teacher_messages or self.turns()
+        if system is None:
+            return self if self.teacher_messages is None else replace(self, prompt=None, messages=turns)
+        first, rest = ({}, turns) if turns[0]["role"] != "system" else (turns[0], turns[1:])
+        content = f"{system}\n\n{first['content']}" if first.get("content") else system
+        return replace(self, prompt=None, messages=({"role": "system", "content": content}, *rest))
 
     def text(self) -> str:
         """The prompt for showing to people: the text, or the last message's."""
@@ -109,6 +142,11 @@ class PromptRow:
     def whole_text(self) -> str:
         """All text that the prompt gives to the model: the text, or every message's, one per line."""
         return whole_text(self.prompt, self.messages)
+
+
+def user_turn(prompt: str) -> Turns:
+    """A text as the turn that templates get for it."""
+    return ({"role": "user", "content": prompt},)
 
 
 def shown_text(prompt: str | None, messages: Turns | None) -> str:
@@ -168,14 +206,16 @@ class PromptsHash:
     @staticmethod
     def _quick_json(prompts: Sequence[PromptParts]) -> bytes | None:
         """The same bytes from a faster encoder, which neither sorts keys nor writes floats as Python does."""
-        _, _, messages, _ = zip(*prompts, strict=True)
+        if max(map(len, prompts)) > PLAIN_PARTS:
+            return None
+        messages = list(map(itemgetter(2), prompts))
         if messages.count(None) < len(prompts):
             turns = list(chain.from_iterable(filter(None, messages)))
             if set(map(len, turns)) != {2}:
                 return None  # more than a role and a content, which every turn has
             pairs = zip(map(itemgetter("content"), turns), map(itemgetter("role"), turns), strict=True)
             sorted_turns = [{"content": content, "role": role} for content, role in pairs]
-            ids, texts, _, answers = zip(*prompts, strict=True)
+            ids, texts, _, answers = zip(*prompts, strict=True)  # each has four parts
             return to_json(list(zip(ids, texts, _regrouped(sorted_turns, messages), answers, strict=True)))
         return to_json(prompts)
 
@@ -190,8 +230,38 @@ def prompts_hash(rows: Iterable[PromptRow]) -> str:
     """sha256 (hex) of prompts with their ids and answers, in order, whatever file they come from."""
     digest = PromptsHash()
     for row in rows:
-        digest.add([(row.id, row.prompt, row.messages, row.answer)])
+        digest.add([row.parts()])
     return digest.hexdigest()
+
+
+def require_all_or_no_domain(rows: Sequence[PromptRow]) -> None:
+    """Raise DataError `unknown_domain` where only some prompts have a teacher's domain."""
+    without = sum(row.teacher_domain is None for row in rows)
+    if 0 < without < len(rows):
+        raise DataError(
+            "unknown_domain",
+            f"{without} of {len(rows)} prompts have no `teacher_domain`, and the others have one.",
+            value=without,
+            fix="Give all prompts a `teacher_domain`, or none.",
+        )
+
+
+class TeacherTurnsHash:
+    """sha256 of what the teacher alone sees of prompts, with their ids and in order; None where it sees no more."""
+
+    def __init__(self) -> None:
+        self._digest, self._any = PromptsHash(), False
+
+    def add(self, prompts: Iterable[PromptParts]) -> None:
+        """Take in prompts."""
+        own: list[PromptParts] = [(parts[0], None, parts[4], None) for parts in prompts if len(parts) == 6]
+        own = [parts for parts in own if parts[2] is not None]
+        self._any = self._any or bool(own)
+        self._digest.add(own)
+
+    def hexdigest(self) -> str | None:
+        """The hash of what was taken in so far."""
+        return self._digest.hexdigest() if self._any else None
 
 
 def missing(name: str) -> BadRow:

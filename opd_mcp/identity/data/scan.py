@@ -3,7 +3,8 @@
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 from operator import itemgetter
@@ -11,7 +12,16 @@ from pathlib import Path
 from random import Random
 
 from opd_mcp.identity.data.reading import Columns, RowReader
-from opd_mcp.identity.data.rows import PromptParts, PromptRow, PromptsHash, Turns, shown_texts, whole_text
+from opd_mcp.identity.data.rows import (
+    PLAIN_PARTS,
+    PromptParts,
+    PromptRow,
+    PromptsHash,
+    TeacherTurnsHash,
+    Turns,
+    shown_texts,
+    whole_text,
+)
 from opd_mcp.identity.data.shapes import PROMPT_SHAPES, all_prompt_parts, prompt_parts
 from opd_mcp.schemas.runs import UnderstoodData
 
@@ -19,6 +29,7 @@ FIRST_ROWS = 8
 SAMPLED_ROWS = 64
 KEPT_GOLDS, GOLD_CHARACTERS = 1024, 1 << 14
 LONG_ROWS = 512
+KEPT_DOMAINS = 64
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
 _CONTENT = itemgetter("content")
@@ -46,6 +57,10 @@ class PromptScan:
     """The texts of these rows, evenly drawn where there are many."""
     texts: "array[int]" = field(default_factory=lambda: array("q"))
     normal_texts: "array[int]" = field(default_factory=lambda: array("q"))
+    teacher_turns: str | None = None
+    """As `TeacherTurnsHash` of all rows."""
+    domains: Mapping[str | None, int] = field(default_factory=dict)
+    """Rows by the domain of their teacher, of the first 64 domains; None for rows without one."""
 
     def duplicates(self) -> int:
         """Rows with the text of an earlier row."""
@@ -58,14 +73,19 @@ class PromptScan:
 
 def overlap_of(scans: Sequence[PromptScan], others: Sequence[PromptScan]) -> dict[str, int]:
     """How many rows of `scans` one of `others` also holds, as they are and normalised."""
-    exact: set[int] = set().union(*(other.texts for other in others))
-    found = sum(text in exact for scan in scans for text in scan.texts)
-    del exact  # a set of a million numbers takes as much memory as all else here
-    normal: set[int] = set().union(*(other.normal_texts for other in others))
     return {
-        "eval_overlap_exact": found,
-        "eval_overlap_normalised": sum(text in normal for scan in scans for text in scan.normal_texts),
+        "eval_overlap_exact": _held([scan.texts for scan in scans], [other.texts for other in others]),
+        "eval_overlap_normalised": _held(
+            [scan.normal_texts for scan in scans], [other.normal_texts for other in others]
+        ),
     }
+
+
+def _held(hashes: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> int:
+    """How many of the hashes are among the others. A set is made of the fewer ones only: making it takes the time."""
+    few, many = sorted((hashes, others), key=lambda each: sum(map(len, each)))
+    common = set(chain.from_iterable(few)).intersection(chain.from_iterable(many))
+    return sum(map(common.__contains__, chain.from_iterable(hashes))) if common else 0
 
 
 def scan_prompts(path: Path, columns: Columns | None = None, *, long_bytes: int = 1 << 62) -> PromptScan:
@@ -80,14 +100,15 @@ def scan_prompts(path: Path, columns: Columns | None = None, *, long_bytes: int 
 def scan_of_rows(rows: Sequence[PromptRow], *, long_bytes: int = 1 << 62) -> PromptScan:
     """The scan of prompts that are in memory."""
     scanner = _Scanner(long_bytes)
-    scanner.add([(row.id, row.prompt, row.messages, row.answer) for row in rows])
+    scanner.add([row.parts() for row in rows])
     return scanner.scan(UnderstoodData(shape="inline", rows=len(rows)))
 
 
 class _Scanner:
     def __init__(self, long_bytes: int) -> None:
         self.long_bytes = long_bytes
-        self.digest = PromptsHash()
+        self.digest, self.teacher_turns = PromptsHash(), TeacherTurnsHash()
+        self.domains: Counter[str | None] = Counter()
         self.rows = self.answers = self.long_rows = 0
         self.first: list[PromptParts] = []
         self.sample: list[PromptParts] = []
@@ -100,7 +121,13 @@ class _Scanner:
 
     def add(self, batch: list[PromptParts]) -> None:
         """Take in the next rows."""
+        simple = max(map(len, batch), default=PLAIN_PARTS) == PLAIN_PARTS
         self.digest.add(batch)
+        if simple:
+            self._count_domains({None: len(batch)} if batch else {})
+        else:
+            self.teacher_turns.add(batch)
+            self._count_domains(Counter(parts[5] if len(parts) == 6 else None for parts in batch))
         self.first += batch[: FIRST_ROWS - len(self.first)]
         start = -self.rows % self.distance
         self.sample += batch[start :: self.distance]
@@ -109,7 +136,8 @@ class _Scanner:
             self.distance *= 2
         if not batch:
             return
-        ids, prompts, messages, answers = zip(*batch, strict=True)
+        plain = batch if simple else [parts[:PLAIN_PARTS] for parts in batch]
+        ids, prompts, messages, answers = zip(*plain, strict=True)
         self._add_golds(ids, answers)
         shown = prompts if messages.count(None) == len(batch) else shown_texts(prompts, messages)
         self.texts.extend(map(hash, shown))
@@ -117,6 +145,11 @@ class _Scanner:
         self.answers += len(batch) - answers.count(None)
         self.rows += len(batch)
         self._add_long(prompts, messages, max(map(len, shown)))
+
+    def _count_domains(self, found: Mapping[str | None, int]) -> None:
+        for name, count in found.items():
+            if name in self.domains or len(self.domains) < KEPT_DOMAINS:
+                self.domains[name] += count
 
     def _add_golds(self, ids: Sequence[str], answers: Sequence[str | None]) -> None:
         if not any(answers):
@@ -165,6 +198,8 @@ class _Scanner:
             long_texts=tuple(self.long_texts),
             texts=self.texts,
             normal_texts=self.normal_texts,
+            teacher_turns=self.teacher_turns.hexdigest(),
+            domains=dict(self.domains),
         )
 
 

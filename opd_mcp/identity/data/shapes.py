@@ -5,6 +5,7 @@ A path such as `reward_model.ground_truth` leads into nested fields; a part of i
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import repeat
 from math import isnan
 from typing import Any, Literal
@@ -28,10 +29,11 @@ from opd_mcp.identity.data.rows import (
     tools_of,
     turns_of,
     turns_of_all,
+    user_turn,
 )
 from opd_mcp.schemas.errors import ArgumentError, nearest
 
-PROMPT_PARTS = ("id", "prompt", "messages", "system", "answer")
+PROMPT_PARTS = ("id", "prompt", "messages", "system", "answer", "teacher_messages", "teacher_domain")
 RESPONSE_PARTS = (*PROMPT_PARTS, "response", "response_ids", "prompt_ids", "tools", "finish_reason")
 Gold = Literal["as it is", "after ####", "in \\boxed{}", "after ####, in \\boxed{}, or as it is"]
 
@@ -60,6 +62,10 @@ class Shape:
     tools: str | None = None
     """Definitions of functions that the assistant of a chat may call, as a list of objects or as JSON text."""
     id: str = "id"
+    teacher: str = "teacher_messages"
+    """The turns that the teacher sees instead of the prompt."""
+    domain: str = "teacher_domain"
+    """The name of one of several teachers."""
 
     @property
     def key(self) -> str:
@@ -72,6 +78,7 @@ class Shape:
         paths |= {"system": self.system, "answer": self.answer, "solution": self.solution, "verifier": self.verifier}
         paths |= {"response": self.response, "response_ids": self.response_ids, "prompt_ids": self.prompt_ids}
         paths |= {"finish_reason": self.finish_reason, "tools": self.tools}
+        paths |= {"teacher_messages": self.teacher, "teacher_domain": self.domain}
         return {part: path for part, path in paths.items() if path is not None}
 
     def renamed(self, names: Mapping[str, str]) -> "Shape":
@@ -186,6 +193,8 @@ def shape_of_columns(columns: Mapping[str, str], shapes: Sequence[Shape]) -> Sha
         tools=columns.get("tools", "tools") if responses else None,
         finish_reason=columns.get("finish_reason", "finish_reason") if responses else None,
         id=columns.get("id", "id"),
+        teacher=columns.get("teacher_messages", "teacher_messages"),
+        domain=columns.get("teacher_domain", "teacher_domain"),
     )
 
 
@@ -209,7 +218,13 @@ def prompt_parts(shape: Shape, row: Row, index: int) -> PromptParts:
     identity = value_at(row, shape.id)
     row_id = str(index) if identity is None else scalar_text(shape.id, identity)
     prompt, turns = _prompt_of(shape, row)
-    return row_id, prompt, turns, _answer_of(shape, row, chat=turns is not None)
+    plain = row_id, prompt, turns, _answer_of(shape, row, chat=turns is not None)
+    seen = _teacher_turns(shape, row)
+    own = user_turn(prompt) if prompt is not None else turns
+    seen = None if seen == own else seen
+    domain = value_at(row, shape.domain)
+    name = None if domain is None else scalar_text(shape.domain, domain)
+    return plain if seen is None and name is None else (*plain, seen, name)
 
 
 def all_prompt_parts(shape: Shape, chunk: Chunk, index: int) -> list[PromptParts] | None:
@@ -218,7 +233,8 @@ def all_prompt_parts(shape: Shape, chunk: Chunk, index: int) -> list[PromptParts
     None where a row needs a closer look: a value is missing, or is not simply a text, a whole number or plain turns.
     """
     names = dict.fromkeys(chunk.fields() or ())
-    if shape.context or (shape.system and shape.system in names) or ("prompt" in names and "messages" in names):
+    special = {_root(shape.teacher), _root(shape.domain), shape.system} & names.keys()
+    if shape.context or special or ("prompt" in names and "messages" in names):
         return None
     ids: list[str] | None = list(map(str, range(index, index + len(chunk))))
     if _root(shape.id) in names:
@@ -253,7 +269,11 @@ def _answers(shape: Shape, chunk: Chunk, *, chat: bool) -> Sequence[str | None] 
         golds = _texts(chunk, found, (str, int))
         if golds is None or shape.gold == "as it is":
             return golds
-        return [_gold(shape, gold) if "####" in gold or "boxed" in shape.gold else gold for gold in golds]
+        other = partial(_gold, shape) if "boxed" in shape.gold else str
+        return [
+            gold.rpartition("####")[2].strip() or _gold(shape, gold) if "####" in gold else other(gold)
+            for gold in golds
+        ]
     if shape.solution is None or _root(shape.solution) not in names:
         return [None] * len(chunk)
     solutions = _texts(chunk, shape.solution, (str,))
@@ -368,6 +388,20 @@ def _turns_at(shape: Shape, row: Row) -> Turns:
     turns = turns_of(value, name)
     system = _system_of(shape, row)
     return turns if turns[0]["role"] == "system" else system + turns
+
+
+def _teacher_turns(shape: Shape, row: Row) -> Turns | None:
+    value = value_at(row, shape.teacher)
+    if value is None or value == []:
+        return None
+    turns = turns_of(value, shape.teacher)
+    if turns[-1]["role"] == "assistant":
+        raise BadRow(
+            "malformed_line",
+            f"{shape.teacher} ends with the assistant's turn, so there is nothing to answer",
+            "Let the teacher's messages end with the user's turn.",
+        )
+    return turns
 
 
 def _turns_before(shape: Shape, row: Row) -> Turns:

@@ -4,13 +4,14 @@ Time is what runs of this workspace have measured on the same kind of device, wh
 follows from the stated assumptions below.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from opd_mcp.devices.hardware import Target
 from opd_mcp.identity.models import ModelFacts
@@ -22,7 +23,8 @@ from opd_mcp.planning.costs.workload import (
     with_fitting_batches,
     workload_of,
 )
-from opd_mcp.schemas.base import Schema
+from opd_mcp.planning.phases import RANKED
+from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayToTrain
 from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, is_url
 from opd_mcp.schemas.reports import StageCost
@@ -36,6 +38,8 @@ COMPARABLE_FACTOR = 30.0
 ASSUMED_START_SECONDS = 8.0
 # vLLM on loaded cores took 2 to 5 minutes; on a GPU it compiles and records graphs.
 ASSUMED_ENGINE_START = 180.0
+# of what as many devices would do alone: what they gather and add up costs time
+ASSUMED_SCALING = 0.8
 
 
 class PhaseCost(Schema):
@@ -45,6 +49,7 @@ class PhaseCost(Schema):
     device: str
     expected_flops: float
     cost: StageCost
+    models: str | None = Field(None, description="of an assessment, whose speed holds for more rows: what it measured")
 
 
 class ArtifactCosts(Schema):
@@ -60,16 +65,24 @@ class CostModel:
     workload: Workload
     target: Target
     measured: Sequence[PhaseCost] = ()
+    models: str | None = None
+    """As `models_token`."""
 
     def estimate(self, method: Method, phases: Sequence[RunPhase]) -> MethodEstimate:
         """The cost of those phases that no artifact satisfies."""
         workload = self.workload
-        works = {phase.name: workload.work(phase.name) for phase in phases if phase.satisfied_by is None}
+        named, pending = (
+            Counter(phase.name for phase in phases if all_of_them or phase.satisfied_by is None)
+            for all_of_them in (True, False)
+        )
+        works = {name: _share(workload.work(name), pending[name] / named[name]) for name in pending}
         estimates = [self._phase(name, work) for name, work in works.items()]
         if estimates:
             estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
-        peak = (works[heaviest].memory if heaviest else 0) + PROCESS_BYTES
+        shares = heaviest in RANKED and self.target.kind == "cpu"
+        processes = PROCESS_BYTES * (self.target.devices if shares else 1)
+        peak = (works[heaviest].memory if heaviest else 0) + processes
         checkpoints = max(map(workload.checkpoint_disk, works), default=0)
         return MethodEstimate(
             method=method,
@@ -78,7 +91,7 @@ class CostModel:
             peak_memory_bytes=peak,
             disk_bytes=sum(map(workload.disk, works)) + checkpoints,
             memory_basis=f"computed for phase {heaviest}: weights, optimizer, activations and logits of its largest "
-            f"batch, plus {byte_size(PROCESS_BYTES)} for the process{_recomputed(works[heaviest])}"
+            f"batch, plus {byte_size(processes)} for the process{_recomputed(works[heaviest])}"
             if heaviest
             else "nothing is left to compute",
             disk_basis="computed: models, token ids and log-probs of every response at full length, uncompressed, and "
@@ -102,7 +115,7 @@ class CostModel:
         if name == "fetch":
             return PhaseEstimate(phase=name, flops=0.0, seconds=0.0, basis="the download is not estimated")
         engine = engine_of(self.workload.recipe, name)
-        rates = self._measured_rates(work_name(name, self.workload.recipe.distill.method, engine), work)
+        rates = self._measured_rates(work_of(self.workload.recipe, name), work)
         if rates:
             seconds, source = (
                 work.flops / median(rates),
@@ -132,7 +145,11 @@ class CostModel:
             if cost.work == name
             and cost.device == self.target.kind
             and cost.cost.seconds > 0
-            and work.flops / COMPARABLE_FACTOR < cost.expected_flops < work.flops * COMPARABLE_FACTOR
+            and (
+                work.flops / COMPARABLE_FACTOR < cost.expected_flops < work.flops * COMPARABLE_FACTOR
+                if cost.models is None
+                else cost.models == self.models
+            )
         ]
         return comparable[:MEASUREMENTS_USED]
 
@@ -143,8 +160,12 @@ class CostModel:
         generates = live or name in ("generate_responses", "rollout", "benchmark")
         rate = speed.generation if generates else speed.scoring if name == "score" else speed.training
         model = workload.teacher if name in ("generate_responses", "score") else workload.student
+        label, devices = speed.label, self.target.devices if name in RANKED else 1
+        if devices > 1:
+            rate *= ASSUMED_SCALING * devices
+            label = f"{label}, {devices} devices at {ASSUMED_SCALING:.0%} of that each"
         seconds = max(work.flops / rate, work.passes * model.layers * speed.layer_seconds)
-        return seconds, f"assumed: {speed.label}, and {speed.layer_seconds * 1e6:.0f} µs a layer and pass at least"
+        return seconds, f"assumed: {label}, and {speed.layer_seconds * 1e6:.0f} µs a layer and pass at least"
 
 
 def estimate_of(
@@ -155,7 +176,19 @@ def estimate_of(
     if workload is None:
         return None
     method: Method = "sft" if request.kind == "sft" else request.recipe.distill.method
-    return CostModel(workload, target, measured).estimate(method, request.phases)
+    models = models_token(request.recipe, request.inputs)
+    return CostModel(workload, target, measured, models).estimate(method, request.phases)
+
+
+def models_token(recipe: Recipe, inputs: RunInputs) -> str | None:
+    """What an assessed speed holds for: the two models' configurations and sizes, whatever their weights, and dtype.
+
+    None while a model is still to be fetched, or where its configuration is not known.
+    """
+    models = [inputs.student or inputs.model, inputs.teacher]
+    parts = [[m.identity.configuration, m.parameters] for m in models if m and m.identity and m.identity.configuration]
+    runtime = recipe.runtime
+    return content_hash([parts, runtime.dtype, runtime.threads]) if len(parts) == len(models) else None
 
 
 LEAST_MICRO_BATCH_TOKENS = 1024
@@ -170,6 +203,8 @@ def fit_options(request: RunRequest, target: Target, inspect: Callable[[Path], M
     """
     pending = {phase.name for phase in request.phases if phase.satisfied_by is None}
     ways: tuple[WayToTrain, ...] = get_args(WayToTrain) if pending & {"sft", "distill"} else ()
+    if request.recipe.runtime.devices != 1:
+        ways = tuple(way for way in ways if way != "lora_4bit")
     found: list[FitOption] = []
     for way in ways:
         option: FitOption | None = None
@@ -260,7 +295,13 @@ def recipe_for_device(
 
 def room_of(target: Target) -> Room:
     """What of a target is there for a run's tensors."""
-    return Room(target.kind, max(target.memory - PROCESS_BYTES, 0))
+    processes = target.devices if target.kind == "cpu" else 1
+    return Room(target.kind, max(target.memory - processes * PROCESS_BYTES, 0), target.devices)
+
+
+def _share(work: Work, share: float) -> Work:
+    """The work of those rounds of a phase that are still to be done."""
+    return work if share == 1 else replace(work, flops=work.flops * share, passes=work.passes * share)
 
 
 def _recomputed(work: Work) -> str:
@@ -283,6 +324,13 @@ def work_name(phase: str, method: str, engine: str | None = None) -> str:
 def engine_name(engine: str) -> str:
     """What an engine is called in estimates."""
     return "a server" if is_url(engine) else engine
+
+
+def work_of(recipe: Recipe, phase: PhaseName) -> str:
+    """The name of a phase's work under this recipe; on several devices another one than on one."""
+    name = work_name(phase, recipe.distill.method, engine_of(recipe, phase))
+    devices = recipe.runtime.devices if phase in RANKED else 1
+    return name if devices == 1 else f"{name}*{devices}"
 
 
 def engine_of(recipe: Recipe, phase: str) -> str | None:

@@ -41,10 +41,14 @@ def model_shape(facts: ModelFacts) -> ModelShape:
 
 @dataclass(frozen=True)
 class Room:
-    """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts."""
+    """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts.
+
+    Of the `devices` of a training these are the bytes of each GPU, or those of the CPU that all share.
+    """
 
     device: str = "cpu"
     memory: int = 1 << 62
+    devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Workload:
             "benchmark": self._benchmark,
             "sample": self._sample,
             "export": self._export,
+            "assess": self._assess,
         }
         return works[name]() if name in works else Work(0.0, 0.0, 0)
 
@@ -112,10 +117,10 @@ class Workload:
         recipe, data = self.recipe, self.data
         match name:
             case "generate_responses":
-                rows = min(recipe.responses.limit or data.sft_prompts, data.sft_prompts)
-                return int(rows * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
+                return int(self._answers * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
             case "sft" | "distill":
-                return self._saved(recipe.sft if name == "sft" else recipe.distill) + (16 << 20)
+                between = (recipe.distill.rounds - 1) * self._left_between() if name == "distill" else 0
+                return self._saved(recipe.sft if name == "sft" else recipe.distill) + (16 << 20) + between
             case "rollout" | "score":
                 # Ids and the student's log-probs; then the teacher's, with its top k.
                 token = 8 if name == "rollout" else 12 + 8 * recipe.score.topk
@@ -188,9 +193,18 @@ class Workload:
         alone = 4 * (adapter.trained + adapter.earlier) if ways != "merged" else 0
         return alone + (4 * self.student.parameters if ways != "adapter" else 0)
 
+    def _left_between(self) -> int:
+        """Bytes that a round leaves to the next: its student in float32, or its adapter, and the optimizer's state."""
+        section, adapter = self.recipe.distill, self.adapter(self.recipe.distill)
+        if adapter is not None:
+            return 12 * adapter.trained
+        return 4 * self.student.parameters + optimizer_bytes(section.optimizer.precision, self.student)
+
     @property
     def _rollouts(self) -> int:
-        return self.recipe.rollout.count or self.data.prompts
+        """Of all rounds together; those of a round that ends once they are stale are all that a round may draw."""
+        each, distill = self.recipe.rollout.count or self.data.prompts, self.recipe.distill
+        return sum(min(each, distill.rows_of_round(number) or each) for number in range(1, distill.rounds + 1))
 
     @property
     def _value_bytes(self) -> int:
@@ -213,9 +227,17 @@ class Workload:
         tokens = section.batch_size * length
         micro = micro_tokens(section.micro_batch_tokens, ceil(length), ceil(tokens))
         adapter = self.adapter(section)
-        step = StepSize(section.optimizer.precision, micro, self.recipe.runtime.dtype, room.device, adapter=adapter)
-        memory = training_memory(self.student, step, section.activation_checkpointing, room.memory)
-        total = max(memory.total, self._loading(self._packed(section)))
+        step = StepSize(
+            section.optimizer.precision,
+            micro,
+            self.recipe.runtime.dtype,
+            room.device,
+            adapter=adapter,
+            ranks=room.devices,
+        )
+        sharing = room.devices if room.device == "cpu" else 1
+        memory = training_memory(self.student, step, section.activation_checkpointing, room.memory // sharing)
+        total = max(sharing * memory.total, self._loading(self._packed(section)))
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         # a frozen weight forms no gradient of its own
         each = (
@@ -224,10 +246,15 @@ class Workload:
         flops = each * section.steps * tokens
         return Work(flops, passes, total, memory.policy)
 
+    @property
+    def _answers(self) -> int:
+        """Responses that the teacher draws."""
+        section = self.recipe.responses
+        return min(section.limit or self.data.sft_prompts, self.data.sft_prompts) * section.samples
+
     def _responses(self) -> Work:
         section = self.recipe.responses
-        rows = min(section.limit or self.data.sft_prompts, self.data.sft_prompts)
-        return self._generation(self.teacher, rows, section.batch_size, section.sampling)
+        return self._generation(self.teacher, self._answers, section.batch_size, section.sampling)
 
     def _sft(self) -> Work:
         new_tokens = self.recipe.responses.sampling.max_new_tokens
@@ -242,6 +269,38 @@ class Workload:
 
     def _sample(self) -> Work:
         return self._generation(self.student, self.data.prompts, 8, self.recipe.sample.sampling)
+
+    def of_assessment(self, rows: int | None = None) -> "Workload":
+        """The work that an assessment measures: few rows and steps of this one's recipe."""
+        recipe = self.recipe
+        rows = rows or recipe.assess.rows or (32 if self.room.device == "cpu" else recipe.rollout.batch_size)
+        rows = min(rows, max(self.data.prompts, 1))
+        sft = {"steps": recipe.assess.sft_steps, "batch_size": min(rows, recipe.sft.batch_size)}
+        distill = {"steps": recipe.assess.steps, "batch_size": min(rows, recipe.distill.batch_size), "rounds": 1}
+        small = recipe.model_copy(
+            update={
+                "responses": recipe.responses.model_copy(update={"limit": None}),
+                "rollout": recipe.rollout.model_copy(update={"count": None}),
+                "sft": recipe.sft.model_copy(update=sft),
+                "distill": recipe.distill.model_copy(update={**distill, "method": "lightning"}),
+            }
+        )
+        return replace(self, recipe=small, data=replace(self.data, prompts=rows, sft_prompts=rows))
+
+    def live(self) -> "Workload":
+        """The same, distilled live."""
+        distill = self.recipe.distill.model_copy(update={"method": "live", "rounds": 1})
+        return replace(self, recipe=self.recipe.model_copy(update={"distill": distill}))
+
+    def _assess(self) -> Work:
+        small = self.of_assessment()
+        times: dict[PhaseName, int] = {"generate_responses": 1, "rollout": 2, "score": 2, "sft": 1, "distill": 1}
+        works = [(small.work(name), count) for name, count in times.items()]
+        return Work(
+            sum(work.flops * count for work, count in works),
+            sum(work.passes * count for work, count in works),
+            small.live().work("distill").memory,
+        )
 
     def _export(self) -> Work:
         return Work(0.0, 1.0, self.converted_bytes)
@@ -383,7 +442,7 @@ def data_size(inputs: RunInputs) -> DataSize:
 
 def converted_bytes(facts: ModelFacts, form: ExportFormat) -> int:
     """What an export in this form holds of a model: merging is done in float32, with the result next to it."""
-    if form == "adapter" or (form == "input" and facts.adapter is None):
+    if form == "adapter" or (form in ("input", "gguf") and facts.adapter is None):
         return 0
     return facts.parameters * (8 if facts.adapter is not None or form == "float32" else 4)
 
@@ -394,8 +453,9 @@ def exported_bytes(inputs: RunInputs) -> int:
     if model is None or model.path is None or target is None:
         return 0
     facts = inspect_model(Path(model.path))
-    own = 4 * facts.parameters if facts.adapter is not None and target.format == "input" else facts.weight_bytes
-    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters}
+    merged = facts.adapter is not None and target.format in ("input", "gguf")
+    own = 4 * facts.parameters if merged else facts.weight_bytes
+    widths = {"float32": 4 * facts.parameters, "bfloat16": 2 * facts.parameters, "gguf": 2 * own}
     return widths.get(target.format, own) + (16 << 20)
 
 

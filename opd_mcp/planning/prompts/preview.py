@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
+from opd_mcp.identity.chat.rendering import system_dropped
 from opd_mcp.identity.models import ModelFacts
 from opd_mcp.identity.tokenizers import chat_template, clock_examples, reads_clock
 from opd_mcp.planning.checks import Findings, PlanInputs
@@ -104,13 +105,21 @@ def plan_preview(
         )
         return Preview(tokenizer=tokenizer, of=inputs.prompts.scan.rows)
     _judge_rendering(reply, found)
+    if recipe.prompting.teacher_system and str(template.get("system")).startswith(("dropped", "refused")):
+        found.blocking.append(Finding.of_error(system_dropped()))
     limits = list(_limits(reply["lengths"], inputs, recipe, phases))
     _judge_positions(limits, found)
     learnt = reply["sft"]
     return Preview(
         tokenizer=tokenizer,
         prompts=[
-            PromptPreview(id=row["id"], text=row["text"], tokens=len(row["ids"]), control_tokens=row["control"])
+            PromptPreview(
+                id=row["id"],
+                text=row["text"],
+                tokens=len(row["ids"]),
+                control_tokens=row["control"],
+                teacher_text=row.get("teacher_text"),
+            )
             for row in reply["prompts"]
         ],
         measured=len(reply["lengths"]),

@@ -121,13 +121,15 @@ def _prompts(chat: ChatTokenizer, rows: Sequence[PromptRow], shown: int, watched
         try:
             text = chat.plain(chat.prompt_text(row))
             ids = chat.prompt_ids(row)
+            seen_by_teacher = row.for_teacher(chat.prompting.teacher_system)
+            teacher_ids = ids if seen_by_teacher is row else chat.prompt_ids(seen_by_teacher)
         except DataError as error:
             roles = [str(turn["role"]) for turn in row.messages or ()]
             failures.append(
                 {"id": row.id, "code": error.code, "message": error.message, "fix": error.fix, "roles": roles}
             )
             continue
-        lengths.append(len(ids))
+        lengths.append(max(len(ids), len(teacher_ids)))
         seen |= watched.intersection(ids)
         found = chat.spelt_control_tokens(row)
         spelling += bool(found)
@@ -140,6 +142,8 @@ def _prompts(chat: ChatTokenizer, rows: Sequence[PromptRow], shown: int, watched
             written = Counter(control[token_id] for token_id in ids if token_id in control)
             decoded = _middle_cut(chat.decode(ids), TEXT_CHARACTERS)
             prompts.append({"id": row.id, "text": decoded, "ids": ids, "control": dict(written.most_common(12))})
+            if seen_by_teacher is not row:
+                prompts[-1]["teacher_text"] = _middle_cut(chat.decode(teacher_ids), TEXT_CHARACTERS)
     return {
         "prompts": prompts,
         "lengths": lengths,
@@ -270,8 +274,10 @@ def _middle_cut(text: str, characters: int) -> str:
 
 
 def _prompt_row(row: dict[str, Any]) -> PromptRow:
-    messages = row["messages"]
-    return PromptRow(str(row["id"]), row["prompt"], None if messages is None else tuple(messages), row["answer"])
+    messages, seen = (
+        None if turns is None else tuple(turns) for turns in (row["messages"], row.get("teacher_messages"))
+    )
+    return PromptRow(str(row["id"]), row["prompt"], messages, row["answer"], seen)
 
 
 if __name__ == "__main__":

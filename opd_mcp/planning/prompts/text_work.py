@@ -217,7 +217,8 @@ def _within(texts: Sequence[str]) -> list[str]:
 
 
 def _row(row: PromptRow) -> dict[str, Any]:
-    return {"id": row.id, "prompt": row.prompt, "messages": row.messages, "answer": row.answer}
+    plain = {"id": row.id, "prompt": row.prompt, "messages": row.messages, "answer": row.answer}
+    return plain if row.teacher_messages is None else {**plain, "teacher_messages": row.teacher_messages}
 
 
 def _response(row: ResponseRow) -> dict[str, Any]:

@@ -14,7 +14,7 @@ _NULL = {"type": "null"}
 _OBJECT = {"type": "object"}
 _INPUT_NOISE = frozenset({"title", "minLength", "maxLength", "maxProperties"})
 _OUTPUT_NOISE = _INPUT_NOISE | {"default"}
-_SAID_ONCE = ("description", "default")
+_SAID_ONCE = ("description", "default", "enum", "maxItems", "minimum", "maximum")
 _ARRAY_KEYWORDS = frozenset({"items", "minItems", "maxItems"})
 _BRIEF_NOISE = _OUTPUT_NOISE | {"enum", "description"}
 
@@ -22,8 +22,8 @@ _BRIEF_NOISE = _OUTPUT_NOISE | {"enum", "description"}
 def input_schema(model: type[Schema], described_by: type[Schema] | None = None) -> dict[str, Any]:
     """The flat input schema of a tool; unknown arguments are forbidden.
 
-    Optional arguments are listed without the description and the default that they share with those of the request
-    `described_by`: six tools have them, and one of them says what they are.
+    Optional arguments are listed without the description, default, choices and bounds that they share with those of
+    the request `described_by`: many tools have them, and one of them says what they are.
     """
     schema = model.model_json_schema()
     properties = {name: _without_noise(part, _INPUT_NOISE) for name, part in schema.get("properties", {}).items()}
@@ -31,9 +31,14 @@ def input_schema(model: type[Schema], described_by: type[Schema] | None = None) 
     known = {} if described_by is None else input_schema(described_by)["properties"]
     for name in properties.keys() & known.keys() - set(required):
         said = {key: value for key, value in known[name].items() if key in _SAID_ONCE}
-        properties[name] = {key: value for key, value in properties[name].items() if said.get(key) != value}
+        properties[name] = {key: value for key, value in properties[name].items() if not _is_said(value, said.get(key))}
     short: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
     return {**short, "required": required} if required else short
+
+
+def _is_said(value: Any, said: Any) -> bool:
+    """Whether a keyword's value is the described one, or choices are among the described ones."""
+    return bool(value == said) or (isinstance(value, list) and isinstance(said, list) and set(value) <= set(said))
 
 
 @cache
@@ -71,7 +76,10 @@ def output_schema(model: type[Schema], opaque: frozenset[str] = frozenset(), *, 
 
 
 def _in_place(node: Any, definitions: Mapping[str, Any], opaque: frozenset[str]) -> Any:
-    """The node with every reference replaced by what it refers to, in short: its properties' types."""
+    """The node with every reference replaced by what it refers to, in short: its properties' types.
+
+    What a model holds of its own kind is a plain object.
+    """
     if isinstance(node, list):
         return [_in_place(item, definitions, opaque) for item in node]
     if not isinstance(node, dict):
@@ -80,7 +88,9 @@ def _in_place(node: Any, definitions: Mapping[str, Any], opaque: frozenset[str])
         return {key: _in_place(value, definitions, opaque) for key, value in node.items()}
     name = node["$ref"].removeprefix("#/$defs/")
     properties = {} if name in opaque else definitions[name].get("properties", {})
-    target = {"type": "object", "properties": _in_place(properties, definitions, opaque)} if properties else _OBJECT
+    target = (
+        {"type": "object", "properties": _in_place(properties, definitions, opaque | {name})} if properties else _OBJECT
+    )
     return {**target, **{key: value for key, value in node.items() if key != "$ref"}}
 
 

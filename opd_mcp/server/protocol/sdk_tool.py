@@ -119,6 +119,9 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
     questions = find_resolved_parameters(call_if_agreed) if spec.ask else {}
     # A server of some groups of tools may not offer the plan; then each tool describes all of its arguments.
     described_by = None if settings.groups or spec.request is PlanDistillation else PlanDistillation
+    answer = output_schema(spec.answer, spec.opaque, brief=not spec.explained)
+    if spec.repeats and not settings.groups:
+        answer.pop("properties")
     return Tool(
         fn=call_if_agreed if spec.ask else call,
         resolved_params=questions,
@@ -128,9 +131,7 @@ def sdk_tool(spec: ToolSpec[Any, Any], service: JobService, settings: ServerSett
         title=spec.title,
         description=spec.description,
         parameters=input_schema(spec.request, described_by),
-        fn_metadata=FuncMetadata(
-            arg_model=_RawArguments, output_schema=output_schema(spec.answer, spec.opaque, brief=not spec.explained)
-        ),
+        fn_metadata=FuncMetadata(arg_model=_RawArguments, output_schema=answer),
         is_async=True,
         context_kwarg="context",
         annotations=ToolAnnotations(

@@ -1,6 +1,9 @@
 """How training goes, in words: metrics, logs, and the dashboard for clients without pages."""
 
-from opd_mcp.schemas.answers import DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
+from collections import Counter
+from collections.abc import Sequence
+
+from opd_mcp.schemas.answers import ComparedArm, DashboardFeed, LogPage, MetricSeries, MetricsReport, RunComparison
 from opd_mcp.schemas.next_action import CallText, NextAction
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.server.render.runs import compact, judged_state, next_line, result_lines, verdict_lines
@@ -40,10 +43,11 @@ def comparison_text(found: RunComparison, call_text: CallText = NextAction.call_
     """One table, a row per run, oldest first; then the paired differences, and how to read both."""
     figures = ("accuracy", "sampled_accuracy", "reverse_kl", "gain", "verdict", "seconds")
     shown = [name for name in figures if any(getattr(run, name) is not None for run in found.runs)]
-    heads = ["run", *(name.rpartition(".")[2] for name in found.settings), *shown, "state"]
+    heads = ["run", *short_keys(found.settings), *shown, "state"]
+    called = run_labels(found)
     rows = [
         [
-            run.name or run.run_id,
+            called[run.run_id],
             *(_setting(run.settings.get(name)) for name in found.settings),
             *(_figure(getattr(run, name)) for name in shown),
             run.not_measured or run.state,
@@ -51,16 +55,45 @@ def comparison_text(found: RunComparison, call_text: CallText = NextAction.call_
         for run in found.runs
     ]
     lines = table_lines([heads, *rows])
-    lines += [f"best: {found.best}"] if found.best else []
-    lines += [
-        f"accuracy of {pair.candidate} minus {pair.baseline}: {_figure(pair.accuracy_difference)}, "
-        f"{pair.prompts} prompts"
-        for pair in found.paired
-    ]
+    if found.best:
+        name = called.get(found.best, found.best)
+        lines.append(f"best: {name}" if name == found.best else f"best: {name} ({found.best})")
+    for pair in found.paired:
+        better, other = (called.get(run_id, run_id) for run_id in (pair.candidate, pair.baseline))
+        difference = f"{_figure(pair.accuracy_difference)}, {pair.prompts} prompts"
+        lines.append(f"accuracy of {better} minus {other}: {difference}")
+    lines += arm_lines(found.arms)
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"{name}: {how}" for name, how in found.basis.items()]
     text = shortened("\n".join(lines), MAX_CHARACTERS, "compare fewer runs")
     return f"{text}\n{next_line(found.next_action, call_text)}"
+
+
+def run_labels(found: RunComparison) -> dict[str, str]:
+    """What each run is called in the table and below it: its name where no other run has it, else its id."""
+    names = Counter(run.name for run in found.runs)
+    return {run.run_id: run.name if run.name and names[run.name] == 1 else run.run_id for run in found.runs}
+
+
+def short_keys(keys: Sequence[str]) -> list[str]:
+    """Dotted keys by their last part, where that says which one is meant."""
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    return [key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in keys]
+
+
+def arm_lines(arms: list[ComparedArm]) -> list[str]:
+    """A row per arm: quality, whole cost, and the asked arm minus it."""
+    if not arms:
+        return []
+    heads = ["arm", "runs", "accuracy", "reverse_kl", "seconds", "asked − arm", "KL change"]
+    rows = [
+        [arm.arm, str(arm.runs), *map(_figure, (arm.accuracy, arm.reverse_kl, arm.seconds, arm.gain, arm.kl_change))]
+        for arm in arms
+    ]
+    how = (
+        "asked − arm: accuracy, paired by seed (by prompt where there is one seed); seconds: all stages to the student"
+    )
+    return ["", *table_lines([heads, *rows]), how]
 
 
 def table_lines(rows: list[list[str]]) -> list[str]:

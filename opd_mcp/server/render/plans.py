@@ -19,8 +19,12 @@ FACT_CHARACTERS = 110
 def plan_text(plan: Plan, call_text: CallText = NextAction.call_text) -> str:
     """The plan's id, phases, costs, settings and findings."""
     lines = [f"plan_id: {plan.plan_id} ({plan.method}, preset {plan.recipe.preset})"]
-    phases = [phase.name + (f" (done: {phase.satisfied_by})" if phase.satisfied_by else "") for phase in plan.phases]
-    lines.append(f"phases: {' → '.join(phases)}")
+    lines += [f"preset {plan.recipe.preset} for {plan.preset_reason}"] if plan.preset_reason else []
+    lines.append(f"phases: {phases_text(plan)}")
+    lines += [
+        f"arm {arm.name}: {arm.runs} run(s)" + (f", {duration(arm.seconds)} each" if arm.seconds is not None else "")
+        for arm in plan.arms
+    ]
     basis = f", {plan.consistency.basis}" if plan.consistency.basis else ""
     lines.append(f"teacher consistency: {plan.consistency.status}{basis}")
     lines += _plan_measures(plan)
@@ -31,6 +35,17 @@ def plan_text(plan: Plan, call_text: CallText = NextAction.call_text) -> str:
     lines += [finding_text("BLOCKING", finding, call_text) for finding in plan.blocking]
     lines += [finding_text("warning", finding, call_text) for finding in plan.warnings]
     return "\n".join([*lines, next_line(plan.next_action, call_text)])
+
+
+def phases_text(plan: Plan) -> str:
+    """The phases in order, with the artifacts of those that are done; of later rounds only that they follow."""
+    shown = [phase for phase in plan.phases if phase.round is None or phase.round == 1]
+    texts = [phase.name + (f" (done: {phase.satisfied_by})" if phase.satisfied_by else "") for phase in shown]
+    if len(shown) < len(plan.phases):
+        rounds, place = plan.recipe.distill.rounds, [phase.name for phase in shown].index("distill")
+        when = " at most, each once the rollouts are stale" if plan.recipe.distill.round_trigger == "stale" else ""
+        texts[place] += f" (rollout → score → distill: {rounds} rounds{when})"
+    return " → ".join(texts)
 
 
 def finding_text(word: str, finding: Finding, call_text: CallText = NextAction.call_text) -> str:
@@ -62,6 +77,8 @@ def preview_lines(preview: Preview) -> list[str]:
     if preview.prompts:
         first = preview.prompts[0]
         lines.append(f"prompt {first.id} ({first.tokens} tokens): {_quoted(first.text)}")
+        if first.teacher_text is not None:
+            lines.append(f"of it the teacher sees: {_quoted(first.teacher_text)}")
     if preview.learnt is not None:
         learnt = preview.learnt
         lines.append(f"SFT learns ({learnt.source}, {learnt.learnt_tokens} tokens): {_quoted(learnt.learnt)}")

@@ -1,18 +1,17 @@
 """The recipe's keys as an agent reads them: in a plan with their values, and all of them as the resource."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.plans import Plan
 from opd_mcp.schemas.recipes import Preset, Recipe
-from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
+from opd_mcp.schemas.resolve import allowed_text, key_schema, recipe_keys, resolve_recipe
 
 KEYS_URI = "opd://recipe-keys"
 SECTIONS_OF_PHASE = {"generate_responses": "responses"}
 COMMON_SECTIONS = ("runtime", "prompting", "checkpoint")
-BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 
 def setting_lines(plan: Plan) -> list[str]:
@@ -29,42 +28,20 @@ def setting_lines(plan: Plan) -> list[str]:
 
 def recipe_keys_text() -> str:
     """Markdown: every key that an override may name, its values in the three presets, and what it means."""
+    about = '`overrides` of plan_distillation, e.g. {"distill.steps": 200, "runtime.seed": 1}.'
+    return "\n".join(["# Recipe keys", "", about, "", *key_table(recipe_keys())]) + "\n"
+
+
+def key_table(keys: Iterable[str]) -> list[str]:
+    """The lines of a Markdown table: each key with its values in the presets, what is allowed, and what it means."""
     presets = {preset: resolve_recipe(preset, {}) for preset in get_args(Preset)}
-    lines = [
-        "# Recipe keys",
-        "",
-        '`overrides` of plan_distillation, e.g. {"distill.steps": 200, "runtime.seed": 1}.',
-        "",
-        f"| key | {' | '.join(presets)} | allowed | meaning |",
-        "|---" * (len(presets) + 3) + "|",
-    ]
-    schema = Recipe.model_json_schema()
-    for key in recipe_keys():
-        leaf = _leaf(schema, key)
+    lines = [f"| key | {' | '.join(presets)} | allowed | meaning |", "|---" * (len(presets) + 3) + "|"]
+    for key in keys:
+        leaf = key_schema(key)
         values = [_short(_value(recipe, key)) for recipe in presets.values()]
-        lines.append(f"| {' | '.join([key, *values, _allowed(leaf), leaf.get('description', '')])} |")
-    return "\n".join(lines) + "\n"
-
-
-def _leaf(schema: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The JSON schema of one key."""
-    found: Mapping[str, Any] = schema
-    for name in key.split("."):
-        section = next((part for part in found.get("anyOf", ()) if "$ref" in part), found)
-        section = schema["$defs"][section["$ref"].rsplit("/", 1)[1]] if "$ref" in section else section
-        found = section["properties"][name]
-    return found
-
-
-def _allowed(leaf: Mapping[str, Any]) -> str:
-    """Choices, or type and bounds."""
-    if "anyOf" in leaf:
-        return " or ".join(_allowed(part) for part in leaf["anyOf"])
-    if "$ref" in leaf:
-        return "object"
-    if "enum" in leaf:
-        return ", ".join(leaf["enum"])
-    return " ".join([leaf["type"], *(f"{sign} {leaf[name]}" for name, sign in BOUNDS.items() if name in leaf)])
+        cells = [key, *values, allowed_text(leaf), leaf.get("description", "")]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return lines
 
 
 def _value(recipe: Recipe, key: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from opd_mcp.schemas.answers import SweepStarted
 from opd_mcp.schemas.next_action import CallText, NextAction, advice_text
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure, Progress, RunList, RunSnapshot, RunStatus
-from opd_mcp.schemas.texts import duration, shortened, shortened_bytes
+from opd_mcp.schemas.texts import byte_size, duration, shortened, shortened_bytes
 from opd_mcp.server.protocol.json_schema import known
 
 UNCHANGED_BYTES = 240
@@ -173,7 +173,7 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
     """Paths, scores with their 95 % intervals, differences, training steps and seconds per stage, then the rest."""
     result = known(dict(result))
     lines = [*_path_lines(result), *_score_lines(result), *_comparison_lines(result)]
-    lines += [*_evidence_lines(result), *_training_lines(result)]
+    lines += [*_evidence_lines(result), *_training_lines(result), *_overhead_lines(result)]
     if costs := _items(result, "costs"):
         spent = ", ".join(
             f"{cost.get('stage')} reused"
@@ -182,10 +182,33 @@ def result_lines(result: Mapping[str, Any]) -> list[str]:
             for cost in costs
         )
         lines.append(f"seconds by stage: {spent}")
-    shown = {"verdict", "artifacts", "paths", "scores", "comparisons", "training", "costs", *EVIDENCE}
+    shown = {"verdict", "artifacts", "paths", "scores", "comparisons", "training", "costs", "overhead", *EVIDENCE}
     if rest := {name: value for name, value in result.items() if name not in shown}:
         lines.append(compact(rest))
     return lines
+
+
+def _overhead_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """An assessment: the diagnosis, live against lightning, break-even, and the speeds."""
+    overhead = _mapping(result, "overhead")
+    if not overhead:
+        return
+    assessment = _mapping(overhead, "assessment")
+    yield f"DIAGNOSIS {assessment.get('judgement')}: {assessment.get('diagnosis')}"
+    for method in _items(overhead, "methods"):
+        whole, teacher = (duration(float(method.get(name) or 0)) for name in ("seconds", "teacher_seconds"))
+        yield (
+            f"{method.get('method')}: {whole}, {_figure(method.get('device_hours'))} device hours on "
+            f"{method.get('devices')} device, the teacher for {teacher}, peak "
+            f"{byte_size(int(method.get('peak_memory_bytes') or 0))}"
+        )
+    yield (
+        f"lightning is cheaper from {overhead.get('break_even_steps')} steps on, or with "
+        f"{overhead.get('students_per_cache')} student(s) per cache"
+    )
+    rates = {str(speed.get("work")): speed.get("tokens_per_second") for speed in _items(assessment, "speeds")}
+    yield f"tokens per second: {_figure(rates)}; seconds of loading: {_figure(_mapping(overhead, 'start_seconds'))}"
+    yield from (f"{name}: {how}" for name, how in _mapping(overhead, "basis").items())
 
 
 def judged_state(state: str, result: Mapping[str, Any] | None) -> str:

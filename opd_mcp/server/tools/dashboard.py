@@ -3,18 +3,16 @@
 from typing import Any
 
 from opd_mcp.schemas.answers import DashboardFeed
-from opd_mcp.schemas.requests import OpenDashboard
+from opd_mcp.schemas.requests import OpenDashboard, ReadDashboard
 from opd_mcp.server.render.monitoring import dashboard_text
 from opd_mcp.server.tools.spec import ToolSpec
 
 PAGE = "ui://opd-mcp/dashboard.html"
 SHARED: dict[str, Any] = {
-    "request": OpenDashboard,
     "answer": DashboardFeed,
-    "call": lambda service, request: service.dashboard(request.run_ids),
     "text": dashboard_text,
     "read_only": True,
-    "opaque": frozenset({"DashboardRun", "RunRow"}),
+    "opaque": frozenset({"DashboardRun", "RunRow", "RunComparison"}),
 }
 
 TOOLS: tuple[ToolSpec[Any, Any], ...] = (
@@ -23,6 +21,9 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         title="Open the dashboard",
         description="Shows the user a live page of up to 4 runs: phases, curves, costs, comparison; as text where "
         "the client has no pages.",
+        request=OpenDashboard,
+        call=lambda service, request: service.dashboard(request.run_ids),
+        command="dashboard",
         meta={"ui": {"resourceUri": PAGE, "visibility": ["model"]}},
         **SHARED,
     ),
@@ -30,6 +31,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         name="dashboard_feed",
         title="Dashboard feed",
         description="What the dashboard's page reads.",
+        request=ReadDashboard,
+        call=lambda service, request: service.dashboard_page(request),
         meta={"ui": {"resourceUri": PAGE, "visibility": ["app"]}},
         **SHARED,
     ),

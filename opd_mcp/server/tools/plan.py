@@ -19,6 +19,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         answer=SetupReport,
         call=lambda service, request: service.setup(),
         text=setup_text,
+        command="doctor",
         read_only=True,
         opaque=frozenset({"Limits", "Quotas", "Device", "ActiveRun", "ExamplePaths", "Finding", "NextAction"}),
     ),

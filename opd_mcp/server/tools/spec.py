@@ -22,8 +22,9 @@ class ToolSpec(Generic[RequestT, AnswerT]):
     `command`: what does the same on the command line, with the request's fields in braces; `options`: the other fields
     are its options.
     `waits`: the answer may be held back until there is news. `explained`: the listing has the answer's descriptions and
-    enumerations; elsewhere they would only repeat. `opaque`: the answer's parts that are listed as plain objects.
-    `ask`: what the user must agree to before this call. `deletes`: only offered where the server was told to.
+    enumerations; elsewhere they would only repeat. `repeats`: start_distillation names its fields. `opaque`: the
+    answer's parts that are listed as plain objects. `ask`: what the user must agree to before this call. `deletes`:
+    only offered where the server was told to.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ToolSpec(Generic[RequestT, AnswerT]):
     starts_run: bool = False
     waits: bool = False
     explained: bool = False
+    repeats: bool = False
     deletes: bool = False
     ask: "Callable[[JobService, RequestT, ServerSettings], Question | None] | None" = None
     opaque: frozenset[str] = frozenset()

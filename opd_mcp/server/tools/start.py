@@ -4,6 +4,7 @@ from typing import Any
 
 from opd_mcp.schemas.answers import SweepStarted
 from opd_mcp.schemas.requests import (
+    AssessOverhead,
     BenchmarkStudent,
     BuildTeacherCache,
     ExportStudent,
@@ -23,10 +24,20 @@ SHARED: dict[str, Any] = {
     "text": snapshot_text,
     "open_world": True,
     "starts_run": True,
+    "repeats": True,
     "opaque": frozenset({"Failure", "Progress", "NextAction"}),
 }
 
 TOOLS: tuple[ToolSpec[Any, Any], ...] = (
+    ToolSpec(
+        name="assess_overhead",
+        title="Assess the overhead",
+        description="Measures speeds and memory of two models here, in a minute or two: live against lightning for the "
+        f"recipe, and whether the pair will work. {RETURNS}",
+        request=AssessOverhead,
+        call=lambda service, request: service.assess_overhead(request),
+        **SHARED,
+    ),
     ToolSpec(
         name="generate_teacher_responses",
         title="Generate teacher responses",
@@ -63,7 +74,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         command="start",
         options=True,
         ask=lambda service, request, settings: service.start_question(request, settings.gpu_hours),
-        **SHARED,
+        **SHARED | {"repeats": False},
     ),
     ToolSpec(
         name="sweep",
@@ -99,10 +110,12 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="export_student",
         title="Export a student",
-        description=f"Writes a model (merged or its adapter) with tokenizer and model card to a new folder. {RETURNS}",
+        description="Writes a model (merged or its adapter) with tokenizer and model card to a new folder, or to a new "
+        f"private repository of the Hub. {RETURNS}",
         request=ExportStudent,
         call=lambda service, request: service.export_student(request),
         command="export {model} {destination}",
+        ask=lambda service, request, settings: service.export_question(request),
         **SHARED,
     ),
 )

@@ -67,6 +67,24 @@ def restriction_text(settings: "ServerSettings") -> str:
     return f"\nThis server was started without: {', '.join(missing)}." if missing else ""
 
 
+def unknown_tool_text(name: str, settings: "ServerSettings") -> str:
+    """Why a tool cannot be called here: the option of the server that leaves it out, or the nearest names."""
+    offered = [spec.name for spec in offered_tools(settings)]
+    spec = next((spec for spec in TOOLS if spec.name == name), None)
+    if spec is None:
+        close = nearest(name, offered)
+        named = f"Nearest: {', '.join(close)}. " if close else ""
+        return f"Unknown tool: {name[:100]}. {named}Fix: call one that is listed."
+    group = next(group for group, specs in GROUPS.items() if spec in specs)
+    if settings.groups and group not in settings.groups:
+        option = f"only with the groups {', '.join(settings.groups)} (--tools)"
+    elif settings.read_only and not spec.read_only:
+        option = "with --read-only"
+    else:
+        option = "without --allow-delete"
+    return f"Unknown tool: {name}; this server was started {option}. Fix: the user can start it otherwise."
+
+
 def command_text(action: NextAction) -> str:
     """A next step as people at a terminal read it, e.g. `Run opd-mcp status x`; empty without a tool."""
     spec = next((spec for spec in TOOLS if spec.name == action.tool), None)
@@ -91,5 +109,9 @@ def option_words(arguments: Mapping[str, Any]) -> Iterator[str]:
                 yield f"--set {shlex.quote(f'{key}={json.dumps(setting)}')}"
         elif value is True:
             yield f"--{name.replace('_', '-')}"
+        elif name == "baseline":
+            yield from (f"--baseline {each}" for each in value)
+        elif name == "seeds":
+            yield f"--seeds {value}"
         elif isinstance(value, str) and name != "plan_id":
             yield f"--{OPTION_NAMES.get(name, name.replace('_', '-'))} {shlex.quote(value)}"

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from opd_mcp.engine.evaluation.report_page import curve_figure, report_page, ticks
+from opd_mcp.engine.stages.benchmark import report_markdown
 from opd_mcp.schemas.identity import ModelIdentity
 from opd_mcp.schemas.next_action import plan_call
 from opd_mcp.schemas.recipes import BenchmarkRecipe
@@ -73,6 +74,7 @@ def made_up(text: str = "1+1=?", size: int = 1) -> BenchmarkReport:
         prompt=text * size, answer=text, responses=dict.fromkeys(names, text * size), right={"sft": True}
     )
     return BenchmarkReport(
+        run=f"{text} (lightning-small-1a)",
         verdict=Verdict(judgement="worse", sentence=text, cause=text * size, next_action=plan_call(text)),
         recipe=BenchmarkRecipe(),
         suite=text,
@@ -100,13 +102,31 @@ def made_up(text: str = "1+1=?", size: int = 1) -> BenchmarkReport:
 def test_a_loss_is_red_and_stands_first_then_figures_curves_cost_and_samples():
     page = report_page(made_up())
     words = Reading(page).words
-    order = ["Verdict", "worse", "Gain", "−0.200"[1:], "Models", "Curves", "Cost", "planned 10 s", "Samples", "✓ right"]
+    order = [
+        "1+1=? (lightning-small-1a)",
+        "Verdict",
+        "worse",
+        "Gain",
+        "−0.200"[1:],
+        "Models",
+        "Curves",
+        "Cost",
+        "planned 10 s",
+        "Samples",
+        "✓ right",
+    ]
     places = [words.index(part) for part in order]
     assert places == sorted(places)
     assert '<section class="worse">' in page
     assert page.count('class="loss"') == 1, "being below the teacher is no loss"
     assert ".worse .judgement { color: var(--bad); }" in page
     assert "prefers-color-scheme: dark" in page
+
+
+def test_the_text_is_headed_by_the_run_and_counts_the_measurement_among_the_stages():
+    text = report_markdown(made_up())
+    assert text.startswith("# Benchmark: 1+1=? (lightning-small-1a)\n")
+    assert "| benchmark | 9.0 | | |" in text
 
 
 def test_the_same_report_gives_the_same_bytes():

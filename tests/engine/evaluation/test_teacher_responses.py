@@ -1,12 +1,21 @@
 """Which of the teacher's responses are graded, and what is said of them."""
 
+import json
 from pathlib import Path
 
-from opd_mcp.engine.context import Context, SilentReporter
+import pytest
+
+from opd_mcp.engine import stages
+from opd_mcp.engine.context import Context, ResponsesInputs, SilentReporter
 from opd_mcp.engine.evaluation.teacher_responses import GRADED_RESPONSES, graded_responses
 from opd_mcp.engine.models.loading import load_tokenizer
+from opd_mcp.grading.golds import recipe_grader
+from opd_mcp.grading.graders import grader_for
+from opd_mcp.identity.data.reading import read_responses
 from opd_mcp.identity.data.rows import PromptRow, ResponseRow
+from opd_mcp.schemas.errors import DataError
 from opd_mcp.schemas.recipes import BenchmarkRecipe
+from opd_mcp.schemas.resolve import resolve_recipe
 
 
 class Alerted(SilentReporter):
@@ -57,3 +66,40 @@ def test_ids_without_text_are_decoded(example: Path) -> None:
     graded = graded_responses([row], tokenizer, BenchmarkRecipe(), Context())
     assert graded is not None
     assert graded.right.value == 1
+
+
+def test_only_right_responses_are_kept_each_once(example: Path, tmp_path: Path) -> None:
+    reporter = Alerted()
+    recipe = resolve_recipe("demo", {"responses.limit": 6, "responses.samples": 4, "responses.keep": "right"})
+    context = Context(recipe.runtime, recipe.prompting, reporter)
+    made = tmp_path / "right"
+    inputs = ResponsesInputs(teacher=example / "teacher", prompts=example / "sft.jsonl", grading=recipe.benchmark)
+    stages.generate_responses(recipe.responses, inputs, made, context)
+    every = recipe.responses.model_copy(update={"keep": "all"})
+    stages.generate_responses(every, inputs, tmp_path / "all", context)
+    right, drawn = (read_responses(folder / "responses.parquet") for folder in (made, tmp_path / "all"))
+    assert len(drawn) == 24
+    name, _ = recipe_grader(recipe.benchmark, [row.prompt.answer for row in drawn])
+    with grader_for(name, pattern=recipe.benchmark.answer_pattern) as grader:
+        good = [row for row in drawn if grader.grade(row.response, row.prompt.answer).correct]
+    once = {(row.prompt.id, row.response): row for row in reversed(good)}
+    assert 0 < len(right) < 24
+    assert len(right) == len(once)
+    assert {(row.prompt.id, row.response_ids) for row in right} == {
+        (row.prompt.id, row.response_ids) for row in once.values()
+    }
+    assert f"{len(right)} of 24 responses are kept" in reporter.alerts["responses_kept"]
+
+
+@pytest.mark.parametrize(("answer", "code"), [(None, "no_answers"), ("999", "empty_data")])
+def test_keeping_right_responses_needs_answers_and_a_right_one(
+    example: Path, tmp_path: Path, answer: str | None, code: str
+) -> None:
+    recipe = resolve_recipe("demo", {"responses.keep": "right", "responses.sampling.max_new_tokens": 2})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "1+1=?"} | ({"answer": answer} if answer else {})) + "\n")
+    inputs = ResponsesInputs(teacher=example / "teacher", prompts=file, grading=recipe.benchmark)
+    with pytest.raises(DataError, match=code):
+        stages.generate_responses(
+            recipe.responses, inputs, tmp_path / "made", Context(recipe.runtime, recipe.prompting)
+        )

@@ -124,7 +124,7 @@ def test_another_model_s_rows_are_found_out_by_the_model_here(engines, drawn_by,
 
 def test_a_context_that_is_too_short_is_told_before_any_row(engines, student, drawn_by, build):
     server = engines(student, key=KEY, length=20)
-    with pytest.raises(DataError, match=r"too_long.*server takes 20"):
+    with pytest.raises(DataError, match=r"too_long.*takes 20 in all"):
         drawn_by(server.url)
     assert not list((build.root / "rollouts").glob("*.parquet"))
 

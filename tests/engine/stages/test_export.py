@@ -21,10 +21,11 @@ from opd_mcp.engine.models.lora import adapters
 from opd_mcp.engine.models.saving import SavedForm
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.consistency import asserted_claim
-from opd_mcp.identity.lineage import verified_lineage, write_lineage
+from opd_mcp.identity.files import file_sha256
+from opd_mcp.identity.lineage import read_lineage, verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.safetensors import read_tensors
-from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
+from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, OpdError
 from opd_mcp.schemas.identity import Lineage
 from opd_mcp.schemas.recipes import AdapterRecipe, ExportRecipe, PromptingRecipe
 from opd_mcp.schemas.resolve import resolve_recipe
@@ -206,3 +207,35 @@ def test_a_folders_name_is_one_word_in_the_commands_that_people_copy(student, tm
 
 def test_markdown_text_is_one_line_that_adds_no_markup():
     assert markdown("a_b|c\n`d`") == "a\\_b\\|c␊\\`d\\`"
+
+
+def test_a_gguf_export_is_the_converters_file_with_card_and_lineage(adapted, tmp_path):
+    """The converter gets the whole model, an adapter merged; nothing but its file stays."""
+    seen = {}
+
+    def convert(model: Path, file: Path) -> None:
+        seen["files"] = {path.name for path in model.iterdir()}
+        file.write_bytes(b"GGUF" + (model / "model.safetensors").read_bytes())
+
+    alone = exported(adapted, tmp_path / "alone", format="adapter")
+    output = tmp_path / "mine"
+    context = Context(convert_to_gguf=convert)
+    stages.export(ExportRecipe(format="gguf"), ExportInputs(model=alone), output, context)
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= seen["files"]
+    assert {path.name for path in output.iterdir()} == {"mine.gguf", "README.md", "lineage.json"}
+    lineage = read_lineage(output)
+    assert lineage.files["mine.gguf"] == file_sha256(output / "mine.gguf")
+    assert lineage.model.weights == inspect_model(exported(alone, tmp_path / "merged")).identity.weights
+    card = (output / "README.md").read_text()
+    assert "llama-server -m mine.gguf" in card
+    assert "library_name: gguf" in card
+    assert "```python" not in card
+
+
+@pytest.mark.parametrize(("convert", "code"), [(None, "missing_package"), (b"<html>", "damaged_file")])
+def test_no_gguf_without_a_converter_that_writes_one(student, tmp_path, convert, code):
+    given = None if convert is None else lambda model, file: file.write_bytes(convert)
+    with pytest.raises(OpdError, match=code):
+        stages.export(
+            ExportRecipe(format="gguf"), ExportInputs(model=student), tmp_path / "x", Context(convert_to_gguf=given)
+        )

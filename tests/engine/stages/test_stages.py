@@ -23,8 +23,8 @@ from opd_mcp.engine.context import (
     SftInputs,
     SilentReporter,
 )
+from opd_mcp.engine.evaluation.model_score import asked
 from opd_mcp.engine.models.loading import copy_tokenizer
-from opd_mcp.engine.stages.benchmark import asked
 from opd_mcp.identity.consistency import asserted_claim
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.lineage import read_lineage, read_manifest, verified_lineage
@@ -200,6 +200,14 @@ def test_benchmark_measures_candidate_and_baselines_on_the_same_prompts(made: Ma
     assert student.pass_at_k["1"] == pytest.approx(student.sampled_accuracy.value)
     assert report.comparisons[0].baseline == "teacher"
     assert report.teacher_basis == "proven"
+    for sample in report.samples:  # each one's tokens against the teacher's
+        assert sample.tokens["teacher"].log_ratios == pytest.approx([0] * len(sample.tokens["teacher"].ends), abs=1e-3)
+        tokens, said = sample.tokens["student"], sample.responses["student"]
+        assert len(tokens.ends) == len(tokens.log_ratios)
+        assert tokens.ends == sorted(tokens.ends)
+        assert tokens.ends[-1] == len(said)
+    ratios = [ratio for sample in report.samples for ratio in sample.tokens["student"].log_ratios]
+    assert min(ratios) < -0.1  # it says things that the teacher would not
     text = (made.root / "report" / "report.md").read_text()
     assert "| student |" in text
     assert "- 2026-08-01T10:00:00.000Z `rollouts_stale`: The student has moved." in text

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE
 from opd_mcp.engine.models.lora import adapters, add_adapter
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.checkpoints import KEPT, MODEL_FILE, OPTIMIZER_FILE, RECORD_FILE, saved_checkpoints
-from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.loop import LoopSettings, Stretch, TrainingTask, train
 from opd_mcp.engine.training.step import sft_metrics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe, OptimizerRecipe
@@ -70,9 +71,14 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
         every: int = 2,
         check_fence: Callable[[], None] = lambda: None,
         frozen: tuple[AdapterRecipe, str] | None = None,
-        **sizes: int,
+        **more: Any,
     ) -> tuple[PreTrainedModel, TrainingSummary]:
-        model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=0.1, **sizes).train()
+        stretch: Stretch | None = more.pop("stretch", None)
+        begun: dict[str, torch.Tensor] | None = more.pop("begun", None)
+        dropout = 0.0 if stretch else 0.1  # of its random stream a stretch of its own knows nothing
+        model = tiny_model(VOCAB, seed=0, dtype=torch.float32, attention_dropout=dropout, **more).train()
+        if begun is not None:
+            model.load_state_dict(begun)
         if frozen is not None:
             add_adapter(model, frozen[0], seed=1)
         torch.manual_seed(7)
@@ -85,7 +91,7 @@ def trained(tiny_model: Callable[..., PreTrainedModel], runtime: Runtime, rows: 
         steps = stored_batches(rows, steps=settings.steps, batch_size=6, seed=3, scope="test")
         return model, train(
             model,
-            TrainingTask(settings, steps, SFT_OBJECTIVE, sft_metrics, frozen[1] if frozen else None),
+            TrainingTask(settings, steps, SFT_OBJECTIVE, sft_metrics, frozen[1] if frozen else None, stretch=stretch),
             runtime,
             context,
         )
@@ -337,3 +343,33 @@ def test_who_has_no_right_takes_nothing_away_when_training_begins(trained, tmp_p
     with pytest.raises(RunError, match="attempt_superseded"):
         trained(Recorder(), tmp_path, check_fence=right.require)
     assert right.names() == [right.others.name]
+
+
+@pytest.mark.parametrize("precision", ["fp32_master", "split_master"])
+def test_a_training_in_stretches_is_that_in_one_to_the_bit(trained, tmp_path: Path, precision: str) -> None:
+    settings = replace(SETTINGS, optimizer=SETTINGS.optimizer.model_copy(update={"precision": precision}))
+    whole, together = Recorder(), Recorder()
+    expected, _ = trained(whole, None, settings, stretch=Stretch(0, STEPS))
+    first, done = trained(together, None, settings, stretch=Stretch(0, 3, leaves=tmp_path / "left" / "moments"))
+    begun = {name: weight.detach().clone() for name, weight in first.state_dict().items()}
+    going_on = Stretch(3, STEPS, begins_with=tmp_path / "left" / "moments")
+    last, rest = trained(together, None, settings, stretch=going_on, begun=begun)
+    assert same(expected, last)
+    assert whole.series == together.series
+    assert (done.steps, rest.steps) == (3, STEPS - 3)
+    other, _ = trained(Recorder(), None, settings, stretch=Stretch(3, STEPS), begun=begun)
+    assert not same(expected, other), "the optimizer's state counts"
+
+
+def test_a_stretch_that_its_metrics_end_does_so_again_after_an_interruption(trained, tmp_path: Path) -> None:
+    def ended(recent: list[dict[str, float]]) -> bool:
+        return len(recent) == 3 and recent[-1]["loss"] < recent[0]["loss"]
+
+    stretch, whole, again = Stretch(0, STEPS, ended=ended, watched=3), Recorder(), Recorder()
+    expected, summary = trained(whole, None, stretch=stretch)
+    assert 3 <= summary.steps < STEPS
+    with pytest.raises(RunError, match="run_cancelled"):
+        trained(Recorder(stop_before=2), tmp_path, every=1, stretch=stretch)
+    resumed, rest = trained(again, tmp_path, every=1, stretch=stretch)
+    assert (again.resumed_at, rest.steps) == (2, summary.steps)
+    assert same(expected, resumed)

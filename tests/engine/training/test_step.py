@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from opd_mcp.engine.data.batches import StepData
+from opd_mcp.engine.data.batches import StepData, build_batch, grouped_rows
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
 from opd_mcp.engine.losses import logit_tiles as tiles
-from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, distill_objective
-from opd_mcp.engine.models.attention import use_packed_attention
+from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, distill_objective, token_weights
+from opd_mcp.engine.models.attention import hidden_rows, packs, use_packed_attention
+from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.step import StepSettings, StepTokens, accumulate_gradients
 from opd_mcp.schemas.recipes import DistillRecipe
@@ -170,3 +172,31 @@ def test_tied_embeddings_get_both_gradients(
     assert packed == pytest.approx(padded, rel=1e-6)
     for a, b in zip(gradients, direct, strict=True):
         assert (a - b).abs().max() <= 1e-6 * a.abs().max().clamp_min(1e-12)
+
+
+def test_one_process_adds_up_its_micro_batches_one_by_one_to_the_bit(
+    model: PreTrainedModel, sequences: Sequences, runtime: Runtime
+) -> None:
+    """The bits of a training without ranks are those of this loop, written out."""
+    objective, budget = distill_objective(DistillRecipe(advantage_clip=1.0)), 16
+    loss, gradients = gradients_of(model, sequences, runtime, micro_batch_tokens=budget)
+    model.zero_grad()
+    rows = np.arange(len(sequences))
+    weights = token_weights(torch.from_numpy(sequences.response_lengths()), "sample")
+    head = model_head(model, None)
+    embedding, total = model.get_input_embeddings().weight, torch.zeros((), dtype=torch.float64)
+    for weight in (head.weight, embedding):
+        weight.grad = torch.zeros_like(weight)
+    for group in grouped_rows(sequences.lengths(), rows, budget, packed=packs(model)):
+        if sequences.response_lengths()[group].sum() == 0:
+            continue
+        batch = build_batch(sequences, group, runtime.device)
+        hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows, main_grad=embedding.grad)
+        own = LossRows(batch.targets, weights[torch.from_numpy(batch.indices)][batch.sequence], batch.columns)
+        losses = one_pass_losses(head, hidden, own, objective, main_grad=head.weight.grad)
+        losses.total.backward()
+        total += losses.total.detach()
+    assert float(total) == loss
+    expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(expected) == len(gradients)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))

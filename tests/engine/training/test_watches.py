@@ -5,7 +5,13 @@ import torch
 
 from opd_mcp.engine.context import Context, SilentReporter
 from opd_mcp.engine.training.step import StepResult
-from opd_mcp.engine.training.watches import CLIPPED_SHARE, EFFECTIVE_SHARE, WATCHED_STEPS, DistillWatch
+from opd_mcp.engine.training.watches import (
+    CLIPPED_SHARE,
+    EFFECTIVE_SHARE,
+    WATCHED_STEPS,
+    DistillWatch,
+    are_stale,
+)
 from opd_mcp.schemas.recipes import DistillRecipe
 
 
@@ -85,3 +91,14 @@ def test_rollouts_that_still_tell_something_are_no_alert(spreads: list[float]) -
 
 def test_a_cache_without_behaviour_logprobs_cannot_be_stale() -> None:
     assert alerts_of([0.0] * 50) == []
+
+
+def test_where_a_round_follows_stale_rollouts_begin_it() -> None:
+    reporter = ListeningReporter()
+    watch = DistillWatch(DistillRecipe(), Context(reporter=reporter), next_round=2)
+    recent = [watch(drifted(2.0)) for _ in range(WATCHED_STEPS)]
+    [(code, message)] = reporter.alerts
+    assert (code, "round 2 begins" in message) == ("next_round", True)
+    assert are_stale(recent)
+    assert not are_stale(recent[1:]), "too few steps to tell"
+    assert not are_stale([watch(drifted(0.5)) for _ in range(WATCHED_STEPS)])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mcp.identity.data.reading import read_prompts, read_responses, read_responses_header
-from opd_mcp.identity.data.rows import prompts_hash
+from opd_mcp.identity.data.rows import PromptRow, prompts_hash
 from opd_mcp.identity.data.scan import scan_prompts
 from opd_mcp.schemas.errors import DataError, IntegrityError, OpdError, PathError
 
@@ -258,3 +258,52 @@ def test_a_parquet_with_more_rows_than_are_read_is_refused(tmp_path, monkeypatch
         read_prompts(tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="too_large"):
         read_prompts(jsonl(tmp_path / "rows.jsonl", *[{"prompt": "x"}] * 11))
+
+
+def test_what_the_teacher_sees_instead_is_read_and_counted_in_the_hash(tmp_path):
+    turns = [{"role": "user", "content": "1+1=? The answer is 2."}]
+    plain = {"id": "a", "prompt": "1+1=?"}
+    rows = [plain, {**plain, "id": "b", "teacher_messages": turns}, {**plain, "id": "c", "teacher_messages": None}]
+    same = [{**plain, "teacher_messages": [{"role": "user", "content": "1+1=?"}]}, *rows[1:]]
+    scans = []
+    for number, data in enumerate((rows, same, [plain, *({**row, "teacher_messages": None} for row in rows[1:])])):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in data))
+        scans.append(scan_prompts(file))
+        assert prompts_hash(read_prompts(file)) == scans[-1].sha256
+    read = read_prompts(tmp_path / "0.jsonl")
+    assert [row.teacher_messages for row in read] == [None, tuple(turns), None]
+    assert scans[0].sha256 == scans[1].sha256 != scans[2].sha256
+    assert (scans[0].teacher_turns == scans[1].teacher_turns, scans[2].teacher_turns) == (True, None)
+    assert scans[0].rows == 3
+
+
+def test_the_teachers_messages_may_stand_in_any_shape_and_under_any_name(tmp_path):
+    turns = [{"role": "user", "content": "hint"}]
+    rows = [
+        ({"question": "1+1=?", "answer": "2", "teacher_messages": json.dumps(turns)}, None),
+        ({"messages": [{"role": "user", "content": "1+1=?"}], "teacher_messages": turns}, None),
+        ({"q": "1+1=?", "privileged": turns}, {"prompt": "q", "teacher_messages": "privileged"}),
+    ]
+    for row, columns in rows:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        assert [row.teacher_messages for row in read_prompts(file, columns)] == [tuple(turns)]
+
+
+def test_a_teachers_messages_that_end_with_an_answer_are_no_prompt(tmp_path):
+    turns = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "1+1=?", "teacher_messages": turns}) + "\n")
+    with pytest.raises(DataError, match="teacher_messages ends with the assistant's turn"):
+        read_prompts(file)
+
+
+def test_the_teachers_system_prompt_comes_first():
+    plain = PromptRow("a", prompt="1+1=?")
+    assert plain.for_teacher(None) is plain
+    assert [turn["content"] for turn in plain.for_teacher("Be brief.").messages] == ["Be brief.", "1+1=?"]
+    chat = PromptRow("a", messages=({"role": "system", "content": "Add."}, {"role": "user", "content": "1+1=?"}))
+    assert [turn["content"] for turn in chat.for_teacher("Be brief.").messages] == ["Be brief.\n\nAdd.", "1+1=?"]
+    hinted = PromptRow("a", prompt="1+1=?", teacher_messages=({"role": "user", "content": "It is 2."},))
+    assert [turn["content"] for turn in hinted.for_teacher("Be brief.").messages] == ["Be brief.", "It is 2."]

@@ -127,3 +127,11 @@ async def test_a_sweep_asks_by_its_total_cost(service, mode):
 async def test_without_allow_delete_there_is_no_such_tool(service):
     async with Client(build_server(service)) as client:
         assert "delete_artifact" not in {tool.name for tool in (await client.list_tools()).tools}
+
+
+async def test_an_upload_asks_before_anything_leaves_the_machine(service, mode):
+    service.question = Question("hub:me/mine", "Upload run-1 (3 GB) to a new private repository, hub:me/mine?")
+    call = ("export_student", {"model": "run-1", "destination": "hub:me/mine"})
+    assert "confirm='hub:me/mine'" in (await called(service, mode, call)).content[0].text
+    assert not service.calls
+    assert not (await called(service, mode, call, confirm="hub:me/mine")).is_error

@@ -30,7 +30,7 @@ def test_a_plan_lists_the_settings_that_overrides_may_change(service):
 def test_the_recipe_keys_are_explained_with_their_values_in_every_preset():
     lines = recipe_keys_text().splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[6:]] == list(recipe_keys())
-    assert "| distill.steps | 50 | 150 | 400 | integer > 0 |  |" in lines
+    assert "| distill.steps | 50 | 150 | 400 | integer > 0 | of the optimizer |" in lines
     assert any(line.startswith("| distill.advantage_clip | 10.0 | 10.0 | 1.0 | number > 0 | τ;") for line in lines)
 
 

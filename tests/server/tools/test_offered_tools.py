@@ -9,7 +9,7 @@ from mcp import Client
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.server.app import build_server
 from opd_mcp.server.serve import ServerSettings
-from opd_mcp.server.tools.table import GROUPS, TOOLS, named_groups
+from opd_mcp.server.tools.table import GROUPS, TOOLS, named_groups, unknown_tool_text
 
 pytestmark = pytest.mark.anyio
 CHANGES = {spec.name for spec in TOOLS if not spec.read_only}
@@ -41,7 +41,7 @@ async def test_only_what_is_offered_is_listed_and_called(service, settings, expe
             arguments = {"run_id": service.run.run_id, "artifact_id": "model-1", "confirm": "model-1"}
             answer = await client.call_tool(name, arguments)
             assert answer.is_error
-            assert "Unknown tool" in answer.content[0].text
+            assert f"Unknown tool: {name}; this server was started " in answer.content[0].text
         told = client.instructions or ""
     missing = {spec.name for spec in TOOLS if not spec.deletes} - expected
     assert ("started without" in told) == bool(missing)
@@ -64,3 +64,16 @@ def test_an_unknown_group_ends_the_start_with_one_line():
     assert done.returncode == 1
     assert "Nearest: follow" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "why"),
+    [
+        (ServerSettings(), "delete_run", "without --allow-delete"),
+        (ServerSettings(read_only=True, allow_delete=True), "delete_run", "with --read-only"),
+        (ServerSettings(groups=("follow",)), "start_sft", "only with the groups follow (--tools)"),
+        (ServerSettings(), "start_distilation", "Nearest: start_distillation"),
+    ],
+)
+def test_a_tool_that_is_not_offered_says_why(settings, name, why):
+    assert why in unknown_tool_text(name, settings)

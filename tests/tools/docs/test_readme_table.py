@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_mcp.schemas.resolve import recipe_keys
 from opd_mcp.server.resources import PARTS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,3 +50,10 @@ def test_a_file_without_markers_is_refused(tmp_path, text):
 def test_the_document_is_up_to_date():
     done = run_tool("--check")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_pages_of_this_checkout_are_as_generated():
+    assert run_tool("--check").returncode == 0
+    text = (ROOT / "docs" / "recipe.md").read_text()
+    assert all(f"| {key} |" in text for key in recipe_keys())
+    assert not [line for line in text.splitlines() if line.startswith("| ") and line.endswith("|  |")], "a key says why"

@@ -1,0 +1,123 @@
+"""Ranks: the processes of one machine that train one model together, and what they have to agree on.
+
+Rank 0 decides what depends on a clock or on the outside (when to stop, when to save). All others get its word by one
+small broadcast, so that no rank waits in a collective operation that another one does not begin.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from opd_mcp.engine.context import RankPlace
+from opd_mcp.engine.data.batches import Group
+from opd_mcp.engine.data.sequences import Sequences
+
+# their names in torch 2.13, and before
+GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+MEETING_FILE = "meeting"
+# A rank may grade or load for long before it comes; the worker sees to one that never does.
+MEETING_TIME = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number, how many there are, and the mesh of all their devices."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    def agreed(self, *values: int) -> tuple[int, ...]:
+        """Rank 0's values."""
+        word = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.broadcast(word, src=0)
+        return tuple(word.tolist())
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The tensor, in place the sum of all ranks'."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gathered(self, mine: Tensor) -> Tensor:
+        """[N · n, …] of every rank's tensor [n, …]."""
+        whole = torch.empty(self.size * len(mine), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
+        GATHER(whole, mine)
+        return whole
+
+    def scattered_sum(self, whole: Tensor) -> Tensor:
+        """This rank's [n, …] of the sum of every rank's tensor [N · n, …]."""
+        mine = torch.empty(len(whole) // self.size, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
+        REDUCE_SCATTER(mine, whole)
+        return mine
+
+
+def joined(place: RankPlace, device: torch.device) -> Ranks:
+    """The group of all ranks, once they are all there; a process joins one group in its life."""
+    if not dist.is_initialized():
+        store = dist.FileStore(str(place.folder / MEETING_FILE), place.size)
+        store.set(f"arrived/{place.rank}", "yes")
+        store.wait([f"arrived/{rank}" for rank in range(place.size)], MEETING_TIME)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=place.timeout),
+        )
+    return Ranks(place.rank, place.size, device, init_device_mesh(device.type, (place.size,)))
+
+
+# the micro-batches of one rank; None stands for an empty one, which only takes part in the collective operations
+Share = list[Group | None]
+
+
+def shares(groups: Sequence[Group], sequences: Sequences, size: int) -> list[Share]:
+    """Each rank's micro-batches of a step, equally many; `groups` all have response tokens.
+
+    Groups are halved rather than left over. The larger ones run at the same time, and go to the ranks that have had
+    the fewest tokens so far. Every rank computes the same answer.
+    """
+    lengths, counts = sequences.lengths(), sequences.response_lengths()
+
+    def tokens(group: Group) -> int:
+        return int(lengths[group].sum())
+
+    def halves(group: Group) -> tuple[Group, Group] | None:
+        first, second = group[::2], group[1::2]
+        return (first, second) if counts[first].sum() > 0 and counts[second].sum() > 0 else None
+
+    left = sorted(groups, key=lambda group: (-tokens(group), int(group[0])))
+    while len(left) % size:
+        place, parts = next(((i, parts) for i, group in enumerate(left) if (parts := halves(group))), (0, None))
+        if parts is None:
+            break
+        left[place : place + 1] = parts
+        left.sort(key=lambda group: (-tokens(group), int(group[0])))
+    load = np.zeros(size, dtype=np.int64)
+    found: list[Share] = [[] for _ in range(size)]
+    for first in range(0, len(left), size):
+        together: list[Group | None] = [*left[first : first + size]]
+        together += [None] * (size - len(together))
+        for rank, group in zip(np.argsort(load, kind="stable").tolist(), together, strict=True):
+            found[rank].append(group)
+            load[rank] += 0 if group is None else tokens(group)
+    return found
+
+
+def rows_of(length: int, size: int) -> int:
+    """Rows of a matrix of this length that each of the ranks holds; the last ones may hold fewer."""
+    return -(-length // size)
+
+
+def own_rows(length: int, rank: int, size: int) -> slice:
+    """The rows that a rank holds, as `fully_shard` divides a tensor's first dimension."""
+    rows = rows_of(length, size)
+    return slice(min(rank * rows, length), min((rank + 1) * rows, length))

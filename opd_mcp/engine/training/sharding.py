@@ -1,0 +1,201 @@
+"""A model whose weights are divided among ranks: decoder layers by FSDP2, vocabulary matrices by a gathered window.
+
+    decoder layers' matrices   DTensor rows, gathered layer by layer, gradients reduced and scattered as they come
+    embedding, head            DTensor rows, gathered once per step; one reduce-scatter of the main gradient at its end
+    norms, biases, adapters    whole on every rank, their gradients added up once per step
+
+Gradients are sums over the ranks, never means: a token's weight is already that of the whole step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+
+from opd_mcp.engine.models.compiled import decoder_layers
+from opd_mcp.engine.models.nf4 import packed_weights
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.training.ranks import Ranks, own_rows, rows_of
+from opd_mcp.schemas.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model of which this rank holds a part; `vocabulary` is outside the model, by the names of its weights there.
+
+    Outside a `window` the vocabulary's modules have weights without memory (on `meta`).
+    """
+
+    model: PreTrainedModel
+    ranks: Ranks
+    vocabulary: dict[str, nn.Parameter]
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """This rank's part of every weight, by name and in the same order on every rank; a tied one is named once."""
+        named = {name: self.vocabulary.get(name, weight) for name, weight in self.model.named_parameters()}
+        return dict(sorted(named.items()))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of them that are trained."""
+        return {name: weight for name, weight in self.weights().items() if weight.requires_grad}
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """Inside, every rank has the whole vocabulary; at the end its gradients become the sums over the ranks."""
+        modules = {name: _modules_of(self.model, name) for name in self.vocabulary}
+        places = {name: found[0].weight for name, found in modules.items()}
+        whole = {name: self._whole(rows) for name, rows in self.vocabulary.items()}
+        try:
+            for name, found in modules.items():
+                for module in found:
+                    module.weight = whole[name]
+            yield
+            for name, rows in self.vocabulary.items():
+                gradient = whole[name].grad
+                if gradient is not None:
+                    rows.grad = self._summed(gradient, rows)
+        finally:
+            for name, found in modules.items():
+                for module in found:
+                    module.weight = places[name]
+
+    def add_up_gradients(self) -> None:
+        """Sum the gradients of what every rank holds whole; the others' are sums already."""
+        held = [weight for weight in self.trained().values() if not isinstance(weight, DTensor)]
+        gradients = [weight.grad for weight in held if weight.grad is not None]
+        for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+            same = [gradient for gradient in gradients if gradient.dtype is dtype]
+            total = self.ranks.add_up(torch.cat([gradient.flatten() for gradient in same]))
+            for gradient, part in zip(same, total.split([gradient.numel() for gradient in same]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def clipped_norm(self, limit: float) -> float:
+        """The norm of the whole gradient, which is scaled down to `limit` where it is above."""
+        square = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        gradients = [weight.grad for weight in self.trained().values() if weight.grad is not None]
+        for gradient in gradients:
+            if isinstance(gradient, DTensor) or self.ranks.rank == 0:
+                square += local(gradient).double().square().sum()
+        norm = float(self.ranks.add_up(square).sqrt())
+        scale = limit / (norm + 1e-6)
+        if scale < 1.0:
+            for gradient in gradients:
+                local(gradient).mul_(scale)
+        return norm
+
+    def make_whole(self) -> None:
+        """Give rank 0 the whole model, in the host's memory; the other ranks keep weights without memory."""
+        for name, weight in self.weights().items():
+            gathered = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+            kept = gathered.to("cpu" if self.ranks.rank == 0 else "meta")
+            whole = nn.Parameter(kept, requires_grad=weight.requires_grad)
+            for module, leaf in _owners(self.model, name):
+                module.register_parameter(leaf, whole)
+        if self.ranks.rank == 0:
+            for module in self.model.modules():
+                for leaf, buffer in module.named_buffers(recurse=False):
+                    module._buffers[leaf] = buffer.cpu()
+
+    def _whole(self, rows: nn.Parameter) -> nn.Parameter:
+        mine = local(rows).detach()
+        padded = mine.new_zeros(rows_of(rows.shape[0], self.ranks.size), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        whole = self.ranks.gathered(padded)[: rows.shape[0]]
+        return nn.Parameter(whole, requires_grad=rows.requires_grad)
+
+    def _summed(self, gradient: Tensor, rows: nn.Parameter) -> Tensor:
+        each = rows_of(rows.shape[0], self.ranks.size)
+        padded = gradient
+        if len(gradient) < each * self.ranks.size:
+            padded = gradient.new_zeros(each * self.ranks.size, *gradient.shape[1:])
+            padded[: len(gradient)] = gradient
+        mine = self.ranks.scattered_sum(padded)[: len(local(rows))]
+        return _rows(mine, rows.shape, self.ranks)
+
+
+def sharded(model: PreTrainedModel, ranks: Ranks, runtime: Runtime) -> ShardedModel:
+    """The model divided among the ranks, each of which gives it whole; the parts move to the ranks' device.
+
+    Raises ArgumentError `invalid_argument` for a model that cannot be divided.
+    """
+    layers, decoder = decoder_layers(model), model.get_decoder()
+    if not layers or packed_weights(model):
+        why = "holds weights in 4 bits" if layers else f"is of a class ({type(model).__name__}) without decoder layers"
+        raise ArgumentError(
+            "invalid_argument",
+            f"The student {why}, which cannot be divided among devices.",
+            value=f"runtime.devices={ranks.size}",
+            fix="Set 'runtime.devices' to 1.",
+        )
+    vocabulary = _divided_vocabulary(model, ranks)
+    narrow = runtime.trains_in_autocast and model.dtype is torch.float32
+    policy = MixedPrecisionPolicy(
+        # what autocast would make of float32 weights anyway, at half the traffic and without a copy of every weight
+        param_dtype=torch.bfloat16 if narrow else None,
+        reduce_dtype=torch.float32 if runtime.trains_in_autocast else None,
+        cast_forward_inputs=False,
+    )
+    whole = {weight for name, weight in model.named_parameters() if weight.ndim < 2 or ".lora_" in name}
+    whole |= {weight for weight in model.parameters() if weight.is_meta}
+    for module in [*layers, decoder]:
+        ignored = {weight for weight in module.parameters() if weight in whole or isinstance(weight, DTensor)}
+        fully_shard(
+            module,
+            mesh=ranks.mesh,
+            mp_policy=policy,
+            reshard_after_forward=module is not decoder,
+            ignored_params={weight for weight in ignored if not isinstance(weight, DTensor)} or None,
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not isinstance(weight, DTensor) and not weight.is_meta:
+                weight.data = weight.data.to(ranks.device)
+        for module in model.modules():
+            for leaf, buffer in module.named_buffers(recurse=False):
+                module._buffers[leaf] = buffer.to(ranks.device)
+    return ShardedModel(model, ranks, vocabulary)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; all of one that is not divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _divided_vocabulary(model: PreTrainedModel, ranks: Ranks) -> dict[str, nn.Parameter]:
+    """This rank's rows of embedding and head by name; the modules are left with weights on `meta`."""
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    found: dict[str, nn.Parameter] = {}
+    for name, weight in list(model.named_parameters()):  # a tied weight is named once
+        if not any(weight is end for end in ends):
+            continue
+        rows = weight.detach()[own_rows(len(weight), ranks.rank, ranks.size)].clone().to(ranks.device)
+        found[name] = nn.Parameter(_rows(rows, weight.shape, ranks), requires_grad=weight.requires_grad)
+        place = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        for module, leaf in _owners(model, name):
+            module.register_parameter(leaf, place)
+    return found
+
+
+def _rows(mine: Tensor, shape: torch.Size, ranks: Ranks) -> DTensor:
+    """The tensor of this shape of which `mine` are this rank's rows."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(mine, ranks.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _owners(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    """Every module, with the name there, that holds the weight of this name."""
+    weight = model.get_parameter(name)
+    return [(module, leaf) for module in model.modules() for leaf, held in module._parameters.items() if held is weight]
+
+
+def _modules_of(model: nn.Module, name: str) -> list[nn.Module]:
+    return [module for module, _ in _owners(model, name)]

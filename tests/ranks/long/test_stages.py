@@ -1,0 +1,136 @@
+"""The stages on two real ranks of a worker's team: SFT and lightning, a death, a cancel, and what is published."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd_mcp.engine import stages
+from opd_mcp.engine.context import Context, DistillInputs, ResponsesInputs, RolloutInputs, ScoreInputs, SftInputs
+from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.resolve import resolve_recipe
+from opd_mcp.schemas.runs import RunInputs, RunRecord, RunRequest
+from opd_mcp.worker.ranks import RankTeam, RankWork
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
+SHORT = {
+    "responses.limit": 24,
+    "sft.steps": 6,
+    "sft.batch_size": 8,
+    "sft.on_truncated": "keep",
+    "rollout.count": 40,
+    "rollout.sampling.max_new_tokens": 16,
+    "distill.steps": 6,
+    "distill.batch_size": 8,
+    "checkpoint.steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Teacher responses, the student after an SFT by one process, and its cache."""
+    torch.set_num_threads(1)
+    root, recipe = tmp_path_factory.mktemp("made"), resolve_recipe("demo", SHORT)
+    context = Context(recipe.runtime, recipe.prompting)
+    paths = {name: root / name for name in ("responses", "sft", "rollouts", "cache", "plain")}
+    teacher, student = EXAMPLE / "teacher", EXAMPLE / "student"
+    given = ResponsesInputs(teacher=teacher, prompts=EXAMPLE / "sft.jsonl")
+    stages.generate_responses(recipe.responses, given, paths["responses"], context)
+    stages.sft(recipe.sft, SftInputs(student=student, responses=paths["responses"]), paths["sft"], context)
+    drawn = RolloutInputs(student=paths["sft"], prompts=EXAMPLE / "opd.jsonl")
+    stages.rollout(recipe.rollout, drawn, paths["rollouts"], context)
+    scored = ScoreInputs(teacher=teacher, student=paths["sft"], rollouts=paths["rollouts"])
+    stages.score(recipe.score, scored, paths["cache"], context)
+    inputs = DistillInputs(student=paths["sft"], cache=paths["cache"])
+    stages.distill(recipe.distill, inputs, paths["plain"], context)
+    return {**paths, "teacher": teacher, "student": student}
+
+
+@pytest.fixture
+def trained(tmp_path: Path, made: dict[str, Path]):
+    """`trained(phase, name, roles, …)`: the phase on two ranks; `at(call, nth, team)` is told of rank 0's calls."""
+
+    def run(phase: str, name: str, roles: dict[str, Path], at=lambda call, nth, team: None, stop: int | None = None):
+        directory, counts, heard = tmp_path / name, {}, {}
+        directory.mkdir(exist_ok=True)
+
+        def answer(call: str):
+            def called(*args):
+                counts[call] = counts.get(call, 0) + 1
+                heard.setdefault(call, []).append(args)
+                at(call, counts[call], team)
+                return {"position": 0, "should_stop": counts.get("metric", 0) == stop}.get(call)
+
+            return called
+
+        recipe = resolve_recipe("demo", SHORT | {"runtime.devices": 2})
+        request = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
+        record = RunRecord(
+            run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=request, versions={}, hardware=""
+        )
+        facts = {
+            "record": record.to_dict(),
+            "directory": str(directory),
+            "paths": {role: str(path) for role, path in roles.items()},
+            "phase": phase,
+            "output": str(directory / f"output-{len(list(directory.glob('output-*')))}"),
+        }
+        names = ("phase", "progress", "metric", "alert", "resumed", "position", "should_stop", "check_fence")
+        work = RankWork(facts, [None, None], directory)
+        team = RankTeam(work, {call: answer(call) for call in names}, {"made_here": lambda path: True})
+        Path(facts["output"]).mkdir()
+        return team.trained(), Path(facts["output"]), heard
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_sft_and_lightning_on_two_ranks_are_those_of_one_process_up_to_rounding(trained, made) -> None:
+    learnt = {"student": made["student"], "responses": made["responses"], "teacher": made["teacher"]}
+    for phase, roles, plain in (
+        ("sft", learnt, made["sft"]),
+        ("distill", {"student": made["sft"], "cache": made["cache"]}, made["plain"]),
+    ):
+        summary, output, heard = trained(phase, phase, roles)
+        assert (summary.devices, summary.steps) == (2, 6)
+        assert [step for step, _ in heard["metric"]] == [1, 2, 3, 4, 5, 6]
+        one, two = (
+            json.loads((plain / "training.json").read_bytes()),
+            json.loads((output / "training.json").read_bytes()),
+        )
+        assert two["trained_tokens"] == one["trained_tokens"]
+        assert two["final"]["loss"] == pytest.approx(one["final"]["loss"], rel=1e-3)
+        expected, found = weights(plain), weights(output)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name].dtype == expected[name].dtype
+            assert torch.allclose(found[name].float(), expected[name].float(), rtol=1e-2, atol=1e-3), name
+        assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in plain.iterdir())
+        assert verified_lineage(output).stage == phase
+
+
+def test_a_death_and_a_cancel_cost_no_bit(trained, made) -> None:
+    roles = {"student": made["sft"], "cache": made["cache"]}
+    _, expected, _ = trained("distill", "whole", roles)
+
+    def kill(call: str, nth: int, team: RankTeam) -> None:
+        if (call, nth) == ("metric", 4):
+            os.kill(team.ranks[1].process.pid, signal.SIGKILL)
+
+    with pytest.raises(OpdError, match=r"rank_lost.* Rank 1 of 2 .*SIGKILL"):
+        trained("distill", "killed", roles, kill)
+    with pytest.raises(OpdError, match="run_cancelled"):
+        trained("distill", "killed", roles, stop=1)  # one more step, then it is stopped
+    _, output, heard = trained("distill", "killed", roles)
+    assert heard["resumed"][0][0] > 3
+    assert "alert" not in heard
+    one, other = weights(expected), weights(output)
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,37 @@
+"""The memory of one of several ranks, by formula."""
+
+from dataclasses import replace
+
+import pytest
+
+from opd_mcp.schemas.memory import AdapterSize, ModelShape, StepSize, training_memory
+
+QWEN3_8B = ModelShape(8_190_735_360, 36, 4096, 32 * 128, 8 * 128, 12288, 151936)
+ROOM = 80 * 10**9
+STEP = StepSize("fp32_master", 16384, "bfloat16", "cuda")
+
+
+def total(ranks: int, step: StepSize = STEP) -> int:
+    return training_memory(QWEN3_8B, replace(step, ranks=ranks), "auto", ROOM).total
+
+
+def test_all_weights_of_8b_fit_eight_80_gb_devices_and_not_one() -> None:
+    assert total(1) > 130e9
+    assert 45e9 < total(8) < 0.9 * ROOM
+    assert total(16) < total(8)
+
+
+def test_what_is_divided_falls_with_the_ranks_and_the_gathered_vocabulary_stays() -> None:
+    one, eight, many = (training_memory(QWEN3_8B, replace(STEP, ranks=ranks), "full", ROOM) for ranks in (1, 8, 10**6))
+    assert eight.optimizer == one.optimizer // 8
+    assert eight.activations == one.activations
+    vocabulary = 2 * QWEN3_8B.vocab * QWEN3_8B.hidden
+    assert many.weights == pytest.approx(4 * vocabulary, rel=0.2)
+    assert many.gradients == pytest.approx(4 * vocabulary, rel=0.2)
+
+
+def test_an_adapter_is_whole_on_each_rank() -> None:
+    step = replace(STEP, adapter=AdapterSize(87_000_000, 32 * 7, 2))
+    one, eight = (training_memory(QWEN3_8B, replace(step, ranks=ranks), "full", ROOM) for ranks in (1, 8))
+    assert (eight.optimizer, eight.gradients) == (one.optimizer, one.gradients)
+    assert eight.weights < one.weights / 2

@@ -1,0 +1,114 @@
+"""Ranks as the worker sees them: heard, ended together, and named when one is lost."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from opd_mcp.schemas.errors import OpdError, RunError
+from opd_mcp.worker.ranks import RankTeam, RankWork
+
+STAND_IN = Path(__file__).parents[1] / "stand_ins" / "stand_in_rank.py"
+SUMMARY = {"steps": 1, "seconds": 1.0, "seconds_per_step": 1.0, "trained_tokens": 5, "parameters": 7, "device": "CPU"}
+FOREVER = ["sleep", 600]
+
+
+@pytest.fixture
+def team(tmp_path: Path):
+    """`team(acts of rank 0, acts of rank 1, …)`: the team, and what its ranks reported."""
+    heard: list[tuple[object, ...]] = []
+
+    def make(*acts: list[list[object]], group_seconds: float = 5.0) -> tuple[RankTeam, list[tuple[object, ...]]]:
+        answers = {
+            "metric": lambda step, values: heard.append(("metric", step, values)),
+            "alert": lambda code, message: heard.append(("alert", code)),
+            "position": lambda: 17,
+        }
+        command = (sys.executable, "-P", str(STAND_IN))
+        work = RankWork({"acts": acts}, [None] * len(acts), tmp_path, group_seconds, command)
+        return RankTeam(work, answers, {"made_here": lambda path: path == "/here"}), heard
+
+    return make
+
+
+def living(team: RankTeam) -> list[int]:
+    return [rank.number for rank in team.ranks if psutil.pid_exists(rank.process.pid)]
+
+
+def test_rank_0_reports_and_every_rank_may_ask_what_a_stage_must_know(team, tmp_path: Path) -> None:
+    first = [["tell", "alert", "note", "said"], ["ask", "position"], ["ask", "made_here", "/there"], ["done", SUMMARY]]
+    some, heard = team(first, [["ask", "made_here", "/here"]])
+    with pytest.raises(KeyError, match="metric"):  # another rank reports nothing
+        some.trained()
+    some, heard = team(first, [])
+    assert some.trained().trained_tokens == 5
+    assert heard[-3:] == [("alert", "note"), ("metric", 0, {"answer": 17}), ("metric", 0, {"answer": False})]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("acts", "named"),
+    [
+        (([FOREVER], [["signal", "SIGKILL"]]), r"Rank 1 of 2 .* was ended by SIGKILL"),
+        (([["signal", "SIGSEGV"]], [FOREVER]), r"Rank 0 of 2 .* was ended by SIGSEGV"),
+        (([FOREVER], [FOREVER], [["exit", 3]]), r"Rank 2 of 3 .* ended with status 3"),
+        (([], []), r"Rank 0 of 2 .* ended without a result"),
+        # who lost the group is not who left it
+        (([["raise", "group"]], [["sleep", 0.2], ["signal", "SIGKILL"]]), r"Rank 1 of 2 .* SIGKILL"),
+        (([["raise", "group"]], [["signal", "SIGSTOP"]]), r"Rank 1 of 2 .* within 5 s: its process is suspended"),
+        (([["raise", "group"]], [["raise", "group"]]), r"Rank 0 of 2 .* lost the others .*Connection closed"),
+    ],
+)
+def test_one_lost_rank_ends_all_and_is_named(team, acts, named: str) -> None:
+    some, _ = team(*acts)
+    with pytest.raises(RunError, match=named) as raised:
+        some.trained()
+    assert raised.value.code == "rank_lost"
+    assert raised.value.call.tool == "resume_run"
+    assert living(some) == []
+
+
+def test_what_a_stage_raised_in_any_rank_is_raised(team) -> None:
+    some, _ = team([FOREVER], [["raise", "run"]])
+    with pytest.raises(OpdError) as raised:
+        some.trained()
+    error = raised.value
+    assert (error.code, error.value, error.fix) == ("bad_number", "nan", "Lower the rate.")
+    for kind, expected in (("memory", MemoryError), ("disk", OSError)):
+        some, _ = team([["raise", "group"]], [["raise", kind]])
+        with pytest.raises(expected):
+            some.trained()
+        assert living(some) == []
+
+
+def test_ranks_end_with_a_killed_worker(tmp_path: Path) -> None:
+    code = """
+import sys, threading, time
+from pathlib import Path
+from opd_mcp.worker.ranks import RankTeam, RankWork
+
+work = RankWork({"acts": [[["tell", "up"], ["sleep", 600]]] * 2}, [None] * 2, Path(sys.argv[1]), 5.0, sys.argv[2:])
+team = RankTeam(work, {}, {"up": lambda: print(*[rank.process.pid for rank in team.ranks], flush=True)})
+team.trained()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), sys.executable, "-P", str(STAND_IN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        for _ in range(2):
+            pids = [int(pid) for pid in worker.stdout.readline().split()]
+        worker.kill()
+        worker.stdout.close()
+    deadline = time.monotonic() + 30
+    while any(_lives(pid) for pid in pids) and time.monotonic() < deadline:
+        os.sched_yield()
+    assert [pid for pid in pids if _lives(pid)] == []
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,116 @@
+"""Measure every claim about the method on the embedded tasks, and write `docs/evidence.json`, `.md` and the figures.
+
+    python tools/evidence/measure.py --work DIR
+    python tools/evidence/measure.py --work DIR --quick
+
+Each row (task, arm, seed) is kept below DIR as soon as it is measured, and an interrupted call goes on from there; runs
+find what earlier ones made. Two seeds are measured at a time, one thread each. `--quick` takes two seeds of one task
+with a few steps: it shows that the command works, and writes below DIR instead of `docs/`. The arm `trl_live` needs TRL
+1.16 or later and is left out without it. An arm that fails is named at the end, and the exit status is 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opd_mcp.demo import TaskName
+from opd_mcp.devices.settings import JobSettings
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.service import JobService
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.workspace import Workspace
+from tools import EXAMPLE, ROOT
+from tools.evidence.arms import ARMS, Bench, Row
+from tools.evidence.claims import claims_of, figures_of
+from tools.evidence.document import accuracy_figure, cost_figure, document
+
+TASKS: tuple[TaskName, ...] = ("arithmetic", "chain_sum")
+SEEDS = (1, 2, 3, 4, 5)
+TRL_SEEDS = 3
+QUICK_ARMS = ("base", "sft", "lightning_sampled", "live_sampled", "opsa", "rounds_2")
+
+
+def measured(bench: Bench, arms: Sequence[str], seeds: Iterable[int]) -> tuple[dict[str, dict[int, Row]], list[str]]:
+    """The rows by arm and seed, and what failed; two seeds at a time, and of a seed one arm after the other."""
+    rows: dict[str, dict[int, Row]] = {arm: {} for arm in arms}
+    failed: list[str] = []
+
+    def one_seed(place: int, seed: int) -> None:
+        for arm in arms:
+            if arm == "trl_live" and place >= TRL_SEEDS:
+                continue
+            try:
+                found = bench.rows(arm, seed)
+            except Exception as error:  # one arm must not end a night's work
+                failed.append(f"{bench.task}, {arm}, seed {seed}: {type(error).__name__}: {error}")
+                continue
+            if arm in found:
+                rows[arm][seed] = found[arm]
+                row = found[arm]
+                text = f"{row.accuracy:.3f}, KL {row.reverse_kl:.3f}, {row.processor_seconds:.1f} s"
+                print(f"{bench.task}, seed {seed}, {arm}: {text}", flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for work in [pool.submit(one_seed, place, seed) for place, seed in enumerate(seeds)]:
+            work.result()
+    return rows, failed
+
+
+def written(evidence: dict[str, Any], folder: Path, command_line: str) -> None:
+    """Write the JSON, the page and the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "evidence.json", json.dumps(evidence, indent=1) + "\n")
+    write_atomic(folder / "evidence.md", document(evidence, command_line))
+    for task, figures in evidence["tasks"].items():
+        write_atomic(folder / f"evidence-{task}-accuracy.svg", accuracy_figure(task, figures["arms"]))
+        write_atomic(folder / f"evidence-{task}-cost.svg", cost_figure(task, figures["arms"]))
+
+
+def service_of(work: Path, settings: JobSettings | None = None) -> JobService:
+    """A service over a workspace below the folder, with leases of its own."""
+    own = settings or JobSettings(lease_folder=work / "leases", cpu_slots=2)
+    return JobService(Workspace(work / "home"), AllowedRoots([EXAMPLE.parent, work]), own)
+
+
+def main(arguments: Sequence[str] | None = None, settings: JobSettings | None = None) -> int:
+    """Measure, write, and say what failed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="workspace, kept rows and TRL's students")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all, or those of the quick part")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is written")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    work, docs, tasks, seeds = options.work.absolute(), options.docs, options.tasks, options.seeds
+    if options.quick:
+        tasks, seeds, docs = ["arithmetic"], options.seeds[:2], work / "docs"
+    arms = options.arms or list(QUICK_ARMS if options.quick else ARMS)
+    if find_spec("trl") is None:
+        arms = [arm for arm in arms if arm != "trl_live"]
+    service = service_of(work, settings)
+    failed: list[str] = []
+    by_task: dict[str, Any] = {}
+    for task in tasks:
+        rows, problems = measured(Bench(task, service, work, options.quick), arms, seeds)
+        failed += problems
+        by_task[task] = figures_of(rows)
+    evidence: dict[str, Any] = {"tasks": by_task, "claims": claims_of(by_task)}
+    if options.quick:
+        evidence["quick"] = True
+    command = "python tools/evidence/measure.py --work DIR" + (" --quick" if options.quick else "")
+    written(evidence, docs, command)
+    for problem in failed:
+        print(f"FAILED {problem}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
