@@ -38,6 +38,7 @@ from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.schemas.reports import BenchmarkReport
 from opd_mcp.schemas.requests import CompareRuns, StartDistillation
 from opd_mcp.schemas.runs import RunStatus
+from opd_mcp.store.runs import read_record
 from opd_mcp.worker.engines import marked
 from tools.evidence.engine_kills import kills
 from tools.evidence.engine_place import Place, Runs, on_engine, starts
@@ -127,6 +128,7 @@ def distilled(place: Place, runs: Runs, settings: dict[str, Any]) -> tuple[dict[
     )
     status = runs.ended(runs.service.start_distillation(arguments).run_id)
     answer = {"state": status.state, "seconds": round(time.perf_counter() - begun, 1), "phases": phase_seconds(status)}
+    answer |= {"planned": read_record(runs.run_of(status.run_id)).expected_phase_seconds}
     return answer | {"left_over": len(marked(runs.run_of(status.run_id)))}, status
 
 

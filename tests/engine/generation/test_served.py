@@ -200,7 +200,7 @@ def test_the_teacher_answers_and_scores_on_an_engine_and_a_managed_one_is_given_
         from contextlib import nullcontext
 
         wishes.append(wish)
-        return nullcontext(EngineAddress(server.url, "managed-key", wish.dtype, managed=True))
+        return nullcontext([EngineAddress(server.url, "managed-key", wish.dtype, managed=True)])
 
     context = replace(build.context(), start_engine=start_engine)
     section = build.recipe.responses.model_copy(update={"engine": "vllm", "limit": 8, "sampling": SHORT})

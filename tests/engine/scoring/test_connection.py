@@ -143,6 +143,27 @@ def test_a_busy_server_is_sent_half_as_much_and_then_slowly_more():
     assert flow.limit == 2.5
 
 
+def test_a_server_whose_queue_is_long_is_sent_what_it_works_on_and_a_few():
+    flow = Flow()
+
+    def going() -> None:
+        raise AssertionError("there is room")
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(16):
+            stack.enter_context(flow.turn(going))
+        flow.was_queued(2)
+        assert flow.limit == float("inf"), "two of sixteen keep it from being idle"
+        flow.was_queued(12)
+        assert flow.limit == 6
+        flow.was_queued(12)
+        assert flow.limit == 6, "said again while nothing was answered, it means the same"
+        flow.was_queued(100)
+        assert flow.limit == 1, "most of them are others'"
+    flow.was_answered()
+    assert flow.limit == 2
+
+
 def test_an_engine_and_a_verification_have_their_own_words(client):
     _, server = client([BUSY] * 5, role="engine", resumes=False)
     with pytest.raises(ResourceError, match=r"engine_unreachable.*The engine's server.*then ask again") as caught:
