@@ -11,6 +11,8 @@ import pytest
 from opd_mcp.engine.cache.manifest import read_cache, read_record, read_rollouts
 from opd_mcp.engine.context import SilentReporter
 from opd_mcp.engine.scoring import lines
+from opd_mcp.engine.scoring.connection import Access, Server
+from opd_mcp.engine.scoring.lines import Line
 from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
 
 ROWS = {"count": 16, "shard_rows": 8}
@@ -275,3 +277,35 @@ def test_an_engine_whose_queue_is_long_is_sent_fewer_rows_at_a_time(server, buil
         assert max(most) <= 9, "of twelve connections"
     elif metrics == "of something else":
         assert counts["asked"] == 1, "it is not asked again"
+
+
+def test_an_engine_that_is_not_started_again_leaves_its_rows_to_the_others_until_all_are_so():
+    gone, told = set(), []
+
+    def engine(url: str) -> Line:
+        def check() -> None:
+            if url in gone:
+                raise ResourceError("engine_failed", f"{url} has ended too often.", fix="Read the log.")
+
+        return Line(Server(url, Access(role="engine", check=check)))
+
+    def ask(line: Line) -> str:
+        line.server.require_going()
+        return line.server.url
+
+    first, second = "http://127.0.0.1:1", "http://127.0.0.1:2"
+    both = lines.Lines([engine(first), engine(second)], lambda line: None, told.append)
+    try:
+        for line in both.all:
+            line.proven = line.server.opened
+        assert both.served(ask) == first
+        gone.add(first)
+        assert [both.served(ask), both.served(ask)] == [second, second]
+        assert len(told) == 1
+        assert first in told[0]
+        gone.add(second)
+        for _ in range(2):
+            with pytest.raises(ResourceError, match=r"engine_failed.*:2 has ended too often"):
+                both.served(ask)
+    finally:
+        both.close()
