@@ -50,7 +50,8 @@ class QueuedOn:
     def text(self) -> str:
         """E.g. `queued on big, position 3 (Resources)`."""
         position = f", position {self.position}" if self.position is not None else ""
-        said = f" ({self.job.text})" if self.job.text not in ("", "None") else ""
+        waits = self.job.state in ("queued", "unknown")  # a job that has begun since tells more by its files
+        said = f" ({self.job.text})" if waits and self.job.text not in ("", "None") else ""
         return f"queued on {self.executor}{position}{said}"
 
 
