@@ -3,6 +3,7 @@
 Its plans are here too, one file each, so that a `plan_id` means the same plan in every process.
 """
 
+import json
 import os
 import re
 import secrets
@@ -96,6 +97,11 @@ class Workspace:
         return self.root / "compiled"
 
     @property
+    def engines(self) -> Path:
+        """Engines that were installed here, one environment each; made by the first."""
+        return self.root / "engines"
+
+    @property
     def index(self) -> Path:
         """The SQLite index; may be deleted, it is rebuilt from the directories."""
         return self.root / "opd.sqlite"
@@ -172,6 +178,34 @@ def read_settings(workspace: Workspace) -> WorkspaceSettings:
         return WorkspaceSettings.model_validate(values)
     except ValidationError as error:
         raise _invalid(first_problem(error), str(file)) from error
+
+
+def write_setting(workspace: Workspace, section: str, name: str, value: str) -> None:
+    """Set a text in a section of settings.toml; every other line stays as it is.
+
+    Raises ArgumentError `invalid_setting` where the file is not readable, or is written so that a line cannot be added.
+    """
+    read_settings(workspace)
+    file = workspace.root / SETTINGS_FILE
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    wanted = tomllib.loads(text)
+    known = wanted.setdefault(section, {})
+    line, heading = f"{name} = {json.dumps(value, ensure_ascii=False)}", f"[{section}]"
+    kept = [row for row in text.splitlines() if not (name in known and row.split("=")[0].strip() == name)]
+    place = next((number + 1 for number, row in enumerate(kept) if row.split("#")[0].strip() == heading), None)
+    if place is None:
+        kept += [*([""] if kept else []), heading, line]
+    else:
+        kept.insert(place, line)
+    known[name] = value
+    changed = "\n".join(kept) + "\n"
+    try:
+        as_wanted = tomllib.loads(changed) == wanted
+    except tomllib.TOMLDecodeError:
+        as_wanted = False
+    if not as_wanted:
+        raise _invalid(f"no line can be added to it safely; below {heading} it needs: {line}", str(file))
+    write_atomic(file, changed)
 
 
 def _require_known(values: dict[str, Any], model: type[BaseModel], prefix: str) -> None:

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,11 +20,12 @@ import psutil
 from opd_mcp.devices.hardware import device_count, free_disk, gpu_slot, gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
 from opd_mcp.planning.costs.admission import is_short, out_of_hours, seconds_left, short_admission
+from opd_mcp.planning.costs.estimates import engine_of
 from opd_mcp.planning.costs.workload import expected_disk, workload_of
 from opd_mcp.planning.engines import required_program
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
-from opd_mcp.schemas.recipes import RuntimeRecipe
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, RuntimeRecipe
 from opd_mcp.schemas.reports import TrainingSummary
 from opd_mcp.schemas.runs import ExportSettings, PhaseName, RunRecord, RunState
 from opd_mcp.store.files import is_disk_full
@@ -42,7 +43,14 @@ from opd_mcp.store.runs import (
 from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import note_start, stop_of
 from opd_mcp.store.workspace import Workspace, grace_seconds, read_settings
-from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine
+from opd_mcp.worker.engines import (
+    EngineModel,
+    EngineProgram,
+    ManagedEngine,
+    device_groups,
+    free_ports,
+    side_by_side,
+)
 from opd_mcp.worker.exporting import GgufConverter
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
@@ -145,13 +153,17 @@ class RunWorker:
 
         recipe, inputs, device = record.request.recipe, record.request.inputs, device_kind(lease)
         workload = workload_of(recipe, inputs)
-        devices = rank_devices(recipe.runtime, lease)
+        devices, engine_starts = rank_devices(recipe.runtime, lease), list[float]()
 
         @contextmanager
-        def start_engine(wish: EngineWish) -> Iterator[EngineAddress]:
-            model = EngineModel(wish.model, wish.dtype, wish.length, wish.topk)
-            with self._engine(wish.kind, model, device).running() as engine:
-                yield EngineAddress(engine.url, engine.key, wish.dtype, managed=True, check=engine.check)
+        def start_engine(wish: EngineWish) -> Iterator[list[EngineAddress]]:
+            # what is loaded already no longer counts as free, so this leaves more than is needed
+            room = workload.work("distill").memory if wish.beside_training and workload else None
+            model = EngineModel(wish.model, wish.dtype, wish.length, wish.topk, room)
+            begun = time.monotonic()
+            with side_by_side(self._engines(wish.kind, model, device, devices)) as engines:
+                engine_starts.append(time.monotonic() - begun)
+                yield [EngineAddress(one.url, one.key, wish.dtype, managed=True, check=one.check) for one in engines]
 
         def loaded() -> Stages:
             stages = self.settings.load_stages()
@@ -182,6 +194,7 @@ class RunWorker:
             disk=lambda name: expected_disk(name, recipe, inputs),
             launch_seconds=launch_seconds,
             hub_token=self.settings.hub_token,
+            engine_starts=engine_starts,
         )
 
     def _on_ranks(self, devices: list[str | None]) -> Callable[[StageCalls, PhaseName, Path], TrainingSummary] | None:
@@ -215,15 +228,27 @@ class RunWorker:
 
         return train if devices else None
 
-    def _engine(self, kind: str, model: EngineModel, device: str) -> ManagedEngine:
-        """An engine as this workspace's settings name it; raises ResourceError `missing_package`."""
-        workspace = self.store.workspace
+    def _engines(
+        self, kind: str, model: EngineModel, device: str, devices: Sequence[str | None]
+    ) -> list[ManagedEngine]:
+        """Engines as this workspace's settings name them, one per device; raises ResourceError `missing_package`."""
+        workspace, reporter, on_gpu = self.store.workspace, self.reporter, device == "cuda"
         settings = read_settings(workspace).engines
-        program = EngineProgram(
-            kind, required_program(kind, settings), workspace.compiled / "engines", device == "cuda"
-        )
-        reporter = self.reporter
-        return ManagedEngine(program, model, self.directory, settings, reporter.should_stop, reporter.alert)
+        path, caches = required_program(kind, settings), workspace.compiled / "engines"
+        groups = device_groups(model.path, devices, on_gpu)
+        return [
+            ManagedEngine(
+                EngineProgram(kind, path, caches, on_gpu, group),
+                model,
+                self.directory,
+                settings,
+                reporter.should_stop,
+                reporter.alert,
+                port=port,
+                number=number,
+            )
+            for number, (group, port) in enumerate(zip(groups, free_ports(len(groups)), strict=True))
+        ]
 
     def _end_by(self, error: Exception) -> int:
         """The exit status, after the final state that an exception leads to; a superseded attempt records none."""
@@ -287,9 +312,9 @@ def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter:
     runtime = record.request.recipe.runtime
     found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
     slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
-    count = device_count(runtime, len(found)) if trains(record) else 1
+    count = device_count(runtime, len(found)) if uses_devices(record) else 1
     if not found:
-        every = runtime.devices == "all" and trains(record)
+        every = runtime.devices == "all" and uses_devices(record)
         count = len(slots) if every else min(count * runtime.threads, len(slots))
     wishes = [Wish(slots, count)]
     if is_short(record):
@@ -300,9 +325,10 @@ def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter:
     return lease
 
 
-def trains(record: RunRecord) -> bool:
-    """Whether the run has a phase that several devices compute; the others need one."""
-    return any(phase.name in TRAINING for phase in record.request.phases)
+def uses_devices(record: RunRecord) -> bool:
+    """Whether the run has a phase that several devices compute, a training or one on managed engines."""
+    recipe, names = record.request.recipe, [phase.name for phase in record.request.phases]
+    return any(name in TRAINING or engine_of(recipe, name) in MANAGED_ENGINES for name in names)
 
 
 def rank_devices(runtime: RuntimeRecipe, lease: Lease) -> list[str | None]:
