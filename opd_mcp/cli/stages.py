@@ -14,6 +14,7 @@ from opd_mcp.cli.starting import (
     Model,
     Name,
     Notes,
+    Place,
     Preset,
     Settings,
     Tags,
@@ -43,6 +44,7 @@ def responses(  # noqa: PLR0913  a command's options are its parameters
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
+    executor: Place = None,
     as_json: AsJson = False,
 ) -> None:
     """Let a teacher answer prompts, for sft."""
@@ -66,6 +68,7 @@ def sft(  # noqa: PLR0913  a command's options are its parameters
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
+    executor: Place = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a student on responses."""
@@ -93,6 +96,7 @@ def build(  # noqa: PLR0913  a command's options are its parameters
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
+    executor: Place = None,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
@@ -123,6 +127,7 @@ def benchmark(  # noqa: PLR0913  a command's options are its parameters
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
+    executor: Place = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model's accuracy on prompts with answers, against others."""
@@ -169,6 +174,7 @@ def assess(  # noqa: PLR0913  a command's options are its parameters
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
+    executor: Place = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure two models here: what live and lightning cost, and whether the pair will work."""
@@ -183,7 +189,7 @@ def _stage(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments that every stage's start has."""
     given = {"preset": options["preset"].value, "overrides": parsed_settings(options["settings"])}
     given |= labels(options["name"], options["tags"], options["notes"])
-    return given | {"columns": dict(pairs(options["columns"])) or None}
+    return given | {"columns": dict(pairs(options["columns"])) or None, "executor": options["executor"]}
 
 
 def _started(service: "JobService", tool: str, request: Any) -> "RunSnapshot":

@@ -35,6 +35,9 @@ Baselines = Annotated[
     typer.Option("--baseline", metavar="ARM", help="live, sft_more or opsa: also run and compare with; repeatable."),
 ]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each arm, each with a seed of its own.")]
+Place = Annotated[
+    str | None, typer.Option("--executor", metavar="NAME", help="Of settings.toml, e.g. a cluster; default: here.")
+]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="What the run is called.", show_default=False)]
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="TAG", help="To find runs by; repeatable.")]
 Notes = Annotated[str | None, typer.Option(metavar="NOTES", help="What you want to remember.", show_default=False)]
@@ -80,6 +83,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     baseline: Baselines = None,
     seeds: Seeds = 1,
     settings: Settings = None,
+    executor: Place = None,
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
@@ -115,6 +119,7 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     baseline: Baselines = None,
     seeds: Seeds = 1,
     settings: Settings = None,
+    executor: Place = None,
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
@@ -148,6 +153,7 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     eval_prompts: Data = None,
     preset: Size = Preset.QUICK,
     settings: Settings = None,
+    executor: Place = None,
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
@@ -163,6 +169,7 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     points = [parsed_settings(text.split()) for text in point or ()]
     given = named(locals(), "student", "eval_prompts") | {"cache_id": cache, "grid": values, "points": points}
     given |= labels(name, tags, notes) | {"preset": preset.value, "overrides": parsed_settings(settings)}
+    given["executor"] = executor
     service, request = request_of("sweep", Sweep, given)
     agree(service.sweep_question(request, GPU_HOURS), yes)
     found = audited(service, "sweep", request.to_dict(), lambda: service.sweep(request))
@@ -254,7 +261,8 @@ def _distillation(options: dict[str, Any]) -> dict[str, Any]:
     given = named(options, "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
     given |= {"method": options["method"].value, "preset": options["preset"].value}
     given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch", "seeds")}
-    given |= {"baseline": options["baseline"] or [], "columns": dict(pairs(options["columns"])) or None}
+    given |= {"baseline": options["baseline"] or [], "executor": options["executor"]}
+    given["columns"] = dict(pairs(options["columns"])) or None
     return (
         given
         | {"overrides": parsed_settings(options["settings"])}

@@ -63,7 +63,7 @@ class Planner:
 
     references: References
     builder: RequestBuilder
-    target_of: Callable[[RuntimeRecipe], Target]
+    target_of: Callable[[RuntimeRecipe, str | None], Target]
 
     def plan(self, arguments: PlanDistillation) -> Plan:
         """The plan for the arguments.
@@ -71,11 +71,12 @@ class Planner:
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
         asked, method, found = arguments, arguments.method, Findings()
+        builder = self.builder.on(arguments.executor)
         recipe = distillation_recipe(arguments)  # a wrong override is told before any file is read
         inputs = self._inputs(arguments, recipe, found)
         arguments, reason = fitted_to(asked, inputs.student)
-        recipe, found.warnings = self.builder.with_engines(distillation_recipe(arguments))
-        target = self.target_of(recipe.runtime)
+        recipe, found.warnings = builder.with_engines(distillation_recipe(arguments))
+        target = self.target_of(recipe.runtime, builder.executor)
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, recipe, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
