@@ -191,6 +191,7 @@ def test_long_lines_are_broken_between_words():
 
 def test_a_loss_and_its_cause_are_red_at_a_terminal(monkeypatch):
     text = "a-1: succeeded\nVERDICT worse: accuracy fell\ncause: the rate\nVERDICT better: it rose"
+    monkeypatch.delenv("NO_COLOR", raising=False)
     lines = on_terminal(text, 80).splitlines()
     assert [line.startswith("\x1b[31m") for line in lines] == [False, True, True, False]
     monkeypatch.setenv("NO_COLOR", "1")
