@@ -47,7 +47,7 @@ def ranks_of(run_id: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if run_id in (process.info["cmdline"] or []):
-            found += [child for child in process.children() if "opd_mcp.worker.rank_process" in child.cmdline()]
+            found += [child for child in process.children() if "opd_mcp.worker.teams.rank_process" in child.cmdline()]
     return found
 
 
