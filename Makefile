@@ -50,7 +50,7 @@ test-families: .venv/fresh .families/fresh
 test-engines: .venv/fresh
 	$(BIN)/python tools/evidence/engines.py --install .engines $(ARGS)
 
-# Training on several devices: two and three processes over gloo, killed at many points; about ten minutes.
+# Several devices: two and three processes over gloo, killed at many points, and helpers; about ten minutes.
 test-ranks: .venv/fresh
 	$(BIN)/python -m pytest tests/ranks --ranks-json docs/scale.json $(ARGS)
 

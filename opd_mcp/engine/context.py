@@ -138,6 +138,35 @@ class RankPlace:
     timeout: float = 600.0
 
 
+class Helpers(Protocol):
+    """Other processes of this machine, each with a device of its own, that compute parts of a stage's work.
+
+    Jobs are folders in `folder` (`engine/parts.py`). `patience` are the seconds for which a part is waited for that
+    should have been there.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Where jobs are."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def share(self, job: Path) -> None:
+        """Have them compute parts of the job in this folder, until all are there."""
+
+    def check(self) -> None:
+        """Say in an alert which of them has ended."""
+
+    def give_up(self) -> None:
+        """End all of them: somebody does not come to an end."""
+
+
 @dataclass(frozen=True)
 class Context:
     """Shared by all stages of a run."""
@@ -164,6 +193,8 @@ class Context:
     """Writes a GGUF file, the second path, of the model in a directory; None where llama.cpp's converter is unknown."""
     ranks: RankPlace | None = None
     """Among which processes a training stage trains one model; None: this one alone."""
+    helpers: Helpers | None = None
+    """Who computes parts of a generation or a scoring besides this process; None: nobody."""
 
     @property
     def writes(self) -> bool:

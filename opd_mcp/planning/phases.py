@@ -35,7 +35,9 @@ PUBLISHED: dict[str, Published] = {
 }
 """By phase; a phase that is not here makes something that only the next phase, or the run's result, holds."""
 RANKED: frozenset[PhaseName] = frozenset({"sft", "distill"})
-"""Phases that several devices compute together."""
+"""Phases that train one model on several devices together: another number of them gives another result."""
+HELPED: frozenset[PhaseName] = frozenset({"generate_responses", "rollout", "score", "benchmark"})
+"""Phases whose parts several devices compute: any number of them gives the same result."""
 RESUMABLE: frozenset[PhaseName] = frozenset({"rollout", "score"})
 """Phases whose building directory outlives an interrupted run; its name is the phase and `KEY_DIGITS` of its key."""
 KEY_DIGITS = 32

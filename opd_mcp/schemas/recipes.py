@@ -77,8 +77,8 @@ class RuntimeRecipe(Schema):
     seed: Seed = Field(0, description="of every draw in every stage")
     devices: Annotated[Devices, AddedLater()] = Field(
         1,
-        description="how many devices of one kind sft and lightning train on, or 'all' of this machine: each holds its "
-        "part of the student (docs/scale.md); the other phases use one",
+        description="how many devices of one kind a run computes on, or 'all' of this machine: in sft and lightning "
+        "each holds its part of the student; responses, rollouts, scores and benchmark are shared (docs/scale.md)",
     )
 
 

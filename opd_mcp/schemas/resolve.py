@@ -253,14 +253,13 @@ def require_divisible(recipe: Recipe) -> None:
                 value=value,
                 fix=f"Leave out '{name}.adapter.quantization', or {one}",
             )
-    for key, off in (("rounds", 1), ("evaluate_steps", None)):
-        if (asked := getattr(recipe.distill, key)) != off:
-            raise ArgumentError(
-                "devices_unsupported",
-                f"'distill.{key}' is {asked}: between its steps the student generates, which here one device does.",
-                value=value,
-                fix=f"Leave out 'distill.{key}', or {one}",
-            )
+    if (steps := recipe.distill.evaluate_steps) is not None:
+        raise ArgumentError(
+            "devices_unsupported",
+            f"'distill.evaluate_steps' is {steps}: within its training the student generates, which one device does.",
+            value=value,
+            fix=f"Leave out 'distill.evaluate_steps', or {one}",
+        )
     if recipe.distill.method == "live":
         raise ArgumentError(
             "devices_unsupported",

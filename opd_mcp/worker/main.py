@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ import psutil
 from opd_mcp.devices.hardware import Gpu, device_count, free_disk, gpu_slot, gpus, visible_gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
 from opd_mcp.planning.costs.admission import is_short, out_of_hours, seconds_left, short_admission
-from opd_mcp.planning.costs.estimates import engine_of
+from opd_mcp.planning.costs.estimates import engine_of, is_divided
 from opd_mcp.planning.costs.workload import expected_disk, workload_of
 from opd_mcp.planning.engines import required_program
 from opd_mcp.schemas.errors import OpdError, RunError
@@ -59,8 +59,9 @@ from opd_mcp.worker.guardian import guarded
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.log import logging_to_stderr, take_over_libraries
 from opd_mcp.worker.pipeline import Pipeline, run_cancelled
-from opd_mcp.worker.ranks import GROUP_SECONDS, RankTeam, RankWork
-from opd_mcp.worker.stage_calls import TRAINING, StageCalls, Stages
+from opd_mcp.worker.stage_calls import StageCalls, Stages
+from opd_mcp.worker.teams.helpers import HelperTeam
+from opd_mcp.worker.teams.ranks import GROUP_SECONDS, RankTeam, RankWork
 from opd_mcp.worker.watchdog import WatchSettings, watching
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class WorkerSettings:
     load_stages: Callable[[], Stages] = engine_stages
     watch: WatchSettings = field(default_factory=WatchSettings)
     group_seconds: float = GROUP_SECONDS
-    """After how long a rank that does not answer the others counts as lost."""
+    """After how long a rank that does not answer the others counts as lost, and a helper that is overdue."""
     hub_token: str | None = field(default=None, repr=False)
     ticket: str | None = field(default=None, repr=False)
     """Of a job on an executor's machines, what its claim names; `life` counts its restarts."""
@@ -209,7 +210,14 @@ class RunWorker:
             artifacts=self.store.artifacts,
             journal=self.journal,
             reporter=self.reporter,
-            calls=StageCalls(record, self.directory, context, loaded, on_ranks=self._on_ranks(devices)),
+            calls=StageCalls(
+                record,
+                self.directory,
+                context,
+                loaded,
+                on_ranks=self._on_ranks(devices),
+                helpers=self._helpers(devices, recipe.runtime),
+            ),
             device=device,
             flops=lambda name: workload.work(name).flops if workload else 0.0,
             disk=lambda name: expected_disk(name, recipe, inputs),
@@ -218,7 +226,9 @@ class RunWorker:
             engine_starts=engine_starts,
         )
 
-    def _on_ranks(self, devices: list[str | None]) -> Callable[[StageCalls, PhaseName, Path], TrainingSummary] | None:
+    def _on_ranks(
+        self, devices: list[str | None]
+    ) -> Callable[[StageCalls, PhaseName, Path, int | None], TrainingSummary] | None:
         """What trains a phase in one process per device; None where the run trains in this one."""
         reporter = self.reporter
         answers: dict[str, Callable[..., Any]] = {
@@ -235,19 +245,29 @@ class RunWorker:
             "made_here": lambda directory: self.store.artifacts.made_here(Path(directory))
         }
 
-        def train(calls: StageCalls, name: PhaseName, output: Path) -> TrainingSummary:
+        def train(calls: StageCalls, name: PhaseName, output: Path, number: int | None) -> TrainingSummary:
             facts = {
                 # a fetched model's path was added after it was sealed
                 "record": calls.record.model_copy(update={"self_sha256": ""}).to_dict(),
                 "directory": str(self.directory),
                 "paths": {role: str(path) for role, path in calls.paths.items()},
                 "phase": name,
+                "round": number,
                 "output": str(output),
             }
             work = RankWork(facts, devices, self.directory, self.settings.group_seconds)
             return RankTeam(work, answers, questions).trained()
 
         return train if devices else None
+
+    def _helpers(
+        self, devices: list[str | None], runtime: RuntimeRecipe
+    ) -> Callable[[], AbstractContextManager[HelperTeam | None]]:
+        """Who computes parts of a phase on the run's other devices; nobody where it has one."""
+        if len(devices) < 2:
+            return nullcontext
+        alert, patience = self.reporter.alert, self.settings.group_seconds
+        return lambda: HelperTeam(devices[1:], runtime, self.directory, alert, patience).working()
 
     def _engines(
         self, kind: str, model: EngineModel, device: str, devices: Sequence[str | None]
@@ -369,13 +389,13 @@ def device_lease(
 
 
 def uses_devices(record: RunRecord) -> bool:
-    """Whether the run has a phase that several devices compute, a training or one on managed engines."""
+    """Whether the run has a phase that several devices compute, here or on managed engines."""
     recipe, names = record.request.recipe, [phase.name for phase in record.request.phases]
-    return any(name in TRAINING or engine_of(recipe, name) in MANAGED_ENGINES for name in names)
+    return any(is_divided(recipe, name) or engine_of(recipe, name) in MANAGED_ENGINES for name in names)
 
 
 def rank_devices(runtime: RuntimeRecipe, lease: Lease) -> list[str | None]:
-    """The device of each rank, a GPU's UUID or None for the CPU; nothing for a run that trains in its own process."""
+    """The device of each rank, a GPU's UUID or None for the CPU; nothing for a run of one process."""
     if runtime.devices == 1:
         return []
     gpus_held = [gpu_named(slot) for slot in lease.slots]

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from opd_mcp.engine.context import (
     Context,
     DistillInputs,
     ExportInputs,
+    Helpers,
     ResponsesInputs,
     RolloutInputs,
     RoundInputs,
@@ -28,6 +30,7 @@ from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_lineage
+from opd_mcp.planning.phases import HELPED
 from opd_mcp.planning.suites import suite_changes
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.identity import BaseForm, RemoteTeacher, TeacherClaim
@@ -114,8 +117,10 @@ class StageCalls:
     costs: list[StageCost] = field(default_factory=list)
     loading_seconds: float | None = None
     """Seconds spent on loading the stages; None until a phase must be computed."""
-    on_ranks: "Callable[[StageCalls, PhaseName, Path], TrainingSummary] | None" = None
-    """Trains a phase in processes of its own, where the run has several devices."""
+    on_ranks: "Callable[[StageCalls, PhaseName, Path, int | None], TrainingSummary] | None" = None
+    """Trains a phase, of a round's, in processes of its own, where the run has several devices."""
+    helpers: Callable[[], AbstractContextManager[Helpers | None]] = nullcontext
+    """Who helps with another phase, for the block's time, where the run has several devices."""
 
     def __post_init__(self) -> None:
         inputs = self.record.request.inputs
@@ -133,20 +138,20 @@ class StageCalls:
         return stages
 
     def compute(self, name: PhaseName, output: Path, number: int | None = None) -> StageCost:
-        """Run the stage of a phase, of a round's where `number` says it, into an empty or new directory.
-
-        Raises the stage's errors.
-        """
+        """Run the stage of a phase, of a round's where `number` says it, into an empty directory; raises its errors."""
         context = replace(self.context, checkpoints=checkpoints_of(self.directory, phase_label(name, number)))
-        recipe, paths = self.record.request.recipe, self.paths
         if number in (None, 1):
             self._tell_far_rates(name)
         if name in TRAINING:
-            if self.on_ranks is not None:
-                return training_cost(name, self.on_ranks(self, name, output))
-            cost = training_cost(name, self.trained(name, output, number))
-            return cost if number is None else cost.model_copy(update={"round": number})
-        stages = self.stages
+            cost = training_cost(name, (self.on_ranks or StageCalls.trained)(self, name, output, number))
+        else:
+            with self.helpers() if name in HELPED else nullcontext() as helpers:
+                cost = self._computed(name, output, number, replace(context, helpers=helpers))
+        return cost if number is None else cost.model_copy(update={"round": number})
+
+    def _computed(self, name: PhaseName, output: Path, number: int | None, context: Context) -> StageCost:
+        """The cost of a phase that trains nothing, once its stage has run."""
+        recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
@@ -182,7 +187,7 @@ class StageCalls:
                 cost = report_cost(stages.benchmark_task(recipe.benchmark, task, output, context))
             case _:
                 cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
-        return cost if number is None else cost.model_copy(update={"round": number})
+        return cost
 
     def trained(self, name: PhaseName, output: Path, number: int | None = None) -> TrainingSummary:
         """Run the stage of a training phase, of a round's where `number` says it; raises the stage's errors."""

@@ -31,14 +31,15 @@ from opd_mcp.engine.models.lora import add_adapter
 from opd_mcp.engine.runtime import Runtime, return_large_blocks
 from opd_mcp.engine.training.activations import checkpointed_activations
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
+from opd_mcp.engine.training.optim import build_optimizer
 from opd_mcp.engine.training.rank_step import accumulate_on_ranks
 from opd_mcp.engine.training.ranks import joined
 from opd_mcp.engine.training.sharding import ShardedModel, sharded
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients, sft_metrics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe, OptimizerRecipe
-from opd_mcp.worker.rank_process import Channel, ChannelReporter, end_with, is_group_failure
-from opd_mcp.worker.ranks import DONE, FAILED, described
+from opd_mcp.worker.teams.rank_process import Channel, ChannelReporter, end_with, is_group_failure
+from opd_mcp.worker.teams.ranks import DONE, FAILED, described
 
 VOCAB = 103  # no multiple of the ranks
 SIZES = {
@@ -136,7 +137,9 @@ def gradients(case: dict[str, Any], place: RankPlace) -> dict[str, float]:
 
 
 def memory(case: dict[str, Any], place: RankPlace) -> int:
-    """Bytes that a step adds at most to this process, the model and its gradients included; `alone`: without ranks."""
+    """Bytes that a training adds at most to this process in its steps: weights, gradients, moments and what a step
+    needs; `alone`: without ranks.
+    """
     return_large_blocks()
     data, device = rows_of(((16, 48),) * 8), torch.device("cpu")
     runtime = Runtime(device, torch.float32, 0)
@@ -145,13 +148,18 @@ def memory(case: dict[str, Any], place: RankPlace) -> int:
     model = model_of(tied=False, dtype=torch.float32, **case["sizes"])
     step, settings = StepData(data, np.arange(len(data))), StepSettings("sample", 128, runtime)
     parts = None if case.get("alone") else sharded(model, ranks, runtime)
+    weights = model.parameters() if parts is None else parts.trained().values()
+    optimizer = build_optimizer(model, OptimizerRecipe(), seed=0, weights=weights)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    if parts is None:
-        accumulate_gradients(model, step, SFT_OBJECTIVE, settings)
-    else:
-        accumulate_on_ranks(parts, step, SFT_OBJECTIVE, settings)
+    for _ in range(2):  # the first one has no moments
+        if parts is None:
+            accumulate_gradients(model, step, SFT_OBJECTIVE, settings)
+        else:
+            accumulate_on_ranks(parts, step, SFT_OBJECTIVE, settings)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return statistic("VmHWM") - before
 
 

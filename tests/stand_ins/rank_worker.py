@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from opd_mcp.schemas.errors import OpdError
-from opd_mcp.worker.ranks import RankTeam, RankWork
+from opd_mcp.worker.teams.ranks import RankTeam, RankWork
 
 given = json.loads(Path(sys.argv[1]).read_bytes())
 victim, calls, killed = given["victim"], {"count": 0}, [0.0]

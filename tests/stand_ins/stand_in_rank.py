@@ -8,8 +8,8 @@ import sys
 import time
 
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.worker.rank_process import Channel, end_with
-from opd_mcp.worker.ranks import DONE, FAILED, described
+from opd_mcp.worker.teams.rank_process import Channel, end_with
+from opd_mcp.worker.teams.ranks import DONE, FAILED, described
 
 facts = json.loads(sys.stdin.buffer.read())
 end_with(facts["worker"])

@@ -1,7 +1,11 @@
-"""Bulk generation with a KV cache: left-padded, longest prompts first, finished rows dropped from the batch."""
+"""Bulk generation with a KV cache: left-padded, longest prompts first, finished rows dropped from the batch.
+
+A batch has a random stream of its own, so batches may be drawn by several processes (`SharedGenerator`).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -9,16 +13,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.batches import length_sorted_batches
 from opd_mcp.engine.data.encoding import EncodedPrompt
-from opd_mcp.engine.data.sequences import Sequences, TeacherPrompts, build_sequences, flatten
+from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, TeacherPrompts, build_sequences, flatten
 from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
 from opd_mcp.engine.generation.replay import draw_replayed, replays
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.kv_cache import continued, keep_rows, roomy_cache
 from opd_mcp.engine.models.loading import LoadedModel
+from opd_mcp.engine.parts import Arrays, Job, computed_together
 from opd_mcp.engine.runtime import generator_for
 from opd_mcp.schemas.identity import EngineFacts
+from opd_mcp.schemas.recipes import Sampling
 
 # dropping rows copies the KV cache: worth it once this share of the rows is done
 FINISHED_SHARE_TO_DROP = 0.125
@@ -60,6 +67,69 @@ class LocalGenerator:
         return as_sequences(prompts, generate(self.model.model, [prompt.ids for prompt in prompts], settings, on_batch))
 
 
+@dataclass(frozen=True)
+class SharedGenerator:
+    """The same model in several processes: this one and the context's helpers draw batches of the same prompts."""
+
+    model: LoadedModel
+    context: Context
+    facts: EngineFacts | None = None
+
+    def draw(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        settings: GenerationSettings,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> Sequences:
+        """As the protocol; the same rows as one process draws, to the bit."""
+        ids = [prompt.ids for prompt in prompts]
+        batches = length_sorted_batches([len(prompt) for prompt in ids], settings.batch_size)
+        if len(batches) < 2:
+            return LocalGenerator(self.model).draw(prompts, settings, on_batch)
+        how = {name: value for name, value in vars(settings).items() if name != "sampling"}
+        job = Job.of("draw", self.model.facts, len(batches), **how, sampling=settings.sampling.to_dict())
+        flat, offsets = flatten(ids)
+        drawn = computed_together(
+            job,
+            {"ids": flat, "offsets": offsets},
+            partial(drawn_part, self.model, ids, settings),
+            self.context,
+            lambda done: on_batch(min(done * settings.batch_size, len(ids))),
+        )
+        rows = dict(zip(np.concatenate(batches).tolist(), (row for part in drawn for row in _rows(part)), strict=True))
+        return as_sequences(prompts, [rows[number] for number in range(len(ids))])
+
+
+@torch.no_grad()
+def drawn_part(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, number: int
+) -> Arrays:
+    """Batch `number` of the prompts' responses: lengths [B], whether each ended [B], ids [T] and log-probs [T]."""
+    batch = length_sorted_batches([len(prompt) for prompt in prompts], settings.batch_size)[number]
+    model.model.eval()
+    drawn = _drawn_batch(model.model, [prompts[row] for row in batch], settings, number)
+    ids, offsets = flatten([row.response_ids for row in drawn])
+    return {
+        "lengths": np.diff(offsets),
+        "ended": np.array([row.finish_reason == EOS for row in drawn]),
+        "ids": ids,
+        "logprobs": np.fromiter((value for row in drawn for value in row.logprobs), dtype=np.float32),
+    }
+
+
+def drawing_of(job: Job, rows: Arrays) -> tuple[list[list[int]], GenerationSettings]:
+    """The prompts and settings of a job that draws."""
+    prompts = np.split(rows["ids"], rows["offsets"][1:-1])
+    sampling = Sampling.model_validate(job.settings["sampling"])
+    return [prompt.tolist() for prompt in prompts], GenerationSettings(**{**job.settings, "sampling": sampling})
+
+
+def _rows(part: Arrays) -> list[Generated]:
+    ends = np.cumsum(part["lengths"])[:-1]
+    pairs = zip(np.split(part["ids"], ends), np.split(part["logprobs"], ends), part["ended"], strict=True)
+    return [Generated(ids.tolist(), values.tolist(), EOS if ended else TRUNCATED) for ids, values, ended in pairs]
+
+
 def as_sequences(prompts: Sequence[EncodedPrompt], drawn: Sequence[Generated]) -> Sequences:
     """The prompts with their responses, whose log-probs are in `behaviour_logprobs`."""
     sequences = build_sequences(
@@ -90,17 +160,23 @@ def generate(
     """One response for each prompt, in the prompts' order; `on_batch` is told the rows done so far."""
     was_training = model.training
     model.eval()
-    vocab = len(model.get_output_embeddings().weight)
     results: dict[int, Generated] = {}
     batches = length_sorted_batches([len(prompt) for prompt in prompts], settings.batch_size)
     for number, rows in enumerate(batches):
-        generator = generator_for(settings.seed, settings.scope, number, device=model.device)
-        state = BatchState(len(rows), vocab, settings, generator)
-        batch = _generate_batch(model, [prompts[row] for row in rows], state)
+        batch = _drawn_batch(model, [prompts[row] for row in rows], settings, number)
         results.update(zip(rows.tolist(), batch, strict=True))
         on_batch(len(results))
     model.train(was_training)
     return [results[row] for row in range(len(prompts))]
+
+
+def _drawn_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, number: int
+) -> list[Generated]:
+    """The responses of batch `number`, whose prompts these are."""
+    vocab = len(model.get_output_embeddings().weight)
+    generator = generator_for(settings.seed, settings.scope, number, device=model.device)
+    return _generate_batch(model, prompts, BatchState(len(prompts), vocab, settings, generator))
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

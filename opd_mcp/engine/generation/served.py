@@ -22,7 +22,7 @@ from opd_mcp.engine.context import Context, EngineAddress, EngineWish
 from opd_mcp.engine.data.encoding import EncodedPrompt
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences
 from opd_mcp.engine.generation.batch_state import Generated, GenerationSettings
-from opd_mcp.engine.generation.generator import Generator, LocalGenerator, as_sequences
+from opd_mcp.engine.generation.generator import Generator, LocalGenerator, SharedGenerator, as_sequences
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.runtime import open_runtime, seed_for
 from opd_mcp.engine.scoring.connection import Access, Patience, Refusal
@@ -302,14 +302,15 @@ def opened_generator(
     *,
     beside_training: bool = False,
 ) -> Iterator[Generator]:
-    """What answers prompts for the block's time: the model itself, or an engine that serves its directory.
+    """What answers prompts for the block's time: the model itself, here and in helpers, or an engine that serves its
+    directory.
 
     `length` are the tokens of the longest row, `requests` how many rows are in work at a time. Raises what
     `open_remote` raises for an engine, and ConsistencyError `engine_untrue` where its log-probs of drawn tokens are not
     raw, and PathError `unsupported_model` for a model in 4 bits, whose stored weights are another model.
     """
     if engine is None:
-        yield LocalGenerator(model)
+        yield LocalGenerator(model) if context.helpers is None else SharedGenerator(model, context)
         return
     if model.facts.identity.quantization is not None:
         raise PathError(

@@ -3,8 +3,9 @@
 All scores are log-probs of given tokens at temperature 1, untruncated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from opd_mcp.engine.data.batches import build_batch, grouped_rows
+from opd_mcp.engine.context import Context
+from opd_mcp.engine.data.batches import Group, build_batch, grouped_rows
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.losses.linear_head import row_scores
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.models.loading import LoadedModel, load_model
 from opd_mcp.engine.models.lora import adapters
+from opd_mcp.engine.parts import Arrays, Job, computed_together, share_of
 from opd_mcp.engine.provenance import full_identity
 from opd_mcp.engine.runtime import Runtime, open_runtime
 from opd_mcp.identity.models import inspect_model
@@ -30,6 +33,8 @@ from opd_mcp.schemas.recipes import RuntimeRecipe
 # a log-prob may exceed 0 by rounding only
 ROUNDING = 1e-4
 GAP_ROWS = 16
+# Parts of a scoring per process: the last ones to be done are short.
+PARTS_EACH = 8
 
 
 @dataclass(frozen=True)
@@ -94,25 +99,29 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class LocalTeacher:
-    """A teacher whose weights are here."""
+    """A teacher whose weights are here, and in the helpers that its context has."""
 
     model: LoadedModel
     identity: ModelIdentity
     vocab_size: int
     micro_batch_tokens: int
     runtime: Runtime
+    context: Context | None = None
 
     def score(self, sequences: Sequences, topk: int) -> ScoredRows:
-        """As the protocol."""
-        scores = score_sequences(
-            self.model,
-            sequences,
-            topk=topk,
-            micro_batch_tokens=self.micro_batch_tokens,
-            runtime=self.runtime,
-            valid_vocab=self.model.facts.tokens,
+        """As the protocol; the same scores with and without helpers, to the bit."""
+        how = Scoring(topk, self.micro_batch_tokens, self.model.facts.tokens)
+        if self.context is None or self.context.helpers is None:
+            return ScoredRows(_filled(sequences, topk, scored_groups(self.model, sequences, how, self.runtime)))
+        parts = min(len(how.groups(self.model, sequences)), PARTS_EACH * (1 + self.context.helpers.count))
+        job = Job.of("score", self.model.facts, parts, **vars(how))
+        found = computed_together(
+            job,
+            {name: getattr(sequences, name) for name in ROWS},
+            partial(scored_part, self.model, sequences, job, self.runtime),
+            self.context,
         )
-        return ScoredRows(scores)
+        return ScoredRows(_filled(sequences, topk, (_scores(part) for part in found)))
 
     def prove(self) -> None:
         """Its weights are in this process: it is who it was."""
@@ -121,10 +130,10 @@ class LocalTeacher:
         """Nothing is open."""
 
 
-def open_local(path: Path, runtime: Runtime, micro_batch_tokens: int) -> LocalTeacher:
-    """The teacher in a model directory; raises what `load_model` raises."""
+def open_local(path: Path, runtime: Runtime, micro_batch_tokens: int, context: Context | None = None) -> LocalTeacher:
+    """The teacher in a model directory, shared with the context's helpers; raises what `load_model` raises."""
     model = load_model(path, runtime)
-    return LocalTeacher(model, full_identity(path), model.vocab_size, micro_batch_tokens, runtime)
+    return LocalTeacher(model, full_identity(path), model.vocab_size, micro_batch_tokens, runtime, context)
 
 
 def base_as_teacher(student: LoadedModel, teacher: Path, runtime: Runtime) -> LoadedModel | None:
@@ -147,7 +156,20 @@ def rescorer(path: Path) -> Callable[[Sequences, int], NDArray[np.float32]]:
     return lambda rows, topk: teacher.score(rows, 0).scores.logprobs
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Scoring:
+    """What is asked of each token: its log-prob and the top k; ids at or above `valid_vocab` are in no top k."""
+
+    topk: int
+    micro_batch_tokens: int
+    valid_vocab: int | None = None
+
+    def groups(self, teacher: LoadedModel, sequences: Sequences) -> list[Group]:
+        """The micro-batches of all rows."""
+        rows = np.arange(len(sequences))
+        return grouped_rows(sequences.lengths(), rows, self.micro_batch_tokens, packed=packs(teacher.model))
+
+
 def score_sequences(
     teacher: LoadedModel,
     sequences: Sequences,
@@ -161,22 +183,76 @@ def score_sequences(
 
     Ids at or above `valid_vocab` (a padded vocabulary's tail) are left out of the top k, never out of the softmax.
     """
-    total = len(sequences.response_ids)
-    logprobs = np.zeros(total, dtype=np.float32)
-    topk_ids = np.zeros((total, topk), dtype=np.int32) if topk else None
-    topk_logprobs = np.zeros((total, topk), dtype=np.float32) if topk else None
-    head, everything = model_head(teacher.model), np.arange(len(sequences))
-    for group in grouped_rows(sequences.lengths(), everything, micro_batch_tokens, packed=packs(teacher.model)):
+    how = Scoring(topk, micro_batch_tokens, valid_vocab)
+    return _filled(sequences, topk, scored_groups(teacher, sequences, how, runtime))
+
+
+# the flat places of some response tokens [t], and their scores
+Scored = tuple[NDArray[np.int64], TeacherScores]
+# of the rows, what a scoring depends on
+ROWS = ("prompt_ids", "prompt_offsets", "response_ids", "response_offsets")
+
+
+def scored_part(teacher: LoadedModel, sequences: Sequences, job: Job, runtime: Runtime, number: int) -> Arrays:
+    """The scores of the tokens of a part of the job's micro-batches, as arrays: `positions` [t] and columns."""
+    how = Scoring(**job.settings)
+    groups = share_of(how.groups(teacher, sequences), job.parts, number)
+    found = [*scored_groups(teacher, sequences, how, runtime, groups)]
+    if not found:  # rows without a response
+        return {"positions": np.zeros(0, dtype=np.int64), **_zeros(0, how.topk).columns()}
+    columns = [scores.columns() for _, scores in found]
+    return {
+        "positions": np.concatenate([positions for positions, _ in found]),
+        **{name: np.concatenate([each[name] for each in columns]) for name in columns[0]},
+    }
+
+
+def rows_to_score(rows: Arrays) -> Sequences:
+    """The rows of a job that scores."""
+    prompt_ids, prompt_offsets, response_ids, response_offsets = (rows[name] for name in ROWS)
+    return Sequences(prompt_ids, prompt_offsets, response_ids, response_offsets)
+
+
+@torch.no_grad()
+def scored_groups(
+    teacher: LoadedModel,
+    sequences: Sequences,
+    how: Scoring,
+    runtime: Runtime,
+    groups: Iterable[Group] | None = None,
+) -> Iterator[Scored]:
+    """The scores of each of these micro-batches, by default of all, that has a response token."""
+    head = model_head(teacher.model)
+    for group in how.groups(teacher, sequences) if groups is None else groups:
         batch = build_batch(sequences, group, runtime.device)
         if len(batch.rows) == 0:
             continue
         hidden = hidden_rows(teacher.model, batch.input_ids, batch.lengths, batch.rows)
-        scores = row_scores(head, hidden, batch.targets, topk=topk, valid_vocab=valid_vocab)
-        logprobs[batch.positions] = scores.logprobs.cpu().numpy()
-        if topk_ids is not None and topk_logprobs is not None:
-            topk_ids[batch.positions] = scores.topk_ids.int().cpu().numpy()
-            topk_logprobs[batch.positions] = scores.topk_logprobs.cpu().numpy()
-    return TeacherScores(logprobs, topk_ids, topk_logprobs)
+        scores = row_scores(head, hidden, batch.targets, topk=how.topk, valid_vocab=how.valid_vocab)
+        ids = scores.topk_ids.int().cpu().numpy() if how.topk else None
+        logprobs = scores.topk_logprobs.cpu().numpy() if how.topk else None
+        yield batch.positions, TeacherScores(scores.logprobs.cpu().numpy(), ids, logprobs)
+
+
+def _scores(part: Arrays) -> Scored:
+    return part["positions"], TeacherScores(part["teacher_logprobs"], part.get("topk_ids"), part.get("topk_logprobs"))
+
+
+def _zeros(tokens: int, topk: int) -> TeacherScores:
+    ids = np.zeros((tokens, topk), dtype=np.int32) if topk else None
+    logprobs = np.zeros((tokens, topk), dtype=np.float32) if topk else None
+    return TeacherScores(np.zeros(tokens, dtype=np.float32), ids, logprobs)
+
+
+def _filled(sequences: Sequences, topk: int, found: Iterable[Scored]) -> TeacherScores:
+    """The scores of all tokens of the rows, put together."""
+    whole = _zeros(len(sequences.response_ids), topk)
+    for positions, scores in found:
+        whole.logprobs[positions] = scores.logprobs
+        if whole.topk_ids is not None and whole.topk_logprobs is not None:
+            assert scores.topk_ids is not None, "every micro-batch has its top k"
+            whole.topk_ids[positions], whole.topk_logprobs[positions] = scores.topk_ids, scores.topk_logprobs
+    return whole
 
 
 def engine_gap(model: LoadedModel, drawn: Sequences, runtime: Runtime, dtype: str | None = None) -> EngineGap | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.scoring.local import LocalTeacher, ScoredRows, TeacherScores, open_local
@@ -27,6 +28,7 @@ class PanelTeacher:
     vocab_size: int
     micro_batch_tokens: int
     runtime: Runtime
+    context: Context | None = None
     loads: list[str] = field(default_factory=list)
     loaded: LocalTeacher | None = None
 
@@ -56,7 +58,7 @@ class PanelTeacher:
     def _teacher(self, domain: str) -> LocalTeacher:
         if self.loaded is None or self._current != domain:
             self.loaded = None  # before the next one: two would be in memory together
-            self.loaded = open_local(self.paths[domain], self.runtime, self.micro_batch_tokens)
+            self.loaded = open_local(self.paths[domain], self.runtime, self.micro_batch_tokens, self.context)
             self.loads.append(domain)
         return self.loaded
 
@@ -67,7 +69,9 @@ class PanelTeacher:
         """Nothing is open."""
 
 
-def open_panel(teachers: Mapping[str, Path], runtime: Runtime, micro_batch_tokens: int) -> PanelTeacher:
+def open_panel(
+    teachers: Mapping[str, Path], runtime: Runtime, micro_batch_tokens: int, context: Context | None = None
+) -> PanelTeacher:
     """Several teachers by domain, none of them loaded yet; raises what `panel_identity` raises."""
     vocabulary = max(inspect_model(path).vocab_size for path in teachers.values())
-    return PanelTeacher(teachers, full_panel(teachers), vocabulary, micro_batch_tokens, runtime)
+    return PanelTeacher(teachers, full_panel(teachers), vocabulary, micro_batch_tokens, runtime, context)

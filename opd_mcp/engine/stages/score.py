@@ -130,14 +130,14 @@ def open_teacher(
     if inputs.teachers:
         for path in inputs.teachers.values():
             special_differences(path, inputs.student)
-        return open_panel(inputs.teachers, runtime, section.micro_batch_tokens), None
+        return open_panel(inputs.teachers, runtime, section.micro_batch_tokens, context), None
     if inputs.remote is None and section.engine is not None and inputs.teacher is not None:
         length = longest_rollout(inputs.rollouts) + 1 if isinstance(inputs, ScoreInputs) else 0
         wish = EngineWish(section.engine, inputs.teacher, context.runtime.dtype, length, section.topk)
         return stack.enter_context(opened_scorer(wish, section.concurrency, context))
     if inputs.remote is None:
         assert inputs.teacher is not None, "a teacher is a directory or a server"
-        return open_local(inputs.teacher, runtime, section.micro_batch_tokens), None
+        return open_local(inputs.teacher, runtime, section.micro_batch_tokens, context), None
     scorer = open_remote(
         inputs.remote,
         inputs.teacher or inputs.student,

@@ -22,7 +22,7 @@ from opd_mcp.engine.training.activations import checkpointed_activations, step_m
 from opd_mcp.engine.training.checkpoints import Checkpoints, leave_moments, restore_moments
 from opd_mcp.engine.training.held_out import HeldOut
 from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at, set_rate
-from opd_mcp.engine.training.rank_checkpoints import RankCheckpoints
+from opd_mcp.engine.training.rank_checkpoints import RankCheckpoints, leave_whole_moments, restore_whole_moments
 from opd_mcp.engine.training.rank_step import accumulate_on_ranks
 from opd_mcp.engine.training.ranks import joined
 from opd_mcp.engine.training.sharding import sharded
@@ -132,10 +132,10 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
     memory: TrainingMemory | None = None
     with ExitStack() as stack:
         checkpoints = stack.enter_context(process.checkpoints(optimizer))
-        state = _state(task, optimizer, checkpoints)
+        state = _state(process, optimizer, checkpoints)
         step = StepSettings(settings.normalize, state.micro_batch_tokens, runtime)
         steps = task.steps(state.step)
-        while not task.is_over(state):
+        while not process.is_over(state):
             if process.is_stopped():
                 checkpoints.save(state, wait=True)
                 raise run_cancelled()
@@ -182,26 +182,26 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
             if good and state.step < stretch.last and checkpoints.is_due(state.step):
                 with clock.part("checkpoint"):
                     checkpoints.save(state)
-    _end(optimizer, stretch)
+    _end(process, optimizer)
     return process.finished(_summary(model, task, state, memory, peak, runtime))
 
 
-def _state(task: TrainingTask, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> LoopState:
+def _state(process: "_OneProcess", optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> LoopState:
     """The state of an earlier attempt's checkpoint, else before the first step, with what a stretch before left."""
-    state = checkpoints.restored()
+    task, state = process.task, checkpoints.restored()
     if state is None:
         if task.taken.begins_with is not None:
-            restore_moments(optimizer, task.taken.begins_with)
+            process.restore_moments(optimizer, task.taken.begins_with)
         state = LoopState(step=task.taken.first, micro_batch_tokens=task.settings.micro_batch_tokens)
     if task.held_out is not None:
         task.held_out.begin(state.step)
     return state
 
 
-def _end(optimizer: torch.optim.Optimizer, stretch: Stretch) -> None:
+def _end(process: "_OneProcess", optimizer: torch.optim.Optimizer) -> None:
     """Leave the optimizer's state to the next stretch, and the master weights in the model."""
-    if stretch.leaves is not None:
-        leave_moments(optimizer, stretch.leaves)
+    if (file := process.task.taken.leaves) is not None:
+        process.leave_moments(optimizer, file)
     if isinstance(optimizer, NarrowAdamW):
         optimizer.restore_masters()
 
@@ -223,6 +223,18 @@ class _OneProcess:
     def checkpoints(self, optimizer: torch.optim.Optimizer) -> Checkpoints:
         """The training's checkpoints."""
         return Checkpoints(self.model, optimizer, _fingerprint(self.model, self.task), self.context)
+
+    def leave_moments(self, optimizer: torch.optim.Optimizer, file: Path) -> None:
+        """Leave the optimizer's state to the next stretch."""
+        leave_moments(optimizer, file)
+
+    def restore_moments(self, optimizer: torch.optim.Optimizer, file: Path) -> None:
+        """Go on with the optimizer's state of the stretch before."""
+        restore_moments(optimizer, file)
+
+    def is_over(self, state: LoopState) -> bool:
+        """Whether no further step is taken."""
+        return self.task.is_over(state)
 
     def is_stopped(self) -> bool:
         """Whether to stop before the next step."""
@@ -297,6 +309,18 @@ class _OneOfRanks(_OneProcess):
     def checkpoints(self, optimizer: torch.optim.Optimizer) -> Checkpoints:
         """Those of all ranks together."""
         return RankCheckpoints(self.parts, optimizer, _fingerprint(self.model, self.task), self.context)
+
+    def leave_moments(self, optimizer: torch.optim.Optimizer, file: Path) -> None:
+        """The same; the first rank writes the whole state."""
+        leave_whole_moments(self.parts, optimizer, file)
+
+    def restore_moments(self, optimizer: torch.optim.Optimizer, file: Path) -> None:
+        """The same; each rank reads its part."""
+        restore_whole_moments(self.parts, optimizer, file)
+
+    def is_over(self, state: LoopState) -> bool:
+        """As the first rank finds."""
+        return bool(self.parts.ranks.agreed(int(super().is_over(state)))[0])
 
     def is_stopped(self) -> bool:
         """As the first rank hears it."""

@@ -208,6 +208,33 @@ class _Part:
         publish_directory(self.building, self.directory / name_of(record.state.step), check_fence)
 
 
+def leave_whole_moments(sharded: ShardedModel, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Let rank 0 write the optimizer's whole state, for the stretch of training that goes on with the saved weights."""
+    moments: dict[str, Tensor] = {}
+    for name, weight in sharded.trained().items():
+        for key, value in optimizer.state[weight].items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if sharded.ranks.rank == 0:
+                moments[f"{key}/{name}"] = copied(whole)
+    if sharded.ranks.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        save_file(moments, file)
+
+
+@torch.no_grad()
+def restore_whole_moments(sharded: ShardedModel, optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Go on with the state that `leave_whole_moments` wrote, of which each rank reads its part."""
+    with safe_open(file, framework="pt") as opened:
+        for name, weight in sharded.trained().items():
+            optimizer.state[weight] = _empty_moments(weight)
+            for key, value in optimizer.state[weight].items():
+                if isinstance(value, DTensor):
+                    rows = own_rows(value.shape[0], sharded.ranks.rank, sharded.ranks.size)
+                    _read_rows([opened], f"{key}/{name}", rows, local(value))
+                else:
+                    value.copy_(opened.get_tensor(f"{key}/{name}"))
+
+
 def part_name(rank: int, size: int) -> str:
     """The name of a rank's file."""
     return f"rank-{rank:05d}-of-{size:05d}.safetensors"

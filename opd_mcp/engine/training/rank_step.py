@@ -1,10 +1,11 @@
 """One optimizer step on several ranks: the gradient that one process would have formed, each rank doing its share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_mcp.engine.data.batches import Batch, StepData, build_batch, ranges
@@ -46,7 +47,8 @@ def accumulate_on_ranks(
         return StepResult(0.0, torch.empty(0), {}, 0)
     weights = row_weights(data, settings)
     step = _Step(data, settings, sharded)
-    with sharded.window():
+    with sharded.window(step.tokens()) as placed:
+        step.placed = placed
         factors = None if reweigh is None else step.factors(share, reweigh)
 
         def weighted() -> Iterator[tuple[Batch, Tensor]]:
@@ -64,13 +66,23 @@ def accumulate_on_ranks(
 
 
 class _Step:
-    """The rows of one step, and where their response tokens are among all of the data's."""
+    """The rows of one step, and where their response tokens are among all of the data's.
+
+    `placed` turns ids into rows of the embedding that the model has while the step is computed.
+    """
 
     def __init__(self, data: StepData, settings: StepSettings, sharded: ShardedModel) -> None:
         self._sequences, self._settings, self._sharded = data.sequences, settings, sharded
         counts = data.sequences.response_lengths()[data.indices]
         self._rows = np.repeat(data.indices, counts)
         self.positions = torch.from_numpy(ranges(data.sequences.response_offsets[data.indices], counts))
+        self._indices = data.indices[data.sequences.lengths()[data.indices] > 0]
+        self.placed: Callable[[Tensor], Tensor] = lambda ids: ids
+
+    def tokens(self) -> NDArray[np.int64]:
+        """The ids of the step's rows."""
+        rows = self._sequences.take(self._indices)
+        return np.concatenate([rows.prompt_ids, rows.response_ids]).astype(np.int64)
 
     def batches(self, share: Share, clock: Stopwatch) -> Iterator[Batch]:
         """The share's micro-batches, empty ones included."""
@@ -78,6 +90,7 @@ class _Step:
         for group in share:
             with clock.part("data"):
                 batch = self._empty() if group is None else build_batch(self._sequences, group, device)
+                batch = replace(batch, input_ids=self.placed(batch.input_ids))
             yield batch
 
     def columns(self) -> dict[str, Tensor]:
@@ -118,7 +131,7 @@ class _Step:
     def _empty(self) -> Batch:
         """One token and no row: its forward and backward run, and add zeros."""
         device = self._settings.runtime.device
-        some = build_batch(self._sequences, np.flatnonzero(self._sequences.lengths() > 0)[:1], device)
+        some = build_batch(self._sequences, self._indices[:1], device)
         none = slice(0, 0)
         return replace(
             some,

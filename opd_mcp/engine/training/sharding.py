@@ -1,17 +1,20 @@
 """A model whose weights are divided among ranks: decoder layers by FSDP2, vocabulary matrices by a gathered window.
 
     decoder layers' matrices   DTensor rows, gathered layer by layer, gradients reduced and scattered as they come
-    embedding, head            DTensor rows, gathered once per step; one reduce-scatter of the main gradient at its end
+    head                       DTensor rows, gathered once per step; one reduce-scatter of the main gradient at its end
+    untied embedding           DTensor rows; those of the step's tokens are gathered, and their gradients added up
     norms, biases, adapters    whole on every rank, their gradients added up once per step
 
 Gradients are sums over the ranks, never means: a token's weight is already that of the whole step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -45,24 +48,42 @@ class ShardedModel:
         return {name: weight for name, weight in self.weights().items() if weight.requires_grad}
 
     @contextmanager
-    def window(self) -> Iterator[None]:
-        """Inside, every rank has the whole vocabulary; at the end its gradients become the sums over the ranks."""
+    def window(self, tokens: NDArray[np.int64]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside, every rank has what a step needs of the vocabulary; at the end its gradients are sums over the ranks.
+
+        It needs the whole head, and of an embedding that is another matrix the rows of these `tokens`, which are the
+        same on all ranks. It yields the function that turns ids into rows of the embedding as it is inside.
+        """
         modules = {name: _modules_of(self.model, name) for name in self.vocabulary}
         places = {name: found[0].weight for name, found in modules.items()}
-        whole = {name: self._whole(rows) for name, rows in self.vocabulary.items()}
+        embedding = self.model.get_input_embeddings()
+        padding = getattr(embedding, "padding_idx", None)
+        ids = torch.from_numpy(np.unique(tokens)).to(self.ranks.device)
+        some = next((name for name, found in modules.items() if found == [embedding]), None)
+        lent = {
+            name: self._whole(rows) if name != some else self._looked_up(rows, ids)
+            for name, rows in self.vocabulary.items()
+        }
         try:
             for name, found in modules.items():
                 for module in found:
-                    module.weight = whole[name]
-            yield
-            for name, rows in self.vocabulary.items():
-                gradient = whole[name].grad
-                if gradient is not None:
-                    rows.grad = self._summed(gradient, rows)
+                    module.weight = lent[name]
+            if some is None:
+                yield lambda given: given
+            else:
+                if padding is not None:
+                    row = (ids == padding).nonzero().flatten().tolist()
+                    embedding.padding_idx = row[0] if row else None
+                yield lambda given: torch.searchsorted(ids, given)
         finally:
+            embedding.padding_idx = padding
             for name, found in modules.items():
                 for module in found:
                     module.weight = places[name]
+        for name, rows in self.vocabulary.items():
+            gradient = lent.pop(name).grad  # the weight itself is let go before room is needed for the sum
+            if gradient is not None:
+                rows.grad = self._summed(gradient, rows) if name != some else self._added_up(gradient, rows, ids)
 
     def add_up_gradients(self) -> None:
         """Sum the gradients of what every rank holds whole; the others' are sums already."""
@@ -102,11 +123,31 @@ class ShardedModel:
                     module._buffers[leaf] = buffer.cpu()
 
     def _whole(self, rows: nn.Parameter) -> nn.Parameter:
-        mine = local(rows).detach()
-        padded = mine.new_zeros(rows_of(rows.shape[0], self.ranks.size), *mine.shape[1:])
-        padded[: len(mine)] = mine
-        whole = self.ranks.gathered(padded)[: rows.shape[0]]
+        mine, each = local(rows).detach(), rows_of(rows.shape[0], self.ranks.size)
+        if len(mine) < each:
+            mine = torch.cat([mine, mine.new_zeros(each - len(mine), *mine.shape[1:])])
+        whole = self.ranks.gathered(mine)[: rows.shape[0]]
         return nn.Parameter(whole, requires_grad=rows.requires_grad)
+
+    def _looked_up(self, rows: nn.Parameter, ids: Tensor) -> nn.Parameter:
+        """The rows [n, H] of these ids, each from the rank that holds it; an adapter's base may be narrow."""
+        own, here = self._own(rows, ids)
+        found = own.new_zeros(len(ids), *own.shape[1:])
+        found[here >= 0] = own[here[here >= 0]]
+        return nn.Parameter(self.ranks.add_up(found), requires_grad=rows.requires_grad)
+
+    def _added_up(self, gradient: Tensor, rows: nn.Parameter, ids: Tensor) -> DTensor:
+        """This rank's rows of the sum of every rank's gradient [n, H] of these ids' rows."""
+        own, here = self._own(rows, ids)
+        mine = gradient.new_zeros(own.shape)
+        mine[here[here >= 0]] = self.ranks.add_up(gradient)[here >= 0]
+        return _rows(mine, rows.shape, self.ranks)
+
+    def _own(self, rows: nn.Parameter, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's rows of a matrix, and where among them each id's is; -1 for those of other ranks."""
+        held = own_rows(rows.shape[0], self.ranks.rank, self.ranks.size)
+        inside = (ids >= held.start) & (ids < held.stop)
+        return local(rows).detach(), torch.where(inside, ids - held.start, -1)
 
     def _summed(self, gradient: Tensor, rows: nn.Parameter) -> Tensor:
         each = rows_of(rows.shape[0], self.ranks.size)

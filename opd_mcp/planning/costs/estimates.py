@@ -24,7 +24,7 @@ from opd_mcp.planning.costs.workload import (
     with_fitting_batches,
     workload_of,
 )
-from opd_mcp.planning.phases import RANKED
+from opd_mcp.planning.phases import HELPED, RANKED
 from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayToTrain
 from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, is_url
@@ -77,12 +77,12 @@ class CostModel:
             Counter(phase.name for phase in phases if all_of_them or phase.satisfied_by is None)
             for all_of_them in (True, False)
         )
-        works = {name: _share(workload.work(name), pending[name] / named[name]) for name in pending}
+        works = {name: self._everywhere(name, pending[name] / named[name]) for name in pending}
         estimates = [self._phase(name, work, pending[name]) for name, work in works.items()]
         if estimates:
             estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
-        shares = heaviest in RANKED and self.target.kind == "cpu"
+        shares = heaviest in RANKED | HELPED and self.target.kind == "cpu"
         processes = PROCESS_BYTES * (self.target.devices if shares else 1)
         peak = (works[heaviest].memory if heaviest else 0) + processes
         checkpoints = max(map(workload.checkpoint_disk, works), default=0)
@@ -100,6 +100,12 @@ class CostModel:
             f"{byte_size(checkpoints)} for a training phase's checkpoints, which go when it ends",
             phases=estimates,
         )
+
+    def _everywhere(self, name: PhaseName, share: float) -> Work:
+        """A share of a phase's work, with the memory of every process where they share the host's."""
+        work = _share(self.workload.work(name), share)
+        copies = self.target.devices if name in HELPED and is_divided(self.workload.recipe, name) else 1
+        return replace(work, memory=copies * work.memory) if self.target.kind == "cpu" else work
 
     def _start(self) -> PhaseEstimate:
         known = [cost.cost.seconds for cost in self.measured if cost.work == PROCESS_START]
@@ -182,7 +188,7 @@ class CostModel:
         generates = live or name in ("generate_responses", "rollout", "benchmark")
         rate = speed.generation if generates else speed.scoring if name == "score" else speed.training
         model = workload.teacher if name in ("generate_responses", "score") else workload.student
-        label, devices = speed.label, self.target.devices if name in RANKED else 1
+        label, devices = speed.label, self.target.devices if is_divided(workload.recipe, name) else 1
         if devices > 1:
             rate *= ASSUMED_SCALING * devices
             label = f"{label}, {devices} devices at {ASSUMED_SCALING:.0%} of that each"
@@ -358,8 +364,13 @@ def work_of(recipe: Recipe, phase: PhaseName) -> str:
     """The name of a phase's work under this recipe; on several devices another one than on one."""
     engine = engine_of(recipe, phase)
     name = work_name(phase, recipe.distill.method, engine)
-    devices = recipe.runtime.devices if phase in RANKED or engine in MANAGED_ENGINES else 1
+    devices = recipe.runtime.devices if is_divided(recipe, phase) or engine in MANAGED_ENGINES else 1
     return name if devices == 1 else f"{name}*{devices}"
+
+
+def is_divided(recipe: Recipe, phase: PhaseName) -> bool:
+    """Whether several devices compute the phase where the run has them: an engine has one."""
+    return phase in RANKED or (phase in HELPED and engine_of(recipe, phase) is None)
 
 
 def engine_of(recipe: Recipe, phase: str) -> str | None:

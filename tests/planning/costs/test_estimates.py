@@ -431,3 +431,21 @@ def test_the_largest_checkpoints_are_part_of_the_disk_and_are_named():
     without = estimator().estimate("lightning", [phase for phase in PHASES if phase.name != "distill"])
     assert estimate.disk_bytes - without.disk_bytes == (36 + 4) * SMALL.parameters + (16 << 20)
     assert "34.3 MiB for a training phase's checkpoints" in estimate.disk_basis
+
+
+def test_several_devices_share_what_is_drawn_and_scored_here():
+    """On the CPU each of their processes holds the model; an engine is one device's."""
+
+    def phases(**overrides):
+        target = replace(CPU, devices=overrides.get("runtime.devices", 1))
+        found = cost_on(resolve_recipe("demo", overrides), target).estimate("lightning", PHASES)
+        return {phase.phase: phase for phase in found.phases}
+
+    one, two = phases(), phases(**{"runtime.devices": 2})
+    for name in ("rollout", "score", "benchmark"):
+        assert "2 devices at 80% of that each" in two[name].basis
+        assert "devices" not in one[name].basis
+        assert two[name].memory_bytes - PROCESS_BYTES == 2 * (one[name].memory_bytes - PROCESS_BYTES)
+    served = phases(**{"runtime.devices": 2, "rollout.engine": "vllm"})["rollout"]
+    assert "devices" not in served.basis
+    assert served.memory_bytes == phases(**{"rollout.engine": "vllm"})["rollout"].memory_bytes

@@ -1,4 +1,4 @@
-"""What a rank holds: the divided part, and the vocabulary that it gathers."""
+"""What a rank holds while it trains: its part of weights, gradients and moments, and the vocabulary that it gathers."""
 
 # 46.6 million weights, of which the untied vocabulary is 37.7 million
 SIZES = {

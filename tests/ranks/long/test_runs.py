@@ -1,4 +1,7 @@
-"""A whole run on two devices by a real worker: a rank that is killed fails it with the reason, and it is resumed."""
+"""A whole run on two devices by a real worker: a rank that is killed fails it with the reason, and it is resumed.
+
+Its rollouts and scores are shared with a helper.
+"""
 
 import dataclasses
 import os
@@ -27,6 +30,8 @@ SHORT = {
     "sft.batch_size": 4,
     "sft.on_truncated": "keep",
     "rollout.count": 16,
+    "rollout.batch_size": 4,  # so that there are batches to share
+    "score.micro_batch_tokens": 64,
     "distill.steps": 4,
     "distill.batch_size": 4,
     "benchmark.samples_per_prompt": 1,
@@ -47,7 +52,7 @@ def ranks_of(run_id: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if run_id in (process.info["cmdline"] or []):
-            found += [child for child in process.children() if "opd_mcp.worker.rank_process" in child.cmdline()]
+            found += [child for child in process.children() if "opd_mcp.worker.teams.rank_process" in child.cmdline()]
     return found
 
 
@@ -75,10 +80,12 @@ def test_a_killed_rank_fails_the_run_with_the_reason_and_a_resume_finishes_it(wo
     until(service, run.run_id, lambda status: status.phase == "distill")
     status = finished(service, run.run_id)
     assert status.state == "succeeded", status
-    events = [entry.data for entry in read_journal(directory / "journal.jsonl") if entry.type == "phase"]
+    journal = list(read_journal(directory / "journal.jsonl"))
+    assert "helper_lost" not in [entry.data["code"] for entry in journal if entry.type == "alert"]
+    events = [entry.data for entry in journal if entry.type == "phase"]
     resumed = [(event["phase"], event["step"]) for event in events if event["event"] == "resumed"]
     assert resumed == [("sft", record.state.step)]
     training = status.result["training"]
     assert (training["sft"]["devices"], training["distill"]["devices"]) == (2, 2)
     assert ranks_of(run.run_id) == []
-    assert list(directory.glob("ranks-*")) == []
+    assert [*directory.glob("ranks-*"), *directory.glob("helpers-*")] == []

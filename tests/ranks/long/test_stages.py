@@ -10,12 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from opd_mcp.engine import stages
-from opd_mcp.engine.context import Context, DistillInputs, ResponsesInputs, RolloutInputs, ScoreInputs, SftInputs
+from opd_mcp.engine.context import (
+    Context,
+    DistillInputs,
+    ResponsesInputs,
+    RolloutInputs,
+    RoundInputs,
+    ScoreInputs,
+    SftInputs,
+)
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import RunInputs, RunRecord, RunRequest
-from opd_mcp.worker.ranks import RankTeam, RankWork
+from opd_mcp.worker.teams.ranks import RankTeam, RankWork
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
 SHORT = {
@@ -55,7 +63,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def trained(tmp_path: Path, made: dict[str, Path]):
     """`trained(phase, name, roles, …)`: the phase on two ranks; `at(call, nth, team)` is told of rank 0's calls."""
 
-    def run(phase: str, name: str, roles: dict[str, Path], at=lambda call, nth, team: None, stop: int | None = None):
+    def run(
+        phase: str,
+        name: str,
+        roles: dict[str, Path],
+        at=lambda call, nth, team: None,
+        stop: int | None = None,
+        number: int | None = None,
+    ):
         directory, counts, heard = tmp_path / name, {}, {}
         directory.mkdir(exist_ok=True)
 
@@ -68,7 +83,7 @@ def trained(tmp_path: Path, made: dict[str, Path]):
 
             return called
 
-        recipe = resolve_recipe("demo", SHORT | {"runtime.devices": 2})
+        recipe = resolve_recipe("demo", SHORT | {"runtime.devices": 2, "distill.rounds": (number and 2) or 1})
         request = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
         record = RunRecord(
             run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=request, versions={}, hardware=""
@@ -78,6 +93,7 @@ def trained(tmp_path: Path, made: dict[str, Path]):
             "directory": str(directory),
             "paths": {role: str(path) for role, path in roles.items()},
             "phase": phase,
+            "round": number,
             "output": str(directory / f"output-{len(list(directory.glob('output-*')))}"),
         }
         names = ("phase", "progress", "metric", "alert", "resumed", "position", "should_stop", "check_fence")
@@ -91,6 +107,14 @@ def trained(tmp_path: Path, made: dict[str, Path]):
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def near(one: Path, other: Path) -> None:
+    expected, found = weights(one), weights(other)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        assert torch.allclose(found[name].float(), expected[name].float(), rtol=1e-2, atol=1e-3), name
 
 
 def test_sft_and_lightning_on_two_ranks_are_those_of_one_process_up_to_rounding(trained, made) -> None:
@@ -108,11 +132,7 @@ def test_sft_and_lightning_on_two_ranks_are_those_of_one_process_up_to_rounding(
         )
         assert two["trained_tokens"] == one["trained_tokens"]
         assert two["final"]["loss"] == pytest.approx(one["final"]["loss"], rel=1e-3)
-        expected, found = weights(plain), weights(output)
-        assert found.keys() == expected.keys()
-        for name in expected:
-            assert found[name].dtype == expected[name].dtype
-            assert torch.allclose(found[name].float(), expected[name].float(), rtol=1e-2, atol=1e-3), name
+        near(plain, output)
         assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in plain.iterdir())
         assert verified_lineage(output).stage == phase
 
@@ -134,3 +154,40 @@ def test_a_death_and_a_cancel_cost_no_bit(trained, made) -> None:
     assert "alert" not in heard
     one, other = weights(expected), weights(output)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rounds_on_two_ranks_go_on_with_the_optimizer_of_the_round_before(trained, made, tmp_path: Path) -> None:
+    """A second round that is killed and resumed is a whole one to the bit, and one process's up to rounding."""
+    recipe = resolve_recipe("demo", SHORT | {"distill.rounds": 2})
+    context, student = Context(recipe.runtime, recipe.prompting), made["sft"]
+    first = {"student": student, "cache": made["cache"]}
+    _, output, heard = trained("distill", "first", first, number=1)
+    assert [step for step, _ in heard["metric"]] == [1, 2, 3]
+    plain = tmp_path / "plain-1"
+    of = RoundInputs(number=1, first=0, last=3, final=False, origin=student)
+    stages.distill(recipe.distill, DistillInputs(**first, round=of), plain, context)
+    one, two = (load_file(folder / "optimizer" / "moments.safetensors") for folder in (plain, output))
+    assert sum(value.numel() for value in one.values()) == sum(value.numel() for value in two.values())
+    near(plain, output)
+
+    drawn = RolloutInputs(student=output, prompts=EXAMPLE / "opd.jsonl")
+    stages.rollout(recipe.rollout, drawn, tmp_path / "rollouts", context)
+    scored = ScoreInputs(teacher=made["teacher"], student=output, rollouts=tmp_path / "rollouts")
+    stages.score(recipe.score, scored, tmp_path / "cache", context)
+    second = {"student": student, "model": output, "cache": tmp_path / "cache"}
+
+    def kill(call: str, nth: int, team: RankTeam) -> None:
+        if (call, nth) == ("metric", 2):
+            os.kill(team.ranks[1].process.pid, signal.SIGKILL)
+
+    _, whole, heard = trained("distill", "second", second, number=2)
+    assert [step for step, _ in heard["metric"]] == [4, 5, 6]
+    with pytest.raises(OpdError, match="rank_lost"):
+        trained("distill", "killed", second, kill, number=2)
+    _, resumed, _ = trained("distill", "killed", second, number=2)
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    of = RoundInputs(number=2, first=3, last=6, final=True, origin=student, before=plain)
+    inputs = DistillInputs(student=output, cache=tmp_path / "cache", round=of)
+    stages.distill(recipe.distill, inputs, tmp_path / "plain-2", context)
+    near(tmp_path / "plain-2", whole)

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from opd_mcp.schemas.errors import OpdError, RunError
-from opd_mcp.worker.ranks import RankTeam, RankWork
+from opd_mcp.worker.teams.ranks import RankTeam, RankWork
 
-STAND_IN = Path(__file__).parents[1] / "stand_ins" / "stand_in_rank.py"
+STAND_IN = Path(__file__).parents[2] / "stand_ins" / "stand_in_rank.py"
 SUMMARY = {"steps": 1, "seconds": 1.0, "seconds_per_step": 1.0, "trained_tokens": 5, "parameters": 7, "device": "CPU"}
 FOREVER = ["sleep", 600]
 
@@ -89,7 +89,7 @@ def test_ranks_end_with_a_killed_worker(tmp_path: Path) -> None:
     code = """
 import sys, threading, time
 from pathlib import Path
-from opd_mcp.worker.ranks import RankTeam, RankWork
+from opd_mcp.worker.teams.ranks import RankTeam, RankWork
 
 work = RankWork({"acts": [[["tell", "up"], ["sleep", 600]]] * 2}, [None] * 2, Path(sys.argv[1]), 5.0, sys.argv[2:])
 team = RankTeam(work, {}, {"up": lambda: print(*[rank.process.pid for rank in team.ranks], flush=True)})

@@ -1,4 +1,4 @@
-"""One rank of a training phase, as a process of its own: `python -m opd_mcp.worker.rank_process`, work on stdin.
+"""One rank of a training phase, as a process of its own: `python -m opd_mcp.worker.teams.rank_process`, work on stdin.
 
 It runs the phase's stage as the worker would. What it reports and asks goes to the worker, which alone writes the
 journal; errors go there from every rank.
@@ -21,9 +21,9 @@ from opd_mcp.engine.context import Context, RankPlace, Reporter
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.worker.log import logging_to_stderr
-from opd_mcp.worker.ranks import DONE, FAILED, described, raised
+from opd_mcp.worker.teams.ranks import DONE, FAILED, described, raised
 
-logger = logging.getLogger("opd_mcp.worker.rank_process")  # this module is run, so its name is another
+logger = logging.getLogger("opd_mcp.worker.teams.rank_process")  # this module is run, so its name is another
 PR_SET_PDEATHSIG = 1
 # what collective operations say when another rank is gone, or does not come
 GROUP_TEXTS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "imed out waiting", "Socket Timeout")
@@ -141,7 +141,7 @@ def main() -> None:
     status = 1
     with logging_to_stderr():
         try:
-            summary = calls.trained(facts["phase"], Path(facts["output"]))
+            summary = calls.trained(facts["phase"], Path(facts["output"]), facts["round"])
             if facts["place"]["rank"] == 0:
                 channel.tell(DONE, summary.to_json())
             status = 0

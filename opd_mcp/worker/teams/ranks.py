@@ -38,7 +38,7 @@ GROUP_SECONDS = 600.0
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 READ_BYTES = 1 << 16
 FAILED, DONE = "failed", "done"
-COMMAND = (sys.executable, "-P", "-m", "opd_mcp.worker.rank_process")
+COMMAND = (sys.executable, "-P", "-m", "opd_mcp.worker.teams.rank_process")
 
 Answers = Mapping[str, Callable[..., Any]]
 
@@ -178,7 +178,7 @@ class RankTeam:
         if culprit is not None and culprit.failure is not None:
             return raised(culprit.failure)
         if culprit is not None:
-            return self._lost(culprit, _ended(culprit.process.returncode))
+            return self._lost(culprit, ending(culprit.process.returncode))
         seconds = f"did not answer the others within {self.work.group_seconds:g} s"
         for rank in silent:
             stopped = ": its process is suspended" if halted[rank.number] else ""
@@ -214,7 +214,7 @@ class RankTeam:
 
 def rank_environment(environment: Mapping[str, str], device: str | None) -> dict[str, str]:
     """A rank's environment: its one device, this package, and a group that only this machine can reach."""
-    package = str(Path(__file__).parents[2])
+    package = str(Path(__file__).parents[3])
     return {
         **environment,
         "CUDA_VISIBLE_DEVICES": device or "",
@@ -257,7 +257,8 @@ def raised(told: Mapping[str, Any]) -> Exception:
     return RuntimeError(f"{told['kind']} in a rank: {told['message']}")
 
 
-def _ended(code: int) -> str:
+def ending(code: int) -> str:
+    """How a process ended, by its status."""
     if code >= 0:
         return f"ended with status {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
