@@ -244,6 +244,7 @@ class Bench:
         command += ["--prompts", str(asked.prompts), "--output", str(output), "--seed", str(seed)]
         command += ["--steps", str(max(1, distill.steps // part)), "--batch", str(distill.batch_size)]
         command += ["--rate", str(distill.optimizer.learning_rate), "--schedule", distill.optimizer.schedule]
+        command += ["--warmup", str(distill.optimizer.warmup_steps)]
         sampling = rollout.sampling
         command += ["--tokens", str(sampling.max_new_tokens), "--temperature", str(sampling.temperature)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
