@@ -19,7 +19,7 @@ def with_engines(
     recipe: Recipe,
     settings: EngineSettings,
     hosts: Iterable[str],
-    target: Callable[[RuntimeRecipe], Target] = target_of,
+    target: Callable[[RuntimeRecipe], Target] | None = None,
 ) -> tuple[Recipe, list[Finding]]:
     """The recipe with an engine for every `auto`, and why it is that one; `hosts` are those that a URL may name.
 
@@ -30,7 +30,7 @@ def with_engines(
     for role, engine in _named(recipe):
         if engine == "auto":
             quantised = role == "rollout" and base_form(recipe.distill.adapter) == "nf4"
-            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings, target)
+            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings, target or target_of)
             if picked and role == "rollout" and recipe.distill.method == "live":
                 picked, why = None, "a live distillation would start it again for new weights all the time"
             update[role] = getattr(recipe, role).model_copy(update={"engine": picked})
