@@ -26,11 +26,11 @@ def with_engines(
     Raises ArgumentError `teacher_host_not_allowed` or `invalid_argument` for a URL, ResourceError `missing_package` for
     an engine that the workspace's settings do not name.
     """
-    update, found = {}, Findings()
+    update, found, target = {}, Findings(), target or target_of
     for role, engine in _named(recipe):
         if engine == "auto":
             quantised = role == "rollout" and base_form(recipe.distill.adapter) == "nf4"
-            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings, target or target_of)
+            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings, target)
             if picked and role == "rollout" and recipe.distill.method == "live":
                 picked, why = None, "a live distillation would start it again for new weights all the time"
             update[role] = getattr(recipe, role).model_copy(update={"engine": picked})
