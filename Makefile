@@ -2,10 +2,10 @@
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 # Whole runs of minutes, which `make test` leaves to `make test-long`.
-LONG := $(addprefix tests/e2e/test_,demo.py method.py newcomer.py teachers.py) tests/engine/stages/test_held_out.py
+LONG := $(addprefix tests/e2e/test_,demo.py method.py newcomer.py recovery.py teachers.py) tests/engine/stages/test_held_out.py
 ELSEWHERE := tests/ranks tests/e2e/test_adapters.py $(addprefix tests/tools/,chaos evidence fuzz gpu)
 
-.PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks test-cluster bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -14,7 +14,7 @@ demo: .venv/fresh
 test: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(ELSEWHERE) $(LONG)) $(ARGS)
 
-# The demo, a newcomer's session, a call for each part of the method, several teachers: on a real server with real workers;
+# The demo, a newcomer's session, a call for each part of the method, several teachers, a way out of each alert: on a real server with real workers;
 # and trainings that are judged while they run.
 test-long: .venv/fresh
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG) $(ARGS)
@@ -31,7 +31,7 @@ test-wheel: .venv/fresh
 # reasoning-gym.
 test-extras: .venv/fresh .extras/fresh
 	PYTHONPATH=.extras $(BIN)/python -m pytest -m needs tests/engine tests/grading tests/planning/costs/test_estimates.py \
-	  tests/planning/prompts/test_task_prompts.py tests/tools/demo tests/schemas $(ARGS)
+	  tests/planning/prompts/test_task_prompts.py tests/tools/demo tests/tools/evidence tests/schemas $(ARGS)
 	PYTHONPATH=.extras $(BIN)/python -m pytest tests/e2e/test_adapters.py $(ARGS)
 
 # The four experiment trackers themselves, on this machine alone; installs them into .trackers/ (260 MB).
@@ -53,6 +53,10 @@ test-engines: .venv/fresh
 # Training on several devices: two and three processes over gloo, killed at many points; about ten minutes.
 test-ranks: .venv/fresh
 	$(BIN)/python -m pytest tests/ranks --ranks-json docs/scale.json $(ARGS)
+
+# Runs by a real Slurm with two nodes and a real sshd on loopback (as root; Debian's slurm-wlm, munge, openssh-server).
+test-cluster: .venv/fresh
+	$(BIN)/python tools/cluster/check.py --json docs/cluster.json $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh

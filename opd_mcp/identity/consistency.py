@@ -106,6 +106,13 @@ def cache_claim(manifest: CacheManifest, student: TeacherClaim | None) -> Teache
     return own if is_self else student
 
 
+# one of the ways out of a mismatch, and what it was worth where it was measured
+REPAIR = (
+    "With that, the override distill.repair='residual' takes a part of the teacher's style off the cached scores of "
+    "method='lightning' with the estimator 'sampled'; where it was measured it won back little (docs/results.md)."
+)
+
+
 def consistency(teacher: ModelIdentity, sft_teacher: TeacherClaim | None, *, allowed: bool) -> ConsistencyVerdict:
     """Whether the teacher is the SFT teacher, and how that is known; `allowed` is the user's word, only recorded."""
     if sft_teacher is None:
@@ -167,8 +174,7 @@ def require_consistent(
         f"but the teacher of this distillation is {teacher.label()}.",
         value=teacher.label(),
         fix=f"{first}, or give the student as it was before its SFT, with sft_prompts for {teacher.name} to answer, "
-        "or accept the loss with allow_teacher_mismatch=True; the report records it. With the override "
-        "distill.repair='residual' a part of the teacher's style is then taken off its cached scores (docs/method.md).",
+        f"or accept the loss with allow_teacher_mismatch=True; the report records it. {REPAIR}",
     )
 
 
@@ -183,7 +189,7 @@ def context_mismatch(teacher: ModelIdentity, sft_teacher: TeacherClaim) -> Consi
         value=teacher.label(),
         fix="Let it see the same in both: the same 'prompting.teacher_system', and `teacher_messages` in the SFT "
         "prompts as in the distillation prompts, for a student as it was before its SFT. Or accept the loss with "
-        "allow_teacher_mismatch=True; the report records it.",
+        f"allow_teacher_mismatch=True; the report records it. {REPAIR}",
     )
 
 

@@ -1,21 +1,26 @@
 """Which engine generates and scores in each phase: what a recipe names is checked, and `auto` becomes a choice."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from opd_mcp.devices.hardware import target_of
+from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.checks import Findings
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, base_form, is_url, urls_of
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, RuntimeRecipe, base_form, is_url, urls_of
 from opd_mcp.schemas.runs import EngineSettings
 
 ROLES = ("responses", "rollout", "score", "benchmark")
 
 
-def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str]) -> tuple[Recipe, list[Finding]]:
+def with_engines(
+    recipe: Recipe,
+    settings: EngineSettings,
+    hosts: Iterable[str],
+    target: Callable[[RuntimeRecipe], Target] = target_of,
+) -> tuple[Recipe, list[Finding]]:
     """The recipe with an engine for every `auto`, and why it is that one; `hosts` are those that a URL may name.
 
     Raises ArgumentError `teacher_host_not_allowed` or `invalid_argument` for a URL, ResourceError `missing_package` for
@@ -25,7 +30,7 @@ def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str])
     for role, engine in _named(recipe):
         if engine == "auto":
             quantised = role == "rollout" and base_form(recipe.distill.adapter) == "nf4"
-            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings)
+            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings, target)
             if picked and role == "rollout" and recipe.distill.method == "live":
                 picked, why = None, "a live distillation would start it again for new weights all the time"
             update[role] = getattr(recipe, role).model_copy(update={"engine": picked})
@@ -78,8 +83,10 @@ def require_engines_used(recipe: Recipe, method: Method) -> None:
         )
 
 
-def _picked(recipe: Recipe, settings: EngineSettings) -> tuple[str | None, str]:
-    if target_of(recipe.runtime).kind != "cuda":
+def _picked(
+    recipe: Recipe, settings: EngineSettings, target: Callable[[RuntimeRecipe], Target]
+) -> tuple[str | None, str]:
+    if target(recipe.runtime).kind != "cuda":
         return None, "on a CPU an engine gains nothing over this program's own (docs/engines.md)"
     for kind in MANAGED_ENGINES:
         program = settings.program(kind)

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from opd_mcp.devices.hardware import device_count, free_disk, gpu_slot, gpus
+from opd_mcp.devices.hardware import Gpu, device_count, free_disk, gpu_slot, gpus, visible_gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
 from opd_mcp.planning.costs.admission import is_short, out_of_hours, seconds_left, short_admission
 from opd_mcp.planning.costs.estimates import engine_of
@@ -28,6 +28,7 @@ from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.recipes import MANAGED_ENGINES, RuntimeRecipe
 from opd_mcp.schemas.reports import TrainingSummary
 from opd_mcp.schemas.runs import ExportSettings, PhaseName, RunRecord, RunState
+from opd_mcp.store.claims import RunClaim, read_claim
 from opd_mcp.store.files import is_disk_full
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import (
@@ -63,6 +64,8 @@ from opd_mcp.worker.stage_calls import TRAINING, StageCalls, Stages
 from opd_mcp.worker.watchdog import WatchSettings, watching
 
 logger = logging.getLogger(__name__)
+# sysexits.h: a temporary failure. The script of a cluster's job requeues it then.
+REQUEUE_STATUS = 75
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -90,6 +93,11 @@ class WorkerSettings:
     group_seconds: float = GROUP_SECONDS
     """After how long a rank that does not answer the others counts as lost."""
     hub_token: str | None = field(default=None, repr=False)
+    ticket: str | None = field(default=None, repr=False)
+    """Of a job on an executor's machines, what its claim names; `life` counts its restarts."""
+    life: int = 0
+    visible_gpus: str | None = None
+    """The GPUs that the job was given, as CUDA_VISIBLE_DEVICES has them; None: all."""
 
 
 def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: WorkerSettings) -> int:
@@ -100,7 +108,10 @@ def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: Worke
     """
     workspace = Workspace(workspace_root)
     directory = run_directory(workspace, run_id)
-    if lock_fd is None:
+    lock: RunLock | RunClaim
+    if settings.ticket is not None:
+        lock = RunClaim.begun_by(directory, settings.ticket, settings.life).beating()
+    elif lock_fd is None:
         lock = RunLock.acquire(directory)
         begin_attempt(lock)
     else:
@@ -108,17 +119,26 @@ def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: Worke
     with lock, logging_to_stderr(), taken_up(lock) as journal:
         journal.secrets = settings.secrets
         with guarded(directory, journal.attempt, grace_seconds(workspace)):
-            return RunWorker(Store(workspace), directory, journal, settings).work()
+            claim = lock if isinstance(lock, RunClaim) else None
+            return RunWorker(Store(workspace), directory, journal, settings, claim).work()
 
 
 class RunWorker:
     """One attempt at a run whose lock is held; every way out leaves a final state."""
 
-    def __init__(self, store: Store, directory: Path, journal: JournalWriter, settings: WorkerSettings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        journal: JournalWriter,
+        settings: WorkerSettings,
+        claim: RunClaim | None = None,
+    ) -> None:
         self.store = store
         self.directory = directory
         self.journal = journal
         self.settings = settings
+        self.claim = claim
         self.reporter = JournalReporter(journal, directory)
 
     def work(self) -> int:
@@ -139,7 +159,8 @@ class RunWorker:
         record = read_record(self.directory)
         quotas = read_settings(self.store.workspace).quotas
         runtime = record.request.recipe.runtime
-        lease = device_lease(self.store, record, self.settings.leases, self.reporter)
+        found = None if self.settings.visible_gpus is None else visible_gpus(gpus(), self.settings.visible_gpus)
+        lease = device_lease(self.store, record, self.settings.leases, self.reporter, found)
         prepare_environment(runtime, lease, self.store.workspace.compiled)
         self.journal.append("state", {"state": "running"})
         self.reporter.limit(seconds_left(quotas, self.directory))
@@ -261,7 +282,23 @@ class RunWorker:
             logger.error("The run failed", exc_info=error)
             return self._fail(error)
         cause = self._stop_cause() if error.code == "run_cancelled" else error
+        if cause is not None and cause.code == "worker_terminated" and self._is_restarted():
+            return self._queue_again()
         return self._end("cancelled") if cause is None else self._fail(cause)
+
+    def _is_restarted(self) -> bool:
+        """Whether whoever sent SIGTERM begins this job anew: a cluster, at a time limit or a preemption."""
+        written = read_claim(self.directory, self.claim.attempt) if self.claim else None
+        return written is not None and written.placing.kind == "slurm"
+
+    def _queue_again(self) -> int:
+        """Queue the next attempt for this job's restart; the exit status that its script knows."""
+        assert self.claim is not None, "only a claimed attempt is restarted"
+        message = "The cluster stopped the job, at its time limit or for another one; it continues in its next turn."
+        self.journal.append("alert", {"code": "preempted", "message": message})
+        with self.claim.next() as following:
+            begin_attempt(following)
+        return REQUEUE_STATUS
 
     def _stop_cause(self) -> OpdError | None:
         """Why a run stopped without a user's request; None if a user requested it."""
@@ -303,14 +340,20 @@ def gguf_converter(settings: ExportSettings, should_stop: Callable[[], bool]) ->
     return GgufConverter(Path(settings.gguf_converter), Path(settings.gguf_python or sys.executable), should_stop)
 
 
-def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter) -> Lease:
+def device_lease(
+    store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter, usable: list[Gpu] | None = None
+) -> Lease:
     """The lease of all the run's devices: GPUs, or CPU slots for its threads; raises RunError `run_cancelled`.
 
     Raises ResourceError `device_unavailable` for more GPUs than there are. A short run also takes a
-    device's slot for short runs, once its memory is free there.
+    device's slot for short runs, once its memory is free there. `usable` are the GPUs of a job; None: all here.
     """
     runtime = record.request.recipe.runtime
-    found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
+    found = (
+        []
+        if runtime.device == "cpu"
+        else sorted(gpus() if usable is None else usable, key=lambda gpu: -gpu.free_memory)
+    )
     slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
     count = device_count(runtime, len(found)) if uses_devices(record) else 1
     if not found:

@@ -58,6 +58,10 @@ def test_a_student_of_another_teacher_is_stopped_with_both_identities(service, w
     assert plan.consistency.teacher.label() in finding.message
     assert plan.consistency.sft_teacher.label() in finding.message
     assert "allow_teacher_mismatch=True" in finding.fix
+    assert "it won back little (docs/results.md)" in finding.fix
+    key, value = re.search(r"override ([\w.]+)='(\w+)'", finding.fix).groups()
+    repaired = service.plan(world.plan_arguments(student=student, allow_teacher_mismatch=True, overrides={key: value}))
+    assert (repaired.blocking, repaired.recipe.distill.repair) == ([], "residual")
     before = service.list_runs().total
     with pytest.raises(PlanError, match=r"plan_blocked.*teacher_mismatch.*teacher_other_style@.*teacher@"):
         service.start_distillation(world.start_arguments(student=student))

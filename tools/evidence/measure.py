@@ -2,11 +2,13 @@
 
     python tools/evidence/measure.py --work DIR
     python tools/evidence/measure.py --work DIR --quick
+    python tools/evidence/measure.py --work DIR --only-write
 
 Each row (task, arm, seed) is kept below DIR as soon as it is measured, and an interrupted call goes on from there; runs
 find what earlier ones made. Two seeds are measured at a time, one thread each. `--quick` takes two seeds of one task
-with a few steps: it shows that the command works, and writes below DIR instead of `docs/`. The arm `trl_live` needs TRL
-1.16 or later and is left out without it. An arm that fails is named at the end, and the exit status is 1.
+with a few steps: it shows that the command works, and writes below DIR instead of `docs/`. `--only-write` measures
+nothing and writes from the rows that are kept. The figures need matplotlib, the arms `trl_live*` TRL (both in the extra
+`evidence`); they are left out without it. An arm that fails is named at the end, and the exit status is 1.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,10 @@ from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 from tools import EXAMPLE, ROOT
-from tools.evidence.arms import ARMS, Bench, Row
+from tools.evidence.arms import ARMS, MORE, Bench, Row
 from tools.evidence.claims import claims_of, figures_of
-from tools.evidence.document import accuracy_figure, cost_figure, document
+from tools.evidence.document import document, with_readme_line
+from tools.evidence.figures import drawings
 
 TASKS: tuple[TaskName, ...] = ("arithmetic", "chain_sum")
 SEEDS = (1, 2, 3, 4, 5)
@@ -44,7 +48,7 @@ def measured(bench: Bench, arms: Sequence[str], seeds: Iterable[int]) -> tuple[d
 
     def one_seed(place: int, seed: int) -> None:
         for arm in arms:
-            if arm == "trl_live" and place >= TRL_SEEDS:
+            if arm.startswith("trl_live") and place >= TRL_SEEDS:
                 continue
             try:
                 found = bench.rows(arm, seed)
@@ -63,14 +67,34 @@ def measured(bench: Bench, arms: Sequence[str], seeds: Iterable[int]) -> tuple[d
     return rows, failed
 
 
+def kept(bench: Bench, arms: Sequence[str], seeds: Iterable[int]) -> dict[str, dict[int, Row]]:
+    """The rows by arm and seed that earlier calls kept, with the drift where the workspace still has the training."""
+    rows: dict[str, dict[int, Row]] = {arm: {} for arm in arms}
+    drifts = bench.drifts()
+    for arm in arms:
+        for seed in seeds:
+            if row := (bench.kept(arm, seed) or {}).get(arm):
+                drift = row.drift if row.drift is not None else drifts.get((row.accuracy, row.reverse_kl))
+                rows[arm][seed] = replace(row, drift=drift)
+    return rows
+
+
 def written(evidence: dict[str, Any], folder: Path, command_line: str) -> None:
-    """Write the JSON, the page and the figures."""
+    """Write the JSON, the page and the figures; in the repository's own documents the README's line too."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "evidence.json", json.dumps(evidence, indent=1) + "\n")
-    write_atomic(folder / "evidence.md", document(evidence, command_line))
-    for task, figures in evidence["tasks"].items():
-        write_atomic(folder / f"evidence-{task}-accuracy.svg", accuracy_figure(task, figures["arms"]))
-        write_atomic(folder / f"evidence-{task}-cost.svg", cost_figure(task, figures["arms"]))
+    drawn: dict[str, str] = {}
+    if find_spec("matplotlib") is None:
+        print("No figures: matplotlib is not installed (extra 'evidence').", file=sys.stderr)
+    else:
+        for task, figures in evidence["tasks"].items():
+            drawn |= {f"{task}-{name}": text for name, text in drawings(task, figures["arms"]).items()}
+    for name, text in drawn.items():
+        write_atomic(folder / f"evidence-{name}.svg", text)
+    write_atomic(folder / "evidence.md", document(evidence, command_line, drawn))
+    if folder.resolve() == ROOT / "docs":
+        readme = ROOT / "README.md"
+        write_atomic(readme, with_readme_line(readme.read_text("utf-8"), evidence))
 
 
 def service_of(work: Path, settings: JobSettings | None = None) -> JobService:
@@ -84,24 +108,31 @@ def main(arguments: Sequence[str] | None = None, settings: JobSettings | None = 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="workspace, kept rows and TRL's students")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all, or those of the quick part")
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *MORE), help="default: all, or those of the quick part")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the page is written")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only-write", action="store_true", help="measure nothing, write from the kept rows")
     options = parser.parse_args(arguments)
     work, docs, tasks, seeds = options.work.absolute(), options.docs, options.tasks, options.seeds
     if options.quick:
         tasks, seeds, docs = ["arithmetic"], options.seeds[:2], work / "docs"
-    arms = options.arms or list(QUICK_ARMS if options.quick else ARMS)
-    if find_spec("trl") is None:
-        arms = [arm for arm in arms if arm != "trl_live"]
+    arms = options.arms or list(QUICK_ARMS if options.quick else (*ARMS, *MORE))
+    if find_spec("trl") is None and not options.only_write:
+        arms = [arm for arm in arms if not arm.startswith("trl_live")]
     service = service_of(work, settings)
+    benches = {task: Bench(task, service, work, options.quick) for task in tasks}
     failed: list[str] = []
-    by_task: dict[str, Any] = {}
-    for task in tasks:
-        rows, problems = measured(Bench(task, service, work, options.quick), arms, seeds)
-        failed += problems
-        by_task[task] = figures_of(rows)
+    rows: dict[str, dict[str, dict[int, Row]]] = {task: {} for task in tasks}
+    for some in ([arm for arm in arms if arm in ARMS], [arm for arm in arms if arm in MORE]):
+        for task, bench in benches.items():
+            if options.only_write:
+                rows[task] |= kept(bench, some, seeds)
+                continue
+            found, problems = measured(bench, some, seeds)
+            rows[task] |= found
+            failed += problems
+    by_task = {task: figures_of(rows[task]) for task in tasks}
     evidence: dict[str, Any] = {"tasks": by_task, "claims": claims_of(by_task)}
     if options.quick:
         evidence["quick"] = True

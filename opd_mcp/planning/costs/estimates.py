@@ -115,7 +115,15 @@ class CostModel:
 
     def _phase(self, name: PhaseName, work: Work, rounds: int) -> PhaseEstimate:
         if name == "fetch":
-            return PhaseEstimate(phase=name, flops=0.0, seconds=0.0, basis="the download is not estimated")
+            size = self.workload.download_bytes
+            basis = f"{byte_size(size)} to download" if size else "the download"
+            return PhaseEstimate(
+                phase=name,
+                flops=0.0,
+                seconds=0.0,
+                basis=f"{basis}; how long that takes is not estimated",
+                download_bytes=size or None,
+            )
         engine = engine_of(self.workload.recipe, name)
         rates = self._measured_rates(work_of(self.workload.recipe, name), work)
         if rates:
@@ -185,13 +193,19 @@ class CostModel:
 def estimate_of(
     request: RunRequest, target: Target, measured: Sequence[PhaseCost], inspect: Callable[[Path], ModelFacts]
 ) -> MethodEstimate | None:
-    """What a run takes on the target, by earlier measured costs; None while a model of it is still to be fetched."""
+    """What a run takes on the target, by earlier measured costs; None where `workload_of` knows no workload."""
     workload = workload_of(request.recipe, request.inputs, room_of(target), inspect)
     if workload is None:
         return None
     method: Method = "sft" if request.kind == "sft" else request.recipe.distill.method
     models = models_token(request.recipe, request.inputs)
-    return CostModel(workload, target, measured, models).estimate(method, request.phases)
+    estimate = CostModel(workload, target, measured, models).estimate(method, request.phases)
+    given = (request.inputs.student, request.inputs.teacher, request.inputs.model)
+    by_hub = [model.reference for model in given if model is not None and model.path is None]
+    if not by_hub:
+        return estimate
+    basis = f"{estimate.memory_basis}; sizes of {' and '.join(by_hub)} as the Hub gives them, before their download"
+    return estimate.model_copy(update={"memory_basis": basis})
 
 
 def models_token(recipe: Recipe, inputs: RunInputs) -> str | None:

@@ -1,5 +1,6 @@
 """The tables of docs/tools.md come from what the server registers, and a stale one is noticed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from opd_mcp.schemas.resolve import recipe_keys
 from opd_mcp.server.resources import PARTS
+from tools.evidence.document import README_LINE, readme_line
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = "<!-- tools:start -->\n<!-- tools:end -->\n"
@@ -57,3 +59,10 @@ def test_the_pages_of_this_checkout_are_as_generated():
     text = (ROOT / "docs" / "recipe.md").read_text()
     assert all(f"| {key} |" in text for key in recipe_keys())
     assert not [line for line in text.splitlines() if line.startswith("| ") and line.endswith("|  |")], "a key says why"
+
+
+def test_the_readme_says_what_the_evidence_shows():
+    """The README's line is made from docs/evidence.json, figure by figure; without the file it says nothing."""
+    readme, file = (ROOT / "README.md").read_text("utf-8"), ROOT / "docs" / "evidence.json"
+    said = README_LINE.search(readme)[0].removeprefix("<!-- evidence -->").removesuffix("<!-- /evidence -->").strip()
+    assert said == (readme_line(json.loads(file.read_text("utf-8"))) if file.is_file() else "")
