@@ -40,7 +40,7 @@ SHARES: dict[str, tuple[str, int]] = {
 """Arms that take one part in so many of another's steps, with the schedule drawn together."""
 STEPS: dict[str, int] = {"arithmetic": 200, "chain_sum": 150}
 """Of every arm, on both sides of each comparison."""
-LORA: dict[str, float] = {"arithmetic": 1e-2, "chain_sum": 1e-2}
+LORA: dict[str, float] = {"arithmetic": 2e-2, "chain_sum": 5e-3}
 """The adapter's learning rate, chosen on tune.jsonl by adapters.py."""
 SFT_STAGES = frozenset({"generate_responses", "sft"})
 POLL_SECONDS = 0.2
@@ -244,6 +244,7 @@ class Bench:
         command += ["--prompts", str(asked.prompts), "--output", str(output), "--seed", str(seed)]
         command += ["--steps", str(max(1, distill.steps // part)), "--batch", str(distill.batch_size)]
         command += ["--rate", str(distill.optimizer.learning_rate), "--schedule", distill.optimizer.schedule]
+        command += ["--warmup", str(distill.optimizer.warmup_steps)]
         sampling = rollout.sampling
         command += ["--tokens", str(sampling.max_new_tokens), "--temperature", str(sampling.temperature)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
