@@ -17,6 +17,10 @@ GPU_HOURS = 8.0
 Model = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A folder, an artifact, a run, or a Hub id.", show_default=False)
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="As student; several by domain: math=MODEL,code=MODEL.", show_default=False),
+]
 Data = Annotated[
     str | None, typer.Option(metavar="DATA", help="A file, an artifact, or a Hub data set.", show_default=False)
 ]
@@ -62,7 +66,7 @@ Objective = Annotated[
 @command(rich_help_panel=STARTS)
 def plan(  # noqa: PLR0913  a command's options are its parameters
     student: Model = None,
-    teacher: Model = None,
+    teacher: Teacher = None,
     prompts: Data = None,
     sft_prompts: Data = None,
     eval_prompts: Data = None,
@@ -95,7 +99,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
 def start(  # noqa: PLR0913  a command's options are its parameters
     plan_id: Annotated[str | None, typer.Argument(metavar="PLAN", help="A plan id.", show_default=False)] = None,
     student: Model = None,
-    teacher: Model = None,
+    teacher: Teacher = None,
     prompts: Data = None,
     sft_prompts: Data = None,
     eval_prompts: Data = None,
@@ -232,7 +236,19 @@ def _list(text: str) -> list[Any]:
 def _named(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """The named options as arguments; what is a file or folder here is given by its absolute path."""
     given = {name: values[name] for name in names if values[name] is not None}
-    return {name: str(Path(text).resolve()) if _is_path(text) else text for name, text in given.items()}
+    return {name: _teachers(text) if name == "teacher" else _absolute(text) for name, text in given.items()}
+
+
+def _absolute(text: str) -> str:
+    return str(Path(text).resolve()) if _is_path(text) else text
+
+
+def _teachers(text: str) -> str | dict[str, str]:
+    """A teacher, or several by domain: `math=MODEL,code=MODEL`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if _is_path(text) or not all(domain and equals for domain, equals, _ in pairs):
+        return _absolute(text)
+    return {domain.strip(): _absolute(model.strip()) for domain, _, model in pairs}
 
 
 def _is_path(text: str) -> bool:
@@ -258,6 +274,11 @@ def _labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict
     return {"name": name, "tags": tags or [], "notes": notes}
 
 
+def _mapped(teacher: object) -> list[str]:
+    """The models of several teachers."""
+    return list(teacher.values()) if isinstance(teacher, dict) else []
+
+
 def _request(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[JobService, Any]":
     """The typed request, and the service that may read the files that the user names.
 
@@ -266,7 +287,8 @@ def _request(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[Jo
     from opd_mcp.server.protocol.arguments import request_from_arguments
 
     request = request_from_arguments(f"opd-mcp {command}", model, given)
-    named = [value for value in given.values() if isinstance(value, str) and value.startswith("/")]
+    values = [*given.values(), *_mapped(given.get("teacher"))]
+    named = [value for value in values if isinstance(value, str) and value.startswith("/")]
     recorded = open_service().paths_behind(given.get("plan_id"), given.get("cache_id"))
     paths = [Path(value) for value in [*named, *recorded]]
     roots = [path if path.is_dir() else path.parent for path in paths]

@@ -3,7 +3,7 @@
 import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.requests import BenchmarkStudent, GenerateTeacherResponses, StartDistillation, StartSft
+from opd_mcp.schemas.requests import BenchmarkStudent, GenerateTeacherResponses, StartDistillation, StartSft, Sweep
 
 
 @pytest.fixture
@@ -217,3 +217,21 @@ def test_a_cache_that_is_too_small_for_the_estimator_by_an_override_is_refused(w
 def test_a_repair_without_cached_scores_of_sampled_tokens_is_refused(world, service, changes, message):
     with pytest.raises(ArgumentError, match=message):
         service.plan(world.plan_arguments(**changes, overrides={"distill.repair": "residual"}))
+
+
+def test_several_teachers_are_measured_against_and_swept_from_their_cache(world, service, finished):
+    teachers = {"plain": world.teacher, "styled": world.other_teacher}
+    prompts = world.prompts("divided", teacher_domain="styled")
+    run = service.benchmark_student(
+        BenchmarkStudent(model=world.student, prompts=prompts, teacher=teachers, preset="demo")
+    )
+    assert service.store.record(run.run_id).request.inputs.teacher.members.keys() == {"plain", "styled"}
+    asked = {"prompts": prompts, "teacher": teachers, "declared_teacher": world.other_teacher}
+    cache = service.build_teacher_cache(world.cache_arguments(world.student, **asked, allow_teacher_mismatch=True))
+    assert finished(service, cache.run_id).state == "succeeded"
+    grid = {"distill.advantage_clip": [1, 5]}
+    given = {"cache_id": cache.cache_id, "student": world.student, "declared_teacher": world.other_teacher}
+    swept = service.sweep(Sweep(**given, grid=grid, preset="demo", teacher=teachers, allow_teacher_mismatch=True))
+    assert len(swept.runs) == 2
+    for one in swept.runs:
+        assert service.store.record(one.run_id).request.inputs.teacher.members.keys() == teachers.keys()

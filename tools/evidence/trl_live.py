@@ -43,6 +43,7 @@ def trained(options: argparse.Namespace) -> float:
         gradient_accumulation_steps=1,
         learning_rate=options.rate,
         lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,
         max_completion_length=options.tokens,
         temperature=options.temperature,
         adam_beta2=0.98,
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, required=True)
     parser.add_argument("--temperature", type=float, required=True)
     parser.add_argument("--schedule", default="linear")
+    parser.add_argument("--warmup", type=int, default=0)
     print(json.dumps({"processor_seconds": round(trained(parser.parse_args()), 3)}))
 
 
