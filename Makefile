@@ -5,7 +5,7 @@ BIN := .venv/bin
 LONG := $(addprefix tests/e2e/test_,demo.py method.py newcomer.py recovery.py teachers.py) tests/engine/stages/test_held_out.py
 ELSEWHERE := tests/ranks tests/e2e/test_adapters.py $(addprefix tests/tools/,chaos evidence fuzz gpu)
 
-.PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
+.PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks test-cluster bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
 .PHONY: docs journeys bundle check format clean
 
 demo: .venv/fresh
@@ -53,6 +53,10 @@ test-engines: .venv/fresh
 # Training on several devices: two and three processes over gloo, killed at many points; about ten minutes.
 test-ranks: .venv/fresh
 	$(BIN)/python -m pytest tests/ranks --ranks-json docs/scale.json $(ARGS)
+
+# Runs by a real Slurm with two nodes and a real sshd on loopback (as root; Debian's slurm-wlm, munge, openssh-server).
+test-cluster: .venv/fresh
+	$(BIN)/python tools/cluster/check.py --json docs/cluster.json $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh

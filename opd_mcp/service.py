@@ -12,6 +12,7 @@ from opd_mcp.planning.arms import arms_of, has_arms
 from opd_mcp.planning.confirmation import Question, cache_question, deletion_question, plan_question
 from opd_mcp.planning.costs.workload import Workload
 from opd_mcp.planning.exports import export_question, export_request
+from opd_mcp.planning.hub_models import HubModels
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.planning.planner import PlanMemory, Planner, changed_parts, require_unblocked
 from opd_mcp.planning.references import References
@@ -104,7 +105,8 @@ class JobService:
         self.store = Store(workspace)
         self.leases = LeaseFolder(self.settings.lease_folder, self.settings.cpu_slots)
         models = ModelCache()
-        self._references = References(self.store, self.roots, models, self.settings.teacher_hosts)
+        hub = HubModels(self.settings.hub)
+        self._references = References(self.store, self.roots, models, self.settings.teacher_hosts, hub=hub)
         self._builder = RequestBuilder(self._references, self.store.artifacts)
         self._supervisor = Supervisor(self.store, self.leases, self.settings, models)
         self._sweeps = Sweeps(self.store, self._supervisor)
@@ -115,13 +117,17 @@ class JobService:
 
     def setup(self) -> SetupReport:
         """The machine, the workspace, the limits and the embedded example."""
-        return setup_report(self.store, self.roots, self.exports, self.leases, self.settings)
+        self.store.look_around()
+        return setup_report(
+            self.store, self.roots, self.exports, self.leases, self.settings, self._supervisor.executors()
+        )
 
     def plan(self, arguments: PlanDistillation) -> Plan:
         """What a distillation would do, what it costs and what stands in its way; saved under its `plan_id`.
 
         Raises OpdError for inputs that cannot be used at all: paths, data, overrides, tokenizers that differ.
         """
+        self.store.look_around()
         with self._planning:
             plan = self._planner.plan(arguments)
             self._plans.keep(arguments, plan)
@@ -152,7 +158,7 @@ class JobService:
         """
         if arguments.cache_id is not None and arguments.plan_id is None:
             require_cache_arguments(arguments)
-            return self._started(self._builder.from_cache, arguments)
+            return self._started(RequestBuilder.from_cache, arguments)
         plan = self._unchanged_plan(arguments) if arguments.plan_id else self._current_plan(plan_arguments(arguments))
         require_unblocked(plan)
         labels = labels_of(arguments)
@@ -161,7 +167,7 @@ class JobService:
             labels = labels_of(planned)
         if has_arms(planned):
             return self._start_arms(planned, plan, labels, benchmark=arguments.benchmark)
-        request = self._builder.from_plan(plan, benchmark=arguments.benchmark)
+        request = self._builder.on(planned.executor).from_plan(plan, benchmark=arguments.benchmark)
         return self._start(request, labels)
 
     def _start_arms(self, planned: PlanDistillation, plan: Plan, labels: RunLabels, *, benchmark: bool) -> RunSnapshot:
@@ -171,7 +177,8 @@ class JobService:
             plans = [plan if arm.arguments == planned else self._planner.plan(arm.arguments) for arm in arms]
         for own in plans:
             require_unblocked(own)
-        requests = [self._builder.from_plan(own, benchmark=benchmark) for own in plans]
+        builder = self._builder.on(planned.executor)
+        requests = [builder.from_plan(own, benchmark=benchmark) for own in plans]
         started = self._sweeps.start(labels, [arm.settings for arm in arms], requests)
         first = started.runs[0]
         note = (
@@ -184,34 +191,34 @@ class JobService:
 
     def generate_teacher_responses(self, arguments: GenerateTeacherResponses) -> RunSnapshot:
         """The run in which the teacher answers the prompts."""
-        return self._started(self._builder.responses, arguments)
+        return self._started(RequestBuilder.responses, arguments)
 
     def start_sft(self, arguments: StartSft) -> RunSnapshot:
         """The run that fine-tunes a student on responses."""
-        return self._started(self._builder.sft, arguments)
+        return self._started(RequestBuilder.sft, arguments)
 
     def build_teacher_cache(self, arguments: BuildTeacherCache) -> RunSnapshot:
         """The run that draws the student's rollouts and scores them with the teacher; `cache_id` is known at once.
 
         Raises ConsistencyError `teacher_mismatch`, `lineage_missing` or `tokenizer_mismatch`.
         """
-        return self._started(self._builder.cache, arguments)
+        return self._started(RequestBuilder.cache, arguments)
 
     def benchmark_student(self, arguments: BenchmarkStudent) -> RunSnapshot:
         """The run that measures a model and its baselines on prompts."""
-        return self._started(self._builder.benchmark, arguments)
+        return self._started(RequestBuilder.benchmark, arguments)
 
     def sample_model(self, arguments: SampleModel) -> RunSnapshot:
         """The run in which a model answers a few prompts; its result holds the texts."""
-        return self._started(self._builder.sample, arguments)
+        return self._started(RequestBuilder.sample, arguments)
 
     def assess_overhead(self, arguments: AssessOverhead) -> RunSnapshot:
         """The run that measures two models on this machine, and says what their distillation would cost."""
-        return self._started(self._builder.assess, arguments)
+        return self._started(RequestBuilder.assess, arguments)
 
     def export_student(self, arguments: ExportStudent) -> RunSnapshot:
         """The run that writes a model with its card below an export root, or uploads it to the Hub."""
-        return self._started(lambda given: export_request(self._builder, self.exports, given), arguments)
+        return self._started(lambda builder, given: export_request(builder, self.exports, given), arguments)
 
     def export_question(self, arguments: ExportStudent) -> Question | None:
         """What the user must agree to before a model is uploaded; raises what `export_student` raises."""
@@ -230,7 +237,7 @@ class JobService:
         if not arguments.allow_teacher_mismatch:
             return None
         with self._planning:
-            request = self._builder.cache(arguments)
+            request = self._builder.on(arguments.executor).cache(arguments)
         return cache_question(str(cache_id_of(request.phases)), True)
 
     def deletion_question(self, artifact_id: str) -> Question:
@@ -253,7 +260,7 @@ class JobService:
     def _swept(self, arguments: Sweep) -> tuple[list[Settings], list[RunRequest]]:
         points = swept_settings(arguments)
         with self._planning:
-            requests = self._builder.sweep(arguments, points)
+            requests = self._builder.on(arguments.executor).sweep(arguments, points)
         require_different(points, requests)
         return points, requests
 
@@ -292,6 +299,7 @@ class JobService:
                 value=limit,
                 fix="Give a smaller limit and go on with next_cursor.",
             )
+        self.store.look_around()
         return self.store.list_runs(state=state, kind=kind, name=name, tag=tag, limit=limit, cursor=cursor)
 
     def run_metrics(self, arguments: GetRunMetrics) -> MetricsReport:
@@ -335,6 +343,7 @@ class JobService:
 
     def list_artifacts(self, arguments: ListArtifacts) -> ArtifactList:
         """A page of artifacts, newest first."""
+        self.store.look_around()
         return artifact_list(self.store, arguments.kind, arguments.limit, arguments.cursor)
 
     def delete_artifact(self, artifact_id: str) -> DeletedArtifact:
@@ -411,12 +420,13 @@ class JobService:
 
     def _status(self, view: RunView, record: RunRecord) -> RunStatus:
         self._supervisor.attend(view)
-        place = self.leases.place(record.run_id) if view.state == "queued" else None
+        place = self._supervisor.place(view) if view.state == "queued" else None
         return status_of(view, record, place)
 
-    def _started(self, build: Callable[[Arguments], RunRequest], arguments: Arguments) -> RunSnapshot:
+    def _started(self, build: Callable[[RequestBuilder, Arguments], RunRequest], arguments: Arguments) -> RunSnapshot:
+        self.store.look_around()
         with self._planning:
-            request = build(arguments)
+            request = build(self._builder.on(getattr(arguments, "executor", None)), arguments)
         return self._start(request, labels_of(arguments))
 
     def _start(self, request: RunRequest, labels: RunLabels) -> RunSnapshot:

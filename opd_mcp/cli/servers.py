@@ -163,12 +163,14 @@ def serve_teacher(
 
 
 @command(hidden=True)
-def worker(
+def worker(  # noqa: PLR0913  a command's options are its parameters
     run_id: str,
     workspace: Annotated[Path | None, typer.Option()] = None,
     lock_fd: Annotated[int | None, typer.Option()] = None,
     lease_folder: Annotated[Path | None, typer.Option()] = None,
     cpu_slots: Annotated[int | None, typer.Option(min=1)] = None,
+    ticket: Annotated[str | None, typer.Option()] = None,
+    life: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
     from opd_mcp.devices.environment import hub_token
@@ -183,4 +185,7 @@ def worker(
     defaults = JobSettings()
     leases = LeaseFolder(lease_folder or defaults.lease_folder, cpu_slots or defaults.cpu_slots)
     token = hub_token(os.environ)
-    raise typer.Exit(work(root, run_id, lock_fd, WorkerSettings(leases, key, secrets, hub_token=token)))
+    # A cluster gives its job some of a machine's GPUs.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if ticket else None
+    settings = WorkerSettings(leases, key, secrets, hub_token=token, ticket=ticket, life=life, visible_gpus=visible)
+    raise typer.Exit(work(root, run_id, lock_fd, settings))

@@ -66,6 +66,8 @@ Shown = TypeVar("Shown", bound="Schema")
 AsJson = Annotated[bool, typer.Option("--json", help="Print the full record as JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Go on without a question.")]
 MIN_WIDTH = 40
+# as verdict_lines in server/render/runs.py has them
+BAD_LINES = ("VERDICT worse", "cause: ")
 
 
 def version_asked(asked: bool) -> None:
@@ -116,8 +118,15 @@ def show(found: Shown, as_json: bool, text: Callable[[Shown], str]) -> None:
 
 
 def say(text: str) -> None:
-    """Print a text; on a terminal its lines are wrapped at words, elsewhere they are as they are."""
-    typer.echo(wrapped(text, terminal_width()) if sys.stdout.isatty() else text)
+    """Print a text; on a terminal its lines are wrapped at words and a bad verdict is red, elsewhere it is as it is."""
+    typer.echo(on_terminal(text, terminal_width()) if sys.stdout.isatty() else text)
+
+
+def on_terminal(text: str, width: int) -> str:
+    """The text wrapped at words, a loss and the cause that a verdict names in red."""
+    lines = [(line.startswith(BAD_LINES), wrapped(line, width)) for line in text.splitlines()]
+    plain = bool(os.environ.get("NO_COLOR"))
+    return "\n".join(typer.style(shown, fg="red") if bad and not plain else shown for bad, shown in lines)
 
 
 def terminal_width() -> int:
@@ -190,6 +199,7 @@ def open_service(
     hub_owners: Sequence[str] = (),
 ) -> "JobService":
     """The service over the workspace; it may read what is below it, the examples and the given folders."""
+    from opd_mcp.devices.environment import hub_access
     from opd_mcp.devices.settings import JobSettings
     from opd_mcp.service import JobService
     from opd_mcp.store.roots import AllowedRoots
@@ -197,7 +207,12 @@ def open_service(
     return JobService(
         open_workspace(),
         AllowedRoots(allow_roots),
-        JobSettings(teacher_hosts=tuple(teacher_hosts), export_roots=tuple(export_roots), hub_owners=tuple(hub_owners)),
+        JobSettings(
+            teacher_hosts=tuple(teacher_hosts),
+            export_roots=tuple(export_roots),
+            hub_owners=tuple(hub_owners),
+            hub=hub_access(os.environ),
+        ),
     )
 
 

@@ -34,6 +34,9 @@ Baselines = Annotated[
     typer.Option("--baseline", metavar="ARM", help="live, sft_more or opsa: also run and compare with; repeatable."),
 ]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each arm, each with a seed of its own.")]
+Place = Annotated[
+    str | None, typer.Option("--executor", metavar="NAME", help="Of settings.toml, e.g. a cluster; default: here.")
+]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="What the run is called.", show_default=False)]
 Tags = Annotated[list[str] | None, typer.Option("--tag", "-t", metavar="TAG", help="To find runs by; repeatable.")]
 Notes = Annotated[str | None, typer.Option(metavar="NOTES", help="What you want to remember.", show_default=False)]
@@ -78,6 +81,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     baseline: Baselines = None,
     seeds: Seeds = 1,
     settings: Settings = None,
+    executor: Place = None,
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
@@ -112,6 +116,7 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     baseline: Baselines = None,
     seeds: Seeds = 1,
     settings: Settings = None,
+    executor: Place = None,
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
@@ -145,6 +150,7 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     eval_prompts: Data = None,
     preset: Size = Preset.QUICK,
     settings: Settings = None,
+    executor: Place = None,
     name: Name = None,
     tags: Tags = None,
     notes: Notes = None,
@@ -160,6 +166,7 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     points = [parsed_settings(text.split()) for text in point or ()]
     given = _named(locals(), "student", "eval_prompts") | {"cache_id": cache, "grid": values, "points": points}
     given |= _labels(name, tags, notes) | {"preset": preset.value, "overrides": parsed_settings(settings)}
+    given["executor"] = executor
     service, request = _request("sweep", Sweep, given)
     agree(service.sweep_question(request, GPU_HOURS), yes)
     found = audited(service, "sweep", request.to_dict(), lambda: service.sweep(request))
@@ -262,7 +269,7 @@ def _distillation(options: dict[str, Any]) -> dict[str, Any]:
     given = _named(options, "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
     given |= {"method": options["method"].value, "preset": options["preset"].value}
     given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch", "seeds")}
-    given |= {"baseline": options["baseline"] or []}
+    given |= {"baseline": options["baseline"] or [], "executor": options["executor"]}
     return (
         given
         | {"overrides": parsed_settings(options["settings"])}

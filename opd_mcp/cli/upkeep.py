@@ -1,6 +1,8 @@
-"""What looks after a workspace: doctor, gc, artifacts, deletion, trackers, the audit log and the token."""
+"""What looks after a workspace: doctor, gc, artifacts, deletion, trackers, engines, the audit log and the token."""
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,9 +10,12 @@ import typer
 from opd_mcp.cli.shared import (
     UPKEEP,
     AsJson,
+    Command,
+    Group,
     RunArgument,
     Yes,
     agree,
+    app,
     audited,
     command,
     completed_run,
@@ -123,6 +128,42 @@ def gc(
 
     options = {"older_than": older_than, "artifacts": artifacts}
     show(collect() if dry_run else audited(service, "gc", options, collect), as_json, garbage_text)
+
+
+engines_app = typer.Typer(cls=Group, invoke_without_command=True)
+app.add_typer(engines_app, name="engines", rich_help_panel=UPKEEP)
+
+
+@engines_app.callback()
+def engines(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the engines that settings.toml names, and whether they start (docs/engines.md)."""
+    if context.invoked_subcommand is not None:
+        return
+    from opd_mcp.maintenance.engines import configured, engines_text
+
+    show(configured(open_workspace(), os.environ), as_json, engines_text)
+
+
+@engines_app.command("install", cls=Command)
+def engines_install(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="vllm.")],
+    python: Annotated[
+        Path | None,
+        typer.Option(help="The Python of its environment; vLLM's CPU build needs 3.11.", exists=True, dir_okay=False),
+    ] = None,
+    package: Annotated[
+        str | None, typer.Option(help="Another package or version than the measured one, as pip takes it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Install an engine into an environment of its own below the workspace, and name it in settings.toml."""
+    import sys
+
+    from opd_mcp.maintenance.engines import InstallWish, installation_text, installed, planned
+
+    workspace, wish = open_workspace(), InstallWish(name, str(python or sys.executable), package)
+    show(planned(workspace, wish) if dry_run else installed(workspace, wish, os.environ), as_json, installation_text)
 
 
 @command(rich_help_panel=UPKEEP)

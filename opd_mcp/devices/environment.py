@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_mcp.schemas.redaction import SECRET_NAMES
@@ -38,11 +39,26 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of a worker; the Hub's token is among them unless fetching is switched off (HF_HUB_OFFLINE=1)."""
-    offline = any(environment.get(name, "").lower() in ("1", "on", "yes", "true") for name in OFFLINE)
-    secrets = {TEACHER_KEY} if offline else {TEACHER_KEY, *HUB_TOKENS}
+    secrets = {TEACHER_KEY} if _is_offline(environment) else {TEACHER_KEY, *HUB_TOKENS}
     inherited = {name: value for name, value in environment.items() if name in secrets or _is_needed(name)}
     # Python's own way of finding this package must survive the change of folder.
     return {**inherited, "PYTHONPATH": absolute_import_path(environment), "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """Where the Hub is asked, and with which token."""
+
+    endpoint: str = "https://huggingface.co"
+    token: str | None = field(default=None, repr=False)
+
+
+def hub_access(environment: Mapping[str, str]) -> HubAccess | None:
+    """How the Hub is asked what a model's sizes are; None where fetching is switched off (HF_HUB_OFFLINE=1)."""
+    if _is_offline(environment):
+        return None
+    endpoint = environment.get("HF_ENDPOINT") or HubAccess.endpoint
+    return HubAccess(endpoint.rstrip("/"), hub_token(environment))
 
 
 def hub_token(environment: Mapping[str, str]) -> str | None:
@@ -83,6 +99,10 @@ def absolute_import_path(environment: Mapping[str, str]) -> str:
     """The PYTHONPATH with every entry absolute."""
     given = environment.get("PYTHONPATH", "")
     return os.pathsep.join(str(Path(entry).absolute()) for entry in given.split(os.pathsep) if entry)
+
+
+def _is_offline(environment: Mapping[str, str]) -> bool:
+    return any(environment.get(name, "").lower() in ("1", "on", "yes", "true") for name in OFFLINE)
 
 
 def _is_needed(name: str) -> bool:

@@ -12,6 +12,7 @@ import psutil
 
 from opd_mcp.identity.machine import container_limit, container_room
 from opd_mcp.schemas.errors import ResourceError
+from opd_mcp.schemas.executors import ExecutorSettings
 from opd_mcp.schemas.recipes import RuntimeRecipe
 
 NVIDIA_SMI_SECONDS = 5
@@ -118,6 +119,36 @@ def device_count(runtime: RuntimeRecipe, gpus_here: int) -> int:
             fix="Lower runtime.devices, or set it to 'all'.",
         )
     return runtime.devices
+
+
+def declared_target(runtime: RuntimeRecipe, name: str, executor: ExecutorSettings) -> Target:
+    """What a run gets on an executor's machines, as the settings say.
+
+    Raises ResourceError `device_unavailable` for more GPUs than a run gets there, or for one where there is none.
+    """
+    memory = int(executor.memory_gb * 1e9)
+    if executor.gpus and runtime.device != "cpu":
+        devices = executor.gpus if runtime.devices == "all" else device_count(runtime, executor.gpus)
+        text = f"a GPU of {name}" if devices == 1 else f"each of {devices} GPUs of {name}"
+        return Target("cuda", text, memory, capacity=memory, devices=devices)
+    if runtime.device == "cuda":
+        raise ResourceError(
+            "device_unavailable",
+            f"The recipe asks for a GPU, and a run gets none on the executor {name!r}.",
+            value="runtime.device='cuda'",
+            fix=f"Set gpus in [executors.{name}], or leave runtime.device at 'auto'.",
+        )
+    wanted = runtime.devices if isinstance(runtime.devices, int) else max(1, executor.cpus // runtime.threads)
+    threads = wanted * runtime.threads
+    return Target("cpu", f"{threads} CPU thread{'s' if threads > 1 else ''} of {name}", memory, 0, memory, wanted)
+
+
+def visible_gpus(found: Sequence[Gpu], visible: str | None) -> list[Gpu]:
+    """Those GPUs that a CUDA_VISIBLE_DEVICES lets a job use, by UUID or by place in the list; all without one."""
+    if visible is None:
+        return list(found)
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return [gpu for place, gpu in enumerate(found) if str(place) in names or any(gpu.uuid.startswith(n) for n in names)]
 
 
 def target_of(runtime: RuntimeRecipe, busy: Callable[[Sequence[str]], Sequence[str]] = lambda slots: ()) -> Target:

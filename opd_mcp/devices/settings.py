@@ -9,6 +9,7 @@ from pathlib import Path
 from platformdirs import user_runtime_path
 
 import opd_mcp
+from opd_mcp.devices.environment import HubAccess
 
 
 def default_lease_folder() -> Path:
@@ -31,7 +32,7 @@ class JobSettings:
     """Where leases and examples are, how many CPU runs fit at the same time, and what starts a worker.
 
     `teacher_hosts` are hosts besides this machine that a `teacher_url` may name; below `export_roots` models are
-    exported, and for `hub_owners` uploaded to the Hub.
+    exported, and for `hub_owners` uploaded to the Hub. Without `hub`, plans do not ask it for the sizes of models.
     """
 
     lease_folder: Path = field(default_factory=default_lease_folder)
@@ -41,3 +42,4 @@ class JobSettings:
     teacher_hosts: tuple[str, ...] = ()
     export_roots: tuple[Path, ...] = ()
     hub_owners: tuple[str, ...] = ()
+    hub: HubAccess | None = None

@@ -91,7 +91,8 @@ class QuietReporter(Reporter):
 class EngineWish:
     """An engine that a stage needs: which one, serving which directory, in which dtype, for sequences of `length`.
 
-    `topk` are the top tokens that it must be able to tell of each position.
+    `topk` are the top tokens that it must be able to tell of each position. `beside_training`: the model is trained on
+    the same device meanwhile.
     """
 
     kind: str
@@ -99,6 +100,7 @@ class EngineWish:
     dtype: Literal["float32", "bfloat16"]
     length: int
     topk: int = 0
+    beside_training: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class EngineAddress:
     check: Callable[[], None] = lambda: None
 
 
-def no_engine(wish: EngineWish) -> AbstractContextManager[EngineAddress]:
+def no_engine(wish: EngineWish) -> AbstractContextManager[list[EngineAddress]]:
     """Raises ResourceError `engine_failed`: only a worker starts engines."""
     raise ResourceError(
         "engine_failed",
@@ -155,8 +157,9 @@ class Context:
     """The moment that chat templates write which ask for the time: one for all stages and attempts of a run."""
     check_fence: Callable[[], None] = lambda: None
     """Raises once another worker owns the run: called right before a write that others see, from any thread."""
-    start_engine: Callable[[EngineWish], AbstractContextManager[EngineAddress]] = no_engine
-    """Starts an engine for a block's time; the worker, which keeps a run's processes, gives it."""
+    start_engine: Callable[[EngineWish], AbstractContextManager[list[EngineAddress]]] = no_engine
+    """Starts an engine for a block's time, on several devices one each; the worker, which keeps a run's processes,
+    gives it."""
     convert_to_gguf: Callable[[Path, Path], None] | None = None
     """Writes a GGUF file, the second path, of the model in a directory; None where llama.cpp's converter is unknown."""
     ranks: RankPlace | None = None

@@ -60,8 +60,7 @@ class ModelFacts:
 
     def setting(self, name: str) -> int | None:
         """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
-        value = _text_config(self.config).get(name)
-        return value if is_size(value) else None
+        return config_setting(self.config, name)
 
     @property
     def hidden_size(self) -> int | None:
@@ -191,6 +190,12 @@ def undecodable(facts: ModelFacts, why: str) -> PathError:
         fix="Give a model of another architecture; docs/data.md lists those that were tried. As the teacher "
         "of a teacher cache, which only scores, this one can be used.",
     )
+
+
+def config_setting(config: dict[str, Any], name: str) -> int | None:
+    """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
+    value = _text_config(config).get(name)
+    return value if is_size(value) else None
 
 
 def is_size(value: Any) -> TypeGuard[int]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from opd_mcp.planning.phases import KEY_DIGITS, RESUMABLE
 from opd_mcp.schemas.answers import GarbageReport, Leftover
 from opd_mcp.schemas.errors import IntegrityError, UnknownIdError
-from opd_mcp.schemas.runs import RunRecord, RunState
+from opd_mcp.schemas.runs import FINAL_STATES, RunRecord, RunState
 from opd_mcp.store.artifacts import BUILDING_PREFIX, LOCK_SUFFIX, build_lock, unused_build
+from opd_mcp.store.claims import is_placed
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.runs import CHECKPOINTS, RESERVE_FILE, is_alive, run_ids
 from opd_mcp.store.store import Store
@@ -116,6 +117,12 @@ def _downloads(store: Store, now: float) -> Iterator[Leftover]:
             yield _leftover("build", path)
 
 
+def _is_live(store: Store, run_id: str) -> bool:
+    """Whether a process may write in a run's directory; that of a placed run is known by its state only."""
+    directory = store.workspace.run(run_id)
+    return is_alive(directory) and not (is_placed(directory) and store.views.state(run_id) in FINAL_STATES)
+
+
 def _temporary(store: Store, now: float) -> Iterator[Leftover]:
     for folder, directories, files in os.walk(store.workspace.root):
         # Builds are judged as a whole, and files of a live run are never garbage.
@@ -123,7 +130,7 @@ def _temporary(store: Store, now: float) -> Iterator[Leftover]:
             name
             for name in sorted(directories)
             if not name.startswith(BUILDING_PREFIX)
-            and not (Path(folder) == store.workspace.runs and is_alive(Path(folder) / name))
+            and not (Path(folder) == store.workspace.runs and _is_live(store, name))
             and Path(folder) / name != store.workspace.hub
         ]
         for name in sorted(files):

@@ -1,14 +1,14 @@
 """The recipe that a tool's arguments ask for: preset, overrides, method and estimator, without contradictions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from opd_mcp.devices.hardware import target_of
+from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.models import is_untrained
 from opd_mcp.planning.engines import require_engines_used
 from opd_mcp.planning.references import ResolvedModel
 from opd_mcp.schemas.errors import ArgumentError
-from opd_mcp.schemas.recipes import Method, Preset, Recipe
+from opd_mcp.schemas.recipes import Method, Preset, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
 from opd_mcp.schemas.resolve import chosen_preset, require_divisible, resolve_recipe
 from opd_mcp.schemas.runs import RunKind
@@ -16,13 +16,18 @@ from opd_mcp.schemas.runs import RunKind
 Distillation = TypeVar("Distillation", PlanDistillation, StartDistillation)
 
 
-def usable_recipe(preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
+def usable_recipe(
+    preset: Preset,
+    overrides: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
+    target: Callable[[RuntimeRecipe], Target] = target_of,
+) -> Recipe:
     """The resolved recipe, for an available device; `given` holds the recipe keys that the tool's arguments set.
 
     Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
     """
     recipe = requested_recipe(preset, overrides, given or {})
-    target_of(recipe.runtime)
+    target(recipe.runtime)
     return recipe
 
 

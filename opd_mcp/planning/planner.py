@@ -29,6 +29,7 @@ from opd_mcp.planning.checks import (
     judge_prompts,
     judge_quantization,
     judge_special_tokens,
+    judge_unsized,
     judged_golds,
     require_generating,
 )
@@ -62,7 +63,7 @@ class Planner:
 
     references: References
     builder: RequestBuilder
-    target_of: Callable[[RuntimeRecipe], Target]
+    target_of: Callable[[RuntimeRecipe, str | None], Target]
 
     def plan(self, arguments: PlanDistillation) -> Plan:
         """The plan for the arguments.
@@ -70,11 +71,12 @@ class Planner:
         Raises OpdError for inputs that cannot be used at all; what can be lifted by another argument is `blocking`.
         """
         asked, method, found = arguments, arguments.method, Findings()
+        builder = self.builder.on(arguments.executor)
         recipe = distillation_recipe(arguments)  # a wrong override is told before any file is read
         inputs = self._inputs(arguments, recipe, found)
         arguments, reason = fitted_to(asked, inputs.student)
-        recipe, found.warnings = self.builder.with_engines(distillation_recipe(arguments))
-        target = self.target_of(recipe.runtime)
+        recipe, found.warnings = builder.with_engines(distillation_recipe(arguments))
+        target = self.target_of(recipe.runtime, builder.executor)
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, recipe, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
@@ -84,11 +86,12 @@ class Planner:
         schema = self._schema(arguments, inputs, sft, found)
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
         judge_special_tokens(differing, facts, recipe.prompting, found)
-        schema = _with_mean(schema, facts.mean_prompt_tokens)
+        schema = _with_mean(schema, facts.mean_prompt_tokens or inputs.prompts.scan.guessed_tokens())
         inspect = self.references.models.inspect_model
         recipe = recipe_for_device(recipe, schema, target, DRAWN, arguments.overrides, inspect)
         judge_teachers(inputs, recipe, method, sft, found)
         judge_sizes(inputs, found)
+        judge_unsized(inputs, found)
         judge_data(inputs, found)
         judge_files(inputs, found)
         judge_evaluation(inputs, found)
@@ -364,6 +367,8 @@ def fingerprint(
         part = value.to_dict() if hasattr(value, "to_dict") else value
         if isinstance(value, DataInput):  # how it was read follows from what it is
             part.pop("understood", None)
+        if isinstance(value, ModelInput) and value.path is None:  # sizes of the Hub's, which need not answer
+            part = {key: known for key, known in part.items() if key not in ("parameters", "hub_sizes")}
         parts[f"inputs.{name}"] = part
     for of_benchmarks in ("inputs.baselines", "inputs.suite"):
         parts.pop(of_benchmarks)

@@ -19,6 +19,7 @@ from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.adapter_bases import AdapterBases
+from opd_mcp.planning.hub_models import HubModels
 from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.planning.prompts.task_prompts import is_task, task_prompts, write_task_prompts
 from opd_mcp.planning.prompts.text_work import TextWork
@@ -27,7 +28,7 @@ from opd_mcp.schemas.errors import ArgumentError, DataError, OpdError, PathError
 from opd_mcp.schemas.identity import ArtifactKind, TeacherClaim, TeacherContext
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.recipes import PromptingRecipe
-from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs
+from opd_mcp.schemas.runs import DataInput, HubSizes, ModelInput, RunInputs
 from opd_mcp.store.artifacts import Artifact
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.runs import RECORD_FILE, run_ids
@@ -47,10 +48,14 @@ DATA_ARGUMENTS = ("prompts", "sft_prompts", "eval_prompts", "responses")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model with the facts of its files; a Hub model that is not here yet has none."""
+    """A model with the facts of its files; a Hub model that is not here yet has none.
+
+    `unsized` says why even the sizes of such a model are not known.
+    """
 
     input: ModelInput
     facts: ModelFacts | None = None
+    unsized: str | None = None
 
     def as_teacher(self, context: TeacherContext | None) -> "ResolvedModel":
         """The model as a teacher that sees more than its student."""
@@ -105,6 +110,7 @@ class References:
     models: ModelCache
     teacher_hosts: tuple[str, ...] = ()
     texts: TextWork = field(default_factory=TextWork)
+    hub: HubModels = field(default_factory=HubModels)
 
     @property
     def workspace(self) -> Workspace:
@@ -112,7 +118,7 @@ class References:
         return self.store.workspace
 
     def model(self, reference: str) -> ResolvedModel:
-        """The model that a reference means, inspected when it is here.
+        """The model that a reference means, inspected when it is here; of a Hub model that is not, its sizes.
 
         Raises PathError, UnknownIdError, DataError or IntegrityError.
         """
@@ -120,7 +126,7 @@ class References:
         if hub_id is not None:
             local = hub_directory(self.workspace, hub_id)
             if not local.is_dir():
-                return ResolvedModel(ModelInput(reference=reference, hub_id=hub_id))
+                return self._absent_model(reference, hub_id)
             place = _Place(local)
         else:
             place = self._place(reference, "model")
@@ -139,6 +145,13 @@ class References:
         )
         return ResolvedModel(resolved, facts)
 
+    def _absent_model(self, reference: str, hub_id: str) -> ResolvedModel:
+        absent = ModelInput(reference=reference, hub_id=hub_id)
+        sizes = self.hub.sizes(hub_id)
+        if not isinstance(sizes, HubSizes):
+            return ResolvedModel(absent, unsized=sizes)
+        return ResolvedModel(absent.model_copy(update={"parameters": sizes.parameters, "hub_sizes": sizes}))
+
     def _named_base(self, name: str) -> Path | None:
         """The directory of the base that an adapter names, below the allowed roots or fetched from the Hub."""
         if Path(name).is_absolute():
@@ -154,7 +167,7 @@ class References:
         if student.input.sft_teacher is not None or declared_teacher is None:
             return student
         claim = self.claim(declared_teacher, context)
-        return ResolvedModel(student.input.model_copy(update={"sft_teacher": claim}), student.facts)
+        return replace(student, input=student.input.model_copy(update={"sft_teacher": claim}))
 
     def remote_teacher(self, reference: str, url: str) -> ResolvedModel:
         """A teacher that a server at `url` scores for; its files are used where the reference means some that are here.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opd_mcp.devices.hardware import target_of
+from opd_mcp.devices.hardware import Target, declared_target, target_of
 from opd_mcp.grading.golds import no_answers_to_keep
 from opd_mcp.identity.consistency import cache_claim, require_consistent
 from opd_mcp.identity.data.scan import scan_of_rows
@@ -42,8 +42,9 @@ from opd_mcp.planning.teachers import (
     resolved_teacher,
 )
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
+from opd_mcp.schemas.executors import LOCAL
 from opd_mcp.schemas.plans import Finding, Plan
-from opd_mcp.schemas.recipes import Preset, Recipe, SampleRecipe, Sampling
+from opd_mcp.schemas.recipes import Preset, Recipe, RuntimeRecipe, SampleRecipe, Sampling
 from opd_mcp.schemas.requests import (
     AssessOverhead,
     BenchmarkStudent,
@@ -65,7 +66,7 @@ from opd_mcp.schemas.runs import (
     RunRequest,
 )
 from opd_mcp.store.artifacts import ArtifactStore
-from opd_mcp.store.workspace import read_settings
+from opd_mcp.store.workspace import named_executor, read_settings
 
 # The section of the recipe that says how many tokens are drawn after the prompts of a request.
 DRAWN_BY = {
@@ -83,6 +84,21 @@ class RequestBuilder:
 
     references: References
     artifacts: ArtifactStore
+    executor: str | None = None
+    """Whose machines the runs are for; None: this one."""
+
+    def on(self, executor: str | None) -> "RequestBuilder":
+        """A builder of runs on this executor; raises ArgumentError `unknown_executor`."""
+        if executor in (None, LOCAL):
+            return self
+        named_executor(self.references.workspace, str(executor))
+        return replace(self, executor=executor)
+
+    def target(self, runtime: RuntimeRecipe) -> Target:
+        """The device of such a run; raises ResourceError `device_unavailable`."""
+        if self.executor is None:
+            return target_of(runtime)
+        return declared_target(runtime, self.executor, named_executor(self.references.workspace, self.executor))
 
     def responses(self, arguments: GenerateTeacherResponses) -> RunRequest:
         """The teacher answers prompts."""
@@ -105,7 +121,7 @@ class RequestBuilder:
         here. Raises ConsistencyError `tokenizer_mismatch` where that one's tokens differ from the student's, and as
         `require_usable_ids`.
         """
-        recipe = usable_recipe(arguments.preset, arguments.overrides)
+        recipe = usable_recipe(arguments.preset, arguments.overrides, target=self.target)
         student = self.references.model(arguments.student)
         require_targets({"sft": recipe.sft}, student.facts)
         columns = columns_of(arguments.columns, "responses")
@@ -177,7 +193,14 @@ class RequestBuilder:
         kept = [phase for phase in plan.phases if benchmark or phase.name != "benchmark"]
         phases = [RunPhase.model_validate(phase.model_dump()) for phase in kept]
         kind = kind_of(plan.method)
-        return RunRequest(kind=kind, recipe=plan.recipe, inputs=plan.inputs, phases=phases, plan_id=plan.plan_id)
+        return RunRequest(
+            kind=kind,
+            recipe=plan.recipe,
+            inputs=plan.inputs,
+            phases=phases,
+            plan_id=plan.plan_id,
+            executor=self.executor,
+        )
 
     def from_cache(self, arguments: StartDistillation) -> RunRequest:
         """The student is distilled from a cache of its own rollouts.
@@ -266,20 +289,21 @@ class RequestBuilder:
     def with_engines(self, recipe: Recipe) -> tuple[Recipe, list[Finding]]:
         """As `planning.engines.with_engines`, with what this workspace's settings say."""
         settings = read_settings(self.references.workspace).engines
-        return with_engines(recipe, settings, self.references.teacher_hosts)
+        return with_engines(recipe, settings, self.references.teacher_hosts, self.target)
 
     def _recipe(self, preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
-        return self.with_engines(usable_recipe(preset, overrides, given))[0]
+        return self.with_engines(usable_recipe(preset, overrides, given, self.target))[0]
 
     def request(self, kind: RunKind, recipe: Recipe, inputs: RunInputs, phases: list[RunPhase]) -> RunRequest:
         """The request, each phase with the artifact that already holds its result."""
         made = self.artifacts.made_by([phase.key for phase in phases])
-        return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=with_satisfied(phases, made))
+        phases = with_satisfied(phases, made)
+        return RunRequest(kind=kind, recipe=recipe, inputs=inputs, phases=phases, executor=self.executor)
 
     def _for_device(self, recipe: Recipe, inputs: RunInputs, phase: PhaseName, overrides: Mapping[str, Any]) -> Recipe:
         """The recipe with a batch for this phase that the device holds, unless an override says it."""
         inspect = self.references.models.inspect_model
-        return recipe_for_device(recipe, inputs, target_of(recipe.runtime), (phase,), overrides, inspect)
+        return recipe_for_device(recipe, inputs, self.target(recipe.runtime), (phase,), overrides, inspect)
 
     def _prompts(
         self,
@@ -297,7 +321,7 @@ class RequestBuilder:
         columns = None if isinstance(arguments, SampleModel) else columns_of(arguments.columns, "prompts")
         assert arguments.prompts is not None, "a suite's are filled in, a task of lm-eval has none"
         prompts = self.references.prompts(arguments.prompts, columns)
-        mean = None
+        mean = prompts.scan.guessed_tokens()
         if model.facts is not None:
             watched = tuple(difference.id for difference in differing)
             asked = Asked(model.facts.path, prompting, prompts.scan, "all" if watched else None, watched=watched)
@@ -381,7 +405,7 @@ class RequestBuilder:
         self, cache: ResolvedCache, student: ResolvedModel, inputs: RunInputs, arguments: StartDistillation
     ) -> RunRequest:
         recipe, _ = self.with_engines(distillation_recipe(arguments))
-        target_of(recipe.runtime)
+        self.target(recipe.runtime)
         require_targets({"distill": recipe.distill}, student.facts)
         require_own_rollouts(cache.manifest, student, recipe)
         require_topk(cache, recipe)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from opd_mcp.schemas.base import Schema
+from opd_mcp.schemas.executors import ExecutorReport
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.plans import Finding
@@ -321,6 +322,7 @@ class SetupReport(Schema):
     version: str
     python: str
     devices: list[Device]
+    executors: list[ExecutorReport] | None = None
     free_disk_bytes: int
     workspace: str
     allowed_roots: list[str]

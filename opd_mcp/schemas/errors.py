@@ -12,7 +12,8 @@ OpdError
 │   ├── ArgumentError              unknown_argument · invalid_argument · unknown_override · wait_too_long ·
 │   │                              confirm_needed · secret_in_arguments · unknown_setting · invalid_setting ·
 │   │                              teacher_host_not_allowed · too_slow · lossy_precision ·
-│   │                              unknown_template_option · reserved_template_option · devices_unsupported
+│   │                              unknown_template_option · reserved_template_option · devices_unsupported ·
+│   │                              unknown_executor
 │   └── UnknownIdError             unknown_run · unknown_artifact · unknown_plan
 ├── ConsistencyError               tokenizer_mismatch · teacher_mismatch · behaviour_mismatch · lineage_missing ·
 │                                  topk_missing · caches_differ · teacher_untrue · behaviour_missing ·

@@ -38,6 +38,11 @@ FROZEN_LAYER_BYTES = {
     "compiled_autocast": (14, 6, 8, 6),
     "bf16": (12, 9, 9, 8),
 }
+# What of a model's (text) config its shape follows from.
+SHAPE_SETTINGS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "moe_intermediate_size"),
+)
 # Values that selective checkpointing keeps: the layer's input, and the outputs of its products and of attention.
 SELECTIVE_VALUES = (3, 2, 2, 2)
 

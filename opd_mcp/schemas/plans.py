@@ -34,6 +34,7 @@ class PhaseEstimate(Schema):
     memory_bytes: int | None = Field(None, description="its peak: only of the models that it loads")
     batch_size: int | None = Field(None, description="rows that it generates at a time, by the memory of the device")
     kv_cache_bytes: int | None = Field(None, description="keys and values of such a batch at full length")
+    download_bytes: int | None = Field(None, description="of a fetch")
 
 
 class MethodEstimate(Schema):

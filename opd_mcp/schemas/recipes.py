@@ -242,6 +242,9 @@ class RolloutRecipe(Schema):
         description="'local': store the log-probs of this program's own scorer instead of the generator's, for a "
         "generator that rounds (bf16)",
     )
+    reload_steps: Annotated[PositiveInt, AddedLater()] = Field(
+        50, description="'live' with an engine: steps after which it is started again on the student's weights"
+    )
 
 
 class ScoreRecipe(Schema):

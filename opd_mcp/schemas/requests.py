@@ -99,19 +99,20 @@ RunId = Annotated[
 SftPrompts = Annotated[Prompts, Field(description="prompts for SFT on the teacher's responses, run first")]
 EvalPrompts = Annotated[Prompts, Field(description="held-out prompts with answers, for the report")]
 DeclaredTeacher = Annotated[
-    Reference, Field(description="whose responses the student was fine-tuned on, if no lineage says so")
+    Reference, Field(description="whose responses the student was fine-tuned on, without lineage")
 ]
 AllowMismatch = Annotated[bool, Field(description="train although the SFT teacher differs")]
 
 
-Name = Annotated[RunName, Field(description="of the run; default: what it does, and how its settings differ")]
+Name = Annotated[RunName, Field(description="default: what the run does, and how its settings differ")]
 Tags = Annotated[
     list[Tag],
     Field(max_length=MAX_TAGS, description="to list, compare and cancel runs by"),
     WithJsonSchema({"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": MAX_TAGS}),
 ]
 Notes = Annotated[str, Field(max_length=2_000)]
-Confirm = Annotated[str, Field(max_length=200, description="id that [confirm_needed] names")]
+Executor = Annotated[str, Field(max_length=40, description="of inspect_setup; default: local")]
+Confirm = Annotated[str, Field(max_length=200, description="id of [confirm_needed]")]
 
 
 Baseline = Literal["live", "sft_more", "opsa"]
@@ -153,6 +154,7 @@ class PlanDistillation(Schema):
     baseline: Baselines = Field(default_factory=list)
     seeds: Seeds = 1
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -166,6 +168,7 @@ class GenerateTeacherResponses(Schema):
     columns: Columns | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -180,6 +183,7 @@ class StartSft(Schema):
     declared_teacher: DeclaredTeacher | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -200,6 +204,7 @@ class BuildTeacherCache(Schema):
     allow_teacher_mismatch: AllowMismatch = False
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -215,13 +220,9 @@ class InspectCache(Schema):
 class StartDistillation(Schema):
     """Arguments of `start_distillation`: a plan, or a plan's arguments, or a student and a cache."""
 
-    plan_id: (
-        Annotated[str, Field(max_length=200, description="starts exactly this plan of plan_distillation")] | None
-    ) = None
+    plan_id: Annotated[str, Field(max_length=200, description="of plan_distillation")] | None = None
     student: Reference | None = None
-    cache_id: (
-        Annotated[Reference, Field(description="teacher cache; with student, instead of teacher and prompts")] | None
-    ) = None
+    cache_id: Annotated[Reference, Field(description="teacher cache; instead of teacher and prompts")] | None = None
     teacher: Teacher | None = None
     prompts: Prompts | None = None
     sft_prompts: SftPrompts | None = None
@@ -236,6 +237,7 @@ class StartDistillation(Schema):
     baseline: Baselines = Field(default_factory=list)
     seeds: Seeds = 1
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -270,6 +272,7 @@ class Sweep(Schema):
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -288,6 +291,7 @@ class BenchmarkStudent(Schema):
     samples_per_prompt: Annotated[int, Field(ge=0, le=64, description="0: greedy accuracy only")] | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -302,6 +306,7 @@ class AssessOverhead(Schema):
     columns: Columns | None = None
     preset: Preset = "quick"
     overrides: Overrides = Field(default_factory=dict)
+    executor: Executor | None = None
     name: Name | None = None
     tags: Tags = Field(default_factory=list)
     notes: Notes | None = None
@@ -350,7 +355,6 @@ class GetRunStatus(Schema):
             ge=0,
             allow_inf_nan=False,
             json_schema_extra={"maximum": 25},
-            description="block until a phase change, an alert or the end",
         ),
     ] = 0
 

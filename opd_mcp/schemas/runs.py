@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, WithJsonSchema, model_validator
 
 from opd_mcp.schemas.base import Record, Schema, unchanged
+from opd_mcp.schemas.executors import LOCAL, ExecutorName, ExecutorSettings
 from opd_mcp.schemas.identity import ModelIdentity, TeacherClaim
 from opd_mcp.schemas.next_action import NextAction
 from opd_mcp.schemas.recipes import ExportFormat, Recipe
@@ -25,6 +26,15 @@ TOKENIZER_FOLDER = "tokenizer"
 """Where responses, rollouts and caches keep the tokenizer and template that they were made with."""
 
 
+class HubSizes(Schema):
+    """What the Hub says of a model that is not here yet; estimates are made by it, and nothing else."""
+
+    parameters: int
+    weight_bytes: int
+    download_bytes: int = Field(description="of all files that the run fetches")
+    settings: dict[str, int] = Field(description="of its config.json: those that memory and time depend on")
+
+
 class ModelInput(Schema):
     """A model as resolved for a run."""
 
@@ -36,6 +46,7 @@ class ModelInput(Schema):
     artifact_id: str | None = None
     sft_teacher: TeacherClaim | None = None
     parameters: int | None = None
+    hub_sizes: HubSizes | None = Field(None, description="of a Hub model that is still to be fetched")
     members: dict[str, "ModelInput"] | None = Field(
         None, description="several teachers by domain; `path` is that of the one whose tokenizer and template count"
     )
@@ -195,6 +206,7 @@ class RunRequest(Schema):
     phases: list[RunPhase]
     plan_id: str | None = None
     labels: RunLabels = RunLabels()
+    executor: str | None = Field(None, description="whose machines it runs on, as the settings name it; absent: here")
 
     @property
     def skipped_prompts(self) -> int:
@@ -286,6 +298,18 @@ class WorkspaceSettings(Schema):
     engines: EngineSettings = EngineSettings()
     export: ExportSettings = ExportSettings()
     tracking: TrackingSettings = Field(TrackingSettings(), description="a table, or the names of trackers alone")
+    executors: dict[ExecutorName, ExecutorSettings] = Field(
+        default_factory=dict, description="by name, where runs may be placed besides this machine"
+    )
+    index_folder: str | None = Field(
+        None, pattern="^/", description="where this machine keeps its index of a workspace that others share"
+    )
+
+    @model_validator(mode="after")
+    def _named(self) -> "WorkspaceSettings":
+        if LOCAL in self.executors:
+            raise ValueError(f"executors.{LOCAL} is this machine, which needs no settings")
+        return self
 
 
 class Progress(Schema):
@@ -295,7 +319,7 @@ class Progress(Schema):
     total: int
     unit: str
     eta_s: float | None = None
-    rate: float | None = Field(None, description="units a second in this phase")
+    rate: float | None = Field(None, description="units per second")
 
 
 class Failure(Schema):
@@ -305,7 +329,7 @@ class Failure(Schema):
     cause: str
     fix: str
     call: NextAction | None = None
-    override: dict[str, Any] | None = Field(None, description="suggested override for the next start")
+    override: dict[str, Any] | None = Field(None, description="for the next start")
     log_tail: list[str] = Field(default_factory=list)
 
 
@@ -358,8 +382,8 @@ class RunStatus(Schema):
     progress: Progress | None = None
     queue_position: int | None = None
     waits_for: str | None = None
-    cancel_requested: str | None = Field(None, description="when; pending until the state is cancelled")
-    eta_s: float | None = Field(None, description="seconds to the end of all phases")
+    cancel_requested: str | None = Field(None, description="pending until cancelled")
+    eta_s: float | None = Field(None, description="to the end of all phases")
     elapsed_s: float | None = None
     metrics: dict[str, MetricTrend] = Field(default_factory=dict, description="of this phase")
     alerts: list[Alert] = Field(default_factory=list)

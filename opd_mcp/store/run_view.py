@@ -23,6 +23,7 @@ from opd_mcp.schemas.runs import (
     RunState,
     phase_label,
 )
+from opd_mcp.store.claims import BeatWatch
 from opd_mcp.store.journal import JournalReader, JournalRecord
 from opd_mcp.store.runs import JOURNAL_FILE, cancel_requested_at, is_alive, read_record, run_directory
 from opd_mcp.store.series import KEPT_BYTES, Fold, Points, SeriesByName, read_fold, write_fold
@@ -78,6 +79,8 @@ class RunView:
     """The state that the journal ends with."""
     step: int | None = None
     records: int = 0
+    watch: BeatWatch = field(default_factory=BeatWatch, repr=False)
+    """What was seen of the heartbeats of runs on other machines."""
 
     def __post_init__(self) -> None:
         self._reader = JournalReader(self.directory / JOURNAL_FILE)
@@ -93,7 +96,7 @@ class RunView:
     def refresh(self) -> "RunView":
         """Fold the new lines of the journal and look at the lock; returns itself."""
         # The lock first: all that a process wrote before it ended is then seen; a finished run is never called lost.
-        alive = is_alive(self.directory)
+        alive = is_alive(self.directory, self.watch)
         self.fold()
         damage = self._reader.damage
         if damage is not None and not any(alert.code == "damaged_journal" for alert in self.alerts):
@@ -326,6 +329,7 @@ class RunViews:
         self._written: OrderedDict[str, tuple[tuple[int, int, int], RunState]] = OrderedDict()
         self._judged: OrderedDict[str, tuple[tuple[int, int, int], str | None]] = OrderedDict()
         self._sparklines: OrderedDict[str, tuple[tuple[int, int, int], list[float]]] = OrderedDict()
+        self.watch = BeatWatch()
         self._lock = threading.Lock()
 
     def read(self, run_id: str, answer: Callable[[RunView, RunRecord], Answer]) -> Answer:
@@ -352,7 +356,10 @@ class RunViews:
         """What `answer` makes of the refreshed view; raises UnknownIdError `unknown_run`."""
         with self._lock:
             if run_id not in self._views:
-                self._views[run_id] = (threading.Lock(), RunView(run_directory(self._workspace, run_id)))
+                self._views[run_id] = (
+                    threading.Lock(),
+                    RunView(run_directory(self._workspace, run_id), watch=self.watch),
+                )
             self._views.move_to_end(run_id)
             while len(self._views) > MAX_VIEWS:
                 self._views.popitem(last=False)
@@ -363,7 +370,7 @@ class RunViews:
     def state(self, run_id: str) -> RunState:
         """A run's state now, its journal read only where it has changed; raises UnknownIdError `unknown_run`."""
         directory = self._workspace.run(run_id)
-        alive = is_alive(directory)  # before the journal, as `refresh` does
+        alive = is_alive(directory, self.watch)  # before the journal, as `refresh` does
         signature = _signature(directory / JOURNAL_FILE)
         with self._lock:
             known = self._written.get(run_id)

@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from opd_mcp.identity.files import fsync_directory, write_atomic
 from opd_mcp.schemas.base import first_problem
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError, nearest
+from opd_mcp.schemas.executors import Placing
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import RunRecord
+from opd_mcp.store.claims import ATTEMPTS, BeatWatch, RunClaim, is_placed, newest_attempt, placed_alive, read_claim
 from opd_mcp.store.journal import JournalWriter, next_attempt, utc_text
 from opd_mcp.store.workspace import Workspace, is_id
 
@@ -39,6 +41,8 @@ def create_run(workspace: Workspace, record: RunRecord) -> Path:
     try:
         (directory / CHECKPOINTS).mkdir(mode=0o700)
         (directory / LOCK_FILE).touch(mode=0o600)
+        if record.request.executor is not None:
+            (directory / ATTEMPTS).mkdir(mode=0o700)
         write_atomic(directory / RECORD_FILE, record.sealed().to_json(indent=2) + "\n")
         fsync_directory(workspace.runs)
     except BaseException:
@@ -121,8 +125,13 @@ def cancel_requested_at(directory: Path) -> str | None:
     return utc_text(written)
 
 
-def is_alive(directory: Path) -> bool:
-    """Whether a process holds the run's lock now; the kernel frees it when the process ends, however it ends."""
+def is_alive(directory: Path, watch: BeatWatch | None = None) -> bool:
+    """Whether a process holds the run's lock now; the kernel frees it when the process ends, however it ends.
+
+    A run on an executor's machines lives by its heartbeats, which `watch` follows; without one, in doubt it lives.
+    """
+    if is_placed(directory):
+        return placed_alive(directory, watch)
     try:
         descriptor = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -206,14 +215,32 @@ class RunLock:
         self.release()
 
 
-def begin_attempt(lock: RunLock) -> int:
+def claimed_attempt(directory: Path) -> int:
+    """The newest attempt that an executor's machines were asked to make; 0 for a run of this machine."""
+    return newest_attempt(directory) if is_placed(directory) else 0
+
+
+def acquire_run(directory: Path, seen: int = 0, placing: Placing | None = None) -> RunLock | RunClaim:
+    """The right to begin a run's next attempt, on this machine or as placed; raises RunError `run_locked`.
+
+    `seen` is the `claimed_attempt` that the caller has then found dead.
+    """
+    if not is_placed(directory):
+        return RunLock.acquire(directory)
+    before = read_claim(directory, seen) if seen else None
+    placing = placing or (before.placing if before else None)
+    return RunClaim.after(directory, seen, placing or Placing(executor="", kind="", lease_seconds=1.0))
+
+
+def begin_attempt(lock: RunLock | RunClaim) -> int:
     """Queue the run durably under the next attempt number, and return it; earlier attempts can no longer write.
 
     For the process that has just acquired the lock; it may pass the lock on to a process that continues the attempt.
     """
     journal = lock.directory / JOURNAL_FILE
     set_reserve(lock.directory)
-    with JournalWriter(journal, next_attempt(journal), lock.holds) as writer:
+    attempt = lock.attempt if isinstance(lock, RunClaim) else next_attempt(journal)
+    with JournalWriter(journal, attempt, lock.holds) as writer:
         writer.append("state", {"state": "queued"})
         # An earlier attempt that was suspended between its last check and its rename then has nothing to rename.
         for building in (lock.directory / CHECKPOINTS).glob("*/.building-*"):
@@ -221,7 +248,11 @@ def begin_attempt(lock: RunLock) -> int:
         return writer.attempt
 
 
-def taken_up(lock: RunLock) -> JournalWriter:
-    """The journal of the attempt begun by the process that passed the lock on."""
+def taken_up(lock: RunLock | RunClaim) -> JournalWriter:
+    """The journal of the attempt begun by the process that passed the lock on, or that died as it began it."""
     journal = lock.directory / JOURNAL_FILE
+    if isinstance(lock, RunClaim):
+        if next_attempt(journal) <= lock.attempt:
+            begin_attempt(lock)
+        return JournalWriter(journal, lock.attempt, lock.holds)
     return JournalWriter(journal, max(next_attempt(journal) - 1, 1), lock.holds)

@@ -11,9 +11,11 @@ from itertools import chain
 from pathlib import Path
 
 from opd_mcp.schemas.errors import IntegrityError, RunError, UnknownIdError
+from opd_mcp.schemas.executors import Placing
 from opd_mcp.schemas.next_action import next_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, FINAL_STATES, RunKind, RunList, RunRecord, RunRow, RunState
 from opd_mcp.store.artifacts import ARTIFACT_FILE, ArtifactStore, artifact_directories, artifact_row, read_artifact
+from opd_mcp.store.claims import RunClaim, note_ending
 from opd_mcp.store.index import Index, IndexedRun, indexed_run, insert_artifact, insert_run, page_of
 from opd_mcp.store.journal import read_journal
 from opd_mcp.store.run_view import RunView, RunViews
@@ -21,7 +23,9 @@ from opd_mcp.store.runs import (
     JOURNAL_FILE,
     RECORD_FILE,
     RunLock,
+    acquire_run,
     begin_attempt,
+    claimed_attempt,
     create_run,
     read_record,
     run_directory,
@@ -30,7 +34,7 @@ from opd_mcp.store.runs import (
 )
 from opd_mcp.store.states import require_resumable, state_of
 from opd_mcp.store.worker_process import stopped_worker
-from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id
+from opd_mcp.store.workspace import ARTIFACT_KINDS, Workspace, is_id, is_shared
 
 NEWEST = 16
 
@@ -40,7 +44,7 @@ class StartedRun:
     """What a start or a resume found: `lock` is set for a new attempt, and then belongs to the caller."""
 
     run_id: str
-    lock: RunLock | None
+    lock: RunLock | RunClaim | None
     attempt: int = 1
 
     @property
@@ -60,20 +64,23 @@ class Store:
         self.index.check()
         self._add_unindexed()
 
-    def start_once(self, record: RunRecord, admit: Callable[[], None] = lambda: None) -> StartedRun:
+    def start_once(
+        self, record: RunRecord, admit: Callable[[], None] = lambda: None, placing: Placing | None = None
+    ) -> StartedRun:
         """Create the run and take its lock, or find the active run of the same request.
 
         Identical starts from several processes at the same moment give one new run; the others are `reused`.
-        `admit` is called before a new run, one caller at a time; what it raises refuses the start.
+        `admit` is called before a new run, one caller at a time; what it raises refuses the start. `placing` is that
+        of a run on an executor's machines.
         """
-        lock: RunLock | None = None
+        lock: RunLock | RunClaim | None = None
         try:
             with self.index.writing() as database:
                 active = self._active_run(database, record.request_hash)
                 if active is not None:
                     return StartedRun(active, None)
                 admit()
-                lock = RunLock.acquire(create_run(self.workspace, record))
+                lock = acquire_run(create_run(self.workspace, record), 0, placing)
                 begin_attempt(lock)
                 insert_run(database, indexed_run(record))
         except BaseException:
@@ -83,19 +90,22 @@ class Store:
             raise
         return StartedRun(record.run_id, lock)
 
-    def resume(self, run_id: str, admit: Callable[[], None] = lambda: None) -> StartedRun:
+    def resume(
+        self, run_id: str, admit: Callable[[], None] = lambda: None, placing: Placing | None = None
+    ) -> StartedRun:
         """Begin the next attempt of a failed, cancelled or lost run and take its lock; `reused` while it is active.
 
         Raises UnknownIdError `unknown_run`, and RunError `run_not_active` for a run that has succeeded,
         `same_request_active` while another run has the same request, `run_locked` when its last attempt does not end.
         """
+        seen = claimed_attempt(run_directory(self.workspace, run_id))  # before it is looked at
         view = self.view(run_id)
         if view.state in ACTIVE_STATES:
             return StartedRun(run_id, None)
         require_resumable(view.state, run_id)
         record = self.record(run_id)
         try:
-            lock = RunLock.acquire(view.directory)
+            lock = acquire_run(view.directory, seen, placing)
         except RunError:
             if view.refresh().state in ACTIVE_STATES:  # another process resumed it meanwhile
                 return StartedRun(run_id, None)
@@ -118,6 +128,8 @@ class Store:
                 attempt = begin_attempt(lock)
                 insert_run(database, indexed_run(record))
         except BaseException:
+            if isinstance(lock, RunClaim):
+                note_ending(view.directory, lock.attempt, "The resume was refused.")
             lock.release()
             raise
         return StartedRun(run_id, lock, attempt)
@@ -129,7 +141,7 @@ class Store:
 
     def view(self, run_id: str, *, keep_series: bool = False) -> RunView:
         """The current state of a run, with full series on request; raises UnknownIdError `unknown_run`."""
-        return RunView(run_directory(self.workspace, run_id), keep_series).refresh()
+        return RunView(run_directory(self.workspace, run_id), keep_series, watch=self.views.watch).refresh()
 
     def record(self, run_id: str) -> RunRecord:
         """The record of a run; raises UnknownIdError `unknown_run`, IntegrityError `damaged_file`."""
@@ -224,7 +236,7 @@ class Store:
         for directory in runs:
             try:
                 state = RunView(directory).refresh().state
-                final_state = state if state in FINAL_STATES else None
+                final_state = state if self._is_settled(state) else None
                 insert_run(database, indexed_run(read_record(directory), final_state))
             except IntegrityError as problem:
                 problems.append(problem)
@@ -235,8 +247,13 @@ class Store:
                 problems.append(problem)
         return problems
 
+    def look_around(self) -> None:
+        """Index what other machines made in a workspace that they share; nothing in one that is this machine's."""
+        if is_shared(self.workspace):
+            self._add_unindexed()
+
     def _add_unindexed(self) -> None:
-        """Add directories that are not indexed because their maker died before it could index them."""
+        """Add directories that are not indexed: their maker died before it could index them, or has another index."""
         with self.index.reading() as database:
             known = {
                 name for (name,) in database.execute("SELECT run_id FROM runs UNION SELECT artifact_id FROM artifacts")
@@ -274,9 +291,13 @@ class Store:
         if row.final_state is not None:
             return row.final_state
         state = self.views.state(row.run_id)
-        if state in FINAL_STATES:
+        if self._is_settled(state):
             self.index.set_final_state(row.run_id, lambda: self.views.state(row.run_id))
         return state
+
+    def _is_settled(self, state: RunState) -> bool:
+        """Whether the index may keep the state: no other machine can resume the run without this index."""
+        return state == "succeeded" or (state in FINAL_STATES and not is_shared(self.workspace))
 
     def _note(self, run_id: str) -> str | None:
         """What an active run's row says of its process."""

@@ -20,6 +20,7 @@ from opd_mcp.schemas.base import Record
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, Failure
+from opd_mcp.store.claims import RunClaim, is_placed, newest_attempt, read_submission
 from opd_mcp.store.journal import utc_now
 from opd_mcp.store.logs import log_tail
 from opd_mcp.store.run_view import RunView
@@ -110,6 +111,7 @@ def has_begun(view: RunView) -> bool:
     """Whether a worker has adopted the run's attempt, so that it continues without the process that began it."""
     return (
         view.written != "queued"
+        or (is_placed(view.directory) and read_submission(view.directory, view.attempt) is not None)
         or read_process_record(view.directory / WORKER_FILE, WorkerProcess, view.attempt) is not None
     )
 
@@ -190,10 +192,16 @@ def conclude(directory: Path, attempt: int) -> bool:
     stop = stop_of(directory, attempt)
     if stop is None or stop.sigkill is None:
         return True
-    try:
-        lock = RunLock.acquire(directory)
-    except RunError:
-        return False
+    lock: RunLock | RunClaim
+    if is_placed(directory):
+        if live_worker(directory, attempt) is not None:
+            return False
+        lock = RunClaim(directory, newest_attempt(directory))
+    else:
+        try:
+            lock = RunLock.acquire(directory)
+        except RunError:
+            return False
     with lock:
         view = RunView(directory).fold()
         if view.attempt != attempt or view.written not in ACTIVE_STATES:

@@ -3,10 +3,13 @@
 Its plans are here too, one file each, so that a `plan_id` means the same plan in every process.
 """
 
+import hashlib
+import json
 import os
 import re
 import secrets
 import stat
+import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from opd_mcp.identity.files import fsync_directory, write_atomic
 from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, PathError, UnknownIdError, nearest
+from opd_mcp.schemas.executors import LOCAL, ExecutorSettings, SlurmExecutor, SshExecutor
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import plan_call
 from opd_mcp.schemas.plans import Plan
@@ -96,14 +100,22 @@ class Workspace:
         return self.root / "compiled"
 
     @property
+    def engines(self) -> Path:
+        """Engines that were installed here, one environment each; made by the first."""
+        return self.root / "engines"
+
+    @property
     def index(self) -> Path:
-        """The SQLite index; may be deleted, it is rebuilt from the directories."""
-        return self.root / "opd.sqlite"
+        """The SQLite index; may be deleted, it is rebuilt from the directories.
+
+        Machines that share a workspace have one each: SQLite's log needs the memory of one machine.
+        """
+        return index_folder(self) / "opd.sqlite"
 
     @property
     def index_note(self) -> Path:
         """Which index is the true one, and the lock of its writers; it outlives the index."""
-        return self.root / "index.note"
+        return self.index.with_name("index.note")
 
     def artifacts_of(self, kind: ArtifactKind) -> Path:
         """Where artifacts of one kind are."""
@@ -146,6 +158,7 @@ def require_private(folder: Path) -> None:
 
 
 SETTINGS_FILE = "settings.toml"
+EXECUTORS: dict[str, type[BaseModel]] = {"slurm": SlurmExecutor, "ssh": SshExecutor}
 
 
 def read_settings(workspace: Workspace) -> WorkspaceSettings:
@@ -168,10 +181,47 @@ def read_settings(workspace: Workspace) -> WorkspaceSettings:
     for name, section in sections.items():
         if isinstance(values.get(name), dict):
             _require_known(values[name], section, f"{name}.")
+    for name, given in _tables(values.get("executors")):
+        if (kind := EXECUTORS.get(str(given.get("kind")))) is not None:
+            _require_known(given, kind, f"executors.{name}.")
     try:
         return WorkspaceSettings.model_validate(values)
     except ValidationError as error:
         raise _invalid(first_problem(error), str(file)) from error
+
+
+def write_setting(workspace: Workspace, section: str, name: str, value: str) -> None:
+    """Set a text in a section of settings.toml; every other line stays as it is.
+
+    Raises ArgumentError `invalid_setting` where the file is not readable, or is written so that a line cannot be added.
+    """
+    read_settings(workspace)
+    file = workspace.root / SETTINGS_FILE
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    wanted = tomllib.loads(text)
+    known = wanted.setdefault(section, {})
+    line, heading = f"{name} = {json.dumps(value, ensure_ascii=False)}", f"[{section}]"
+    kept = [row for row in text.splitlines() if not (name in known and row.split("=")[0].strip() == name)]
+    place = next((number + 1 for number, row in enumerate(kept) if row.split("#")[0].strip() == heading), None)
+    if place is None:
+        kept += [*([""] if kept else []), heading, line]
+    else:
+        kept.insert(place, line)
+    known[name] = value
+    changed = "\n".join(kept) + "\n"
+    try:
+        as_wanted = tomllib.loads(changed) == wanted
+    except tomllib.TOMLDecodeError:
+        as_wanted = False
+    if not as_wanted:
+        raise _invalid(f"no line can be added to it safely; below {heading} it needs: {line}", str(file))
+    write_atomic(file, changed)
+
+
+def _tables(value: object) -> list[tuple[str, dict[str, Any]]]:
+    return (
+        [(name, table) for name, table in value.items() if isinstance(table, dict)] if isinstance(value, dict) else []
+    )
 
 
 def _require_known(values: dict[str, Any], model: type[BaseModel], prefix: str) -> None:
@@ -190,6 +240,51 @@ def _invalid(why: str, file: str) -> ArgumentError:
     return ArgumentError(
         "invalid_setting", f"{SETTINGS_FILE} cannot be used ({why}).", value=file, fix="Correct it, or remove it."
     )
+
+
+def index_folder(workspace: Workspace) -> Path:
+    """Where this machine keeps its index; a folder of its own once the settings name executors."""
+    try:
+        settings = read_settings(workspace)
+    except ArgumentError:
+        return workspace.root
+    if settings.index_folder is None and not settings.executors:
+        return workspace.root
+    if settings.index_folder is None:
+        name = f"opd-mcp-{os.geteuid()}-{hashlib.sha256(os.fsencode(workspace.root)).hexdigest()[:12]}"
+        folder = Path(tempfile.gettempdir()) / name
+    else:
+        folder = Path(settings.index_folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    require_private(folder)
+    return folder
+
+
+def named_executor(workspace: Workspace, name: str) -> ExecutorSettings:
+    """The settings of an executor; raises ArgumentError `unknown_executor`, and as `read_settings`."""
+    known = read_settings(workspace).executors
+    if name in known:
+        return known[name]
+    raise ArgumentError(
+        "unknown_executor",
+        "The workspace's settings name no such executor.",
+        value=name,
+        nearest=nearest(name, [LOCAL, *known]),
+        fix=f"Give one of: {', '.join([LOCAL, *known])}; or add [executors.NAME] to {SETTINGS_FILE}.",
+    )
+
+
+def has_executors(workspace: Workspace) -> bool:
+    """Whether the settings name executors; not while they are unusable."""
+    try:
+        return bool(read_settings(workspace).executors)
+    except ArgumentError:
+        return False
+
+
+def is_shared(workspace: Workspace) -> bool:
+    """Whether other machines may write in this workspace."""
+    return workspace.index.parent != workspace.root
 
 
 def grace_seconds(workspace: Workspace) -> float:

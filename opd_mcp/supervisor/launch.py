@@ -1,8 +1,4 @@
-"""Starts and resumes runs: each once, however many ask, and each as a detached worker process.
-
-The command line is `opd-mcp worker RUN_ID --workspace PATH --lock-fd N --lease-folder PATH --cpu-slots N`, with this
-Python and not by way of a shell or PATH; it ends in `opd_mcp.worker.main.main`, whose answer is the exit status.
-"""
+"""Starts and resumes runs: each once, however many ask, each on this machine or on the executor that it names."""
 
 import os
 import subprocess
@@ -10,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from opd_mcp.devices.environment import worker_environment
-from opd_mcp.devices.hardware import Target, free_disk, target_of
-from opd_mcp.devices.leases import LeaseFolder
+from opd_mcp.devices.hardware import Target, declared_target, free_disk, target_of
+from opd_mcp.devices.leases import LeaseFolder, Place
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.models import ModelCache
 from opd_mcp.planning.costs.admission import admission, require_room, with_claims
@@ -25,55 +22,20 @@ from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.runs import RunRecord, RunRequest
 from opd_mcp.store.artifacts import ArtifactStore
+from opd_mcp.store.claims import RunClaim, is_placed
 from opd_mcp.store.files import tree_bytes
-from opd_mcp.store.logs import open_log
 from opd_mcp.store.run_view import RunView
-from opd_mcp.store.runs import CHECKPOINTS, LOG_FILE, RunLock
+from opd_mcp.store.runs import CHECKPOINTS
 from opd_mcp.store.store import StartedRun, Store
 from opd_mcp.store.worker_process import has_begun, note_exit
-from opd_mcp.store.workspace import Workspace, grace_seconds, wants_tracking
+from opd_mcp.store.workspace import grace_seconds, has_executors, named_executor, wants_tracking
+from opd_mcp.supervisor.executors.local import launch_worker
 from opd_mcp.supervisor.liveness import attend
 from opd_mcp.supervisor.records import new_record
 
-
-def worker_command(workspace: Workspace, run_id: str, lock_fd: int, settings: JobSettings) -> list[str]:
-    """The worker's argument list."""
-    return [
-        *(*settings.worker_command, run_id),
-        *("--workspace", str(workspace.root)),
-        *("--lock-fd", str(lock_fd)),
-        *("--lease-folder", str(settings.lease_folder)),
-        *("--cpu-slots", str(settings.cpu_slots)),
-    ]
-
-
-def launch_worker(workspace: Workspace, lock: RunLock, settings: JobSettings) -> subprocess.Popen[bytes]:
-    """The run's detached process, which inherits the lock; the caller's copy is closed.
-
-    The lock never goes free in between, so a queued run never looks lost. Raises RunError `launch_failed`.
-    """
-    run_id = lock.directory.name
-    try:
-        with open_log(lock.directory / LOG_FILE) as log:
-            return subprocess.Popen(
-                worker_command(workspace, run_id, lock.descriptor, settings),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=lock.directory,
-                start_new_session=True,
-                pass_fds=(lock.descriptor,),
-                env=worker_environment(os.environ),
-            )
-    except OSError as error:
-        raise RunError(
-            "launch_failed",
-            f"The worker process could not be started ({error}).",
-            value=run_id,
-            fix="Check the machine's process and memory limits, then start again.",
-        ) from error
-    finally:
-        lock.release()
+if TYPE_CHECKING:
+    from opd_mcp.schemas.executors import ExecutorReport
+    from opd_mcp.supervisor.executors.placed import PlacedRuns, QueuedOn
 
 
 # Between freeing its locks and becoming a zombie, a process takes microseconds; a loaded machine a little longer.
@@ -148,7 +110,8 @@ class Supervisor:
         Raises ResourceError `not_enough_memory`, `not_enough_disk` or `quota_exceeded`, RunError `launch_failed`.
         """
         self.reap()
-        target = self.target(request.recipe.runtime)
+        placing = self.placed.placing(request.executor) if request.executor else None
+        target = self.target(request.recipe.runtime, request.executor)
         estimate = self._estimate(request, target)
         record = new_record(request, target, estimate)
         quotas = admission(self._store, record)
@@ -157,7 +120,7 @@ class Supervisor:
             require_room(estimate, target, free_disk(self._store.workspace.root))
             quotas()
 
-        return self._launched(lambda: self._store.start_once(record, admit))
+        return self._launched(lambda: self._store.start_once(record, admit, placing))
 
     def resume(self, run_id: str) -> StartedRun:
         """The failed, cancelled or lost run under its next attempt, or the run as it is while it is active.
@@ -166,7 +129,9 @@ class Supervisor:
         """
         self.reap()
         record = with_phases_left(self._store.record(run_id), self._store.artifacts)
-        target = self.target(record.request.recipe.runtime)
+        executor = record.request.executor
+        placing = self.placed.placing(executor) if executor else None
+        target = self.target(record.request.recipe.runtime, executor)
         estimate = self._estimate(record.request, target)
         quotas = admission(self._store, record)
 
@@ -177,10 +142,22 @@ class Supervisor:
             require_room(estimate, target, free, resumed=run_id)
             quotas()
 
-        return self._launched(lambda: self._store.resume(run_id, admit))
+        return self._launched(lambda: self._store.resume(run_id, admit, placing))
 
-    def target(self, runtime: RuntimeRecipe) -> Target:
-        """The device that a run would get, and what active runs will still take of it."""
+    @cached_property
+    def placed(self) -> "PlacedRuns":
+        """The runs on other machines; a workspace without executors never loads what it takes."""
+        from opd_mcp.supervisor.executors.placed import PlacedRuns
+
+        return PlacedRuns(self._store, self._settings)
+
+    def target(self, runtime: RuntimeRecipe, executor: str | None = None) -> Target:
+        """The device that a run would get, and what active runs of this machine will still take of it.
+
+        On an executor it is what the settings say. Raises ArgumentError `unknown_executor`.
+        """
+        if executor is not None:
+            return declared_target(runtime, executor, named_executor(self._store.workspace, executor))
         return with_claims(target_of(runtime, self._leases.busy), self._store, self._settings.cpu_slots)
 
     def reap(self) -> None:
@@ -189,14 +166,25 @@ class Supervisor:
 
     def attend(self, view: RunView) -> None:
         """See to it that an active run which does not answer its cancel request ends, and a lost one is explained."""
+        if is_placed(view.directory):
+            self.placed.attend(view)
         if view.state == "lost":
             self._children.settle(view.directory)
         if view.state == "lost" or view.cancel_requested is not None:
             attend(view, grace_seconds(self._store.workspace))
 
+    def place(self, view: RunView) -> "Place | QueuedOn | None":
+        """What a queued run waits for: an executor's queue, or a device of this machine."""
+        queued = self.placed.place(view) if is_placed(view.directory) else None
+        return queued or self._leases.place(view.directory.name)
+
+    def executors(self) -> "list[ExecutorReport]":
+        """The executors that the settings name, and what each says of itself; none while they are unusable."""
+        return self.placed.reports() if has_executors(self._store.workspace) else []
+
     def expected_seconds(self, request: RunRequest) -> float | None:
         """What a run is expected to take; None while one of its models is still to be fetched."""
-        estimate = self._estimate(request, self.target(request.recipe.runtime))
+        estimate = self._estimate(request, self.target(request.recipe.runtime, request.executor))
         return estimate.seconds if estimate else None
 
     def _estimate(self, request: RunRequest, target: Target) -> MethodEstimate | None:
@@ -217,14 +205,16 @@ class Supervisor:
                 )
             time.sleep(BEGIN_POLL_SECONDS)
             started = begin()
-        if started.lock is not None:
+        if isinstance(started.lock, RunClaim):
+            self.placed.submit(started.lock)
+        elif started.lock is not None:
             worker = launch_worker(self._store.workspace, started.lock, self._settings)
             self._children.add(started.lock.directory, started.attempt, worker)
-            if wants_tracking(self._store.workspace):
-                from opd_mcp.tracking.processes import launch_mirrors
+        if started.lock is not None and wants_tracking(self._store.workspace):
+            from opd_mcp.tracking.processes import launch_mirrors
 
-                workspace, environment = self._store.workspace, os.environ
-                self._children.add_mirrors(launch_mirrors(workspace, started.run_id, started.attempt, environment))
+            workspace, environment = self._store.workspace, os.environ
+            self._children.add_mirrors(launch_mirrors(workspace, started.run_id, started.attempt, environment))
         return started
 
 

@@ -9,6 +9,7 @@ from opd_mcp.planning.costs.admission import MEMORY_OVERRIDE
 from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import ACTIVE_STATES, Alert, Failure
+from opd_mcp.store.claims import is_placed, newest_attempt, read_beginning, read_ending
 from opd_mcp.store.logs import log_tail
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.store.runs import LOG_FILE
@@ -102,6 +103,8 @@ def lost_failure(directory: Path, attempt: int) -> Failure:
 
 def loss_of(directory: Path, attempt: int) -> Loss:
     """Why the worker of an attempt ended without a final state, in one or two sentences."""
+    if is_placed(directory):
+        return _placed_loss(directory, attempt)
     worker = read_process_record(directory / WORKER_FILE, WorkerProcess, attempt)
     ended = read_process_record(directory / f"exit-{attempt}.json", WorkerExit, attempt)
     if worker is not None and not same_boot(worker.boot, boot_id()):
@@ -124,6 +127,18 @@ def loss_of(directory: Path, attempt: int) -> Loss:
     cause = f"The worker process was ended by signal {ended.signal} ({name})."
     killed = kills > 0 and ended.signal == signal.SIGKILL  # the killer's signal; another one has another cause
     return Loss(cause=cause + (known if killed else ""), out_of_memory=killed)
+
+
+def _placed_loss(directory: Path, attempt: int) -> Loss:
+    newest = newest_attempt(directory)
+    ending, stop = read_ending(directory, newest), stop_of(directory, attempt)
+    if stop is not None and stop.sigkill is not None:
+        return Loss(cause=stop.text())
+    if ending is not None:
+        return Loss(cause=ending.cause)
+    begun = read_beginning(directory, newest)
+    where = f" on {begun.host}" if begun else ""
+    return Loss(cause=f"The worker{where} has given no sign of life for longer than its lease.")
 
 
 def same_boot(one: str, other: str) -> bool:

@@ -20,6 +20,7 @@ from opd_mcp.schemas.base import Schema
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.redaction import environment_secrets, redacted
 from opd_mcp.schemas.runs import TrackerName, TrackingSettings
+from opd_mcp.store.claims import BeatWatch
 from opd_mcp.store.runs import JOURNAL_FILE, is_alive
 from opd_mcp.tracking.feed import Entry, Event, JournalFeed, Metrics, TrackedRun, final_figures
 from opd_mcp.tracking.trackers import Tracker
@@ -61,6 +62,7 @@ class Mirror:
     settings: TrackingSettings
     attempt: int
     clock: Callable[[], float] = time.monotonic
+    watch: BeatWatch = field(default_factory=BeatWatch)
     _tracker: Tracker | None = None
     _waiting: list[Entry] = field(default_factory=list)
     _failures: int = 0
@@ -72,7 +74,9 @@ class Mirror:
 
     def look(self) -> float | None:
         """Send what is new; the seconds until the next look, or None once nothing is left to do."""
-        alive = is_alive(self.directory)  # before the journal: all that a process wrote before it ended is then seen
+        alive = is_alive(
+            self.directory, self.watch
+        )  # before the journal: all that a process wrote before it ended is then seen
         if not self._waiting:
             self._waiting = self._feed.entries(BATCH)
         if self._feed.attempt > self.attempt or not self.directory.is_dir():

@@ -15,7 +15,7 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord, RunState
 from opd_mcp.schemas.texts import byte_size
 from opd_mcp.store.artifacts import BUILDING_PREFIX, Artifact
 from opd_mcp.store.files import tree_bytes
-from opd_mcp.store.runs import RunLock, run_ids
+from opd_mcp.store.runs import acquire_run, claimed_attempt, run_ids
 from opd_mcp.store.store import Store
 from opd_mcp.views.artifacts import delete_artifact, descends_by_lineage, descends_by_run, used_by
 
@@ -77,9 +77,10 @@ def delete_run(store: Store, run_id: str) -> DeletedRun:
 
     Raises UnknownIdError `unknown_run`, RunError `run_active`, or `run_locked` while it is being resumed.
     """
+    seen = claimed_attempt(store.workspace.run(run_id)) if store.exists(run_id) else 0
     deletion = run_deletion(store, run_id)
     directory = store.workspace.run(run_id)
-    with RunLock.acquire(directory):  # no worker has it, and none can get it from here on
+    with acquire_run(directory, seen):  # no worker has it, and none can get it from here on
         gone = store.workspace.root / f"{BUILDING_PREFIX}deleted-{secrets.token_hex(6)}"
         os.rename(directory, gone)
     fsync_directory(store.workspace.runs)

@@ -10,6 +10,7 @@ from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.schemas.answers import ActiveRun, Device, ExamplePaths, SetupReport
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.executors import ExecutorReport
 from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.runs import Quotas, RunKind, RunState
 from opd_mcp.store.roots import AllowedRoots, ExportRoots
@@ -22,7 +23,12 @@ MAX_ACTIVE_RUNS = 20
 
 
 def setup_report(
-    store: Store, roots: AllowedRoots, exports: ExportRoots, leases: LeaseFolder, settings: JobSettings
+    store: Store,
+    roots: AllowedRoots,
+    exports: ExportRoots,
+    leases: LeaseFolder,
+    settings: JobSettings,
+    executors: list[ExecutorReport],
 ) -> SetupReport:
     """The machine, the workspace, the limits and the embedded example; settings that cannot be read are a problem."""
     example = example_paths(settings)
@@ -31,6 +37,7 @@ def setup_report(
         version=opd_mcp.__version__,
         python=platform.python_version(),
         devices=devices(leases),
+        executors=executors or None,
         free_disk_bytes=free_disk(store.workspace.root),
         workspace=str(store.workspace.root),
         allowed_roots=[str(root) for root in roots.roots],

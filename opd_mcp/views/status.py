@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_mcp.devices.leases import Place
 from opd_mcp.planning.phases import cache_id_of
@@ -19,6 +19,9 @@ from opd_mcp.schemas.runs import (
 )
 from opd_mcp.store.run_view import RunView, seconds_of
 from opd_mcp.supervisor.liveness import lost_failure, worker_alert
+
+if TYPE_CHECKING:
+    from opd_mcp.supervisor.executors.placed import QueuedOn
 from opd_mcp.views.next_steps import next_action, run_verdict
 
 MIN_CHECK_SECONDS = 5.0
@@ -77,8 +80,8 @@ def failure(view: RunView) -> Failure | None:
     return error.model_copy(update={"call": error.call.filled(run_id=view.directory.name)})
 
 
-def status_of(view: RunView, record: RunRecord, place: Place | None) -> RunStatus:
-    """The run as `get_run_status` answers; `place` is where it stands in its device's queue."""
+def status_of(view: RunView, record: RunRecord, place: "Place | QueuedOn | None") -> RunStatus:
+    """The run as `get_run_status` answers; `place` is where it stands in its device's or executor's queue."""
     active = view.state in ACTIVE_STATES
     cancelling = view.cancel_requested is not None
     eta = remaining_seconds(view, record, time.time()) if view.state == "running" and not cancelling else None

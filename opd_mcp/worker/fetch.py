@@ -9,6 +9,7 @@ from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import special_differences
+from opd_mcp.planning.hub_models import FETCHED_FILES
 from opd_mcp.planning.references import hub_directory
 from opd_mcp.schemas.errors import IntegrityError, PathError, ResourceError
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunRecord
@@ -18,9 +19,6 @@ from opd_mcp.store.workspace import Workspace, new_id
 from opd_mcp.worker.fetch_data import with_present_data
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.pipeline import run_cancelled
-
-# the card and the licence are read for the card of an export
-ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*"]
 
 
 def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], None] = lambda: None) -> Path:
@@ -39,7 +37,7 @@ def fetched_model(workspace: Workspace, hub_id: str, check_fence: Callable[[], N
     building = final.parent / f".{new_id('building')}"
     building.mkdir(parents=True, mode=0o700)
     try:
-        snapshot_download(hub_id, local_dir=building, allow_patterns=ALLOWED_FILES)
+        snapshot_download(hub_id, local_dir=building, allow_patterns=list(FETCHED_FILES))
         shutil.rmtree(building / ".cache", ignore_errors=True)
         publish_directory(building, final, check_fence)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,16 +17,18 @@ from typing import Any
 
 import psutil
 
-from opd_mcp.devices.hardware import device_count, free_disk, gpu_slot, gpus
+from opd_mcp.devices.hardware import Gpu, device_count, free_disk, gpu_slot, gpus, visible_gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
 from opd_mcp.planning.costs.admission import is_short, out_of_hours, seconds_left, short_admission
+from opd_mcp.planning.costs.estimates import engine_of
 from opd_mcp.planning.costs.workload import expected_disk, workload_of
 from opd_mcp.planning.engines import required_program
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
-from opd_mcp.schemas.recipes import RuntimeRecipe
+from opd_mcp.schemas.recipes import MANAGED_ENGINES, RuntimeRecipe
 from opd_mcp.schemas.reports import TrainingSummary
 from opd_mcp.schemas.runs import ExportSettings, PhaseName, RunRecord, RunState
+from opd_mcp.store.claims import RunClaim, read_claim
 from opd_mcp.store.files import is_disk_full
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.runs import (
@@ -42,7 +44,14 @@ from opd_mcp.store.runs import (
 from opd_mcp.store.store import Store
 from opd_mcp.store.worker_process import note_start, stop_of
 from opd_mcp.store.workspace import Workspace, grace_seconds, read_settings
-from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine
+from opd_mcp.worker.engines import (
+    EngineModel,
+    EngineProgram,
+    ManagedEngine,
+    device_groups,
+    free_ports,
+    side_by_side,
+)
 from opd_mcp.worker.exporting import GgufConverter
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
@@ -55,6 +64,8 @@ from opd_mcp.worker.stage_calls import TRAINING, StageCalls, Stages
 from opd_mcp.worker.watchdog import WatchSettings, watching
 
 logger = logging.getLogger(__name__)
+# sysexits.h: a temporary failure. The script of a cluster's job requeues it then.
+REQUEUE_STATUS = 75
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -82,6 +93,11 @@ class WorkerSettings:
     group_seconds: float = GROUP_SECONDS
     """After how long a rank that does not answer the others counts as lost."""
     hub_token: str | None = field(default=None, repr=False)
+    ticket: str | None = field(default=None, repr=False)
+    """Of a job on an executor's machines, what its claim names; `life` counts its restarts."""
+    life: int = 0
+    visible_gpus: str | None = None
+    """The GPUs that the job was given, as CUDA_VISIBLE_DEVICES has them; None: all."""
 
 
 def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: WorkerSettings) -> int:
@@ -92,7 +108,10 @@ def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: Worke
     """
     workspace = Workspace(workspace_root)
     directory = run_directory(workspace, run_id)
-    if lock_fd is None:
+    lock: RunLock | RunClaim
+    if settings.ticket is not None:
+        lock = RunClaim.begun_by(directory, settings.ticket, settings.life).beating()
+    elif lock_fd is None:
         lock = RunLock.acquire(directory)
         begin_attempt(lock)
     else:
@@ -100,17 +119,26 @@ def main(workspace_root: Path, run_id: str, lock_fd: int | None, settings: Worke
     with lock, logging_to_stderr(), taken_up(lock) as journal:
         journal.secrets = settings.secrets
         with guarded(directory, journal.attempt, grace_seconds(workspace)):
-            return RunWorker(Store(workspace), directory, journal, settings).work()
+            claim = lock if isinstance(lock, RunClaim) else None
+            return RunWorker(Store(workspace), directory, journal, settings, claim).work()
 
 
 class RunWorker:
     """One attempt at a run whose lock is held; every way out leaves a final state."""
 
-    def __init__(self, store: Store, directory: Path, journal: JournalWriter, settings: WorkerSettings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        journal: JournalWriter,
+        settings: WorkerSettings,
+        claim: RunClaim | None = None,
+    ) -> None:
         self.store = store
         self.directory = directory
         self.journal = journal
         self.settings = settings
+        self.claim = claim
         self.reporter = JournalReporter(journal, directory)
 
     def work(self) -> int:
@@ -131,7 +159,8 @@ class RunWorker:
         record = read_record(self.directory)
         quotas = read_settings(self.store.workspace).quotas
         runtime = record.request.recipe.runtime
-        lease = device_lease(self.store, record, self.settings.leases, self.reporter)
+        found = None if self.settings.visible_gpus is None else visible_gpus(gpus(), self.settings.visible_gpus)
+        lease = device_lease(self.store, record, self.settings.leases, self.reporter, found)
         prepare_environment(runtime, lease, self.store.workspace.compiled)
         self.journal.append("state", {"state": "running"})
         self.reporter.limit(seconds_left(quotas, self.directory))
@@ -145,13 +174,17 @@ class RunWorker:
 
         recipe, inputs, device = record.request.recipe, record.request.inputs, device_kind(lease)
         workload = workload_of(recipe, inputs)
-        devices = rank_devices(recipe.runtime, lease)
+        devices, engine_starts = rank_devices(recipe.runtime, lease), list[float]()
 
         @contextmanager
-        def start_engine(wish: EngineWish) -> Iterator[EngineAddress]:
-            model = EngineModel(wish.model, wish.dtype, wish.length, wish.topk)
-            with self._engine(wish.kind, model, device).running() as engine:
-                yield EngineAddress(engine.url, engine.key, wish.dtype, managed=True, check=engine.check)
+        def start_engine(wish: EngineWish) -> Iterator[list[EngineAddress]]:
+            # what is loaded already no longer counts as free, so this leaves more than is needed
+            room = workload.work("distill").memory if wish.beside_training and workload else None
+            model = EngineModel(wish.model, wish.dtype, wish.length, wish.topk, room)
+            begun = time.monotonic()
+            with side_by_side(self._engines(wish.kind, model, device, devices)) as engines:
+                engine_starts.append(time.monotonic() - begun)
+                yield [EngineAddress(one.url, one.key, wish.dtype, managed=True, check=one.check) for one in engines]
 
         def loaded() -> Stages:
             stages = self.settings.load_stages()
@@ -182,6 +215,7 @@ class RunWorker:
             disk=lambda name: expected_disk(name, recipe, inputs),
             launch_seconds=launch_seconds,
             hub_token=self.settings.hub_token,
+            engine_starts=engine_starts,
         )
 
     def _on_ranks(self, devices: list[str | None]) -> Callable[[StageCalls, PhaseName, Path], TrainingSummary] | None:
@@ -215,15 +249,27 @@ class RunWorker:
 
         return train if devices else None
 
-    def _engine(self, kind: str, model: EngineModel, device: str) -> ManagedEngine:
-        """An engine as this workspace's settings name it; raises ResourceError `missing_package`."""
-        workspace = self.store.workspace
+    def _engines(
+        self, kind: str, model: EngineModel, device: str, devices: Sequence[str | None]
+    ) -> list[ManagedEngine]:
+        """Engines as this workspace's settings name them, one per device; raises ResourceError `missing_package`."""
+        workspace, reporter, on_gpu = self.store.workspace, self.reporter, device == "cuda"
         settings = read_settings(workspace).engines
-        program = EngineProgram(
-            kind, required_program(kind, settings), workspace.compiled / "engines", device == "cuda"
-        )
-        reporter = self.reporter
-        return ManagedEngine(program, model, self.directory, settings, reporter.should_stop, reporter.alert)
+        path, caches = required_program(kind, settings), workspace.compiled / "engines"
+        groups = device_groups(model.path, devices, on_gpu)
+        return [
+            ManagedEngine(
+                EngineProgram(kind, path, caches, on_gpu, group),
+                model,
+                self.directory,
+                settings,
+                reporter.should_stop,
+                reporter.alert,
+                port=port,
+                number=number,
+            )
+            for number, (group, port) in enumerate(zip(groups, free_ports(len(groups)), strict=True))
+        ]
 
     def _end_by(self, error: Exception) -> int:
         """The exit status, after the final state that an exception leads to; a superseded attempt records none."""
@@ -236,7 +282,23 @@ class RunWorker:
             logger.error("The run failed", exc_info=error)
             return self._fail(error)
         cause = self._stop_cause() if error.code == "run_cancelled" else error
+        if cause is not None and cause.code == "worker_terminated" and self._is_restarted():
+            return self._queue_again()
         return self._end("cancelled") if cause is None else self._fail(cause)
+
+    def _is_restarted(self) -> bool:
+        """Whether whoever sent SIGTERM begins this job anew: a cluster, at a time limit or a preemption."""
+        written = read_claim(self.directory, self.claim.attempt) if self.claim else None
+        return written is not None and written.placing.kind == "slurm"
+
+    def _queue_again(self) -> int:
+        """Queue the next attempt for this job's restart; the exit status that its script knows."""
+        assert self.claim is not None, "only a claimed attempt is restarted"
+        message = "The cluster stopped the job, at its time limit or for another one; it continues in its next turn."
+        self.journal.append("alert", {"code": "preempted", "message": message})
+        with self.claim.next() as following:
+            begin_attempt(following)
+        return REQUEUE_STATUS
 
     def _stop_cause(self) -> OpdError | None:
         """Why a run stopped without a user's request; None if a user requested it."""
@@ -278,18 +340,24 @@ def gguf_converter(settings: ExportSettings, should_stop: Callable[[], bool]) ->
     return GgufConverter(Path(settings.gguf_converter), Path(settings.gguf_python or sys.executable), should_stop)
 
 
-def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter) -> Lease:
+def device_lease(
+    store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter, usable: list[Gpu] | None = None
+) -> Lease:
     """The lease of all the run's devices: GPUs, or CPU slots for its threads; raises RunError `run_cancelled`.
 
     Raises ResourceError `device_unavailable` for more GPUs than there are. A short run also takes a
-    device's slot for short runs, once its memory is free there.
+    device's slot for short runs, once its memory is free there. `usable` are the GPUs of a job; None: all here.
     """
     runtime = record.request.recipe.runtime
-    found = [] if runtime.device == "cpu" else sorted(gpus(), key=lambda gpu: -gpu.free_memory)
+    found = (
+        []
+        if runtime.device == "cpu"
+        else sorted(gpus() if usable is None else usable, key=lambda gpu: -gpu.free_memory)
+    )
     slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
-    count = device_count(runtime, len(found)) if trains(record) else 1
+    count = device_count(runtime, len(found)) if uses_devices(record) else 1
     if not found:
-        every = runtime.devices == "all" and trains(record)
+        every = runtime.devices == "all" and uses_devices(record)
         count = len(slots) if every else min(count * runtime.threads, len(slots))
     wishes = [Wish(slots, count)]
     if is_short(record):
@@ -300,9 +368,10 @@ def device_lease(store: Store, record: RunRecord, leases: LeaseFolder, reporter:
     return lease
 
 
-def trains(record: RunRecord) -> bool:
-    """Whether the run has a phase that several devices compute; the others need one."""
-    return any(phase.name in TRAINING for phase in record.request.phases)
+def uses_devices(record: RunRecord) -> bool:
+    """Whether the run has a phase that several devices compute, a training or one on managed engines."""
+    recipe, names = record.request.recipe, [phase.name for phase in record.request.phases]
+    return any(name in TRAINING or engine_of(recipe, name) in MANAGED_ENGINES for name in names)
 
 
 def rank_devices(runtime: RuntimeRecipe, lease: Lease) -> list[str | None]:

@@ -60,6 +60,8 @@ class Pipeline:
     disk: Callable[[PhaseName], int]
     launch_seconds: float = 0.0
     hub_token: str | None = field(default=None, repr=False)
+    engine_starts: list[float] = field(default_factory=list)
+    """Seconds that each start of an engine took in the phase that is computed; whoever starts them adds to it."""
     pending: list[PhaseCost] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=lambda: {"artifacts": {}, "paths": {}})
     held: ExitStack = field(default_factory=ExitStack)
@@ -129,6 +131,7 @@ class Pipeline:
         written = tree_bytes(checkpoints_of(self.directory, phase.label))
         require_disk(self.directory, self.disk(phase.name) // self._rounds(phase) - written, phase.name)
         first = self.calls.loading_seconds is None
+        self.engine_starts.clear()
         spent = time.process_time()
         cost = self.calls.compute(phase.name, building, phase.round)
         cost = cost.model_copy(update={"processor_seconds": time.process_time() - spent})
@@ -205,7 +208,9 @@ class Pipeline:
     def _phase_cost(self, phase: RunPhase, cost: StageCost) -> PhaseCost:
         recipe, name = self.record.request.recipe, phase.name
         expected = self.flops(name) / self._rounds(phase)
-        return PhaseCost(work=work_of(recipe, name), device=self.device, expected_flops=expected, cost=cost)
+        starts = [round(seconds, 3) for seconds in self.engine_starts] or None
+        work = work_of(recipe, name)
+        return PhaseCost(work=work, device=self.device, expected_flops=expected, cost=cost, engine_starts=starts)
 
     def _rounds(self, phase: RunPhase) -> int:
         """How many phases share what is expected of all with this name."""

@@ -93,6 +93,25 @@ def test_a_plan_chooses_and_a_live_one_refuses(world, service):
         service.plan(world.plan_arguments(method="live", overrides={"rollout.engine": URL}))
 
 
+def test_a_live_distillation_has_an_engine_that_is_started_for_it(world, service, program):
+    (service.workspace.root / "settings.toml").write_text(f'[engines]\nvllm = "{program}"\n')
+    overrides = {"rollout.engine": "vllm", "rollout.reload_steps": 20, "distill.steps": 50, "runtime.device": "cpu"}
+    plan = service.plan(world.plan_arguments(method="live", overrides=overrides))
+    [live] = [made for made in plan.estimates if made.method == "live"]
+    basis = {phase.phase: phase.basis for phase in live.phases}["distill"]
+    assert basis.startswith("on vllm, ")
+    assert "180 s for each of its engine's 3 starts" in basis
+    with pytest.raises(ArgumentError, match=r"invalid_argument.*whole models, and this distillation trains an adapter"):
+        service.plan(world.plan_arguments(method="live", overrides=overrides | {"distill.adapter": {}}))
+
+
+def test_auto_is_local_for_a_live_distillation(program, monkeypatch):
+    monkeypatch.setattr("opd_mcp.planning.engines.target_of", lambda runtime: Target("cuda", "H200", 1 << 37))
+    recipe = resolve_recipe("quick", {"rollout.engine": "auto", "distill.method": "live"})
+    chosen, [finding] = with_engines(recipe, EngineSettings(vllm=program), ())
+    assert (chosen.rollout.engine, "new weights" in finding.message) == (None, True)
+
+
 def test_no_engine_draws_the_rollouts_of_a_4_bit_student(program, monkeypatch):
     """It would serve the stored weights; the others of the run's models are served as they are."""
     monkeypatch.setattr("opd_mcp.planning.engines.target_of", lambda runtime: Target("cuda", "a GPU", 1 << 36))

@@ -188,9 +188,11 @@ def training(case: dict[str, Any], place: RankPlace, channel: Channel | None = N
     def before(step: int) -> bool:
         if case.get("kill") == [place.rank, step]:
             os.kill(os.getpid(), signal.SIGKILL)
-        if case.get("renamed") and place.rank == 0:  # so that the same step is saved once more
-            saved = Path(case["folder"]) / f"step-{step:08d}"
-            saved.rename(saved.with_name(f"before-{len(list(saved.parent.iterdir()))}"))
+        if case.get("renamed"):  # so that the same step is saved once more
+            dist.barrier()  # no rank is still restoring from it: in a training the first step sees to that
+            if place.rank == 0:
+                saved = Path(case["folder"]) / f"step-{step:08d}"
+                saved.rename(saved.with_name(f"before-{len(list(saved.parent.iterdir()))}"))
         return step == case.get("stop")
 
     model = model_of(tied=case.get("tied", True), dtype=torch.float32, adapter=case.get("adapter", False))

@@ -15,6 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 OUTLIVES_SECONDS = 300
+METRICS = """# HELP vllm:num_requests_waiting Number of requests waiting to be processed.
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{{engine="0",model_name="m"}} {waiting:.1f}
+vllm:num_requests_waiting_by_reason{{engine="0",model_name="m",reason="capacity"}} 99.0
+vllm:num_requests_running{{engine="0",model_name="m"}} 2.0
+"""
 
 
 class Wire(ThreadingHTTPServer):
@@ -29,6 +35,8 @@ class Wire(ThreadingHTTPServer):
         self.name, self.answer, self.length, self.key, self.version = name, answer, length, key, version
         self.asked: list[dict] = []
         self.healthy = lambda: True
+        self.waiting = None
+        """How many requests wait, as a function; None: there are no metrics."""
         self.dead = threading.Event()
         """While it is set, connections end without an answer, as those of a killed process do."""
 
@@ -53,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
         answers = {"/v1/models": {"object": "list", "data": [card]}, "/version": {"version": self.server.version}}
         if self.path == "/health":
             self._answer(200 if self.server.healthy() else 503, {})
+        elif self.path == "/metrics" and self.server.waiting is not None:
+            self._answer(200, METRICS.format(waiting=self.server.waiting()))
         elif self.path in answers and self._allowed():
             self._answer(200, answers[self.path])
         else:
@@ -75,11 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _allowed(self) -> bool:
         return self.server.key is None or self.headers.get("Authorization") == f"Bearer {self.server.key}"
 
-    def _answer(self, status: int, body: dict) -> None:
+    def _answer(self, status: int, body: dict | str) -> None:
         if self.server.dead.is_set():
             self.close_connection = True
             return
-        content = json.dumps(body).encode()
+        content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -6,17 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from opd_mcp.devices import hardware
 from opd_mcp.devices.environment import engine_environment
+from opd_mcp.devices.hardware import Gpu
+from opd_mcp.planning.engines import vllm_command
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.runs import EngineSettings
 from opd_mcp.store.workspace import Workspace, read_settings
 from opd_mcp.worker import engines
-from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, marked, vllm_command
+from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, device_groups, marked, side_by_side
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 STAND_IN = Path(__file__).resolve().parents[1] / "stand_ins" / "stand_in_engine.py"
@@ -100,6 +104,23 @@ def test_whichever_process_is_killed_all_are_ended_and_it_is_started_again(engin
     assert [code for code, _ in managed.told] == ["engine_restarted"]
 
 
+def test_one_that_is_killed_while_it_starts_is_started_again(engine, program, tmp_path):
+    """As the kernel does for want of memory; one that ends by itself is told at once."""
+    managed, once = engine(), tmp_path / "killed"
+    text = Path(program).read_text()
+    dying = (
+        f"if not os.path.exists({str(once)!r}):\n    open({str(once)!r}, 'w').close()\n    os.kill(os.getpid(), 9)\n"
+    )
+    Path(program).write_text(text.replace("os.execv", f"{dying}\nos.execv"))
+    with managed.running():
+        assert managed._health() == 200
+    assert managed.told == [("engine_restarted", "vllm is started again (1): it was killed before it answered.")]
+    once.unlink()
+    managed = engine(restarts=0)
+    with pytest.raises(ResourceError, match=r"engine_failed.*killed before it answered, after 0"), managed.running():
+        pass
+
+
 def test_one_that_ends_again_and_again_is_one_error(engine):
     managed = engine(restarts=0)
     with managed.running():
@@ -112,8 +133,54 @@ def test_one_that_ends_again_and_again_is_one_error(engine):
 def test_one_that_does_not_start_is_told_at_once(engine, program):
     managed = engine()
     Path(program).write_text(f"#!{sys.executable} -IS\nraise SystemExit('no such model')\n")
-    with pytest.raises(ResourceError, match=r"engine_failed.*ended before it answered"), managed.running():
+    with (
+        pytest.raises(ResourceError, match=r"engine_failed.*ended with status 1 before it answered"),
+        managed.running(),
+    ):
         pass
+
+
+def test_of_several_each_is_ended_and_started_again_alone(engine):
+    first, second = engine(), engine()
+    second.number, second.told = 1, first.told
+    with side_by_side([first, second]):
+        assert len(marked(first.run)) == 6
+        before = marked(first.run, 1)
+        os.kill(marked(first.run, 0)[0], signal.SIGKILL)
+        until(lambda: first.restarts == 1 and first._health() == 200)
+        assert (second.restarts, marked(first.run, 1)) == (0, before)
+    assert [code for code, _ in first.told] == ["engine_restarted"]
+
+
+def test_one_that_does_not_start_ends_the_others(engine, program, tmp_path):
+    good, bad = engine(), engine()
+    broken = tmp_path / "broken"
+    broken.write_text(f"#!{sys.executable} -IS\nraise SystemExit('no such model')\n")
+    broken.chmod(0o755)
+    bad.program, bad.number = replace(bad.program, program=str(broken)), 1
+    with pytest.raises(ResourceError, match=r"engine_failed.*status 1"), side_by_side([good, bad]):
+        pass
+
+
+def test_a_gpu_each_where_the_model_fits_it_else_one_engine_on_all(tmp_path, monkeypatch):
+    def visible(free: int):
+        gpus = [Gpu(f"GPU-{name}", "H", total_memory=80 << 30, free_memory=free) for name in "ab"]
+        monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    devices = ["GPU-a", "GPU-b"]
+    visible(40 << 30)
+    assert device_groups(tmp_path, devices, True) == [("GPU-a",), ("GPU-b",)]
+    visible(3 << 30)
+    assert device_groups(tmp_path, devices, True) == [("GPU-a", "GPU-b")]
+    assert device_groups(tmp_path, [None, None], False) == [(), ()]
+    assert device_groups(tmp_path, [], True) == [()]
+    model = EngineModel(EXAMPLE / "teacher", "float32", 10)
+    one, both = (EngineProgram("vllm", "/v/vllm", tmp_path, True, group) for group in (("GPU-b",), tuple(devices)))
+    assert one.environment({}, tmp_path, "k")["CUDA_VISIBLE_DEVICES"] == "GPU-b"
+    assert "--tensor-parallel-size" not in one.command(model, 7, "k")
+    command = both.command(model, 7, "k")
+    assert command[command.index("--tensor-parallel-size") + 1] == "2"
 
 
 OWNER = """

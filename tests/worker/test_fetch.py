@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
+from opd_mcp.planning.hub_models import FETCHED_FILES
 from opd_mcp.planning.references import hub_directory
 from opd_mcp.store.workspace import Workspace
-from opd_mcp.worker.fetch import ALLOWED_FILES, fetched_model
+from opd_mcp.worker.fetch import fetched_model
 
 
 def test_without_a_network_the_run_fails_with_the_way_out(service, world, finished, monkeypatch):
@@ -37,4 +38,4 @@ def test_a_model_that_is_here_needs_no_network(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pkl", ".py", ".h5"])
 def test_no_code_and_no_pickle_is_ever_fetched(suffix):
-    assert not any(pattern.endswith(suffix) for pattern in ALLOWED_FILES)
+    assert not any(pattern.endswith(suffix) for pattern in FETCHED_FILES)

@@ -40,8 +40,8 @@ TUNING_SEEDS: dict[TaskName, tuple[int, ...]] = {"arithmetic": (100, 101), "chai
 RANK = 8
 # of the recipe's own rate, which was tuned for full training, and of larger ones, which an adapter takes
 RATES: dict[TaskName, dict[Way, tuple[float, ...]]] = {
-    "arithmetic": {"full": (1.5e-3, 3e-3, 6e-3), "lora": (5e-3, 1e-2, 2e-2)},
-    "chain_sum": {"full": (2e-3, 4e-3), "lora": (5e-3, 1e-2)},
+    "arithmetic": {"full": (1.5e-3, 3e-3, 6e-3, 1.2e-2), "lora": (5e-3, 1e-2, 2e-2, 4e-2)},
+    "chain_sum": {"full": (2e-3, 4e-3, 8e-3), "lora": (5e-3, 1e-2, 2e-2)},
 }
 ESTIMATOR: dict[TaskName, str] = {"arithmetic": "sampled", "chain_sum": "topk_reverse_kl"}
 

@@ -244,8 +244,8 @@ def engine_addresses(wish: EngineWish, context: Context) -> Iterator[list[Engine
     if is_url(wish.kind):
         yield [EngineAddress(url, context.teacher_key) for url in urls_of(wish.kind)]
         return
-    with context.start_engine(wish) as address:
-        yield [address]
+    with context.start_engine(wish) as addresses:
+        yield addresses
 
 
 @contextmanager
@@ -294,7 +294,13 @@ def engine_access(address: EngineAddress, context: Context, patience: Patience |
 
 @contextmanager
 def opened_generator(
-    engine: str | None, model: LoadedModel, length: int, requests: int, context: Context
+    engine: str | None,
+    model: LoadedModel,
+    length: int,
+    requests: int,
+    context: Context,
+    *,
+    beside_training: bool = False,
 ) -> Iterator[Generator]:
     """What answers prompts for the block's time: the model itself, or an engine that serves its directory.
 
@@ -312,7 +318,7 @@ def opened_generator(
             value=model.path,
             fix="Use the engine 'local', or leave out 'distill.adapter.quantization'.",
         )
-    wish = EngineWish(engine, model.path, context.runtime.dtype, length)
+    wish = EngineWish(engine, model.path, context.runtime.dtype, length, beside_training=beside_training)
     with opened_engine(wish, min(requests, MOST_REQUESTS), context, GENERATING) as (scorer, facts):
         generator = ServedGenerator(with_fewer(scorer, ONE_BY_ONE) if scorer.dialect == "opd-mcp" else scorer, facts)
         for one in generator.each():

@@ -111,6 +111,12 @@ class SavedForm:
         self._write_companions(output)
         return None
 
+    def save_copy(self, model: PreTrainedModel, output: Path) -> None:
+        """Write a model without an adapter as it is, for others to read while it is trained on."""
+        self._prepare(model)
+        self._write_weights(model, output)
+        self._write_companions(output)
+
     def _save_adapter(self, model: PreTrainedModel, output: Path, ways: AdapterSave) -> str | None:
         assert self.base is not None, "an adapter belongs to a base"
         if ways != "merged":

@@ -71,9 +71,16 @@ class _Retry(Exception):
         self.pause_s, self.busy = pause_s, busy
 
 
+# Of the requests sent one in so many may wait in the server's queue, so that it is never without one.
+SPARE_SHARE = 8
+
+
 class Flow:
     """How many requests a server is sent at a time: half as many once it says that it is busy, then one more after as
-    many answers as are sent together (the rule of TCP's congestion control, RFC 5681)."""
+    many answers as are sent together (the rule of TCP's congestion control, RFC 5681).
+
+    A server that tells how many requests wait in its queue is sent those that it works on, and a few for the queue.
+    """
 
     def __init__(self) -> None:
         self.limit = float("inf")
@@ -102,6 +109,13 @@ class Flow:
             if number > self._halved:
                 # Its own turn is over.
                 self.limit, self._halved = max(min(self.limit, self._sent + 1) // 2, 1.0), self._begun
+
+    def was_queued(self, waiting: int) -> None:
+        """So many requests, ours or others', wait until the server begins with them."""
+        with self._changed:
+            spare = max(self._sent // SPARE_SHARE, 1)
+            if waiting > spare:
+                self.limit = max(float(self._sent - waiting + spare), 1.0)
 
     def was_answered(self) -> None:
         """The server answered a request."""
@@ -134,13 +148,22 @@ class Server:
         return other
 
     def asked_with(self, patience: Patience) -> "Server":
-        """Another connection to the same server, asked with another patience, and also while it is absent."""
+        """Another connection to the same server, asked with another patience, and also while it is absent or busy."""
         other = self.another()
+        other.flow = Flow()
         other.access, other.absent = replace(self.access, patience=patience), threading.Event()
         return other
 
-    def ask(self, method: str, path: str, body: Any = None, *, max_bytes: int = 1 << 24) -> Any:
-        """The JSON of the answer.
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        max_bytes: int = 1 << 24,
+        read: Callable[[bytes], Any] = json.loads,
+    ) -> Any:
+        """The JSON of the answer, or what `read` makes of its bytes (ValueError: they are no answer).
 
         Raises Refusal for a 3xx or 4xx, ResourceError `teacher_unreachable` or `engine_unreachable` when every attempt
         failed, RunError `run_cancelled` when asked to stop.
@@ -150,7 +173,7 @@ class Server:
         while True:
             self.require_going()
             try:
-                return self._once(method, path, body, max_bytes)
+                return self._once(method, path, body, max_bytes, read)
             except _Retry as retry:
                 failures.append(str(retry))
                 busy = retry.busy
@@ -185,15 +208,17 @@ class Server:
     def require_going(self, *, present: bool = True) -> None:
         """Raise RunError `run_cancelled` when asked to stop; with `present` also where the server is known to be away.
 
-        Raises what the access' `check` raises.
+        With `present` it raises what the access' `check` raises as well.
         """
         if self.stopped.is_set() or self.access.should_stop():
             raise run_cancelled()
+        if not present:
+            return
         self.access.check()
-        if present and self.absent.is_set():
+        if self.absent.is_set():
             raise self._unreachable(["no answer when asked for its health"])
 
-    def _once(self, method: str, path: str, body: Any, max_bytes: int) -> Any:
+    def _once(self, method: str, path: str, body: Any, max_bytes: int, read: Callable[[bytes], Any]) -> Any:
         import httpx2
 
         content, total = b"", self.access.patience.total_s
@@ -220,9 +245,9 @@ class Server:
         if response.status_code != 200:
             raise Refusal(response.status_code, self._shown(content))
         try:
-            return json.loads(content)
+            return read(content)
         except ValueError as error:
-            raise _Retry("an answer that is not JSON") from error
+            raise _Retry("an answer that is not JSON" if read is json.loads else str(error)) from error
 
     def _trace(self, event: str, info: Any) -> None:
         self.opened += event == "connection.connect_tcp.complete"

@@ -2,9 +2,11 @@
 
 A row takes the next free line, so a server that is faster serves more of them. With several servers, one that does not
 answer loses its lines until it has shown again who it is, and its rows go to the others. A server that holds requests
-without an answer is found by asking for its health meanwhile.
+without an answer is found by asking for its health meanwhile. An engine whose metrics tell how many requests wait is
+sent fewer while they are many.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,13 @@ LOOK_SECONDS = 5.0
 HEALTH = Patience(timeout_s=10.0, total_s=10.0, attempts=1, proven_s=0.0)
 MISSED_LOOKS = 3
 RETURN_SECONDS = 600.0
+NO_QUEUE = "metrics without a queue"
+METRICS_PATH = "/metrics"
+# vllm/v1/metrics/loggers.py and SGLang's production metrics: one line per engine core, in Prometheus' text format
+WAITING = re.compile(
+    rb"^(?:vllm:num_requests_waiting|sglang:num_queue_reqs)(?:\{[^}\n]*\})? ([0-9.eE+]+)\s*$", re.MULTILINE
+)
+FAILED = "_failed"  # what a managed engine's error ends with once it is not started again
 
 
 def one_of_several(patience: Patience) -> Patience:
@@ -49,6 +58,7 @@ class Lines:
         # The last one used is the next one used, so that idle ones stay closed.
         self._free = list(reversed(self.all))
         self._away: dict[str, float] = {}  # since when
+        self._gone: set[str] = set()  # of those, the ones that are not started again
         self._changed, self._over = threading.Condition(), threading.Event()
         self._failure: OpdError | None = None
         self._watcher: threading.Thread | None = None
@@ -123,7 +133,7 @@ class Lines:
         return list(found.values())
 
     def _can_lose(self, error: ResourceError) -> bool:
-        return len(self.urls) > 1 and error.code.endswith("_unreachable")
+        return len(self.urls) > 1 and error.code.endswith(("_unreachable", FAILED))
 
     def _taken(self) -> Line:
         with self._changed:
@@ -142,29 +152,47 @@ class Lines:
             line.server.absent.set()
             known = line.server.url in self._away
             self._away.setdefault(line.server.url, time.monotonic())
+            if error.code.endswith(FAILED):
+                self._gone.add(line.server.url)
+                if len(self._gone) == len(self.urls):
+                    self._fail(error)
         if not known:
             self.told(f"{line.server.url} gives no answer; its rows go to the other servers. {error.message}")
 
     def _watch(self) -> None:
-        """Start to look after several servers, once."""
-        if self._watcher is None and len(self.urls) > 1:
+        """Start to look after several servers, and the queues of engines, once."""
+        if self._watcher is None and (len(self.urls) > 1 or self.all[0].server.access.role == "engine"):
             self._watcher = threading.Thread(target=self._looks, name="server looks", daemon=True)
             self._watcher.start()
 
     def _looks(self) -> None:
         missed = dict.fromkeys(self.urls, 0)
         probes = {line.server: Line(line.server.asked_with(HEALTH)) for line in self._firsts()}
+        telling = {server for server in probes if server.access.role == "engine"}
         while not self._over.wait(LOOK_SECONDS):
             for server, probe in probes.items():
                 if server.url in self._away:
                     self._return(server, probe)
                     continue
-                missed[server.url] = 0 if _is_up(probe.server) else missed[server.url] + 1
+                up = len(probes) == 1 or _is_up(probe.server)
+                if up and server in telling:
+                    self._read_queue(server, probe, telling)
+                missed[server.url] = 0 if up else missed[server.url] + 1
                 if missed[server.url] >= MISSED_LOOKS:
                     missed[server.url] = 0
                     server.absent.set()  # whoever waits for it learns that within a second
         for probe in probes.values():
             probe.server.close()
+
+    def _read_queue(self, server: Server, probe: Line, telling: set[Server]) -> None:
+        """Let a server be sent what it works on; one without such metrics is not asked for them again."""
+        try:
+            server.flow.was_queued(probe.server.ask("GET", METRICS_PATH, read=waiting_requests))
+        except Refusal:
+            telling.discard(server)
+        except OpdError as error:
+            if NO_QUEUE in error.message:
+                telling.discard(server)  # else it is away or busy, and whoever asks it for rows sees to that
 
     def _return(self, server: Server, probe: Line) -> None:
         """Give a server its lines back if it answers as the one that it was; else note when there is none any more."""
@@ -188,6 +216,14 @@ class Lines:
     def _fail(self, error: OpdError) -> None:
         self._failure = error
         self._changed.notify_all()
+
+
+def waiting_requests(metrics: bytes) -> int:
+    """How many requests wait for all cores of an engine; raises ValueError where its metrics do not say it."""
+    found = WAITING.findall(metrics)
+    if not found:
+        raise ValueError(NO_QUEUE)
+    return int(sum(map(float, found)))
 
 
 def _is_up(probe: Server) -> bool:

@@ -11,7 +11,7 @@ from opd_mcp.engine.evaluation.model_score import Measurement, Scored, asked, qu
 from opd_mcp.engine.evaluation.report_page import report_page
 from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
-from opd_mcp.engine.provenance import Provenance, record_lineage, trained_adapter, training_of
+from opd_mcp.engine.provenance import Provenance, engines_of, record_lineage, trained_adapter, training_of
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
@@ -155,7 +155,14 @@ def write_report(report: BenchmarkReport, output: Path, context: Context, models
     parents.append(Parent(role="prompts", sha256=report.prompts_sha256))
     made = Provenance("report", "benchmark", report.recipe, parents, ["report.json", "report.md", "report.html"])
     dated = any(reads_clock(chat_template(path)) for path in models)
-    record_lineage(output, made, context, rendered_at=context.rendered_at.isoformat() if dated else None)
+    answered = next((score.generated_by for score in report.models if score.generated_by is not None), None)
+    record_lineage(
+        output,
+        made,
+        context,
+        rendered_at=context.rendered_at.isoformat() if dated else None,
+        engines=engines_of(benchmark=answered),
+    )
 
 
 def _teacher_and_references(

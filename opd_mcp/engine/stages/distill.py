@@ -7,7 +7,7 @@ opened and checked before any step.
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.evaluation.model_score import Measurement, asked
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import LocalGenerator
+from opd_mcp.engine.generation.served import room_for
 from opd_mcp.engine.losses.objectives import distill_objective
 from opd_mcp.engine.models.loading import (
     AdoptedTokenizer,
@@ -45,6 +46,7 @@ from opd_mcp.engine.provenance import (
     Provenance,
     adapter_origin,
     claim_of,
+    engines_of,
     frozen_hash,
     full_identity,
     record_lineage,
@@ -52,6 +54,7 @@ from opd_mcp.engine.provenance import (
 )
 from opd_mcp.engine.runtime import Runtime, generator_for, loading_runtime, open_runtime
 from opd_mcp.engine.scoring.local import base_as_teacher, engine_gap, require_agreement, score_sequences
+from opd_mcp.engine.training.following import EngineFollower
 from opd_mcp.engine.training.held_out import HeldOut
 from opd_mcp.engine.training.loop import LoopSettings, Stretch, TrainingTask, train
 from opd_mcp.engine.training.token_factors import reweigh_of
@@ -97,8 +100,15 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
     model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
     teacher = base_as_teacher(model, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
     model_warnings(context, model, teacher)
-    steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
-    return _trained(section, inputs, output, Opened(model, source, steps, teacher), context)
+    with ExitStack() as stack:
+        if inputs.rollout.engine is not None:
+            form = SavedForm.of(model, source.adopted, section.save_dtype)
+            length = room_for(source.prompts, inputs.rollout.sampling)
+            every = inputs.rollout.reload_steps
+            follower = EngineFollower(model, form, inputs.rollout.engine, every, length, context)
+            source = replace(source, follower=stack.enter_context(follower))
+        steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
+        return _trained(section, inputs, output, Opened(model, source, steps, teacher), context)
 
 
 def distill_adapters(
@@ -229,6 +239,7 @@ def _trained(
     write_atomic(output / "training.json", summary.to_json(indent=2))
     parents = [Parent(role="student", identity=full_identity(student)), *source.parents]
     parents += [Parent(role="base", identity=origin.base)] if origin else []
+    follower = source.follower if isinstance(source, LiveSource) else None
     record_lineage(
         output,
         Provenance("model", "distill", section, parents, [*saved_files(output), *_left_files(output)]),
@@ -238,6 +249,7 @@ def _trained(
         adapter=origin,
         teacher_mismatch_allowed=inputs.allow_teacher_mismatch,
         rendered_at=source.rendered_at,
+        engines=engines_of(rollout=follower.facts) if follower else None,
     )
     return summary
 
@@ -296,7 +308,7 @@ class CacheSource:
 
 @dataclass(frozen=True)
 class LiveSource:
-    """Prompts for rollouts that a live teacher will score."""
+    """Prompts for rollouts that a live teacher will score; a `follower` draws them in place of the student itself."""
 
     prompts: list[EncodedPrompt]
     teacher: ModelIdentity
@@ -304,6 +316,7 @@ class LiveSource:
     parents: list[Parent]
     claim: TeacherClaim | None
     rendered_at: str | None = None
+    follower: EngineFollower | None = None
 
     @property
     def domains(self) -> Mapping[str, int]:
@@ -415,7 +428,7 @@ def live_batches(
     rollout: RolloutRecipe,
     runtime: Runtime,
 ) -> StepsFrom:
-    """Each step's rollouts drawn from the student as it is then, scored by the teacher at once.
+    """Each step's rollouts drawn from the student as it is then, or a few steps before, scored by the teacher at once.
 
     A step's random stream follows from the seed and the step's number, so a resumed run draws what it would have drawn.
     A teacher that is the student's own base is the same module with its adapters off. The first step raises RunError
@@ -431,9 +444,13 @@ def live_batches(
         started = time.perf_counter()
         eos, scope = source.adopted.eos_token_ids, f"live/{step}"
         settings = GenerationSettings(sampling, eos, rollout.batch_size, runtime.seed, scope, valid_vocab)
-        sequences = LocalGenerator(student).draw([prompts[row] for row in indices], settings)
-        if checked:
-            engine_gap(student, sequences, runtime)
+        wanted = [prompts[row] for row in indices]
+        if source.follower is not None:
+            sequences = source.follower.draw(step, wanted, settings)
+        else:
+            sequences = LocalGenerator(student).draw(wanted, settings)
+            if checked:
+                engine_gap(student, sequences, runtime)
         generated = time.perf_counter()
         with without_adapters(student.model) if teacher.model is student.model else nullcontext():
             scores = score_sequences(

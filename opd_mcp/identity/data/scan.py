@@ -30,6 +30,8 @@ SAMPLED_ROWS = 64
 KEPT_GOLDS, GOLD_CHARACTERS = 1024, 1 << 14
 LONG_ROWS = 512
 KEPT_DOMAINS = 64
+# English text has four or more; other languages and digits have fewer.
+BYTES_PER_TOKEN = 3
 # A text is kept for measuring up to here; what is longer is long by any limit.
 LONG_CHARACTERS = 1 << 16
 _CONTENT = itemgetter("content")
@@ -61,6 +63,11 @@ class PromptScan:
     """As `TeacherTurnsHash` of all rows."""
     domains: Mapping[str | None, int] = field(default_factory=dict)
     """Rows by the domain of their teacher, of the first 64 domains; None for rows without one."""
+
+    def guessed_tokens(self) -> float | None:
+        """Mean tokens of a prompt by its bytes, for estimates without a tokenizer; None without prompts."""
+        sizes = [len(row.text().encode(errors="replace")) for row in self.sample]
+        return max(1.0, sum(sizes) / len(sizes) / BYTES_PER_TOKEN) if sizes else None
 
     def duplicates(self) -> int:
         """Rows with the text of an earlier row."""

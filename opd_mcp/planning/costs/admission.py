@@ -48,7 +48,8 @@ def with_claims(target: Target, store: Store, cpu_slots: int) -> Target:
     if target.kind != "cpu":
         return target
     records, all_on_cpu = active_records(store), not gpus()
-    there = [record for record in records if all_on_cpu or record.request.recipe.runtime.device == "cpu"]
+    here = [record for record in records if record.request.executor is None]
+    there = [record for record in here if all_on_cpu or record.request.recipe.runtime.device == "cpu"]
     claims = sorted((unclaimed(store, record) for record in there if not is_short(record)), reverse=True)
     short = max((unclaimed(store, record) for record in there if is_short(record)), default=0)
     return replace(target, claimed=sum(claims[: cpu_slots - 1]) + short)

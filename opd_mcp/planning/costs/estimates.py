@@ -7,6 +7,7 @@ follows from the stated assumptions below.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -50,6 +51,7 @@ class PhaseCost(Schema):
     expected_flops: float
     cost: StageCost
     models: str | None = Field(None, description="of an assessment, whose speed holds for more rows: what it measured")
+    engine_starts: list[float] | None = Field(None, description="seconds until its engine answered, at each start")
 
 
 class ArtifactCosts(Schema):
@@ -76,7 +78,7 @@ class CostModel:
             for all_of_them in (True, False)
         )
         works = {name: _share(workload.work(name), pending[name] / named[name]) for name in pending}
-        estimates = [self._phase(name, work) for name, work in works.items()]
+        estimates = [self._phase(name, work, pending[name]) for name, work in works.items()]
         if estimates:
             estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
@@ -111,9 +113,17 @@ class CostModel:
             else f"assumed: {ASSUMED_START_SECONDS:g} s to start Python and import torch and transformers",
         )
 
-    def _phase(self, name: PhaseName, work: Work) -> PhaseEstimate:
+    def _phase(self, name: PhaseName, work: Work, rounds: int) -> PhaseEstimate:
         if name == "fetch":
-            return PhaseEstimate(phase=name, flops=0.0, seconds=0.0, basis="the download is not estimated")
+            size = self.workload.download_bytes
+            basis = f"{byte_size(size)} to download" if size else "the download"
+            return PhaseEstimate(
+                phase=name,
+                flops=0.0,
+                seconds=0.0,
+                basis=f"{basis}; how long that takes is not estimated",
+                download_bytes=size or None,
+            )
         engine = engine_of(self.workload.recipe, name)
         rates = self._measured_rates(work_of(self.workload.recipe, name), work)
         if rates:
@@ -123,9 +133,11 @@ class CostModel:
             )
         else:
             seconds, source = self._assumed_seconds(name, work)
-            if engine in MANAGED_ENGINES:
-                seconds += ASSUMED_ENGINE_START
-                source += f", and {ASSUMED_ENGINE_START:g} s for its engine's start"
+        if engine in MANAGED_ENGINES:
+            starts, each = rounds * engine_starts(self.workload.recipe, name), self._engine_start(engine)
+            seconds += each * starts
+            of_what = "its engine's start" if starts == 1 else f"each of its engine's {starts} starts"
+            source += f", and {each:.3g} s for {of_what}"
         if engine is not None:
             source = f"on {engine_name(engine)}, {source}"
         return PhaseEstimate(
@@ -138,13 +150,23 @@ class CostModel:
             kv_cache_bytes=work.kv_bytes,
         )
 
+    def _engine_start(self, engine: str) -> float:
+        """Seconds until a managed engine answers, whatever the phase."""
+        known = [
+            start
+            for cost in self.measured
+            if engine in cost.work and cost.device == self.target.kind
+            for start in cost.engine_starts or ()
+        ]
+        return median(known[:MEASUREMENTS_USED]) if known else ASSUMED_ENGINE_START
+
     def _measured_rates(self, name: str, work: Work) -> list[float]:
         comparable = [
-            cost.expected_flops / cost.cost.seconds
+            cost.expected_flops / seconds
             for cost in self.measured
             if cost.work == name
             and cost.device == self.target.kind
-            and cost.cost.seconds > 0
+            and (seconds := cost.cost.seconds - sum(cost.engine_starts or ())) > 0
             and (
                 work.flops / COMPARABLE_FACTOR < cost.expected_flops < work.flops * COMPARABLE_FACTOR
                 if cost.models is None
@@ -171,13 +193,19 @@ class CostModel:
 def estimate_of(
     request: RunRequest, target: Target, measured: Sequence[PhaseCost], inspect: Callable[[Path], ModelFacts]
 ) -> MethodEstimate | None:
-    """What a run takes on the target, by earlier measured costs; None while a model of it is still to be fetched."""
+    """What a run takes on the target, by earlier measured costs; None where `workload_of` knows no workload."""
     workload = workload_of(request.recipe, request.inputs, room_of(target), inspect)
     if workload is None:
         return None
     method: Method = "sft" if request.kind == "sft" else request.recipe.distill.method
     models = models_token(request.recipe, request.inputs)
-    return CostModel(workload, target, measured, models).estimate(method, request.phases)
+    estimate = CostModel(workload, target, measured, models).estimate(method, request.phases)
+    given = (request.inputs.student, request.inputs.teacher, request.inputs.model)
+    by_hub = [model.reference for model in given if model is not None and model.path is None]
+    if not by_hub:
+        return estimate
+    basis = f"{estimate.memory_basis}; sizes of {' and '.join(by_hub)} as the Hub gives them, before their download"
+    return estimate.model_copy(update={"memory_basis": basis})
 
 
 def models_token(recipe: Recipe, inputs: RunInputs) -> str | None:
@@ -328,8 +356,9 @@ def engine_name(engine: str) -> str:
 
 def work_of(recipe: Recipe, phase: PhaseName) -> str:
     """The name of a phase's work under this recipe; on several devices another one than on one."""
-    name = work_name(phase, recipe.distill.method, engine_of(recipe, phase))
-    devices = recipe.runtime.devices if phase in RANKED else 1
+    engine = engine_of(recipe, phase)
+    name = work_name(phase, recipe.distill.method, engine)
+    devices = recipe.runtime.devices if phase in RANKED or engine in MANAGED_ENGINES else 1
     return name if devices == 1 else f"{name}*{devices}"
 
 
@@ -340,8 +369,14 @@ def engine_of(recipe: Recipe, phase: str) -> str | None:
         "rollout": recipe.rollout.engine,
         "score": recipe.score.engine,
         "benchmark": recipe.benchmark.engine,
+        "distill": recipe.rollout.engine if recipe.distill.method == "live" else None,
     }
     return engines.get(phase)
+
+
+def engine_starts(recipe: Recipe, phase: str) -> int:
+    """How often a phase starts its engine: live distillation does for each stretch of steps."""
+    return ceil(recipe.distill.steps / recipe.rollout.reload_steps) if phase == "distill" else 1
 
 
 @dataclass(frozen=True)

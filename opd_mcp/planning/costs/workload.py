@@ -26,7 +26,7 @@ from opd_mcp.schemas.memory import (
 )
 from opd_mcp.schemas.recipes import DistillRecipe, ExportFormat, Recipe, Sampling, SftRecipe
 from opd_mcp.schemas.resolve import changed_recipe
-from opd_mcp.schemas.runs import PhaseName, RunInputs
+from opd_mcp.schemas.runs import ModelInput, PhaseName, RunInputs
 
 PROCESS_BYTES = 700 << 20
 # Generation keeps a step's logits, their softmax and what sampling sorts.
@@ -37,6 +37,28 @@ ACTIVATIONS_PER_WIDTH = 34
 def model_shape(facts: ModelFacts) -> ModelShape:
     """The shape of an inspected model."""
     return ModelShape.of(facts.parameters, facts.vocab_size, facts.setting)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """What estimates need of a model: its shape and its bytes, and the facts of its files where it is here."""
+
+    shape: ModelShape
+    weight_bytes: int
+    facts: ModelFacts | None = None
+    download_bytes: int = 0
+
+
+def known_model(model: ModelInput, inspect: Callable[[Path], ModelFacts] = inspect_model) -> KnownModel | None:
+    """A model by its files, or by what the Hub says of it; None where neither is known."""
+    if model.path is not None:
+        facts = inspect(Path(model.path))
+        return KnownModel(model_shape(facts), facts.weight_bytes, facts)
+    sizes = model.hub_sizes
+    if sizes is None:
+        return None
+    shape = ModelShape.of(sizes.parameters, sizes.settings.get("vocab_size", 1), sizes.settings.get)
+    return KnownModel(shape, sizes.weight_bytes, download_bytes=sizes.download_bytes)
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,8 @@ class Workload:
     """Whether a distillation's adapter is trained on the teacher's own weights."""
     quantized: bool = False
     """Whether the student, as it was given, is an adapter on a base in 4 bits."""
+    download_bytes: int = 0
+    """Bytes of the Hub models that are still to be fetched."""
 
     def work(self, name: PhaseName) -> Work:
         """The work of one phase; a fetch counts as none."""
@@ -116,6 +140,8 @@ class Workload:
         """Bytes that the phase's artifact takes, before compression."""
         recipe, data = self.recipe, self.data
         match name:
+            case "fetch":
+                return self.download_bytes
             case "generate_responses":
                 return int(self._answers * (data.prompt_tokens + recipe.responses.sampling.max_new_tokens) * 8)
             case "sft" | "distill":
@@ -391,30 +417,35 @@ def workload_of(
     room: Room | None = None,
     inspect: Callable[[Path], ModelFacts] = inspect_model,
 ) -> Workload | None:
-    """The workload of a run whose models and data are here; None while one is still to be fetched.
+    """The workload of a run; None while its data are still to be fetched, or a model of which the Hub told no sizes.
 
     A run with one model counts it as both. `inspect` may be a cache's; without `room`, memory is no limit.
     """
     first, second = inputs.student or inputs.model, inputs.teacher
     student, teacher = first or second, second or first
-    if student is None or teacher is None or student.path is None or teacher.path is None:
+    if student is None or teacher is None:
         return None
     if any(data is not None and data.path is None for data in (inputs.prompts, inputs.sft_prompts, inputs.responses)):
         return None
-    facts, scorer = inspect(Path(student.path)), inspect(Path(teacher.path))
-    stored = facts.weight_bytes / max(facts.parameters, 1)
-    converted = converted_bytes(facts, inputs.export.format) if inputs.export else 0
-    base = inspect(facts.weights_path).identity if trains_on_given_base(recipe, inputs) else None
+    mine, scorer = known_model(student, inspect), known_model(teacher, inspect)
+    if mine is None or scorer is None:
+        return None
+    facts, same = mine.facts, student.hub_id is not None and student.hub_id == teacher.hub_id
+    if facts is not None and scorer.facts is not None and trains_on_given_base(recipe, inputs):
+        same = inspect(facts.weights_path).identity.same_model(scorer.facts.identity)
+    fetched = {student.reference: mine, teacher.reference: scorer}
+    fetched |= {model.reference: known for model in inputs.baselines if (known := known_model(model, inspect))}
     return Workload(
         recipe,
-        model_shape(facts),
-        model_shape(scorer),
+        mine.shape,
+        scorer.shape,
         data_size(inputs),
         room or Room(),
-        stored,
-        converted,
-        quantized=facts.identity.quantization is not None,
-        teacher_is_base=base is not None and base.same_model(scorer.identity),
+        mine.weight_bytes / max(mine.shape.parameters, 1),
+        converted_bytes(facts, inputs.export.format) if inputs.export and facts else 0,
+        quantized=facts is not None and facts.identity.quantization is not None,
+        teacher_is_base=same and trains_on_given_base(recipe, inputs),
+        download_bytes=sum(known.download_bytes for known in fetched.values()),
     )
 
 
@@ -460,10 +491,10 @@ def exported_bytes(inputs: RunInputs) -> int:
 
 
 def expected_disk(name: PhaseName, recipe: Recipe, inputs: RunInputs) -> int:
-    """The bytes that a phase of a run writes; 0 for a run whose model is not here yet."""
-    known = inputs.student or inputs.model or inputs.teacher
-    if known is None or known.path is None:
+    """The bytes that a phase of a run writes; 0 for a run with a model of which nothing is known yet."""
+    model = inputs.student or inputs.model or inputs.teacher
+    known = known_model(model) if model else None
+    if known is None:
         return 0
-    shape = model_shape(inspect_model(Path(known.path)))
-    workload = Workload(recipe, shape, shape, data_size(inputs))
+    workload = Workload(recipe, known.shape, known.shape, data_size(inputs), download_bytes=known.download_bytes)
     return workload.disk(name) + workload.checkpoint_disk(name)

@@ -32,6 +32,8 @@ def input_schema(model: type[Schema], described_by: type[Schema] | None = None) 
     for name in properties.keys() & known.keys() - set(required):
         said = {key: value for key, value in known[name].items() if key in _SAID_ONCE}
         properties[name] = {key: value for key, value in properties[name].items() if not _is_said(value, said.get(key))}
+        if (items := properties[name].get("items")) is not None and items == known[name].get("items"):
+            properties[name]["items"] = {key: value for key, value in items.items() if key not in _SAID_ONCE}
     short: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
     return {**short, "required": required} if required else short
 

@@ -129,8 +129,10 @@ def _estimate_line(estimate: MethodEstimate) -> str:
         for phase in estimate.phases
         if phase.batch_size and phase.kv_cache_bytes is not None
     ]
+    download = sum(phase.download_bytes or 0 for phase in estimate.phases)
+    after = f" after a download of {byte_size(download)}" if download else ""
     return (
-        f"{estimate.method}: {duration(estimate.seconds)}{of_it}, {estimate.flops:.2g} FLOPs, "
+        f"{estimate.method}: {duration(estimate.seconds)}{after}{of_it}, {estimate.flops:.2g} FLOPs, "
         f"{byte_size(estimate.peak_memory_bytes)} memory, {byte_size(estimate.disk_bytes)} disk"
         + (f"; rows drawn at a time, and their keys and values: {'; '.join(batches)}" if batches else "")
     )

@@ -16,6 +16,7 @@ def setup_text(report: SetupReport) -> str:
         f"{byte_size(device.total_memory_bytes)} memory free, {device.slots_busy}/{device.slots} slots busy"
         for device in report.devices
     ]
+    lines += [f"executor {found.name} ({found.kind}): {found.state}" for found in report.executors or []]
     lines.append(f"workspace: {report.workspace} ({byte_size(report.free_disk_bytes)} free)")
     lines.append(f"allowed roots: {', '.join(report.allowed_roots)}")
     if report.export_roots:

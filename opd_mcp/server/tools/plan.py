@@ -13,8 +13,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
     ToolSpec(
         name="inspect_setup",
         title="Inspect the set-up",
-        description="Devices and free memory, workspace, allowed roots, active runs, limits, and the paths of a small "
-        "example task that runs on any machine. Call it first.",
+        description="Devices and free memory, executors, workspace, allowed roots, active runs, limits, and the paths "
+        "of a small example task that runs on any machine. Call it first.",
         request=InspectSetup,
         answer=SetupReport,
         call=lambda service, request: service.setup(),

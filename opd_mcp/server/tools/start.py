@@ -68,7 +68,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         name="start_distillation",
         title="Start a distillation",
         description="Give one of: `plan_id`; the arguments of plan_distillation; or `student` and `cache_id`. Missing "
-        f"stages (responses, SFT, cache) become phases of the run. Ends with a report when `benchmark`. {RETURNS}",
+        f"stages (responses, SFT, cache) become phases of the run. {RETURNS}",
         request=StartDistillation,
         call=lambda service, request: service.start_distillation(request),
         command="start",

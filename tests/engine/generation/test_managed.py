@@ -1,42 +1,52 @@
-"""A whole build on an engine that is started for it, and killed in the middle: the same rows, and no process left."""
+"""A whole build on engines that are started for it, one killed in the middle: the same rows, and no process left."""
 
 import importlib.util
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 
 from opd_mcp.engine.cache.manifest import read_record, read_rollouts
 from opd_mcp.engine.context import EngineAddress, SilentReporter
 from opd_mcp.schemas.runs import EngineSettings
-from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, marked
+from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, free_ports, marked, side_by_side
 
 STAND_IN = Path(__file__).resolve().parents[2] / "stand_ins" / "stand_in_engine.py"
 ROWS, SHARD = 12, 4
+RESTART_SECONDS = 60.0
 
 
 class Killing(SilentReporter):
-    """Kills a process of the engine once so many rows are drawn."""
+    """Kills the API server of the first of some engines once so many rows are drawn, and waits for its restart."""
 
     def __init__(self, run: Path, after: int) -> None:
         self.run, self.after, self.told = run, after, []
 
     def progress(self, done: int, total: int, unit: str) -> None:
         if unit == "rollouts" and done >= self.after and not self.told:
-            [server] = [pid for pid in marked(self.run) if "--port" in psutil.Process(pid).cmdline()[-40:]]
+            [server] = [pid for pid in marked(self.run, 0) if "--port" in psutil.Process(pid).cmdline()[-40:]]
+            others = marked(self.run, 1)
             os.kill(server, signal.SIGKILL)
             self.told.append("killed")
+            deadline = time.monotonic() + RESTART_SECONDS
+            while "engine_restarted" not in self.told:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert marked(self.run, 1) == others, "the other engine was left alone"
 
     def alert(self, code: str, message: str) -> None:
         self.told.append(code)
 
 
-def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path, count):
     program, run = tmp_path / "vllm", tmp_path / "run"
     command = [sys.executable, str(STAND_IN)]
     program.write_text(
@@ -48,22 +58,29 @@ def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path):
 
     @contextmanager
     def start_engine(wish):
-        managed = ManagedEngine(
-            EngineProgram(wish.kind, str(program), tmp_path / "caches", on_gpu=False),
-            EngineModel(wish.model, wish.dtype, wish.length, wish.topk),
-            run,
-            EngineSettings(start_seconds=100),
-            reporter.should_stop,
-            reporter.alert,
-        )
-        with managed.running():
-            yield EngineAddress(managed.url, managed.key, wish.dtype, managed=True, check=managed.check)
+        engines = [
+            ManagedEngine(
+                EngineProgram(wish.kind, str(program), tmp_path / "caches", on_gpu=False),
+                EngineModel(wish.model, wish.dtype, wish.length, wish.topk),
+                run,
+                EngineSettings(start_seconds=100),
+                reporter.should_stop,
+                reporter.alert,
+                port=port,
+                number=number,
+            )
+            for number, port in enumerate(free_ports(count))
+        ]
+        with side_by_side(engines):
+            yield [EngineAddress(one.url, one.key, wish.dtype, managed=True, check=one.check) for one in engines]
 
     sizes = {"count": ROWS, "shard_rows": SHARD, "engine": "vllm"}
     section = build.recipe.rollout.model_copy(update=sizes)
     context = replace(build.context(reporter=reporter), start_engine=start_engine)
     killed = build.rollouts("killed", recipe=section, context=context)
-    assert reporter.told == ["killed", "engine_restarted"]
+    assert reporter.told[:2] == ["killed", "engine_restarted"]
+    assert set(reporter.told[2:]) <= {"engine_lost"}, "only of several engines one can be lost"
+    assert len(reporter.told) == 2 or count > 1
     assert marked(run) == []
     spec = importlib.util.spec_from_file_location("stand_in_engine", STAND_IN)
     module = importlib.util.module_from_spec(spec)

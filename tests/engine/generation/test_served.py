@@ -200,7 +200,7 @@ def test_the_teacher_answers_and_scores_on_an_engine_and_a_managed_one_is_given_
         from contextlib import nullcontext
 
         wishes.append(wish)
-        return nullcontext(EngineAddress(server.url, "managed-key", wish.dtype, managed=True))
+        return nullcontext([EngineAddress(server.url, "managed-key", wish.dtype, managed=True)])
 
     context = replace(build.context(), start_engine=start_engine)
     section = build.recipe.responses.model_copy(update={"engine": "vllm", "limit": 8, "sampling": SHORT})
@@ -242,6 +242,8 @@ def test_a_benchmark_s_candidate_answers_on_a_user_s_server_and_its_baseline_her
     local = stages.benchmark(section.model_copy(update={"engine": None}), inputs, build.root / "local", build.context())
     assert report.models[0].generated_by.name == "vllm"
     assert report.models[1].generated_by is None
+    assert read_lineage(build.root / "report").engines == {"benchmark": report.models[0].generated_by}
+    assert read_lineage(build.root / "local").engines is None
     assert report.models[0].greedy_accuracy == local.models[0].greedy_accuracy
     assert report.models[0].reverse_kl.value == pytest.approx(local.models[0].reverse_kl.value, abs=0.5)
     assert "Responses of candidate by vllm 0.32.0." in (build.root / "report" / "report.md").read_text()

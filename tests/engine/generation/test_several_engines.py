@@ -1,6 +1,7 @@
 """Several servers of one model side by side: they share the rows, and one that is lost gives its rows back."""
 
 import importlib.util
+import re
 import threading
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from opd_mcp.engine.cache.manifest import read_cache, read_record, read_rollouts
 from opd_mcp.engine.context import SilentReporter
 from opd_mcp.engine.scoring import lines
+from opd_mcp.engine.scoring.connection import Access, Server
+from opd_mcp.engine.scoring.lines import Line
 from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
 
 ROWS = {"count": 16, "shard_rows": 8}
@@ -137,7 +140,11 @@ def test_one_that_holds_its_requests_for_ever_is_found_by_its_health(server, dra
 
 def test_one_that_comes_back_gets_rows_again(server, drawn_by, alone, monkeypatch):
     monkeypatch.setattr(lines, "LOOK_SECONDS", 0.1)
-    back = threading.Event()
+    back, lost, lose = threading.Event(), threading.Event(), lines.Lines._lose
+
+    def losing(self, line, error):
+        lose(self, line, error)
+        lost.set()
 
     def dying(body, real):
         if draws(body) and sum(map(draws, first.asked)) == COMPARED + 3:
@@ -147,13 +154,15 @@ def test_one_that_comes_back_gets_rows_again(server, drawn_by, alone, monkeypatc
     def waiting(body, real):
         # From the loss on, only once the other answers again.
         if first.dead.is_set() and draws(body) and not back.is_set():
-            threading.Timer(0.5, first.dead.clear).start()
             back.set()
+            assert lost.wait(60)
+            first.dead.clear()
         if back.is_set() and draws(body):
             while first.dead.is_set():
                 over.wait(0.02)
         return real(body)
 
+    monkeypatch.setattr(lines.Lines, "_lose", losing)
     over = threading.Event()
     first, second = server(dying), server(waiting)
     rollouts, told = drawn_by(first, second)
@@ -220,3 +229,83 @@ def test_several_servers_score(module, server, build, drawn, finished):
     assert np.abs(rows.columns["teacher_logprobs"] - local.columns["teacher_logprobs"]).max() <= 1e-4
     assert manifest.scorer_gap.mean <= 1e-5
     assert min(len(first.asked), len(second.asked)) > 20
+
+
+@pytest.mark.parametrize("metrics", ["told", "of something else", "none"])
+def test_an_engine_whose_queue_is_long_is_sent_fewer_rows_at_a_time(server, build, monkeypatch, metrics):
+    """It works on two at a time, and says how many wait: the first eight until they are all there."""
+    monkeypatch.setattr(lines, "LOOK_SECONDS", 0.05)
+    room, known, changed = threading.Semaphore(2), threading.Event(), threading.Lock()
+    counts = {"sent": 0, "working": 0, "asked": 0}
+    most = []
+
+    def answering(body, real):
+        if not draws(body):
+            return real(body)
+        with changed:
+            counts["sent"] += 1
+            most.append(counts["sent"] if known.is_set() else 0)
+        with room:
+            counts["working"] += 1
+            known.wait(30)
+            answer = real(body)
+            counts["working"] -= 1
+        with changed:
+            counts["sent"] -= 1
+        return answer
+
+    def waiting():
+        counts["asked"] += 1
+        found = counts["sent"] - counts["working"]
+        if found >= COMPARED - 2 and counts["asked"] > 1:
+            known.set()
+        return found
+
+    wire = server(answering)
+    if metrics == "told":
+        wire.waiting = waiting
+    else:
+        known.set()
+        if metrics == "of something else":
+            monkeypatch.setattr(wire, "waiting", waiting)
+            monkeypatch.setattr(lines, "WAITING", re.compile(rb"^other ([0-9]+)$", re.MULTILINE))
+    section = build.recipe.rollout.model_copy(
+        update={"engine": wire.url, "count": 24, "shard_rows": 24, "batch_size": 12}
+    )
+    read_rollouts(build.rollouts(metrics, recipe=section))
+    if metrics == "told":
+        assert max(most) <= 9, "of twelve connections"
+    elif metrics == "of something else":
+        assert counts["asked"] == 1, "it is not asked again"
+
+
+def test_an_engine_that_is_not_started_again_leaves_its_rows_to_the_others_until_all_are_so():
+    gone, told = set(), []
+
+    def engine(url: str) -> Line:
+        def check() -> None:
+            if url in gone:
+                raise ResourceError("engine_failed", f"{url} has ended too often.", fix="Read the log.")
+
+        return Line(Server(url, Access(role="engine", check=check)))
+
+    def ask(line: Line) -> str:
+        line.server.require_going()
+        return line.server.url
+
+    first, second = "http://127.0.0.1:1", "http://127.0.0.1:2"
+    both = lines.Lines([engine(first), engine(second)], lambda line: None, told.append)
+    try:
+        for line in both.all:
+            line.proven = line.server.opened
+        assert both.served(ask) == first
+        gone.add(first)
+        assert [both.served(ask), both.served(ask)] == [second, second]
+        assert len(told) == 1
+        assert first in told[0]
+        gone.add(second)
+        for _ in range(2):
+            with pytest.raises(ResourceError, match=r"engine_failed.*:2 has ended too often"):
+                both.served(ask)
+    finally:
+        both.close()

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from opd_mcp.engine.scoring.connection import Access, Patience, Refusal, Server
+from opd_mcp.engine.scoring.connection import Access, Flow, Patience, Refusal, Server
 from opd_mcp.schemas.errors import ResourceError, RunError
 from opd_mcp.schemas.next_action import resume_call
 
@@ -121,6 +121,47 @@ def test_a_server_that_was_proven_is_asked_until_it_may_have_started_again(clien
     server.known.set()
     assert server.another().ask("GET", "/") == {"fine": True}
     assert served.script == []
+
+
+def test_a_busy_server_is_sent_half_as_much_and_then_slowly_more():
+    flow, numbers = Flow(), []
+
+    def going() -> None:
+        raise AssertionError("there is room")
+
+    with contextlib.ExitStack() as stack:
+        numbers = [stack.enter_context(flow.turn(going)) for _ in range(8)]
+    with flow.turn(going) as late:
+        flow.was_busy(late)  # as the second of two: its own turn counts as over
+    assert flow.limit == 1
+    flow.was_busy(numbers[0])
+    assert flow.limit == 1, "it was sent before the server said that it is busy"
+    with flow.turn(going), pytest.raises(AssertionError), flow.turn(going):
+        pass
+    flow.was_answered()
+    flow.was_answered()
+    assert flow.limit == 2.5
+
+
+def test_a_server_whose_queue_is_long_is_sent_what_it_works_on_and_a_few():
+    flow = Flow()
+
+    def going() -> None:
+        raise AssertionError("there is room")
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(16):
+            stack.enter_context(flow.turn(going))
+        flow.was_queued(2)
+        assert flow.limit == float("inf"), "two of sixteen keep it from being idle"
+        flow.was_queued(12)
+        assert flow.limit == 6
+        flow.was_queued(12)
+        assert flow.limit == 6, "said again while nothing was answered, it means the same"
+        flow.was_queued(100)
+        assert flow.limit == 1, "most of them are others'"
+    flow.was_answered()
+    assert flow.limit == 2
 
 
 def test_an_engine_and_a_verification_have_their_own_words(client):

@@ -102,6 +102,29 @@ def test_what_was_measured_here_replaces_what_is_assumed():
         assert "assumed" in estimator([useless]).estimate("lightning", PHASES).phases[3].basis
 
 
+def test_a_second_plan_takes_an_engine_s_speed_and_its_start_from_the_run_before():
+    """The start does not grow with the rows."""
+
+    def rollout(count: int, measured=()):
+        costs = estimator(measured, rollout__count=count, rollout__engine="vllm", score__engine="vllm")
+        phases = {phase.phase: phase for phase in costs.estimate("lightning", PHASES).phases}
+        return phases["rollout"], phases["score"]
+
+    first, score = rollout(1000)
+    assert "180 s for its engine's start" in first.basis
+    cost = StageCost(stage="rollout", seconds=100.0)
+    ran = PhaseCost(
+        work="rollout@vllm", device="cpu", expected_flops=first.flops, cost=cost, engine_starts=[40.0, 20.0]
+    )
+    again, other = rollout(1000, [ran])
+    assert again.basis.startswith("on vllm, measured in 1 earlier run(s) on cpu, and 30 s for its engine's start")
+    assert again.seconds == pytest.approx(70.0), "40 s of drawing and a start, one of which was a restart"
+    assert rollout(4000, [ran])[0].seconds == pytest.approx(190.0)
+    assert other.seconds == pytest.approx(score.seconds - 150.0), "its own speed is not known, the start is"
+    elsewhere = ran.model_copy(update={"device": "cuda"})
+    assert rollout(1000, [elsewhere])[0].seconds == first.seconds
+
+
 def test_the_start_of_the_process_is_an_item_of_its_own():
     """Assumed until earlier runs have measured it; it is part of the sum."""
     assumed = estimator().estimate("lightning", PHASES)

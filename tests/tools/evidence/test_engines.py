@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from tools import EXAMPLE
 from tools.evidence import engines
-from tools.evidence.engines import WIDTH, installed, problems, widened
+from tools.evidence.engine_place import WIDTH, Place, widened
+from tools.evidence.engines import installed, problems
 
 NO_PACKAGE = """#!/bin/sh
 case "$*" in
@@ -65,11 +66,16 @@ def test_wider_heads_compute_the_same(tmp_path, name):
 
 GOOD = {
     "flow": {
-        "engine": {"state": "succeeded", "left_over": 0},
-        "local": {"state": "succeeded", "left_over": 0},
+        "state": "succeeded",
+        "left_over": 0,
         "lineage": {"responses": ["responses"], "cache": ["rollout", "score"], "report": ["benchmark"]},
         "distances": {"behaviour_logprobs": {"mean": 1e-6}, "teacher_logprobs": {"mean": 1e-6}},
-        "accuracy": {"difference": [0.01, -0.01, 0.03]},
+    },
+    "students": {
+        "same_rollouts": {"difference": [0.01, -0.01, 0.03]},
+        "engine": 0.7,
+        "expected": [0.5, 0.8],
+        "left_over": 0,
     },
     "kills": [{"killed": "core", "left_over": 0}],
     "builds": [
@@ -87,9 +93,10 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda all: all["flow"]["engine"].update(state="failed"), "did not succeed"),
+        (lambda all: all["flow"].update(state="failed"), "did not succeed"),
         (lambda all: all["flow"]["distances"]["teacher_logprobs"].update(mean=2e-5), "teacher_logprobs: mean distance"),
-        (lambda all: all["flow"]["accuracy"].update(difference=[0.05, 0.01, 0.09]), "differ in accuracy"),
+        (lambda all: all["students"].update(same_rollouts={"difference": [0.05, 0.01, 0.09]}), "differ in accuracy"),
+        (lambda all: all["students"].update(engine=0.4), "made here"),
         (lambda all: all["flow"]["lineage"].update(report=[]), "lineage"),
         (lambda all: all["builds"][0].update(same_ids=False), "other rows"),
         (lambda all: all["builds"][0].update(teacher_logprobs=1.0), "other log-probs"),
@@ -105,7 +112,7 @@ def test_what_is_not_as_it_must_be_is_a_problem(change, why):
 
 
 def test_its_figures_are_kept_part_by_part(tmp_path):
-    place = engines.Place(tmp_path, Path("vllm"), short=True, file=tmp_path / "all.json")
+    place = Place(tmp_path, Path("vllm"), short=True, file=tmp_path / "all.json")
     place.note("flow", {"state": 1})
     place.note("kills", [2])
     assert {name: place.known()[name] for name in ("flow", "kills")} == {"flow": {"state": 1}, "kills": [2]}

@@ -1,0 +1,358 @@
+"""Runs on a real Slurm with two nodes and over a real sshd, all on loopback: whole flows, and what goes wrong there.
+
+Run: `python tools/cluster/check.py [--json FILE] [--only NAME]`, or `make test-cluster`, as root on Debian with
+slurm-wlm, munge and openssh-server; where they are missing it says so and exits with 0. Workers are real ones with the
+engine, on the embedded arithmetic task with few steps: this checks the way, not the result.
+
+1. A whole distillation with its report on each executor, and the queue position of one that waits.
+2. A lost node, a preemption and a time limit: the run goes on from its checkpoint, on another node or in its next turn.
+3. A cancel request while it waits and while it works; a server killed right after its start; two servers that start
+   the same at the same moment; a worker over ssh that is killed.
+
+It prints one line per check and exits with 1 where one failed. What it started, it ends by process id.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opd_mcp.devices.settings import JobSettings
+from opd_mcp.identity.files import write_atomic
+from opd_mcp.schemas.requests import StartDistillation, StartSft
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
+from opd_mcp.service import JobService
+from opd_mcp.store.claims import newest_attempt, read_beginning, read_submission
+from opd_mcp.store.journal import read_journal
+from opd_mcp.store.roots import AllowedRoots
+from opd_mcp.store.workspace import Workspace
+from tools import EXAMPLE
+from tools.cluster.services import Services, missing_programs, services, until
+
+ROWS = 12
+RUN_SECONDS = 400.0
+SHORT = {
+    "sft.steps": 4,
+    "distill.steps": 4,
+    "sft.on_truncated": "keep",
+    "sft.batch_size": 4,
+    "rollout.sampling.max_new_tokens": 24,
+    "responses.sampling.max_new_tokens": 24,
+}
+LONG = {"sft.steps": 4000, "sft.batch_size": 2, "checkpoint.steps": 5, "sft.on_truncated": "keep"}
+MODELS = {"student": str(EXAMPLE / "student"), "teacher": str(EXAMPLE / "teacher")}
+START_AND_WAIT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tools.cluster.check import Cluster, long_sft
+print("ready", flush=True)
+sys.stdin.readline()
+print(long_sft(Cluster(Path(sys.argv[2]), None), steps=int(sys.argv[3])), flush=True)
+time.sleep(600)
+"""
+
+
+@dataclass
+class Cluster:
+    """A workspace with two executors, and the programs behind them."""
+
+    root: Path
+    running: Services | None
+
+    def service(self) -> JobService:
+        """A new service, as another server has it."""
+        return JobService(Workspace(self.root / "home"), AllowedRoots([self.root / "data"]), JobSettings())
+
+    @property
+    def services(self) -> Services:
+        """The programs; only the process that started them has them."""
+        assert self.running is not None, "another process started them"
+        return self.running
+
+    def prepare(self) -> None:
+        """Write the settings and a few rows of each prompt set."""
+        here = f"export PYTHONPATH={json.dumps(str(Path(__file__).resolve().parents[2]))} XDG_RUNTIME_DIR={self.root}"
+        for folder in ("home", "data"):
+            (self.root / folder).mkdir(mode=0o700)
+        for name in ("sft", "opd", "eval"):
+            rows = (EXAMPLE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
+            (self.root / "data" / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        answers = [{"prompt": f"1+{i}=?", "response": str(1 + i)} for i in range(8)]
+        lines = "".join(json.dumps(row) + "\n" for row in answers)
+        (self.root / "data" / "responses.jsonl").write_text(lines, encoding="utf-8")
+        common = f"memory_gb = 4\nlease_seconds = 20\nsetup = {json.dumps([here])}\n"
+        slurm = f'kind = "slurm"\npartition = "main"\nsignal_seconds = 20\n{common}'
+        (self.root / "home" / "settings.toml").write_text(
+            f"[executors.slurm]\n{slurm}\n"
+            f'[executors.short]\ntime_limit = "2:00"\n{slurm}\n'
+            f'[executors.ssh]\nkind = "ssh"\nhosts = ["127.0.0.1"]\n'
+            f"options = {json.dumps(self.services.ssh_options)}\n{common}",
+            encoding="utf-8",
+        )
+
+
+def long_sft(cluster: Cluster, executor: str = "slurm", steps: int = 4000) -> str:
+    """The id of a fine-tuning that takes minutes."""
+    data, overrides = str(cluster.root / "data" / "responses.jsonl"), {**LONG, "sft.steps": steps}
+    given = {"student": MODELS["student"], "responses": data, "declared_teacher": MODELS["teacher"]}
+    arguments = StartSft(**given, preset="demo", overrides=overrides, executor=executor)
+    return cluster.service().start_sft(arguments).run_id
+
+
+def distillation(cluster: Cluster, executor: str, seed: int) -> str:
+    """The id of a short distillation with its report."""
+    data = cluster.root / "data"
+    start = StartDistillation(
+        **MODELS,
+        prompts=str(data / "opd.jsonl"),
+        sft_prompts=str(data / "sft.jsonl"),
+        eval_prompts=str(data / "eval.jsonl"),
+        preset="demo",
+        overrides={**SHORT, "runtime.seed": seed},
+        executor=executor,
+    )
+    return cluster.service().start_distillation(start).run_id
+
+
+def ended(service: JobService, run_id: str) -> RunStatus:
+    """The status once the run has ended; raises RuntimeError where it does not."""
+    return reached(service, run_id, lambda status: status.state not in ACTIVE_STATES)
+
+
+def reached(service: JobService, run_id: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
+    """The first status that satisfies the condition."""
+    found: list[RunStatus] = []
+
+    def look() -> bool:
+        found[:] = [service.status(run_id)]
+        return condition(found[0])
+
+    until(look, f"{run_id}: {service.status(run_id)}", RUN_SECONDS)
+    return found[0]
+
+
+def require(condition: object, what: object) -> None:
+    """Raise RuntimeError with what is wrong."""
+    if not condition:
+        raise RuntimeError(str(what))
+
+
+def trained_a_little(status: RunStatus) -> bool:
+    """Whether a checkpoint must be there."""
+    return status.progress is not None and status.progress.unit == "steps" and status.progress.done > 12
+
+
+def steps_of_attempts(service: JobService, run_id: str) -> dict[int, list[int]]:
+    """By attempt, the steps whose metrics it recorded."""
+    steps: dict[int, list[int]] = {}
+    for record in read_journal(service.workspace.run(run_id) / "journal.jsonl"):
+        if record.type == "metric":
+            steps.setdefault(record.attempt, []).append(int(record.data["step"]))
+    return steps
+
+
+def goes_on(service: JobService, run_id: str) -> dict[str, Any]:
+    """Check that the newest attempt continues from a checkpoint, then cancel it."""
+    status = reached(service, run_id, lambda status: max(steps_of_attempts(service, run_id), default=0) >= 2)
+    service.cancel(run_id)
+    require(ended(service, run_id).state == "cancelled", status)
+    steps = steps_of_attempts(service, run_id)
+    last = max(steps)
+    require(min(steps[last]) > 1, f"attempt {last} began at step {min(steps[last])}: no checkpoint was used")
+    return {"attempts": last, "first_step_of_the_last": min(steps[last]), "steps_before": max(steps[last - 1])}
+
+
+def whole_flow(executor: str, seed: int) -> Callable[[Cluster], dict[str, Any]]:
+    """A check of a distillation with its report."""
+
+    def check(cluster: Cluster) -> dict[str, Any]:
+        service, before = cluster.service(), time.monotonic()
+        run_id = distillation(cluster, executor, seed)
+        status = ended(service, run_id)
+        require(status.state == "succeeded", status)
+        require(service.run_document(run_id, "report"), "a report")
+        again = distillation(cluster, executor, seed + 100)  # what does not depend on the seed is found
+        require(ended(service, again).state == "succeeded", again)
+        return {"phases": status.phases_done, "seconds_of_both": round(time.monotonic() - before, 1)}
+
+    return check
+
+
+def queue_and_cancel(cluster: Cluster) -> dict[str, Any]:
+    """A run that waits says where; its cancel ends it at once, and that of a working one by its file."""
+    service = cluster.service()
+    blocker = cluster.services.asks("sbatch", "--parsable", "-N2", "--exclusive", "--wrap=sleep 600").strip()
+    until(lambda: "RUNNING" in cluster.services.asks("squeue", "-h", "-j", blocker, "-o", "%T"), "the blocker")
+    first, second = long_sft(cluster), long_sft(cluster, steps=3999)
+    status = reached(service, second, lambda status: status.queue_position == 2)
+    require(service.cancel(second).state == "cancelled", second)
+    cluster.services.asks("scancel", blocker)
+    reached(service, first, trained_a_little)
+    service.cancel(first)
+    require(ended(service, first).state == "cancelled", first)
+    return {"said": status.waits_for}
+
+
+def lost_node(cluster: Cluster) -> dict[str, Any]:
+    """A node dies with its worker: Slurm requeues the job, which goes on on the other one."""
+    service, run_id = cluster.service(), long_sft(cluster)
+    reached(service, run_id, trained_a_little)
+    job = str(read_submission(service.workspace.run(run_id), 1).job)  # type: ignore[union-attr]
+    node = cluster.services.asks("squeue", "-h", "-j", job, "-o", "%N").strip()
+    before = time.monotonic()
+    cluster.services.kill_node(node)
+    found = goes_on(service, run_id)
+    cluster.services.start_node(node)
+    until(lambda: "2 idle" in cluster.services.asks("sinfo", "-h", "-p", "main", "-o", "%D %T"), "the node's return")
+    return {"seconds": round(time.monotonic() - before, 1), **found}
+
+
+def preemption(cluster: Cluster) -> dict[str, Any]:
+    """A job of a higher partition takes both nodes: the run writes a checkpoint, waits and goes on."""
+    service, run_id = cluster.service(), long_sft(cluster)
+    reached(service, run_id, trained_a_little)
+    cluster.services.asks("sbatch", "--partition=urgent", "-N2", "--exclusive", "--wrap=sleep 5")
+    waiting = reached(service, run_id, lambda status: status.state == "queued")
+    return {"said": waiting.waits_for, **goes_on(service, run_id)}
+
+
+def time_limit(cluster: Cluster) -> dict[str, Any]:
+    """Twenty seconds before its time limit the run writes a checkpoint, and its job is requeued."""
+    service, run_id = cluster.service(), long_sft(cluster, "short")
+    found = goes_on(service, run_id)
+    alerts = [
+        r.data["code"] for r in read_journal(service.workspace.run(run_id) / "journal.jsonl") if r.type == "alert"
+    ]
+    require("preempted" in alerts, alerts)
+    return found
+
+
+def server_restart(cluster: Cluster) -> dict[str, Any]:
+    """A server is killed right after it has started a run; another one follows it to its end."""
+    [run_id] = starts(cluster, 1, 40)
+    service = cluster.service()
+    status = ended(service, run_id)
+    require(status.state == "succeeded", status)
+    return {"state": status.state}
+
+
+def two_servers(cluster: Cluster) -> dict[str, Any]:
+    """Two servers start the same request at the same moment: one run, one job."""
+    found = starts(cluster, 2, 41)
+    require(len(set(found)) == 1, found)
+    service = cluster.service()
+    require(ended(service, found[0]).state == "succeeded", found)
+    require(newest_attempt(service.workspace.run(found[0])) == 1, "one attempt")
+    return {"runs": len(set(found))}
+
+
+def starts(cluster: Cluster, count: int, steps: int) -> list[str]:
+    """The run that each of some servers starts at the same moment, which are then killed."""
+    checkout = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", START_AND_WAIT, checkout, str(cluster.root), str(steps)]
+    servers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+    ]
+    for server in servers:
+        require(_line(server) == "ready", "a server that begins")
+    for server in servers:
+        assert server.stdin is not None, "it is a pipe"
+        server.stdin.write("go\n")
+        server.stdin.flush()
+    found = [_line(server) for server in servers]
+    for server in servers:
+        server.kill()
+        server.wait()
+    return found
+
+
+def _line(server: "subprocess.Popen[str]") -> str:
+    assert server.stdout is not None, "it is a pipe"
+    return server.stdout.readline().strip()
+
+
+def killed_over_ssh(cluster: Cluster) -> dict[str, Any]:
+    """A worker on an ssh host is killed: the run is lost with the cause, and a resume continues it."""
+    service, run_id = cluster.service(), long_sft(cluster, "ssh")
+    reached(service, run_id, trained_a_little)
+    begun = read_beginning(service.workspace.run(run_id), 1)
+    require(begun is not None, "a worker that has begun")
+    os.kill(begun.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    lost = ended(service, run_id)
+    require(lost.state == "lost" and lost.error is not None, lost)
+    service.resume(run_id)
+    return {"cause": lost.error.cause if lost.error else None, **goes_on(service, run_id)}
+
+
+CHECKS: dict[str, Callable[[Cluster], dict[str, Any]]] = {
+    "slurm: a whole distillation": whole_flow("slurm", 1),
+    "ssh: a whole distillation": whole_flow("ssh", 2),
+    "slurm: queue position, cancel while waiting and while working": queue_and_cancel,
+    "slurm: a node is lost": lost_node,
+    "slurm: a preemption": preemption,
+    "slurm: the time limit": time_limit,
+    "slurm: the server is killed after its start": server_restart,
+    "slurm: two servers start the same": two_servers,
+    "ssh: the worker is killed": killed_over_ssh,
+}
+
+
+def main() -> int:
+    """0 where every check passed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path, help="where the results are written")
+    parser.add_argument("--only", default="", help="checks whose name has this part")
+    parser.add_argument("--keep", action="store_true", help="keep the folder, for a look at its logs")
+    given = parser.parse_args()
+    if missing := missing_programs():
+        print(f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge, openssh-server); nothing was checked")
+        return 0
+    root = Path(tempfile.mkdtemp(prefix="opd-cluster-"))
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        with services(root / "services") as running:
+            version = running.asks("sinfo", "--version").strip()
+            cluster = Cluster(root, running)
+            cluster.prepare()
+            for name, check in CHECKS.items():
+                if given.only in name:
+                    results[name] = _checked(name, check, cluster)
+    finally:
+        if given.keep:
+            print(root)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+    report = {"date": datetime.now(UTC).date().isoformat(), "slurm": version, "nodes": 2, "checks": results}
+    if given.json is not None:
+        write_atomic(given.json, json.dumps(report, indent=1) + "\n", mode=0o644)
+    return int(any(result["outcome"] != "passed" for result in results.values()))
+
+
+def _checked(name: str, check: Callable[[Cluster], dict[str, Any]], cluster: Cluster) -> dict[str, Any]:
+    before = time.monotonic()
+    try:
+        result = {"outcome": "passed", **check(cluster)}
+    except Exception as error:  # every check is to be seen
+        traceback.print_exc()
+        result = {"outcome": "failed", "why": str(error)[:500]}
+    result["seconds"] = round(time.monotonic() - before, 1)
+    print(json.dumps({name: result}), flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
