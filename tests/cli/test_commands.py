@@ -110,9 +110,8 @@ def test_several_teachers_are_given_by_domain(world, service, opd_mcp, monkeypat
     monkeypatch.chdir(Path(world.teacher).parent)
     teachers = f"plain={Path(world.teacher).name},styled={world.other_teacher}"
     prompts = world.prompts("divided", teacher_domain="plain")
-    plan = json.loads(
-        opd_mcp("plan", "--student", world.student, "--teacher", teachers, "--prompts", prompts, "--json")
-    )
+    given = ["--student", world.student, "--teacher", teachers, "--prompts", prompts, "--preset", "demo"]
+    plan = json.loads(opd_mcp("plan", *given, "--json"))
     assert plan["consistency"]["teacher"]["members"].keys() == {"plain", "styled"}
     assert {Path(world.teacher), Path(world.other_teacher)} <= opened[-1], "each may be read"
 

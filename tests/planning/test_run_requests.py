@@ -219,19 +219,14 @@ def test_a_repair_without_cached_scores_of_sampled_tokens_is_refused(world, serv
         service.plan(world.plan_arguments(**changes, overrides={"distill.repair": "residual"}))
 
 
-def test_several_teachers_are_measured_against_and_swept_from_their_cache(world, service, finished):
+def test_several_teachers_are_measured_against_and_must_be_those_of_a_swept_cache(world, service, cached):
+    student, cache_id = cached
     teachers = {"plain": world.teacher, "styled": world.other_teacher}
     prompts = world.prompts("divided", teacher_domain="styled")
     run = service.benchmark_student(
         BenchmarkStudent(model=world.student, prompts=prompts, teacher=teachers, preset="demo")
     )
-    assert service.store.record(run.run_id).request.inputs.teacher.members.keys() == {"plain", "styled"}
-    asked = {"prompts": prompts, "teacher": teachers, "declared_teacher": world.other_teacher}
-    cache = service.build_teacher_cache(world.cache_arguments(world.student, **asked, allow_teacher_mismatch=True))
-    assert finished(service, cache.run_id).state == "succeeded"
-    grid = {"distill.advantage_clip": [1, 5]}
-    given = {"cache_id": cache.cache_id, "student": world.student, "declared_teacher": world.other_teacher}
-    swept = service.sweep(Sweep(**given, grid=grid, preset="demo", teacher=teachers, allow_teacher_mismatch=True))
-    assert len(swept.runs) == 2
-    for one in swept.runs:
-        assert service.store.record(one.run_id).request.inputs.teacher.members.keys() == teachers.keys()
+    assert service.store.record(run.run_id).request.inputs.teacher.members.keys() == teachers.keys()
+    swept = Sweep(cache_id=cache_id, student=student, grid={"distill.advantage_clip": [1, 5]}, teacher=teachers)
+    with pytest.raises(ConsistencyError, match=r"teacher_mismatch.*but teacher is plain: teacher@"):
+        service.sweep(swept)
