@@ -85,7 +85,8 @@ async def test_a_refused_teacher_is_repaired_as_the_refusal_says(world, server, 
         again = mismatched | {allowed: True, "overrides": mismatched["overrides"] | {key: value}}
         plan = await answer(client, "plan_distillation", **again)
         assert plan["blocking"] == []
-        run = await ended(client, answer, (await answer(client, "start_distillation", **again))["run_id"])
+        started = await answer(client, "start_distillation", **again, confirm=plan["plan_id"])  # the user said yes
+        run = await ended(client, answer, started["run_id"])
     model = Path(run["result"]["paths"]["model"])
     assert json.loads((model / "training.json").read_text())["repair"]["folds"] == 5
     report = json.loads((Path(run["result"]["paths"]["report"]) / "report.json").read_text())
