@@ -35,7 +35,7 @@ OBJECTIVES: dict[str, str] = {
 """Arms of an objective that is off by default, each with the arm that differs from it in nothing else."""
 SHARES: dict[str, tuple[str, int]] = {
     "lightning_third": ("lightning_sampled", 3),
-    **{f"{arm}_{name}": (arm, part) for arm in ("lightning_topk", "trl_live_low") for name, part in PARTS},
+    **{f"{arm}_{name}": (arm, part) for arm in ("lightning_topk", "trl_live") for name, part in PARTS},
 }
 """Arms that take one part in so many of another's steps, with the schedule drawn together."""
 STEPS: dict[str, int] = {"arithmetic": 200, "chain_sum": 150}
@@ -83,11 +83,9 @@ CROSSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "repaired_other": (OTHER, OTHER, REPAIRED),
 }
 """Whose responses the SFT learns, which teacher distils, and how: the grid, with `*_sampled` as its first cells."""
-TRL_ARMS = {"trl_live": 1.0, "trl_live_low": 1 / 3}
-"""TRL's trainer at what part of the recipe's rate; below 1 with the recipe's warm-up, which TRL has not by default."""
-MORE = (*OBJECTIVES, *(arm for arm in CROSSED if arm not in ARMS), "trl_live_low", *SHARES)
+MORE = (*OBJECTIVES, *(arm for arm in CROSSED if arm not in ARMS), *SHARES)
 """Measured after `ARMS`, on every task."""
-ONE_TASK = frozenset({*CROSSED, "trl_live_low", *(arm for arm in SHARES if "_third" not in arm), "live_iw_opd"})
+ONE_TASK = frozenset({*CROSSED, *(arm for arm in SHARES if "_third" not in arm), "live_iw_opd"})
 """Arms of the arithmetic task alone: it has another teacher, and its steps are cheap enough for curves."""
 
 
@@ -164,8 +162,8 @@ class Bench:
         if arm in CROSSED:
             return self._crossed(arm, seed)
         asked, (of, part) = self.arguments(seed), SHARES.get(arm, (arm, 1))
-        if of in TRL_ARMS:
-            return {arm: self._trl(arm, seed)}
+        if of == "trl_live":
+            return {arm: self._trl(seed, part)}
         if arm in ("opsa", "sft_more"):
             plan = self.service.plan(asked)
             asked = baseline_of("opsa" if arm == "opsa" else "sft_more", asked, plan, self.service.workload(plan))
@@ -232,24 +230,21 @@ class Bench:
         sft = {name: before[name] for name in SFT_STAGES & before.keys()}
         return {name: replace(row, seconds={**sft, **row.seconds}) for name, row in rows.items()}
 
-    def _trl(self, arm: str, seed: int) -> Row:
+    def _trl(self, seed: int, part: int) -> Row:
         """TRL's own trainer on the same SFT student, prompts and batch, in a process of its own.
 
-        A share of it takes one part in so many of the steps.
+        It takes one part in so many of the steps.
         """
-        of, part = SHARES.get(arm, (arm, 1))
         asked = self.arguments(seed)
         base = self.ended(asked).result or {}
-        name = str(seed) if arm == "trl_live" else f"{seed}-{arm}"
-        student, output = base["paths"]["sft"], self.work / "trl" / self.task / name
+        student, output = base["paths"]["sft"], self.work / "trl" / self.task / f"{seed}{f'-{part}' * (part > 1)}"
         plan = self.service.plan(asked)
         distill, rollout = plan.recipe.distill, plan.recipe.rollout
         command = [sys.executable, str(TRL), "--student", student, "--teacher", asked.teacher]
         command += ["--prompts", str(asked.prompts), "--output", str(output), "--seed", str(seed)]
         command += ["--steps", str(max(1, distill.steps // part)), "--batch", str(distill.batch_size)]
-        optimizer = distill.optimizer
-        command += ["--rate", str(optimizer.learning_rate * TRL_ARMS[of]), "--schedule", optimizer.schedule]
-        command += ["--warmup", str(optimizer.warmup_steps)] if TRL_ARMS[of] < 1 else []
+        command += ["--rate", str(distill.optimizer.learning_rate), "--schedule", distill.optimizer.schedule]
+        command += ["--warmup", str(distill.optimizer.warmup_steps)]
         sampling = rollout.sampling
         command += ["--tokens", str(sampling.max_new_tokens), "--temperature", str(sampling.temperature)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -31,8 +31,7 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("repaired", "lightning_sampled"),
     ("repaired_consistent", "lightning_sampled"),
     ("lightning_third", "lightning_sampled"),
-    ("lightning_topk", "trl_live_low"),
-    ("lightning_topk_quarter", "trl_live_low"),
+    ("lightning_topk_quarter", "trl_live"),
     *OBJECTIVES.items(),
 )
 CONTRASTS: Mapping[str, Mapping[str, float]] = {
@@ -103,9 +102,8 @@ CLAIMS: tuple[Claim, ...] = (
     _claim("KLs mixed by the teacher's entropy are better.", "entropy_mixed", "better", "lightning_topk"),
     _claim("Half of the tokens, by the teacher's entropy, match all.", "entropy_50", "alike", "lightning_topk"),
     _claim("A LoRA adapter matches full training.", "lora", "alike", SAMPLED),
-    _claim("Lightning is as good as TRL's live trainer at the same rate.", "lightning_topk", "alike", "trl_live"),
-    _claim("It is so against TRL at a third of the rate.", "lightning_topk", "alike", "trl_live_low"),
-    _claim("With a quarter of the steps it is so still.", "lightning_topk_quarter", "alike", "trl_live_low"),
+    _claim("Lightning is as good as TRL's live trainer.", "lightning_topk", "alike", "trl_live"),
+    _claim("With a quarter of the steps it is so still.", "lightning_topk_quarter", "alike", "trl_live"),
 )
 OUT_OF_REACH = (
     "Lightning OPD brings Qwen3-8B-Base to 69.9 % on AIME 2024 with Qwen3-32B as the teacher (arXiv 2604.13010).",

@@ -18,9 +18,7 @@ Made by one command, which goes on where it stopped:
 
 Greedy accuracy on `eval.jsonl`, reverse KL to the teacher in nats per token on fresh samples, and processor seconds of
 the workers, all stages up to the student, SFT included. Every arm of a task takes the same steps with the same batch
-and seeds; `tools/evidence/arms.py` says what an arm changes. `trl_live` is TRL's trainer at the recipe's rate, without
-warm-up and without a clip, which TRL has not; `trl_live_low` has a third of the rate, and the recipe's warm-up.
-Differences are paired by seed, with 95 % t-intervals.
+and seeds; `tools/evidence/arms.py` says what an arm changes. Differences are paired by seed, with 95 % t-intervals.
 
 A claim is *reproduced* where its interval says so, *refuted* where it says the opposite, and *out of reach* where these
 runs cannot decide it. Two arms count as alike where the interval lies above −0.05 in accuracy; that margin was fixed

@@ -6,14 +6,14 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from opd_mcp.grading.paired import mean_over_seeds
-from tools.evidence.arms import ARMS, DRIFT, SHARES, TRL_ARMS
+from tools.evidence.arms import ARMS, DRIFT, SHARES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SAMPLED = "lightning_sampled"
-COST_LINES = ("lightning_topk", "trl_live_low", SAMPLED)
+COST_LINES = ("lightning_topk", "trl_live", SAMPLED)
 Arms = Mapping[str, Mapping[str, Any]]
 ROUNDS = (("1", SAMPLED), ("2", "rounds_2"), ("4", "rounds_4"), ("every step (live)", "live_sampled"))
 HORIZONS = (("10 %", "horizon_10"), ("30 %", "horizon_30"), ("growing", "horizon_growing"), ("100 %", SAMPLED))
@@ -50,7 +50,7 @@ def accuracy_figure(task: str, arms: Arms) -> str:
 
 def cost_figure(task: str, arms: Arms) -> str:
     """Accuracy over processor seconds: one dot per arm, a line through the shares of its steps."""
-    arms = {name: arm for name, arm in arms.items() if name in {*ARMS, *TRL_ARMS, *SHARES}}
+    arms = {name: arm for name, arm in arms.items() if name in ARMS or name in SHARES}
     figure, axes = _axes(height=5.0, title=f"{task}: greedy accuracy over processor seconds, SFT and cache included")
     lines = {of: [name for name in (*SHARES, of) if SHARES.get(name, (name, 1))[0] == of] for of in COST_LINES}
     for colour, names in zip(OTHERS, lines.values(), strict=False):

@@ -1,7 +1,8 @@
 """TRL's `DistillationTrainer` on one student: live, full-vocabulary reverse KL; what `measure.py` runs as `trl_live`.
 
-It trains on the same SFT student, teacher, prompts, steps, batch, rate and sampling as the arms next to it, in float32
-on one thread, saves the student to `--output`, and prints one JSON line with the processor seconds of the training.
+It trains on the same SFT student, teacher, prompts, steps, batch, rate with its warm-up, and sampling as the arms next
+to it, in float32 on one thread, saves the student to `--output`, and prints one JSON line with the training's processor
+seconds.
 """
 
 import argparse
@@ -22,9 +23,11 @@ from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow
 
 
-def prompt_of(row: PromptRow) -> object:
-    """A prompt as TRL takes it: text, or the turns of a chat."""
-    return row.prompt if row.prompt is not None else list(row.messages or ())
+def prompt_of(row: PromptRow, chat: bool) -> object:
+    """A prompt as TRL takes it: text, or the turns of a chat, which a plain prompt is too where there is a template."""
+    if row.prompt is None:
+        return list(row.messages or ())
+    return [{"role": "user", "content": row.prompt}] if chat else row.prompt
 
 
 def trained(options: argparse.Namespace) -> float:
@@ -35,7 +38,9 @@ def trained(options: argparse.Namespace) -> float:
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.student)
-    rows = Dataset.from_list([{"prompt": prompt_of(row)} for row in read_prompts(options.prompts)])
+    rows = Dataset.from_list(
+        [{"prompt": prompt_of(row, bool(tokenizer.chat_template))} for row in read_prompts(options.prompts)]
+    )
     settings = DistillationConfig(
         output_dir=str(options.output) + "-trainer",
         max_steps=options.steps,
@@ -75,12 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("student", "teacher", "prompts", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name in ("steps", "batch", "tokens", "seed"):
+    for name in ("steps", "batch", "tokens", "seed", "warmup"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True)
     parser.add_argument("--temperature", type=float, required=True)
     parser.add_argument("--schedule", default="linear")
-    parser.add_argument("--warmup", type=int, default=0)
     print(json.dumps({"processor_seconds": round(trained(parser.parse_args()), 3)}))
 
 
