@@ -18,6 +18,10 @@ GPU_HOURS = 8.0
 Model = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A folder, an artifact, a run, or a Hub id.", show_default=False)
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="As student; several by domain: math=MODEL,code=MODEL.", show_default=False),
+]
 Data = Annotated[
     str | None, typer.Option(metavar="DATA", help="A file, an artifact, or a Hub data set.", show_default=False)
 ]
@@ -70,7 +74,7 @@ Objective = Annotated[
 @command(rich_help_panel=STARTS)
 def plan(  # noqa: PLR0913  a command's options are its parameters
     student: Model = None,
-    teacher: Model = None,
+    teacher: Teacher = None,
     prompts: Data = None,
     sft_prompts: Data = None,
     eval_prompts: Data = None,
@@ -105,7 +109,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
 def start(  # noqa: PLR0913  a command's options are its parameters
     plan_id: Annotated[str | None, typer.Argument(metavar="PLAN", help="A plan id.", show_default=False)] = None,
     student: Model = None,
-    teacher: Model = None,
+    teacher: Teacher = None,
     prompts: Data = None,
     sft_prompts: Data = None,
     eval_prompts: Data = None,
@@ -247,7 +251,19 @@ def _list(text: str) -> list[Any]:
 def named(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """The named options, or all, as arguments; what is a file or folder here is given by its absolute path."""
     given = {name: values[name] for name in names or values if values[name] is not None}
-    return {name: str(Path(text).resolve()) if _is_path(text) else text for name, text in given.items()}
+    return {name: _teachers(value) if name == "teacher" else _absolute(value) for name, value in given.items()}
+
+
+def _absolute(value: Any) -> Any:
+    return str(Path(value).resolve()) if isinstance(value, str) and _is_path(value) else value
+
+
+def _teachers(text: str) -> str | dict[str, str]:
+    """A teacher, or several by domain: `math=MODEL,code=MODEL`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if _is_path(text) or not all(domain and equals for domain, equals, _ in pairs):
+        return str(_absolute(text))
+    return {domain.strip(): _absolute(model.strip()) for domain, _, model in pairs}
 
 
 def _is_path(text: str) -> bool:
@@ -275,6 +291,13 @@ def labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict[
     return {"name": name, "tags": tags or [], "notes": notes}
 
 
+def _texts(value: Any) -> list[Any]:
+    """A value, the items of a list, or the models of several teachers."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else [value]
+
+
 def request_of(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[JobService, Any]":
     """The typed request, and the service that may read the files that the user names.
 
@@ -283,7 +306,7 @@ def request_of(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[
     from opd_mcp.server.protocol.arguments import request_from_arguments
 
     request = request_from_arguments(f"opd-mcp {command}", model, given)
-    texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
+    texts = [text for value in given.values() for text in _texts(value)]
     files = [text for text in texts if isinstance(text, str) and text.startswith("/")]
     recorded = open_service().paths_behind(given.get("plan_id"), given.get("cache_id"))
     paths = [Path(value) for value in [*files, *recorded]]

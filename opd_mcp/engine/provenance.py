@@ -82,16 +82,21 @@ def adapter_origin(student: LoadedModel, recipe: AdapterRecipe | None, context: 
     )
 
 
+def training_of(model: Path) -> TrainingSummary | None:
+    """What the training of a model told; None where nothing does."""
+    if (file := model / "training.json").is_file():
+        with suppress(ValidationError):  # another program's file of that name says nothing
+            return TrainingSummary.from_json(file.read_bytes())
+    return None
+
+
 def trained_adapter(model: Path) -> TrainedAdapter | None:
     """The adapter that the training of a model made, by its lineage; None where all weights were trained."""
     lineage = verified_lineage(model)
     if lineage is None or lineage.adapter is None:
         return None
     settings = (lineage.recipe.get(lineage.stage) or {}).get("adapter") or {}
-    summary, file = None, model / "training.json"
-    if file.is_file():
-        with suppress(ValidationError):  # another program's file of that name says nothing
-            summary = TrainingSummary.from_json(file.read_bytes())
+    summary = training_of(model)
     return TrainedAdapter(
         stage=lineage.stage,
         rank=lineage.adapter.rank,

@@ -244,7 +244,7 @@ class RequestBuilder:
         recipe = self._recipe(arguments.preset, overrides, given)
         model = self.references.model(arguments.model)
         baselines = [self.references.model(reference) for reference in arguments.baselines]
-        teacher = self.references.model(arguments.teacher) if arguments.teacher else None
+        teacher = resolved_teacher(self.references, arguments.teacher) if arguments.teacher else None
         require_generating(model, *baselines)
         for other in (model, *baselines):
             if teacher is not None:

@@ -170,6 +170,13 @@ class RepairSummary(Schema):
     mean_residual: float = Field(description="what was taken off the teacher's log-prob")
     explained_variance: float = Field(description="share of the difference's variance that the residual explains")
 
+    def text(self, name: str) -> str:
+        """One sentence about a model's training."""
+        return (
+            f"{name}: a residual of {self.mean_residual:+.3f} nats per token was taken off the teacher's scores "
+            f"(distill.repair); it explains {self.explained_variance:.0%} of the variance of log π_T − log π_ref."
+        )
+
 
 class Throughput(Schema):
     """How fast a training stage was, and where its time went."""
@@ -237,6 +244,13 @@ class TaskMetric(Schema):
     samples: int
 
 
+class DomainScore(Schema):
+    """A model's quality on the evaluation prompts of one `teacher_domain`."""
+
+    greedy_accuracy: Estimate95 | None = None
+    reverse_kl: Estimate95 | None = Field(None, description="to the teacher of this domain")
+
+
 class ModelScore(Schema):
     """One model's quality on the evaluation prompts."""
 
@@ -251,6 +265,7 @@ class ModelScore(Schema):
     reverse_kl: Estimate95 | None = Field(
         None, description="exact KL(student‖teacher) per token on fresh student samples at T = 1, nats"
     )
+    by_domain: dict[str, DomainScore] | None = Field(None, description="where prompts have a `teacher_domain`")
     answers: GradedAnswers | None = Field(None, description="over the greedy and the sampled responses")
     task_metrics: dict[str, TaskMetric] | None = Field(None, description="of a task of lm-eval")
     mean_response_tokens: float | None = Field(None, description="absent where nothing was generated")
@@ -367,6 +382,9 @@ class BenchmarkReport(Schema):
     quantisation: QuantisationCost | None = Field(None, description="absent where no student is in 4 bits")
     not_measured: dict[str, str] = Field(default_factory=dict, description="rows that are absent, and why")
     adapters: dict[str, TrainedAdapter] = Field(default_factory=dict, description="by model, where one was trained")
+    repairs: dict[str, RepairSummary] = Field(
+        default_factory=dict, description="by model, where it was trained on repaired scores"
+    )
     teacher_responses: GradedResponses | None = Field(None, description="what the SFT of this run learnt from")
     hardware: str
     recipe_hash: str

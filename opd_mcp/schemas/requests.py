@@ -22,6 +22,9 @@ Teacher = Annotated[
     WithJsonSchema({"type": ["string", "object"], "maxLength": 1024, "maxProperties": 16}),
     Field(description="absolute path, artifact, run or Hub id; several: by domain"),
 ]
+SomeTeachers = Annotated[
+    Teacher, WithJsonSchema({"type": ["string", "object"], "description": "reference; several: by domain"})
+]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],
     Field(description="reference, or up to 200 inline"),
@@ -261,7 +264,7 @@ class Sweep(Schema):
         WithJsonSchema({"type": "array", "items": {"type": "object", "maxProperties": 100}, "maxItems": MAX_SWEPT}),
     ] = Field(default_factory=list)
     student: Annotated[Reference, Field(description="default: the cache's")] | None = None
-    teacher: Reference | None = None
+    teacher: SomeTeachers | None = None
     eval_prompts: EvalPrompts | None = None
     columns: Columns | None = None
     estimator: Estimator = "sampled"
@@ -283,7 +286,7 @@ class BenchmarkStudent(Schema):
     prompts: Prompts | None = None
     suite: Annotated[str, Field(max_length=120, description="instead: gsm8k, …, lm_eval:TASK")] | None = None
     columns: Columns | None = None
-    teacher: Reference | None = None
+    teacher: SomeTeachers | None = None
     baselines: Annotated[list[Reference], Field(max_length=8)] = Field(default_factory=list)
     samples_per_prompt: Annotated[int, Field(ge=0, le=64, description="0: greedy accuracy only")] | None = None
     preset: Preset = "quick"

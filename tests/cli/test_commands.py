@@ -90,6 +90,18 @@ def test_a_mistyped_relative_path_is_missing_and_a_blocked_plan_ends_with_1(worl
     assert (done.exit_code, "BLOCKING [too_long]" in done.output) == (1, True), done.output
 
 
+def test_several_teachers_are_given_by_domain(world, service, opd_mcp, monkeypatch):
+    opened = []
+    monkeypatch.setattr(starting, "open_service", lambda roots=(): opened.append({*roots}) or service)
+    monkeypatch.chdir(Path(world.teacher).parent)
+    teachers = f"plain={Path(world.teacher).name},styled={world.other_teacher}"
+    prompts = world.prompts("divided", teacher_domain="plain")
+    given = ["--student", world.student, "--teacher", teachers, "--prompts", prompts, "--preset", "demo"]
+    plan = json.loads(opd_mcp("plan", *given, "--json"))
+    assert plan["consistency"]["teacher"]["members"].keys() == {"plain", "styled"}
+    assert {Path(world.teacher), Path(world.other_teacher)} <= opened[-1], "each may be read"
+
+
 def test_what_a_plan_or_a_run_was_given_may_be_read_again_at_the_terminal(world, service, monkeypatch, finished):
     opened = []
     monkeypatch.setattr(starting, "open_service", lambda roots=(), **more: opened.append({*roots}) or service)

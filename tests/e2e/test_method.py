@@ -1,5 +1,9 @@
 """What goes beyond one plain distillation, each by one MCP call to an in-process server, with real workers."""
 
+import json
+import re
+from pathlib import Path
+
 import anyio
 import pytest
 from mcp import Client
@@ -66,3 +70,24 @@ async def test_one_call_measures_a_pair_and_plans_estimate_by_it(world, server, 
         for phase in estimate["phases"]:
             if phase["phase"] in ("generate_responses", "sft", "rollout", "score", "distill"):
                 assert "measured" in phase["basis"], phase
+
+
+async def test_a_refused_teacher_is_repaired_as_the_refusal_says(world, server, answer):
+    """The agent reads nothing but the refusal's text."""
+    mismatched = world.plan_arguments(declared_teacher=f"{world.plan_arguments()['teacher']}_other_style")
+    async with Client(server) as client:
+        refused = await client.call_tool("start_distillation", mismatched)
+        assert refused.is_error
+        text = refused.content[0].text
+        assert "[plan_blocked]" in text
+        [allowed] = re.findall(r"(\w+)=True", text)
+        key, value = re.search(r"override ([\w.]+)='(\w+)'", text).groups()
+        again = mismatched | {allowed: True, "overrides": mismatched["overrides"] | {key: value}}
+        plan = await answer(client, "plan_distillation", **again)
+        assert plan["blocking"] == []
+        started = await answer(client, "start_distillation", **again, confirm=plan["plan_id"])  # the user said yes
+        run = await ended(client, answer, started["run_id"])
+    model = Path(run["result"]["paths"]["model"])
+    assert json.loads((model / "training.json").read_text())["repair"]["folds"] == 5
+    report = json.loads((Path(run["result"]["paths"]["report"]) / "report.json").read_text())
+    assert report["teacher_mismatch_allowed"]

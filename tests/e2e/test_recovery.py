@@ -1,4 +1,4 @@
-"""A scripted agent recovers from each alert about how a run went, by doing what the alert's text alone says."""
+"""A scripted agent recovers from alerts about how a run went, by doing what the alert's text alone says."""
 
 import re
 from pathlib import Path
@@ -89,7 +89,6 @@ def server(world):
         ("learning_rate_far", {"distill.optimizer.learning_rate": 0.3}, {}),
         ("collapse", {"distill.optimizer.learning_rate": 0.3}, {}),
         ("sft_undertrained", {"sft.steps": 10}, {"method": "sft"}),
-        ("no_learning", {"distill.steps": 1}, {}),
         ("benchmark_zero", {"benchmark.answer_pattern": r"answer: (\d)"}, {"method": "sft"}),
     ],
 )

@@ -71,4 +71,5 @@ async def test_two_teachers_each_teach_their_domain_and_only_right_responses_are
     assert manifest["sft_teacher"]["basis"] == "proven"
     report = json.loads(next((world.workspace / "artifacts" / "report").glob("*/report.json")).read_text())
     assert report["models"][0]["reverse_kl"]["value"] >= 0
+    assert report["models"][0]["by_domain"].keys() == {"plain", "styled"}
     assert "several" in report["not_measured"]["teacher"]

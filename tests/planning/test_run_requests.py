@@ -3,7 +3,7 @@
 import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
-from opd_mcp.schemas.requests import BenchmarkStudent, GenerateTeacherResponses, StartDistillation, StartSft
+from opd_mcp.schemas.requests import BenchmarkStudent, GenerateTeacherResponses, StartDistillation, StartSft, Sweep
 
 
 @pytest.fixture
@@ -217,3 +217,16 @@ def test_a_cache_that_is_too_small_for_the_estimator_by_an_override_is_refused(w
 def test_a_repair_without_cached_scores_of_sampled_tokens_is_refused(world, service, changes, message):
     with pytest.raises(ArgumentError, match=message):
         service.plan(world.plan_arguments(**changes, overrides={"distill.repair": "residual"}))
+
+
+def test_several_teachers_are_measured_against_and_must_be_those_of_a_swept_cache(world, service, cached):
+    student, cache_id = cached
+    teachers = {"plain": world.teacher, "styled": world.other_teacher}
+    prompts = world.prompts("divided", teacher_domain="styled")
+    run = service.benchmark_student(
+        BenchmarkStudent(model=world.student, prompts=prompts, teacher=teachers, preset="demo")
+    )
+    assert service.store.record(run.run_id).request.inputs.teacher.members.keys() == teachers.keys()
+    swept = Sweep(cache_id=cache_id, student=student, grid={"distill.advantage_clip": [1, 5]}, teacher=teachers)
+    with pytest.raises(ConsistencyError, match=r"teacher_mismatch.*but teacher is plain: teacher@"):
+        service.sweep(swept)

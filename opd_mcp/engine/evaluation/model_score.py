@@ -32,7 +32,7 @@ from opd_mcp.grading.graders import Grader
 from opd_mcp.identity.data.rows import PromptRow, Turns
 from opd_mcp.identity.models import ModelFacts
 from opd_mcp.schemas.recipes import BenchmarkRecipe, Sampling
-from opd_mcp.schemas.reports import Estimate95, ModelScore, TokenRatios
+from opd_mcp.schemas.reports import DomainScore, Estimate95, ModelScore, TokenRatios
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64)
 TILE_BYTES = 256 * 2**20
@@ -42,6 +42,8 @@ GRADED_AT_ONCE = 64
 # A response that ends in three or more copies of a phrase of up to eight tokens repeats itself.
 REPEATED_TOKENS, LONGEST_PHRASE = 24, 8
 SHOWN_PROMPTS = 4
+# More are no domains but a name per prompt.
+MAX_DOMAINS = 32
 SHOWN_TOKENS = 256
 
 
@@ -123,6 +125,7 @@ def score_model(
         sampled_accuracy=sampled,
         pass_at_k=passes or None,
         reverse_kl=divergence,
+        by_domain=_by_domain(answered, measured),
         answers=measured.tally.counts() if answered else None,
         mean_response_tokens=float(everything.response_lengths().mean()),
         truncated_fraction=float((reasons == TRUNCATED).mean()),
@@ -180,6 +183,26 @@ class _Measured:
     tally: Tally = field(default_factory=Tally)
     greedy_correct: NDArray[np.float64] | None = None
     sampled_shares: NDArray[np.float64] | None = None
+    divergences: dict[str, Estimate95] = field(default_factory=dict)
+
+
+def _rows_by_domain(prompts: Sequence[EncodedPrompt]) -> dict[str, NDArray[np.int64]]:
+    """The places of the prompts of each `teacher_domain`; none for more domains than a report has room for."""
+    named = np.array([prompt.row.teacher_domain for prompt in prompts], dtype=object)
+    domains = sorted({name for name in named if name is not None})
+    return {} if len(domains) > MAX_DOMAINS else {domain: np.flatnonzero(named == domain) for domain in domains}
+
+
+def _by_domain(answered: Sequence[EncodedPrompt], measured: _Measured) -> dict[str, DomainScore] | None:
+    """Accuracy and reverse KL by the prompts' `teacher_domain`; None where no prompt has one."""
+    accuracies, correct = {}, measured.greedy_correct
+    if correct is not None:
+        for domain, rows in _rows_by_domain(answered).items():
+            accuracies[domain] = wilson(int(correct[rows].sum()), len(rows))
+    return {
+        domain: DomainScore(greedy_accuracy=accuracies.get(domain), reverse_kl=measured.divergences.get(domain))
+        for domain in sorted(accuracies.keys() | measured.divergences.keys())
+    } or None
 
 
 @dataclass(frozen=True)
@@ -304,13 +327,18 @@ class _Drawer:
         drawn = self.responses(prompts, sampling, "reverse-KL", measured)
         divergences, entropies = self._divergences(drawn)
         tokens = drawn.response_lengths().astype(np.float64)
-        estimate = per_token_mean(
-            divergences,
-            tokens,
-            seed=seed_for(self.task.runtime.seed, "bootstrap") % 2**32,
-            basis="exact over the vocabulary, one fresh student sample a prompt at temperature 1",
-        )
-        return estimate, float(entropies.sum() / tokens.sum())
+
+        def estimate(rows: NDArray[np.int64]) -> Estimate95:
+            return per_token_mean(
+                divergences[rows],
+                tokens[rows],
+                seed=seed_for(self.task.runtime.seed, "bootstrap") % 2**32,
+                basis="exact over the vocabulary, one fresh student sample a prompt at temperature 1",
+            )
+
+        for domain, rows in _rows_by_domain(prompts).items():
+            measured.divergences[domain] = estimate(rows)
+        return estimate(np.arange(len(drawn))), float(entropies.sum() / tokens.sum())
 
 
 def token_ends(ids: Sequence[int], text_of: Callable[[list[int]], str]) -> list[int]:

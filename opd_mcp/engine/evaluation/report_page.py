@@ -202,7 +202,14 @@ def _table(report: BenchmarkReport) -> str:
         for model in report.models[:MAX_MODELS]
         for name, metric in list((model.task_metrics or {}).items())[:MAX_NOTES]
     ]
-    return _section("Models", _table_of(rows), _table_of(metrics))
+    domains = [
+        _cells("td", (model.name, domain, _interval(score.greedy_accuracy), _interval(score.reverse_kl)))
+        for model in report.models[:MAX_MODELS]
+        for domain, score in (model.by_domain or {}).items()
+    ]
+    if domains:
+        domains.insert(0, _cells("th", ("model", "domain", "greedy accuracy", "reverse KL")))
+    return _section("Models", _table_of(rows), _table_of(metrics), _table_of(domains))
 
 
 def _figures_of(model: ModelScore) -> list[str]:
@@ -327,7 +334,8 @@ def _notes(report: BenchmarkReport) -> str:
     bases = {score.basis: None for model in report.models for score in _estimates(model)}
     graded = [f"Answers graded by {report.grader}: {report.grader_reason}."] if report.grader else []
     adapters = [made.text(name) for name, made in report.adapters.items()]
-    texts = [*alerts, *report.warnings[:MAX_NOTES], *graded, *adapters, *bases]
+    repairs = [repair.text(name) for name, repair in report.repairs.items()]
+    texts = [*alerts, *report.warnings[:MAX_NOTES], *graded, *adapters, *repairs, *bases]
     return _section("Alerts and notes", *(f"<p>{_text(text)}</p>" for text in texts))
 
 

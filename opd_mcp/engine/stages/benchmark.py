@@ -11,7 +11,7 @@ from opd_mcp.engine.evaluation.model_score import Measurement, Scored, asked, qu
 from opd_mcp.engine.evaluation.report_page import report_page
 from opd_mcp.engine.generation.served import opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
-from opd_mcp.engine.provenance import Provenance, engines_of, record_lineage, trained_adapter
+from opd_mcp.engine.provenance import Provenance, engines_of, record_lineage, trained_adapter, training_of
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
@@ -107,6 +107,7 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         quantisation=_quantisation_cost(pair, scored, task) if pair else None,
         not_measured=dict(inputs.not_measured) if answered else {},
         adapters={name: made for name, path in models.items() if (made := trained_adapter(path)) is not None},
+        repairs={name: told.repair for name, path in models.items() if (told := training_of(path)) and told.repair},
         teacher_responses=inputs.teacher_responses,
         hardware=hardware_name(runtime.device),
         recipe_hash=inputs.recipe_hash,
@@ -312,6 +313,7 @@ def report_markdown(report: BenchmarkReport) -> str:
         "",
     ]
     lines += _metric_lines(report)
+    lines += _domain_lines(report)
     lines += [
         f"{c.candidate} − {c.baseline}: accuracy {_interval(c.accuracy_difference, signed=True)} "
         f"({c.accuracy_difference.basis})."
@@ -321,6 +323,7 @@ def report_markdown(report: BenchmarkReport) -> str:
     if report.quantisation:
         lines += ["", _quantisation_text(report.quantisation)]
     lines += [line for name, made in report.adapters.items() for line in ("", made.text(name))]
+    lines += [line for name, repair in report.repairs.items() for line in ("", repair.text(name))]
     if report.grader and report.prompts_with_answer:
         lines += ["", f"Answers graded by `{report.grader}`: {report.grader_reason}."]
         lines += [f"- {model.answers.text(model.name)}" for model in report.models if model.answers]
@@ -392,6 +395,17 @@ def _metric_lines(report: BenchmarkReport) -> list[str]:
     rows = [f"| {name} | {' | '.join(_metric(model, name) for model in measured)} |" for name in names]
     heads = [f"| metric | {' | '.join(model.name for model in measured)} |", "|---" * (len(measured) + 1) + "|"]
     return [*heads, *rows, ""]
+
+
+def _domain_lines(report: BenchmarkReport) -> list[str]:
+    """Accuracy and reverse KL by `teacher_domain`, a row per model and domain."""
+    rows = [
+        f"| {model.name} | {name.replace('|', '/')} | {_interval(own.greedy_accuracy)} | {_interval(own.reverse_kl)} |"
+        for model in report.models
+        for name, own in (model.by_domain or {}).items()
+    ]
+    heads = ["| model | domain | greedy accuracy | reverse KL, nats/token |", "|---|---|---|---|"]
+    return [*heads, *rows, ""] if rows else []
 
 
 def _metric(model: ModelScore, name: str) -> str:

@@ -15,8 +15,10 @@ from opd_mcp.schemas.reports import (
     BenchmarkReport,
     Comparison,
     Curve,
+    DomainScore,
     Estimate95,
     ModelScore,
+    RepairSummary,
     ShownAnswers,
     StageCost,
     Verdict,
@@ -127,6 +129,19 @@ def test_the_text_is_headed_by_the_run_and_counts_the_measurement_among_the_stag
     text = report_markdown(made_up())
     assert text.startswith("# Benchmark: 1+1=? (lightning-small-1a)\n")
     assert "| benchmark | 9.0 | | |" in text
+
+
+def test_domains_and_repairs_stand_in_both_forms():
+    report = made_up()
+    domains = {"math|x": DomainScore(greedy_accuracy=report.models[0].greedy_accuracy)}
+    repair = RepairSummary(tokens=9, folds=5, mean_difference=-2, mean_residual=-1.5, explained_variance=0.5)
+    first = report.models[0].model_copy(update={"by_domain": domains})
+    whole = report.model_copy(update={"models": [first, *report.models[1:]], "repairs": {"distilled": repair}})
+    assert "| distilled | math/x | 0.300 [0.200, 0.400] | – |" in report_markdown(whole)
+    words = Reading(report_page(whole)).words
+    for text in ("math|x", "a residual of -1.500 nats per token was taken off the teacher's scores"):
+        assert text in words
+        assert text not in Reading(report_page(report)).words
 
 
 def test_the_same_report_gives_the_same_bytes():

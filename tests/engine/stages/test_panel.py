@@ -1,6 +1,7 @@
 """Several teachers by domain: each answers and scores its own rows, is loaded once, and counts as much as it shall."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from opd_mcp.engine.cache.flat import open_flat
 from opd_mcp.engine.cache.manifest import read_cache, read_rollouts
 from opd_mcp.engine.cache.shards import read_shard
 from opd_mcp.engine.cache.verify import verified
-from opd_mcp.engine.context import DistillInputs, ResponsesInputs, SftInputs, SilentReporter
+from opd_mcp.engine.context import BenchmarkInputs, DistillInputs, ResponsesInputs, SftInputs, SilentReporter
 from opd_mcp.engine.data.batches import StepData, steps_by_domain
 from opd_mcp.engine.data.sequences import build_sequences
 from opd_mcp.engine.losses.objectives import distill_objective
@@ -26,7 +27,8 @@ from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.panels import panel_identity
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, RunError
-from opd_mcp.schemas.recipes import DistillRecipe
+from opd_mcp.schemas.recipes import DistillRecipe, Sampling
+from opd_mcp.schemas.reports import RepairSummary, TrainingSummary
 
 
 @pytest.fixture
@@ -180,6 +182,28 @@ def test_training_tells_each_domains_reverse_kl_and_weighs_it(build, panel_cache
     unknown = build.recipe.distill.model_copy(update={"domain_weights": {"code": 2.0}})
     with pytest.raises(ArgumentError, match=r"domain_weights names code.*plain, styled"):
         stages.distill(unknown, inputs, build.root / "no", build.context())
+
+
+def test_the_report_has_each_domains_scores_and_the_repair_of_a_training(build, prompts, teachers):
+    student = Path(shutil.copytree(teachers["styled"], build.root / "styled"))
+    repair = RepairSummary(tokens=9, folds=5, mean_difference=-2, mean_residual=-1.5, explained_variance=0.5)
+    told = {"steps": 1, "seconds": 1, "seconds_per_step": 1, "trained_tokens": 9, "parameters": 9, "device": "CPU"}
+    (student / "training.json").write_text(TrainingSummary(**told, repair=repair).to_json())
+    short = {"samples_per_prompt": 0, "sampling": Sampling(max_new_tokens=16), "kl_prompts": 18}
+    section = build.recipe.benchmark.model_copy(update=short)
+    inputs = {"models": {"styled": student}, "prompts": prompts, "recipe_hash": "x", "teachers": teachers}
+    report = stages.benchmark(section, BenchmarkInputs(**inputs), build.root / "report", build.context())
+    whole, domains = report.models[0], report.models[0].by_domain
+    assert {name: score.greedy_accuracy.samples for name, score in domains.items()} == {"plain": 12, "styled": 6}
+    right = sum(score.greedy_accuracy.value * score.greedy_accuracy.samples for score in domains.values())
+    assert right == pytest.approx(whole.greedy_accuracy.value * 18)
+    assert abs(domains["styled"].reverse_kl.value) < 1e-6, "it is the teacher of these"
+    assert domains["plain"].reverse_kl.value > 1
+    text = (build.root / "report" / "report.md").read_text()
+    assert f"| styled | plain | {domains['plain'].greedy_accuracy.value:.3f} [" in text
+    assert report.repairs == {"styled": repair}
+    assert repair.text("styled") in text
+    assert "<td>plain</td>" in (build.root / "report" / "report.html").read_text()
 
 
 def test_weighed_rows_have_the_gradient_of_their_share(tiny_model, runtime):
