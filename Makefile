@@ -56,7 +56,7 @@ test-ranks: .venv/fresh
 
 # Runs by a real Slurm with two nodes and a real sshd on loopback (as root; Debian's slurm-wlm, munge, openssh-server).
 test-cluster: .venv/fresh
-	$(BIN)/python tools/cluster/check.py --json docs/cluster.json $(ARGS)
+	$(BIN)/python tools/cluster/check.py $(ARGS)
 
 # tools/README.md says what each of the scripts below prints and how long it takes.
 bench-server: .venv/fresh

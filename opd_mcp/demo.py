@@ -126,6 +126,7 @@ class DemoResult(Schema):
     wall_seconds: float
     seed: int
     conclusion: list[str] = Field(default_factory=list, exclude=True, description="verdict, next step, the page")
+    is_bad: bool = Field(False, exclude=True, description="whether the verdict is shown in red")
     changed: bool = Field(False, exclude=True, description="whether the recipe was not the demo's")
 
 
@@ -163,8 +164,8 @@ def show_result(result: DemoResult, home: Path, console: Console) -> None:
     """The last screen: verdict, one table, the guard, and where everything is."""
     if result.changed:
         print_plain(console, CHANGED)
-    for line in result.conclusion:
-        print_plain(console, line)
+    for number, line in enumerate(result.conclusion):
+        print_plain(console, line, "red" if result.is_bad and number == 0 else "")
     console.print(result_table(result))
     if guard := result.consistency_guard:
         said = "refused as it should be" if guard.refused else "NOT REFUSED, and it should have been"
@@ -173,9 +174,9 @@ def show_result(result: DemoResult, home: Path, console: Console) -> None:
     print_plain(console, f"{result.wall_seconds:.0f} s in all. Everything it made is in {home}")
 
 
-def print_plain(console: Console, text: str) -> None:
-    """Print a text as it is, wrapped at words."""
-    console.print(text, markup=False, highlight=False)
+def print_plain(console: Console, text: str, style: str = "") -> None:
+    """Print a text as it is, wrapped at words; on a terminal in a style."""
+    console.print(text, markup=False, highlight=False, style=style)
 
 
 def cancelled_runs(home: Path) -> list[str]:
@@ -240,6 +241,7 @@ async def _demo(name: TaskName, seed: int, home: Path, console: Console, changes
         wall_seconds=time.perf_counter() - started,
         seed=seed,
         conclusion=session.conclusion,
+        is_bad=session.is_bad,
         changed=bool(changes),
     )
 
@@ -253,6 +255,7 @@ class _Session:
         self._common: Mapping[str, Any] = {}
         self.conclusion: list[str] = []
         """The verdict on the main arm, its next step, and where the report's page is."""
+        self.is_bad = False
 
     async def all_arms(self, name: TaskName) -> tuple[dict[str, Arm], Guard | None]:
         """Every arm's row, and the guard's answer where the task has a second teacher."""
@@ -327,6 +330,7 @@ class _Session:
             scores.update(zip(names, result["scores"].values(), strict=True))
             if names[0] == task.main_arm:
                 self.conclusion = conclusion_of(result, names)
+                self.is_bad = Verdict.model_validate(result["verdict"]).is_bad
 
         first = [task.main_arm, "sft", "base", "teacher"]
         async with anyio.create_task_group() as tasks:

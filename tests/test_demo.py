@@ -53,6 +53,15 @@ def test_the_last_screen_fits_80_columns_and_begins_with_the_verdict():
     assert "refused as it should be" in screen
 
 
+def test_a_loss_is_red_on_a_terminal():
+    console = Console(file=StringIO(), width=80, force_terminal=True, color_system="standard", no_color=False)
+    worse = demo_result().model_copy(update={"conclusion": ["WORSE: it is worse than sft.", "Next: lower the rate."]})
+    show_result(worse.model_copy(update={"is_bad": True}), Path("/home"), console)
+    first, second, *_ = console.file.getvalue().splitlines()
+    assert first.startswith("\x1b[31mWORSE")
+    assert second == "Next: lower the rate."
+
+
 def test_a_quick_demo_says_first_that_it_proves_nothing():
     screen = screen_of(demo_result().model_copy(update={"changed": True}))
     assert " ".join(screen.split()).startswith(

@@ -8,10 +8,10 @@ what only a worker uses, and the other way round.
 import os
 import sys
 
-from opd_mcp.cli import caches, following, servers, starting, upkeep
+from opd_mcp.cli import caches, following, servers, stages, starting, upkeep
 from opd_mcp.cli.shared import app, fail, workspace_root
 
-__all__ = ["app", "caches", "following", "main", "servers", "starting", "upkeep", "workspace_root"]
+__all__ = ["app", "caches", "following", "main", "servers", "stages", "starting", "upkeep", "workspace_root"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What follows runs: status, watch, logs, list, compare, report, cancel, resume."""
+"""What follows runs: status, watch, metrics, logs, list, compare, report, cancel, resume."""
 
 import sys
 import time
@@ -41,6 +41,32 @@ def watch(
     from opd_mcp.cli.live import watch_run
 
     watch_run(open_service(), run_id, once=once or not sys.stdout.isatty())
+
+
+@command(rich_help_panel=RUNS)
+def metrics(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN", help="Up to 4 runs; the newest without.", autocompletion=completed_run, show_default=False
+        ),
+    ] = None,
+    keys: Annotated[
+        list[str] | None, typer.Option("--key", "-k", metavar="KEY", help="E.g. distill.loss; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the training curves of runs with their trend, and what differs between the runs."""
+    from opd_mcp.schemas.requests import GetRunMetrics
+    from opd_mcp.server.protocol.arguments import request_from_arguments
+    from opd_mcp.server.render.monitoring import metrics_text
+
+    given = {"run_ids": runs or ["latest"], "keys": keys or []}
+    show(
+        open_service().run_metrics(request_from_arguments("opd-mcp metrics", GetRunMetrics, given)),
+        as_json,
+        metrics_text,
+    )
 
 
 @command(rich_help_panel=RUNS)

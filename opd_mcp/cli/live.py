@@ -1,5 +1,6 @@
-"""The live view of a run on a terminal: phases, progress, time left, the curves as sparklines, alerts and scores."""
+"""The live view of a run on a terminal: phases with log lines, time left, the curves as sparklines, alerts, scores."""
 
+import re
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,6 +18,9 @@ BAR_WIDTH = 30
 SPARK_WIDTH = 30
 KEY_WIDTH = 26
 REDRAW_SECONDS = 1.0
+LOG_LINES = 3
+# what stands before a line's message: date, level INFO and the module's name; the time of day stays
+BEFORE_MESSAGE = re.compile(r"^\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d)[.\d]*Z (?:INFO )?(?:([A-Z]+) )?[\w.]+: ")
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
@@ -37,8 +41,8 @@ def bar(done: int, total: int, width: int = BAR_WIDTH) -> str:
     return "█" * filled + "░" * (width - filled)
 
 
-def view_lines(run: "DashboardRun", width: int) -> list[str]:
-    """The view of a run; no line is wider than the terminal."""
+def view_lines(run: "DashboardRun", width: int, log: Sequence[str] = ()) -> list[str]:
+    """The view of a run, the log's last lines under the phase that is running; no line is wider than the terminal."""
     from opd_mcp.schemas.texts import duration
     from opd_mcp.server.render.runs import result_lines
 
@@ -54,6 +58,8 @@ def view_lines(run: "DashboardRun", width: int) -> list[str]:
         if phase.state == "running" and run.progress is not None:
             progress = run.progress
             lines.append(f"      {bar(progress.done, progress.total)} {progress.done}/{progress.total} {progress.unit}")
+        if phase.state == "running":
+            lines += [f"      {BEFORE_MESSAGE.sub(_time_and_level, line)}"[:width] for line in log]
     if run.curves:
         lines.append("")
     lines += [
@@ -68,12 +74,17 @@ def view_lines(run: "DashboardRun", width: int) -> list[str]:
     return [part for line in lines for part in (wrapped(line, width).splitlines() or [""])]
 
 
+def _time_and_level(found: re.Match[str]) -> str:
+    return f"{found[1]} {found[2]} " if found[2] else f"{found[1]} "
+
+
 def watch_run(service: "JobService", run_id: str, *, once: bool) -> None:
     """Draw the view in place until the run ends or the user presses Ctrl-C."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
+    from opd_mcp.schemas.requests import GetRunLogs
     from opd_mcp.schemas.runs import ACTIVE_STATES
 
     run_id = service.status(run_id).run_id
@@ -81,7 +92,12 @@ def watch_run(service: "JobService", run_id: str, *, once: bool) -> None:
     def view() -> tuple[Text, bool]:
         service.status(run_id)  # attends to a run whose worker does not answer
         [run] = service.dashboard([run_id]).runs
-        return Text("\n".join(view_lines(run.escaped(), terminal_width()))), run.state in ACTIVE_STATES
+        log, width = service.run_logs(GetRunLogs(run_id=run_id, tail=LOG_LINES)).escaped().lines, terminal_width()
+        shown = run.escaped()
+        text = Text("\n".join(view_lines(shown, width, log)))
+        if shown.verdict and shown.verdict.is_bad:
+            text.highlight_words([wrapped(shown.verdict.text(), width)], "red")
+        return text, run.state in ACTIVE_STATES
 
     console = Console(highlight=False, soft_wrap=True)
     shown, active = view()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -23,6 +24,10 @@ Data = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="A recipe key, e.g. distill.steps=100; repeatable."),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="PART=FIELD", help="E.g. prompt=question, eval_prompts.answer=gold; repeatable."),
 ]
 Mismatch = Annotated[bool, typer.Option("--allow-teacher-mismatch", help="Train although the SFT teacher differs.")]
 Baselines = Annotated[
@@ -69,6 +74,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     prompts: Data = None,
     sft_prompts: Data = None,
     eval_prompts: Data = None,
+    columns: Columns = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
     preset: Size = Preset.AUTO,
@@ -88,7 +94,7 @@ def plan(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.render.plans import plan_text
     from opd_mcp.server.tools.table import command_text
 
-    service, request = _request("plan", PlanDistillation, _distillation(locals()))
+    service, request = request_of("plan", PlanDistillation, _distillation(locals()))
     found = service.plan(request)
     show(found, as_json, lambda plan: plan_text(plan, command_text))
     if found.blocking:
@@ -103,6 +109,7 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     prompts: Data = None,
     sft_prompts: Data = None,
     eval_prompts: Data = None,
+    columns: Columns = None,
     cache: Annotated[str | None, typer.Option(metavar="CACHE", help="A teacher cache, with --student.")] = None,
     method: How = Method.LIGHTNING,
     estimator: Objective = "sampled",
@@ -125,7 +132,7 @@ def start(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.tools.table import command_text
 
     given = _distillation(locals()) | {"plan_id": plan_id, "cache_id": cache}
-    service, request = _request("start", StartDistillation, given)
+    service, request = request_of("start", StartDistillation, given)
     agree(service.start_question(request, GPU_HOURS), yes)
     found = audited(service, "start_distillation", request.to_dict(), lambda: service.start_distillation(request))
     show(found, as_json, lambda found: snapshot_text(found, command_text))
@@ -158,12 +165,12 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     from opd_mcp.server.render.runs import sweep_text
     from opd_mcp.server.tools.table import command_text
 
-    values = {key: _list(text) for key, text in _pairs(grid)}
+    values = {key: _list(text) for key, text in pairs(grid)}
     points = [parsed_settings(text.split()) for text in point or ()]
-    given = _named(locals(), "student", "eval_prompts") | {"cache_id": cache, "grid": values, "points": points}
-    given |= _labels(name, tags, notes) | {"preset": preset.value, "overrides": parsed_settings(settings)}
+    given = named(locals(), "student", "eval_prompts") | {"cache_id": cache, "grid": values, "points": points}
+    given |= labels(name, tags, notes) | {"preset": preset.value, "overrides": parsed_settings(settings)}
     given["executor"] = executor
-    service, request = _request("sweep", Sweep, given)
+    service, request = request_of("sweep", Sweep, given)
     agree(service.sweep_question(request, GPU_HOURS), yes)
     found = audited(service, "sweep", request.to_dict(), lambda: service.sweep(request))
     show(found, as_json, lambda found: sweep_text(found, command_text))
@@ -206,10 +213,11 @@ def export(
 
 def parsed_settings(texts: Sequence[str] | None) -> dict[str, Any]:
     """Recipe keys with their values, from `key=value`; a value is JSON, or else a text."""
-    return {key: _value(text) for key, text in _pairs(texts)}
+    return {key: _value(text) for key, text in pairs(texts)}
 
 
-def _pairs(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+def pairs(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Names with their texts, from `name=text`; raises ArgumentError `invalid_argument`."""
     from opd_mcp.schemas.errors import ArgumentError
 
     pairs = []
@@ -236,9 +244,9 @@ def _list(text: str) -> list[Any]:
     return parsed if isinstance(parsed, list) else [_value(part.strip()) for part in text.split(",")]
 
 
-def _named(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The named options as arguments; what is a file or folder here is given by its absolute path."""
-    given = {name: values[name] for name in names if values[name] is not None}
+def named(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The named options, or all, as arguments; what is a file or folder here is given by its absolute path."""
+    given = {name: values[name] for name in names or values if values[name] is not None}
     return {name: str(Path(text).resolve()) if _is_path(text) else text for name, text in given.items()}
 
 
@@ -250,22 +258,24 @@ def _is_path(text: str) -> bool:
 
 def _distillation(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a distillation, from the options that plan and start share."""
-    given = _named(options, "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
+    given = named(options, "student", "teacher", "prompts", "sft_prompts", "eval_prompts", "declared_teacher")
     given |= {"method": options["method"].value, "preset": options["preset"].value}
     given |= {name: options[name] for name in ("estimator", "allow_teacher_mismatch", "seeds")}
     given |= {"baseline": options["baseline"] or [], "executor": options["executor"]}
+    given["columns"] = dict(pairs(options["columns"])) or None
     return (
         given
         | {"overrides": parsed_settings(options["settings"])}
-        | _labels(options["name"], options["tags"], options["notes"])
+        | labels(options["name"], options["tags"], options["notes"])
     )
 
 
-def _labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict[str, Any]:
+def labels(name: str | None, tags: list[str] | None, notes: str | None) -> dict[str, Any]:
+    """What a run is called, as arguments."""
     return {"name": name, "tags": tags or [], "notes": notes}
 
 
-def _request(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[JobService, Any]":
+def request_of(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[JobService, Any]":
     """The typed request, and the service that may read the files that the user names.
 
     Those that a plan or a cache's run has read were named by a user as well.
@@ -273,8 +283,10 @@ def _request(command: str, model: type[Any], given: dict[str, Any]) -> "tuple[Jo
     from opd_mcp.server.protocol.arguments import request_from_arguments
 
     request = request_from_arguments(f"opd-mcp {command}", model, given)
-    named = [value for value in given.values() if isinstance(value, str) and value.startswith("/")]
+    texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
+    files = [text for text in texts if isinstance(text, str) and text.startswith("/")]
     recorded = open_service().paths_behind(given.get("plan_id"), given.get("cache_id"))
-    paths = [Path(value) for value in [*named, *recorded]]
+    paths = [Path(value) for value in [*files, *recorded]]
     roots = [path if path.is_dir() else path.parent for path in paths]
-    return open_service([root for root in roots if root.is_dir()]), request
+    host = urlsplit(given.get("teacher_url") or "").hostname
+    return open_service([root for root in roots if root.is_dir()], teacher_hosts=[host] if host else []), request

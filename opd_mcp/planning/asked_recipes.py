@@ -20,14 +20,14 @@ def usable_recipe(
     preset: Preset,
     overrides: Mapping[str, Any],
     given: Mapping[str, Any] | None = None,
-    target: Callable[[RuntimeRecipe], Target] = target_of,
+    target: Callable[[RuntimeRecipe], Target] | None = None,
 ) -> Recipe:
     """The resolved recipe, for an available device; `given` holds the recipe keys that the tool's arguments set.
 
     Raises ArgumentError as `requested_recipe`, or ResourceError `device_unavailable`.
     """
     recipe = requested_recipe(preset, overrides, given or {})
-    target(recipe.runtime)
+    (target or target_of)(recipe.runtime)
     return recipe
 
 

@@ -19,14 +19,14 @@ def with_engines(
     recipe: Recipe,
     settings: EngineSettings,
     hosts: Iterable[str],
-    target: Callable[[RuntimeRecipe], Target] = target_of,
+    target: Callable[[RuntimeRecipe], Target] | None = None,
 ) -> tuple[Recipe, list[Finding]]:
     """The recipe with an engine for every `auto`, and why it is that one; `hosts` are those that a URL may name.
 
     Raises ArgumentError `teacher_host_not_allowed` or `invalid_argument` for a URL, ResourceError `missing_package` for
     an engine that the workspace's settings do not name.
     """
-    update, found = {}, Findings()
+    update, found, target = {}, Findings(), target or target_of
     for role, engine in _named(recipe):
         if engine == "auto":
             quantised = role == "rollout" and base_form(recipe.distill.adapter) == "nf4"

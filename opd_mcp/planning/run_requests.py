@@ -289,7 +289,8 @@ class RequestBuilder:
     def with_engines(self, recipe: Recipe) -> tuple[Recipe, list[Finding]]:
         """As `planning.engines.with_engines`, with what this workspace's settings say."""
         settings = read_settings(self.references.workspace).engines
-        return with_engines(recipe, settings, self.references.teacher_hosts, self.target)
+        elsewhere = self.target if self.executor is not None else None
+        return with_engines(recipe, settings, self.references.teacher_hosts, elsewhere)
 
     def _recipe(self, preset: Preset, overrides: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Recipe:
         return self.with_engines(usable_recipe(preset, overrides, given, self.target))[0]

@@ -25,6 +25,11 @@ class Verdict(Schema):
     cause: str | None = Field(None, description="why it is not better, with the key to change, where that is known")
     next_action: NextAction
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether it is shown in red: a loss, or no gain for a cause that was found."""
+        return self.judgement == "worse" or (self.judgement != "better" and self.cause is not None)
+
     def text(self) -> str:
         """The judgement in front of the sentence, and the cause."""
         cause = f" Cause: {self.cause}" if self.cause else ""

@@ -10,28 +10,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from opd_mcp.cli import app, following, starting, upkeep
+from opd_mcp.cli import app, starting
 from opd_mcp.cli.live import bar, sparkline, view_lines
-from opd_mcp.cli.shared import wrapped
+from opd_mcp.cli.shared import on_terminal, wrapped
 from opd_mcp.schemas.errors import PathError, PlanError
 from opd_mcp.schemas.requests import StartDistillation, Sweep
 from opd_mcp.store.runs import LOG_FILE
 
 RAW_TYPES = re.compile(r"<(str|int|bool|float|path|list\[\w+\])>|\b(TEXT|INTEGER|PATH|FLOAT|DIRECTORY|FILE)\b")
-
-
-@pytest.fixture
-def opd_mcp(service, monkeypatch):
-    """Runs a command over the service; answers what it printed, and raises what it raised."""
-    for module in (starting, following, upkeep):
-        monkeypatch.setattr(module, "open_service", lambda *roots, **more: service)
-
-    def run(*arguments: object) -> str:
-        done = CliRunner().invoke(app, [str(part) for part in arguments], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.output
-
-    return run
 
 
 @pytest.fixture
@@ -106,15 +92,15 @@ def test_a_mistyped_relative_path_is_missing_and_a_blocked_plan_ends_with_1(worl
 
 def test_what_a_plan_or_a_run_was_given_may_be_read_again_at_the_terminal(world, service, monkeypatch, finished):
     opened = []
-    monkeypatch.setattr(starting, "open_service", lambda roots=(): opened.append({*roots}) or service)
+    monkeypatch.setattr(starting, "open_service", lambda roots=(), **more: opened.append({*roots}) or service)
     prompts = world.prompts("opd")
     plan = service.plan(world.plan_arguments(prompts=prompts))
-    starting._request("start", StartDistillation, {"plan_id": plan.plan_id})
+    starting.request_of("start", StartDistillation, {"plan_id": plan.plan_id})
     needed = {Path(world.student), Path(world.teacher), Path(prompts).parent}
     assert needed <= opened[-1]
     run = finished(service, service.start_distillation(StartDistillation(plan_id=plan.plan_id)).run_id)
     for cache in (run.run_id, run.result["artifacts"]["cache"]):
-        starting._request("sweep", Sweep, {"cache_id": cache, "points": [{"distill.steps": 2}]})
+        starting.request_of("sweep", Sweep, {"cache_id": cache, "points": [{"distill.steps": 2}]})
         assert needed <= opened[-1]
 
 
@@ -126,6 +112,18 @@ def test_runs_are_shown_compared_reported_and_deleted(service, opd_mcp, two_runs
     assert "3 steps: succeeded" in view
     assert "✓ distill" in view
     assert view.splitlines()[0] in opd_mcp("watch", second, "--once")
+    running = shown.model_copy(
+        update={"phases": [*shown.phases[:-1], shown.phases[-1].model_copy(update={"state": "running"})]}
+    )
+    log = ["2026-11-28T10:00:00.123Z INFO opd_mcp.engine: step 2 of 3", "2026-11-28T10:00:01.5Z WARNING x.y: slow"]
+    lines = view_lines(running, 80, log)
+    place = next(number for number, line in enumerate(lines) if line.lstrip().startswith("▶"))
+    assert [line.strip() for line in lines if line.strip().startswith("10:00")] == [
+        "10:00:00 step 2 of 3",
+        "10:00:01 WARNING slow",
+    ]
+    assert max(number for number, line in enumerate(lines) if "10:00:01" in line) in (place + 2, place + 3)
+    assert not [line for line in view_lines(shown, 80, log) if "10:00" in line]
     for asked in ([first, second], ["pair"]):
         text = opd_mcp("compare", *asked)
         assert "2 steps" in text
@@ -189,6 +187,15 @@ def test_long_lines_are_broken_between_words():
     assert all(len(line) <= 40 for line in lines)
     assert " ".join(" ".join(lines).split()) == " ".join(text.split())
     assert lines[-1] == "  short"
+
+
+def test_a_loss_and_its_cause_are_red_at_a_terminal(monkeypatch):
+    text = "a-1: succeeded\nVERDICT worse: accuracy fell\ncause: the rate\nVERDICT better: it rose"
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    lines = on_terminal(text, 80).splitlines()
+    assert [line.startswith("\x1b[31m") for line in lines] == [False, True, True, False]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert on_terminal(text, 80) == text
 
 
 def test_a_plan_that_costs_much_is_asked_about(world, service, opd_mcp, monkeypatch):

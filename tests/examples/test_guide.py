@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from opd_mcp.schemas.memory import ModelShape
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import RunPhase
 from opd_mcp.server.protocol.arguments import request_from_arguments
+from opd_mcp.server.tools.spec import ToolSpec
 from opd_mcp.server.tools.table import TOOLS
 from opd_mcp.service import JobService
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
+from tests.conftest import WORKER
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide"
 PAGES = sorted(GUIDE.glob("*.md"))
@@ -77,7 +80,12 @@ def place(tmp_path_factory) -> tuple[JobService, dict[str, str]]:
     root = tmp_path_factory.mktemp("guide")
     for name in ("data", "exports"):
         (root / name).mkdir()
-    settings = JobSettings(lease_folder=root / "leases", cpu_slots=1, export_roots=(root / "exports",))
+    settings = JobSettings(
+        lease_folder=root / "leases",
+        cpu_slots=2,
+        export_roots=(root / "exports",),
+        worker_command=(sys.executable, str(WORKER)),
+    )
     service = JobService(Workspace(root / "home"), AllowedRoots([root / "data"]), settings)
     task = settings.examples / "arithmetic"
     for name in ("teacher", "teacher_other_style", "student"):  # with room for the lengths of real models
@@ -104,7 +112,7 @@ def place(tmp_path_factory) -> tuple[JobService, dict[str, str]]:
     domains.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stands = {
         "Qwen/Qwen3-8B": str(teacher),
-        "Qwen/Qwen3-1.7B": str(root / "data" / "student"),
+        **dict.fromkeys(["Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B-Base"], str(root / "data" / "student")),
         "/data/mine/sft.jsonl": str(task / "sft.jsonl"),
         "/data/mine/opd.jsonl": str(task / "tune.jsonl"),
         "/data/mine/eval.jsonl": str(task / "eval.jsonl"),
@@ -160,9 +168,8 @@ def standing_in(value: Any, stands: dict[str, str]) -> Any:
     return stands.get(value, value) if isinstance(value, str) else value
 
 
-@pytest.mark.parametrize(("page", "tool", "arguments"), CALLS, ids=[f"{page}-{tool}" for page, tool, _ in CALLS])
-def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, arguments):
-    service, stands = place
+def asked(tool: str, arguments: dict[str, Any], stands: dict[str, str]) -> tuple[ToolSpec[Any, Any], Any]:
+    """The tool of a call, and its request about the stand-ins."""
     spec = next(spec for spec in TOOLS if spec.name == tool)
     given = {name: standing_in(value, stands) for name, value in arguments.items()}
     if tool == "export_student":  # of a new name: the exported directory of the other calls is there
@@ -173,7 +180,13 @@ def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, ar
         }
         if "prompting.teacher_system" in given["overrides"]:  # and their tokenizer no letters
             given["overrides"]["prompting.teacher_system"] = "1;2"
-    request = request_from_arguments(spec.name, spec.request, given)
+    return spec, request_from_arguments(spec.name, spec.request, given)
+
+
+@pytest.mark.parametrize(("page", "tool", "arguments"), CALLS, ids=[f"{page}-{tool}" for page, tool, _ in CALLS])
+def test_a_call_of_the_guide_makes_a_plan_or_a_run_request(place, page, tool, arguments):
+    service, stands = place
+    spec, request = asked(tool, arguments, stands)
     builder = service._builder
     if tool == "plan_distillation" or (tool == "start_distillation" and request.prompts is not None):
         plan = service.plan(request if tool == "plan_distillation" else plan_arguments(request))
@@ -207,6 +220,26 @@ def test_a_command_of_the_guide_is_one(place, page, line):
         assert any(words[0] in option.opts for option in group.params)
     else:
         assert group.commands[words[0]].make_context(words[0], words[1:]).params
+
+
+def test_every_run_that_the_guide_starts_ends_well(place, finished):
+    """With stand-ins for the stages as well: what is shown here is that each call starts, queues and ends a run."""
+    service, stands = place
+    _, _, planned = next(call for call in CALLS if call[:2] == ("your-model.md", "plan_distillation"))
+    plan = service.plan(asked("plan_distillation", planned, stands)[1])
+    run_ids: dict[str, str] = {}
+    for page, tool, arguments in CALLS:
+        spec, request = asked(tool, arguments, stands)
+        if spec.read_only or arguments.get("teacher_url"):  # no server listens here
+            continue
+        if tool == "start_distillation" and request.plan_id:
+            request = request.model_copy(update={"plan_id": plan.plan_id})
+        started = spec.call(service, request)
+        rows = [row.run_id for row in started.runs] if tool == "sweep" else [started.run_id]
+        run_ids |= dict.fromkeys(rows, f"{tool} of {page}")
+    assert len(run_ids) > 12
+    ends = {run_id: finished(service, run_id) for run_id in run_ids}
+    assert {run_ids[run_id]: end.error for run_id, end in ends.items() if end.state != "succeeded"} == {}
 
 
 def test_another_teacher_in_a_second_round_is_refused(place):

@@ -15,12 +15,16 @@ import pytest
 from opd_mcp.devices import hardware
 from opd_mcp.devices.environment import engine_environment
 from opd_mcp.devices.hardware import Gpu
+from opd_mcp.devices.leases import LeaseFolder
 from opd_mcp.planning.engines import vllm_command
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.runs import EngineSettings
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace, read_settings
 from opd_mcp.worker import engines
 from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, device_groups, marked, side_by_side
+from opd_mcp.worker.main import RunWorker, WorkerSettings
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 STAND_IN = Path(__file__).resolve().parents[1] / "stand_ins" / "stand_in_engine.py"
@@ -150,6 +154,22 @@ def test_of_several_each_is_ended_and_started_again_alone(engine):
         until(lambda: first.restarts == 1 and first._health() == 200)
         assert (second.restarts, marked(first.run, 1)) == (0, before)
     assert [code for code, _ in first.told] == ["engine_restarted"]
+
+
+def test_a_run_has_an_engine_per_device_as_its_settings_name_it(program, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_STAND_IN", "quick")
+    workspace = Workspace(tmp_path / "home")
+    (workspace.root / "settings.toml").write_text(f'[engines]\nvllm = "{program}"\n')
+    run, model = workspace.run("a-run"), EngineModel(EXAMPLE / "teacher", "float32", 100)
+    run.mkdir()
+    with JournalWriter(run / "journal.jsonl", 1) as journal:
+        worker = RunWorker(Store(workspace), run, journal, WorkerSettings(LeaseFolder(tmp_path / "leases", 2)))
+        both = worker._engines("vllm", model, "cpu", [None, None])
+        with side_by_side(both):
+            assert [(one._health(), len(marked(run, one.number))) for one in both] == [(200, 3), (200, 3)]
+            assert len({one.key for one in both} | {one.url for one in both}) == 4
+        assert len(worker._engines("vllm", model, "cpu", [])) == 1
+    assert marked(run) == []
 
 
 def test_one_that_does_not_start_ends_the_others(engine, program, tmp_path):

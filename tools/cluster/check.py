@@ -52,7 +52,7 @@ SHORT = {
     "rollout.sampling.max_new_tokens": 24,
     "responses.sampling.max_new_tokens": 24,
 }
-LONG = {"sft.steps": 4000, "sft.batch_size": 2, "checkpoint.steps": 5, "sft.on_truncated": "keep"}
+LONG = {"sft.steps": 100_000, "sft.batch_size": 2, "checkpoint.steps": 10, "sft.on_truncated": "keep"}
 MODELS = {"student": str(EXAMPLE / "student"), "teacher": str(EXAMPLE / "teacher")}
 START_AND_WAIT = """
 import sys, time
@@ -94,7 +94,7 @@ class Cluster:
         answers = [{"prompt": f"1+{i}=?", "response": str(1 + i)} for i in range(8)]
         lines = "".join(json.dumps(row) + "\n" for row in answers)
         (self.root / "data" / "responses.jsonl").write_text(lines, encoding="utf-8")
-        common = f"memory_gb = 4\nlease_seconds = 20\nsetup = {json.dumps([here])}\n"
+        common = f"memory_gb = 4\nlease_seconds = 60\nsetup = {json.dumps([here])}\n"
         slurm = f'kind = "slurm"\npartition = "main"\nsignal_seconds = 20\n{common}'
         (self.root / "home" / "settings.toml").write_text(
             f"[executors.slurm]\n{slurm}\n"
@@ -105,7 +105,7 @@ class Cluster:
         )
 
 
-def long_sft(cluster: Cluster, executor: str = "slurm", steps: int = 4000) -> str:
+def long_sft(cluster: Cluster, executor: str = "slurm", steps: int = 100_000) -> str:
     """The id of a fine-tuning that takes minutes."""
     data, overrides = str(cluster.root / "data" / "responses.jsonl"), {**LONG, "sft.steps": steps}
     given = {"student": MODELS["student"], "responses": data, "declared_teacher": MODELS["teacher"]}
@@ -153,7 +153,7 @@ def require(condition: object, what: object) -> None:
 
 def trained_a_little(status: RunStatus) -> bool:
     """Whether a checkpoint must be there."""
-    return status.progress is not None and status.progress.unit == "steps" and status.progress.done > 12
+    return status.progress is not None and status.progress.unit == "steps" and status.progress.done > 25
 
 
 def steps_of_attempts(service: JobService, run_id: str) -> dict[int, list[int]]:
@@ -180,14 +180,12 @@ def whole_flow(executor: str, seed: int) -> Callable[[Cluster], dict[str, Any]]:
     """A check of a distillation with its report."""
 
     def check(cluster: Cluster) -> dict[str, Any]:
-        service, before = cluster.service(), time.monotonic()
+        service = cluster.service()
         run_id = distillation(cluster, executor, seed)
         status = ended(service, run_id)
         require(status.state == "succeeded", status)
         require(service.run_document(run_id, "report"), "a report")
-        again = distillation(cluster, executor, seed + 100)  # what does not depend on the seed is found
-        require(ended(service, again).state == "succeeded", again)
-        return {"phases": status.phases_done, "seconds_of_both": round(time.monotonic() - before, 1)}
+        return {"phases": status.phases_done}
 
     return check
 
@@ -197,7 +195,7 @@ def queue_and_cancel(cluster: Cluster) -> dict[str, Any]:
     service = cluster.service()
     blocker = cluster.services.asks("sbatch", "--parsable", "-N2", "--exclusive", "--wrap=sleep 600").strip()
     until(lambda: "RUNNING" in cluster.services.asks("squeue", "-h", "-j", blocker, "-o", "%T"), "the blocker")
-    first, second = long_sft(cluster), long_sft(cluster, steps=3999)
+    first, second = long_sft(cluster), long_sft(cluster, steps=99_999)
     status = reached(service, second, lambda status: status.queue_position == 2)
     require(service.cancel(second).state == "cancelled", second)
     cluster.services.asks("scancel", blocker)
@@ -323,6 +321,7 @@ def main() -> int:
         return 0
     root = Path(tempfile.mkdtemp(prefix="opd-cluster-"))
     results: dict[str, dict[str, Any]] = {}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # what was started is ended then, too
     try:
         with services(root / "services") as running:
             version = running.asks("sinfo", "--version").strip()
@@ -331,14 +330,14 @@ def main() -> int:
             for name, check in CHECKS.items():
                 if given.only in name:
                     results[name] = _checked(name, check, cluster)
+                    if given.json is not None:
+                        report = {"date": datetime.now(UTC).date().isoformat(), "slurm": version, "checks": results}
+                        write_atomic(given.json, json.dumps(report, indent=1) + "\n", mode=0o644)
     finally:
         if given.keep:
             print(root)
         else:
             shutil.rmtree(root, ignore_errors=True)
-    report = {"date": datetime.now(UTC).date().isoformat(), "slurm": version, "nodes": 2, "checks": results}
-    if given.json is not None:
-        write_atomic(given.json, json.dumps(report, indent=1) + "\n", mode=0o644)
     return int(any(result["outcome"] != "passed" for result in results.values()))
 
 

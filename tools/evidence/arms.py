@@ -40,7 +40,7 @@ SHARES: dict[str, tuple[str, int]] = {
 """Arms that take one part in so many of another's steps, with the schedule drawn together."""
 STEPS: dict[str, int] = {"arithmetic": 200, "chain_sum": 150}
 """Of every arm, on both sides of each comparison."""
-LORA: dict[str, float] = {"arithmetic": 1e-2, "chain_sum": 1e-2}
+LORA: dict[str, float] = {"arithmetic": 2e-2, "chain_sum": 5e-3}
 """The adapter's learning rate, chosen on tune.jsonl by adapters.py."""
 SFT_STAGES = frozenset({"generate_responses", "sft"})
 POLL_SECONDS = 0.2

@@ -36,6 +36,7 @@ p { margin: 6px 0; overflow-wrap: anywhere; }
 .better .judgement { color: var(--good); } .worse .judgement { color: var(--bad); }
 .better { border-left: 6px solid var(--good); } .worse { border-left: 6px solid var(--bad); }
 .no_difference, .unknown { border-left: 6px solid var(--plan); }
+.bad { border-left: 6px solid var(--bad); } .bad .judgement { color: var(--bad); }
 .soft, figcaption { color: var(--soft); font-size: 13px; }
 .charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 figure { margin: 0 0 6px; min-width: 0; }
@@ -105,7 +106,8 @@ def _verdict(report: BenchmarkReport) -> str:
     lines += [f"<p>Cause: {_text(verdict.cause)}</p>"] if verdict.cause else []
     lines += [f"<p>Next: {_text(verdict.next_action.why)}</p>"] if verdict.next_action.why else []
     lines += [f'<p class="soft">{_text(facts)}</p>']
-    return f'<section class="{verdict.judgement}">\n<h1>Verdict</h1>\n' + "\n".join(lines) + "\n</section>"
+    kind = f"{verdict.judgement} bad" if verdict.is_bad else verdict.judgement
+    return f'<section class="{kind}">\n<h1>Verdict</h1>\n' + "\n".join(lines) + "\n</section>"
 
 
 def _gain(report: BenchmarkReport) -> str:

@@ -46,6 +46,9 @@ const metricName = (key) =>
     .map((part) => METRICS[part] || words(part))
     .join(": ");
 const judged = (judgement) => (judgement === "unknown" ? "verdict unknown" : judgement.replaceAll("_", " "));
+/* What is red: a loss, or no gain for a cause that was found. */
+const isBad = (verdict) =>
+  Boolean(verdict && (verdict.judgement === "worse" || (verdict.judgement !== "better" && verdict.cause)));
 /* What a run came to, in a word and its colour: a training that nothing measured is no success to rely on. */
 function outcome(run, judgement) {
   if (judgement) return [judged(judgement), judgement];

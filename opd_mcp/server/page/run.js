@@ -3,7 +3,7 @@ function stateChip(run) {
   const judgement = run.verdict?.judgement;
   return el(
     "span",
-    { class: `state ${run.state} ${judgement || ""}` },
+    { class: `state ${run.state} ${judgement || ""} ${isBad(run.verdict) ? "bad" : ""}` },
     judgement ? `${run.state} · ${judged(judgement)}` : run.state,
   );
 }
@@ -13,7 +13,7 @@ function verdict(run) {
   if (!found) return null;
   return el(
     "div",
-    { class: `verdict ${found.judgement}` },
+    { class: `verdict ${found.judgement} ${isBad(found) ? "bad" : ""}` },
     el("b", {}, judged(found.judgement)),
     `: ${found.sentence}`,
     found.cause ? el("p", {}, `Cause: ${found.cause}`) : null,

@@ -81,6 +81,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         answer=MetricsReport,
         call=lambda service, request: service.run_metrics(request),
         text=metrics_text,
+        command="metrics {run_ids}",
         read_only=True,
         opaque=frozenset({"MetricSeries"}),
     ),

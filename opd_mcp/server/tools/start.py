@@ -36,6 +36,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         f"recipe, and whether the pair will work. {RETURNS}",
         request=AssessOverhead,
         call=lambda service, request: service.assess_overhead(request),
+        command="assess",
+        options=True,
         **SHARED,
     ),
     ToolSpec(
@@ -44,6 +46,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         description=f"The teacher answers prompts; the responses are what start_sft trains on. {RETURNS}",
         request=GenerateTeacherResponses,
         call=lambda service, request: service.generate_teacher_responses(request),
+        command="responses",
+        options=True,
         **SHARED,
     ),
     ToolSpec(
@@ -52,6 +56,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         description=f"Fine-tunes a student on responses (of generate_teacher_responses, or your own). {RETURNS}",
         request=StartSft,
         call=lambda service, request: service.start_sft(request),
+        command="sft",
+        options=True,
         **SHARED,
     ),
     ToolSpec(
@@ -61,6 +67,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         f"lightning distillation needs of the teacher. Answers with `cache_id`. {RETURNS}",
         request=BuildTeacherCache,
         call=lambda service, request: service.build_teacher_cache(request),
+        command="cache build",
+        options=True,
         ask=lambda service, request, settings: service.cache_question(request),
         **SHARED,
     ),
@@ -97,6 +105,8 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         f"the same prompts. {RETURNS}",
         request=BenchmarkStudent,
         call=lambda service, request: service.benchmark_student(request),
+        command="benchmark {model}",
+        options=True,
         **SHARED,
     ),
     ToolSpec(
@@ -105,6 +115,7 @@ TOOLS: tuple[ToolSpec[Any, Any], ...] = (
         description=f"A model answers up to 8 prompts; the run's result holds the texts. {RETURNS}",
         request=SampleModel,
         call=lambda service, request: service.sample_model(request),
+        command="sample {model} {prompts}",
         **SHARED,
     ),
     ToolSpec(

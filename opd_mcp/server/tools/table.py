@@ -93,9 +93,11 @@ def command_text(action: NextAction) -> str:
     if spec.command is None:
         return f"{action.call_text()} in an MCP client of opd-mcp serve"
     values = {name: name.upper() for name in spec.request.model_fields} | action.arguments
-    words = [spec.command.format(**{name: shlex.quote(str(value)) for name, value in values.items()})]
+    texts = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    words = [spec.command.format(**{name: shlex.join(map(str, parts)) for name, parts in texts.items()})]
     if spec.options:
-        words += option_words({name: values[name] for name in [*(action.missing or ()), *action.arguments]})
+        others = [name for name in [*(action.missing or ()), *action.arguments] if f"{{{name}}}" not in spec.command]
+        words += option_words({name: values[name] for name in others})
     return f"Run opd-mcp {' '.join(words)}"
 
 
@@ -109,9 +111,11 @@ def option_words(arguments: Mapping[str, Any]) -> Iterator[str]:
                 yield f"--set {shlex.quote(f'{key}={json.dumps(setting)}')}"
         elif value is True:
             yield f"--{name.replace('_', '-')}"
-        elif name == "baseline":
-            yield from (f"--baseline {each}" for each in value)
-        elif name == "seeds":
-            yield f"--seeds {value}"
+        elif name in ("baseline", "baselines"):
+            yield from (f"--baseline {shlex.quote(each)}" for each in value)
+        elif name == "columns":
+            yield from (f"--column {shlex.quote(f'{part}={path}')}" for part, path in value.items())
+        elif name in ("seeds", "topk"):
+            yield f"--{name} {value}"
         elif isinstance(value, str) and name != "plan_id":
             yield f"--{OPTION_NAMES.get(name, name.replace('_', '-'))} {shlex.quote(value)}"

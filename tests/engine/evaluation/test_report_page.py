@@ -117,7 +117,7 @@ def test_a_loss_is_red_and_stands_first_then_figures_curves_cost_and_samples():
     ]
     places = [words.index(part) for part in order]
     assert places == sorted(places)
-    assert '<section class="worse">' in page
+    assert '<section class="worse bad">' in page
     assert page.count('class="loss"') == 1, "being below the teacher is no loss"
     assert ".worse .judgement { color: var(--bad); }" in page
     assert "prefers-color-scheme: dark" in page

@@ -89,7 +89,8 @@ class Run:
         )  # fmt: skip
         report = stages.benchmark(self.recipe.benchmark, inputs, self.folder / "report", self.context)
         assert f"**{report.verdict.judgement.replace('_', ' ')}**" in (self.folder / "report" / "report.md").read_text()
-        assert f'<section class="{report.verdict.judgement}">' in (self.folder / "report" / "report.html").read_text()
+        page = (self.folder / "report" / "report.html").read_text()
+        assert f'<section class="{report.verdict.judgement} bad">' in page, "it is shown in red"
         return report
 
 

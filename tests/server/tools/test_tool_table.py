@@ -99,7 +99,7 @@ def test_every_next_step_names_a_tool_and_arguments_that_it_has():
         (
             next_call("start_sft", missing=["student"], responses="r"),
             "Call start_sft(student='…', responses='r')",
-            "Call start_sft(student='…', responses='r') in an MCP client of opd-mcp serve",
+            "Run opd-mcp sft --student STUDENT --responses r",
         ),
         (
             next_call("start_distillation", plan_id="plan-1"),
@@ -115,6 +115,16 @@ def test_every_next_step_names_a_tool_and_arguments_that_it_has():
             next_call("plan_distillation", teacher="/t/a b", overrides={"sft.adapter": {"rank": 8}}),
             "Call plan_distillation(teacher='/t/a b', overrides={'sft.adapter': {'rank': 8}})",
             "Run opd-mcp plan --teacher '/t/a b' --set 'sft.adapter={\"rank\": 8}'",
+        ),
+        (
+            next_call("sample_model", model="m 1", prompts=["1+1=?", "2+2=?"]),
+            "Call sample_model(model='m 1', prompts=['1+1=?', '2+2=?'])",
+            "Run opd-mcp sample 'm 1' '1+1=?' '2+2=?'",
+        ),
+        (
+            next_call("benchmark_student", model="m", baselines=["a b"], columns={"prompt": "q"}),
+            "Call benchmark_student(model='m', baselines=['a b'], columns={'prompt': 'q'})",
+            "Run opd-mcp benchmark m --baseline 'a b' --column prompt=q",
         ),
         (next_call("compare_runs", tag="sweep-1"), "Call compare_runs(tag='sweep-1')", "Run opd-mcp compare sweep-1"),
         (NextAction(why="Read the result."), "", ""),

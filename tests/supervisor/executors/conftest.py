@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from opd_mcp.supervisor.executors import slurm
+
 FAKE = Path(__file__).parents[2] / "stand_ins" / "fake_cluster.py"
 PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "sinfo", "ssh")
 
@@ -51,6 +53,7 @@ def cluster(tmp_path, monkeypatch) -> Cluster:
         (programs / name).chmod(0o700)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_CLUSTER", str(root))
+    monkeypatch.setattr(slurm, "LOOK_SECONDS", 0.3)  # so that a job that may begin begins soon
     return Cluster(root)
 
 

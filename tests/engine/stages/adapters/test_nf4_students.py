@@ -17,7 +17,7 @@ from opd_mcp.identity.lineage import read_lineage, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ConsistencyError
 from opd_mcp.schemas.recipes import AdapterRecipe, Sampling
-from tests.engine.stages.conftest import Pipeline, logits
+from tests.engine.stages.adapters.conftest import Pipeline, logits
 
 
 @pytest.fixture(scope="module")

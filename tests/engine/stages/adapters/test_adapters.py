@@ -32,7 +32,8 @@ from opd_mcp.identity.lineage import read_lineage, verified_lineage
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe
-from tests.engine.stages.conftest import Alerts, Pipeline, logits
+from tests.engine.stages.adapters.conftest import Pipeline, logits
+from tests.engine.stages.conftest import Alerts
 
 
 def test_a_float32_run_saves_the_student_merged(pipeline: Pipeline, merged: Path) -> None:
