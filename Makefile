@@ -3,6 +3,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 # Whole runs of minutes, which `make test` leaves to `make test-long`.
 LONG := $(addprefix tests/e2e/test_,demo.py method.py newcomer.py recovery.py teachers.py) tests/engine/stages/test_held_out.py
+GUIDE_RUNS := tests/examples/test_guide.py::test_every_run_that_the_guide_starts_ends_well
 ELSEWHERE := tests/ranks tests/e2e/test_adapters.py $(addprefix tests/tools/,chaos evidence fuzz gpu)
 
 .PHONY: demo test test-long test-tools test-wheel test-extras test-trackers test-clients test-families test-engines test-ranks test-cluster bench bench-checkpoints bench-graders bench-server gpu chaos fuzz fuzz-readers fuzz-frames fuzz-connections fuzz-meaning prove-cache
@@ -12,12 +13,12 @@ demo: .venv/fresh
 	$(BIN)/opd-mcp demo $(ARGS)
 
 test: .venv/fresh
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(ELSEWHERE) $(LONG)) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(patsubst %,--ignore=%,$(ELSEWHERE) $(LONG)) --deselect $(GUIDE_RUNS) $(ARGS)
 
 # The demo, a newcomer's session, a call for each part of the method, several teachers, a way out of each alert: on a real server with real workers;
 # and trainings that are judged while they run.
 test-long: .venv/fresh
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG) $(GUIDE_RUNS) $(ARGS)
 
 # Short runs of the chaos suite, the fuzzers, the evidence and the GPU scripts, which take minutes: after changes to them.
 test-tools: .venv/fresh

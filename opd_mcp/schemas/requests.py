@@ -20,10 +20,13 @@ Reference = Annotated[
 Teacher = Annotated[
     Reference | Annotated[dict[Annotated[str, StringConstraints(max_length=40)], Reference], Field(max_length=16)],
     WithJsonSchema({"type": ["string", "object"], "maxLength": 1024, "maxProperties": 16}),
-    Field(description="absolute path, artifact, run or Hub id; several: by domain"),
+    Field(description="absolute path, artifact, run or Hub id; or some by domain"),
 ]
 SomeTeachers = Annotated[
-    Teacher, WithJsonSchema({"type": ["string", "object"], "description": "reference; several: by domain"})
+    Teacher,
+    WithJsonSchema(
+        {"type": ["string", "object"], "maxLength": 1024, "maxProperties": 16, "description": "or by domain"}
+    ),
 ]
 Prompts = Annotated[
     Reference | Annotated[list[Annotated[str, StringConstraints(max_length=20_000)]], Field(max_length=200)],

@@ -92,7 +92,7 @@ def test_a_mistyped_relative_path_is_missing_and_a_blocked_plan_ends_with_1(worl
 
 def test_several_teachers_are_given_by_domain(world, service, opd_mcp, monkeypatch):
     opened = []
-    monkeypatch.setattr(starting, "open_service", lambda roots=(): opened.append({*roots}) or service)
+    monkeypatch.setattr(starting, "open_service", lambda roots=(), **more: opened.append({*roots}) or service)
     monkeypatch.chdir(Path(world.teacher).parent)
     teachers = f"plain={Path(world.teacher).name},styled={world.other_teacher}"
     prompts = world.prompts("divided", teacher_domain="plain")

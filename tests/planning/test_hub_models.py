@@ -123,6 +123,14 @@ def test_a_model_too_large_for_this_machine_is_refused_before_its_download(onlin
         online.generate_teacher_responses(asked)
 
 
+def test_the_batch_is_chosen_by_the_sizes_that_the_hub_gives(online, world, hub):
+    repository(hub, "org/large", SHARDS, QWEN3_8B, safetensors={"parameters": {"BF16": 8_190_735_360}})
+    asked = world.plan_arguments(student="org/large", teacher="org/large", preset="paper", overrides={})
+    assert online.plan(asked).recipe.rollout.batch_size < online.plan(world.plan_arguments()).recipe.rollout.batch_size
+    named = asked.model_copy(update={"overrides": {"rollout.batch_size": 256}})
+    assert online.plan(named).recipe.rollout.batch_size == 256
+
+
 def test_the_preset_is_chosen_by_the_size_that_the_hub_gives(online, world, hub):
     published(hub, "org/student", EXAMPLES / "student")
     plan = online.plan(world.plan_arguments(student="org/student", preset="auto"))

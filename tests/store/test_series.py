@@ -72,7 +72,7 @@ def lines_of(steps) -> list[bytes]:
 
 def seen(view: RunView) -> dict:
     """All that a view says, series included."""
-    found = {item.name: getattr(view, item.name) for item in fields(view)}
+    found = {item.name: getattr(view, item.name) for item in fields(view) if item.repr}
     series = {name: list(points.items()) for name, points in view.series.items()}
     return {**found, "series": series, "metrics": view.metrics, "device": view.device_seconds, "pace": list(view._pace)}
 
