@@ -83,7 +83,7 @@ def compared(store: Store, run_ids: Sequence[str]) -> RunComparison:
     }
     runs_by_arm = [(arm_of(record.request.labels.tags), record, view) for record, view in runs]
     arms = compared_arms([(arm, record, view) for arm, record, view in runs_by_arm if arm], measured)
-    best = max((row for row in rows if row.accuracy), key=_accuracy, default=None)
+    best = _best(rows, measured)
     paired, notes = _paired(best.run_id, measured) if best else ([], [])
     if len(run_ids) > MAX_COMPARED:
         notes.append(f"left out: {len(run_ids) - MAX_COMPARED} runs; a comparison holds {MAX_COMPARED}")
@@ -95,8 +95,20 @@ def compared(store: Store, run_ids: Sequence[str]) -> RunComparison:
         arms=arms,
         notes=notes,
         basis=_basis(measured.values()),
-        next_action=_next_action(rows, best),
+        next_action=_next_action(rows, best, measured),
     )
+
+
+def _best(rows: Sequence[ComparedRun], measured: Mapping[str, BenchmarkReport]) -> ComparedRun | None:
+    """The run with the highest accuracy; one with a bad verdict only where no run has a better one."""
+    with_accuracy = [row for row in rows if row.accuracy]
+    sound = [row for row in with_accuracy if not _is_bad(row.run_id, measured)]
+    return max(sound or with_accuracy, key=_accuracy, default=None)
+
+
+def _is_bad(run_id: str, measured: Mapping[str, BenchmarkReport]) -> bool:
+    verdict = measured[run_id].verdict if run_id in measured else None
+    return verdict is not None and verdict.is_bad
 
 
 def candidate_of(report: BenchmarkReport) -> ModelScore:
@@ -250,13 +262,18 @@ def _basis(reports: Iterable[BenchmarkReport]) -> dict[str, str]:
     return found
 
 
-def _next_action(rows: Sequence[ComparedRun], best: ComparedRun | None) -> NextAction:
+def _next_action(
+    rows: Sequence[ComparedRun], best: ComparedRun | None, measured: Mapping[str, BenchmarkReport]
+) -> NextAction:
     active = next((row for row in rows if row.state in ACTIVE_STATES), None)
     if active is not None:
         why = "Some runs are still active: wait, then compare again."
         return next_call("get_run_status", why, run_id=active.run_id, wait_seconds=25)
     if best is None:
         return NextAction(why="None of these runs has a report with an accuracy; benchmark_student measures a model.")
+    if _is_bad(best.run_id, measured):
+        why = "None of these runs is better than what it began with: change what the verdict of the highest names."
+        return next_call("get_run_status", why, run_id=best.run_id)
     return next_call(
         "benchmark_student", "Measure the best on prompts that chose nothing.", missing=["prompts"], model=best.run_id
     )

@@ -67,6 +67,27 @@ def test_the_table_has_what_differs_and_pairs_the_best_with_those_measured_on_th
     assert caught.value.nearest == ["trio"]
 
 
+def test_a_run_with_a_bad_verdict_is_the_best_only_where_all_have_one(service, three_runs):
+    bad = {
+        "judgement": "worse",
+        "sentence": "It is worse.",
+        "cause": "It collapsed.",
+        "next_action": {"why": "Lower it."},
+    }
+    good = {"judgement": "better", "sentence": "It is better.", "next_action": {"why": "Export it."}}
+    for run, outcomes, verdict in zip(three_runs, ("110000", "111100", "101100"), (good, bad, good), strict=True):
+        rewrite(service, run, outcomes, verdict=verdict)
+    found = service.compare_runs(CompareRuns(tag="trio"))
+    assert found.best == three_runs[2].run_id
+    assert found.next_action.tool == "benchmark_student"
+    for run, outcomes in zip(three_runs, ("110000", "111100", "101100"), strict=True):
+        rewrite(service, run, outcomes, verdict=bad)
+    found = service.compare_runs(CompareRuns(tag="trio"))
+    assert found.best == three_runs[1].run_id
+    assert found.next_action.tool == "get_run_status"
+    assert "None of these runs is better" in found.next_action.why
+
+
 @pytest.mark.parametrize("wrong", [{}, {"run_ids": ["run-1"], "tag": "trio"}])
 def test_a_comparison_is_of_runs_or_of_a_tag(service, wrong):
     with pytest.raises(ArgumentError, match="run_ids, or"):
