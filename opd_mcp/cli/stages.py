@@ -13,6 +13,7 @@ from opd_mcp.cli.starting import (
     Mismatch,
     Model,
     Name,
+    NamedSize,
     Notes,
     Place,
     Preset,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from opd_mcp.service import JobService
 
 POLL_SECONDS = 0.3
-Size = Annotated[Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: the settings that are not named.")]
 Measured = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, an artifact, a run, or a Hub id.")]
 
 
@@ -39,7 +39,7 @@ def responses(  # noqa: PLR0913  a command's options are its parameters
     teacher: Model = None,
     prompts: Data = None,
     columns: Columns = None,
-    preset: Size = Preset.QUICK,
+    preset: NamedSize = Preset.QUICK,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -63,7 +63,7 @@ def sft(  # noqa: PLR0913  a command's options are its parameters
     ] = None,
     declared_teacher: Model = None,
     columns: Columns = None,
-    preset: Size = Preset.QUICK,
+    preset: NamedSize = Preset.QUICK,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -91,7 +91,7 @@ def build(  # noqa: PLR0913  a command's options are its parameters
     topk: Annotated[int | None, typer.Option(min=0, max=256, help="Top-k log-probs to store for each token.")] = None,
     declared_teacher: Model = None,
     allow_teacher_mismatch: Mismatch = False,
-    preset: Size = Preset.QUICK,
+    preset: NamedSize = Preset.QUICK,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -122,7 +122,7 @@ def benchmark(  # noqa: PLR0913  a command's options are its parameters
         list[str] | None, typer.Option("--baseline", metavar="MODEL", help="To compare with; repeatable.")
     ] = None,
     columns: Columns = None,
-    preset: Size = Preset.QUICK,
+    preset: NamedSize = Preset.QUICK,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,
@@ -169,7 +169,7 @@ def assess(  # noqa: PLR0913  a command's options are its parameters
     teacher: Model = None,
     prompts: Data = None,
     columns: Columns = None,
-    preset: Size = Preset.QUICK,
+    preset: NamedSize = Preset.QUICK,
     settings: Settings = None,
     name: Name = None,
     tags: Tags = None,

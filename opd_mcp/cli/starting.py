@@ -66,6 +66,9 @@ class Preset(StrEnum):
 
 How = Annotated[Method, typer.Option(metavar="METHOD", help="lightning, live or sft.")]
 Size = Annotated[Preset, typer.Option(metavar="PRESET", help="auto, quick, paper or demo: how large a run is.")]
+NamedSize = Annotated[
+    Preset, typer.Option(metavar="PRESET", help="quick, paper or demo: the settings that are not named.")
+]
 Objective = Annotated[
     str, typer.Option(metavar="ESTIMATOR", help="What is minimised, e.g. sampled or topk_reverse_kl (docs/method.md).")
 ]
@@ -155,7 +158,7 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     ] = None,
     student: Model = None,
     eval_prompts: Data = None,
-    preset: Size = Preset.QUICK,
+    preset: NamedSize = Preset.QUICK,
     settings: Settings = None,
     executor: Place = None,
     name: Name = None,
