@@ -160,7 +160,8 @@ def signal_worker(directory: Path, process: psutil.Process, number: signal.Signa
     A stopped worker is continued after SIGTERM, so that it can answer. A group that the worker does not lead is left
     alone: then the worker was started by hand and shares the group with others.
     """
-    noted = stop.model_copy(update={number.name.lower(): utc_now()})
+    known = stop_of(directory, stop.attempt) or stop  # the guardian and a server may both signal the worker
+    noted = known.model_copy(update={number.name.lower(): utc_now()})
     with suppress(OSError):  # on a full disk the cause is lost; the worker must end all the same
         write_atomic(stop_file(directory, stop.attempt), noted.sealed().to_json(indent=2) + "\n")
     with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -184,13 +185,13 @@ def stop_of(directory: Path, attempt: int) -> WorkerStop | None:
 
 
 def conclude(directory: Path, attempt: int) -> bool:
-    """Write the final state of a run whose worker was killed because it did not answer; False while its lock is held.
+    """Write the final state of a run whose worker died of a signal sent here; False while its lock is held.
 
     The lock is free once the worker is gone; what is written ends the worker's own attempt. Nothing is written where
     the run has ended or begun another attempt meanwhile.
     """
     stop = stop_of(directory, attempt)
-    if stop is None or stop.sigkill is None:
+    if stop is None:
         return True
     lock: RunLock | RunClaim
     if is_placed(directory):

@@ -75,8 +75,8 @@ class Guard:
 
 
 def watch(guard: Guard) -> bool:
-    """Watch until the worker is gone; whether it was killed before it had written a final state."""
-    poll, listening, killed = min(POLL_SECONDS, guard.grace / 4), [0], False
+    """Watch until the worker is gone; whether it was signalled, so that it may have written no final state."""
+    poll, listening, killed, signalled = min(POLL_SECONDS, guard.grace / 4), [0], False, False
     while os.getppid() == guard.worker:  # a child learns of its parent's end at once, and no pid is used again before
         if listening and not select.select(listening, [], [], poll)[0]:
             heard = b""
@@ -92,12 +92,13 @@ def watch(guard: Guard) -> bool:
         if guard.cause is None and (guard.directory / CANCEL_FILE).exists():
             guard.ask("cancel", now, terms=True)
         if guard.kill_at is None and guard.term_at is not None and now >= guard.term_at:
+            signalled = True
             act(guard, signal.SIGTERM)
             guard.kill_at = time.monotonic() + guard.grace
         if guard.kill_at is not None and now >= guard.kill_at and not killed:
-            killed = True
+            killed = signalled = True
             act(guard, signal.SIGKILL)
-    return killed and guard.cause != "finished"
+    return signalled and guard.cause != "finished"
 
 
 def act(guard: Guard, number: signal.Signals) -> None:

@@ -8,10 +8,12 @@ import time
 import psutil
 import pytest
 
+from opd_mcp.identity.files import write_atomic
 from opd_mcp.maintenance.doctor import checks
 from opd_mcp.schemas.runs import ACTIVE_STATES
-from opd_mcp.store.journal import read_journal
-from opd_mcp.store.worker_process import live_worker, stop_of
+from opd_mcp.store.journal import read_journal, utc_now
+from opd_mcp.store.runs import request_cancel
+from opd_mcp.store.worker_process import WorkerStop, live_worker, signal_worker, stop_of
 from opd_mcp.worker.guardian import Guard
 
 NATIVE, DEAF, BUSY, HEARS_SIGTERM, NEVER_EXITS, LIMITED = 440, 441, 442, 443, 444, 445
@@ -130,6 +132,30 @@ def test_without_its_guardian_a_worker_is_ended_by_whoever_looks(service, hangin
     status = finished(service, run_id)
     assert (status.state, status.error) == ("cancelled", None)
     assert "SIGKILL at" in alerts_of(status)["worker_killed"]
+
+
+def test_a_worker_that_died_of_its_signals_is_cancelled_whichever_of_them_was_noted_last(service, hanging, finished):
+    """Guardian and server may signal at the same moment, and the later note need not know of the SIGKILL."""
+    run_id, directory, worker = hanging(NATIVE)
+    guardian_of(worker).kill()
+    noted = WorkerStop(attempt=1, cause="cancel", sigterm=utc_now())
+    write_atomic(directory / "stop-1.json", noted.sealed().to_json())
+    request_cancel(directory)
+    worker.kill()
+    status = finished(service, run_id)
+    assert (status.state, status.error) == ("cancelled", None)
+    assert "SIGTERM at" in alerts_of(status)["worker_killed"]
+
+
+def test_a_signal_is_noted_beside_those_that_another_process_sent(service, hanging):
+    _, directory, worker = hanging(BUSY)
+    guardian_of(worker).kill()
+    first = WorkerStop(attempt=1, cause="cancel")
+    signal_worker(directory, worker, signal.SIGTERM, first)
+    signal_worker(directory, worker, signal.SIGKILL, first)
+    noted = stop_of(directory, 1)
+    assert noted.sigterm is not None
+    assert noted.sigkill is not None
 
 
 def test_another_process_with_the_worker_s_pid_is_left_alone(service, hanging, finished):
