@@ -89,6 +89,7 @@ def server(world):
         ("learning_rate_far", {"distill.optimizer.learning_rate": 0.3}, {}),
         ("collapse", {"distill.optimizer.learning_rate": 0.3}, {}),
         ("sft_undertrained", {"sft.steps": 10}, {"method": "sft"}),
+        ("no_learning", {"sft.steps": 240, "distill.steps": 1}, {}),
         ("benchmark_zero", {"benchmark.answer_pattern": r"answer: (\d)"}, {"method": "sft"}),
     ],
 )

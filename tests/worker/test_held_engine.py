@@ -19,13 +19,19 @@ class Engines:
     def __init__(self) -> None:
         self.started: list[EngineWish] = []
         self.running = 0
+        self.given: list[Path] = []
+        self.takes = True
+
+    def reload(self, path: Path) -> bool:
+        self.given.append(path)
+        return self.takes
 
     @contextmanager
     def start(self, wish: EngineWish):
         self.started.append(wish)
         self.running += 1
         try:
-            yield [EngineAddress(f"http://127.0.0.1:{len(self.started)}")]
+            yield [EngineAddress(f"http://127.0.0.1:{len(self.started)}", reload=self.reload)]
         finally:
             self.running -= 1
 
@@ -61,7 +67,6 @@ def test_drawing_and_scoring_with_the_same_weights_share_a_start(held, engines):
         replace(SCORES, length=102),
         replace(SCORES, topk=21),
         replace(SCORES, dtype="bfloat16"),
-        replace(SCORES, beside_training=True),
     ],
 )
 def test_what_the_engine_does_not_serve_is_started_after_its_end(held, engines, other):
@@ -99,3 +104,35 @@ def test_a_phase_that_fails_ends_it(held, engines):
     held.begin(["vllm"])
     asked(held, DRAWS)
     assert len(engines.started) == 2
+
+
+FOLLOWS = replace(DRAWS, beside_training=True)
+LATER = replace(FOLLOWS, model=Path("/models/later"))
+
+
+def test_a_student_in_training_is_given_to_one_engine_again_and_again(held, engines):
+    held.begin(["vllm", None])
+    first = asked(held, FOLLOWS)
+    assert asked(held, LATER) == first
+    assert asked(held, replace(LATER, model=Path("/models/last"))) == first
+    assert (engines.started, engines.given) == ([FOLLOWS], [LATER.model, Path("/models/last")])
+    held.begin([None])
+    assert engines.running == 0
+
+
+def test_an_engine_that_takes_no_weights_is_started_again(held, engines):
+    engines.takes = False
+    held.begin(["vllm"])
+    asked(held, FOLLOWS)
+    asked(held, LATER)
+    assert (engines.started, engines.running) == ([FOLLOWS, LATER], 1)
+    held.release()
+    assert engines.running == 0
+
+
+def test_one_with_too_little_room_is_given_nothing(held, engines):
+    held.begin(["vllm"])
+    asked(held, FOLLOWS)
+    longer = replace(LATER, length=200)
+    asked(held, longer)
+    assert (engines.started, engines.given) == ([FOLLOWS, longer], [])

@@ -133,6 +133,27 @@ def widened(source: Path, path: Path) -> Path:
     return path
 
 
+def untied(source: Path, path: Path) -> Path:
+    """A copy of a model whose head is a tensor of its own."""
+    from safetensors.numpy import load_file, save_file
+
+    if not path.exists():
+        shutil.copytree(source, path)
+        tensors = load_file(path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return path
+
+
 def starts(run: Path) -> list[float]:
     """Seconds until an engine answered, of every start that a run's log tells of."""
     return [float(found) for found in re.findall(r"answers after ([\d.]+) s", (run / LOG_FILE).read_text())]
+
+
+def reloads(run: Path) -> list[float]:
+    """Seconds of every time that an engine took new weights in place."""
+    return [
+        float(found) for found in re.findall(r"has new weights after ([\d.]+) s: 200", (run / LOG_FILE).read_text())
+    ]

@@ -9,7 +9,7 @@ from opd_mcp.engine.data.encoding import context_of
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, asked, quantisation_kl, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
-from opd_mcp.engine.generation.served import opened_generator
+from opd_mcp.engine.generation.served import engine_wish, opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.provenance import Provenance, engines_of, record_lineage, trained_adapter, training_of
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
@@ -77,7 +77,8 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         if engine != section.engine:
             warnings.append(f"{name} answered here, not on the engine that 'benchmark.engine' names.")
         room = context.prompting.max_prompt_tokens + section.sampling.max_new_tokens
-        with grader, opened_generator(engine, model, room, section.batch_size, context) as generator:
+        wish = engine_wish(engine, model, room, context)
+        with grader, opened_generator(wish, model, section.batch_size, context) as generator:
             scored[name] = score_model(name, model, stops, task, generator, as_teacher=itself)
         del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.

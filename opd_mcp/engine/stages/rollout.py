@@ -24,6 +24,7 @@ from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import Generator
 from opd_mcp.engine.generation.served import (
+    engine_wish,
     first_gap,
     generator_gap,
     opened_generator,
@@ -101,7 +102,8 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     facts = inspect_model(inputs.student, form=inputs.form)
     model = load_model(facts, runtime, generates=here, compiled=here or section.rescore is not None)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
-    with opened_generator(section.engine, model, seen, section.batch_size, context) as generator:
+    wish = engine_wish(section.engine, model, seen, context)
+    with opened_generator(wish, model, section.batch_size, context) as generator:
         require_fits(generator, room)
         shared_engine(output, generator.facts)
         for number, first in enumerate(range(0, count, section.shard_rows)):

@@ -7,7 +7,6 @@ follows from the stated assumptions below.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -387,14 +386,12 @@ def engine_of(recipe: Recipe, phase: str) -> str | None:
 
 
 def engine_starts(recipe: Recipe, phase: str) -> int:
-    """How often a phase starts its engine.
+    """How often a phase starts its engine: not for the scores of a student that is its own teacher.
 
-    Live distillation does for each stretch of steps; the scores of a student that is its own teacher do not, since the
-    engine of the rollouts stays for them.
+    The engine of the rollouts stays for them. One whose student is trained meanwhile takes new weights in place.
     """
-    if phase == "score" and recipe.sft.skip and recipe.rollout.engine == recipe.score.engine:
-        return 0
-    return ceil(recipe.distill.steps / recipe.rollout.reload_steps) if phase == "distill" else 1
+    shared = phase == "score" and recipe.sft.skip and recipe.rollout.engine == recipe.score.engine
+    return 0 if shared else 1
 
 
 @dataclass(frozen=True)
