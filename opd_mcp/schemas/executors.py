@@ -65,7 +65,24 @@ class SshExecutor(_Executor):
     )
 
 
-ExecutorSettings = Annotated[SlurmExecutor | SshExecutor, Field(discriminator="kind")]
+class RayExecutor(_Executor):
+    """A Ray cluster whose dashboard the server reaches."""
+
+    kind: Literal["ray"]
+    address: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$")] = Field(
+        description="of its dashboard, e.g. 'http://head:8265'"
+    )
+    token_file: str | None = Field(
+        None, pattern="^/", description="absolute path of the file with its token, where the cluster asks for one"
+    )
+    resources: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict,
+        max_length=50,
+        description="further resources that a run gets, e.g. {'accelerator_type:H100' = 0.001}",
+    )
+
+
+ExecutorSettings = Annotated[SlurmExecutor | SshExecutor | RayExecutor, Field(discriminator="kind")]
 
 
 class Placing(Schema):

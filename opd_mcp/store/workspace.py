@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from opd_mcp.identity.files import fsync_directory, write_atomic
 from opd_mcp.schemas.base import Record, Schema, first_problem
 from opd_mcp.schemas.errors import ArgumentError, IntegrityError, PathError, UnknownIdError, nearest
-from opd_mcp.schemas.executors import LOCAL, ExecutorSettings, SlurmExecutor, SshExecutor
+from opd_mcp.schemas.executors import LOCAL, ExecutorSettings, RayExecutor, SlurmExecutor, SshExecutor
 from opd_mcp.schemas.identity import ArtifactKind
 from opd_mcp.schemas.next_action import plan_call
 from opd_mcp.schemas.plans import Plan
@@ -158,7 +158,7 @@ def require_private(folder: Path) -> None:
 
 
 SETTINGS_FILE = "settings.toml"
-EXECUTORS: dict[str, type[BaseModel]] = {"slurm": SlurmExecutor, "ssh": SshExecutor}
+EXECUTORS: dict[str, type[BaseModel]] = {"slurm": SlurmExecutor, "ssh": SshExecutor, "ray": RayExecutor}
 
 
 def read_settings(workspace: Workspace) -> WorkspaceSettings:

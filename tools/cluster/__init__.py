@@ -1,1 +1,1 @@
-"""A real Slurm with two nodes and a real sshd on loopback, and runs on them."""
+"""A real Slurm with two nodes, a real sshd and a real Ray with two nodes on loopback, and runs on them."""

@@ -1,11 +1,13 @@
-"""Runs on a real Slurm with two nodes and over a real sshd, all on loopback: whole flows, and what goes wrong there.
+"""Runs on a real Slurm and a real Ray with two nodes each and over a real sshd, on loopback: whole flows, and losses.
 
 Run: `python tools/cluster/check.py [--json FILE] [--only NAME]`, or `make test-cluster`, as root on Debian with
-slurm-wlm, munge and openssh-server; where they are missing it says so and exits with 0. Workers are real ones with the
-engine, on the embedded arithmetic task with few steps: this checks the way, not the result.
+slurm-wlm, munge and openssh-server, and with `ray` on PATH; what needs a missing one is not checked, it says so and
+exits with 0. Workers are real ones with the engine, on the embedded arithmetic task with few steps: this checks the
+way, not the result.
 
 1. A whole distillation with its report on each executor, and the queue position of one that waits.
 2. A lost node, a preemption and a time limit: the run goes on from its checkpoint, on another node or in its next turn.
+   On Ray, nothing is left on the cluster after that.
 3. A cancel request while it waits and while it works; a server killed right after its start; two servers that start
    the same at the same moment; a worker over ssh that is killed.
 
@@ -13,6 +15,7 @@ It prints one line per check and exits with 1 where one failed. What it started,
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -40,6 +43,7 @@ from opd_mcp.store.journal import read_journal
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.workspace import Workspace
 from tools import EXAMPLE
+from tools.cluster.ray_nodes import RayNodes, ray_nodes, ray_program
 from tools.cluster.services import Services, missing_programs, services, until
 
 ROWS = 12
@@ -61,17 +65,18 @@ sys.path.insert(0, sys.argv[1])
 from tools.cluster.check import Cluster, long_sft
 print("ready", flush=True)
 sys.stdin.readline()
-print(long_sft(Cluster(Path(sys.argv[2]), None), steps=int(sys.argv[3])), flush=True)
+print(long_sft(Cluster(Path(sys.argv[2])), sys.argv[4], int(sys.argv[3])), flush=True)
 time.sleep(600)
 """
 
 
 @dataclass
 class Cluster:
-    """A workspace with two executors, and the programs behind them."""
+    """A workspace with executors, and the programs behind them; only the process that started those has them."""
 
     root: Path
-    running: Services | None
+    running: Services | None = None
+    ray_running: RayNodes | None = None
 
     def service(self) -> JobService:
         """A new service, as another server has it."""
@@ -79,9 +84,15 @@ class Cluster:
 
     @property
     def services(self) -> Services:
-        """The programs; only the process that started them has them."""
+        """Slurm and sshd."""
         assert self.running is not None, "another process started them"
         return self.running
+
+    @property
+    def ray(self) -> RayNodes:
+        """Ray's nodes."""
+        assert self.ray_running is not None, "another process started them"
+        return self.ray_running
 
     def prepare(self) -> None:
         """Write the settings and a few rows of each prompt set."""
@@ -96,13 +107,17 @@ class Cluster:
         (self.root / "data" / "responses.jsonl").write_text(lines, encoding="utf-8")
         common = f"memory_gb = 4\nlease_seconds = 60\nsetup = {json.dumps([here])}\n"
         slurm = f'kind = "slurm"\npartition = "main"\nsignal_seconds = 20\n{common}'
-        (self.root / "home" / "settings.toml").write_text(
-            f"[executors.slurm]\n{slurm}\n"
-            f'[executors.short]\ntime_limit = "2:00"\n{slurm}\n'
-            f'[executors.ssh]\nkind = "ssh"\nhosts = ["127.0.0.1"]\n'
-            f"options = {json.dumps(self.services.ssh_options)}\n{common}",
-            encoding="utf-8",
-        )
+        tables = ""
+        if self.running is not None:
+            tables += (
+                f"[executors.slurm]\n{slurm}\n"
+                f'[executors.short]\ntime_limit = "2:00"\n{slurm}\n'
+                f'[executors.ssh]\nkind = "ssh"\nhosts = ["127.0.0.1"]\n'
+                f"options = {json.dumps(self.running.ssh_options)}\n{common}\n"
+            )
+        if self.ray_running is not None:
+            tables += f'[executors.ray]\nkind = "ray"\naddress = "{self.ray_running.dashboard}"\n{common}'
+        (self.root / "home" / "settings.toml").write_text(tables, encoding="utf-8")
 
 
 def long_sft(cluster: Cluster, executor: str = "slurm", steps: int = 100_000) -> str:
@@ -241,7 +256,12 @@ def time_limit(cluster: Cluster) -> dict[str, Any]:
 
 def server_restart(cluster: Cluster) -> dict[str, Any]:
     """A server is killed right after it has started a run; another one follows it to its end."""
-    [run_id] = starts(cluster, 1, 40)
+    return follows_a_killed_server(cluster, "slurm")
+
+
+def follows_a_killed_server(cluster: Cluster, executor: str) -> dict[str, Any]:
+    """The same on any executor."""
+    [run_id] = starts(cluster, 1, 40, executor)
     service = cluster.service()
     status = ended(service, run_id)
     require(status.state == "succeeded", status)
@@ -258,10 +278,10 @@ def two_servers(cluster: Cluster) -> dict[str, Any]:
     return {"runs": len(set(found))}
 
 
-def starts(cluster: Cluster, count: int, steps: int) -> list[str]:
+def starts(cluster: Cluster, count: int, steps: int, executor: str = "slurm") -> list[str]:
     """The run that each of some servers starts at the same moment, which are then killed."""
     checkout = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", START_AND_WAIT, checkout, str(cluster.root), str(steps)]
+    command = [sys.executable, "-c", START_AND_WAIT, checkout, str(cluster.root), str(steps), executor]
     servers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
     ]
@@ -296,6 +316,64 @@ def killed_over_ssh(cluster: Cluster) -> dict[str, Any]:
     return {"cause": lost.error.cause if lost.error else None, **goes_on(service, run_id)}
 
 
+def ray_queue_and_cancel(cluster: Cluster) -> dict[str, Any]:
+    """A run waits beyond Ray's limit and works then; its cancel ends it by its file, that of one that waits at once."""
+    service, ray = cluster.service(), cluster.ray
+    blockers = [f"blocker-{number}" for number in range(2)]
+    for blocker in blockers:
+        ray.asks("/api/jobs/", "POST", {"entrypoint": "sleep 600", "submission_id": blocker, "entrypoint_num_cpus": 1})
+    until(lambda: all(ray.asks(f"/api/jobs/{job}")["status"] == "RUNNING" for job in blockers), "the blockers", 120)
+    first, second = long_sft(cluster, "ray"), long_sft(cluster, "ray", 99_999)
+    said = reached(service, second, lambda status: status.waits_for is not None).waits_for
+    require(service.cancel(second).state == "cancelled", second)
+    job = job_on_ray(service, first)
+    reached(service, first, lambda status: job_on_ray(service, first) != job)
+    until(lambda: ray.left() <= {*blockers, job_on_ray(service, first)}, f"nothing of {second}", 120)
+    for blocker in blockers:
+        ray.asks(f"/api/jobs/{blocker}/stop", "POST")
+    reached(service, first, trained_a_little)
+    service.cancel(first)
+    require(ended(service, first).state == "cancelled", first)
+    until(lambda: not ray.left(), "nothing left")
+    return {"said": said, "first_job": job, "last_job": job_on_ray(service, first)}
+
+
+def job_on_ray(service: JobService, run_id: str) -> str:
+    """The job of a run's newest attempt."""
+    directory = service.workspace.run(run_id)
+    submission = read_submission(directory, newest_attempt(directory))
+    assert submission is not None, "it was handed over"
+    return submission.job
+
+
+def ray_lost_node(cluster: Cluster) -> dict[str, Any]:
+    """A node dies with its worker: the run is lost with the cause, and a resume continues it on the other node."""
+    service, run_id = cluster.service(), long_sft(cluster, "ray")
+    directory, ray = service.workspace.run(run_id), cluster.ray
+    reached(service, run_id, trained_a_little)
+    node = ray.node_of(job_on_ray(service, run_id))
+    before = time.monotonic()
+    ray.kill(node)
+    lost = ended(service, run_id)
+    seconds = round(time.monotonic() - before, 1)
+    require(lost.state == "lost" and lost.error is not None, lost)
+    service.resume(run_id)
+    reached(service, run_id, lambda status: read_beginning(directory, 2) is not None)
+    other = ray.node_of(job_on_ray(service, run_id))
+    require(other != node, f"{node}, then {other}")
+    found = goes_on(service, run_id)
+    until(lambda: not ray.left(), "nothing left")
+    ray.start(node)
+    return {"lost_after_seconds": seconds, "cause": lost.error.cause if lost.error else None, **found}
+
+
+def ray_server_restart(cluster: Cluster) -> dict[str, Any]:
+    """A server is killed right after it has started a run on Ray; another one follows it to its end."""
+    found = follows_a_killed_server(cluster, "ray")
+    until(lambda: not cluster.ray.left(), "nothing left")
+    return {**found, "setup": next(report.state for report in cluster.service().setup().executors or [])}
+
+
 CHECKS: dict[str, Callable[[Cluster], dict[str, Any]]] = {
     "slurm: a whole distillation": whole_flow("slurm", 1),
     "ssh: a whole distillation": whole_flow("ssh", 2),
@@ -306,6 +384,10 @@ CHECKS: dict[str, Callable[[Cluster], dict[str, Any]]] = {
     "slurm: the server is killed after its start": server_restart,
     "slurm: two servers start the same": two_servers,
     "ssh: the worker is killed": killed_over_ssh,
+    "ray: a whole distillation": whole_flow("ray", 3),
+    "ray: waiting beyond its limit, cancel while waiting and while working": ray_queue_and_cancel,
+    "ray: a node is lost": ray_lost_node,
+    "ray: the server is killed after its start": ray_server_restart,
 }
 
 
@@ -316,22 +398,33 @@ def main() -> int:
     parser.add_argument("--only", default="", help="checks whose name has this part")
     parser.add_argument("--keep", action="store_true", help="keep the folder, for a look at its logs")
     given = parser.parse_args()
-    if missing := missing_programs():
-        print(f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge, openssh-server); nothing was checked")
-        return 0
+    wanted = {name: check for name, check in CHECKS.items() if given.only in name}
+    ray_wanted = any(name.startswith("ray: ") for name in wanted)
+    others_wanted = any(not name.startswith("ray: ") for name in wanted)
+    if others_wanted and (missing := missing_programs()):
+        print(f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge, openssh-server); checked without them")
+        others_wanted = False
+    if ray_wanted and ray_program() is None:
+        print("not installed: ray (pip install 'opd-mcp[ray]', or any environment's on PATH); checked without it")
+        ray_wanted = False
     root = Path(tempfile.mkdtemp(prefix="opd-cluster-"))
     results: dict[str, dict[str, Any]] = {}
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # what was started is ended then, too
     try:
-        with services(root / "services") as running:
-            version = running.asks("sinfo", "--version").strip()
-            cluster = Cluster(root, running)
+        with contextlib.ExitStack() as stack:
+            running = stack.enter_context(services(root / "services")) if others_wanted else None
+            nodes = stack.enter_context(ray_nodes(root / "ray")) if ray_wanted else None
+            cluster = Cluster(root, running, nodes)
             cluster.prepare()
-            for name, check in CHECKS.items():
-                if given.only in name:
+            versions = {
+                **({"slurm": running.asks("sinfo", "--version").strip()} if running else {}),
+                **({"ray": nodes.asks("/api/version")["ray_version"]} if nodes else {}),
+            }
+            for name, check in wanted.items():
+                if ray_wanted if name.startswith("ray: ") else others_wanted:
                     results[name] = _checked(name, check, cluster)
                     if given.json is not None:
-                        report = {"date": datetime.now(UTC).date().isoformat(), "slurm": version, "checks": results}
+                        report = {"date": datetime.now(UTC).date().isoformat(), **versions, "checks": results}
                         write_atomic(given.json, json.dumps(report, indent=1) + "\n", mode=0o644)
     finally:
         if given.keep:

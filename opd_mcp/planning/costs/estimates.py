@@ -139,8 +139,9 @@ class CostModel:
             )
         else:
             seconds, source = self._assumed_seconds(name, work)
-        if engine in MANAGED_ENGINES:
-            starts, each = rounds * engine_starts(self.workload.recipe, name), self._engine_start(engine)
+        starts = rounds * engine_starts(self.workload.recipe, name) if engine in MANAGED_ENGINES else 0
+        if engine is not None and starts > 0:
+            each = self._engine_start(engine)
             seconds += each * starts
             of_what = "its engine's start" if starts == 1 else f"each of its engine's {starts} starts"
             source += f", and {each:.3g} s for {of_what}"
@@ -386,7 +387,13 @@ def engine_of(recipe: Recipe, phase: str) -> str | None:
 
 
 def engine_starts(recipe: Recipe, phase: str) -> int:
-    """How often a phase starts its engine: live distillation does for each stretch of steps."""
+    """How often a phase starts its engine.
+
+    Live distillation does for each stretch of steps; the scores of a student that is its own teacher do not, since the
+    engine of the rollouts stays for them.
+    """
+    if phase == "score" and recipe.sft.skip and recipe.rollout.engine == recipe.score.engine:
+        return 0
     return ceil(recipe.distill.steps / recipe.rollout.reload_steps) if phase == "distill" else 1
 
 

@@ -56,21 +56,25 @@ def ask(command: Sequence[str], given: str = "") -> Answer:
 
 @dataclass(frozen=True)
 class Work:
-    """A worker to start: the argument list, in the run's directory, for the job of a claim."""
+    """A worker to start: the argument list, in the run's directory, for the job of a claim.
+
+    `after` is the job whose place in the queue ran out, where this one takes it.
+    """
 
     directory: Path
     claim: Claim
     command: list[str]
+    after: Submission | None = None
 
 
 @dataclass(frozen=True)
 class JobState:
-    """Where a job is, as its executor says; `unknown` while it does not answer.
+    """Where a job is, as its executor says; `unknown` while it does not answer, `expired` where it may wait no longer.
 
     `position` is its place in the queue, from 1.
     """
 
-    state: Literal["queued", "running", "gone", "unknown"]
+    state: Literal["queued", "running", "gone", "expired", "unknown"]
     text: str = ""
     position: int | None = None
 
@@ -105,6 +109,10 @@ def executor_of(name: str, settings: ExecutorSettings, active: Callable[[], Sequ
         from opd_mcp.supervisor.executors.slurm import Slurm
 
         return Slurm(name, settings)
+    if settings.kind == "ray":
+        from opd_mcp.supervisor.executors.ray import Ray
+
+        return Ray(name, settings)
     from opd_mcp.supervisor.executors.ssh import Ssh
 
     return Ssh(name, settings, active)

@@ -50,7 +50,7 @@ class QueuedOn:
     def text(self) -> str:
         """E.g. `queued on big, position 3 (Resources)`."""
         position = f", position {self.position}" if self.position is not None else ""
-        waits = self.job.state in ("queued", "unknown")  # a job that has begun since tells more by its files
+        waits = self.job.state in ("queued", "expired", "unknown")  # a job that has begun since tells more by its files
         said = f" ({self.job.text})" if waits and self.job.text not in ("", "None") else ""
         return f"queued on {self.executor}{position}{said}"
 
@@ -77,14 +77,8 @@ class PlacedRuns:
             name = written.placing.executor
             settings = named_executor(self._store.workspace, name)
             self._withdraw_earlier(directory, attempt)
-            program = (settings.python, "-P", "-m", "opd_mcp.cli", "worker") if settings.python else None
-            command = [
-                *(*(program or self._settings.worker_command), directory.name),
-                *("--workspace", str(self._store.workspace.root)),
-                *("--ticket", written.ticket),
-            ]
-            submission = self._executor(name, settings).submit(Work(directory, written, command))
-            note_submission(directory, attempt, submission)
+            work = Work(directory, written, self._command(directory, written, settings))
+            note_submission(directory, attempt, self._executor(name, settings).submit(work))
         except OpdError as error:
             note_ending(directory, attempt, error.message)
             raise
@@ -111,6 +105,8 @@ class PlacedRuns:
         if job.state == "gone":
             note_ending(directory, attempt, job.text)
             view.refresh()
+        elif begun is None and job.state == "expired":
+            self._queue_again(directory, claim, submission, executor)
         elif (
             begun is not None
             and view.state == "lost"
@@ -148,6 +144,22 @@ class PlacedRuns:
             following = RunClaim.after(directory, attempt, claim.placing, claim.ticket)
             note_submission(directory, following.attempt, submission)
             begin_attempt(following)
+
+    def _queue_again(self, directory: Path, claim: Claim, submission: Submission, executor: Executor) -> None:
+        """Hand the job of an attempt over once more; where that fails, the next look tries again."""
+        settings = named_executor(self._store.workspace, claim.placing.executor)
+        work = Work(directory, claim, self._command(directory, claim, settings), submission)
+        with suppress(RunError):
+            note_submission(directory, claim.attempt, executor.submit(work))
+
+    def _command(self, directory: Path, claim: Claim, settings: ExecutorSettings) -> list[str]:
+        """The worker's argument list."""
+        program = (settings.python, "-P", "-m", "opd_mcp.cli", "worker") if settings.python else None
+        return [
+            *(*(program or self._settings.worker_command), directory.name),
+            *("--workspace", str(self._store.workspace.root)),
+            *("--ticket", claim.ticket),
+        ]
 
     def _withdraw_earlier(self, directory: Path, attempt: int) -> None:
         """End the job of the attempt before, which may still wait or hang somewhere."""

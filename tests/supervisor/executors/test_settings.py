@@ -19,7 +19,10 @@ PLACING = Placing(executor="big", kind="slurm", lease_seconds=10)
 @pytest.mark.parametrize(
     ("table", "code", "said"),
     [
-        ('[executors.big]\nkind = "ray"\nmemory_gb = 1', "invalid_setting", "'ray'"),
+        ('[executors.big]\nkind = "pbs"\nmemory_gb = 1', "invalid_setting", "'pbs'"),
+        ('[executors.big]\nkind = "ray"\nmemory_gb = 1', "invalid_setting", "address"),
+        ('[executors.big]\nkind = "ray"\nmemory_gb = 1\naddress = "http://me:key@head"', "invalid_setting", "address"),
+        ('[executors.big]\nkind = "ray"\nmemory_gb = 1\naddress = "ray://head:10001"', "invalid_setting", "address"),
         ('[executors.big]\nkind = "slurm"', "invalid_setting", "memory_gb"),
         (
             '[executors.big]\nkind = "slurm"\nmemory_gb = 1\npartitoin = "a"',
