@@ -15,7 +15,7 @@ from opd_mcp.engine.provenance import Provenance, engines_of, record_lineage, tr
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.grading.verdicts import findings_of, verdict_of
+from opd_mcp.grading.verdicts import findings_of, has_collapsed, verdict_of
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
@@ -84,7 +84,6 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     marks = {name for name, path in references.items() if path != inputs.teacher}
     judged = [entry.score for name, entry in scored.items() if name not in marks]
-    cut = truncation_warnings(judged, section)
     candidate = next(iter(inputs.models))
     teacher_row = next((name for name, path in reversed(models.items()) if path == inputs.teacher), None)
     lineage = verified_lineage(inputs.models[candidate])
@@ -116,13 +115,16 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         teacher_basis=claim.basis if claim else None,
         costs=list(inputs.costs),
         alerts=list(inputs.alerts),
-        warnings=list(dict.fromkeys([*warnings, *cut])),
+        warnings=list(dict.fromkeys(warnings)),
         planned_seconds=dict(inputs.planned_seconds),
         curves=list(inputs.curves),
         samples=shown_answers(chosen, scored),
     )
+    # A collapsed student's responses have no end that more room would show.
+    endless = {candidate} if has_collapsed(report) else set()
+    cut = truncation_warnings([score for score in judged if score.name not in endless], section)
     found = [(cause.code, cause.text) for cause in findings_of(report)]
-    report = report.model_copy(update={"warnings": [*report.warnings, *(message for _, message in found)]})
+    report = report.model_copy(update={"warnings": [*report.warnings, *cut, *(message for _, message in found)]})
     report = report.model_copy(update={"verdict": verdict_of(report)})
     write_report(report, output, context, models.values())
     # last, so that a client that waits for the run is not woken twice
