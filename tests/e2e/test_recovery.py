@@ -95,4 +95,5 @@ def server(world):
 )
 async def test_what_an_alert_says_is_what_helps(world, server, code, wrong, changes):
     async with Client(server) as client:
-        await Agent(client, world).recovered(code, SMALL | wrong, **changes)
+        left = await Agent(client, world).recovered(code, SMALL | wrong, **changes)
+    assert code != "no_learning" or "collapse" not in left, "it has learnt something worth having"

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from opd_mcp.store.workspace import Workspace
 from tools import EXAMPLE
 
 WIDTH = 32
+CLOSED_PATHS = ("/collective_rpc", "/sleep", "/metrics", "/v1/completions")
 RUN_SECONDS = 3600.0
 COMMON = {"runtime.device": "cpu", "benchmark.references": (), "score.topk": 4, "sft.on_truncated": "keep"}
 SHORT = {
@@ -157,3 +159,15 @@ def reloads(run: Path) -> list[float]:
     return [
         float(found) for found in re.findall(r"has new weights after ([\d.]+) s: 200", (run / LOG_FILE).read_text())
     ]
+
+
+def without_key(run: Path) -> dict[str, int]:
+    """The status that a run's last engine answers with, by path, to somebody who has not its key."""
+    [*_, port] = re.findall(r" at http://127\.0\.0\.1:(\d+)$", (run / LOG_FILE).read_text(), re.MULTILINE)
+    found = dict[str, int]()
+    for path in CLOSED_PATHS:
+        connection = HTTPConnection("127.0.0.1", int(port), timeout=60)
+        connection.request("POST", path, body="{}", headers={"Content-Type": "application/json"})
+        found[path] = connection.getresponse().status
+        connection.close()
+    return found

