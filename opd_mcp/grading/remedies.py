@@ -24,9 +24,9 @@ def remedy(verdict: Verdict, recipe: Recipe, stages: Sequence[str], parameters: 
         return {}
     for code in RATES if verdict.causes is None else verdict.causes:
         if code in RATES and (far := far_rates(recipe, stages, parameters)):
-            return {key: value for rate in far for key, value in rate.changes.items()}
+            return _changed(recipe, {key: value for rate in far for key, value in rate.changes.items()})
         if code == "few_steps" and (few := few_steps(recipe, parameters)):
-            return dict(few.changes)
+            return _changed(recipe, few.changes)
         if code in CHANGES:
             return CHANGES[code](recipe, stages[-1])
     return _lower_rate(recipe, stages[-1]) if verdict.judgement == "worse" else _times(recipe, f"{stages[-1]}.steps", 2)
@@ -36,6 +36,10 @@ def changes_text(changes: Mapping[str, Any], recipe: Recipe) -> str:
     """The changes as a sentence, e.g. `The call changes 'distill.steps' from 50 to 200.`; empty without any."""
     parts = [f"'{key}' from {_text(_value(recipe, key))} to {_text(value)}" for key, value in changes.items()]
     return f"The call changes {' and '.join(parts)}." if parts else ""
+
+
+def _changed(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if _value(recipe, key) != value}
 
 
 def _text(value: Any) -> str:

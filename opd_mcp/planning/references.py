@@ -324,7 +324,9 @@ class References:
 
     def _id_of_named(self, reference: str) -> str:
         """The id of the run whose name a reference is, since names may change their runs; else the reference."""
-        if reference.startswith("/") or is_task(reference) or self._is_here(reference):
+        if reference.startswith("/") or is_task(reference):
+            return reference
+        if self.store.artifacts.find(reference) is not None or self._is_run(reference):
             return reference
         return self.store.run_named(reference) or reference
 

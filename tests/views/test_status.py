@@ -228,7 +228,7 @@ def test_a_success_never_stands_without_its_verdict(tmp_path, journal, record):
     journal.append("state", {"state": "running"})
     journal.append("result", {"verdict": told.to_dict()})
     journal.append("state", {"state": "succeeded"})
-    rate = {"distill.optimizer.learning_rate": 0.3, "distill.steps": 7}
+    rate = {"distill.optimizer.learning_rate": 0.3, "distill.steps": 700}
     recipe = resolve_recipe("demo", rate)
     run = record.model_copy(update={"request": record.request.model_copy(update={"recipe": recipe})})
     status = status_of(view_of(tmp_path), run, None)
@@ -243,7 +243,7 @@ def test_a_success_never_stands_without_its_verdict(tmp_path, journal, record):
     assert (call.tool, call.missing) == ("plan_distillation", None)
     assert call.why == "Lower it. The call changes 'distill.optimizer.learning_rate' from 0.3 to 0.003."
     assert call.arguments["student"] == record.request.inputs.student.reference
-    assert call.arguments["overrides"] == {"distill.optimizer.learning_rate": 3e-3, "distill.steps": 7}
+    assert call.arguments["overrides"] == {"distill.optimizer.learning_rate": 3e-3, "distill.steps": 700}
     assert PlanDistillation(**call.arguments).preset == "demo"
 
 
