@@ -15,6 +15,8 @@ CheckpointingPolicy = Literal["none", "selective", "full"]
 POLICIES: tuple[CheckpointingPolicy, ...] = ("none", "selective", "full")
 # Logits alive at the same time: one tile, whatever the micro-batch size.
 TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+# Tokens of prompts that go through a model together: they fill any device, and their activations do not.
+PREFILL_TOKENS = 1 << 14
 # Bytes per 4-bit weight, with a float32 scale for 64 values; values that are widened to float32 at a time.
 NF4_BYTES = 0.5 + 4 / 64
 NF4_CHUNK = 1 << 24
