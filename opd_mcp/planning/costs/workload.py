@@ -264,6 +264,7 @@ class Workload:
             room.device,
             adapter=adapter,
             ranks=room.devices,
+            vocabulary=self.recipe.runtime.vocabulary,
         )
         sharing = room.devices if room.device == "cpu" else 1
         memory = training_memory(self.student, step, section.activation_checkpointing, room.memory // sharing)
