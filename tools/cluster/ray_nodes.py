@@ -41,7 +41,7 @@ class RayNodes:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
-        """Start a node and wait until the cluster knows it; Ray itself waits for 30 s only, too few on a busy machine."""
+        """Start a node and wait until the cluster knows it, for longer than the 30 s of Ray itself."""
         self.processes[name] = self._started(name)
 
         def known() -> bool:
