@@ -142,9 +142,10 @@ class JobService:
         """The files and folders that a saved plan, or the run that made a cache, was given; raises `unknown_plan`."""
         inputs = read_plan(self.workspace, plan_id).inputs if plan_id else None
         if inputs is None and cache_id is not None:
-            known = self.store.exists(cache_id)
+            run_id = self.store.run_of(cache_id)
+            known = self.store.exists(run_id)
             inputs = (
-                self.store.record(cache_id).request.inputs if known else self._references.inputs_of_artifact(cache_id)
+                self.store.record(run_id).request.inputs if known else self._references.inputs_of_artifact(cache_id)
             )
         if inputs is None:
             return []
@@ -313,7 +314,7 @@ class JobService:
 
         Raises ArgumentError `invalid_argument` unless run_ids or a tag is given, UnknownIdError `unknown_run`.
         """
-        given = [self._existing(run_id) for run_id in arguments.run_ids]
+        given = [found for run_id in arguments.run_ids for found in self.runs_of(run_id)]
         return compared(self.store, chosen_runs(self.store, given, arguments.tag))
 
     def run_logs(self, arguments: GetRunLogs) -> LogPage:
@@ -353,12 +354,12 @@ class JobService:
 
     def run_deletion_question(self, run_id: str) -> Question:
         """What the user must agree to before a run is deleted; raises as `delete_run`."""
-        return run_deletion(self.store, self._named(run_id)).question()
+        return run_deletion(self.store, self.store.run_of(run_id)).question()
 
     def delete_run(self, run_id: str) -> DeletedRun:
         """What went with the run and what stays; raises UnknownIdError `unknown_run`, RunError `run_active`."""
         with self._planning:
-            return delete_run(self.store, self._named(run_id))
+            return delete_run(self.store, self.store.run_of(run_id))
 
     def cancel(self, run_id: str) -> RunSnapshot:
         """The run after a durable cancel request, or what stands for all active runs with a tag.
@@ -459,25 +460,17 @@ class JobService:
             call=next_call("start_distillation", plan_id=now.plan_id),
         )
 
-    def _named(self, name: str) -> str:
-        """The id of the run that an id or a name means; raises UnknownIdError `unknown_run` where several have it."""
-        if self.store.exists(name):
-            return name
-        rows = self.store.index.runs(name=name)
-        same = [row.run_id for row in rows if row.name == name and self.store.exists(row.run_id)]
-        if len(same) > 1:
-            raise UnknownIdError(
-                "unknown_run",
-                f"{len(same)} runs have this name.",
-                value=name,
-                nearest=same[:5],
-                fix="Give the id of the one that you mean; the newest comes first.",
-            )
-        return same[0] if same else name
+    def runs_of(self, name: str) -> list[str]:
+        """The run that an id or a name means, or, oldest first, all runs with a tag, such as a sweep's id.
+
+        Raises UnknownIdError `unknown_run` where several runs have the name.
+        """
+        tagged = [] if self.store.exists(name) or self.store.run_named(name) else self.store.tagged(name)
+        return tagged or [self._existing(name)]
 
     def _existing(self, run_id: str) -> str:
         if run_id != LATEST:
-            return self._named(run_id)
+            return self.store.run_of(run_id)
         latest = self.store.latest_run()
         if latest is None:
             raise UnknownIdError(

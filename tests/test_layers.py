@@ -26,7 +26,7 @@ ALLOWED = {
     "server": {"schemas", "store", "planning", "views", "service"},
 }
 # The files that may name the engine: at its start a worker makes the inputs of the stages, which need no torch.
-STARTED = ("main.py", "stage_calls.py", "teams/rank_process.py", "teams/helper_process.py")
+STARTED = ("main.py", "stage_calls.py", "held_engine.py", "teams/rank_process.py", "teams/helper_process.py")
 LOADS_ENGINE = {PACKAGE / "worker" / name for name in STARTED}
 MACHINE_LEARNING = {"torch", "transformers", "datasets"}
 # Foreign packages that loading every module of a layer must not load.

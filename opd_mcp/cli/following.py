@@ -146,12 +146,13 @@ def compare(
 
 @command(rich_help_panel=RUNS)
 def report(run_id: RunArgument = "latest", as_json: AsJson = False) -> None:
-    """Print the report that a run ended with."""
+    """Print the report that a run ended with; without a run, of the newest that has one."""
     from opd_mcp.schemas.texts import LINE_BREAK, escaped
-    from opd_mcp.views.resources import REPORT_JSON, report_file
+    from opd_mcp.views.resources import REPORT_JSON, latest_with_report, report_file
 
     service = open_service()
-    file = report_file(service.store, service.status(run_id).run_id)
+    newest = latest_with_report(service.store) if run_id == "latest" else None
+    file = report_file(service.store, newest or service.status(run_id).run_id)
     if as_json:
         typer.echo(escaped((file.parent / REPORT_JSON).read_text(encoding="utf-8"), keep=LINE_BREAK))
     else:

@@ -10,6 +10,7 @@ from opd_mcp.cli.shared import terminal_width, wrapped
 
 if TYPE_CHECKING:
     from opd_mcp.schemas.answers import DashboardRun
+    from opd_mcp.schemas.runs import RunStatus
     from opd_mcp.service import JobService
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -41,8 +42,11 @@ def bar(done: int, total: int, width: int = BAR_WIDTH) -> str:
     return "█" * filled + "░" * (width - filled)
 
 
-def view_lines(run: "DashboardRun", width: int, log: Sequence[str] = ()) -> list[str]:
-    """The view of a run, the log's last lines under the phase that is running; no line is wider than the terminal."""
+def view_lines(run: "DashboardRun", width: int, log: Sequence[str] = (), waits: str | None = None) -> list[str]:
+    """The view of a run, the log's last lines under the phase that is running; no line is wider than the terminal.
+
+    `waits` is what a queued run waits for.
+    """
     from opd_mcp.schemas.texts import duration
     from opd_mcp.server.render.runs import result_lines
 
@@ -52,12 +56,16 @@ def view_lines(run: "DashboardRun", width: int, log: Sequence[str] = ()) -> list
     times = [f"elapsed {duration(run.elapsed_s)}"] if run.elapsed_s is not None else []
     times += [f"about {duration(run.eta_s)} left"] if run.eta_s is not None else []
     lines += [", ".join(times), ""] if times else [""]
+    lines += [f"  {waits}", ""] if waits else []
     spent = {cost.stage: "reused" if cost.reused else duration(cost.seconds) for cost in run.costs}
     for phase in run.phases:
         lines.append(f"  {SIGNS.get(phase.state, '?')} {phase.name:<20} {spent.get(phase.name, '')}".rstrip())
         if phase.state == "running" and run.progress is not None:
             progress = run.progress
             lines.append(f"      {bar(progress.done, progress.total)} {progress.done}/{progress.total} {progress.unit}")
+        elif phase.state == "running":
+            first = phase is run.phases[0]
+            lines.append("      the process starts and loads the models" if first else "      loads the models")
         if phase.state == "running":
             lines += [f"      {BEFORE_MESSAGE.sub(_time_and_level, line)}"[:width] for line in log]
     if run.curves:
@@ -72,6 +80,17 @@ def view_lines(run: "DashboardRun", width: int, log: Sequence[str] = ()) -> list
     lines += ["", *(f"  {line}" for line in results)] if results else []
     lines += ["", run.error] if run.error else []
     return [part for line in lines for part in (wrapped(line, width).splitlines() or [""])]
+
+
+def waiting_text(status: "RunStatus", now: float) -> str | None:
+    """What a run waits for that has not begun, and for how long; None for any other."""
+    from opd_mcp.schemas.texts import duration
+    from opd_mcp.store.run_view import seconds_of
+
+    if status.state == "queued":
+        since = duration(max(now - seconds_of(status.created_at), 0.0))
+        return f"{status.waits_for or 'its process starts'}, for {since}"
+    return "its process starts" if status.state == "running" and status.phase is None else None
 
 
 def _time_and_level(found: re.Match[str]) -> str:
@@ -90,11 +109,11 @@ def watch_run(service: "JobService", run_id: str, *, once: bool) -> None:
     run_id = service.status(run_id).run_id
 
     def view() -> tuple[Text, bool]:
-        service.status(run_id)  # attends to a run whose worker does not answer
+        status = service.status(run_id)  # attends to a run whose worker does not answer
         [run] = service.dashboard([run_id]).runs
         log, width = service.run_logs(GetRunLogs(run_id=run_id, tail=LOG_LINES)).escaped().lines, terminal_width()
         shown = run.escaped()
-        text = Text("\n".join(view_lines(shown, width, log)))
+        text = Text("\n".join(view_lines(shown, width, log, waiting_text(status.escaped(), time.time()))))
         if shown.verdict and shown.verdict.is_bad:
             text.highlight_words([wrapped(shown.verdict.text(), width)], "red")
         return text, run.state in ACTIVE_STATES

@@ -158,7 +158,7 @@ def sweep(  # noqa: PLR0913  a command's options are its parameters
     ] = None,
     student: Model = None,
     eval_prompts: Data = None,
-    preset: NamedSize = Preset.QUICK,
+    preset: Size = Preset.AUTO,
     settings: Settings = None,
     executor: Place = None,
     name: Name = None,
@@ -258,7 +258,29 @@ def named(values: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _absolute(value: Any) -> Any:
-    return str(Path(value).resolve()) if isinstance(value, str) and _is_path(value) else value
+    """The absolute path of a file or folder here, any other value as it is; raises PathError `not_found` as below."""
+    if not isinstance(value, str):
+        return value
+    if _is_path(value):
+        return str(Path(value).resolve())
+    _require_no_missing_folder(value)
+    return value
+
+
+def _require_no_missing_folder(text: str) -> None:
+    """Raise PathError `not_found`, with the nearest names, for what can only be a path, whose folder is not there."""
+    from opd_mcp.identity.data.sources import is_glob
+    from opd_mcp.planning.references import FILE_SUFFIXES
+    from opd_mcp.store.roots import AllowedRoots
+
+    path = Path(text)
+    if is_glob(text):
+        return
+    # Two parts without a suffix may be a Hub id, one the name of a run.
+    if len(path.parts) > 2 or path.is_absolute() or text.startswith(".") or text.endswith(FILE_SUFFIXES):
+        real = path.absolute()
+        folder = next(parent for parent in real.parents if parent.is_dir())
+        AllowedRoots([folder]).resolve(real)
 
 
 def _teachers(text: str) -> str | dict[str, str]:

@@ -76,12 +76,15 @@ def artifacts(
 
 @command(rich_help_panel=UPKEEP)
 def rm(
-    ids: Annotated[list[str], typer.Argument(metavar="ID", help="Runs or artifacts.", autocompletion=completed_run)],
+    ids: Annotated[
+        list[str], typer.Argument(metavar="ID", help="Runs, sweeps or artifacts.", autocompletion=completed_run)
+    ],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete runs with what nothing else needs, or single artifacts, after one question each."""
+    """Delete runs with what nothing else needs, all of a sweep by its id, or artifacts, after one question each."""
     from opd_mcp.server.render.workspace import deleted_run_text, deleted_text
+    from opd_mcp.service import LATEST
 
     service = open_service()
     for name in ids:
@@ -89,9 +92,10 @@ def rm(
             agree(service.deletion_question(name), yes)
             gone = audited(service, "delete_artifact", {"artifact_id": name}, partial(service.delete_artifact, name))
             show(gone, as_json, deleted_text)
-        else:
-            agree(service.run_deletion_question(name), yes)
-            deleted = audited(service, "delete_run", {"run_id": name}, partial(service.delete_run, name))
+            continue
+        for run_id in [name] if name == LATEST else service.runs_of(name):
+            agree(service.run_deletion_question(run_id), yes)
+            deleted = audited(service, "delete_run", {"run_id": run_id}, partial(service.delete_run, run_id))
             show(deleted, as_json, deleted_run_text)
 
 

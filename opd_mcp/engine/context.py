@@ -92,7 +92,7 @@ class EngineWish:
     """An engine that a stage needs: which one, serving which directory, in which dtype, for sequences of `length`.
 
     `topk` are the top tokens that it must be able to tell of each position. `beside_training`: the model is trained on
-    the same device meanwhile.
+    the same device meanwhile. `fresh`: on an engine that was started for it, not given the weights in place.
     """
 
     kind: str
@@ -101,17 +101,24 @@ class EngineWish:
     length: int
     topk: int = 0
     beside_training: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
 class EngineAddress:
-    """Where an engine answers; `check` raises once it can no longer be kept running."""
+    """Where an engine answers, and the name that it has for what it serves; None: the directory's.
+
+    `check` raises once it can no longer be kept running. `reload` gives it the weights of another directory in place;
+    False where it does not take them.
+    """
 
     url: str
     key: str | None = field(default=None, repr=False)
     dtype: str | None = None
     managed: bool = False
     check: Callable[[], None] = lambda: None
+    name: str | None = None
+    reload: Callable[[Path], bool] = lambda path: False
 
 
 def no_engine(wish: EngineWish) -> AbstractContextManager[list[EngineAddress]]:

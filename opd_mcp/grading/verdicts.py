@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call
 from opd_mcp.schemas.reports import BenchmarkReport, Judgement, ModelScore, Verdict
+from opd_mcp.schemas.resolve import TOO_LOW
 from opd_mcp.schemas.texts import duration, shortened
 
 CAUSE_CHARACTERS = 400
@@ -29,11 +30,13 @@ HOW: dict[Judgement, str] = {
     "worse": "is worse than",
     "no_difference": "shows no difference beyond chance to",
 }
+RATES = ("learning_rate_far", "preset_rates")
 # Alerts of the training that explain a bad result, the deepest cause first.
 TRAINING_ALERTS = (
     "teacher_often_wrong",
     "learning_rate_far",
     "preset_rates",
+    "few_steps",
     "sft_undertrained",
     "step_skipped",
     "advantages_clipped",
@@ -108,6 +111,7 @@ def verdict_of(report: BenchmarkReport) -> Verdict:
         judgement=judgement,
         sentence=f"{sentence}; {_cost_text(report)}.",
         cause=" ".join(shortened(cause.text, CAUSE_CHARACTERS) for cause in causes[:2]) or None,
+        causes=[cause.code for cause in causes[:2]] or None,
         next_action=_next_action(report, judgement, causes),
     )
 
@@ -147,13 +151,23 @@ def _divergence_gain(candidate: ModelScore, baseline: ModelScore) -> Gain | None
 
 def causes_of(report: BenchmarkReport) -> list[Cause]:
     """What explains a result that is not better, the deepest cause first."""
-    told = {alert.code: alert.message for alert in report.alerts}
+    told: dict[str, str] = {}
+    for alert in report.alerts:  # the rates of both trainings, of others the last word
+        before = told.get(alert.code, "") if alert.code in RATES else ""
+        told[alert.code] = before if alert.message in before else f"{before} {alert.message}".strip()
     found = list(findings_of(report))
     zero = [cause for cause in found if cause.code == "benchmark_zero"]
     training = [Cause(code, " ".join(told[code].split())) for code in TRAINING_ALERTS if code in told]
     measured = [cause for cause in found if cause not in zero and cause.code not in told]
+    if has_collapsed(report):  # a higher rate, or more room for what does not end, helps no such student
+        return [*zero, *(cause for cause in training if TOO_LOW not in cause.message), *measured]
     cut = [Cause("answers_truncated", note) for note in report.warnings if note.startswith("Responses cut at ")]
     return [*zero, *training, *measured, *cut]
+
+
+def has_collapsed(report: BenchmarkReport) -> bool:
+    """Whether the report's findings name a collapse."""
+    return any(cause.code == "collapse" for cause in findings_of(report))
 
 
 def findings_of(report: BenchmarkReport) -> Iterator[Cause]:
@@ -164,26 +178,24 @@ def findings_of(report: BenchmarkReport) -> Iterator[Cause]:
         yield Cause("benchmark_zero", *_zero_texts(report))
     elif baseline is not None and gain is not None and gain.judgement != "better":
         stage = trained_stage(report)
-        keys = (
-            f"'{stage}.optimizer.learning_rate' and 'distill.advantage_clip'"
-            if stage == "distill"
-            else (f"'{stage}.optimizer.learning_rate' and the responses" if stage else "its training's learning rate")
-        )
+        rate = f"'{stage}.optimizer.learning_rate'" if stage else "the learning rate of its training"
+        look = ", and look at the responses that it learnt from" if stage == "sft" else ""
         if signs := _collapse(candidate, baseline):
-            yield Cause("collapse", f"{candidate.name} has collapsed: {'; '.join(signs)}.", f"Lower or look at {keys}.")
+            fix = f"Lower {rate} to a tenth{look}."
+            yield Cause("collapse", f"{candidate.name} has collapsed: {'; '.join(signs)}.", fix)
         elif _learnt_nothing_usable(report, candidate, baseline):
             yield Cause(
                 "sft_undertrained",
                 f"Neither {candidate.name} nor {baseline.name} has one right answer, and the teacher has: the student "
                 "has not learnt the task.",
-                "Raise 'sft.steps' or 'sft.optimizer.learning_rate', or begin with a pretrained student.",
+                "Raise 'sft.steps' four times, or begin with a pretrained student.",
             )
         closed = any(gap.share and gap.share.low > 0 for gap in report.gap_closed if gap.baseline == baseline.name)
         if stage == "distill" and not closed and (divergence := _unchanged(candidate, baseline)):
             yield Cause(
                 "no_learning",
                 f"The distillation changed nothing: {divergence}.",
-                "Raise 'distill.steps' or 'distill.optimizer.learning_rate'.",
+                "Raise 'distill.steps' four times.",
             )
 
 
@@ -329,15 +341,13 @@ def _next_action(report: BenchmarkReport, judgement: Judgement, causes: list[Cau
         return _after_gain(report, stage)
     if causes and causes[0].code in GRADING:
         why = f"Resolve {causes[0].code}: change {GRADER_KEYS}, look at the responses in the report, and measure again."
-        return next_call("benchmark_student", why, missing=("model", "prompts"))
+        return next_call("benchmark_student", why, missing=("model", "prompts", "overrides"))
     if stage is None:
         return NextAction(why="Read the report: it has the samples of every model.")
     if causes:
         return plan_call(f"Resolve {causes[0].code} as the cause says, and plan again with that change.")
-    return plan_call(
-        f"Look at the report's curves and samples; then plan again with more '{stage}.steps' or another "
-        f"'{stage}.optimizer.learning_rate'."
-    )
+    change = f"a third of '{stage}.optimizer.learning_rate'" if judgement == "worse" else f"twice '{stage}.steps'"
+    return plan_call(f"Look at the report's curves and samples; then plan again with {change}.")
 
 
 def _after_gain(report: BenchmarkReport, stage: str) -> NextAction:

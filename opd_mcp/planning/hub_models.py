@@ -1,9 +1,11 @@
-"""What the Hub says of a model before its download: sizes from its configuration and its list of files.
+"""The Hub: its ids, where fetched models and data sets are kept, and the sizes of a model before its download.
 
-Two small requests per model, answered within seconds or not at all: a plan goes on without estimates where the Hub
-cannot be asked. The weights are fetched by the run (`worker/fetch.py`), which then checks them.
+The sizes follow from its configuration and its list of files: two small requests per model, answered within seconds or
+not at all. A plan goes on without estimates where the Hub cannot be asked. The weights are fetched by the run
+(`worker/fetch.py`), which then checks them.
 """
 
+import re
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,10 +21,17 @@ from opd_mcp.identity.safetensors import DTYPE_BYTES, INDEX_FILE
 from opd_mcp.schemas.errors import IntegrityError, PathError
 from opd_mcp.schemas.memory import SHAPE_SETTINGS
 from opd_mcp.schemas.runs import HubSizes
+from opd_mcp.store.workspace import Workspace
 
 if TYPE_CHECKING:
     import httpx2
 
+# The Hub's own rules: `--` and `..` are in no name, so that two ids never share a directory and none leaves its place.
+_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}")
+# A data set may name its configuration and its split: `openai/gsm8k:main@train`.
+_HUB_PART = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+HUB_DATA_ID = re.compile(rf"(?P<name>{HUB_ID.pattern})(?::(?P<configuration>{_HUB_PART}))?(?:@(?P<split>{_HUB_PART}))?")
 # the card and the licence are read for the card of an export
 FETCHED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 MAX_LISTING_BYTES = 8 << 20
@@ -143,3 +152,17 @@ def _parameters(listing: dict[str, Any], config: dict[str, Any], weight_bytes: i
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 50
+
+
+def hub_data_directory(workspace: Workspace, reference: str) -> Path:
+    """Where a Hub data set is kept once it is fetched."""
+    parts = HUB_DATA_ID.fullmatch(reference)
+    assert parts is not None, "a Hub id with its configuration and split"
+    name, configuration, split = (str(parts[part] or "") for part in ("name", "configuration", "split"))
+    folder = f"datasets--{name.replace('/', '--')}"
+    return workspace.hub / folder / f"configuration-{configuration}" / f"split-{split}" / "fetched"
+
+
+def hub_directory(workspace: Workspace, hub_id: str) -> Path:
+    """Where a Hub model is kept once it is fetched, named so that its identity keeps the Hub's name."""
+    return workspace.hub / f"models--{hub_id.replace('/', '--')}" / "snapshots" / "fetched"

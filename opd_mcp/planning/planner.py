@@ -1,5 +1,6 @@
 """Plans: inputs resolved, phases keyed, consistency judged, costs estimated; nothing is started."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from opd_mcp.devices.hardware import Target, free_disk
 from opd_mcp.identity.data.reading import first_response
 from opd_mcp.identity.data.sources import is_glob, source_of
 from opd_mcp.identity.files import path_signature
-from opd_mcp.identity.models import ModelFacts, is_untrained
+from opd_mcp.identity.models import is_untrained
 from opd_mcp.identity.tokenizers import TokenDifference
 from opd_mcp.planning.arms import compared_recipe, has_arms, with_arms
 from opd_mcp.planning.asked_recipes import distillation_recipe, fitted_to, kind_of
@@ -40,21 +41,24 @@ from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.prompts.preview import judge_clock, judge_sizes, plan_preview, text_facts
 from opd_mcp.planning.prompts.text_work import Asked
-from opd_mcp.planning.references import References, ResolvedPrompts, columns_of
+from opd_mcp.planning.references import References, ResolvedModel, ResolvedPrompts, columns_of
 from opd_mcp.planning.run_requests import RequestBuilder
 from opd_mcp.planning.teachers import judge_teachers, resolved_teacher, with_self_claim
 from opd_mcp.schemas.base import content_hash
-from opd_mcp.schemas.errors import IntegrityError, PlanError
+from opd_mcp.schemas.errors import IntegrityError, PlanError, UnknownIdError
 from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase, WayToTrain
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.resolve import far_rates
+from opd_mcp.schemas.resolve import FarRate, far_rates, few_steps
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunLabels, RunPhase, RunRequest
 from opd_mcp.schemas.texts import byte_size, shortened
+from opd_mcp.store.store import Store
 
 SAMPLE_ROWS = 3
 SAMPLE_CHARACTERS = 160
+# Runs of a student that are looked at for a collapse.
+LOOKED_AT = 20
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class Planner:
         require_generating(inputs.student, *([inputs.teacher] if sft else []))
         judge_adapters(recipe, inputs.student.facts, sft, found)
         judge_quantization(recipe, sft, inputs.student, found)
-        judge_rates(arguments, recipe, inputs, sft, found)
+        judge_rates(arguments, self._far_rates(recipe, inputs.student.input, method, sft), found)
+        judge_training(arguments, recipe, inputs.student, sft, found)
         schema = self._schema(arguments, inputs, sft, found)
         facts = text_facts(self.references.texts, self._asked(inputs, recipe, schema, differing, found), found)
         judge_special_tokens(differing, facts, recipe.prompting, found)
@@ -166,6 +171,15 @@ class Planner:
             allow_teacher_mismatch=arguments.allow_teacher_mismatch,
         )
         return PlanInputs(student, teacher, prompts, sft_prompts, eval_prompts, schema)
+
+    def _far_rates(self, recipe: Recipe, student: ModelInput, method: Method, sft: bool) -> list[FarRate]:
+        """The rates that do not fit the student; none is called too low where a run has collapsed at what fits."""
+        stages = [*(["sft"] if sft else []), *([] if method == "sft" else ["distill"])]
+        far = far_rates(recipe, stages, student.parameters)
+        if not any(rate.too_low for rate in far):
+            return far
+        collapsed = collapsed_rates(self.references.store, student.reference)
+        return [rate for rate in far if not rate.too_low or collapsed.get(rate.key, math.inf) > rate.fitting]
 
     def _schema(self, arguments: PlanDistillation, inputs: PlanInputs, sft: bool, found: Findings) -> RunInputs:
         update: dict[str, object] = {}
@@ -308,8 +322,8 @@ def _next_action(
 ) -> NextAction:
     """The one next call; a quota that is full now may have room by then, so it blocks no plan.
 
-    After a blocking finding it is the finding's own, or this plan's with what lifts it. Where that is the caller's
-    choice there is no call: the same arguments would be blocked again.
+    After a blocking finding it is the finding's own, or this plan's with what lifts all that overrides can lift. Where
+    that is the caller's choice there is no call: the same arguments would be blocked again.
     """
     if not blocking:
         return next_call("start_distillation", quota[0].fix if quota else "Nothing blocks this plan.", plan_id=plan_id)
@@ -318,24 +332,45 @@ def _next_action(
     if call is not None and call.tool == "plan_distillation":
         return call.with_why(why)
     if blocking[0].overrides is not None:
-        return plan_again(arguments, why, blocking[0].overrides)
+        lifted = [finding for finding in blocking if finding.overrides is not None]
+        changes = {key: value for finding in lifted for key, value in (finding.overrides or {}).items()}
+        codes, fixes = (
+            dict.fromkeys(values) for values in zip(*((each.code, each.fix) for each in lifted), strict=True)
+        )
+        return plan_again(arguments, f"Resolve {', '.join(codes)} and plan again: {' '.join(fixes)}", changes)
     return NextAction(why=why)
 
 
-def judge_rates(arguments: PlanDistillation, recipe: Recipe, inputs: PlanInputs, sft: bool, found: Findings) -> None:
-    """Warn of learning rates that are far from the preset's, or that do not fit a student of this size."""
-    stages = [*(["sft"] if sft else []), *([] if arguments.method == "sft" else ["distill"])]
-    far = far_rates(recipe, stages, inputs.student.input.parameters)
-    call = plan_again(arguments, overrides={rate.key: rate.fitting for rate in far})
+def collapsed_rates(store: Store, student: str) -> dict[str, float]:
+    """By key, the lowest learning rate at which one of the newest trainings of a student has collapsed."""
+    found: dict[str, float] = {}
+    rows = [row for row in store.index.runs() if row.student == student and row.kind in ("sft", "distill")]
+    for row in rows[:LOOKED_AT]:
+        with suppress(UnknownIdError, IntegrityError):  # deleted meanwhile, or damaged
+            if any(alert.code == "collapse" for alert in store.view(row.run_id).alerts):
+                rate = getattr(store.record(row.run_id).request.recipe, row.kind).optimizer.learning_rate
+                key = f"{row.kind}.optimizer.learning_rate"
+                found[key] = min(rate, found.get(key, rate))
+    return found
+
+
+def judge_rates(arguments: PlanDistillation, far: Sequence[FarRate], found: Findings) -> None:
+    """Warn of learning rates that do not fit a student of this size, with the plan whose rates do."""
+    call = plan_again(arguments, overrides={key: value for rate in far for key, value in rate.changes.items()})
     for rate in far:
         found.warn(rate.code, rate.message, rate.fix, call)
-    student = inputs.student.facts
-    if sft and recipe.preset != "demo" and student is not None and student.adapter is None:
-        judge_training(student, recipe, found)
 
 
-def judge_training(student: ModelFacts, recipe: Recipe, found: Findings) -> None:
-    """Warn of a student that was never trained, which presets for pretrained ones teach little."""
+def judge_training(
+    arguments: PlanDistillation, recipe: Recipe, resolved: ResolvedModel, sft: bool, found: Findings
+) -> None:
+    """Warn of a small student's few steps, and of a student never trained, which most presets teach little."""
+    few = None if arguments.method == "sft" else few_steps(recipe, resolved.input.parameters)
+    if few is not None:
+        found.warn(few.code, few.message, few.fix, plan_again(arguments, overrides=few.changes))
+    student = resolved.facts
+    if not sft or recipe.preset == "demo" or student is None or student.adapter is not None:
+        return
     if is_untrained(student.path):
         found.warn(
             "student_untrained",
@@ -402,5 +437,5 @@ def require_unblocked(plan: Plan) -> None:
             " ".join(f"[{finding.code}] {finding.message}" for finding in plan.blocking),
             value=plan.plan_id,
             fix=" ".join(finding.fix for finding in plan.blocking),
-            call=next((finding.call for finding in plan.blocking if finding.call), None),
+            call=next((finding.call for finding in plan.blocking if finding.call), plan.next_action),
         )

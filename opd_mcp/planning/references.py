@@ -1,7 +1,6 @@
 """From what a caller writes to resolved inputs: paths below the roots, artifacts, run results, Hub ids, tasks."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from opd_mcp.identity.lineage import LINEAGE_FILE, MANIFEST_FILE, read_manifest
 from opd_mcp.identity.models import ModelCache, ModelFacts
 from opd_mcp.identity.remote import require_allowed_host
 from opd_mcp.planning.adapter_bases import AdapterBases
-from opd_mcp.planning.hub_models import HubModels
+from opd_mcp.planning.hub_models import HUB_DATA_ID, HUB_ID, HubModels, hub_data_directory, hub_directory
 from opd_mcp.planning.phases import PUBLISHED
 from opd_mcp.planning.prompts.task_prompts import is_task, task_prompts, write_task_prompts
 from opd_mcp.planning.prompts.text_work import TextWork
@@ -35,12 +34,6 @@ from opd_mcp.store.runs import RECORD_FILE, run_ids
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace, is_id
 
-# The Hub's own rules: `--` and `..` are in no name, so that two ids never share a directory and none leaves its place.
-_HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
-HUB_ID = re.compile(rf"(?!.*(?:--|\.\.)){_HUB_NAME}/{_HUB_NAME}")
-# A data set may name its configuration and its split: `openai/gsm8k:main@train`.
-_HUB_PART = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
-HUB_DATA_ID = re.compile(rf"(?P<name>{HUB_ID.pattern})(?::(?P<configuration>{_HUB_PART}))?(?:@(?P<split>{_HUB_PART}))?")
 FILE_SUFFIXES = (*SUFFIXES, *COMPRESSED, ".safetensors", ".toml", ".txt")
 PROMPTS_FILE = "prompts.jsonl"
 DATA_ARGUMENTS = ("prompts", "sft_prompts", "eval_prompts", "responses")
@@ -122,6 +115,7 @@ class References:
 
         Raises PathError, UnknownIdError, DataError or IntegrityError.
         """
+        reference = self._id_of_named(reference)
         hub_id = self._hub_id(reference)
         if hub_id is not None:
             local = hub_directory(self.workspace, hub_id)
@@ -223,6 +217,7 @@ class References:
         """
         if not isinstance(value, str):
             return self._inline_prompts(value, long_bytes)
+        value = self._id_of_named(value)
         place, absent = (
             (self._task_place(value), None) if is_task(value) else self._data_place(value, "prompts", columns)
         )
@@ -247,7 +242,7 @@ class References:
         self, reference: str, declared_teacher: str | None, columns: Mapping[str, str] | None = None
     ) -> ResolvedResponses:
         """Responses by reference, with whose they are: proven by lineage, else as declared."""
-        declared = self.claim(declared_teacher)
+        declared, reference = self.claim(declared_teacher), self._id_of_named(reference)
         place, absent = self._data_place(reference, "responses", columns)
         if absent is not None:
             return ResolvedResponses(absent.model_copy(update={"sft_teacher": declared}))
@@ -268,7 +263,8 @@ class References:
         return ResolvedResponses(resolved, header)
 
     def cache(self, reference: str) -> ResolvedCache:
-        """A teacher cache by artifact id, run id or path; raises PathError `not_a_cache` for anything else."""
+        """A teacher cache by artifact id, run or path; raises PathError `not_a_cache` for anything else."""
+        reference = self._id_of_named(reference)
         if self._hub_id(reference) is not None:
             raise PathError(
                 "relative_path",
@@ -325,6 +321,14 @@ class References:
             or self.store.artifacts.find(reference)
             or self._run_products(reference) is not None
         )
+
+    def _id_of_named(self, reference: str) -> str:
+        """The id of the run whose name a reference is, since names may change their runs; else the reference."""
+        if reference.startswith("/") or is_task(reference):
+            return reference
+        if self.store.artifacts.find(reference) is not None or self._is_run(reference):
+            return reference
+        return self.store.run_named(reference) or reference
 
     def _is_run(self, run_id: str) -> bool:
         return is_id(run_id) and (self.workspace.run(run_id) / RECORD_FILE).is_file()
@@ -403,13 +407,15 @@ class References:
 
     def _unknown(self, reference: str, kind: ArtifactKind) -> UnknownIdError:
         known = [artifact.artifact_id for artifact in self.store.artifacts.list(kind=kind)] + run_ids(self.workspace)
+        known += [row.name for row in self.store.index.runs() if row.name]
         return UnknownIdError(
             "unknown_artifact",
             "This is neither an absolute path, nor an artifact or run of this workspace, nor a Hub id.",
             value=reference,
             nearest=nearest(reference, known),
-            fix="Give an absolute path below an allowed root, an artifact id, a run id, or a Hub id (org/name, of data "
-            "org/name:configuration@split), for prompts also reasoning_gym:TASK; the set-up lists the roots.",
+            fix="Give an absolute path below an allowed root, an artifact id, a run's id or name, or a Hub id "
+            "(org/name, of data org/name:configuration@split), for prompts also reasoning_gym:TASK; the set-up lists "
+            "the roots.",
             call=next_call("inspect_setup"),
         )
 
@@ -481,17 +487,3 @@ def columns_of(columns: Mapping[str, str] | None, argument: str) -> dict[str, st
             )
     own = {key.rpartition(".")[2]: path for key, path in columns.items() if key.rpartition(".")[0] == argument}
     return own or {key: path for key, path in columns.items() if "." not in key} or None
-
-
-def hub_data_directory(workspace: Workspace, reference: str) -> Path:
-    """Where a Hub data set is kept once it is fetched."""
-    parts = HUB_DATA_ID.fullmatch(reference)
-    assert parts is not None, "a Hub id with its configuration and split"
-    name, configuration, split = (str(parts[part] or "") for part in ("name", "configuration", "split"))
-    folder = f"datasets--{name.replace('/', '--')}"
-    return workspace.hub / folder / f"configuration-{configuration}" / f"split-{split}" / "fetched"
-
-
-def hub_directory(workspace: Workspace, hub_id: str) -> Path:
-    """Where a Hub model is kept once it is fetched, named so that its identity keeps the Hub's name."""
-    return workspace.hub / f"models--{hub_id.replace('/', '--')}" / "snapshots" / "fetched"

@@ -222,7 +222,8 @@ class RequestBuilder:
     def sweep(self, arguments: Sweep, points: Sequence[Mapping[str, Any]]) -> list[RunRequest]:
         """A distillation from the cache for each point, which has the overrides of its own; inputs are read once.
 
-        The student is by default the one whose rollouts the cache holds, the evaluation that of the cache's run.
+        The student is by default the one whose rollouts the cache holds, the evaluation that of the cache's run, the
+        preset that of the student's size.
         Raises as `from_cache`, and ArgumentError `invalid_argument` where the student of the cache is not known.
         """
         cache = self.references.cache(arguments.cache_id)
@@ -234,7 +235,7 @@ class RequestBuilder:
         if inputs.eval_prompts is None and usual is not None and self.references.allowed(usual.path):
             inputs = inputs.model_copy(update={"eval_prompts": usual})
         each = [start.model_copy(update={"overrides": {**start.overrides, **point}}) for point in points]
-        return [self._of_cache(cache, student, inputs, one) for one in each]
+        return [self._of_cache(cache, student, inputs, fitted_to(one, student)[0]) for one in each]
 
     def benchmark(self, arguments: BenchmarkStudent) -> RunRequest:
         """A model and its baselines are measured on prompts, on those of a suite, or on a task of lm-eval."""

@@ -243,7 +243,7 @@ class RolloutRecipe(Schema):
         "generator that rounds (bf16)",
     )
     reload_steps: Annotated[PositiveInt, AddedLater()] = Field(
-        50, description="'live' with an engine: steps after which it is started again on the student's weights"
+        50, description="'live' with an engine: steps after which it is given the student's weights anew"
     )
 
 

@@ -23,6 +23,7 @@ class Verdict(Schema):
     judgement: Judgement = Field(description="the candidate against its baseline; unknown where nothing compares them")
     sentence: str = Field(description="gain with its interval, share of the gap closed, cost")
     cause: str | None = Field(None, description="why it is not better, with the key to change, where that is known")
+    causes: list[str] | None = Field(None, description="codes of the alerts that the cause tells, the deepest first")
     next_action: NextAction
 
     @property

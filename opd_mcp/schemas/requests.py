@@ -271,7 +271,7 @@ class Sweep(Schema):
     eval_prompts: EvalPrompts | None = None
     columns: Columns | None = None
     estimator: Estimator = "sampled"
-    preset: Preset = "quick"
+    preset: AskedPreset = "auto"
     declared_teacher: DeclaredTeacher | None = None
     allow_teacher_mismatch: AllowMismatch = False
     overrides: Overrides = Field(default_factory=dict)

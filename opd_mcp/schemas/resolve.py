@@ -286,6 +286,14 @@ def require_package(recipe: OptimizerRecipe, section: str) -> None:
 SMALL_PARAMETERS = 50_000_000
 USUAL_RATES = {"sft": 8e-5, "distill": 2e-6}
 SMALL_RATES = {"sft": 4e-3, "distill": 3e-3}
+# Such a rate first takes a student away from where it was, and needs steps to bring it nearer to its teacher: on the
+# embedded task a student was worse than before after 50, 100 and 200 of them (docs/guide/settings.md).
+SMALL_STEPS: Mapping[str, Any] = {
+    "distill.steps": 400,
+    "distill.optimizer.schedule": "linear",
+    "distill.optimizer.warmup_steps": 10,
+}
+FEW_STEPS = 200
 FAR_FACTOR = 10.0
 
 
@@ -306,20 +314,35 @@ def chosen_preset(parameters: int | None, *, untrained: bool) -> ChosenPreset:
     state = "never trained" if untrained else "trained before"
     if parameters < SMALL_PARAMETERS:
         rates = {f"{stage}.optimizer.learning_rate": rate for stage, rate in SMALL_RATES.items()}
-        why = f"a student of {size}, {state}: the higher rates of small ones, as measured on the embedded task"
-        return ChosenPreset("quick", rates, why)
+        why = (
+            f"a student of {size}, {state}: the higher rates of small ones, and the {SMALL_STEPS['distill.steps']} "
+            "distill.steps that they take, as measured on the embedded task"
+        )
+        return ChosenPreset("quick", {**rates, **SMALL_STEPS}, why)
     return ChosenPreset("quick", {}, f"a student of {size}, {state}: the paper's rates, for pretrained ones")
+
+
+# How the message of a rate begins that is below, not above, what fits.
+TOO_LOW = "is too low: "
 
 
 @dataclass(frozen=True)
 class FarRate:
-    """A rate that does not fit: `learning_rate_far` where it is far from the preset's as well, else `preset_rates`."""
+    """A rate that does not fit the student: `preset_rates` where the preset sets it, else `learning_rate_far`."""
 
     code: Literal["learning_rate_far", "preset_rates"]
     key: str
     message: str
     fix: str
+    rate: float
     fitting: float
+    changes: Mapping[str, Any]
+    """The keys to set, with the steps that such a rate takes."""
+
+    @property
+    def too_low(self) -> bool:
+        """Whether it is below what fits."""
+        return self.rate < self.fitting
 
 
 def far_rates(recipe: Recipe, stages: Iterable[str], parameters: int | None) -> list[FarRate]:
@@ -337,19 +360,51 @@ def far_rates(recipe: Recipe, stages: Iterable[str], parameters: int | None) -> 
         if not _is_far(rate, fitting, section):
             continue
         key = f"{stage}.optimizer.learning_rate"
-        own = _is_far(rate, preset, section)
-        than = f"{_times(rate / preset)} the preset's {preset:g}" if own else f"as preset '{recipe.preset}' has it"
-        millions = None if parameters is None else f"{parameters / 1e6:.3g}M"
-        size = f"; a student of {millions} parameters learns at about {fitting:g}" if millions else ""
-        code: Literal["learning_rate_far", "preset_rates"] = "learning_rate_far" if own else "preset_rates"
-        message = f"'{key}' is {rate:g}, {than}{size}."
-        found.append(FarRate(code, key, message, f"Set '{key}' to about {fitting:g}.", fitting))
+        code: Literal["learning_rate_far", "preset_rates"] = "preset_rates" if rate == preset else "learning_rate_far"
+        whose = f", as preset '{recipe.preset}' has it," if rate == preset else ""
+        size = None if parameters is None else f"{parameters / 1e6:.3g}M"
+        than = f"the preset's {preset:g}" if size is None else f"the {fitting:g} at which a student of {size} learns"
+        verb = TOO_LOW if rate < fitting else "is too high: "
+        message = f"'{key}'{whose} {verb}{rate:g}, {_times(rate / fitting)} {than}."
+        changes, fix = {key: fitting}, f"Set '{key}' to about {fitting:g}."
+        if stage == "distill" and small and recipe.distill.steps <= FEW_STEPS:
+            changes |= SMALL_STEPS
+            fix = f"{fix[:-1]}, and 'distill.steps' to {SMALL_STEPS['distill.steps']}."
+        found.append(FarRate(code, key, message, fix, rate, fitting, changes))
     return found
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """Too few steps at the rate of a small student, and what to set instead."""
+
+    message: str
+    fix: str
+    changes: Mapping[str, Any]
+    code: str = "few_steps"
+
+
+def few_steps(recipe: Recipe, parameters: int | None) -> FewSteps | None:
+    """Whether a distillation is too short for the rate of a small student; None where that was not measured."""
+    section, fitting = recipe.distill, SMALL_RATES["distill"]
+    small = parameters is not None and parameters < SMALL_PARAMETERS
+    measured = section.method == "lightning" and section.estimator == "sampled"
+    rate = section.optimizer.learning_rate
+    if not small or not measured or section.steps > FEW_STEPS or _is_far(rate, fitting, section):
+        return None
+    steps = SMALL_STEPS["distill.steps"]
+    return FewSteps(
+        f"'distill.steps' is {section.steps}, at a rate of {rate:g}: on the embedded task a small student was worse "
+        f"than before after {FEW_STEPS} steps at {fitting:g}, and better after {steps}.",
+        f"Set 'distill.steps' to {steps} and 'distill.optimizer.schedule' to 'linear'.",
+        SMALL_STEPS,
+    )
 
 
 def _is_far(rate: float, other: float, section: SftRecipe | DistillRecipe) -> bool:
     highest = FAR_FACTOR * (FAR_FACTOR if section.adapter is not None else 1.0)
-    return rate >= other * highest * (1 - 1e-9) or rate <= other / FAR_FACTOR * (1 + 1e-9)
+    # A tenth, which a collapse asks for, is not yet too low.
+    return rate >= other * highest * (1 - 1e-9) or rate < other / FAR_FACTOR * (1 - 1e-9)
 
 
 def _times(ratio: float) -> str:

@@ -90,7 +90,7 @@ def run_directory(workspace: Workspace, run_id: str) -> Path:
         "There is no such run in this workspace.",
         value=run_id,
         nearest=nearest(run_id, run_ids(workspace)),
-        fix="Give 'latest', or the id of a run that is listed.",
+        fix="Give 'latest', or the id or name of a run that is listed.",
         call=next_call("list_runs"),
     )
 

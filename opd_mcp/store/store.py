@@ -147,6 +147,40 @@ class Store:
         """The record of a run; raises UnknownIdError `unknown_run`, IntegrityError `damaged_file`."""
         return read_record(run_directory(self.workspace, run_id))
 
+    def run_named(self, name: str) -> str | None:
+        """The id of the run with this name, if any; raises UnknownIdError `unknown_run` where several have it."""
+        same = [row.run_id for row in self.index.runs(name=name) if row.name == name and self.exists(row.run_id)]
+        if len(same) > 1:
+            raise UnknownIdError(
+                "unknown_run",
+                f"{len(same)} runs have this name.",
+                value=name,
+                nearest=same[:5],
+                fix="Give the id of the one that you mean; the newest comes first.",
+            )
+        return same[0] if same else None
+
+    def tagged(self, tag: str) -> list[str]:
+        """The ids of all runs with a tag, such as a sweep's id, oldest first."""
+        return [row.run_id for row in reversed(self.index.runs(tag=tag)) if self.exists(row.run_id)]
+
+    def run_of(self, name: str) -> str:
+        """The id of the run that an id or a name means, the text itself where there is none.
+
+        Raises UnknownIdError `unknown_run` where several runs have the name, or the text as a tag.
+        """
+        known = name if self.exists(name) else self.run_named(name)
+        if known is None and (tagged := self.tagged(name)):
+            raise UnknownIdError(
+                "unknown_run",
+                f"This is a tag of {len(tagged)} runs, and one run is needed here.",
+                value=name,
+                nearest=tagged[:5],
+                fix="Give the id of one of them; a comparison and a cancellation take the tag.",
+                call=next_call("list_runs", tag=name),
+            )
+        return known or name
+
     def latest_run(self) -> str | None:
         """The id of the newest run; None when there is none."""
         newest = chain(self.index.newest_runs(NEWEST), (row.run_id for row in self.index.runs()))

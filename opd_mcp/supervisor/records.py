@@ -58,7 +58,7 @@ def default_name(request: RunRequest) -> str:
 
 def changed_settings(request: RunRequest) -> dict[str, object]:
     """The recipe keys that are not as in the preset, with their values: those of the run's phases, then shared ones."""
-    sections = {SECTIONS_OF_PHASE.get(phase.name, phase.name) for phase in request.phases} | SHARED_SECTIONS
+    sections = computed_sections(request)
     usual = dict(leaves(resolve_recipe(request.recipe.preset, {}).to_dict()))
     changed = {
         key: value
@@ -66,6 +66,14 @@ def changed_settings(request: RunRequest) -> dict[str, object]:
         if key.split(".")[0] in sections and key in usual and value != usual[key] and key not in NOT_NAMED
     }
     return dict(sorted(changed.items(), key=lambda item: item[0].split(".")[0] in SHARED_SECTIONS))
+
+
+def computed_sections(request: RunRequest) -> set[str]:
+    """The sections of the recipe that the run's phases read; the others say nothing of it."""
+    sections = {SECTIONS_OF_PHASE.get(phase.name, phase.name) for phase in request.phases} | SHARED_SECTIONS
+    if "distill" in sections and request.recipe.distill.method == "live":
+        sections.add("rollout")  # how it draws its own
+    return sections
 
 
 def setting_texts(settings: dict[str, object]) -> list[str]:

@@ -11,10 +11,12 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, RunRecord
 from opd_mcp.schemas.texts import shortened
 from opd_mcp.store.run_view import RunView, trend_of
 from opd_mcp.store.series import Points, thinned
+from opd_mcp.supervisor.records import computed_sections
 
 MAX_VALUES = 1_200
 """Points of one answer, all series of all runs: about the size of 4k tokens."""
 MAX_DIFFERENCES = 20
+ALWAYS_READ = {"preset", "checkpoint", "inputs"}
 CONVERGED_KL = 0.05
 """Nats per token: below it a student's own samples are almost what its teacher would write."""
 LOSS_KEYS = ("reverse_kl_k1", "reverse_kl", "loss")
@@ -137,19 +139,24 @@ def objectives(points: dict[str, Points]) -> Iterator[str]:
 
 
 def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Recipe keys and inputs in which the runs differ."""
+    """Inputs and recipe keys in which the runs differ that read them; None for a run that did not."""
     if len(records) < 2:
         return {}
-    flat = [
-        dict(leaves({"recipe": record.request.recipe.to_dict(), "inputs": inputs_of(record)})) for record in records
-    ]
-    names = dict.fromkeys(name for settings in flat for name in settings)
+    flat = [dict(leaves({**settings_of(record), "inputs": inputs_of(record)})) for record in records]
+    sections = [computed_sections(record.request) | ALWAYS_READ for record in records]
     found = {}
-    for name in names:
+    for name in dict.fromkeys(name for settings in flat for name in settings):
         values = [settings.get(name) for settings in flat]
-        if any(value != values[0] for value in values):
-            found[name.removeprefix("recipe.")] = values
+        read = [value for value, own in zip(values, sections, strict=True) if name.partition(".")[0] in own]
+        if any(value != read[0] for value in read):
+            found[name] = values
     return dict(list(found.items())[:MAX_DIFFERENCES])
+
+
+def settings_of(record: RunRecord) -> dict[str, Any]:
+    """The recipe without the sections of stages that the run did not compute, which hold the preset's values."""
+    sections = computed_sections(record.request) | ALWAYS_READ
+    return {name: section for name, section in record.request.recipe.to_dict().items() if name in sections}
 
 
 def inputs_of(record: RunRecord) -> dict[str, str]:

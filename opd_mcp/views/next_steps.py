@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from opd_mcp.grading.remedies import changes_text, remedy
 from opd_mcp.grading.verdicts import TRAINING_ALERTS, Gain
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.answers import ExamplePaths
 from opd_mcp.schemas.next_action import NextAction, next_call, plan_call, resume_call
 from opd_mcp.schemas.plans import Finding
 from opd_mcp.schemas.reports import Verdict
-from opd_mcp.schemas.resolve import changed_settings, far_rates
+from opd_mcp.schemas.resolve import changed_settings
 from opd_mcp.schemas.runs import ACTIVE_STATES, DataInput, ExportTarget, ModelInput, RunRecord
 from opd_mcp.store.run_view import RunView
 from opd_mcp.supervisor.liveness import worker_alert
@@ -80,7 +81,7 @@ def run_verdict(view: RunView, record: RunRecord) -> Verdict | None:
     result = view.result or {}
     if (known := result.get("verdict")) is not None:
         verdict = Verdict.model_validate(known)
-        step = _with_arguments(verdict.next_action, verdict.judgement, record)
+        step = _with_arguments(verdict, record)
         return verdict.model_copy(update={"next_action": step})
     if (comparison := _compared(result)) is not None:
         return _earlier_verdict(comparison, record)
@@ -112,8 +113,12 @@ def _earlier_verdict(comparison: Mapping[str, Any], record: RunRecord) -> Verdic
     )
 
 
-def _with_arguments(action: NextAction, judgement: str, record: RunRecord) -> NextAction:
-    """The verdict's next step with what the run was given; a second round begins with the student that it made."""
+def _with_arguments(verdict: Verdict, record: RunRecord) -> NextAction:
+    """The verdict's next step with what the run was given, and with what lifts the cause of a bad result.
+
+    A second round begins with the student that the run made.
+    """
+    action = verdict.next_action
     inputs, recipe = record.request.inputs, record.request.recipe
     sources = {role: getattr(inputs, role) for role in ("student", "teacher", "prompts", "sft_prompts", "eval_prompts")}
     given: dict[str, Any] = {
@@ -121,20 +126,22 @@ def _with_arguments(action: NextAction, judgement: str, record: RunRecord) -> Ne
         for role, source in sources.items()
         if source is not None
     }
-    if judgement == "better":
+    if verdict.judgement == "better":
         given |= {"student": record.run_id}
         given.pop("sft_prompts", None)
     if action.tool != "plan_distillation":
         measured = {"model": record.run_id, "prompts": given.get("eval_prompts", given.get("prompts"))}
         return action.filled(**(measured if action.tool == "benchmark_student" else given))
-    if not {"student", "teacher", "prompts"} <= given.keys():  # it began from a cache, or from responses
-        return action.filled(**given)
-    method = "sft" if record.request.kind == "sft" else recipe.distill.method
-    given |= {"method": method, "estimator": recipe.distill.estimator, "preset": recipe.preset}
-    far = far_rates(recipe, ("sft", "distill"), inputs.student.parameters if inputs.student else None)
-    settings = changed_settings(recipe) | {rate.key: rate.fitting for rate in far}
+    if {"student", "teacher", "prompts"} <= given.keys():  # else it began from a cache, or from responses
+        method = "sft" if record.request.kind == "sft" else recipe.distill.method
+        given |= {"method": method, "estimator": recipe.distill.estimator, "preset": recipe.preset}
+    stages = [phase.name for phase in record.request.phases if phase.name in ("sft", "distill")]
+    changes = remedy(verdict, recipe, stages, inputs.student.parameters if inputs.student else None)
+    settings = changed_settings(recipe) | changes
     overrides = {key: value for key, value in settings.items() if key not in SAID_BY_ARGUMENTS}
-    return action.model_copy(update={"arguments": given | {"overrides": overrides}, "missing": None})
+    why = " ".join(part for part in (action.why, changes_text(changes, recipe)) if part)
+    missing = [name for name in action.missing or () if name not in given] or None
+    return action.model_copy(update={"arguments": given | {"overrides": overrides}, "missing": missing, "why": why})
 
 
 def _data_reference(data: DataInput) -> str | None:

@@ -45,6 +45,12 @@ def report_file(store: Store, run_id: str) -> Path:
     return text if text.is_file() else folder / REPORT_JSON
 
 
+def latest_with_report(store: Store) -> str | None:
+    """The id of the newest run that has a report; None where none has."""
+    runs = (row.run_id for row in store.index.runs() if store.exists(row.run_id))
+    return next((run_id for run_id in runs if "benchmark" in store.view(run_id).artifacts), None)
+
+
 def report_page(store: Store, run_id: str) -> str:
     """The report as an HTML page; raises as `report_folder`, and where an earlier version wrote none."""
     page = report_folder(store, run_id) / REPORT_PAGE
@@ -57,7 +63,12 @@ def report_folder(store: Store, run_id: str) -> Path:
     """The directory of a run's report; raises UnknownIdError `unknown_run`, or `unknown_artifact` without one."""
     artifact_id = store.view(run_id).artifacts.get("benchmark")
     if artifact_id is None:
-        raise _no_document("This run has no report yet.", run_id, "Wait for its benchmark phase.")
+        phases = [phase.name for phase in store.record(run_id).request.phases]
+        if "benchmark" in phases:
+            raise _no_document("This run has no report yet.", run_id, "Wait for its benchmark phase.")
+        other = latest_with_report(store)
+        fix = f"The newest run with a report is {other}." if other else "Measure a model with benchmark_student."
+        raise _no_document("This run measures nothing, so it has no report.", run_id, fix)
     return store.artifacts.get(artifact_id).path
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from opd_mcp.devices.leases import Place
+from opd_mcp.planning.costs.estimates import PROCESS_START
 from opd_mcp.planning.phases import cache_id_of
 from opd_mcp.schemas.reports import StageCost, summed_costs
 from opd_mcp.schemas.runs import (
@@ -147,13 +148,15 @@ def remaining_seconds(view: RunView, record: RunRecord, now: float) -> float | N
 
 
 def _current_remaining(view: RunView, expected: dict[str, float], pace: float, now: float) -> float | None:
+    # A run begins with what the process itself takes to start, before its first phase and within it.
+    start = 0.0 if view.phases_done else expected.get(PROCESS_START, 0.0)
     if view.phase is None or phase_label(view.phase, view.round) in view.phases_done:
-        return 0.0
+        return start
     by_progress = by_expectation = None
     if view.progress is not None and view.progress.eta_s is not None and view.updated_at is not None:
         by_progress = max(view.progress.eta_s - max(now - seconds_of(view.updated_at), 0.0), 0.0)
     if view.phase in expected and view.phase_started_at is not None:
-        left = pace * expected[view.phase] - (now - seconds_of(view.phase_started_at))
+        left = start + pace * expected[view.phase] - (now - seconds_of(view.phase_started_at))
         by_expectation = left if left > 0 else None
     # A benchmark counts from zero for each model and measurement, so its progress is never that of the whole phase.
     if view.phase in COUNTS_IN_PARTS or by_progress is None:

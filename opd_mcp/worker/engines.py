@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -41,6 +41,8 @@ END_SECONDS = 20.0
 LEAST_LENGTH = 64
 MOST_LOGPROBS = 20
 SPARE_BYTES = 4 << 30
+ENGINE_SIDE = Path(__file__).with_name("engine_side")
+GUARD = "opd_engine_guard.Guard"
 SHELLS_SIGNALS = 128  # a shell's status for a command that a signal ended is this and the signal
 
 
@@ -48,7 +50,8 @@ SHELLS_SIGNALS = 128  # a shell's status for a command that a signal ended is th
 class EngineModel:
     """What an engine is to serve: the directory, its dtype, tokens of the longest row, and top tokens per position.
 
-    `room` are the bytes that this process will need on its GPU meanwhile; None: those of the same model.
+    `room` are the bytes that this process will need on its GPU meanwhile; None: those of the same model. One that
+    `reloads` is given other weights of the same shapes later, under the name that it has from the start.
     """
 
     path: Path
@@ -56,6 +59,13 @@ class EngineModel:
     length: int
     topk: int = 0
     room: int | None = None
+    reloads: bool = False
+    name: str = ""
+
+    @property
+    def served_name(self) -> str:
+        """The name that requests give."""
+        return self.name or self.path.name
 
 
 @dataclass(frozen=True)
@@ -81,17 +91,18 @@ class EngineProgram:
         if self.kind == "sglang":
             return [
                 *(self.program, "-m", "sglang.launch_server", "--model-path", str(model.path), *common),
-                *("--served-model-name", model.path.name, "--context-length", length, "--random-seed", "0"),
+                *("--served-model-name", model.served_name, "--context-length", length, "--random-seed", "0"),
                 *("--api-key", key, "--enable-deterministic-inference"),
                 *(("--tp-size", str(len(self.devices))) if len(self.devices) > 1 else ()),
                 *(() if self.on_gpu else ("--device", "cpu")),
             ]
         return [
             *(*vllm_command(self.program), str(model.path), *common),
-            *("--served-model-name", model.path.name, "--max-model-len", length, "--seed", "0"),
+            *("--served-model-name", model.served_name, "--max-model-len", length, "--seed", "0"),
             *("--max-logprobs", str(max(model.topk, MOST_LOGPROBS)), "--logprobs-mode", "raw_logprobs"),
             *("--generation-config", "vllm", "--no-enable-prefix-caching", "--uvicorn-log-level", "warning"),
             *(("--tensor-parallel-size", str(len(self.devices))) if len(self.devices) > 1 else ()),
+            *(("--middleware", GUARD) if model.reloads else ()),
             *(
                 ("--gpu-memory-utilization", f"{memory_share(model, self.devices):.2f}")
                 if self.on_gpu
@@ -99,7 +110,7 @@ class EngineProgram:
             ),
         ]
 
-    def environment(self, given: Mapping[str, str], run: Path, key: str) -> dict[str, str]:
+    def environment(self, given: Mapping[str, str], run: Path, key: str, *, reloads: bool = False) -> dict[str, str]:
         """The variables of an engine: no secret but its own key, no network, caches in the workspace."""
         from opd_mcp.devices.environment import engine_environment
 
@@ -117,7 +128,10 @@ class EngineProgram:
         titled = {"SPT_NOENV": "1"}
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # The path that takes new weights is one of its developers', which its guard closes to all without the key.
+        reloading = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ENGINE_SIDE)}
         return {
+            **(reloading if reloads and self.kind == "vllm" else {}),
             **({} if self.on_gpu else on_cpu),
             **engine_environment(given),
             **caches,
@@ -231,6 +245,20 @@ class ManagedEngine:
             self._restart(KILLED)
         self._watcher.start()
 
+    def reload(self, path: Path) -> bool:
+        """Give it the weights of another directory in place; whether it says that it has taken them.
+
+        Whoever draws from it must compare it with the model. A restart starts it on them as well.
+        """
+        self.model = replace(self.model, path=path, name=self.model.served_name)
+        where, body = "/update_weights_from_disk", dict[str, Any](model_path=str(path))
+        if self.program.kind == "vllm":
+            where, body = "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        begun = time.monotonic()
+        status = self._asked("POST", where, self.settings.start_seconds, body)
+        logger.info("%s has new weights after %.1f s: %s", self.program.kind, time.monotonic() - begun, status)
+        return status == 200
+
     def stop(self) -> None:
         """Let it not be started again; a start in progress ends."""
         self._over.set()
@@ -254,7 +282,8 @@ class ManagedEngine:
                 [sys.executable, "-I", "-S", __file__, json.dumps(facts)],
                 stdin=subprocess.PIPE,
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-                env=self.program.environment(os.environ, self.run, self.key) | {NUMBER: str(self.number)},
+                env=self.program.environment(os.environ, self.run, self.key, reloads=self.model.reloads)
+                | {NUMBER: str(self.number)},
                 start_new_session=True,
                 pass_fds=(tell,),
             )
@@ -322,9 +351,13 @@ class ManagedEngine:
 
     def _health(self) -> int | None:
         """The status of /health; 0 where nobody listens, None where no answer comes in time."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=HEALTH_SECONDS)
+        return self._asked("GET", "/health", HEALTH_SECONDS)
+
+    def _asked(self, verb: str, where: str, seconds: float, body: "dict[str, Any] | None" = None) -> int | None:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         try:
-            connection.request("GET", "/health", headers={"Authorization": f"Bearer {self.key}"})
+            connection.request(verb, where, body=None if body is None else json.dumps(body), headers=headers)
             return connection.getresponse().status
         except TimeoutError:
             return None

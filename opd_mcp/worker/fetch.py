@@ -9,8 +9,7 @@ from opd_mcp.identity.files import file_sha256, publish_directory
 from opd_mcp.identity.lineage import MANIFEST_FILE
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.identity.tokenizers import special_differences
-from opd_mcp.planning.hub_models import FETCHED_FILES
-from opd_mcp.planning.references import hub_directory
+from opd_mcp.planning.hub_models import FETCHED_FILES, hub_directory
 from opd_mcp.schemas.errors import IntegrityError, PathError, ResourceError
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunRecord
 from opd_mcp.store.journal import JournalWriter

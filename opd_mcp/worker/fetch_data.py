@@ -10,8 +10,8 @@ from opd_mcp.identity.data.reading import read_prompts, read_responses, response
 from opd_mcp.identity.data.rows import PromptRow, ResponseRow
 from opd_mcp.identity.data.scan import scan_prompts
 from opd_mcp.identity.files import publish_directory, write_atomic
+from opd_mcp.planning.hub_models import HUB_DATA_ID, hub_data_directory
 from opd_mcp.planning.phases import data_sets
-from opd_mcp.planning.references import HUB_DATA_ID, hub_data_directory
 from opd_mcp.schemas.errors import DataError, IntegrityError, PathError, ResourceError
 from opd_mcp.schemas.runs import DataInput, RunInputs
 from opd_mcp.store.workspace import Workspace, new_id

@@ -56,6 +56,7 @@ from opd_mcp.worker.exporting import GgufConverter
 from opd_mcp.worker.failures import DiskFigures, MemoryFigures, failure_of
 from opd_mcp.worker.fetch import prepared_record
 from opd_mcp.worker.guardian import guarded
+from opd_mcp.worker.held_engine import HeldEngine, address_of
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.log import logging_to_stderr, take_over_libraries
 from opd_mcp.worker.pipeline import Pipeline, run_cancelled
@@ -181,17 +182,18 @@ class RunWorker:
         def start_engine(wish: EngineWish) -> Iterator[list[EngineAddress]]:
             # what is loaded already no longer counts as free, so this leaves more than is needed
             room = workload.work("distill").memory if wish.beside_training and workload else None
-            model = EngineModel(wish.model, wish.dtype, wish.length, wish.topk, room)
+            model = EngineModel(wish.model, wish.dtype, wish.length, wish.topk, room, reloads=wish.beside_training)
             begun = time.monotonic()
             with side_by_side(self._engines(wish.kind, model, device, devices)) as engines:
                 engine_starts.append(time.monotonic() - begun)
-                yield [EngineAddress(one.url, one.key, wish.dtype, managed=True, check=one.check) for one in engines]
+                yield [address_of(one) for one in engines]
 
         def loaded() -> Stages:
             stages = self.settings.load_stages()
             take_over_libraries()
             return stages
 
+        engine = HeldEngine(start_engine)
         context = Context(
             runtime=recipe.runtime,
             prompting=recipe.prompting,
@@ -201,7 +203,7 @@ class RunWorker:
             made_here=self.store.artifacts.made_here,
             check_fence=self.journal.check_fence,
             rendered_at=datetime.fromisoformat(record.created_at),
-            start_engine=start_engine,
+            start_engine=engine.serving,
             convert_to_gguf=gguf_converter(read_settings(self.store.workspace).export, self.reporter.should_stop),
         )
         return Pipeline(
@@ -224,6 +226,7 @@ class RunWorker:
             launch_seconds=launch_seconds,
             hub_token=self.settings.hub_token,
             engine_starts=engine_starts,
+            engine=engine,
         )
 
     def _on_ranks(

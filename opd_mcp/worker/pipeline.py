@@ -16,6 +16,7 @@ from opd_mcp.planning.costs.estimates import (
     PROCESS_START,
     ArtifactCosts,
     PhaseCost,
+    engine_of,
     recorded_cost,
     work_of,
 )
@@ -30,6 +31,7 @@ from opd_mcp.store.artifacts import ArtifactStore, require_intact
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.worker.exporting import Exporting
+from opd_mcp.worker.held_engine import HeldEngine
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.results import report_figures, rounded, sampled
 from opd_mcp.worker.stage_calls import TRAINING_FILE, StageCalls, checkpoints_of
@@ -58,6 +60,7 @@ class Pipeline:
     device: str
     flops: Callable[[PhaseName], float]
     disk: Callable[[PhaseName], int]
+    engine: HeldEngine
     launch_seconds: float = 0.0
     hub_token: str | None = field(default=None, repr=False)
     engine_starts: list[float] = field(default_factory=list)
@@ -69,8 +72,11 @@ class Pipeline:
     def run(self) -> dict[str, Any]:
         """The run's result after all phases except `fetch`; raises the stages' errors."""
         phases = [phase for phase in self.record.request.phases if phase.name != "fetch"]
+        kinds = [engine_of(self.record.request.recipe, phase.name) for phase in phases]
         with ExitStack() as self.held:
+            self.held.callback(self.engine.release)
             for position, phase in enumerate(phases):
+                self.engine.begin(kinds[position:])
                 if self.reporter.should_stop():
                     raise run_cancelled()
                 if phase.name == "export" and self._exporting.is_done():

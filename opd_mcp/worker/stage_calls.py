@@ -57,7 +57,7 @@ from opd_mcp.schemas.reports import (
     TrainingSummary,
     summed_costs,
 )
-from opd_mcp.schemas.resolve import far_rates
+from opd_mcp.schemas.resolve import far_rates, few_steps
 from opd_mcp.schemas.runs import LM_EVAL, TOKENIZER_FOLDER, ModelInput, PhaseName, RunRecord, phase_label
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.runs import CHECKPOINTS
@@ -141,7 +141,7 @@ class StageCalls:
         """Run the stage of a phase, of a round's where `number` says it, into an empty directory; raises its errors."""
         context = replace(self.context, checkpoints=checkpoints_of(self.directory, phase_label(name, number)))
         if number in (None, 1):
-            self._tell_far_rates(name)
+            self._tell_unfit_settings(name)
         if name in TRAINING:
             cost = training_cost(name, (self.on_ranks or StageCalls.trained)(self, name, output, number))
         else:
@@ -197,11 +197,14 @@ class StageCalls:
             return stages.sft(recipe.sft, self._sft(), output, context)
         return stages.distill(recipe.distill, self._distill(number), output, context)
 
-    def _tell_far_rates(self, name: PhaseName) -> None:
+    def _tell_unfit_settings(self, name: PhaseName) -> None:
         recipe, student = self.record.request.recipe, self.record.request.inputs.student
         stages = [name] if name in TRAINING else []
         for rate in far_rates(recipe, stages, student.parameters if student else None):
             self.context.reporter.alert(rate.code, f"{rate.message} {rate.fix}")
+        few = few_steps(recipe, student.parameters if student else None) if name == "distill" else None
+        if few is not None:
+            self.context.reporter.alert(few.code, f"{few.message} {few.fix}")
 
     def steps_taken(self) -> int:
         """Of a distillation in rounds, the steps that those taken so far did."""

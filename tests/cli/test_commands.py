@@ -11,10 +11,11 @@ import typer
 from typer.testing import CliRunner
 
 from opd_mcp.cli import app, starting
-from opd_mcp.cli.live import bar, sparkline, view_lines
+from opd_mcp.cli.live import bar, sparkline, view_lines, waiting_text
 from opd_mcp.cli.shared import on_terminal, wrapped
-from opd_mcp.schemas.errors import PathError, PlanError
-from opd_mcp.schemas.requests import StartDistillation, Sweep
+from opd_mcp.schemas.errors import PathError, PlanError, UnknownIdError
+from opd_mcp.schemas.requests import SampleModel, StartDistillation, Sweep
+from opd_mcp.store.run_view import seconds_of
 from opd_mcp.store.runs import LOG_FILE
 
 RAW_TYPES = re.compile(r"<(str|int|bool|float|path|list\[\w+\])>|\b(TEXT|INTEGER|PATH|FLOAT|DIRECTORY|FILE)\b")
@@ -116,7 +117,7 @@ def test_what_a_plan_or_a_run_was_given_may_be_read_again_at_the_terminal(world,
         assert needed <= opened[-1]
 
 
-def test_runs_are_shown_compared_reported_and_deleted(service, opd_mcp, two_runs):
+def test_runs_are_shown_compared_reported_and_deleted(world, service, opd_mcp, two_runs, finished):
     first, second = (run.run_id for run in two_runs)
     [shown] = service.dashboard([second]).runs
     assert all(max(map(len, view_lines(shown, width))) <= width for width in (60, 80, 120))
@@ -143,6 +144,11 @@ def test_runs_are_shown_compared_reported_and_deleted(service, opd_mcp, two_runs
     assert len(json.loads(opd_mcp("compare", "pair", "--json"))["runs"]) == 2
     report = json.loads(opd_mcp("report", first, "--json"))
     assert report["models"][0]["greedy_accuracy"]["value"] == 0.5
+    sampled = finished(service, service.sample_model(SampleModel(model=world.student, prompts=["1+1=?"])).run_id).run_id
+    newest = json.loads(opd_mcp("report", "--json"))
+    assert newest == json.loads(opd_mcp("report", second, "--json")), "the newest run has none"
+    with pytest.raises(UnknownIdError, match=f"measures nothing.*newest run with a report is {second}"):
+        opd_mcp("report", sampled)
     model = two_runs[0].result["artifacts"]["model"]
     assert model in opd_mcp("artifacts", "--kind", "model")
     with pytest.raises(PlanError, match=r"declined.*goes with its settings"):
@@ -150,10 +156,11 @@ def test_runs_are_shown_compared_reported_and_deleted(service, opd_mcp, two_runs
     assert f"deleted with it: {model}" in opd_mcp("rm", first, "--yes")
     assert model not in opd_mcp("artifacts")
     assert json.loads(opd_mcp("rm", "-y", second, "--json"))["run_id"] == second
+    opd_mcp("rm", "-y", sampled)
     assert "0 of 0 runs" in opd_mcp("list")
 
 
-def test_a_sweep_is_started_from_a_run_and_its_values_are_numbers(service, opd_mcp, two_runs, busy_machine):
+def test_a_sweep_is_started_from_a_run_and_its_values_are_numbers(service, opd_mcp, two_runs, busy_machine, finished):
     run_id = two_runs[0].run_id
     options = ["--preset", "demo", "-g", "distill.steps=4,5", "-g", "runtime.seed=[7]", "--name", "steps"]
     started = json.loads(opd_mcp("sweep", run_id, *options, "--json"))
@@ -165,6 +172,16 @@ def test_a_sweep_is_started_from_a_run_and_its_values_are_numbers(service, opd_m
     again = json.loads(opd_mcp("sweep", run_id, "--preset", "demo", *points, "--json"))
     assert again["sweep_id"] == started["sweep_id"]
     assert "cancel requested for 2 runs" in opd_mcp("cancel", started["sweep_id"])
+    swept = [run["run_id"] for run in started["runs"]]
+    compared = json.loads(opd_mcp("compare", started["sweep_id"], two_runs[1].run_id, "--json"))
+    assert [run["run_id"] for run in compared["runs"]] == [*swept, two_runs[1].run_id]
+    with pytest.raises(UnknownIdError, match="a tag of 2 runs") as refused:
+        opd_mcp("status", started["sweep_id"])
+    assert set(refused.value.nearest) == set(swept)
+    for run in swept:
+        finished(service, run)
+    opd_mcp("rm", "-y", started["sweep_id"])
+    assert not [run for run in swept if service.store.exists(run)]
 
 
 def test_a_log_is_followed_until_the_run_ends(world, service, opd_mcp, busy_machine, finished):
@@ -191,6 +208,22 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest_block():
     assert len(sparkline([float(number) for number in range(500)], 30)) == 30
     assert sparkline([]) == ""
     assert (bar(1, 2, 4), bar(0, 0, 4)) == ("██░░", "░░░░")
+
+
+def test_the_seconds_before_the_first_progress_say_what_happens(world, service, busy_machine):
+    run_id = service.start_distillation(world.start_arguments()).run_id
+    status, [shown] = service.status(run_id), service.dashboard([run_id]).runs
+    said = waiting_text(status, seconds_of(status.created_at) + 61)
+    assert said.startswith("waits for a CPU slot")
+    assert said.endswith(", for 61 s")
+    assert f"  {said}" in view_lines(shown, 200, waits=said)
+    begun = status.model_copy(update={"state": "running"})
+    assert waiting_text(begun, 0.0) == "its process starts"
+    assert waiting_text(begun.model_copy(update={"phase": "sft"}), 0.0) is None
+    first, *later = shown.phases
+    running = shown.model_copy(update={"phases": [first.model_copy(update={"state": "running"}), *later]})
+    assert "      the process starts and loads the models" in view_lines(running, 80)
+    service.cancel(run_id)
 
 
 def test_long_lines_are_broken_between_words():

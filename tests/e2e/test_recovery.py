@@ -37,12 +37,12 @@ def followed(text: str, overrides: dict) -> dict:
     """The overrides that obey an alert's text: a value set, the first named key raised or lowered, or keys left out."""
     if exact := re.search(rf"Set {KEY} to about ([\d.e-]+\d)", text):
         return overrides | {exact[1]: float(exact[2])}
-    verb, key = re.search(rf"(Raise|Lower or look at|Change) {KEY}", text).groups()
+    verb, key = re.search(rf"(Raise|Lower|Change) {KEY}", text).groups()
     if verb == "Change":
         named = re.findall(KEY, text)
         return {name: value for name, value in overrides.items() if name not in named}
     value = overrides[key]
-    return overrides | {key: value * 10 if verb == "Raise" else value / 10}
+    return overrides | {key: value * 4 if verb == "Raise" else value / 10}
 
 
 class Agent:
@@ -89,9 +89,11 @@ def server(world):
         ("learning_rate_far", {"distill.optimizer.learning_rate": 0.3}, {}),
         ("collapse", {"distill.optimizer.learning_rate": 0.3}, {}),
         ("sft_undertrained", {"sft.steps": 10}, {"method": "sft"}),
+        ("no_learning", {"sft.steps": 240, "distill.steps": 1}, {}),
         ("benchmark_zero", {"benchmark.answer_pattern": r"answer: (\d)"}, {"method": "sft"}),
     ],
 )
 async def test_what_an_alert_says_is_what_helps(world, server, code, wrong, changes):
     async with Client(server) as client:
-        await Agent(client, world).recovered(code, SMALL | wrong, **changes)
+        left = await Agent(client, world).recovered(code, SMALL | wrong, **changes)
+    assert code != "no_learning" or "collapse" not in left, "it has learnt something worth having"

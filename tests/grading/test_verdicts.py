@@ -15,6 +15,7 @@ from opd_mcp.schemas.reports import (
     StageCost,
     TaskMetric,
 )
+from opd_mcp.schemas.resolve import TOO_LOW
 from opd_mcp.schemas.runs import Alert
 
 IDENTITY = ModelIdentity(name="m", weights="0" * 64, tokenizer="0" * 64, special_tokens="0" * 64)
@@ -89,7 +90,8 @@ def test_a_loss_is_called_worse_and_what_is_within_chance_no_difference(change, 
     verdict = verdict_of(report(*STUDENTS, change=change))
     assert verdict.judgement == judgement
     assert verdict.text().startswith(judgement.replace("_", " ").upper())
-    assert "distill.steps" in verdict.next_action.why
+    change = "a third of 'distill.optimizer.learning_rate'" if judgement == "worse" else "twice 'distill.steps'"
+    assert verdict.next_action.why.endswith(f"then plan again with {change}.")
 
 
 def test_a_distillation_that_ends_farther_from_its_teacher_is_worse_though_no_answer_shows_it():
@@ -131,6 +133,7 @@ def test_zero_everywhere_is_about_the_grader_whatever_the_intervals_say():
     assert "none has one right answer, the teacher neither: look at the grader `number`" in verdict.cause
     assert "'benchmark.grader'" in verdict.cause
     assert verdict.next_action.tool == "benchmark_student"
+    assert "overrides" in verdict.next_action.missing, "the same call again would find no answer either"
     few = [each.model_copy(update={"greedy_accuracy": estimate(0.0, samples=4)}) for each in zero]
     assert [cause.code for cause in findings_of(report(*few, change=0.0))] == [], "four prompts can all be wrong"
 
@@ -153,6 +156,21 @@ def test_a_collapse_is_named_by_its_signs_with_the_key_to_change(candidate, sign
     assert "'distill.optimizer.learning_rate'" in cause.fix
     better = worse.model_copy(update={"comparisons": report(*STUDENTS, change=0.3).comparisons})
     assert list(findings_of(better)) == [], "a student that gained has not collapsed"
+
+
+def test_a_collapse_asks_for_no_more_room_and_no_higher_rate():
+    endless = model("distilled", 0.1, 2.0, truncated_fraction=0.9)
+    low = ("learning_rate_far", f"'distill.optimizer.learning_rate' {TOO_LOW}0.0001, 1/30 of the 0.003. Set it.")
+    note = "Responses cut at 64 tokens: 90% of distilled. Raise 'benchmark.sampling.max_new_tokens'."
+    against = model("sft", 0.4, 0.5)
+    verdict = verdict_of(report(endless, against, change=-0.3, alerts=[low], warnings=[note]))
+    assert verdict.causes == ["collapse"]
+    assert verdict.cause.endswith("Lower 'distill.optimizer.learning_rate' to a tenth.")
+    cut = model("distilled", 0.3, 0.6, truncated_fraction=0.2)
+    assert verdict_of(report(cut, against, change=-0.1, alerts=[low], warnings=[note])).causes == [
+        "learning_rate_far",
+        "answers_truncated",
+    ]
 
 
 def test_a_student_that_learnt_to_stop_has_not_collapsed():

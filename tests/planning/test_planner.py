@@ -11,6 +11,8 @@ from opd_mcp.schemas.errors import ArgumentError, ConsistencyError, DataError, P
 from opd_mcp.schemas.requests import PlanDistillation, StartDistillation
 from opd_mcp.server.render.plans import plan_text
 from opd_mcp.server.render.runs import list_text
+from opd_mcp.store.journal import JournalWriter
+from opd_mcp.store.runs import JOURNAL_FILE
 
 NEEDS_SFT = ["generate_responses", "sft", "rollout", "score", "distill", "benchmark"]
 HAS_SFT = ["rollout", "score", "distill", "benchmark"]
@@ -433,8 +435,12 @@ def test_an_adapter_that_the_sft_does_not_leave_blocks_before_any_work(world, se
     ("preset", "overrides", "told"),
     [
         ("demo", {}, {}),
-        ("demo", {"distill.optimizer.learning_rate": 0.3}, {"learning_rate_far": "100 times the preset's 0.003"}),
-        ("quick", {}, {"preset_rates": "as preset 'quick' has it; a student of 0.108M"}),
+        (
+            "demo",
+            {"distill.optimizer.learning_rate": 0.3},
+            {"learning_rate_far": "is too high: 0.3, 100 times the 0.003 at which a student of 0.108M"},
+        ),
+        ("quick", {}, {"preset_rates": "as preset 'quick' has it, is too low: "}),
         ("quick", {"sft.optimizer.learning_rate": 4e-3, "distill.optimizer.learning_rate": 3e-3}, {}),
     ],
 )
@@ -449,6 +455,38 @@ def test_rates_that_do_not_fit_the_student_are_a_warning_with_the_plan_that_does
         assert told[warning.code] in warning.message
         fitting = service.plan(PlanDistillation(**warning.call.arguments))
         assert not {"learning_rate_far", "preset_rates"} & set(codes(fitting.warnings))
+
+
+def rates_far(plan):
+    return [warning for warning in plan.warnings if warning.code == "learning_rate_far"]
+
+
+def test_a_rate_at_which_a_run_of_the_student_collapsed_is_not_named_as_fitting(service, world, finished):
+    low = {"distill.optimizer.learning_rate": 1e-4}
+    [warning] = rates_far(service.plan(world.plan_arguments(overrides=low)))
+    assert warning.message.startswith("'distill.optimizer.learning_rate' is too low: 0.0001, 1/30 of the 0.003")
+    run_id = finished(service, service.start_distillation(world.start_arguments()).run_id).run_id
+    with JournalWriter(service.workspace.run(run_id) / JOURNAL_FILE, 1) as journal:
+        journal.append("alert", {"code": "collapse", "message": "It has collapsed."})
+    assert rates_far(service.plan(world.plan_arguments(overrides=low))) == []
+
+
+def test_a_small_student_s_rate_comes_with_the_steps_that_it_takes(service, world):
+    auto = service.plan(world.plan_arguments(preset="auto"))
+    distill = auto.recipe.distill
+    assert (distill.steps, distill.optimizer.learning_rate, distill.optimizer.schedule) == (400, 3e-3, "linear")
+    assert "few_steps" not in codes(auto.warnings)
+    assert "400 distill.steps" in auto.preset_reason
+    few = service.plan(world.plan_arguments(preset="auto", overrides={"distill.steps": 50, "runtime.seed": 3}))
+    [warning] = [warning for warning in few.warnings if warning.code == "few_steps"]
+    assert warning.message.startswith("'distill.steps' is 50, at a rate of 0.003: ")
+    assert warning.fix.startswith("Set 'distill.steps' to 400")
+    again = service.plan(PlanDistillation(**warning.call.arguments))
+    assert "few_steps" not in codes(again.warnings)
+    assert (again.recipe.distill.steps, again.recipe.runtime.seed) == (400, 3)
+    quick = service.plan(world.plan_arguments(preset="quick"))
+    [rates] = {warning.call.call_text() for warning in quick.warnings if warning.code == "preset_rates"}
+    assert "'distill.steps': 400" in rates, "rates alone would end worse"
 
 
 def test_inline_prompts_are_to_be_added_to_the_call_that_plans_again(service, world):

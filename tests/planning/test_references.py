@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_mcp.planning.references import columns_of, hub_data_directory
+from opd_mcp.planning.hub_models import hub_data_directory
+from opd_mcp.planning.references import columns_of
 from opd_mcp.schemas.errors import ArgumentError, DataError, IntegrityError, PathError, UnknownIdError
 from opd_mcp.schemas.runs import DataInput
 

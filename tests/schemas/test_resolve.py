@@ -6,7 +6,7 @@ import pytest
 
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.recipes import AdapterRecipe, Recipe, base_form
-from opd_mcp.schemas.resolve import recipe_keys, resolve_recipe
+from opd_mcp.schemas.resolve import FEW_STEPS, few_steps, recipe_keys, resolve_recipe
 
 PRESETS = ("quick", "paper", "demo")
 
@@ -42,6 +42,23 @@ def test_an_unknown_key_names_the_nearest() -> None:
 def test_a_bad_value_names_its_key(key: str, value: object) -> None:
     with pytest.raises(ArgumentError, match=f"invalid_argument.*{key}"):
         resolve_recipe("quick", {key: value})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "changes", "few"),
+    [
+        (400_000, {}, True),
+        (400_000, {"distill.steps": FEW_STEPS + 1}, False),
+        (400_000, {"distill.optimizer.learning_rate": 1e-4}, False),
+        (400_000, {"distill.estimator": "topk_reverse_kl"}, False),
+        (400_000, {"distill.method": "live"}, False),
+        (4_000_000_000, {}, False),
+        (None, {}, False),
+    ],
+)
+def test_few_steps_are_those_at_a_small_student_s_rate_as_measured(parameters, changes, few) -> None:
+    recipe = resolve_recipe("demo", {"distill.steps": 50, **changes})
+    assert (few_steps(recipe, parameters) is not None) == few
 
 
 def test_every_listed_key_can_be_overridden_with_its_own_value() -> None:

@@ -5,6 +5,7 @@ of tokens, for tests of processes alone.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -35,6 +36,8 @@ class Wire(ThreadingHTTPServer):
         self.name, self.answer, self.length, self.key, self.version = name, answer, length, key, version
         self.asked: list[dict] = []
         self.healthy = lambda: True
+        self.reload = None
+        """What takes the weights of another directory, and says whether it has them; None: it takes none."""
         self.waiting = None
         """How many requests wait, as a function; None: there are no metrics."""
         self.dead = threading.Event()
@@ -72,6 +75,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._allowed():
             self._answer(401, {"error": {"message": "Unauthorized"}})
+        elif self.path == "/collective_rpc" and self.server.reload is not None:
+            assert body["method"] == "reload_weights"
+            self._answer(200 if self.server.reload(body["kwargs"]["weights_path"]) else 500, {})
         elif self.path != "/v1/completions":
             self._answer(404, {"error": {"message": "Not Found"}})
         else:
@@ -137,11 +143,18 @@ def quick_answer(body: dict) -> dict:
 
 def core(model: str) -> None:
     """Answer bodies, one a line, as long as somebody asks, and then some time longer."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # an engine gets no PYTHONPATH
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # an engine is not shown this package
     answer = quick_answer if os.environ.get("VLLM_STAND_IN") == "quick" else model_answers(Path(model))
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        body = json.loads(line)
+        if (other := body.get("reload")) is not None:
+            there = (Path(other) / "model.safetensors").is_file()
+            if there and answer is not quick_answer:
+                answer = model_answers(Path(other))
+            print(json.dumps({"reloaded": there}), flush=True)
+        else:
+            print(json.dumps(answer(body)), flush=True)
     time.sleep(OUTLIVES_SECONDS)
 
 
@@ -154,6 +167,7 @@ def serve(arguments: list[str]) -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--middleware")
     given, _ = parser.parse_known_args(arguments)
     child = subprocess.Popen(
         [sys.executable, __file__, "core", given.model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -175,6 +189,12 @@ def serve(arguments: list[str]) -> None:
 
     wire = Wire(given.served_model_name, asked, given.port, length=given.max_model_len, key=os.environ["VLLM_API_KEY"])
     wire.healthy = lambda: child.poll() is None
+    if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
+        module, _, name = given.middleware.rpartition(".")
+        getattr(importlib.import_module(module), name)(
+            None
+        )  # as the real one, which then closes all paths without a key
+        wire.reload = lambda path: asked({"reload": path}).get("reloaded", False)
     wire.serve_forever()
 
 

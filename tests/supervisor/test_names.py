@@ -117,6 +117,25 @@ def test_a_run_is_meant_by_its_name_where_one_run_has_it(world, service, busy_ma
     assert first.run_id not in service.store.active_runs() or service.status("first try").cancel_requested
 
 
+def test_a_name_stands_for_what_its_run_made_wherever_a_run_is_a_reference(world, service, finished):
+    arguments = world.start_arguments(name="first try, small")
+    run_id = finished(service, service.start_distillation(arguments).run_id).run_id
+    references = service._references
+    by_name, by_id = (references.model(reference).input for reference in ("first try, small", run_id))
+    assert by_name == by_id, "the id is recorded: another run may get the name later"
+    assert references.cache("first try, small").input.reference == run_id
+    assert service.inspect_cache("first try, small") == service.inspect_cache(run_id)
+    assert service.paths_behind(None, "first try, small") == service.paths_behind(None, run_id)
+    with pytest.raises(UnknownIdError) as unknown:
+        references.model("first try, smal")
+    assert unknown.value.nearest == ["first try, small"]
+    for steps in (2, 4):
+        again = world.start_arguments(name="twice", overrides={"distill.steps": steps})
+        finished(service, service.start_distillation(again).run_id)
+    with pytest.raises(UnknownIdError, match="2 runs have this name"):
+        references.model("twice")
+
+
 def test_a_comparison_calls_runs_by_name_and_keys_by_what_tells_them_apart():
     def run(run_id: str, name: str | None, rank: int) -> ComparedRun:
         settings = {"sft.adapter.rank": rank, "distill.adapter.rank": 8, "distill.steps": 3}

@@ -51,6 +51,17 @@ def test_what_cannot_be_swept_is_refused_before_anything_starts(changes, said):
         swept_settings(sweep("c", **changes))
 
 
+def test_a_sweep_without_a_preset_trains_at_the_rates_of_the_student_s_size(service, cache_run, busy_machine):
+    points = [{"distill.steps": 2}, {"distill.steps": 2, "distill.optimizer.learning_rate": 1e-3}]
+    given = {
+        name: value for name, value in sweep(cache_run, grid={}, points=points).to_dict().items() if name != "preset"
+    }
+    started = service.sweep(Sweep(**given))
+    recipes = [service.store.record(run.run_id).request.recipe for run in started.runs]
+    assert [recipe.preset for recipe in recipes] == ["quick"] * 2
+    assert [recipe.distill.optimizer.learning_rate for recipe in recipes] == [3e-3, 1e-3], "a point's own counts"
+
+
 def test_a_sweep_is_found_again_and_compared_and_all_of_its_runs_have_its_tag(world, service, cache_run, finished):
     before = service.list_runs().total
     with pytest.raises(ArgumentError, match=r"the same run.*sft\.steps.*distill\.steps"):

@@ -6,7 +6,7 @@ import pytest
 
 from opd_mcp.grading.paired import paired_estimate, paired_outcomes
 from opd_mcp.schemas.errors import ArgumentError, UnknownIdError
-from opd_mcp.schemas.requests import CompareRuns
+from opd_mcp.schemas.requests import CompareRuns, StartDistillation
 from opd_mcp.server.render.monitoring import comparison_text
 
 
@@ -65,6 +65,21 @@ def test_the_table_has_what_differs_and_pairs_the_best_with_those_measured_on_th
     with pytest.raises(UnknownIdError) as caught:
         service.compare_runs(CompareRuns(tag="trios"))
     assert caught.value.nearest == ["trio"]
+
+
+def test_settings_of_a_stage_that_a_run_did_not_compute_are_not_its_own(service, world, three_runs, finished):
+    whole = three_runs[0]
+    arguments = {"student": whole.result["artifacts"]["sft"], "cache_id": whole.result["artifacts"]["cache"]}
+    changes = {"preset": "quick", "overrides": {"sft.steps": 77, "distill.steps": 5, "runtime.device": "cpu"}}
+    from_cache = finished(service, service.start_distillation(StartDistillation(**arguments, **changes)).run_id)
+    again = world.start_arguments(overrides={"sft.steps": 4})
+    other = finished(service, service.start_distillation(again).run_id)
+    found = service.compare_runs(CompareRuns(run_ids=[whole.run_id, from_cache.run_id]))
+    assert not [key for key in found.settings if key.startswith(("sft.", "responses.", "rollout.", "score."))]
+    assert found.runs[1].settings["distill.steps"] == 5
+    three = service.compare_runs(CompareRuns(run_ids=[whole.run_id, from_cache.run_id, other.run_id]))
+    steps = [row.settings.get("sft.steps") for row in three.runs]
+    assert steps == [3, None, 4], "nothing is shown for a run that has no SFT"
 
 
 def test_a_run_with_a_bad_verdict_is_the_best_only_where_all_have_one(service, three_runs):

@@ -62,6 +62,20 @@ def test_the_rest_is_the_current_pace_plus_what_is_expected_of_later_phases(tmp_
     assert remaining_seconds(view, record, now) == pytest.approx(view.progress.eta_s + 80.0)
 
 
+def test_what_the_process_takes_to_start_counts_until_the_first_phase_is_done(tmp_path, journal, record):
+    slow = record.model_copy(
+        update={"expected_phase_seconds": {"process_start": 30.0, **record.expected_phase_seconds}}
+    )
+    journal.append("state", {"state": "running"})
+    assert remaining_seconds(view_of(tmp_path), slow, time.time()) == pytest.approx(90.0)
+    journal.append("phase", {"phase": "generate_responses", "event": "started"})
+    view = view_of(tmp_path)
+    assert remaining_seconds(view, slow, seconds_of(view.phase_started_at) + 25.0) == pytest.approx(15.0 + 50.0)
+    finished(journal, "generate_responses", 10.0)
+    view = view_of(tmp_path)
+    assert remaining_seconds(view, slow, time.time()) == pytest.approx(50.0)
+
+
 def test_a_reused_phase_says_nothing_about_the_pace(tmp_path, journal, record):
     journal.append("state", {"state": "running"})
     finished(journal, "generate_responses", 500.0, reused=True)
@@ -214,7 +228,7 @@ def test_a_success_never_stands_without_its_verdict(tmp_path, journal, record):
     journal.append("state", {"state": "running"})
     journal.append("result", {"verdict": told.to_dict()})
     journal.append("state", {"state": "succeeded"})
-    rate = {"distill.optimizer.learning_rate": 0.3, "distill.steps": 7}
+    rate = {"distill.optimizer.learning_rate": 0.3, "distill.steps": 700}
     recipe = resolve_recipe("demo", rate)
     run = record.model_copy(update={"request": record.request.model_copy(update={"recipe": recipe})})
     status = status_of(view_of(tmp_path), run, None)
@@ -226,9 +240,10 @@ def test_a_success_never_stands_without_its_verdict(tmp_path, journal, record):
     assert "succeeded (worse)" in snapshot_text(snapshot_of(view_of(tmp_path), run))
     assert "succeeded (worse)" in unchanged_text(status)
     call = status.next_action
-    assert (call.tool, call.missing, call.why) == ("plan_distillation", None, "Lower it.")
+    assert (call.tool, call.missing) == ("plan_distillation", None)
+    assert call.why == "Lower it. The call changes 'distill.optimizer.learning_rate' from 0.3 to 0.003."
     assert call.arguments["student"] == record.request.inputs.student.reference
-    assert call.arguments["overrides"] == {"distill.optimizer.learning_rate": 3e-3, "distill.steps": 7}
+    assert call.arguments["overrides"] == {"distill.optimizer.learning_rate": 3e-3, "distill.steps": 700}
     assert PlanDistillation(**call.arguments).preset == "demo"
 
 

@@ -51,11 +51,11 @@ def engine(program, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
 
-    def made(**settings) -> ManagedEngine:
+    def made(*, reloads: bool = False, **settings) -> ManagedEngine:
         told: list[tuple[str, str]] = []
         managed = ManagedEngine(
             EngineProgram("vllm", program, tmp_path / "caches", on_gpu=False),
-            EngineModel(EXAMPLE / "teacher", "float32", 100),
+            EngineModel(EXAMPLE / "teacher", "float32", 100, reloads=reloads),
             run,
             EngineSettings(start_seconds=30, **settings),
             lambda: False,
@@ -66,6 +66,10 @@ def engine(program, tmp_path, monkeypatch):
 
     yield made
     assert marked(run) == [], "no process is left"
+
+
+def command_of(pid: int) -> list[str]:
+    return psutil.Process(pid).cmdline()
 
 
 def until(condition) -> None:
@@ -170,6 +174,27 @@ def test_a_run_has_an_engine_per_device_as_its_settings_name_it(program, tmp_pat
             assert len({one.key for one in both} | {one.url for one in both}) == 4
         assert len(worker._engines("vllm", model, "cpu", [])) == 1
     assert marked(run) == []
+
+
+def test_one_takes_new_weights_in_place_and_is_started_on_them_when_it_ends(engine):
+    served = engine(reloads=True)
+    with served.running():
+        before = marked(served.run)
+        assert served.reload(EXAMPLE / "student")
+        assert not served.reload(EXAMPLE / "nowhere"), "the core says that it has not got them"
+        assert served.reload(EXAMPLE / "student")
+        assert (marked(served.run), served.restarts) == (before, 0)
+        os.kill(before[0], signal.SIGKILL)
+        until(lambda: served.restarts == 1 and served._health() == 200)
+        [command] = [line for line in map(command_of, marked(served.run)) if "--port" in line[-40:] and "serve" in line]
+        assert str(EXAMPLE / "student") in command
+        assert command[command.index("--served-model-name") + 1] == "teacher", "whoever asks knows it by this name"
+
+
+def test_one_that_was_not_started_for_it_takes_no_weights(engine):
+    served = engine()
+    with served.running():
+        assert not served.reload(EXAMPLE / "student")
 
 
 def test_one_that_does_not_start_ends_the_others(engine, program, tmp_path):

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from opd_mcp.planning.hub_models import FETCHED_FILES
-from opd_mcp.planning.references import hub_directory
+from opd_mcp.planning.hub_models import FETCHED_FILES, hub_directory
 from opd_mcp.store.workspace import Workspace
 from opd_mcp.worker.fetch import fetched_model
 

@@ -11,7 +11,7 @@ import pytest
 from opd_mcp.identity.data.reading import read_prompts, read_responses, responses_sha256
 from opd_mcp.identity.data.rows import prompts_hash
 from opd_mcp.identity.data.scan import scan_prompts
-from opd_mcp.planning.references import hub_data_directory
+from opd_mcp.planning.hub_models import hub_data_directory
 from opd_mcp.schemas.errors import DataError, IntegrityError
 from opd_mcp.schemas.runs import DataInput, RunInputs
 from opd_mcp.store.workspace import Workspace

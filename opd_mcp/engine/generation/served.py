@@ -263,7 +263,7 @@ def opened_engine(
             access = engine_access(address, context, patience)
             try:
                 scorer = open_remote(
-                    RemoteTeacher(name=wish.model.name, url=address.url),
+                    RemoteTeacher(name=address.name or wish.model.name, url=address.url),
                     wish.model,
                     files=wish.model,
                     concurrency=requests,
@@ -294,22 +294,16 @@ def engine_access(address: EngineAddress, context: Context, patience: Patience |
 
 @contextmanager
 def opened_generator(
-    engine: str | None,
-    model: LoadedModel,
-    length: int,
-    requests: int,
-    context: Context,
-    *,
-    beside_training: bool = False,
+    wish: EngineWish | None, model: LoadedModel, requests: int, context: Context
 ) -> Iterator[Generator]:
-    """What answers prompts for the block's time: the model itself, here and in helpers, or an engine that serves its
-    directory.
+    """What answers prompts for the block's time: the engine of a wish for the model, or without one the model itself,
+    here and in helpers.
 
-    `length` are the tokens of the longest row, `requests` how many rows are in work at a time. Raises what
+    `requests` are how many rows are in work at a time. Raises what
     `open_remote` raises for an engine, and ConsistencyError `engine_untrue` where its log-probs of drawn tokens are not
     raw, and PathError `unsupported_model` for a model in 4 bits, whose stored weights are another model.
     """
-    if engine is None:
+    if wish is None:
         yield LocalGenerator(model) if context.helpers is None else SharedGenerator(model, context)
         return
     if model.facts.identity.quantization is not None:
@@ -319,12 +313,16 @@ def opened_generator(
             value=model.path,
             fix="Use the engine 'local', or leave out 'distill.adapter.quantization'.",
         )
-    wish = EngineWish(engine, model.path, context.runtime.dtype, length, beside_training=beside_training)
     with opened_engine(wish, min(requests, MOST_REQUESTS), context, GENERATING) as (scorer, facts):
         generator = ServedGenerator(with_fewer(scorer, ONE_BY_ONE) if scorer.dialect == "opd-mcp" else scorer, facts)
         for one in generator.each():
             require_raw(one)
         yield generator
+
+
+def engine_wish(engine: str | None, model: LoadedModel, length: int, context: Context) -> EngineWish | None:
+    """The engine that is to serve a model's directory for rows of so many tokens at most; None for the model itself."""
+    return None if engine is None else EngineWish(engine, model.path, context.runtime.dtype, length)
 
 
 def with_fewer(scorer: RemoteScorer, requests: int) -> RemoteScorer:

@@ -9,13 +9,13 @@ from opd_mcp.engine.data.encoding import context_of
 from opd_mcp.engine.evaluation.intervals import gap_closed, paired_difference
 from opd_mcp.engine.evaluation.model_score import Measurement, Scored, asked, quantisation_kl, score_model
 from opd_mcp.engine.evaluation.report_page import report_page
-from opd_mcp.engine.generation.served import opened_generator
+from opd_mcp.engine.generation.served import engine_wish, opened_generator
 from opd_mcp.engine.models.loading import LoadedModel, adopt_tokenizer, load_model, model_warnings
 from opd_mcp.engine.provenance import Provenance, engines_of, record_lineage, trained_adapter, training_of
 from opd_mcp.engine.runtime import Runtime, hardware_name, open_runtime
 from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
-from opd_mcp.grading.verdicts import findings_of, verdict_of
+from opd_mcp.grading.verdicts import findings_of, has_collapsed, verdict_of
 from opd_mcp.identity.consistency import vouched
 from opd_mcp.identity.data.reading import read_prompts
 from opd_mcp.identity.data.rows import PromptRow, prompts_hash
@@ -77,13 +77,13 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         if engine != section.engine:
             warnings.append(f"{name} answered here, not on the engine that 'benchmark.engine' names.")
         room = context.prompting.max_prompt_tokens + section.sampling.max_new_tokens
-        with grader, opened_generator(engine, model, room, section.batch_size, context) as generator:
+        wish = engine_wish(engine, model, room, context)
+        with grader, opened_generator(wish, model, section.batch_size, context) as generator:
             scored[name] = score_model(name, model, stops, task, generator, as_teacher=itself)
         del model  # it would be in memory together with the next one
     # A base model that was not fine-tuned often does not stop: its row is a mark, not a measurement of the limit.
     marks = {name for name, path in references.items() if path != inputs.teacher}
     judged = [entry.score for name, entry in scored.items() if name not in marks]
-    cut = truncation_warnings(judged, section)
     candidate = next(iter(inputs.models))
     teacher_row = next((name for name, path in reversed(models.items()) if path == inputs.teacher), None)
     lineage = verified_lineage(inputs.models[candidate])
@@ -115,13 +115,16 @@ def benchmark(section: BenchmarkRecipe, inputs: BenchmarkInputs, output: Path, c
         teacher_basis=claim.basis if claim else None,
         costs=list(inputs.costs),
         alerts=list(inputs.alerts),
-        warnings=list(dict.fromkeys([*warnings, *cut])),
+        warnings=list(dict.fromkeys(warnings)),
         planned_seconds=dict(inputs.planned_seconds),
         curves=list(inputs.curves),
         samples=shown_answers(chosen, scored),
     )
+    # A collapsed student's responses have no end that more room would show.
+    endless = {candidate} if has_collapsed(report) else set()
+    cut = truncation_warnings([score for score in judged if score.name not in endless], section)
     found = [(cause.code, cause.text) for cause in findings_of(report)]
-    report = report.model_copy(update={"warnings": [*report.warnings, *(message for _, message in found)]})
+    report = report.model_copy(update={"warnings": [*report.warnings, *cut, *(message for _, message in found)]})
     report = report.model_copy(update={"verdict": verdict_of(report)})
     write_report(report, output, context, models.values())
     # last, so that a client that waits for the run is not woken twice

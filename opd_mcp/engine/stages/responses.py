@@ -13,7 +13,14 @@ from opd_mcp.engine.data.encoding import EncodedPrompt, by_domain, context_of, e
 from opd_mcp.engine.data.sequences import Sequences, concatenate
 from opd_mcp.engine.evaluation.teacher_responses import graded_responses, require_gradable, right_responses
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.served import first_gap, generator_gap, opened_generator, require_fits, room_for
+from opd_mcp.engine.generation.served import (
+    engine_wish,
+    first_gap,
+    generator_gap,
+    opened_generator,
+    require_fits,
+    room_for,
+)
 from opd_mcp.engine.models.loading import AdoptedTokenizer, adopt_tokenizer, load_model
 from opd_mcp.engine.provenance import (
     Provenance,
@@ -132,7 +139,8 @@ def _answers(
         section.sampling, adopted.eos_token_ids, section.batch_size, runtime.seed, asked.scope, model.facts.tokens
     )
     room = room_for(seen, section.sampling)
-    with opened_generator(section.engine, model, room, section.batch_size, context) as generator:
+    wish = engine_wish(section.engine, model, room, context)
+    with opened_generator(wish, model, section.batch_size, context) as generator:
         require_fits(generator, room)
         if not here:
             first_gap(generator, seen, settings, model, context)

@@ -24,6 +24,7 @@ from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import Generator
 from opd_mcp.engine.generation.served import (
+    engine_wish,
     first_gap,
     generator_gap,
     opened_generator,
@@ -74,7 +75,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     count = min(section.count or len(encoded), inputs.most or sys.maxsize)
     turn = inputs.skipped % max(len(encoded), 1)
     encoded = [*encoded[turn:], *encoded[:turn]]
-    room = _room(encoded[:count], section, inputs)
+    room, seen = _rooms(encoded[:count], section, inputs)
     layout = BuildLayout(rows=count, shard_rows=section.shard_rows, batch_size=section.batch_size, seed=runtime.seed)
     behaviour = full_identity(inputs.student, inputs.form)
     open_build(
@@ -101,7 +102,8 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     facts = inspect_model(inputs.student, form=inputs.form)
     model = load_model(facts, runtime, generates=here, compiled=here or section.rescore is not None)
     shards, tally, earlier, gap = [], RolloutTally(), 0.0, None
-    with opened_generator(section.engine, model, room, section.batch_size, context) as generator:
+    wish = engine_wish(section.engine, model, seen, context)
+    with opened_generator(wish, model, section.batch_size, context) as generator:
         require_fits(generator, room)
         shared_engine(output, generator.facts)
         for number, first in enumerate(range(0, count, section.shard_rows)):
@@ -145,14 +147,17 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
     return stage_cost("rollout", started, statistics.response_tokens, model.device, earlier=earlier)
 
 
-def _room(prompts: list[EncodedPrompt], section: RolloutRecipe, inputs: RolloutInputs) -> int:
-    """The tokens of the longest row; raises DataError `too_long` where the scorer's is longer than it takes."""
+def _rooms(prompts: list[EncodedPrompt], section: RolloutRecipe, inputs: RolloutInputs) -> tuple[int, int]:
+    """The tokens of the longest row as drawn, and with what the teacher sees, which the same engine may score later.
+
+    Raises DataError `too_long` where the scorer's is longer than it takes.
+    """
     room = room_for(prompts, section.sampling)
     seen = max(room, room_for([prompt.for_teacher() for prompt in prompts], section.sampling))
     require_room(seen, inputs.longest, "the teacher's server")
     if seen > room and inputs.tokenizer is not None:
         require_room(seen, inspect_model(inputs.tokenizer).positions, "the teacher")
-    return room
+    return room, seen
 
 
 def _rows(

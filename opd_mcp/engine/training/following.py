@@ -1,8 +1,9 @@
-"""An engine that draws the rollouts of a student while it trains: it is started again on its weights every few steps.
+"""An engine that draws the rollouts of a student while it trains: it is given its weights every few steps.
 
-Between two starts the rollouts are those of the student as it was, so the training's drift from the behaviour policy
-(`drift_mean`, `effective_sample_share`) says what that costs. A copy of the weights stays on the disk as long as a
-checkpoint lies between its start and the next: a resumed training draws what it would have drawn.
+Whoever starts engines gives them in place where the engine can, else starts it again. In between the rollouts are those
+of the student as it was: the training's drift from the behaviour policy (`drift_mean`, `effective_sample_share`) says
+what that costs. A copy of the weights stays on the disk as long as a checkpoint lies between it and the next: a resumed
+training draws what it would have drawn.
 """
 
 import secrets
@@ -15,7 +16,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
-from opd_mcp.engine.context import Context
+from opd_mcp.engine.context import Context, EngineWish
 from opd_mcp.engine.data.encoding import EncodedPrompt
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.generation.batch_state import GenerationSettings
@@ -25,9 +26,12 @@ from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.models.saving import SavedForm
 from opd_mcp.engine.training.checkpoints import BUILDING_PREFIX, saved_checkpoints
 from opd_mcp.identity.files import publish_directory
+from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.identity import EngineFacts
 
 PREFIX = "served-"
+# Log-probs this much farther from the model's here than after a start: not all weights were taken in place.
+FARTHER, LEAST_GAP = 4.0, 1e-5
 
 
 @dataclass
@@ -49,6 +53,8 @@ class EngineFollower:
     _folder: TemporaryDirectory[str] | None = None
     _generator: Generator | None = None
     _served: int | None = None
+    _in_place: bool = True
+    _usual_gap: float | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -74,9 +80,36 @@ class EngineFollower:
             self._begin(self.copies / f"{PREFIX}{self._served:08d}", settings.batch_size)
         assert self._generator is not None, "it was opened"
         drawn = self._generator.draw(prompts, settings)
-        if self._served == step:
+        if self._served == step and not self._is_student(drawn):
+            self._in_place = False
+            self.context.reporter.alert(
+                "engine_restarted",
+                f"{self.kind} was given the student's weights in place and computes another model; it is started again "
+                "on them, now and every time.",
+            )
+            self._begin(self.copies / f"{PREFIX}{step:08d}", settings.batch_size)
+            drawn = self._generator.draw(prompts, settings)
             generator_gap(self._generator, drawn, self.student, self.context)
         return drawn
+
+    def _is_student(self, drawn: Sequences) -> bool:
+        """Whether the engine computes the student that it was given; raises RunError `engine_disagrees` after a start.
+
+        vLLM on a CPU leaves a tied head as it was, which is a smaller error than a bound for rounding finds.
+        """
+        assert self._generator is not None, "it has drawn"
+        started = self._usual_gap is None or not self._in_place
+        try:
+            gap = generator_gap(self._generator, drawn, self.student, self.context)
+        except RunError:
+            if started:
+                raise
+            return False
+        if gap is None:
+            return True
+        if started:
+            self._usual_gap = gap.mean
+        return gap.mean <= max(FARTHER * (self._usual_gap or 0.0), LEAST_GAP)
 
     @property
     def copies(self) -> Path:
@@ -87,7 +120,7 @@ class EngineFollower:
         return Path(self._folder.name)
 
     def _begin(self, copy: Path, requests: int) -> None:
-        self._open.close()  # first, so that its memory is free
+        self._open.close()
         self._open, self._generator = ExitStack(), None
         if not copy.is_dir():
             copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -96,7 +129,9 @@ class EngineFollower:
             publish_directory(building, copy, self.context.check_fence)
         self._remove_unneeded(copy)
         served = replace(self.student, path=copy)
-        generator = opened_generator(self.kind, served, self.length, requests, self.context, beside_training=True)
+        dtype, fresh = self.context.runtime.dtype, not self._in_place
+        wish = EngineWish(self.kind, copy, dtype, self.length, beside_training=True, fresh=fresh)
+        generator = opened_generator(wish, served, requests, self.context)
         self._generator = self._open.enter_context(generator)
         require_fits(self._generator, self.length)
         self.facts = self._generator.facts

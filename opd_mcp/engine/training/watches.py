@@ -188,5 +188,5 @@ def tell_undertrained(summary: TrainingSummary, vocabulary: int, context: Contex
         "sft_undertrained",
         f"After {summary.steps} steps of SFT the teacher's responses have a mean log-prob of {reached:.2f} nats per "
         f"token; a guess among {vocabulary} tokens has {guess:.2f}. Such a student's rollouts teach little. Raise "
-        "'sft.steps' or 'sft.optimizer.learning_rate', or begin with a pretrained student.",
+        "'sft.steps' four times, or begin with a pretrained student.",
     )

@@ -7,7 +7,6 @@ follows from the stated assumptions below.
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -139,8 +138,9 @@ class CostModel:
             )
         else:
             seconds, source = self._assumed_seconds(name, work)
-        if engine in MANAGED_ENGINES:
-            starts, each = rounds * engine_starts(self.workload.recipe, name), self._engine_start(engine)
+        starts = rounds * engine_starts(self.workload.recipe, name) if engine in MANAGED_ENGINES else 0
+        if engine is not None and starts > 0:
+            each = self._engine_start(engine)
             seconds += each * starts
             of_what = "its engine's start" if starts == 1 else f"each of its engine's {starts} starts"
             source += f", and {each:.3g} s for {of_what}"
@@ -386,8 +386,12 @@ def engine_of(recipe: Recipe, phase: str) -> str | None:
 
 
 def engine_starts(recipe: Recipe, phase: str) -> int:
-    """How often a phase starts its engine: live distillation does for each stretch of steps."""
-    return ceil(recipe.distill.steps / recipe.rollout.reload_steps) if phase == "distill" else 1
+    """How often a phase starts its engine: not for the scores of a student that is its own teacher.
+
+    The engine of the rollouts stays for them. One whose student is trained meanwhile takes new weights in place.
+    """
+    shared = phase == "score" and recipe.sft.skip and recipe.rollout.engine == recipe.score.engine
+    return 0 if shared else 1
 
 
 @dataclass(frozen=True)

@@ -249,12 +249,13 @@ def _limits(
 
 
 def _judge_positions(limits: Sequence[tuple[LimitShare, tuple[int, Sampling] | None]], found: Findings) -> None:
+    # What has room after the longest prompt of any stage: those of the evaluation may be as long.
+    room = min((share.tokens - longest[0] for share, longest in limits if longest is not None), default=0)
     for share, longest in limits:
         if longest is None or not share.over:
             continue
         tokens, sampling = longest
         key = share.limit.rpartition(" ")[2]
-        room = share.tokens - tokens
         found.blocking.append(
             Finding(
                 code="too_long",
@@ -262,5 +263,6 @@ def _judge_positions(limits: Sequence[tuple[LimitShare, tuple[int, Sampling] | N
                 f"{share.tokens} positions of the models; so it is with {share.over} of the prompts looked at.",
                 fix=(f"Set '{key}' to at most {room}, or lower" if room > 0 else "Lower")
                 + " 'prompting.max_prompt_tokens', or give models with more positions.",
+                overrides={key: room} if room > 0 else None,
             )
         )

@@ -106,7 +106,9 @@ def option_words(arguments: Mapping[str, Any]) -> Iterator[str]:
     if "plan_id" in arguments:
         yield shlex.quote(str(arguments["plan_id"]))
     for name, value in arguments.items():
-        if name == "overrides":
+        if name == "overrides" and isinstance(value, str):  # which ones, the caller must say
+            yield "--set KEY=VALUE"
+        elif name == "overrides":
             for key, setting in value.items():
                 yield f"--set {shlex.quote(f'{key}={json.dumps(setting)}')}"
         elif value is True:

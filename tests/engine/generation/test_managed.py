@@ -13,10 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
-from opd_mcp.engine.cache.manifest import read_record, read_rollouts
+from opd_mcp.engine.cache.manifest import read_cache, read_record, read_rollouts
 from opd_mcp.engine.context import EngineAddress, SilentReporter
 from opd_mcp.schemas.runs import EngineSettings
 from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, free_ports, marked, side_by_side
+from opd_mcp.worker.held_engine import HeldEngine
 
 STAND_IN = Path(__file__).resolve().parents[2] / "stand_ins" / "stand_in_engine.py"
 ROWS, SHARD = 12, 4
@@ -45,8 +46,8 @@ class Killing(SilentReporter):
         self.told.append(code)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path, count):
+def starting(tmp_path: Path, reporter: SilentReporter, count: int = 1):
+    """A run's directory, and what starts so many stand-ins of vLLM for it."""
     program, run = tmp_path / "vllm", tmp_path / "run"
     command = [sys.executable, str(STAND_IN)]
     program.write_text(
@@ -54,7 +55,6 @@ def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path, coun
     )
     program.chmod(0o755)
     run.mkdir()
-    reporter = Killing(run, after=6)
 
     @contextmanager
     def start_engine(wish):
@@ -74,6 +74,13 @@ def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path, coun
         with side_by_side(engines):
             yield [EngineAddress(one.url, one.key, wish.dtype, managed=True, check=one.check) for one in engines]
 
+    return run, start_engine
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path, count):
+    reporter = Killing(tmp_path / "run", after=6)
+    run, start_engine = starting(tmp_path, reporter, count)
     sizes = {"count": ROWS, "shard_rows": SHARD, "engine": "vllm"}
     section = build.recipe.rollout.model_copy(update=sizes)
     context = replace(build.context(reporter=reporter), start_engine=start_engine)
@@ -95,3 +102,28 @@ def test_an_api_server_killed_in_the_middle_changes_no_row(build, tmp_path, coun
     assert np.array_equal(ours.columns["behaviour_logprobs"], theirs.columns["behaviour_logprobs"])
     assert [shard.sha256 for shard in read_record(killed).shards] == [s.sha256 for s in read_record(whole).shards]
     assert (read_record(killed).generated_by.managed, read_record(killed).generated_by.dtype) == (True, "float32")
+
+
+def test_one_engine_draws_and_scores_where_the_student_is_its_own_teacher(build, tmp_path):
+    run, start_engine = starting(tmp_path, SilentReporter())
+    started = []
+
+    @contextmanager
+    def counted(wish):
+        started.append(wish)
+        with start_engine(wish) as addresses:
+            yield addresses
+
+    engine = HeldEngine(counted)
+    context = replace(build.context(), start_engine=engine.serving)
+    own = replace(build, student=build.teacher)
+    section = build.recipe.rollout.model_copy(update={"count": ROWS, "shard_rows": SHARD, "engine": "vllm"})
+    engine.begin(["vllm", "vllm", None])
+    drawn = own.rollouts("drawn", recipe=section, context=context)
+    assert len(marked(run)) > 0, "it waits for the scores"
+    engine.begin(["vllm", None])
+    cache = own.cache(drawn, "cache", recipe=own.scoring(engine="vllm"), context=context, allow_teacher_mismatch=True)
+    assert (len(started), marked(run)) == (1, [])
+    rows = read_cache(cache)[1]
+    gap = np.abs(rows.columns["teacher_logprobs"] - rows.columns["behaviour_logprobs"]).max()
+    assert gap <= 1e-4, "the model agrees with itself"

@@ -99,7 +99,7 @@ def test_a_rate_a_hundred_times_too_high_is_worse_and_names_the_rate(tmp_path: P
     report = run.report({"distilled": run.distill(OTHER), "sft": OTHER})
     assert report.models[1].greedy_accuracy.value > 0.8
     assert report.verdict.judgement == "worse"
-    assert "'distill.optimizer.learning_rate' is 0.3, 100 times the preset's 0.003" in report.verdict.cause
+    assert "'distill.optimizer.learning_rate' is too high: 0.3, 100 times the 0.003 at which" in report.verdict.cause
     assert "Set 'distill.optimizer.learning_rate' to about 0.003." in report.verdict.cause
     assert "learning_rate_far" in report.verdict.next_action.why
 
@@ -120,7 +120,7 @@ def test_an_untrained_student_with_quick_shows_no_difference_and_names_preset_an
     report = run.report({"distilled": run.distill(sft), "sft": sft})
     assert {"preset_rates", "sft_undertrained"} <= run.journal.codes
     assert report.verdict.judgement == "no_difference"
-    assert "as preset 'quick' has it; a student of 0.108M" in report.verdict.cause
+    assert "as preset 'quick' has it, is too low: " in report.verdict.cause
     assert "'sft.optimizer.learning_rate'" in report.verdict.cause
 
 
@@ -135,7 +135,7 @@ def test_empty_answers_are_a_collapse(tmp_path: Path) -> None:
     assert report.verdict.judgement == "worse"
     assert "sft has collapsed: 100% of its responses are empty (0% of base's)" in report.verdict.cause
     assert "collapse" in run.journal.codes
-    assert "'sft.optimizer.learning_rate' and the responses" in report.verdict.cause
+    assert "Lower 'sft.optimizer.learning_rate' to a tenth, and look at the responses" in report.verdict.cause
     assert "(only white space" not in (tmp_path / "report" / "report.md").read_text()
 
 

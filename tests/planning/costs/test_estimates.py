@@ -102,6 +102,18 @@ def test_what_was_measured_here_replaces_what_is_assumed():
         assert "assumed" in estimator([useless]).estimate("lightning", PHASES).phases[3].basis
 
 
+def test_a_student_that_is_its_own_teacher_draws_and_scores_with_one_start():
+    def basis(**changes) -> dict[str, str]:
+        costs = estimator(sft__skip=True, rollout__engine="vllm", **changes)
+        return {phase.phase: phase.basis for phase in costs.estimate("lightning", PHASES).phases}
+
+    shared, apart = basis(score__engine="vllm"), basis(score__engine="sglang")
+    assert "engine's start" in shared["rollout"]
+    assert shared["score"].startswith("on vllm")
+    assert "start" not in shared["score"]
+    assert "engine's start" in apart["score"]
+
+
 def test_a_second_plan_takes_an_engine_s_speed_and_its_start_from_the_run_before():
     """The start does not grow with the rows."""
 

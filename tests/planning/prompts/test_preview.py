@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from opd_mcp.identity.data.scan import scan_prompts
+from opd_mcp.planning.planner import require_unblocked
 from opd_mcp.planning.prompts.text_work import Asked, TextWork
-from opd_mcp.schemas.errors import ConsistencyError
+from opd_mcp.schemas.errors import ConsistencyError, PlanError
 from opd_mcp.schemas.recipes import PromptingRecipe
 from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.server.render.plans import plan_text
 from tests.identity.chat.conftest import END, START, made
 
+STAGES = ("responses", "rollout", "benchmark")
 CHATML = (
     "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<assistant>' }}{{ m.content }}"
     "{{ '<eos>' if m.role == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}"
@@ -185,6 +187,19 @@ def test_prompts_and_new_tokens_beyond_the_positions_block(pair, overrides, key,
     assert f"Set '{key}' to at most {room}" in text
     pair.config(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256})
     assert pair.plan(overrides=overrides).blocking == []
+
+
+def test_one_further_plan_lifts_all_lengths_that_do_not_fit(pair):
+    plan = pair.plan(overrides={f"{stage}.sampling.max_new_tokens": 1024 for stage in STAGES})
+    assert [finding.code for finding in plan.blocking] == ["too_long"] * 3
+    for stage in STAGES:
+        assert f"Set '{stage}.sampling.max_new_tokens' to at most 249" in plan.next_action.why
+    call = plan.next_action.arguments
+    assert call["overrides"] == {f"{stage}.sampling.max_new_tokens": 249 for stage in STAGES}
+    assert pair.plan(overrides=call["overrides"]).blocking == []
+    with pytest.raises(PlanError, match="plan_blocked") as refused:
+        require_unblocked(plan)
+    assert refused.value.call == plan.next_action
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,11 @@ def test_every_next_step_names_a_tool_and_arguments_that_it_has():
             "Call benchmark_student(model='m', baselines=['a b'], columns={'prompt': 'q'})",
             "Run opd-mcp benchmark m --baseline 'a b' --column prompt=q",
         ),
+        (
+            next_call("benchmark_student", missing=["overrides"], model="m", prompts="p"),
+            "Call benchmark_student(overrides='…', model='m', prompts='p')",
+            "Run opd-mcp benchmark m --set KEY=VALUE --prompts p",
+        ),
         (next_call("compare_runs", tag="sweep-1"), "Call compare_runs(tag='sweep-1')", "Run opd-mcp compare sweep-1"),
         (NextAction(why="Read the result."), "", ""),
     ],
