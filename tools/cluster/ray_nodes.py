@@ -21,7 +21,7 @@ from tools.cluster.services import free_ports, until
 
 # Each node has an address of its own on loopback.
 ADDRESSES = {"head": "127.0.0.2", "r1": "127.0.0.3", "r2": "127.0.0.4"}
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 # Of a job that waits; Ray's own is 900.
 START_LIMIT_SECONDS = 45
 
@@ -41,7 +41,17 @@ class RayNodes:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:
-        """Start a node and wait until the cluster knows it."""
+        """Start a node and wait until the cluster knows it, for longer than the 30 s of Ray itself."""
+        self.processes[name] = self._started(name)
+
+        def known() -> bool:
+            if self.processes[name].poll() is not None:
+                self.processes[name] = self._started(name)
+            return ADDRESSES[name] in self.alive().values()
+
+        until(known, f"Ray's node {name}", START_SECONDS)
+
+    def _started(self, name: str) -> subprocess.Popen[bytes]:
         program = ray_program()
         assert program is not None, "it was looked for before"
         head = ["--head", f"--port={self.port}", f"--temp-dir={self.root}", "--dashboard-host=127.0.0.1"]
@@ -50,7 +60,7 @@ class RayNodes:
         common = [f"--node-ip-address={ADDRESSES[name]}", "--num-gpus=0", "--object-store-memory=80000000", "--block"]
         python = f"{Path(program).parent}{os.pathsep}{os.environ['PATH']}"  # jobs call `python`, with ray in it
         with (self.root.parent / f"{name}.out").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
+            return subprocess.Popen(
                 [program, "start", *(head if name == "head" else joins), *common, "--dashboard-agent-listen-port=0"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -63,7 +73,6 @@ class RayNodes:
                 },
                 start_new_session=True,
             )
-        until(lambda: ADDRESSES[name] in self.alive().values(), f"Ray's node {name}", START_SECONDS)
 
     def asks(self, path: str, method: str = "GET", content: object = None) -> Any:
         """What the dashboard answers; None where it does not."""
