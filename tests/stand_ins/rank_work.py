@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -49,7 +48,7 @@ from opd_mcp.schemas.recipes import (
     OptimizerRecipe,
     RuntimeRecipe,
 )
-from opd_mcp.worker.teams.rank_process import Channel, ChannelReporter, end_with, is_group_failure
+from opd_mcp.worker.teams.rank_process import Channel, ChannelReporter, is_group_failure, line_of
 from opd_mcp.worker.teams.ranks import DONE, FAILED, described
 
 VOCAB = 103  # no multiple of the ranks
@@ -298,9 +297,8 @@ def main(case_file: Path, rank: int) -> None:
 def in_team() -> None:
     """Train as a rank of a worker's team."""
     facts = json.loads(sys.stdin.buffer.read())
-    end_with(facts["worker"])
     torch.set_num_threads(1)
-    channel = Channel(socket.socket(fileno=facts["channel"]))
+    channel = Channel(line_of(facts))
     place = RankPlace(**{**facts["place"], "folder": Path(facts["place"]["folder"])})
     status = 1
     try:
