@@ -50,12 +50,15 @@ def test_a_death_at_any_point_ends_all_and_costs_no_bit(
         command = [sys.executable, "-P", str(WORKER), str(facts)]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as worker:
             pids = json.loads(worker.stdout.readline())
+            if victim == "worker":
+                worker.wait()  # its ranks have its stdout, which ends with the last of them
+                died = time.monotonic()
+                while any(map(lives, pids)) and time.monotonic() < died + MOST_SECONDS:
+                    time.sleep(0.005)
+                most = max(most, time.monotonic() - died)
+                assert [pid for pid in pids if lives(pid)] == []
             said = worker.stdout.readline()
         if victim == "worker":
-            died = time.monotonic()
-            while any(map(lives, pids)) and time.monotonic() < died + MOST_SECONDS:
-                time.sleep(0.005)
-            most = max(most, time.monotonic() - died)
             assert said == ""
         else:
             ended = json.loads(said)
