@@ -171,6 +171,7 @@ def worker(  # noqa: PLR0913  a command's options are its parameters
     cpu_slots: Annotated[int | None, typer.Option(min=1)] = None,
     ticket: Annotated[str | None, typer.Option()] = None,
     life: Annotated[int, typer.Option(min=0)] = 0,
+    hosts: Annotated[str, typer.Option(help="of the job, with commas; this one first")] = "",
 ) -> None:
     """Do a queued run's work (started by the server; not for use by hand)."""
     from opd_mcp.devices.environment import hub_token
@@ -187,5 +188,14 @@ def worker(  # noqa: PLR0913  a command's options are its parameters
     token = hub_token(os.environ)
     # A cluster gives its job some of a machine's GPUs.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if ticket else None
-    settings = WorkerSettings(leases, key, secrets, hub_token=token, ticket=ticket, life=life, visible_gpus=visible)
+    settings = WorkerSettings(
+        leases,
+        key,
+        secrets,
+        hub_token=token,
+        ticket=ticket,
+        life=life,
+        hosts=tuple(host for host in hosts.split(",") if host),
+        visible_gpus=visible,
+    )
     raise typer.Exit(work(root, run_id, lock_fd, settings))

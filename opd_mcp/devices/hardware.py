@@ -126,9 +126,10 @@ def declared_target(runtime: RuntimeRecipe, name: str, executor: ExecutorSetting
 
     Raises ResourceError `device_unavailable` for more GPUs than a run gets there, or for one where there is none.
     """
-    memory = int(executor.memory_gb * 1e9)
+    memory, nodes = int(executor.memory_gb * 1e9), executor.nodes if executor.kind == "slurm" else 1
     if executor.gpus and runtime.device != "cpu":
-        devices = executor.gpus if runtime.devices == "all" else device_count(runtime, executor.gpus)
+        there = executor.gpus * nodes
+        devices = there if runtime.devices == "all" else device_count(runtime, there)
         text = f"a GPU of {name}" if devices == 1 else f"each of {devices} GPUs of {name}"
         return Target("cuda", text, memory, capacity=memory, devices=devices)
     if runtime.device == "cuda":
@@ -138,9 +139,19 @@ def declared_target(runtime: RuntimeRecipe, name: str, executor: ExecutorSetting
             value="runtime.device='cuda'",
             fix=f"Set gpus in [executors.{name}], or leave runtime.device at 'auto'.",
         )
-    wanted = runtime.devices if isinstance(runtime.devices, int) else max(1, executor.cpus // runtime.threads)
+    each = max(1, executor.cpus // runtime.threads)
+    wanted = runtime.devices if isinstance(runtime.devices, int) else each * nodes
     threads = wanted * runtime.threads
     return Target("cpu", f"{threads} CPU thread{'s' if threads > 1 else ''} of {name}", memory, 0, memory, wanted)
+
+
+def nodes_of(runtime: RuntimeRecipe, executor: ExecutorSettings) -> int:
+    """How many of an executor's machines a run's devices are on; raises as `declared_target`."""
+    if executor.kind != "slurm" or executor.nodes == 1:
+        return 1
+    target = declared_target(runtime, "", executor)
+    each = executor.gpus if target.kind == "cuda" else max(1, executor.cpus // runtime.threads)
+    return min(-(-target.devices // each), executor.nodes)
 
 
 def visible_gpus(found: Sequence[Gpu], visible: str | None) -> list[Gpu]:

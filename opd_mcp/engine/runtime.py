@@ -26,11 +26,12 @@ M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 << 20
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device, the dtype and the seed of a computation."""
+    """The device, the dtype and the seed of a computation; `divides`: models are loaded for ranks to divide."""
 
     device: torch.device
     dtype: torch.dtype
     seed: int
+    divides: bool = False
 
     @property
     def trains_in_autocast(self) -> bool:
@@ -58,7 +59,7 @@ def open_runtime(settings: RuntimeRecipe) -> Runtime:
 
 def loading_runtime(runtime: Runtime, context: Context) -> Runtime:
     """Where a student is loaded for its training: on the device, or in the host's memory before ranks divide it."""
-    return runtime if context.ranks is None else replace(runtime, device=torch.device("cpu"))
+    return runtime if context.ranks is None else replace(runtime, device=torch.device("cpu"), divides=True)
 
 
 def return_large_blocks() -> None:

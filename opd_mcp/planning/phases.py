@@ -203,7 +203,8 @@ class PhaseChain:
     def _runtime(self, name: PhaseName) -> dict[str, Any]:
         """What of the runtime decides the phase's result: only training is divided among devices."""
         settings = self.recipe.runtime.key_settings()
-        return settings if name in RANKED else {key: value for key, value in settings.items() if key != "devices"}
+        shared = () if name in RANKED else ("devices", "vocabulary")
+        return {key: value for key, value in settings.items() if key not in shared}
 
     def _begins_with(self, number: int | None) -> Any:
         return self.student if number is None or number == 1 else self.distilled

@@ -49,6 +49,7 @@ class SlurmExecutor(_Executor):
     signal_seconds: int = Field(
         120, ge=1, le=3600, description="before the time limit, when the worker writes its checkpoint"
     )
+    nodes: int = Field(1, ge=1, le=1024, description="machines that a run gets at most, where it has more devices")
     gpu_option: Literal["gres", "gpus-per-node"] = Field("gres", description="the option of sbatch that asks for GPUs")
     options: list[Annotated[str, StringConstraints(pattern="^--[a-z]")]] = Field(
         default_factory=list, max_length=50, description="further options of sbatch, e.g. '--constraint=a100'"

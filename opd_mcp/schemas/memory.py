@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, Self
 
-from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
+from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision, VocabularySharing
 
 CheckpointingPolicy = Literal["none", "selective", "full"]
 POLICIES: tuple[CheckpointingPolicy, ...] = ("none", "selective", "full")
 # Logits alive at the same time: one tile, whatever the micro-batch size.
 TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+# Tokens of prompts that go through a model together: they fill any device, and their activations do not.
+PREFILL_TOKENS = 1 << 14
 # Bytes per 4-bit weight, with a float32 scale for 64 values; values that are widened to float32 at a time.
 NF4_BYTES = 0.5 + 4 / 64
 NF4_CHUNK = 1 << 24
@@ -114,7 +116,10 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of one training step by what holds them, and the activation checkpointing that they belong to."""
+    """Bytes of one training step by what holds them, and the activation checkpointing that they belong to.
+
+    Of one of several ranks, `divided` says whether it computes with its own rows of the vocabulary alone.
+    """
 
     policy: CheckpointingPolicy
     weights: int
@@ -122,6 +127,7 @@ class TrainingMemory:
     optimizer: int
     activations: int
     head: int
+    divided: bool = False
 
     @property
     def total(self) -> int:
@@ -158,6 +164,7 @@ class StepSize:
     compiled: bool = False
     adapter: "AdapterSize | None" = None
     ranks: int = 1
+    vocabulary: VocabularySharing = "auto"
 
     @property
     def arithmetic(self) -> str:
@@ -172,9 +179,17 @@ class StepSize:
 def training_memory(
     shape: ModelShape, step: StepSize, checkpointing: ActivationCheckpointing, room: int
 ) -> TrainingMemory:
-    """The memory of a step; `auto` takes the first checkpointing policy that fits `room`, in bytes."""
+    """The memory of a step; `auto` takes the first checkpointing policy that fits `room`, in bytes.
+
+    Several ranks gather the vocabulary for a step where that fits with any of the policies.
+    """
     policies = POLICIES if checkpointing == "auto" else (checkpointing,)
-    found = [_share_of_a_rank(_memory_with(policy, shape, step), shape, step) for policy in policies]
+    alone = [_memory_with(policy, shape, step) for policy in policies]
+    if step.ranks == 1:
+        found = alone
+    else:
+        ways = {"auto": (False, True), "gathered": (False,), "divided": (True,)}[step.vocabulary]
+        found = [_share_of_a_rank(memory, shape, step, divided) for divided in ways for memory in alone]
     return next((memory for memory in found if memory.total <= USABLE_SHARE * room), found[-1])
 
 
@@ -257,28 +272,35 @@ def _adapter_memory(
     )
 
 
-def _share_of_a_rank(memory: TrainingMemory, shape: ModelShape, step: StepSize) -> TrainingMemory:
+def _share_of_a_rank(memory: TrainingMemory, shape: ModelShape, step: StepSize, divided: bool) -> TrainingMemory:
     """One rank's part of what is divided, with what it gathers: the vocabulary, and two layers with a gradient.
 
     Of the vocabulary there are at most two matrices, which an untied model has; norms and adapters, which every rank
-    has whole, are small. Layers are gathered in the dtype that they compute in, so autocast copies none.
+    has whole, are small. Layers are gathered in the dtype that they compute in, so autocast copies none. A vocabulary
+    that is `divided` in the step as well is not gathered, but for the embedding's rows of a micro-batch's tokens and
+    their gradient; the other ranks' tokens come tile by tile.
     """
-    if step.ranks == 1:
-        return memory
-    adapter, ranks = step.adapter, step.ranks
+    adapter, ranks, narrow = step.adapter, step.ranks, step.arithmetic != "float32"
     held = weight_bytes(step.precision) if adapter is None else adapter.base_bytes
     vocabulary = min(2 * shape.vocab * shape.hidden, shape.parameters)
     layer = (shape.parameters - vocabulary) // shape.layers
-    gathered = 2 * layer * (2 if step.arithmetic != "float32" else 4)
+    weights = held * shape.parameters // ranks + 2 * layer * (2 if narrow else 4)
+    gathered = min(step.tokens, shape.vocab) * shape.hidden if divided else vocabulary
+    head = memory.head
+    if divided:
+        whole = 4 * shape.vocab * shape.hidden if narrow else 0
+        tile = min(TILE_BYTES.get(step.device, TILE_BYTES["cpu"]) * ranks // (4 * shape.vocab), ranks * step.tokens)
+        head = max(head - whole, 0) + whole // ranks + 16 * tile * shape.hidden
     if adapter is not None:
         thin = 4 * (adapter.trained + adapter.earlier)
-        weights = held * shape.parameters // ranks + held * vocabulary + gathered + thin
-        return replace(memory, weights=weights)
+        return replace(memory, weights=weights + held * gathered + thin, head=head, divided=divided)
     return replace(
         memory,
-        weights=held * shape.parameters // ranks + held * vocabulary + gathered,
-        gradients=4 * (shape.parameters // ranks + vocabulary + layer),
+        weights=weights + held * gathered,
+        gradients=4 * (shape.parameters // ranks + layer + gathered),
         optimizer=memory.optimizer // ranks,
+        head=head,
+        divided=divided,
     )
 
 

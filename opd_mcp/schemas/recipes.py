@@ -26,6 +26,7 @@ AdapterScaling = Literal["lora", "rslora"]
 AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 ReferenceRow = Literal["teacher", "base"]
+VocabularySharing = Literal["auto", "gathered", "divided"]
 Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["all"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 BATCH = (
@@ -79,6 +80,11 @@ class RuntimeRecipe(Schema):
         1,
         description="how many devices of one kind a run computes on, or 'all' of this machine: in sft and lightning "
         "each holds its part of the student; responses, rollouts, scores and benchmark are shared (docs/scale.md)",
+    )
+    vocabulary: Annotated[VocabularySharing, AddedLater()] = Field(
+        "auto",
+        description="of a student that several devices train: 'gathered' on each for a step, or 'divided' in the step "
+        "too, which takes less memory and moves the tokens; 'auto': divided only where gathering it does not fit",
     )
 
 

@@ -123,6 +123,9 @@ class TrainingSummary(Schema):
     activation_checkpointing: CheckpointingPolicy | None = Field(
         None, description="what the memory estimate or the recipe chose; absent where no step was left to take"
     )
+    vocabulary: Literal["gathered", "divided"] | None = Field(
+        None, description="how several devices shared embedding and head in a step; absent for one process"
+    )
     packed: bool = Field(True, description="false: rows were padded in length buckets, since the class does not pack")
     throughput: "Throughput | None" = None
     sft_rows: SftRows | None = None

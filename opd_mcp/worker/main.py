@@ -17,15 +17,14 @@ from typing import Any
 
 import psutil
 
-from opd_mcp.devices.hardware import Gpu, device_count, free_disk, gpu_slot, gpus, visible_gpus
-from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
-from opd_mcp.planning.costs.admission import is_short, out_of_hours, seconds_left, short_admission
-from opd_mcp.planning.costs.estimates import engine_of, is_divided
+from opd_mcp.devices.hardware import free_disk, gpus, visible_gpus
+from opd_mcp.devices.leases import Lease, LeaseFolder
+from opd_mcp.planning.costs.admission import out_of_hours, seconds_left
 from opd_mcp.planning.costs.workload import expected_disk, workload_of
 from opd_mcp.planning.engines import required_program
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call
-from opd_mcp.schemas.recipes import MANAGED_ENGINES, RuntimeRecipe
+from opd_mcp.schemas.recipes import RuntimeRecipe
 from opd_mcp.schemas.reports import TrainingSummary
 from opd_mcp.schemas.runs import ExportSettings, PhaseName, RunRecord, RunState
 from opd_mcp.store.claims import RunClaim, read_claim
@@ -59,8 +58,10 @@ from opd_mcp.worker.guardian import guarded
 from opd_mcp.worker.held_engine import HeldEngine, address_of
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.log import logging_to_stderr, take_over_libraries
-from opd_mcp.worker.pipeline import Pipeline, run_cancelled
+from opd_mcp.worker.pipeline import Pipeline
+from opd_mcp.worker.run_devices import device_kind, device_lease, far_ranks, gpu_of, rank_devices, runtime_here
 from opd_mcp.worker.stage_calls import StageCalls, Stages
+from opd_mcp.worker.teams.far_ranks import FarRank
 from opd_mcp.worker.teams.helpers import HelperTeam
 from opd_mcp.worker.teams.ranks import GROUP_SECONDS, RankTeam, RankWork
 from opd_mcp.worker.watchdog import WatchSettings, watching
@@ -98,6 +99,8 @@ class WorkerSettings:
     ticket: str | None = field(default=None, repr=False)
     """Of a job on an executor's machines, what its claim names; `life` counts its restarts."""
     life: int = 0
+    hosts: tuple[str, ...] = ()
+    """The machines of a job that has several, this one first."""
     visible_gpus: str | None = None
     """The GPUs that the job was given, as CUDA_VISIBLE_DEVICES has them; None: all."""
 
@@ -162,7 +165,8 @@ class RunWorker:
         quotas = read_settings(self.store.workspace).quotas
         runtime = record.request.recipe.runtime
         found = None if self.settings.visible_gpus is None else visible_gpus(gpus(), self.settings.visible_gpus)
-        lease = device_lease(self.store, record, self.settings.leases, self.reporter, found)
+        here = runtime_here(runtime, self.settings.hosts)
+        lease = device_lease(self.store, record, here, self.settings.leases, self.reporter, found)
         prepare_environment(runtime, lease, self.store.workspace.compiled)
         self.journal.append("state", {"state": "running"})
         self.reporter.limit(seconds_left(quotas, self.directory))
@@ -176,7 +180,9 @@ class RunWorker:
 
         recipe, inputs, device = record.request.recipe, record.request.inputs, device_kind(lease)
         workload = workload_of(recipe, inputs)
-        devices, engine_starts = rank_devices(recipe.runtime, lease), list[float]()
+        far = far_ranks(recipe.runtime, lease, self.settings.hosts)
+        devices = rank_devices(runtime_here(recipe.runtime, self.settings.hosts), lease)
+        devices, engine_starts = devices or ([gpu_of(lease)] if far else []), list[float]()
 
         @contextmanager
         def start_engine(wish: EngineWish) -> Iterator[list[EngineAddress]]:
@@ -217,7 +223,7 @@ class RunWorker:
                 self.directory,
                 context,
                 loaded,
-                on_ranks=self._on_ranks(devices),
+                on_ranks=self._on_ranks(devices, far),
                 helpers=self._helpers(devices, recipe.runtime),
             ),
             device=device,
@@ -230,7 +236,7 @@ class RunWorker:
         )
 
     def _on_ranks(
-        self, devices: list[str | None]
+        self, devices: list[str | None], far: Sequence[FarRank]
     ) -> Callable[[StageCalls, PhaseName, Path, int | None], TrainingSummary] | None:
         """What trains a phase in one process per device; None where the run trains in this one."""
         reporter = self.reporter
@@ -258,7 +264,7 @@ class RunWorker:
                 "round": number,
                 "output": str(output),
             }
-            work = RankWork(facts, devices, self.directory, self.settings.group_seconds)
+            work = RankWork(facts, devices, self.directory, self.settings.group_seconds, far=far)
             return RankTeam(work, answers, questions).trained()
 
         return train if devices else None
@@ -361,67 +367,6 @@ def gguf_converter(settings: ExportSettings, should_stop: Callable[[], bool]) ->
     if settings.gguf_converter is None:
         return None
     return GgufConverter(Path(settings.gguf_converter), Path(settings.gguf_python or sys.executable), should_stop)
-
-
-def device_lease(
-    store: Store, record: RunRecord, leases: LeaseFolder, reporter: JournalReporter, usable: list[Gpu] | None = None
-) -> Lease:
-    """The lease of all the run's devices: GPUs, or CPU slots for its threads; raises RunError `run_cancelled`.
-
-    Raises ResourceError `device_unavailable` for more GPUs than there are. A short run also takes a
-    device's slot for short runs, once its memory is free there. `usable` are the GPUs of a job; None: all here.
-    """
-    runtime = record.request.recipe.runtime
-    found = (
-        []
-        if runtime.device == "cpu"
-        else sorted(gpus() if usable is None else usable, key=lambda gpu: -gpu.free_memory)
-    )
-    slots = [gpu_slot(gpu) for gpu in found] or leases.cpu_slot_names()
-    count = device_count(runtime, len(found)) if uses_devices(record) else 1
-    if not found:
-        every = runtime.devices == "all" and uses_devices(record)
-        count = len(slots) if every else min(count * runtime.threads, len(slots))
-    wishes = [Wish(slots, count)]
-    if is_short(record):
-        wishes.append(Wish(leases.short_slots(slots), 1, short_admission(store, record, leases)))
-    lease = leases.acquire_any(record.run_id, wishes, reporter.should_stop, record.expected_memory_bytes)
-    if lease is None:
-        raise run_cancelled()
-    return lease
-
-
-def uses_devices(record: RunRecord) -> bool:
-    """Whether the run has a phase that several devices compute, here or on managed engines."""
-    recipe, names = record.request.recipe, [phase.name for phase in record.request.phases]
-    return any(is_divided(recipe, name) or engine_of(recipe, name) in MANAGED_ENGINES for name in names)
-
-
-def rank_devices(runtime: RuntimeRecipe, lease: Lease) -> list[str | None]:
-    """The device of each rank, a GPU's UUID or None for the CPU; nothing for a run of one process."""
-    if runtime.devices == 1:
-        return []
-    gpus_held = [gpu_named(slot) for slot in lease.slots]
-    if gpus_held[0] is not None:
-        return gpus_held
-    cpu: list[str | None] = [None]
-    return cpu * (runtime.devices if isinstance(runtime.devices, int) else max(1, len(lease.slots) // runtime.threads))
-
-
-def gpu_named(slot: str) -> str | None:
-    """The UUID of a GPU's slot; None for the CPU."""
-    _, separator, uuid = slot.partition("gpu-")
-    return uuid if separator else None
-
-
-def gpu_of(lease: Lease) -> str | None:
-    """The UUID of the first leased GPU; None for the CPU."""
-    return gpu_named(lease.slots[0])
-
-
-def device_kind(lease: Lease) -> str:
-    """`cuda` or `cpu`."""
-    return "cpu" if gpu_of(lease) is None else "cuda"
 
 
 def prepare_environment(runtime: RuntimeRecipe, lease: Lease, compiled: Path) -> None:

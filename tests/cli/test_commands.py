@@ -213,15 +213,17 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest_block():
 def test_the_seconds_before_the_first_progress_say_what_happens(world, service, busy_machine):
     run_id = service.start_distillation(world.start_arguments()).run_id
     status, [shown] = service.status(run_id), service.dashboard([run_id]).runs
-    said = waiting_text(status, seconds_of(status.created_at) + 61)
-    assert said.startswith("waits for a CPU slot")
-    assert said.endswith(", for 61 s")
+    assert status.state == "queued"
+    later = seconds_of(status.created_at) + 61
+    assert waiting_text(status.model_copy(update={"waits_for": None}), later) == "its process starts, for 61 s"
+    said = waiting_text(status.model_copy(update={"waits_for": "waits for a CPU slot"}), later)
+    assert said == "waits for a CPU slot, for 61 s"
     assert f"  {said}" in view_lines(shown, 200, waits=said)
     begun = status.model_copy(update={"state": "running"})
     assert waiting_text(begun, 0.0) == "its process starts"
     assert waiting_text(begun.model_copy(update={"phase": "sft"}), 0.0) is None
-    first, *later = shown.phases
-    running = shown.model_copy(update={"phases": [first.model_copy(update={"state": "running"}), *later]})
+    first, *others = shown.phases
+    running = shown.model_copy(update={"phases": [first.model_copy(update={"state": "running"}), *others]})
     assert "      the process starts and loads the models" in view_lines(running, 80)
     service.cancel(run_id)
 

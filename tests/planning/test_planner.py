@@ -344,8 +344,8 @@ def test_the_batch_follows_from_all_memory_of_the_device_not_from_what_is_free(s
     overrides = {"runtime.device": "auto", "rollout.count": 4096}
     declared = {"declared_teacher": world.teacher}
     plans = []
-    for free in (760, 300):
-        gpu(total=760, free=free)
+    for free in (790, 300):
+        gpu(total=790, free=free)
         plans.append(service.plan(world.plan_arguments(overrides=overrides, **declared)))
     assert [plan.recipe.rollout.batch_size for plan in plans] == [512, 512]
     assert plans[0].plan_id == plans[1].plan_id

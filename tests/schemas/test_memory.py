@@ -35,3 +35,42 @@ def test_an_adapter_is_whole_on_each_rank() -> None:
     one, eight = (training_memory(QWEN3_8B, replace(step, ranks=ranks), "full", ROOM) for ranks in (1, 8))
     assert (eight.optimizer, eight.gradients) == (one.optimizer, one.gradients)
     assert eight.weights < one.weights / 2
+
+
+def test_the_vocabulary_is_divided_in_the_step_where_gathering_it_does_not_fit() -> None:
+    eight = replace(STEP, ranks=8)
+    gathered, divided = (
+        training_memory(QWEN3_8B, replace(eight, vocabulary=way), "auto", ROOM) for way in ("gathered", "divided")
+    )
+    assert (gathered.divided, divided.divided) == (False, True)
+    assert training_memory(QWEN3_8B, eight, "auto", ROOM) == gathered
+    tight = training_memory(QWEN3_8B, eight, "auto", 50 * 10**9)
+    assert tight.divided
+    assert gathered.total > 0.9 * 50 * 10**9 > tight.total
+
+
+def test_a_divided_vocabulary_falls_with_the_ranks_and_one_process_has_none() -> None:
+    step = replace(STEP, vocabulary="divided")
+    one, eight, many = (training_memory(QWEN3_8B, replace(step, ranks=ranks), "full", ROOM) for ranks in (1, 8, 10**6))
+    assert not one.divided
+    assert many.gradients < eight.gradients < one.gradients / 4
+    whole = 4 * QWEN3_8B.vocab * QWEN3_8B.hidden
+    assert many.weights + many.gradients < 2 * whole  # less than the gathered head and its gradient
+    adapter = AdapterSize(87_000_000, 32 * 7, 2)
+    frozen = [
+        training_memory(QWEN3_8B, replace(STEP, ranks=8, vocabulary=way, adapter=adapter), "full", ROOM).weights
+        for way in ("gathered", "divided")
+    ]
+    assert frozen[0] - frozen[1] > 2 * QWEN3_8B.vocab * QWEN3_8B.hidden
+
+
+def test_a_mixture_of_30b_fits_eight_80_gb_devices_with_a_divided_vocabulary_alone() -> None:
+    qwen3_30b_a3b = ModelShape(30_532_122_624, 48, 2048, 32 * 128, 4 * 128, 8 * 768, 151936, experts=True)
+    step = replace(STEP, tokens=4096, ranks=8)
+    found = training_memory(qwen3_30b_a3b, step, "auto", ROOM)
+    assert found.divided
+    assert (
+        found.total
+        < 0.9 * ROOM
+        < training_memory(qwen3_30b_a3b, replace(step, vocabulary="gathered"), "full", ROOM).total
+    )

@@ -8,11 +8,12 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opd_mcp.engine.context import Context, RankPlace, SilentReporter
 from opd_mcp.engine.data.batches import StepData, stored_batches
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
-from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, Sampled, TopkReverseKl
-from opd_mcp.engine.models.attention import use_packed_attention
+from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, Sampled, TopkReverseKl, distill_objective
+from opd_mcp.engine.models.attention import packs, use_packed_attention
+from opd_mcp.engine.models.loading import load_model
 from opd_mcp.engine.models.lora import add_adapter
-from opd_mcp.engine.runtime import Runtime, return_large_blocks
+from opd_mcp.engine.runtime import Runtime, loading_runtime, return_large_blocks
 from opd_mcp.engine.training.activations import checkpointed_activations
 from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.optim import build_optimizer
@@ -37,8 +39,16 @@ from opd_mcp.engine.training.ranks import joined
 from opd_mcp.engine.training.sharding import ShardedModel, sharded
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients, sft_metrics
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.recipes import AdapterRecipe, CheckpointRecipe, OptimizerRecipe
-from opd_mcp.worker.teams.rank_process import Channel, ChannelReporter, end_with, is_group_failure
+from opd_mcp.schemas.memory import TILE_BYTES
+from opd_mcp.schemas.recipes import (
+    AdapterRecipe,
+    CheckpointRecipe,
+    DistillRecipe,
+    Estimator,
+    OptimizerRecipe,
+    RuntimeRecipe,
+)
+from opd_mcp.worker.teams.rank_process import Channel, ChannelReporter, is_group_failure, line_of
 from opd_mcp.worker.teams.ranks import DONE, FAILED, described
 
 VOCAB = 103  # no multiple of the ranks
@@ -47,10 +57,14 @@ SIZES = {
     "odd": ((5, 20), (9, 3), (4, 33), (7, 0), (3, 12), (2, 40)),
     "one": ((5, 20), (7, 0)),
 }
+ESTIMATORS = get_args(Estimator)
 OBJECTIVES = {"sft": SFT_OBJECTIVE, "sampled": Sampled(1.0), "topk": TopkReverseKl(4, 10.0)}
+OBJECTIVES |= {f"of {name}": distill_objective(DistillRecipe(estimator=name, topk=4)) for name in ESTIMATORS}
 
 
 def model_of(*, tied: bool, dtype: torch.dtype = torch.float64, adapter: bool = False, **sizes: int):
+    """A tiny model; with `capped` its head has a bias, and its logits a soft cap."""
+    capped = sizes.pop("capped", 0)
     torch.manual_seed(0)
     settings = {
         "vocab_size": VOCAB,
@@ -69,6 +83,9 @@ def model_of(*, tied: bool, dtype: torch.dtype = torch.float64, adapter: bool = 
         for name, weight in model.named_parameters():
             if ".lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(2))
+    if capped:
+        model.config.final_logit_softcapping = float(capped)
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.config.vocab_size, dtype=dtype))
     assert use_packed_attention(model)
     return model
 
@@ -109,12 +126,15 @@ def gradients(case: dict[str, Any], place: RankPlace) -> dict[str, float]:
     ranks, data = joined(place, device), rows_of(SIZES[case["data"]])
     step = StepData(data, np.arange(len(data)))
     reweigh = (lambda tokens: 1 + tokens.logprobs.detach().abs()) if case.get("reweigh") else None
+    TILE_BYTES["cpu"] = case.get("tile_bytes", 1 << 26)
+    settings_of_model = {name: case[name] for name in ("adapter", "capped") if name in case}
     for tied, normalize, budget, name in case["cases"]:
-        settings, adapter = StepSettings(normalize, budget, runtime), bool(case.get("adapter"))
+        settings = StepSettings(normalize, budget, runtime)
         kind = torch.float64 if runtime.dtype is torch.float32 else torch.float32
-        reference = model_of(tied=tied, adapter=adapter, dtype=kind)
+        reference = model_of(tied=tied, dtype=kind, **settings_of_model)
         want = accumulate_gradients(reference, step, OBJECTIVES[name], settings, reweigh=reweigh)
-        parts = sharded(model_of(tied=tied, adapter=adapter, dtype=kind), ranks, runtime)
+        parts = sharded(model_of(tied=tied, dtype=kind, **settings_of_model), ranks, runtime)
+        parts = replace(parts, divides_steps=bool(case.get("divided")))
         if case.get("break") == "mean":
             by_mean(parts)
         with checkpointed_activations(parts.model, case.get("policy", "none")):
@@ -148,6 +168,7 @@ def memory(case: dict[str, Any], place: RankPlace) -> int:
     model = model_of(tied=False, dtype=torch.float32, **case["sizes"])
     step, settings = StepData(data, np.arange(len(data))), StepSettings("sample", 128, runtime)
     parts = None if case.get("alone") else sharded(model, ranks, runtime)
+    parts = parts and replace(parts, divides_steps=bool(case.get("divided")))
     weights = model.parameters() if parts is None else parts.trained().values()
     optimizer = build_optimizer(model, OptimizerRecipe(), seed=0, weights=weights)
     gc.collect()
@@ -161,6 +182,37 @@ def memory(case: dict[str, Any], place: RankPlace) -> int:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return statistic("VmHWM") - before
+
+
+def loading(case: dict[str, Any], place: RankPlace) -> dict[str, float]:
+    """The most memory of its own that a rank held while it loaded and divided the model in `path`, in bytes, the
+    model's bytes in float32, and whether all of its rows are those of the model that one process loads.
+    """
+    device, path = torch.device("cpu"), Path(case["path"])
+    return_large_blocks()
+    runtime = Runtime(device, torch.float32, 0)
+    context, ranks = Context(ranks=place), joined(place, device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before, most, ended = statistic("RssAnon"), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            most[0] = max(most[0], statistic("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    loaded = load_model(path, loading_runtime(runtime, context), for_training=True)
+    parts = sharded(loaded.model, ranks, runtime)
+    ended.set()
+    watcher.join()
+    whole = dict(load_model(path, runtime, for_training=True).model.named_parameters())
+    same = [parts.weights().keys() == whole.keys()]
+    for name, weight in parts.weights().items():
+        gathered = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        same.append(gathered.dtype is torch.float32 and torch.equal(gathered, whole[name]))
+    size = sum(weight.numel() * 4 for weight in whole.values())
+    return {"most": most[0] - before, "whole": size, "same": all(same), "packs": packs(loaded.model)}
 
 
 def statistic(name: str) -> int:
@@ -212,27 +264,29 @@ def training(case: dict[str, Any], place: RankPlace, channel: Channel | None = N
         reporter=reporter if channel is None or place.rank else ChannelReporter(channel),
         check_fence=(lambda: None) if channel is None or place.rank else (lambda: channel.ask("check_fence")),
         checkpoints=Path(case["folder"]),
+        runtime=RuntimeRecipe(vocabulary=case.get("vocabulary", "auto")),
         checkpoint=CheckpointRecipe(steps=case.get("every", 2)),
         ranks=place if case.get("ranked", True) else None,
     )
     torch.manual_seed(7)
     runtime = Runtime(torch.device("cpu"), getattr(torch, case.get("dtype", "float32")), 0)
     try:
-        train(model, task, runtime, context)
-        stopped = None
+        summary = train(model, task, runtime, context)
+        stopped, vocabulary = None, summary.vocabulary
     except RunError as error:
-        stopped = error.code
+        stopped, vocabulary = error.code, None
     if not stopped and place.rank == 0:
         tensors = {name: weight.detach().clone().contiguous() for name, weight in model.named_parameters()}
         save_file(tensors, Path(case["output"]))
-    return {"losses": reporter.losses, "alerts": reporter.alerts, "resumed": reporter.resumed_at, "stopped": stopped}
+    told = {"losses": reporter.losses, "alerts": reporter.alerts, "resumed": reporter.resumed_at, "stopped": stopped}
+    return {**told, "vocabulary": vocabulary}
 
 
 def main(case_file: Path, rank: int) -> None:
     torch.set_num_threads(1)
     given = json.loads(case_file.read_bytes())
     place = RankPlace(rank, given["size"], case_file.parent, 60.0)
-    done = {"gradients": gradients, "training": training, "memory": memory}
+    done = {"gradients": gradients, "training": training, "memory": memory, "loading": loading}
     answers = [done[case["what"]](case, place) for case in given["cases"]]
     (case_file.parent / f"answer-{rank}.json").write_text(json.dumps(answers))
     if dist.is_initialized():
@@ -243,9 +297,8 @@ def main(case_file: Path, rank: int) -> None:
 def in_team() -> None:
     """Train as a rank of a worker's team."""
     facts = json.loads(sys.stdin.buffer.read())
-    end_with(facts["worker"])
     torch.set_num_threads(1)
-    channel = Channel(socket.socket(fileno=facts["channel"]))
+    channel = Channel(line_of(facts))
     place = RankPlace(**{**facts["place"], "folder": Path(facts["place"]["folder"])})
     status = 1
     try:

@@ -3,17 +3,15 @@
 import json
 import os
 import signal
-import socket
 import sys
 import time
 
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.worker.teams.rank_process import Channel, end_with
+from opd_mcp.worker.teams.rank_process import Channel, line_of
 from opd_mcp.worker.teams.ranks import DONE, FAILED, described
 
 facts = json.loads(sys.stdin.buffer.read())
-end_with(facts["worker"])
-channel = Channel(socket.socket(fileno=facts["channel"]))
+channel = Channel(line_of(facts))
 rank = facts["place"]["rank"]
 for act, *given in facts["acts"][rank]:
     if act == "tell":

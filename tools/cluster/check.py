@@ -33,6 +33,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import psutil
+
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.requests import StartDistillation, StartSft
@@ -47,6 +49,7 @@ from tools.cluster.ray_nodes import RayNodes, ray_nodes, ray_program
 from tools.cluster.services import Services, missing_programs, services, until
 
 ROWS = 12
+RANK = "opd_mcp.worker.teams.rank_process"
 RUN_SECONDS = 400.0
 SHORT = {
     "sft.steps": 4,
@@ -112,6 +115,7 @@ class Cluster:
             tables += (
                 f"[executors.slurm]\n{slurm}\n"
                 f'[executors.short]\ntime_limit = "2:00"\n{slurm}\n'
+                f"[executors.wide]\nnodes = 2\n{slurm}\n"
                 f'[executors.ssh]\nkind = "ssh"\nhosts = ["127.0.0.1"]\n'
                 f"options = {json.dumps(self.running.ssh_options)}\n{common}\n"
             )
@@ -122,10 +126,14 @@ class Cluster:
 
 def long_sft(cluster: Cluster, executor: str = "slurm", steps: int = 100_000) -> str:
     """The id of a fine-tuning that takes minutes."""
-    data, overrides = str(cluster.root / "data" / "responses.jsonl"), {**LONG, "sft.steps": steps}
+    return cluster.service().start_sft(sft_of(cluster, executor, **{"sft.steps": steps})).run_id
+
+
+def sft_of(cluster: Cluster, executor: str | None, **overrides: object) -> StartSft:
+    """A fine-tuning that writes checkpoints often."""
+    data = str(cluster.root / "data" / "responses.jsonl")
     given = {"student": MODELS["student"], "responses": data, "declared_teacher": MODELS["teacher"]}
-    arguments = StartSft(**given, preset="demo", overrides=overrides, executor=executor)
-    return cluster.service().start_sft(arguments).run_id
+    return StartSft(**given, preset="demo", overrides=LONG | overrides, executor=executor)
 
 
 def distillation(cluster: Cluster, executor: str, seed: int) -> str:
@@ -224,7 +232,7 @@ def lost_node(cluster: Cluster) -> dict[str, Any]:
     """A node dies with its worker: Slurm requeues the job, which goes on on the other one."""
     service, run_id = cluster.service(), long_sft(cluster)
     reached(service, run_id, trained_a_little)
-    job = str(read_submission(service.workspace.run(run_id), 1).job)  # type: ignore[union-attr]
+    job = job_of(service, run_id)
     node = cluster.services.asks("squeue", "-h", "-j", job, "-o", "%N").strip()
     before = time.monotonic()
     cluster.services.kill_node(node)
@@ -251,6 +259,45 @@ def time_limit(cluster: Cluster) -> dict[str, Any]:
         r.data["code"] for r in read_journal(service.workspace.run(run_id) / "journal.jsonl") if r.type == "alert"
     ]
     require("preempted" in alerts, alerts)
+    return found
+
+
+def two_nodes(cluster: Cluster) -> dict[str, Any]:
+    """Ranks on two nodes: a run whose rank over there is killed goes on; another equals two ranks on one machine."""
+    service, both = cluster.service(), {"runtime.devices": 2}
+    run_id = service.start_sft(sft_of(cluster, "wide", **both)).run_id
+    reached(service, run_id, trained_a_little)
+    listed = cluster.services.asks("squeue", "-h", "-s", "-j", job_of(service, run_id), "-o", "%i %N").split("\n")
+    step = next((line for line in listed if ".0 " in line), None)
+    begun = read_beginning(service.workspace.run(run_id), 1)
+    require(step is not None and begun is not None, f"a step on another node: {listed}")
+    near = {child.pid for child in psutil.Process(begun.pid).children()}  # type: ignore[union-attr]
+    far = [rank for rank in ranks_of(job_of(service, run_id)) if rank.pid not in near]
+    require(len(far) == 1, f"a rank that the worker has not started itself: {far}")
+    far[0].kill()
+    lost = ended(service, run_id)
+    require(lost.error is not None and lost.error.code == "rank_lost", lost)
+    service.resume(run_id)
+    found = goes_on(service, run_id)
+    short = {**both, "sft.steps": 30}
+    there = ended(service, service.start_sft(sft_of(cluster, "wide", **short)).run_id)
+    roots, settings = AllowedRoots([cluster.root / "data"]), JobSettings(cluster.root / "leases", 2)
+    here = JobService(Workspace(cluster.root / "here"), roots, settings)
+    alone = ended(here, here.start_sft(sft_of(cluster, None, **short)).run_id)
+    require(there.result is not None and alone.result is not None, (there, alone))
+    files = [Path(str((status.result or {})["paths"]["sft"])) / "model.safetensors" for status in (there, alone)]
+    require(files[0].read_bytes() == files[1].read_bytes(), "the same student as of two ranks here")
+    return {"step": step, "cause": lost.error.cause if lost.error else None, **found}
+
+
+def ranks_of(job: str) -> list[psutil.Process]:
+    """The ranks of a Slurm job, without the `srun` that started some."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        with contextlib.suppress(psutil.Error):
+            if command[-1] == RANK and "python" in command[0] and process.environ().get("SLURM_JOB_ID") == job:
+                found.append(process)
     return found
 
 
@@ -326,19 +373,19 @@ def ray_queue_and_cancel(cluster: Cluster) -> dict[str, Any]:
     first, second = long_sft(cluster, "ray"), long_sft(cluster, "ray", 99_999)
     said = reached(service, second, lambda status: status.waits_for is not None).waits_for
     require(service.cancel(second).state == "cancelled", second)
-    job = job_on_ray(service, first)
-    reached(service, first, lambda status: job_on_ray(service, first) != job)
-    until(lambda: ray.left() <= {*blockers, job_on_ray(service, first)}, f"nothing of {second}", 120)
+    job = job_of(service, first)
+    reached(service, first, lambda status: job_of(service, first) != job)
+    until(lambda: ray.left() <= {*blockers, job_of(service, first)}, f"nothing of {second}", 120)
     for blocker in blockers:
         ray.asks(f"/api/jobs/{blocker}/stop", "POST")
     reached(service, first, trained_a_little)
     service.cancel(first)
     require(ended(service, first).state == "cancelled", first)
     until(lambda: not ray.left(), "nothing left")
-    return {"said": said, "first_job": job, "last_job": job_on_ray(service, first)}
+    return {"said": said, "first_job": job, "last_job": job_of(service, first)}
 
 
-def job_on_ray(service: JobService, run_id: str) -> str:
+def job_of(service: JobService, run_id: str) -> str:
     """The job of a run's newest attempt."""
     directory = service.workspace.run(run_id)
     submission = read_submission(directory, newest_attempt(directory))
@@ -351,7 +398,7 @@ def ray_lost_node(cluster: Cluster) -> dict[str, Any]:
     service, run_id = cluster.service(), long_sft(cluster, "ray")
     directory, ray = service.workspace.run(run_id), cluster.ray
     reached(service, run_id, trained_a_little)
-    node = ray.node_of(job_on_ray(service, run_id))
+    node = ray.node_of(job_of(service, run_id))
     before = time.monotonic()
     ray.kill(node)
     lost = ended(service, run_id)
@@ -359,7 +406,7 @@ def ray_lost_node(cluster: Cluster) -> dict[str, Any]:
     require(lost.state == "lost" and lost.error is not None, lost)
     service.resume(run_id)
     reached(service, run_id, lambda status: read_beginning(directory, 2) is not None)
-    other = ray.node_of(job_on_ray(service, run_id))
+    other = ray.node_of(job_of(service, run_id))
     require(other != node, f"{node}, then {other}")
     found = goes_on(service, run_id)
     until(lambda: not ray.left(), "nothing left")
@@ -380,6 +427,7 @@ CHECKS: dict[str, Callable[[Cluster], dict[str, Any]]] = {
     "slurm: queue position, cancel while waiting and while working": queue_and_cancel,
     "slurm: a node is lost": lost_node,
     "slurm: a preemption": preemption,
+    "slurm: ranks on two nodes": two_nodes,
     "slurm: the time limit": time_limit,
     "slurm: the server is killed after its start": server_restart,
     "slurm: two servers start the same": two_servers,

@@ -19,12 +19,14 @@ from opd_mcp.engine.data.encoding import EncodedPrompt
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, TeacherPrompts, build_sequences, flatten
 from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
 from opd_mcp.engine.generation.replay import draw_replayed, replays
+from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.models.embeddings import head_logits
-from opd_mcp.engine.models.kv_cache import continued, keep_rows, roomy_cache
+from opd_mcp.engine.models.kv_cache import continued, keep_rows, prefilled, roomy_cache
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.parts import Arrays, Job, computed_together
 from opd_mcp.engine.runtime import generator_for
 from opd_mcp.schemas.identity import EngineFacts
+from opd_mcp.schemas.memory import PREFILL_TOKENS
 from opd_mcp.schemas.recipes import Sampling
 
 # dropping rows copies the KV cache: worth it once this share of the rows is done
@@ -194,9 +196,10 @@ def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], st
     input_ids, mask = left_padded(prompts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = roomy_cache(model.config)
-    hidden = continued(model, cache, input_ids, mask, positions)
-    drawn = state.take(head_logits(model, hidden[:, -1]))
-    del hidden  # [B, L, H], unused from here on
+    # models whose attention was compared with packed rows are known to see what came before as they should
+    width = max(PREFILL_TOKENS // len(prompts), 1) if packs(model) else input_ids.shape[1]
+    hidden = prefilled(model, cache, input_ids, mask, positions, width)
+    drawn = state.take(head_logits(model, hidden))
     draw_rest = draw_replayed if replays(model, cache) else _draw_growing
     draw_rest(model, cache, mask, positions[:, -1:], drawn, state)
     return state.responses()

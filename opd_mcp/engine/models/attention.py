@@ -318,8 +318,10 @@ def padded_hidden(model: PreTrainedModel, input_ids: Tensor, documents: Document
     return model.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state[inside]
 
 
-def use_packed_attention(model: PreTrainedModel) -> bool:
+def use_packed_attention(model: PreTrainedModel, computed_in: torch.dtype | None = None) -> bool:
     """Switch the model to packed attention if two packed documents then equal the same two alone; say whether.
+
+    How equal depends on what is `computed_in`, by default the dtype of the model's weights.
 
     A class with a state between tokens, score caps, sinks or attention of its own fails the comparison, or raises, and
     keeps SDPA: it has to be padded. So does a model in training mode whose attention drops weights.
@@ -338,7 +340,8 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
             together = packed_hidden(model, ids, Documents(lengths, model.device))
             if was_training:
                 packed_hidden(model.train(), ids, Documents(lengths, model.device))  # raises for dropout in attention
-        equal = bool(((together - torch.cat(alone)).abs().max() <= _tolerance(model) * together.abs().max()).item())
+        most = _tolerance(computed_in or model.dtype) * together.abs().max()
+        equal = bool(((together - torch.cat(alone)).abs().max() <= most).item())
     except (NotImplementedError, TypeError, ValueError, RuntimeError):
         equal = False
     finally:
@@ -348,5 +351,5 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
     return equal
 
 
-def _tolerance(model: PreTrainedModel) -> float:
-    return 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 0.1

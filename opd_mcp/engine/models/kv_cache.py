@@ -78,6 +78,22 @@ def continued(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Te
     return hidden
 
 
+def prefilled(
+    model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor, width: int
+) -> Tensor:
+    """Last hidden states [B, H] of prompts `ids` [B, L] at the right edge, which the empty cache takes in.
+
+    At most `width` columns at a time, so that activations do not grow with the prompts; a cache with a layer that
+    keeps no keys takes them at once.
+    """
+    if any(not isinstance(e, DynamicLayer) or isinstance(e, LinearAttentionLayer) for e in cache.layers):
+        width = ids.shape[1]
+    for start in range(0, ids.shape[1], width):
+        stop = min(start + width, ids.shape[1])
+        hidden = continued(model, cache, ids[:, start:stop], mask[:, :stop], positions[:, start:stop])
+    return hidden[:, -1].clone()  # not a view, which would keep all of them
+
+
 def keeps_keys(cache: DynamicCache) -> bool:
     """Whether a layer keeps keys and values of tokens, which a mask can hide."""
     return any(isinstance(e, DynamicLayer) or not isinstance(e, LinearAttentionLayer) for e in cache.layers)

@@ -3,10 +3,13 @@
 import gc
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
@@ -83,7 +86,8 @@ def load_model(
     On CUDA a large model's layers are `compiled`, which takes some ten seconds. With `adapter` an adapter is trained
     on the frozen model. An adapter's directory is loaded with its base: kept apart from it where that is frozen,
     merged in float32 where all weights are trained. Its linear layers are held as the directory's facts say, where
-    these are given, or as the adapter's recipe says.
+    these are given, or as the adapter's recipe says. A model that ranks divide is mapped from its files where that can
+    be: each rank then widens its own rows.
 
     Raises PathError `not_a_model` or `unsafe_weights` (from the inspection), `unsupported_model` for a configuration
     that transformers cannot build or, where it `generates`, a class that this engine does not decode rightly with a
@@ -92,10 +96,12 @@ def load_model(
     facts = place if isinstance(place, ModelFacts) else inspect_model(place, form=base_form(adapter))
     path = facts.path
     packed = facts.identity.quantization is not None
+    whole = not runtime.divides or packed or facts.adapter is not None or adapter is not None
+    mapped = None if whole else mapped_dtype(facts.weights_path)
     if generates:
         require_decodable(facts)
     trains_all = for_training and adapter is None
-    dtype = torch.float32 if trains_all else runtime.dtype
+    dtype = (mapped or torch.float32) if trains_all else runtime.dtype
     if adapter is not None:
         if adapter.continue_adapter:
             require_continuable(facts.adapter, adapter, path)
@@ -133,8 +139,10 @@ def load_model(
     if trains_all and facts.adapter is not None:
         merge(model)
     model.train(for_training)
-    _require_plain_head(model, path)
-    use_packed_attention(model)
+    with nullcontext() if mapped is None else widened_as_used(model):
+        computed_in = model.dtype if mapped is None else torch.float32
+        _require_plain_head(model, path, computed_in)
+        use_packed_attention(model, computed_in)
     if generates and (wrong := decoding_problem(model)) is not None:
         raise undecodable(facts, wrong)
     problem = compile_layers(model, autocast=for_training and runtime.trains_in_autocast) if compiled else None
@@ -161,6 +169,40 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(torch.float32 if wide else dtype)
 
 
+@contextmanager
+def widened_as_used(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a module that runs has its own weights in float32, whatever the model holds them in."""
+    held: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, given: object) -> None:
+        for weight in module.parameters(recurse=False):
+            held[weight] = weight.data
+            weight.data = weight.data.float()
+
+    def give_back(module: nn.Module, given: object, output: object) -> None:
+        for weight in module.parameters(recurse=False):
+            weight.data = held.pop(weight)
+
+    hooks = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    hooks += [module.register_forward_hook(give_back) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, data in held.items():  # of modules that failed
+            weight.data = data
+
+
+def mapped_dtype(weights: Path) -> torch.dtype | None:
+    """What all weights in a directory are stored in, if the files can be mapped: nothing is then read before its use.
+
+    transformers copies what it converts.
+    """
+    found = {tensor.dtype for tensor in read_tensors(weights)}
+    return STORED_DTYPES.get(found.pop()) if len(found) == 1 else None
+
+
 def stored_dtype(weights: Path) -> torch.dtype:
     """The dtype of most of the weights in a directory; bfloat16 for those that are narrower than 16 bits."""
     values: dict[str, int] = {}
@@ -170,14 +212,14 @@ def stored_dtype(weights: Path) -> torch.dtype:
 
 
 @torch.no_grad()
-def _require_plain_head(model: PreTrainedModel, path: Path) -> None:
+def _require_plain_head(model: PreTrainedModel, path: Path, computed_in: torch.dtype) -> None:
     ids = torch.arange(1, 5, device=model.device)[None] % model.config.get_text_config().vocab_size
     was_training = model.training
     model.eval()
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
     expected = model(input_ids=ids, use_cache=False).logits[0].float()
     model.train(was_training)
-    tolerance = 1e-3 if model.dtype is torch.float32 else 0.1
+    tolerance = 1e-3 if computed_in is torch.float32 else 0.1
     if not torch.allclose(head_logits(model, hidden), expected, atol=tolerance, rtol=tolerance):
         raise PathError(
             "unsupported_head",

@@ -22,7 +22,7 @@ from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.machine import container_room, statistic
 from opd_mcp.schemas.errors import ArgumentError
 from opd_mcp.schemas.memory import AdapterSize, ModelShape, StepSize, TrainingMemory, training_memory
-from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision
+from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision, VocabularySharing
 
 KEPT_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 KEPT_ATTENTION = (
@@ -65,11 +65,12 @@ def step_memory(
     *,
     tokens: int,
     runtime: Runtime,
-    ranks: int = 1,
+    sharing: tuple[int, VocabularySharing] = (1, "auto"),
 ) -> TrainingMemory:
     """The estimate for micro-batches of `tokens`, `auto` resolved by what is free on the device now.
 
-    Of several `ranks`, one's; on the CPU they share the memory.
+    `sharing`: how many ranks train the model, of which it is one's, and what they do with the vocabulary. On the CPU
+    they share the memory.
 
     Raises ArgumentError `invalid_argument` for a policy that the model's class cannot follow.
     """
@@ -83,7 +84,8 @@ def step_memory(
         )
     held = weight_bytes_held(model)
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if runtime.trains_in_autocast else "float32"
-    step = StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model), adapter_size(model), ranks)
+    device, ranks = runtime.device.type, sharing[0]
+    step = StepSize(precision, tokens, dtype, device, is_compiled(model), adapter_size(model), *sharing)
     if ranks > 1:
         free = free_memory(runtime.device) // (ranks if runtime.device.type == "cpu" else 1)
         return training_memory(model_shape(model), step, checkpointing, free + held // ranks)

@@ -215,6 +215,7 @@ class _OneProcess:
         self, model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context, clock: Stopwatch
     ) -> None:
         self.model, self.task, self.runtime, self.context, self.clock = model, task, runtime, context, clock
+        self.vocabulary = context.runtime.vocabulary
 
     def weights(self) -> Iterable[nn.Parameter]:
         """What the optimizer moves, and frozen weights."""
@@ -285,7 +286,8 @@ class _OneProcess:
         lengths = data.sequences.lengths()[data.indices]
         tokens = micro_tokens(micro_batch_tokens, int(lengths.max(initial=1)), int(lengths.sum()))
         precision = self.task.settings.optimizer.precision
-        return step_memory(self.model, precision, checkpointing, tokens=tokens, runtime=self.runtime, ranks=self.size)
+        sharing = (self.size, self.vocabulary)
+        return step_memory(self.model, precision, checkpointing, tokens=tokens, runtime=self.runtime, sharing=sharing)
 
 
 class _OneOfRanks(_OneProcess):
@@ -327,10 +329,12 @@ class _OneOfRanks(_OneProcess):
         return bool(self.parts.ranks.agreed(int(super().is_stopped()))[0])
 
     def memory(self, data: StepData, micro_batch_tokens: int) -> TrainingMemory:
-        """Of one rank; the policy is the one that the first rank's free memory allows."""
+        """Of one rank; how it computes is what the first rank's free memory allows."""
         memory = super().memory(data, micro_batch_tokens)
-        policy = POLICIES[self.parts.ranks.agreed(POLICIES.index(memory.policy))[0]]
-        return self._memory(data, micro_batch_tokens, policy)
+        policy, divided = self.parts.ranks.agreed(POLICIES.index(memory.policy), int(memory.divided))
+        self.vocabulary = "divided" if divided else "gathered"
+        self.parts = replace(self.parts, divides_steps=bool(divided))
+        return self._memory(data, micro_batch_tokens, POLICIES[policy])
 
     def gradients(self, data: StepData, settings: StepSettings) -> tuple[StepResult, StepSettings]:
         """This rank's part of the gradient; memory that runs out on one rank ends the attempt of all."""
@@ -345,7 +349,8 @@ class _OneOfRanks(_OneProcess):
     def finished(self, summary: TrainingSummary) -> TrainingSummary:
         """The summary, once the first rank has the whole model."""
         self.parts.make_whole()
-        return summary.model_copy(update={"devices": self.size})
+        told = None if self.vocabulary == "auto" else self.vocabulary  # no step was left to take
+        return summary.model_copy(update={"devices": self.size, "vocabulary": told})
 
 
 def _summary(

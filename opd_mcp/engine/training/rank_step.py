@@ -1,27 +1,34 @@
 """One optimizer step on several ranks: the gradient that one process would have formed, each rank doing its share."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.batches import Batch, StepData, build_batch, ranges
 from opd_mcp.engine.losses.linear_head import row_scores
 from opd_mcp.engine.losses.objectives import RowObjective
 from opd_mcp.engine.models.attention import hidden_rows
 from opd_mcp.engine.models.embeddings import model_head
+from opd_mcp.engine.runtime import Runtime
+from opd_mcp.engine.training.divided_vocabulary import DividedVocabulary
 from opd_mcp.engine.training.ranks import Share, shares
 from opd_mcp.engine.training.sharding import ShardedModel
 from opd_mcp.engine.training.step import (
+    LossesOf,
     Reweigh,
     StepResult,
     StepSettings,
     StepTokens,
     Stopwatch,
     added_gradients,
+    head_losses,
     row_weights,
     token_weights_of,
     trained_groups,
@@ -47,16 +54,16 @@ def accumulate_on_ranks(
         return StepResult(0.0, torch.empty(0), {}, 0)
     weights = row_weights(data, settings)
     step = _Step(data, settings, sharded)
-    with sharded.window(step.tokens()) as placed:
-        step.placed = placed
-        factors = None if reweigh is None else step.factors(share, reweigh)
+    with _vocabulary(sharded, step.tokens(), settings.runtime) as vocabulary:
+        factors = None if reweigh is None else step.factors(share, reweigh, vocabulary)
 
         def weighted() -> Iterator[tuple[Batch, Tensor]]:
-            for batch in step.batches(share, clock):
+            for batch in step.batches(share, vocabulary, clock):
                 own = token_weights_of(batch, weights)
                 yield batch, own if factors is None else own * factors[torch.from_numpy(batch.positions)]
 
-        added = added_gradients(model, weighted(), objective, settings, clock)
+        losses_of = vocabulary.losses_of(objective)
+        added = added_gradients(model, weighted(), losses_of, settings, clock)
     with clock.part("backward"):
         sharded.add_up_gradients()
         ranks.add_up(added.total)
@@ -65,11 +72,50 @@ def accumulate_on_ranks(
     return StepResult(float(added.total), logprobs, step.columns(), len(logprobs), tuple(lengths.tolist()))
 
 
-class _Step:
-    """The rows of one step, and where their response tokens are among all of the data's.
+class _Vocabulary(Protocol):
+    """Embedding and head while a step is computed."""
 
-    `placed` turns ids into rows of the embedding that the model has while the step is computed.
-    """
+    def looked_up(self, input_ids: Tensor) -> AbstractContextManager[Tensor]:
+        """A block in which the embedding knows these ids [T], by those that are yielded."""
+
+    def losses_of(self, objective: RowObjective) -> LossesOf:
+        """The losses by the head, with their gradients."""
+
+    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log π(target) [R] of hidden states [R, H]."""
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Inside a window: the model has a head and an embedding, whose rows `placed` finds."""
+
+    model: PreTrainedModel
+    placed: Callable[[Tensor], Tensor]
+    runtime: Runtime
+
+    def looked_up(self, input_ids: Tensor) -> AbstractContextManager[Tensor]:
+        return nullcontext(self.placed(input_ids))
+
+    def losses_of(self, objective: RowObjective) -> LossesOf:
+        return head_losses(self.model, objective, self.runtime)
+
+    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = model_head(self.model, self.runtime.dtype if self.runtime.trains_in_autocast else None)
+        return row_scores(head, hidden, targets).logprobs
+
+
+@contextmanager
+def _vocabulary(sharded: ShardedModel, tokens: NDArray[np.int64], runtime: Runtime) -> Iterator[_Vocabulary]:
+    """That of a step with these tokens, the same on all ranks."""
+    if sharded.divides_steps:
+        yield DividedVocabulary(sharded, runtime)
+        return
+    with sharded.window(tokens) as placed:
+        yield _Gathered(sharded.model, placed, runtime)
+
+
+class _Step:
+    """The rows of one step, and where their response tokens are among all of the data's."""
 
     def __init__(self, data: StepData, settings: StepSettings, sharded: ShardedModel) -> None:
         self._sequences, self._settings, self._sharded = data.sequences, settings, sharded
@@ -77,21 +123,20 @@ class _Step:
         self._rows = np.repeat(data.indices, counts)
         self.positions = torch.from_numpy(ranges(data.sequences.response_offsets[data.indices], counts))
         self._indices = data.indices[data.sequences.lengths()[data.indices] > 0]
-        self.placed: Callable[[Tensor], Tensor] = lambda ids: ids
 
     def tokens(self) -> NDArray[np.int64]:
         """The ids of the step's rows."""
         rows = self._sequences.take(self._indices)
         return np.concatenate([rows.prompt_ids, rows.response_ids]).astype(np.int64)
 
-    def batches(self, share: Share, clock: Stopwatch) -> Iterator[Batch]:
-        """The share's micro-batches, empty ones included."""
+    def batches(self, share: Share, vocabulary: _Vocabulary, clock: Stopwatch) -> Iterator[Batch]:
+        """The share's micro-batches, empty ones included; the embedding knows the ids of the last one."""
         device = self._settings.runtime.device
         for group in share:
             with clock.part("data"):
                 batch = self._empty() if group is None else build_batch(self._sequences, group, device)
-                batch = replace(batch, input_ids=self.placed(batch.input_ids))
-            yield batch
+            with vocabulary.looked_up(batch.input_ids) as placed:
+                yield replace(batch, input_ids=placed)
 
     def columns(self) -> dict[str, Tensor]:
         """The stored values of the step's tokens, in the data's order."""
@@ -110,17 +155,15 @@ class _Step:
         return self._sharded.ranks.add_up(whole)
 
     @torch.no_grad()
-    def factors(self, share: Share, reweigh: Reweigh) -> Tensor:
+    def factors(self, share: Share, reweigh: Reweigh, vocabulary: _Vocabulary) -> Tensor:
         """The factors of all response tokens of the data; those of tokens outside the step are zero."""
-        settings, model = self._settings, self._sharded.model
-        runtime = settings.runtime
-        head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
-        batches = list(self.batches(share, Stopwatch(runtime.device)))
-        logprobs = []
-        for batch in batches:
+        runtime, model = self._settings.runtime, self._sharded.model
+        batches, logprobs = [], []
+        for batch in self.batches(share, vocabulary, Stopwatch(runtime.device)):
             with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
                 hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows)
-            logprobs.append(row_scores(head, hidden, batch.targets).logprobs)
+            batches.append(batch)
+            logprobs.append(vocabulary.logprobs(hidden, batch.targets))
         whole = self.gathered(batches, logprobs)
         rows = torch.from_numpy(self._rows).to(runtime.device)
         own = reweigh(StepTokens(whole[self.positions], rows, self.columns())).detach()

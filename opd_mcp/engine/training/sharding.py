@@ -1,7 +1,8 @@
-"""A model whose weights are divided among ranks: decoder layers by FSDP2, vocabulary matrices by a gathered window.
+"""A model whose weights are divided among ranks: decoder layers by FSDP2, vocabulary matrices by rows.
 
     decoder layers' matrices   DTensor rows, gathered layer by layer, gradients reduced and scattered as they come
-    head                       DTensor rows, gathered once per step; one reduce-scatter of the main gradient at its end
+    head                       DTensor rows, gathered once per step; one reduce-scatter of the main gradient at its end;
+                               or never gathered (divided_vocabulary.py)
     untied embedding           DTensor rows; those of the step's tokens are gathered, and their gradients added up
     norms, biases, adapters    whole on every rank, their gradients added up once per step
 
@@ -31,12 +32,14 @@ from opd_mcp.schemas.errors import ArgumentError
 class ShardedModel:
     """A model of which this rank holds a part; `vocabulary` is outside the model, by the names of its weights there.
 
-    Outside a `window` the vocabulary's modules have weights without memory (on `meta`).
+    Outside a `window` the vocabulary's modules have weights without memory (on `meta`). With `divides_steps` steps
+    need no window: their logits are computed where the rows are (divided_vocabulary.py).
     """
 
     model: PreTrainedModel
     ranks: Ranks
     vocabulary: dict[str, nn.Parameter]
+    divides_steps: bool = False
 
     def weights(self) -> dict[str, nn.Parameter]:
         """This rank's part of every weight, by name and in the same order on every rank; a tied one is named once."""
@@ -46,6 +49,10 @@ class ShardedModel:
     def trained(self) -> dict[str, nn.Parameter]:
         """Those of them that are trained."""
         return {name: weight for name, weight in self.weights().items() if weight.requires_grad}
+
+    def rows_of(self, module: nn.Module) -> nn.Parameter:
+        """This rank's rows of the weight of an embedding or a head."""
+        return next(rows for name, rows in self.vocabulary.items() if module in _modules_of(self.model, name))
 
     @contextmanager
     def window(self, tokens: NDArray[np.int64]) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -162,6 +169,9 @@ class ShardedModel:
 def sharded(model: PreTrainedModel, ranks: Ranks, runtime: Runtime) -> ShardedModel:
     """The model divided among the ranks, each of which gives it whole; the parts move to the ranks' device.
 
+    What is trained is float32 from then on, or wider. It is widened layer by layer, so that of a model that is mapped
+    from its files a rank keeps its own parts alone.
+
     Raises ArgumentError `invalid_argument` for a model that cannot be divided.
     """
     layers, decoder = decoder_layers(model), model.get_decoder()
@@ -184,6 +194,7 @@ def sharded(model: PreTrainedModel, ranks: Ranks, runtime: Runtime) -> ShardedMo
     whole = {weight for name, weight in model.named_parameters() if weight.ndim < 2 or ".lora_" in name}
     whole |= {weight for weight in model.parameters() if weight.is_meta}
     for module in [*layers, decoder]:
+        _widen(module)
         ignored = {weight for weight in module.parameters() if weight in whole or isinstance(weight, DTensor)}
         fully_shard(
             module,
@@ -196,6 +207,7 @@ def sharded(model: PreTrainedModel, ranks: Ranks, runtime: Runtime) -> ShardedMo
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    _widen(model)
     with torch.no_grad():
         for weight in model.parameters():
             if not isinstance(weight, DTensor) and not weight.is_meta:
@@ -218,12 +230,27 @@ def _divided_vocabulary(model: PreTrainedModel, ranks: Ranks) -> dict[str, nn.Pa
     for name, weight in list(model.named_parameters()):  # a tied weight is named once
         if not any(weight is end for end in ends):
             continue
-        rows = weight.detach()[own_rows(len(weight), ranks.rank, ranks.size)].clone().to(ranks.device)
+        own = weight.detach()[own_rows(len(weight), ranks.rank, ranks.size)]
+        rows = own.to(ranks.device, _held_dtype(weight), copy=True)
         found[name] = nn.Parameter(_rows(rows, weight.shape, ranks), requires_grad=weight.requires_grad)
-        place = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        empty = torch.empty_like(weight, dtype=rows.dtype, device="meta")
+        place = nn.Parameter(empty, requires_grad=weight.requires_grad)
         for module, leaf in _owners(model, name):
             module.register_parameter(leaf, place)
     return found
+
+
+def _held_dtype(weight: nn.Parameter) -> torch.dtype:
+    """What a weight is kept in: a trained one in float32 or wider."""
+    return torch.promote_types(weight.dtype, torch.float32) if weight.requires_grad else weight.dtype
+
+
+@torch.no_grad()
+def _widen(module: nn.Module) -> None:
+    """Give what the module still holds whole the dtype that it is kept in."""
+    for weight in module.parameters():
+        if not isinstance(weight, DTensor) and not weight.is_meta:
+            weight.data = weight.data.to(_held_dtype(weight))
 
 
 def _rows(mine: Tensor, shape: torch.Size, ranks: Ranks) -> DTensor:

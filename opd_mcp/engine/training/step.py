@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.batches import Batch, Group, StepData, build_batch, grouped_rows
-from opd_mcp.engine.losses.linear_head import LossRows, one_pass_losses, row_scores
+from opd_mcp.engine.losses.linear_head import HeadLosses, LossRows, one_pass_losses, row_scores
 from opd_mcp.engine.losses.objectives import RowObjective, clipped_advantage, target_scores, token_weights
 from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import model_head
@@ -76,6 +76,8 @@ class StepTokens:
 
 # the factors [R] by which a sequence- or batch-scoped objective weighs the tokens of a step
 Reweigh = Callable[[StepTokens], Tensor]
+# the losses of hidden states [R, H] and their rows, whose gradients are formed or on their way
+LossesOf = Callable[[Tensor, LossRows], HeadLosses]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def accumulate_gradients(
     clock = clock or Stopwatch(settings.runtime.device)
     factors = None if reweigh is None else _first_pass(model, data, reweigh, settings)
     batches = _weighted(_micro_batches(model, data, settings, clock), row_weights(data, settings), factors)
-    added = added_gradients(model, batches, objective, settings, clock)
+    added = added_gradients(model, batches, head_losses(model, objective, settings.runtime), settings, clock)
     if not added.logprobs:
         return StepResult(0.0, torch.empty(0), {}, 0)
     joined = torch.cat(added.logprobs)
@@ -128,24 +130,31 @@ class AddedGradients:
     batches: list[Batch]
 
 
+def head_losses(model: PreTrainedModel, objective: RowObjective, runtime: Runtime) -> LossesOf:
+    """The losses by the head that the model has, whose gradient, and the embedding's, are zeros at first."""
+    head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
+    head_grad = main_gradient(head.weight)
+    main_gradient(model.get_input_embeddings().weight)
+    return lambda hidden, rows: one_pass_losses(head, hidden, rows, objective, main_grad=head_grad)
+
+
 def added_gradients(
     model: PreTrainedModel,
     batches: Iterable[tuple[Batch, Tensor]],
-    objective: RowObjective,
+    losses_of: LossesOf,
     settings: StepSettings,
     clock: Stopwatch,
 ) -> AddedGradients:
     """Add the gradients of these micro-batches, each with the weights [R] of its tokens, to the parameters' own."""
     runtime = settings.runtime
-    head = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
-    head_grad, embedding_grad = main_gradient(head.weight), main_gradient(model.get_input_embeddings().weight)
     added = AddedGradients(torch.zeros((), dtype=torch.float64, device=runtime.device), [], [])
     for batch, weights in batches:
         with clock.part("forward"):
+            embedding_grad = main_gradient(model.get_input_embeddings().weight)
             with torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=runtime.trains_in_autocast):
                 hidden = hidden_rows(model, batch.input_ids, batch.lengths, batch.rows, main_grad=embedding_grad)
             rows = LossRows(batch.targets, weights.to(runtime.device), batch.columns)
-            losses = one_pass_losses(head, hidden, rows, objective, main_grad=head_grad)
+            losses = losses_of(hidden, rows)
         with clock.part("backward"):
             torch.autograd.backward(losses.total)
         added.total.add_(losses.total.detach())

@@ -12,6 +12,7 @@ from pathlib import Path
 from opd_mcp.identity.models import ModelFacts, inspect_model
 from opd_mcp.schemas.memory import (
     NF4_BYTES,
+    PREFILL_TOKENS,
     TILE_BYTES,
     USABLE_SHARE,
     AdapterSize,
@@ -240,7 +241,10 @@ class Workload:
         batch, new_tokens = min(batch, max(rows, 1)), sampling.max_new_tokens
         length = self.data.prompt_tokens + new_tokens
         kv = int(2 * batch * length * model.layers * model.kv_width * self._value_bytes)
-        memory = model.weights(self._value_bytes, packed) + kv + LOGIT_COPIES * 4 * batch * model.vocab
+        together = min(batch * self.data.prompt_tokens, PREFILL_TOKENS)
+        passing = int(together * ACTIVATIONS_PER_WIDTH * model.hidden * self._value_bytes)
+        stepping = LOGIT_COPIES * 4 * batch * model.vocab  # once the prompts are through
+        memory = model.weights(self._value_bytes, packed) + kv + max(passing, stepping)
         flops, passes = 2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens
         return Work(flops, passes, memory, batch=batch, kv_bytes=kv)
 
@@ -260,6 +264,7 @@ class Workload:
             room.device,
             adapter=adapter,
             ranks=room.devices,
+            vocabulary=self.recipe.runtime.vocabulary,
         )
         sharing = room.devices if room.device == "cpu" else 1
         memory = training_memory(self.student, step, section.activation_checkpointing, room.memory // sharing)

@@ -58,13 +58,15 @@ def ask(command: Sequence[str], given: str = "") -> Answer:
 class Work:
     """A worker to start: the argument list, in the run's directory, for the job of a claim.
 
-    `after` is the job whose place in the queue ran out, where this one takes it.
+    `after` is the job whose place in the queue ran out, where this one takes it. `nodes` are the machines that the
+    run's devices are on.
     """
 
     directory: Path
     claim: Claim
     command: list[str]
     after: Submission | None = None
+    nodes: int = 1
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd_mcp.devices.hardware import nodes_of
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.executors import Claim, ExecutorReport, ExecutorSettings, Placing, Submission
@@ -26,7 +27,7 @@ from opd_mcp.store.claims import (
     read_submission,
 )
 from opd_mcp.store.run_view import RunView, seconds_of
-from opd_mcp.store.runs import begin_attempt, cancel_requested, taken_up
+from opd_mcp.store.runs import begin_attempt, cancel_requested, read_record, taken_up
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import grace_seconds, named_executor, read_settings
 from opd_mcp.supervisor.executors.interface import Executor, JobState, Work, executor_of
@@ -77,7 +78,8 @@ class PlacedRuns:
             name = written.placing.executor
             settings = named_executor(self._store.workspace, name)
             self._withdraw_earlier(directory, attempt)
-            work = Work(directory, written, self._command(directory, written, settings))
+            nodes = nodes_of(read_record(directory).request.recipe.runtime, settings)
+            work = Work(directory, written, self._command(directory, written, settings), nodes=nodes)
             note_submission(directory, attempt, self._executor(name, settings).submit(work))
         except OpdError as error:
             note_ending(directory, attempt, error.message)
@@ -148,7 +150,8 @@ class PlacedRuns:
     def _queue_again(self, directory: Path, claim: Claim, submission: Submission, executor: Executor) -> None:
         """Hand the job of an attempt over once more; where that fails, the next look tries again."""
         settings = named_executor(self._store.workspace, claim.placing.executor)
-        work = Work(directory, claim, self._command(directory, claim, settings), submission)
+        nodes = nodes_of(read_record(directory).request.recipe.runtime, settings)
+        work = Work(directory, claim, self._command(directory, claim, settings), submission, nodes)
         with suppress(RunError):
             note_submission(directory, claim.attempt, executor.submit(work))
 

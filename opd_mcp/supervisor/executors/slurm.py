@@ -63,7 +63,8 @@ class Slurm:
             *("sbatch", "--parsable", f"--job-name=opd-{work.claim.ticket}", f"--comment={work.directory.name}"),
             *(f"--output={log}", "--open-mode=append", f"--chdir={work.directory}"),
             # Not one variable of the server: the script sets what the worker needs.
-            *("--export=NIL", "--requeue", "--nodes=1", "--ntasks=1", f"--cpus-per-task={settings.cpus}"),
+            *("--export=NIL", "--requeue", f"--nodes={work.nodes}", "--ntasks-per-node=1"),
+            f"--cpus-per-task={settings.cpus}",
             *([f"--{settings.gpu_option}={_gpus(settings)}"] if settings.gpus else []),
             f"--signal=B:TERM@{settings.signal_seconds}",
             *([f"--time={settings.time_limit}"] if settings.time_limit else []),
@@ -73,12 +74,13 @@ class Slurm:
 
     def script(self, work: Work) -> str:
         """The batch script: the shell stays, to pass signals on and to requeue its job."""
+        hosts = ' --hosts "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"' if work.nodes > 1 else ""
         lines = [
             "#!/bin/sh",
             "export PATH=${PATH:-/usr/local/bin:/usr/bin:/bin}",
             *preparing_lines(work, self._settings, os.environ),
             "set +e",
-            f'{shlex.join(work.command)} --life "${{SLURM_RESTART_COUNT:-0}}" </dev/null &',
+            f'{shlex.join(work.command)} --life "${{SLURM_RESTART_COUNT:-0}}"{hosts} </dev/null &',
             "worker=$!",
             "trap 'kill -TERM \"$worker\" 2>/dev/null' TERM",
             'wait "$worker"; status=$?',

@@ -21,6 +21,7 @@ from opd_mcp.engine.context import Context, RankPlace, Reporter
 from opd_mcp.schemas.errors import OpdError
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.worker.log import logging_to_stderr
+from opd_mcp.worker.teams import far_ranks
 from opd_mcp.worker.teams.ranks import DONE, FAILED, described, raised
 
 logger = logging.getLogger("opd_mcp.worker.teams.rank_process")  # this module is run, so its name is another
@@ -104,6 +105,17 @@ def end_with(worker: int) -> None:
         os._exit(1)
 
 
+def line_of(facts: Mapping[str, Any]) -> socket.socket:
+    """The line to the worker, with which this process ends."""
+    if "gate" not in facts:
+        end_with(facts["worker"])
+        return socket.socket(fileno=facts["channel"])
+    far_ranks.show_own_device(facts["device_number"])
+    line = far_ranks.come_in(facts["gate"])
+    far_ranks.end_with(line)
+    return line
+
+
 def is_group_failure(error: BaseException) -> bool:
     """Whether a collective operation failed, which another rank's end causes."""
     named = type(error).__name__ in GROUP_ERRORS
@@ -130,11 +142,10 @@ def context_of(facts: Mapping[str, Any], record: RunRecord, channel: Channel) ->
 def main() -> None:
     """Do this rank's part of the work that stdin describes; the exit status is 0 if it is done."""
     facts = json.loads(sys.stdin.buffer.read())
-    end_with(facts["worker"])
+    channel = Channel(line_of(facts))
     from opd_mcp.worker.main import engine_stages
     from opd_mcp.worker.stage_calls import StageCalls
 
-    channel = Channel(socket.socket(fileno=facts["channel"]))
     record = RunRecord.from_json(json.dumps(facts["record"]))
     calls = StageCalls(record, Path(facts["directory"]), context_of(facts, record, channel), engine_stages)
     calls.paths = {role: Path(path) for role, path in facts["paths"].items()}  # what earlier phases made among them

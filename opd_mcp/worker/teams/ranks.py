@@ -30,6 +30,7 @@ import psutil
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import NextAction, resume_call
 from opd_mcp.schemas.reports import TrainingSummary
+from opd_mcp.worker.teams.far_ranks import FarRank, Gate, Start, by_srun
 
 POLL_SECONDS = 0.05
 # between the first rank that lost its group and the evidence of which one left it
@@ -45,13 +46,18 @@ Answers = Mapping[str, Callable[..., Any]]
 
 @dataclass(frozen=True)
 class RankWork:
-    """What the ranks compute: `facts` as `rank_process` reads them; `devices` a GPU's UUID, or None, per rank."""
+    """What the ranks compute: `facts` as `rank_process` reads them; `devices` a GPU's UUID, or None, per rank here.
+
+    Those after them are `far`, on other machines of the same job.
+    """
 
     facts: Mapping[str, Any]
     devices: Sequence[str | None]
     folder: Path
     group_seconds: float = GROUP_SECONDS
     command: Sequence[str] = COMMAND
+    far: Sequence[FarRank] = ()
+    start_far: Start = by_srun
 
 
 @dataclass
@@ -59,6 +65,7 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     channel: socket.socket
+    host: str | None = None
     heard: bytes = b""
     failure: dict[str, Any] | None = None
     summary: TrainingSummary | None = None
@@ -91,22 +98,54 @@ class RankTeam:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _start(self, folder: Path) -> None:
-        size = len(self.work.devices)
-        for number, device in enumerate(self.work.devices):
+        work, alone = self.work, not self.work.far
+        for number, device in enumerate(work.devices):
             ours, theirs = socket.socketpair()
             with theirs:
+                line = {"channel": theirs.fileno(), "worker": os.getpid()}
                 process = subprocess.Popen(
-                    self.work.command,
+                    work.command,
                     stdin=subprocess.PIPE,
                     pass_fds=(theirs.fileno(),),
-                    env=rank_environment(os.environ, device),
+                    env=rank_environment(os.environ, device, alone=alone),
                 )
-                place = {"rank": number, "size": size, "folder": str(folder), "timeout": self.work.group_seconds}
-                given = {**self.work.facts, "place": place, "channel": theirs.fileno(), "worker": os.getpid()}
             self.ranks.append(_Rank(number, process, ours))
-            assert process.stdin is not None, "a rank reads its work"
-            with suppress(BrokenPipeError), process.stdin:  # it is lost already, which is found below
-                process.stdin.write(json.dumps(given).encode())
+            self._tell(self.ranks[-1], folder, line)
+        if work.far:
+            self._start_far(folder)
+
+    def _start_far(self, folder: Path) -> None:
+        """Start the ranks of other machines, and wait until they have come in; who does not is lost."""
+        here = len(self.work.devices)
+        with Gate([self.work.far[0].worker_host, socket.gethostname()]) as gate:
+            for number, far in enumerate(self.work.far, here):
+                process = subprocess.Popen(
+                    self.work.start_far(far.host, self.work.command),
+                    stdin=subprocess.PIPE,
+                    env=rank_environment(os.environ, None, alone=False),
+                )
+                ours, theirs = socket.socketpair()  # until its own line is there: an end that says nothing
+                self.ranks.append(_Rank(number, process, ours, far.host))
+                theirs.close()
+                self._tell(self.ranks[-1], folder, {"gate": gate.facts(number), "device_number": far.device_number})
+            far_ranks = self.ranks[here:]
+            ended = lambda: any(rank.process.poll() is not None for rank in self.ranks)  # noqa: E731
+            lines = gate.admitted([rank.number for rank in far_ranks], ended, self.work.group_seconds)
+        for rank in far_ranks:
+            if rank.number in lines:
+                rank.channel.close()
+                rank.channel = lines[rank.number]
+        for rank in far_ranks:
+            if rank.number not in lines and not ended():
+                raise self._lost(rank, f"did not come within {self.work.group_seconds:g} s")
+
+    def _tell(self, rank: _Rank, folder: Path, line: Mapping[str, Any]) -> None:
+        """Give a rank its work."""
+        size, timeout = len(self.work.devices) + len(self.work.far), self.work.group_seconds
+        place = {"rank": rank.number, "size": size, "folder": str(folder), "timeout": timeout}
+        assert rank.process.stdin is not None, "a rank reads its work"
+        with suppress(BrokenPipeError), rank.process.stdin:  # it is lost already, which is found later
+            rank.process.stdin.write(json.dumps({**self.work.facts, "place": place, **line}).encode())
 
     def _heard_out(self) -> TrainingSummary:
         """The summary, once all have ended well."""
@@ -197,9 +236,10 @@ class RankTeam:
         )
 
     def _lost(self, rank: _Rank, how: str) -> RunError:
+        where = f"process {rank.process.pid}" if rank.host is None else f"on {rank.host}"
         return RunError(
             "rank_lost",
-            f"Rank {rank.number} of {len(self.ranks)} (process {rank.process.pid}) {how}; the others were ended.",
+            f"Rank {rank.number} of {len(self.ranks)} ({where}) {how}; the others were ended.",
             fix="Look at the end of the log, then resume the run: it continues from its last checkpoint.",
             call=resume_call(),
         )
@@ -212,16 +252,14 @@ class RankTeam:
             rank.process.wait()
 
 
-def rank_environment(environment: Mapping[str, str], device: str | None) -> dict[str, str]:
-    """A rank's environment: its one device, this package, and a group that only this machine can reach."""
+def rank_environment(environment: Mapping[str, str], device: str | None, *, alone: bool = True) -> dict[str, str]:
+    """A rank's environment: its one device, this package, and a group that only this machine can reach if it is alone.
+
+    Between machines the group takes the network that the job's setup names, or the one that gloo and NCCL find.
+    """
     package = str(Path(__file__).parents[3])
-    return {
-        **environment,
-        "CUDA_VISIBLE_DEVICES": device or "",
-        "PYTHONPATH": package,
-        "GLOO_SOCKET_IFNAME": LOOPBACK,
-        "NCCL_SOCKET_IFNAME": LOOPBACK,
-    }
+    loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK} if alone else {}
+    return {**environment, "CUDA_VISIBLE_DEVICES": device or "", "PYTHONPATH": package, **loopback}
 
 
 def give_back_memory() -> None:

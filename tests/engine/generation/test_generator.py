@@ -13,6 +13,7 @@ from opd_mcp.engine.generation import generator
 from opd_mcp.engine.generation.batch_state import Generated, GenerationSettings
 from opd_mcp.engine.generation.generator import generate
 from opd_mcp.engine.losses.objectives import target_logprobs
+from opd_mcp.engine.models import kv_cache
 from opd_mcp.schemas.recipes import Sampling
 
 VOCAB, EOS = 13, 1
@@ -99,6 +100,28 @@ def test_the_batch_changes_no_greedy_response_and_log_probs_by_rounding_alone(mo
         for row, other in zip(rows, whole, strict=True):
             assert np.allclose(row.logprobs, other.logprobs, atol=1e-5)
     assert drawn(model, PROMPTS, batch_size=2) != drawn(model, PROMPTS), "each batch has a random stream of its own"
+
+
+def test_no_pass_takes_more_tokens_of_prompts_than_fit(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the responses are those of one pass over all of them."""
+    sizes = []
+    real = kv_cache.continued
+
+    def continued(model, cache, ids, *given):
+        sizes.append(ids.numel())
+        return real(model, cache, ids, *given)
+
+    monkeypatch.setattr(kv_cache, "continued", continued)
+    monkeypatch.setattr(generator, "packs", lambda model: True)
+    whole = drawn(model, PROMPTS, sampling=Sampling(max_new_tokens=3))
+    assert max(sizes) == 8 * 7
+    monkeypatch.setattr(generator, "PREFILL_TOKENS", 20)
+    sizes.clear()
+    pieces = drawn(model, PROMPTS, sampling=Sampling(max_new_tokens=3))
+    assert max(sizes) == 16, "two tokens of eight rows"
+    assert [row.response_ids for row in pieces] == [row.response_ids for row in whole]
+    for row, other in zip(pieces, whole, strict=True):
+        assert np.allclose(row.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_padded_ids_are_never_drawn(model: PreTrainedModel) -> None:

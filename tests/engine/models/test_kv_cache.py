@@ -17,7 +17,7 @@ from opd_mcp.engine.context import Context, RolloutInputs
 from opd_mcp.engine.generation import generator
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.losses.objectives import target_logprobs
-from opd_mcp.engine.models.kv_cache import decoding_problem
+from opd_mcp.engine.models.kv_cache import decoding_problem, prefilled, roomy_cache
 from opd_mcp.engine.models.loading import load_model
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.identity.models import UNDECODABLE
@@ -134,6 +134,20 @@ def test_generated_log_probs_are_those_of_the_whole_sequence(name: str) -> None:
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
             expected = target_logprobs(logits, ids[0, len(prompt) :])
             assert np.allclose(response.logprobs, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("name", DECODED)
+def test_prompts_are_taken_in_piece_by_piece(name: str, width: int) -> None:
+    """The last piece may be shorter; a prompt may begin in any of them, and windows end in between."""
+    model = random_model(name, **DECODED[name])
+    prompts = [[*range(5, 22)], [23, 24], [*range(30, 41)]]
+    ids, mask = generator.left_padded(prompts, model.device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = prefilled(model, roomy_cache(model.config), ids, mask, positions, ids.shape[1])
+        hidden = prefilled(model, roomy_cache(model.config), ids, mask, positions, width)
+    assert torch.allclose(hidden, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from opd_mcp.engine.models.embeddings import head_logits
-from opd_mcp.engine.models.loading import TOKENIZER_FILES, load_model
+from opd_mcp.engine.models.loading import TOKENIZER_FILES, load_model, widened_as_used
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.schemas.errors import PathError
 
@@ -54,6 +55,30 @@ def test_logits_that_are_changed_after_the_head_are_refused_by_name(
     with pytest.raises(PathError, match="CohereForCausalLM") as caught:
         load_model(path, runtime)
     assert caught.value.code == "unsupported_head"
+
+
+def test_a_model_that_ranks_divide_stays_as_stored_and_is_judged_in_float32(
+    example: Path, tmp_path: Path, runtime: Runtime
+) -> None:
+    """Its class is judged by numbers as exact as one process's, a module at a time."""
+    torch.manual_seed(0)
+    divides = replace(runtime, divides=True)
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0)).to(torch.bfloat16)
+    path = saved(gemma, example, tmp_path / "gemma")
+    mapped, plain = (load_model(path, given, for_training=True).model for given in (divides, runtime))
+    assert ({w.dtype for w in mapped.parameters()}, {w.dtype for w in plain.parameters()}) == (
+        {torch.bfloat16},
+        {torch.float32},
+    )
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad(), widened_as_used(mapped):
+        assert torch.equal(mapped(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert {weight.dtype for weight in mapped.parameters()} == {torch.bfloat16}
+    path = saved(
+        CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)).to(torch.bfloat16), example, tmp_path / "no"
+    )
+    with pytest.raises(PathError, match="CohereForCausalLM"):
+        load_model(path, divides, for_training=True)
 
 
 @pytest.mark.parametrize(

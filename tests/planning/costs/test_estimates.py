@@ -321,7 +321,7 @@ def test_the_whole_memory_decides_and_a_teacher_on_a_server_takes_none_of_it(url
     def batch(target: Target, named: tuple[str, ...] = ()) -> int:
         return recipe_for_device(recipe, inputs, target, ["rollout"], named, inspect_model).rollout.batch_size
 
-    small = PROCESS_BYTES + (60 << 20)
+    small = PROCESS_BYTES + (80 << 20)
     assert batch(Target("cpu", "x", 1 << 20, capacity=small)) == batch(Target("cpu", "x", small)) == 512
     assert batch(Target("cpu", "x", 1 << 20, capacity=1 << 40)) == 1024
     assert batch(Target("cpu", "x", small), ("rollout.batch_size",)) == 1024

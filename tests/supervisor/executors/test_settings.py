@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from opd_mcp.cli import app, starting
-from opd_mcp.devices.hardware import Gpu, declared_target, visible_gpus
+from opd_mcp.devices.hardware import Gpu, declared_target, nodes_of, visible_gpus
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.executors import Claim, Placing, SlurmExecutor
 from opd_mcp.schemas.recipes import RuntimeRecipe
@@ -138,3 +138,36 @@ def test_what_goes_into_the_script_is_quoted(tmp_path, monkeypatch):
     assert "export PYTHONPATH='/a b;c'" in lines
     assert any(line.startswith("python worker '$(id)' --ticket t --life ") for line in lines)
     assert {"--gpus-per-node=2", "--time=1-0"} <= set(slurm.command(work))
+
+
+@pytest.mark.parametrize(
+    ("devices", "gpus", "device", "nodes"),
+    [
+        (1, 4, "auto", 1),
+        (4, 4, "auto", 1),
+        (6, 4, "auto", 2),
+        ("all", 4, "auto", 3),
+        (5, 0, "cpu", 3),
+        (2, 4, "cpu", 1),
+    ],
+)
+def test_a_run_gets_as_many_machines_as_its_devices_need(devices, gpus, device, nodes):
+    settings = SlurmExecutor(kind="slurm", memory_gb=80, gpus=gpus, cpus=2, nodes=3)
+    runtime = RuntimeRecipe(devices=devices, device=device)
+    assert nodes_of(runtime, settings) == nodes
+    assert declared_target(runtime, "big", settings).devices == (12 if devices == "all" else devices)
+
+
+def test_more_gpus_than_all_machines_have_are_refused():
+    settings = SlurmExecutor(kind="slurm", memory_gb=80, gpus=4, nodes=3)
+    with pytest.raises(ResourceError, match=r"device_unavailable.*13 GPUs"):
+        nodes_of(RuntimeRecipe(devices=13), settings)
+
+
+def test_a_job_on_several_nodes_is_told_which(tmp_path):
+    claim = Claim(attempt=1, placing=PLACING, ticket="t")
+    slurm = Slurm("big", SlurmExecutor(kind="slurm", memory_gb=80, gpus=4, nodes=3))
+    wide, narrow = (Work(tmp_path, claim, ["worker"], nodes=nodes) for nodes in (2, 1))
+    assert {"--nodes=2", "--ntasks-per-node=1"} <= set(slurm.command(wide))
+    assert '--hosts "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"' in slurm.script(wide)
+    assert "--hosts" not in slurm.script(narrow)
