@@ -19,8 +19,8 @@ Made by one command, which goes on where it stopped:
 Greedy accuracy on `eval.jsonl`, reverse KL to the teacher in nats per token on fresh samples, and processor seconds of
 the workers, all stages up to the student, SFT included. Every arm of a task takes the same steps with the same batch
 and seeds; `tools/evidence/arms.py` says what an arm changes. Differences are paired by seed, with 95 % t-intervals.
-The rows of 2026-11-28 are of two cores that other work used too (torch 2.13, one thread): their seconds compare arms of
-one seed, and vary between seeds with that work.
+The rows of 2026-11-28 and 29 are of two cores that other work used too (torch 2.13, one thread): their seconds compare
+arms of one seed, and vary between seeds with that work.
 
 A claim is *reproduced* where its interval says so, *refuted* where it says the opposite, and *out of reach* where these
 runs cannot decide it. Two arms count as alike where the interval lies above −0.05 in accuracy; that margin was fixed
