@@ -119,8 +119,8 @@ class RankCheckpoints(Checkpoints):
     def _shared_problem(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; each rank looks at its share of the files, and one problem is everyone's."""
         problem = self._part_problem(path)
-        found = torch.tensor(int(problem is not None), device=self._ranks.device)
-        return problem or ("a part of it is not what was written" if int(self._ranks.add_up(found)) else None)
+        found = self._ranks.add_up(torch.tensor(int(problem is not None), device=self._ranks.device))  # by every rank
+        return problem or ("a part of it is not what was written" if int(found) else None)
 
     def _part_problem(self, path: Path) -> str | None:
         try:

@@ -62,8 +62,8 @@ def accumulate_on_ranks(
                 own = token_weights_of(batch, weights)
                 yield batch, own if factors is None else own * factors[torch.from_numpy(batch.positions)]
 
-        losses_of = vocabulary.losses_of(objective)
-        added = added_gradients(model, weighted(), losses_of, settings, clock)
+        # not named here: it has the gathered head, which must be gone when the window adds up the gradients
+        added = added_gradients(model, weighted(), vocabulary.losses_of(objective), settings, clock)
     with clock.part("backward"):
         sharded.add_up_gradients()
         ranks.add_up(added.total)
