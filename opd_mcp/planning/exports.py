@@ -8,7 +8,7 @@ from typing import Literal
 from opd_mcp.identity.adapters import is_adapter
 from opd_mcp.planning.asked_recipes import usable_recipe
 from opd_mcp.planning.confirmation import Question, upload_question
-from opd_mcp.planning.costs.workload import exported_bytes
+from opd_mcp.planning.costs.run_workload import exported_bytes
 from opd_mcp.planning.phases import PhaseChain
 from opd_mcp.planning.references import References, ResolvedModel
 from opd_mcp.planning.run_requests import RequestBuilder, model_label

@@ -36,7 +36,8 @@ from opd_mcp.planning.checks import (
 )
 from opd_mcp.planning.costs.admission import quota_findings, resource_findings
 from opd_mcp.planning.costs.estimates import estimate_of, fit_options, measured_costs, recipe_for_device
-from opd_mcp.planning.costs.workload import DRAWN, Workload, workload_of
+from opd_mcp.planning.costs.run_workload import workload_of
+from opd_mcp.planning.costs.workload import DRAWN, Workload
 from opd_mcp.planning.measured_caches import measured_cache, with_measures
 from opd_mcp.planning.phases import PhaseChain, distillation_phases, with_satisfied
 from opd_mcp.planning.prompts.preview import judge_clock, judge_sizes, plan_preview, text_facts

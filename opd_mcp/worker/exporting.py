@@ -15,7 +15,7 @@ from opd_mcp.devices.environment import engine_environment
 from opd_mcp.devices.hardware import free_disk
 from opd_mcp.identity.files import file_sha256, publish_directory, read_json_object, write_atomic
 from opd_mcp.identity.lineage import LINEAGE_FILE
-from opd_mcp.planning.costs.workload import exported_bytes
+from opd_mcp.planning.costs.run_workload import exported_bytes
 from opd_mcp.schemas.errors import PathError, ResourceError, RunError
 from opd_mcp.schemas.next_action import resume_call
 from opd_mcp.schemas.runs import RunInputs

@@ -53,7 +53,7 @@ class HeldEngine:
 
     def begin(self, kinds: Sequence[str | None]) -> None:
         """The phases still to come ask for these kinds of engine, the first of them now."""
-        if self._wish is not None and self._wish.kind != kinds[0]:
+        if self._wish is not None and (self._wish.beside_training or self._wish.kind != kinds[0]):
             self.release()
         self.following = kinds[1] if len(kinds) > 1 else None
 

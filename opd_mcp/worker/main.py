@@ -20,7 +20,7 @@ import psutil
 from opd_mcp.devices.hardware import free_disk, gpus, visible_gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder
 from opd_mcp.planning.costs.admission import out_of_hours, seconds_left
-from opd_mcp.planning.costs.workload import expected_disk, workload_of
+from opd_mcp.planning.costs.run_workload import expected_disk, workload_of
 from opd_mcp.planning.engines import required_program
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import resume_call

@@ -5,7 +5,7 @@ import pytest
 from opd_mcp.devices.hardware import Target
 from opd_mcp.identity.models import inspect_model
 from opd_mcp.planning.costs.estimates import estimate_of
-from opd_mcp.planning.costs.workload import expected_disk
+from opd_mcp.planning.costs.run_workload import expected_disk
 from opd_mcp.schemas.errors import ResourceError
 from opd_mcp.store.files import tree_bytes
 from opd_mcp.store.workspace import SETTINGS_FILE

@@ -37,7 +37,8 @@ from opd_mcp.identity.data.scan import scan_of_rows
 from opd_mcp.identity.files import file_sha256
 from opd_mcp.identity.lineage import verified_lineage, write_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.planning.costs.workload import DataSize, Workload, model_shape
+from opd_mcp.planning.costs.run_workload import model_shape
+from opd_mcp.planning.costs.workload import DataSize, Workload
 from opd_mcp.planning.prompts.text_child import answer
 from opd_mcp.planning.prompts.text_work import Asked
 from opd_mcp.schemas.base import first_problem

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from opd_mcp.devices.hardware import Target, available_memory, gpus
 from opd_mcp.devices.leases import SHORT, LeaseFolder
-from opd_mcp.planning.costs.workload import expected_disk
+from opd_mcp.planning.costs.run_workload import expected_disk
 from opd_mcp.schemas.errors import IntegrityError, ResourceError
 from opd_mcp.schemas.next_action import NextAction, next_call, resume_call
 from opd_mcp.schemas.plans import Finding, MethodEstimate

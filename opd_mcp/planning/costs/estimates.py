@@ -15,14 +15,8 @@ from pydantic import Field, ValidationError
 
 from opd_mcp.devices.hardware import Target
 from opd_mcp.identity.models import ModelFacts
-from opd_mcp.planning.costs.workload import (
-    PROCESS_BYTES,
-    Room,
-    Work,
-    Workload,
-    with_fitting_batches,
-    workload_of,
-)
+from opd_mcp.planning.costs.run_workload import workload_of
+from opd_mcp.planning.costs.workload import PROCESS_BYTES, Room, Work, Workload, with_fitting_batches
 from opd_mcp.planning.phases import HELPED, RANKED
 from opd_mcp.schemas.base import Schema, content_hash
 from opd_mcp.schemas.plans import FitOption, MethodEstimate, PhaseEstimate, WayToTrain

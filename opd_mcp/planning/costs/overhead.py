@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mcp.planning.costs.estimates import PhaseCost, models_token, work_name
-from opd_mcp.planning.costs.workload import PROCESS_BYTES, Room, Workload, workload_of
+from opd_mcp.planning.costs.run_workload import workload_of
+from opd_mcp.planning.costs.workload import PROCESS_BYTES, Room, Workload
 from opd_mcp.schemas.plans import MethodOverhead, Overhead
 from opd_mcp.schemas.reports import Assessment, StageCost
 from opd_mcp.schemas.runs import PhaseName, RunRequest

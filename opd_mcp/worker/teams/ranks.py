@@ -129,15 +129,17 @@ class RankTeam:
                 theirs.close()
                 self._tell(self.ranks[-1], folder, {"gate": gate.facts(number), "device_number": far.device_number})
             far_ranks = self.ranks[here:]
-            ended = lambda: any(rank.process.poll() is not None for rank in self.ranks)  # noqa: E731
-            lines = gate.admitted([rank.number for rank in far_ranks], ended, self.work.group_seconds)
+            lines = gate.admitted([rank.number for rank in far_ranks], self._one_has_ended, self.work.group_seconds)
         for rank in far_ranks:
             if rank.number in lines:
                 rank.channel.close()
                 rank.channel = lines[rank.number]
         for rank in far_ranks:
-            if rank.number not in lines and not ended():
+            if rank.number not in lines and not self._one_has_ended():
                 raise self._lost(rank, f"did not come within {self.work.group_seconds:g} s")
+
+    def _one_has_ended(self) -> bool:
+        return any(rank.process.poll() is not None for rank in self.ranks)
 
     def _tell(self, rank: _Rank, folder: Path, line: Mapping[str, Any]) -> None:
         """Give a rank its work."""

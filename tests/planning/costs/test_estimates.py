@@ -19,16 +19,8 @@ from opd_mcp.planning.costs.estimates import (
     recipe_for_device,
     work_name,
 )
-from opd_mcp.planning.costs.workload import (
-    DRAWN,
-    PROCESS_BYTES,
-    DataSize,
-    Room,
-    Workload,
-    model_shape,
-    with_fitting_batches,
-    workload_of,
-)
+from opd_mcp.planning.costs.run_workload import model_shape, workload_of
+from opd_mcp.planning.costs.workload import DRAWN, PROCESS_BYTES, DataSize, Room, Workload, with_fitting_batches
 from opd_mcp.schemas.memory import ModelShape, micro_tokens
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.reports import StageCost
