@@ -324,7 +324,7 @@ def recipe_for_device(
 def room_of(target: Target) -> Room:
     """What of a target is there for a run's tensors."""
     processes = target.devices if target.kind == "cpu" else 1
-    return Room(target.kind, max(target.memory - processes * PROCESS_BYTES, 0), target.devices)
+    return Room(target.kind, max(target.memory - processes * PROCESS_BYTES, 0), target.devices, target.nodes)
 
 
 def _share(work: Work, share: float) -> Work:
@@ -333,9 +333,15 @@ def _share(work: Work, share: float) -> Work:
 
 
 def _recomputed(work: Work) -> str:
+    held = (
+        f"; {work.replicas} groups of devices each hold the student, since it fits a node or the recipe asks for it"
+        if work.replicas > 1
+        else ""
+    )
     if work.checkpointing in (None, "none"):
-        return ""
-    return f"; {work.checkpointing} activation checkpointing, since it would not fit without or the recipe asks for it"
+        return held
+    why = "since it would not fit without or the recipe asks for it"
+    return f"{held}; {work.checkpointing} activation checkpointing, {why}"
 
 
 COST_FILE = "cost.json"
