@@ -45,6 +45,11 @@ class Target:
     devices: int = 1
     nodes: int = 1
 
+    @property
+    def devices_per_node(self) -> int:
+        """Those that are on one machine, whose memory they share where they are its CPU."""
+        return self.devices // self.nodes
+
 
 def gpus() -> list[Gpu]:
     """The GPUs that `nvidia-smi` lists; none without the tool, without a driver, or with a CPU build of torch."""

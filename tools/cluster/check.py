@@ -283,9 +283,11 @@ def two_nodes(cluster: Cluster) -> dict[str, Any]:
     there = ended(service, service.start_sft(sft_of(cluster, "wide", **short)).run_id)
     roots, settings = AllowedRoots([cluster.root / "data"]), JobSettings(cluster.root / "leases", 2)
     here = JobService(Workspace(cluster.root / "here"), roots, settings)
-    alone = ended(here, here.start_sft(sft_of(cluster, None, **short)).run_id)
+    alone = ended(here, here.start_sft(sft_of(cluster, None, **{**short, "runtime.replicas": 2})).run_id)
     require(there.result is not None and alone.result is not None, (there, alone))
     files = [Path(str((status.result or {})["paths"]["sft"])) / "model.safetensors" for status in (there, alone)]
+    held = [json.loads((path.parent / "training.json").read_bytes()).get("replicas") for path in files]
+    require(held == [2, 2], f"a replica on each node by itself, and on each device here where asked for: {held}")
     require(files[0].read_bytes() == files[1].read_bytes(), "the same student as of two ranks here")
     return {"step": step, "cause": lost.error.cause if lost.error else None, **found}
 

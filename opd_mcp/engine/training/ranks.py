@@ -33,13 +33,14 @@ class Ranks:
     """This process's number, how many there are, and the mesh of all their devices.
 
     They hold `replicas` of the model. Ranks that follow each other hold one together; the mesh is then of two
-    dimensions, replicas and the parts of one.
+    dimensions, replicas and the parts of one. Collective operations of either have the `timeout` of those of all.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    timeout: timedelta
     replicas: int = 1
 
     @property
@@ -65,8 +66,11 @@ class Ranks:
         if replicas == self.replicas:
             return self
         require_even_replicas(replicas, self.size)
-        shape, names = (replicas, self.size // replicas), ("replica", "part")
-        return replace(self, mesh=init_device_mesh(self.device.type, shape, mesh_dim_names=names), replicas=replicas)
+        grid = torch.arange(self.size).view(replicas, -1)
+        # groups that a mesh makes by itself would wait for half an hour
+        groups = [dist.new_subgroups_by_enumeration(of.tolist(), timeout=self.timeout)[0] for of in (grid.T, grid)]
+        mesh = DeviceMesh.from_group(groups, self.device.type, mesh=grid, mesh_dim_names=("replica", "part"))
+        return replace(self, mesh=mesh, replicas=replicas)
 
     def agreed(self, *values: int) -> tuple[int, ...]:
         """Rank 0's values."""
@@ -86,7 +90,7 @@ class Ranks:
 
     def add_up_replicas(self, tensor: Tensor) -> Tensor:
         """The tensor, in place the sum of those of the ranks that hold the same part of each replica."""
-        if self.replicas > 1:
+        if self.replicas > 1 and tensor.numel():
             dist.all_reduce(tensor, group=self.mesh.get_group(0))
         return tensor
 
@@ -109,6 +113,7 @@ class Ranks:
 
 def joined(place: RankPlace, device: torch.device) -> Ranks:
     """The group of all ranks, once they are all there; a process joins one group in its life."""
+    timeout = timedelta(seconds=place.timeout)
     if not dist.is_initialized():
         store = dist.FileStore(str(place.folder / MEETING_FILE), place.size)
         store.set(f"arrived/{place.rank}", "yes")
@@ -118,9 +123,9 @@ def joined(place: RankPlace, device: torch.device) -> Ranks:
             store=store,
             rank=place.rank,
             world_size=place.size,
-            timeout=timedelta(seconds=place.timeout),
+            timeout=timeout,
         )
-    return Ranks(place.rank, place.size, device, init_device_mesh(device.type, (place.size,)))
+    return Ranks(place.rank, place.size, device, init_device_mesh(device.type, (place.size,)), timeout)
 
 
 # the micro-batches of one rank; None stands for an empty one, which only takes part in the collective operations

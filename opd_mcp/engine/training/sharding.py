@@ -90,7 +90,8 @@ class ShardedModel:
             for name, found in modules.items():
                 for module in found:
                     module.weight = places[name]
-        for name, rows in self.vocabulary.items():
+        # the looked-up rows last: by then the gathered weight and its gradient are gone
+        for name, rows in sorted(self.vocabulary.items(), key=lambda item: item[0] == some):
             gradient = lent.pop(name).grad  # the weight itself is let go before room is needed for the sum
             if gradient is not None:
                 rows.grad = self._summed(gradient, rows) if name != some else self._added_up(gradient, rows, ids)
@@ -163,7 +164,7 @@ class ShardedModel:
         """This rank's rows of the sum of every rank's gradient [n, H] of these ids' rows."""
         own, here = self._own(rows, ids)
         mine = gradient.new_zeros(own.shape)
-        mine[here[here >= 0]] = self.ranks.add_up(gradient)[here >= 0]
+        mine[here[here >= 0]] = self.ranks.add_up_replicas(self.ranks.add_up_within(gradient)[here >= 0])
         return _rows(mine, rows.shape, self.ranks)
 
     def _own(self, rows: nn.Parameter, ids: Tensor) -> tuple[Tensor, Tensor]:

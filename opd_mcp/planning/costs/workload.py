@@ -38,8 +38,8 @@ ACTIVATIONS_PER_WIDTH = 34
 class Room:
     """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts.
 
-    Of the `devices` of a training these are the bytes of each GPU, or those of the CPU that all share; they are on
-    `nodes` machines.
+    Of the `devices` of a training, which are on `nodes` machines, these are the bytes of each GPU, or those of the CPU
+    that all of a machine share.
     """
 
     device: str = "cpu"
@@ -242,7 +242,7 @@ class Workload:
             ranks=room.devices,
             vocabulary=self.recipe.runtime.vocabulary,
         )
-        sharing = room.devices if room.device == "cpu" else 1
+        sharing = room.devices // room.nodes if room.device == "cpu" else 1
         checkpointing, each = section.activation_checkpointing, room.memory // sharing
         division = Division(self.recipe.runtime.replicas, room.nodes, each)
         step = replace(step, replicas=division.replicas(self.student, step, checkpointing))

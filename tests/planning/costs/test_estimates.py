@@ -470,3 +470,12 @@ def test_a_plan_for_several_nodes_counts_a_replica_on_each_and_says_so():
     assert "groups of devices" not in among_all.memory_basis + found(1 << 40, nodes=1).memory_basis
     assert by_node.peak_memory_bytes > among_all.peak_memory_bytes == found(1 << 40, nodes=1).peak_memory_bytes
     assert found(1 << 20) == found(1 << 20, **{"runtime.replicas": 1})
+
+
+def test_devices_of_a_cpu_share_the_memory_of_their_machine_alone():
+    def peak(nodes: int) -> int:
+        target = replace(CPU, devices=4, nodes=nodes)
+        workload = Workload(resolve_recipe("demo", {"runtime.devices": 4}), SMALL, LARGE, DATA, room_of(target))
+        return CostModel(workload, target).estimate("lightning", PHASES[:2]).peak_memory_bytes
+
+    assert peak(2) == peak(1) / 2

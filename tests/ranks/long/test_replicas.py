@@ -45,6 +45,12 @@ def case(tmp_path: Path):
     return of
 
 
+def told_by_worker(facts: Path) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", str(WORKER), str(facts)]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+
+
 @pytest.mark.parametrize(("size", "replicas"), [(2, 2), (3, 3), (4, 2)])
 def test_the_gradient_of_replicas_is_that_of_one_process(on_ranks, size: int, replicas: int, record_property) -> None:
     cases = [{"what": "gradients", "replicas": replicas, **way} for way in WAYS.values()]
@@ -106,16 +112,22 @@ def test_a_killed_rank_of_either_replica_ends_all_and_costs_no_bit(on_ranks, cas
     of_rank = {"every": 1, "steps": 4}
     killed = {**given, "folder": str(tmp_path), "case": case("killed", **of_rank), "summary": SUMMARY}
     facts.write_text(json.dumps(killed))
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
-    worker = subprocess.run(
-        [sys.executable, "-P", str(WORKER), str(facts)], env=environment, capture_output=True, text=True, check=True
-    )
-    pids, ended = map(json.loads, worker.stdout.splitlines())
+    pids, ended = map(json.loads, told_by_worker(facts))
     assert (len(pids), ended["code"], ended["left"]) == (4, "rank_lost", [])
     assert f"Rank {victim} of 4" in ended["message"]
     answers = on_ranks(4, case("killed", **of_rank), case("whole", **of_rank))
     assert {rank[0]["resumed"] for rank in answers} <= {1, 2}
     assert same(tmp_path / "killed.safetensors", tmp_path / "whole.safetensors")
+
+
+def test_a_suspended_rank_of_another_replica_is_named_after_the_timeout(case, tmp_path: Path) -> None:
+    facts, given = tmp_path / "facts.json", {"victim": 3, "call": "metric", "nth": 2, "signal": "SIGSTOP", "ranks": 4}
+    given |= {"group_seconds": 8.0, "folder": str(tmp_path), "case": case("suspended"), "summary": SUMMARY}
+    facts.write_text(json.dumps(given))
+    ended = json.loads(told_by_worker(facts)[-1])
+    assert (ended["code"], ended["left"]) == ("rank_lost", [])
+    assert "Rank 3 of 4" in ended["message"]
+    assert "did not answer the others within 8 s: its process is suspended" in ended["message"]
 
 
 def test_by_itself_a_training_on_two_nodes_has_a_replica_on_each(on_ranks, case, tmp_path: Path) -> None:
