@@ -15,6 +15,7 @@ from opd_mcp.schemas.memory import (
     USABLE_SHARE,
     AdapterSize,
     CheckpointingPolicy,
+    Division,
     ModelShape,
     StepSize,
     micro_tokens,
@@ -37,12 +38,14 @@ ACTIVATIONS_PER_WIDTH = 34
 class Room:
     """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts.
 
-    Of the `devices` of a training these are the bytes of each GPU, or those of the CPU that all share.
+    Of the `devices` of a training, which are on `nodes` machines, these are the bytes of each GPU, or those of the CPU
+    that all of a machine share.
     """
 
     device: str = "cpu"
     memory: int = 1 << 62
     devices: int = 1
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Work:
     """One phase: operations, forward passes in sequence, peak memory in bytes, and training's checkpointing.
 
     Of a phase that generates, `batch` is the number of rows drawn at a time, and `kv_bytes` are their keys and values.
+    Of a training, `replicas` are the groups of devices that each hold the student.
     """
 
     flops: float
@@ -71,6 +75,7 @@ class Work:
     checkpointing: CheckpointingPolicy | None = None
     batch: int | None = None
     kv_bytes: int | None = None
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -247,16 +252,19 @@ class Workload:
             ranks=room.devices,
             vocabulary=self.recipe.runtime.vocabulary,
         )
-        sharing = room.devices if room.device == "cpu" else 1
-        memory = training_memory(self.student, step, section.activation_checkpointing, room.memory // sharing)
+        sharing = room.devices // room.nodes if room.device == "cpu" else 1
+        checkpointing, each = section.activation_checkpointing, room.memory // sharing
+        division = Division(self.recipe.runtime.replicas, room.nodes, each)
+        step = replace(step, replicas=division.replicas(self.student, step, checkpointing))
+        memory = training_memory(self.student, step, checkpointing, each)
         total = max(sharing * memory.total, self._loading(self._packed(section)))
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         # a frozen weight forms no gradient of its own
-        each = (
+        operations = (
             6.0 * self.student.parameters if adapter is None else 4.0 * self.student.parameters + 6.0 * adapter.trained
         )
-        flops = each * section.steps * tokens
-        return Work(flops, passes, total, memory.policy)
+        flops = operations * section.steps * tokens
+        return Work(flops, passes, total, memory.policy, replicas=step.replicas)
 
     @property
     def _answers(self) -> int:

@@ -60,8 +60,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def trained(tmp_path: Path, made: dict[str, Path]):
-    """`trained(phase, name, roles, …)`: the phase on two ranks; `at(call, nth, team)` is told of rank 0's calls."""
+def trained(request: pytest.FixtureRequest, tmp_path: Path, made: dict[str, Path]):
+    """`trained(phase, name, roles, …)`: the phase on two ranks; `at(call, nth, team)` is told of rank 0's calls.
+
+    Its parameter are overrides of the recipe.
+    """
+    overrides = {"runtime.devices": 2, **getattr(request, "param", {})}
 
     def run(
         phase: str,
@@ -83,10 +87,10 @@ def trained(tmp_path: Path, made: dict[str, Path]):
 
             return called
 
-        recipe = resolve_recipe("demo", SHORT | {"runtime.devices": 2, "distill.rounds": (number and 2) or 1})
-        request = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
+        recipe = resolve_recipe("demo", SHORT | overrides | {"distill.rounds": (number and 2) or 1})
+        asked = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
         record = RunRecord(
-            run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=request, versions={}, hardware=""
+            run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=asked, versions={}, hardware=""
         )
         facts = {
             "record": record.to_dict(),
@@ -156,6 +160,7 @@ def test_a_death_and_a_cancel_cost_no_bit(trained, made) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("trained", [{}, {"runtime.replicas": 2}], indirect=True, ids=["together", "replicas"])
 def test_rounds_on_two_ranks_go_on_with_the_optimizer_of_the_round_before(trained, made, tmp_path: Path) -> None:
     """A second round that is killed and resumed is a whole one to the bit, and one process's up to rounding."""
     recipe = resolve_recipe("demo", SHORT | {"distill.rounds": 2})
