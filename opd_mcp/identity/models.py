@@ -193,9 +193,26 @@ def undecodable(facts: ModelFacts, why: str) -> PathError:
 
 
 def config_setting(config: dict[str, Any], name: str) -> int | None:
-    """An integer of the (text) config, e.g. `hidden_size`; None when absent."""
-    value = _text_config(config).get(name)
+    """An integer of the (text) config, e.g. `hidden_size`, or the number of `windowed_layers`; None when absent."""
+    text = _text_config(config)
+    value = _windowed_layers(text) if name == "windowed_layers" else text.get(name)
     return value if is_size(value) else None
+
+
+def _windowed_layers(config: dict[str, Any]) -> int | None:
+    """How many layers see a window only, where the config says which; else None."""
+    kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if not is_size(config.get("sliding_window")) or config.get("use_sliding_window") is False:
+        return None
+    if isinstance(kinds, list):
+        return kinds.count("sliding_attention")
+    every = config.get("sliding_window_pattern")
+    if not is_size(layers):
+        return None
+    if config.get("model_type") == "mistral":
+        return layers
+    # Gemma 3 before transformers wrote the kinds: each so many-th layer sees everything
+    return layers - layers // every if is_size(every) and every > 0 else None
 
 
 def is_size(value: Any) -> TypeGuard[int]:

@@ -44,14 +44,20 @@ FROZEN_LAYER_BYTES = {
 SHAPE_SETTINGS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "moe_intermediate_size"),
+    *("sliding_window", "windowed_layers"),
 )
+# Tokens that a generation's buffers hold next to a window: those of a recorded segment, and its alignment.
+WINDOW_ROOM = 256 + 64
 # Values that selective checkpointing keeps: the layer's input, and the outputs of its products and of attention.
 SELECTIVE_VALUES = (3, 2, 2, 2)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The few numbers of a model that its memory depends on; widths in values, a tied output layer counted once."""
+    """The few numbers of a model that its memory depends on; widths in values, a tied output layer counted once.
+
+    Of the layers `windowed` keep the last `window` tokens only.
+    """
 
     parameters: int
     layers: int
@@ -61,6 +67,8 @@ class ModelShape:
     intermediate: int
     vocab: int
     experts: bool = False
+    window: int = 0
+    windowed: int = 0
 
     @classmethod
     def of(cls, parameters: int, vocab: int, setting: Callable[[str], int | None]) -> Self:
@@ -79,7 +87,15 @@ class ModelShape:
             intermediate=max(setting("intermediate_size") or 0, experts),
             vocab=vocab,
             experts=at_a_time > 0,
+            window=setting("sliding_window") or 0,
+            windowed=setting("windowed_layers") or 0,
         )
+
+    def cached_values(self, prompt: float, length: float) -> float:
+        """Keys and values that a row of `length` tokens holds when it is generated after a prompt of that many."""
+        windowed = min(self.windowed, self.layers)
+        in_window = min(length, max(self.window + WINDOW_ROOM, prompt))
+        return 2 * self.kv_width * ((self.layers - windowed) * length + windowed * in_window)
 
     def adapter_parameters(self, rank: int, targets: Sequence[str] | None = None) -> int:
         """Values of an adapter on these linear layers, by the names and widths of most decoders; None: on all."""

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from opd_mcp.identity.consistency import consistency, proven_claim
 from opd_mcp.identity.models import (
     ModelCache,
+    config_setting,
     full_weights_hash,
     identity_hash,
     inspect_model,
@@ -228,3 +229,21 @@ def test_a_model_is_untrained_while_every_norm_is_as_initialised(tmp_path):
     content[norm.begin] ^= 1
     (changed / "model.safetensors").write_bytes(content)
     assert not is_untrained(changed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ({"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}, 2),
+        ({"sliding_window_pattern": 6, "num_hidden_layers": 26}, 22),
+        ({"model_type": "mistral", "num_hidden_layers": 3}, 3),
+        ({"model_type": "mistral", "num_hidden_layers": 3, "sliding_window": None}, None),
+        ({"layer_types": ["sliding_attention"], "use_sliding_window": False}, None),
+        ({"sliding_window_pattern": "6", "num_hidden_layers": 26}, None),
+        ({"num_hidden_layers": 26}, None),
+    ],
+)
+def test_layers_that_see_a_window_are_counted_where_the_config_says_which(settings, layers):
+    config = {"sliding_window": 512, **settings}
+    assert config_setting(config, "windowed_layers") == layers
+    assert config_setting({"text_config": config}, "windowed_layers") == layers

@@ -12,12 +12,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
 from opd_mcp.engine.generation import generator
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.generation.generator import generate, left_padded
+from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.schemas.recipes import Sampling
 from tools.gpu.timing import Check, synchronize
@@ -60,6 +61,8 @@ def generation_speeds(model: PreTrainedModel, check: Check, *, tiny: bool) -> di
     stops = {"fixed_length": [vocab], "stop_tokens": list(range(math.ceil(1.5 * vocab / work.new_tokens)))}
     found: dict[str, object] = {"rows": work.rows, "new_tokens": work.new_tokens, "rounds": work.rounds}
     found["log-probs"] = check("generation, log-probs against a forward pass", worst_logprob(model, prompts), MOST_OFF)
+    windowed = check("generation with windows, the same", worst_logprob(windowed_model(model), prompts), MOST_OFF)
+    found["log-probs with windows"] = windowed
     for name, ids in stops.items():
         variants = {
             OURS: our_variant(model, prompts, ids, work),
@@ -79,6 +82,26 @@ def random_prompts(work: Workload, vocab: int) -> list[list[int]]:
     rng = np.random.default_rng(0)
     low, high = work.prompt
     return [rng.integers(vocab, size=length).tolist() for length in rng.integers(low, high + 1, size=work.rows)]
+
+
+def windowed_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A small random Gemma 3 with the vocabulary, device and dtype of `model`; one layer in two sees 16 tokens."""
+    config = Gemma3TextConfig(
+        vocab_size=model.config.vocab_size,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    with torch.device(model.device):
+        made: PreTrainedModel = Gemma3ForCausalLM(config).to(model.dtype).eval()
+    assert use_packed_attention(made), "only models that pack are recorded"
+    return made
 
 
 def sdpa_twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,7 +2,8 @@
 
 A step is some thousand short kernels, which Python launches more slowly than the GPU runs them. A graph has fixed
 shapes, so keys and values lie in buffers with room for the next SEGMENT tokens. At a segment's end rows that have ended
-are dropped, room is made, and the step is recorded again.
+are dropped, room is made, and the step is recorded again. Layers with a window begin each segment with the tokens that
+the window still holds.
 """
 
 import logging
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from opd_mcp.engine.generation.batch_state import BatchState
 from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.models.embeddings import head_logits
-from opd_mcp.engine.models.kv_cache import FixedCache, FixedLayer, RoomyLayer, continued
+from opd_mcp.engine.models.kv_cache import FixedCache, FixedLayer, RoomyLayer, continued, takes_masks_by_kind
 
 logger = logging.getLogger(__name__)
 
@@ -28,67 +30,151 @@ ALIGNMENT = 64
 LOOK_EVERY = 16
 # below this a recording costs more than it saves
 LEAST_STEPS = 8
+# transformers' names for layers without and with a window
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def replays(model: PreTrainedModel, cache: DynamicCache) -> bool:
-    """Whether the steps after this cache's prefill can be recorded: CUDA, our attention, no layer with a window."""
-    return model.device.type == "cuda" and packs(model) and all(type(layer) is RoomyLayer for layer in cache.layers)
+    """Whether the steps after this cache's prefill can be recorded: on CUDA, and `has_fixed_steps`."""
+    return model.device.type == "cuda" and has_fixed_steps(model, cache)
+
+
+def has_fixed_steps(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether the model decodes in buffers of fixed size: our attention, and layers that see everything or a window.
+
+    A class whose layers differ in that has to take a mask for each kind of layer.
+    """
+    config = model.config.get_text_config()
+    if not packs(model) or len(cache.layers) != config.num_hidden_layers:
+        return False
+    kinds = {type(layer) for layer in cache.layers}
+    if kinds == {RoomyLayer}:
+        return True
+    if not kinds <= {RoomyLayer, DynamicSlidingWindowLayer}:
+        return False
+    windows = {layer.sliding_window for layer in cache.layers if type(layer) is DynamicSlidingWindowLayer}
+    named = set(getattr(config, "layer_types", None) or ())
+    # layers with chunks have caches of the same class, but other masks
+    if (
+        windows != {getattr(config, "sliding_window", None)}
+        or not named <= {FULL, SLIDING}
+        or getattr(config, "attention_chunk_size", None)
+    ):
+        return False
+    return len(kinds) == 1 or (len(named) == 2 and takes_masks_by_kind(type(model.get_decoder()).forward))
+
+
+@dataclass
+class Columns:
+    """The columns of a segment's buffers in all layers with the same `window`; None where they see everything.
+
+    `mask` [n, 1, 1, E] is added to the scores. The segment's first token is written to column `begin`, the next one to
+    column `cursor` [1]. Once a window is full (`slides`), each step hides the token that leaves it.
+    """
+
+    mask: Tensor
+    cursor: Tensor
+    begin: int
+    window: int | None = None
+    slides: bool = False
+
+    def show(self) -> None:
+        """Let the next token see itself, and no more than its window."""
+        self.mask.index_fill_(3, self.cursor, 0.0)
+        if self.slides and self.window is not None:
+            self.mask.index_fill_(3, self.cursor - self.window, -torch.inf)
+
+    def next(self, kept: Tensor, done: int, steps: int) -> "Columns":
+        """Those of a segment of `steps` tokens with the rows `kept` [m], after `done` tokens of this one."""
+        end = self.begin + done
+        seen = self.seen(end)
+        slides = self.window is not None and seen + steps > self.window
+        # so that the column to hide is never before the first one
+        begin = self.window if slides and self.window is not None else seen
+        extent = -(-(begin + steps) // ALIGNMENT) * ALIGNMENT
+        mask = self.mask.new_full((len(kept), 1, 1, extent), -torch.inf)
+        mask[..., begin - seen : begin] = self.mask[kept, :, :, end - seen : end]
+        return Columns(mask, torch.full_like(self.cursor, begin), begin, self.window, slides)
+
+    def seen(self, end: int) -> int:
+        """How many of the columns before `end` the next token sees."""
+        return end if self.window is None else min(end, self.window - 1)
+
+    def moved(self, states: Tensor, kept: Tensor, end: int, after: "Columns") -> Tensor:
+        """Buffers for the columns `after` these, with the rows `kept` of `states` [n, h, E, d] up to column `end`."""
+        seen, extent = self.seen(end), after.mask.shape[3]
+        # zeros, since a masked token still has a share of 0 in a sum
+        room = states.new_zeros(len(kept), states.shape[1], extent, states.shape[3])
+        room[:, :, after.begin - seen : after.begin] = states[kept, :, end - seen : end]
+        return room
 
 
 @dataclass
 class Segment:
-    """The buffers of steps with the same shapes: n rows, room for the keys and values of E tokens.
+    """The buffers of steps with the same shapes: n rows, room for the keys and values of the tokens to come.
 
-    `mask` [n, 1, 1, E] is added to the scores; `input_ids` and `positions` [n, 1] are those of the next token.
+    `input_ids` and `positions` [n, 1] are those of the next token; `columns` by the layers' window, `windows` [layers].
     """
 
     model: PreTrainedModel
     state: BatchState
     input_ids: Tensor
     positions: Tensor
-    mask: Tensor
-    cursor: Tensor
     cache: DynamicCache
+    columns: dict[int | None, Columns]
+    windows: list[int | None]
 
     def step(self) -> None:
         """Draw the next token of each row."""
-        self.mask.index_fill_(3, self.cursor, 0.0)
-        hidden = continued(self.model, self.cache, self.input_ids, self.mask, self.positions)
+        for columns in self.columns.values():
+            columns.show()
+        hidden = continued(self.model, self.cache, self.input_ids, self.masks(), self.positions)
         drawn = self.state.take(head_logits(self.model, hidden[:, -1]))
         self.input_ids.copy_(drawn[:, None])
         self.positions += 1
-        self.cursor += 1
+        for columns in self.columns.values():
+            columns.cursor += 1
 
-    def next(self, kept: Tensor, filled: int, steps: int) -> "Segment":
-        """The rows `kept` [m], the states of their first `filled` tokens, and room for `steps` more."""
-        extent = -(-(filled + steps) // ALIGNMENT) * ALIGNMENT
-        mask = self.mask.new_full((len(kept), 1, 1, extent), -torch.inf)
-        mask[..., :filled] = self.mask[kept, :, :, :filled]
+    def masks(self) -> Tensor | dict[str, Tensor]:
+        """The mask of all layers, or of each kind of layer by transformers' name for it."""
+        if len(self.columns) == 1:
+            return next(iter(self.columns.values())).mask
+        return {FULL if window is None else SLIDING: columns.mask for window, columns in self.columns.items()}
+
+    def next(self, kept: Tensor, done: int, steps: int) -> "Segment":
+        """The rows `kept` [m] after `done` tokens of this segment, and room for `steps` more."""
+        after = {window: columns.next(kept, done, steps) for window, columns in self.columns.items()}
         cache = FixedCache()
-        for layer in self.cache.layers:
-            keys, values = (_with_room(states, kept, filled, extent) for states in (layer.keys, layer.values))
-            cache.layers.append(FixedLayer(keys, values, self.cursor))
+        for layer, window in zip(self.cache.layers, self.windows, strict=True):
+            before = self.columns[window]
+            end = before.begin + done
+            keys, values = (before.moved(states, kept, end, after[window]) for states in (layer.keys, layer.values))
+            cache.layers.append(FixedLayer(keys, values, after[window].cursor))
             # the caller still has the old cache: so one layer is held twice at a time, not all
             layer.keys = layer.values = keys.new_empty(0)
         self.state.keep(kept)
-        return Segment(self.model, self.state, self.input_ids[kept], self.positions[kept], mask, self.cursor, cache)
+        return Segment(self.model, self.state, self.input_ids[kept], self.positions[kept], cache, after, self.windows)
 
 
-def _with_room(states: Tensor, kept: Tensor, filled: int, extent: int) -> Tensor:
-    # zeros, since a masked token still has a share of 0 in a sum
-    room = states.new_zeros(len(kept), states.shape[1], extent, states.shape[3])
-    room[:, :, :filled] = states[kept, :, :filled]
-    return room
+def _prefilled_segment(
+    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, state: BatchState
+) -> Segment:
+    """What the prefill left, as a segment without room: prompt mask [B, L], last positions [B, 1], first tokens [B]."""
+    added = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    columns = {}
+    for layer, window in zip(cache.layers, windows, strict=True):
+        held = layer.keys.shape[2]
+        columns[window] = Columns(added[..., mask.shape[1] - held :], mask.new_full((1,), held), held, window)
+    return Segment(model, state, drawn[:, None], positions + 1, cache, columns, windows)
 
 
 def draw_replayed(
     model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, state: BatchState
 ) -> None:
     """Draw the rest of a batch after its prefill: prompt mask [B, L], last positions [B, 1], first tokens [B]."""
-    filled, done = mask.shape[1], 1
-    added = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(mask == 0, -torch.inf)[:, None, None]
-    cursor = torch.tensor([filled], device=model.device)
-    segment = Segment(model, state, drawn[:, None], positions + 1, added, cursor, cache)
+    steps, done = 0, 1
+    segment = _prefilled_segment(model, cache, mask, positions, drawn, state)
     recording = Recording(state.generator)
     while done < state.limit:
         kept = state.going().nonzero()[:, 0]
@@ -97,8 +183,8 @@ def draw_replayed(
         if len(kept) == 1 < len(state.rows):
             # compilers make code of their own for one row
             kept = torch.cat([kept, (kept + 1) % len(state.rows)])
-        steps = min(SEGMENT, state.limit - done)
-        segment = segment.next(kept, filled, steps)
+        taken, steps = steps, min(SEGMENT, state.limit - done)
+        segment = segment.next(kept, taken, steps)
         step, recorded = segment.step, steps >= LEAST_STEPS
         for number in range(steps):
             if number and number % LOOK_EVERY == 0 and not state.going().any():
@@ -109,7 +195,7 @@ def draw_replayed(
                 step = recording.of(segment.step)
             else:
                 step()
-        filled, done = filled + steps, done + steps
+        done += steps
 
 
 class Recording:

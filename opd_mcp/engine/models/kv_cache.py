@@ -60,10 +60,13 @@ def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
-def continued(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+def continued(
+    model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor | dict[str, Tensor], positions: Tensor
+) -> Tensor:
     """Last hidden states [B, n, H] of the next tokens `ids` [B, n], which the cache takes in.
 
-    `mask` covers all tokens [B, L], those in the cache among them; `positions` are those of the new ones.
+    `mask` covers all tokens [B, L], those in the cache among them, or is what is added to the scores [B, 1, n, L], for
+    all layers or for each kind of layer; `positions` are those of the new ones.
     """
     decoder = model.get_decoder()
     output = decoder(
@@ -108,6 +111,12 @@ def keep_rows(cache: DynamicCache, kept: Tensor) -> None:
 def _cache_argument(forward: Callable[..., object]) -> str:
     known = inspect.signature(forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values")
+
+
+@cache
+def takes_masks_by_kind(forward: Callable[..., object]) -> bool:
+    """Whether a decoder's `forward` takes a mask per kind of layer, as transformers' own generation passes them."""
+    return "attention_mask, dict)" in inspect.getsource(forward)
 
 
 @torch.no_grad()

@@ -213,14 +213,24 @@ class Workload:
     def _value_bytes(self) -> int:
         return 2 if self.recipe.runtime.dtype == "bfloat16" else 4
 
-    def _generation(self, model: ModelShape, rows: int, batch: int, sampling: Sampling, packed: int = 0) -> Work:
+    def _generation(
+        self,
+        model: ModelShape,
+        rows: int,
+        batch: int,
+        sampling: Sampling,
+        packed: int = 0,
+        value_bytes: int | None = None,
+    ) -> Work:
+        """Keys and values have the dtype of the weights, of `value_bytes` each; None: the run's."""
+        width = value_bytes or self._value_bytes
         batch, new_tokens = min(batch, max(rows, 1)), sampling.max_new_tokens
         length = self.data.prompt_tokens + new_tokens
-        kv = int(2 * batch * length * model.layers * model.kv_width * self._value_bytes)
+        kv = int(batch * model.cached_values(self.data.prompt_tokens, length) * width)
         together = min(batch * self.data.prompt_tokens, PREFILL_TOKENS)
-        passing = int(together * ACTIVATIONS_PER_WIDTH * model.hidden * self._value_bytes)
+        passing = int(together * ACTIVATIONS_PER_WIDTH * model.hidden * width)
         stepping = LOGIT_COPIES * 4 * batch * model.vocab  # once the prompts are through
-        memory = model.weights(self._value_bytes, packed) + kv + max(passing, stepping)
+        memory = model.weights(width, packed) + kv + max(passing, stepping)
         flops, passes = 2.0 * model.parameters * rows * length, ceil(rows / batch) * new_tokens
         return Work(flops, passes, memory, batch=batch, kv_bytes=kv)
 
@@ -332,10 +342,13 @@ class Workload:
             return self._training(section, length, self.room)
         rows, room = section.batch_size, self.room
         rollout, packed = self.recipe.rollout, self._packed(section)
-        rollouts = self._generation(self.student, rows, rollout.batch_size, rollout.sampling, packed)
+        # the weights that are trained draw the rollouts, without autocast
+        adapter = self.adapter(section)
+        width = weight_bytes(section.optimizer.precision) if adapter is None else adapter.base_bytes
+        rollouts = self._generation(self.student, rows, rollout.batch_size, rollout.sampling, packed, width)
         micro = min(section.micro_batch_tokens, rows * length)
         # The student trains next to the resident teacher and its own generation cache; its weights draw the rollouts.
-        cached = rollouts.memory - self.student.weights(self._value_bytes, packed)
+        cached = rollouts.memory - self.student.weights(width, packed)
         second = 0 if self._shares_base(section) else teacher.parameters * self._value_bytes
         resident = second + self._forward_memory(teacher, micro) + cached
         training = self._training(section, length, Room(room.device, max(room.memory - resident, 0)))

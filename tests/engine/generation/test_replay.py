@@ -6,12 +6,25 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from opd_mcp.engine.generation import generator, replay
 from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
 from opd_mcp.engine.generation.generator import generate
 from opd_mcp.engine.models.attention import use_packed_attention
+from opd_mcp.schemas.memory import WINDOW_ROOM
 from opd_mcp.schemas.recipes import Sampling
 
 VOCAB, EOS, LIMIT = 13, 1, 20
@@ -82,6 +95,94 @@ def test_finished_rows_are_dropped_at_a_segments_end(
     assert all(len(set(segment)) == 1 for segment in segments)
     assert rows == sorted(rows, reverse=True)
     assert rows[-1] < rows[0]
+
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.5,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+
+
+def windowed(kind: str, window: int) -> PreTrainedModel:
+    """A random model with this window: in each layer, or in the first of two."""
+    torch.manual_seed(1)
+    changes = {**SMALL, "sliding_window": window}
+    if kind == "mistral":
+        made: PreTrainedModel = MistralForCausalLM(MistralConfig(**changes))
+    elif kind == "gemma3":
+        made = Gemma3ForCausalLM(Gemma3TextConfig(**changes, **MIXED))
+    else:
+        made = Qwen3ForCausalLM(Qwen3Config(**changes, **MIXED, use_sliding_window=True))
+    assert use_packed_attention(made.double().eval())
+    return made
+
+
+@given(
+    st.sampled_from(["mistral", "gemma3", "qwen3"]),
+    st.integers(2, 24),
+    st.integers(1, 12),
+    st.lists(st.integers(1, 14), min_size=1, max_size=5),
+    st.integers(2, 24),
+)
+@settings(max_examples=20, deadline=None)
+def test_windows_in_fixed_buffers(kind: str, window: int, segment: int, lengths: list[int], limit: int) -> None:
+    """Whatever the window, the segments, the prompts and the limit: the tokens of a cache that grows."""
+    model = windowed(kind, window)
+    prompts = [[2 + (3 * row + number) % (VOCAB - 2) for number in range(n)] for row, n in enumerate(lengths)]
+    how = GenerationSettings(Sampling(max_new_tokens=limit, temperature=0), [EOS], len(prompts), 0, "test")
+    growing = generate(model, prompts, how)
+    assert replay.has_fixed_steps(model, generator.roomy_cache(model.config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "replays", replay.has_fixed_steps)
+        patch.setattr(replay, "LEAST_STEPS", limit)
+        patch.setattr(replay, "SEGMENT", segment)
+        fixed = generate(model, prompts, how)
+    for ours, theirs in zip(fixed, growing, strict=True):
+        assert (ours.response_ids, ours.finish_reason) == (theirs.response_ids, theirs.finish_reason)
+        assert np.allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
+
+
+def test_buffers_of_a_window_hold_no_more_than_the_window_and_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert WINDOW_ROOM == replay.SEGMENT + replay.ALIGNMENT, "what a plan counts"
+    extents = []
+    move = replay.Columns.moved
+
+    def noting(columns: replay.Columns, *given: object) -> torch.Tensor:
+        states = move(columns, *given)  # type: ignore[arg-type]
+        extents.append((columns.window, states.shape[2]))
+        return states
+
+    monkeypatch.setattr(replay.Columns, "moved", noting)
+    monkeypatch.setattr(generator, "replays", replay.has_fixed_steps)
+    monkeypatch.setattr(replay, "LEAST_STEPS", LIMIT)
+    monkeypatch.setattr(replay, "SEGMENT", 4)
+    monkeypatch.setattr(replay, "ALIGNMENT", 1)
+    how = GenerationSettings(Sampling(max_new_tokens=LIMIT, temperature=0), [], 1, 0, "test")
+    generate(windowed("gemma3", 5), [list(range(2, 12))], how)
+    assert {extent for window, extent in extents if window == 5} == {5 + 4, 5 + 3}
+    assert max(extent for window, extent in extents if window is None) == 10 + LIMIT - 1
+
+
+def test_layers_with_chunks_have_no_fixed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their caches are of the class that windows have, but a token does not see across a chunk's begin."""
+    monkeypatch.setattr(replay, "packs", lambda model: True)
+    chunked = {
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attention_chunk_size": 4,
+        "num_local_experts": 1,
+    }
+    model = Llama4ForCausalLM(Llama4TextConfig(**SMALL, **chunked))
+    assert not replay.has_fixed_steps(model, generator.roomy_cache(model.config))
 
 
 def test_only_cuda_replays(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from opd_mcp.planning.costs.estimates import (
 )
 from opd_mcp.planning.costs.run_workload import model_shape, workload_of
 from opd_mcp.planning.costs.workload import DRAWN, PROCESS_BYTES, DataSize, Room, Workload, with_fitting_batches
-from opd_mcp.schemas.memory import ModelShape, micro_tokens
+from opd_mcp.schemas.memory import WINDOW_ROOM, ModelShape, micro_tokens
 from opd_mcp.schemas.plans import MethodEstimate
 from opd_mcp.schemas.reports import StageCost
 from opd_mcp.schemas.resolve import resolve_recipe
@@ -293,6 +293,36 @@ def test_every_phase_that_generates_gets_its_own_batch():
     assert chosen.benchmark.batch_size == 8, "32,768 tokens, next to the teacher"
     for phase in DRAWN:
         assert replace(workload, recipe=chosen).work(phase).memory <= 0.9 * CARD.memory
+
+
+def test_layers_with_a_window_hold_no_more_than_the_window_and_a_segment():
+    """Shapes of Gemma 3 1B: of 26 layers 22 see 512 tokens. All layers at full length would halve the batch twice."""
+    full = ModelShape(999_885_952, 26, 1152, query_width=1024, kv_width=256, intermediate=6912, vocab=262_144)
+    shape = replace(full, window=512, windowed=22)
+    changes = {"rollout.sampling.max_new_tokens": 16384, "rollout.batch_size": 1024}
+    workload = Workload(resolve_recipe("paper", changes), shape, EIGHT, replace(DATA, prompts=10**4), CARD)
+    length = DATA.prompt_tokens + 16384
+    work = workload.work("rollout")
+    assert work.kv_bytes == 2 * 1024 * (4 * length + 22 * (512 + WINDOW_ROOM)) * 256 * 2
+    assert shape.cached_values(20_000, 20_100) == 2 * 256 * (4 * 20_100 + 22 * 20_000), "a prompt is kept whole"
+    assert shape.cached_values(10, 50) == full.cached_values(10, 50)
+    batches = [
+        with_fitting_batches(replace(workload, student=model), ["rollout"], ()).rollout.batch_size
+        for model in (full, shape)
+    ]
+    assert batches == [128, 512]
+
+
+def test_live_draws_with_the_weights_that_it_trains():
+    """Float32 masters have keys and values of float32, whatever the training's products are computed in."""
+
+    def live(precision: str) -> int:
+        changes = {"distill.method": "live", "distill.optimizer.precision": precision, "runtime.dtype": "bfloat16"}
+        kv = Workload(resolve_recipe("paper", changes), ONE_SEVEN, EIGHT, DATA, CARD).work("distill").kv_bytes
+        assert kv is not None
+        return kv
+
+    assert live("fp32_master") == 2 * live("split_master")
 
 
 def test_a_batch_that_was_named_stays_and_so_does_one_that_a_single_row_would_not_make_fit():
