@@ -37,7 +37,9 @@ RANK = "opd_mcp.worker.teams.rank_process"
 def queue_and_cancel(cluster: Cluster) -> dict[str, Any]:
     """A run that waits says where; its cancel ends it at once, and that of a working one by its file."""
     service = cluster.service()
-    blocker = cluster.services.asks("sbatch", "--parsable", "-N2", "--exclusive", "--wrap=sleep 600").strip()
+    blocker = cluster.services.asks(
+        "sbatch", "--parsable", "-N2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600"
+    ).strip()
     until(lambda: "RUNNING" in cluster.services.asks("squeue", "-h", "-j", blocker, "-o", "%T"), "the blocker")
     first, second = long_sft(cluster), long_sft(cluster, steps=99_999)
     status = reached(service, second, lambda status: status.queue_position == 2)
@@ -67,7 +69,7 @@ def preemption(cluster: Cluster) -> dict[str, Any]:
     """A job of a higher partition takes both nodes: the run writes a checkpoint, waits and goes on."""
     service, run_id = cluster.service(), long_sft(cluster)
     reached(service, run_id, trained_a_little)
-    cluster.services.asks("sbatch", "--partition=urgent", "-N2", "--exclusive", "--wrap=sleep 5")
+    cluster.services.asks("sbatch", "--partition=urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     waiting = reached(service, run_id, lambda status: status.state == "queued")
     return {"said": waiting.waits_for, **goes_on(service, run_id)}
 
