@@ -33,7 +33,8 @@ class Target:
     """Where a run of a given recipe computes; `memory` is the free memory there, in bytes.
 
     `claimed` is the part of it that active runs will still use. `capacity` is all memory, free or not; 0: unknown.
-    A training takes `devices` at once: GPUs of this memory each, or groups of CPU threads that share it.
+    A training takes `devices` at once: GPUs of this memory each, or groups of CPU threads that share it. They are on
+    `nodes` machines, equally many on each; 1 where that is not so.
     """
 
     kind: str
@@ -42,6 +43,12 @@ class Target:
     claimed: int = 0
     capacity: int = 0
     devices: int = 1
+    nodes: int = 1
+
+    @property
+    def devices_per_node(self) -> int:
+        """Those that are on one machine, whose memory they share where they are its CPU."""
+        return self.devices // self.nodes
 
 
 def gpus() -> list[Gpu]:
@@ -131,7 +138,8 @@ def declared_target(runtime: RuntimeRecipe, name: str, executor: ExecutorSetting
         there = executor.gpus * nodes
         devices = there if runtime.devices == "all" else device_count(runtime, there)
         text = f"a GPU of {name}" if devices == 1 else f"each of {devices} GPUs of {name}"
-        return Target("cuda", text, memory, capacity=memory, devices=devices)
+        even = _even_nodes(devices, executor.gpus, nodes)
+        return Target("cuda", text, memory, capacity=memory, devices=devices, nodes=even)
     if runtime.device == "cuda":
         raise ResourceError(
             "device_unavailable",
@@ -142,7 +150,14 @@ def declared_target(runtime: RuntimeRecipe, name: str, executor: ExecutorSetting
     each = max(1, executor.cpus // runtime.threads)
     wanted = runtime.devices if isinstance(runtime.devices, int) else each * nodes
     threads = wanted * runtime.threads
-    return Target("cpu", f"{threads} CPU thread{'s' if threads > 1 else ''} of {name}", memory, 0, memory, wanted)
+    text = f"{threads} CPU thread{'s' if threads > 1 else ''} of {name}"
+    return Target("cpu", text, memory, capacity=memory, devices=wanted, nodes=_even_nodes(wanted, each, nodes))
+
+
+def _even_nodes(devices: int, each: int, most: int) -> int:
+    """How many machines so many devices fill, `each` on one of `most`, where equally many are on each; else 1."""
+    nodes = min(-(-devices // each), most)
+    return nodes if devices % nodes == 0 else 1
 
 
 def nodes_of(runtime: RuntimeRecipe, executor: ExecutorSettings) -> int:

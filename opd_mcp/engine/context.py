@@ -133,9 +133,10 @@ def no_engine(wish: EngineWish) -> AbstractContextManager[list[EngineAddress]]:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """The place of this process among the `size` ranks that train one model together on this machine.
+    """The place of this process among the `size` ranks that train one model together.
 
-    They meet in `folder`, which is theirs alone. A collective operation that one of them does not join within
+    They are on `nodes` machines, equally many on each and those of one after the other's; 1 where that is not so. They
+    meet in `folder`, which is theirs alone. A collective operation that one of them does not join within
     `timeout` seconds fails on the others.
     """
 
@@ -143,6 +144,7 @@ class RankPlace:
     size: int
     folder: Path
     timeout: float = 600.0
+    nodes: int = 1
 
 
 class Helpers(Protocol):

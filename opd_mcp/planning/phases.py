@@ -203,7 +203,7 @@ class PhaseChain:
     def _runtime(self, name: PhaseName) -> dict[str, Any]:
         """What of the runtime decides the phase's result: only training is divided among devices."""
         settings = self.recipe.runtime.key_settings()
-        shared = () if name in RANKED else ("devices", "vocabulary")
+        shared = () if name in RANKED else ("devices", "vocabulary", "replicas")
         return {key: value for key, value in settings.items() if key not in shared}
 
     def _begins_with(self, number: int | None) -> Any:

@@ -51,7 +51,7 @@ from opd_mcp.schemas.next_action import NextAction, next_call
 from opd_mcp.schemas.plans import Finding, FitOption, MethodEstimate, Plan, PlannedPhase, WayToTrain
 from opd_mcp.schemas.recipes import Method, Recipe, RuntimeRecipe
 from opd_mcp.schemas.requests import PlanDistillation
-from opd_mcp.schemas.resolve import FarRate, far_rates, few_steps
+from opd_mcp.schemas.resolve import FarRate, far_rates, few_steps, require_even_replicas
 from opd_mcp.schemas.runs import DataInput, ModelInput, RunInputs, RunLabels, RunPhase, RunRequest
 from opd_mcp.schemas.texts import byte_size, shortened
 from opd_mcp.store.store import Store
@@ -82,6 +82,7 @@ class Planner:
         arguments, reason = fitted_to(asked, inputs.student)
         recipe, found.warnings = builder.with_engines(distillation_recipe(arguments))
         target = self.target_of(recipe.runtime, builder.executor)
+        require_even_replicas(recipe.runtime.replicas, target.devices)
         differing = differing_tokens(inputs.teacher, inputs.student)
         sft, verdict = judge_consistency(arguments, inputs, recipe, found)
         require_generating(inputs.student, *([inputs.teacher] if sft else []))

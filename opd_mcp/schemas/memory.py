@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, Self
 
-from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision, VocabularySharing
+from opd_mcp.schemas.recipes import ActivationCheckpointing, Precision, Replicas, VocabularySharing
 
 CheckpointingPolicy = Literal["none", "selective", "full"]
 POLICIES: tuple[CheckpointingPolicy, ...] = ("none", "selective", "full")
@@ -153,7 +153,7 @@ class AdapterSize:
 class StepSize:
     """What decides the memory of a training step besides its model: `tokens` are those of the largest micro-batch.
 
-    Of several `ranks` that hold the model together, it is the memory of one.
+    Of several `ranks` that train the model, it is the memory of one; they hold so many `replicas` of it.
     `compiled` layers keep less; a plan cannot know whether layers will be compiled and assumes plain ones.
     """
 
@@ -165,6 +165,12 @@ class StepSize:
     adapter: "AdapterSize | None" = None
     ranks: int = 1
     vocabulary: VocabularySharing = "auto"
+    replicas: int = 1
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks hold one replica together."""
+        return max(1, self.ranks // self.replicas)
 
     @property
     def arithmetic(self) -> str:
@@ -191,6 +197,25 @@ def training_memory(
         ways = {"auto": (False, True), "gathered": (False,), "divided": (True,)}[step.vocabulary]
         found = [_share_of_a_rank(memory, shape, step, divided) for divided in ways for memory in alone]
     return next((memory for memory in found if memory.total <= USABLE_SHARE * room), found[-1])
+
+
+@dataclass(frozen=True)
+class Division:
+    """How ranks on `nodes`, equally many on each, share a student; `room` are the bytes that one rank has."""
+
+    wish: Replicas
+    nodes: int
+    room: int
+
+    def replicas(self, shape: ModelShape, step: StepSize, checkpointing: ActivationCheckpointing) -> int:
+        """The replicas that the ranks hold: as wished, else one per node where that fits each rank, else one."""
+        if self.wish != "auto":
+            return self.wish
+        if self.nodes == 1:
+            return 1
+        within = replace(step, replicas=self.nodes)
+        fits = training_memory(shape, within, checkpointing, self.room).total <= USABLE_SHARE * self.room
+        return self.nodes if fits else 1
 
 
 def micro_tokens(micro_batch_tokens: int, longest: int, total: int) -> int:
@@ -273,14 +298,14 @@ def _adapter_memory(
 
 
 def _share_of_a_rank(memory: TrainingMemory, shape: ModelShape, step: StepSize, divided: bool) -> TrainingMemory:
-    """One rank's part of what is divided, with what it gathers: the vocabulary, and two layers with a gradient.
+    """One rank's part of a replica, with what it gathers: the vocabulary, and two layers with a gradient.
 
     Of the vocabulary there are at most two matrices, which an untied model has; norms and adapters, which every rank
     has whole, are small. Layers are gathered in the dtype that they compute in, so autocast copies none. A vocabulary
     that is `divided` in the step as well is not gathered, but for the embedding's rows of a micro-batch's tokens and
     their gradient; the other ranks' tokens come tile by tile.
     """
-    adapter, ranks, narrow = step.adapter, step.ranks, step.arithmetic != "float32"
+    adapter, ranks, narrow = step.adapter, step.sharing, step.arithmetic != "float32"
     held = weight_bytes(step.precision) if adapter is None else adapter.base_bytes
     vocabulary = min(2 * shape.vocab * shape.hidden, shape.parameters)
     layer = (shape.parameters - vocabulary) // shape.layers

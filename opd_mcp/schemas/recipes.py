@@ -27,6 +27,7 @@ AdapterSave = Literal["adapter", "merged", "both"]
 GraderName = Literal["math", "number", "choice", "exact", "gsm8k", "boxed", "regex", "code", "reasoning_gym"]
 ReferenceRow = Literal["teacher", "base"]
 VocabularySharing = Literal["auto", "gathered", "divided"]
+Replicas = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["all"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 BATCH = (
@@ -85,6 +86,11 @@ class RuntimeRecipe(Schema):
         "auto",
         description="of a student that several devices train: 'gathered' on each for a step, or 'divided' in the step "
         "too, which takes less memory and moves the tokens; 'auto': divided only where gathering it does not fit",
+    )
+    replicas: Annotated[Replicas, AddedLater()] = Field(
+        "auto",
+        description="groups of a training's devices that each hold the whole student (hybrid sharding); 'auto': one, "
+        "or on several nodes one per node where the student fits there",
     )
 
 

@@ -119,6 +119,9 @@ class TrainingSummary(Schema):
     final: dict[str, MetricValue] = Field(default_factory=dict, description="means over the last tenth of steps")
     seconds_generation: float | None = None
     seconds_scoring: float | None = None
+    replicas: int | None = Field(
+        None, description="groups of those devices that each held the whole student; absent for one"
+    )
     precision: Precision = Field("fp32_master", description="what the weights were kept in")
     activation_checkpointing: CheckpointingPolicy | None = Field(
         None, description="what the memory estimate or the recipe chose; absent where no step was left to take"
@@ -469,3 +472,4 @@ class CheckpointRecord(Record):
     torch: str
     device: str
     files: dict[str, str] = Field(description="sha256 of each file")
+    replicas: int | None = Field(None, description="how many of the student the ranks held; absent for one")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd_mcp.schemas.errors import ArgumentError, ResourceError, nearest
 from opd_mcp.schemas.memory import keeps_float32
-from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Preset, Recipe, SftRecipe, base_form
+from opd_mcp.schemas.recipes import DistillRecipe, OptimizerRecipe, Preset, Recipe, Replicas, SftRecipe, base_form
 
 
 def preset_values(preset: Preset) -> dict[str, Any]:
@@ -234,6 +234,8 @@ def require_adapter_precision(recipe: SftRecipe | DistillRecipe, section: str) -
 
 def require_divisible(recipe: Recipe) -> None:
     """Raise ArgumentError `devices_unsupported` for a training that several devices cannot share."""
+    if isinstance(recipe.runtime.devices, int):
+        require_even_replicas(recipe.runtime.replicas, recipe.runtime.devices)
     if recipe.runtime.devices == 1:
         return
     value, one = f"runtime.devices={recipe.runtime.devices}", "set 'runtime.devices' to 1."
@@ -260,6 +262,18 @@ def require_divisible(recipe: Recipe) -> None:
             f"given no student that is divided among them. 'rollout.engine' is '{recipe.rollout.engine}'.",
             value=value,
             fix=f"Leave out 'rollout.engine', or {one}",
+        )
+
+
+def require_even_replicas(replicas: Replicas, devices: int) -> None:
+    """Raise ArgumentError `devices_unsupported` where so many replicas would not be held by equally many devices."""
+    if replicas != "auto" and devices % replicas:
+        raise ArgumentError(
+            "devices_unsupported",
+            f"{devices} device{'s' if devices > 1 else ''} cannot hold {replicas} replicas of the student with equally "
+            "many devices each.",
+            value=f"runtime.replicas={replicas}",
+            fix="Set 'runtime.replicas' to a divisor of the number of devices, or to 'auto'.",
         )
 
 

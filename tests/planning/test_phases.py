@@ -39,6 +39,7 @@ def keys(given: RunInputs, method: str = "lightning", **overrides: object) -> di
         ({"runtime__seed": 7}, []),
         ({"runtime__devices": 2}, ["generate_responses"]),
         ({"runtime__vocabulary": "divided"}, ["generate_responses"]),
+        ({"runtime__replicas": 2, "runtime__devices": 4}, ["generate_responses"]),
         ({"distill__adapter": {}}, ["generate_responses", "sft", "rollout", "score"]),
         ({"distill__adapter": {"quantization": "nf4"}}, ["generate_responses", "sft"]),
     ],
@@ -53,7 +54,7 @@ def test_a_setting_that_came_later_changes_no_key_at_its_default():
     assert keys(inputs(), distill__repair="residual")["distill"] != keys(inputs())["distill"]
     assert "repair" not in resolve_recipe("demo", {}).distill.key_settings()
     assert "repair" in resolve_recipe("demo", {"distill.repair": "residual"}).distill.key_settings()
-    assert keys(inputs(), runtime__devices=1, runtime__vocabulary="auto") == keys(inputs())
+    assert keys(inputs(), runtime__devices=1, runtime__vocabulary="auto", runtime__replicas="auto") == keys(inputs())
 
 
 def test_only_what_several_devices_train_has_another_key():

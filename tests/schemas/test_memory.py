@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from opd_mcp.schemas.memory import AdapterSize, ModelShape, StepSize, training_memory
+from opd_mcp.schemas.memory import AdapterSize, Division, ModelShape, StepSize, training_memory
 
 QWEN3_8B = ModelShape(8_190_735_360, 36, 4096, 32 * 128, 8 * 128, 12288, 151936)
 ROOM = 80 * 10**9
@@ -74,3 +74,27 @@ def test_a_mixture_of_30b_fits_eight_80_gb_devices_with_a_divided_vocabulary_alo
         < 0.9 * ROOM
         < training_memory(qwen3_30b_a3b, replace(step, vocabulary="gathered"), "full", ROOM).total
     )
+
+
+def test_a_rank_of_replicas_holds_what_one_of_as_many_ranks_as_a_replica_has_does() -> None:
+    two_nodes, one_node = replace(STEP, ranks=16, replicas=2), replace(STEP, ranks=8)
+    assert training_memory(QWEN3_8B, two_nodes, "auto", ROOM) == training_memory(QWEN3_8B, one_node, "auto", ROOM)
+    # a replica on one rank is gathered there too, which one process does not do
+    alone = training_memory(QWEN3_8B, replace(STEP, ranks=2, replicas=2), "full", 10**12)
+    assert alone.optimizer == training_memory(QWEN3_8B, STEP, "full", 10**12).optimizer
+    assert alone.gradients > 4 * QWEN3_8B.parameters
+
+
+@pytest.mark.parametrize(
+    ("wish", "ranks", "nodes", "gigabytes", "replicas"),
+    [
+        ("auto", 16, 2, 80, 2),  # 8 devices of 80 GB hold an 8B
+        ("auto", 4, 2, 80, 1),  # 2 do not
+        ("auto", 16, 1, 80, 1),  # one machine, or an uneven number on each
+        (1, 16, 2, 80, 1),
+        (4, 16, 2, 80, 4),
+    ],
+)
+def test_by_itself_each_node_holds_a_replica_where_it_fits(wish, ranks, nodes, gigabytes, replicas) -> None:
+    division = Division(wish, nodes, gigabytes * 10**9)
+    assert division.replicas(QWEN3_8B, replace(STEP, ranks=ranks), "auto") == replicas

@@ -141,6 +141,14 @@ def test_what_several_devices_cannot_share_is_refused_with_the_way_out(devices, 
     resolve_recipe("paper", overrides)
 
 
+@pytest.mark.parametrize(("devices", "replicas"), [(1, 2), (8, 3)])
+def test_replicas_that_devices_cannot_hold_evenly_are_refused(devices: int, replicas: int) -> None:
+    with pytest.raises(ArgumentError, match="equally many devices each") as caught:
+        resolve_recipe("paper", {"runtime.devices": devices, "runtime.replicas": replicas})
+    assert caught.value.code == "devices_unsupported"
+    resolve_recipe("paper", {"runtime.devices": 8, "runtime.replicas": 4})
+
+
 @pytest.mark.parametrize("section", ["sft", "distill"])
 def test_8_bit_moments_are_refused_without_their_library(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {f"{section}.optimizer.precision": "fp32_master_8bit"}

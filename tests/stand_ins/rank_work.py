@@ -5,6 +5,7 @@ Without arguments it is a rank of a real worker's team, whose facts on stdin hav
 
 import ctypes
 import gc
+import hashlib
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ from opd_mcp.engine.training.loop import LoopSettings, TrainingTask, train
 from opd_mcp.engine.training.optim import build_optimizer
 from opd_mcp.engine.training.rank_step import accumulate_on_ranks
 from opd_mcp.engine.training.ranks import joined
-from opd_mcp.engine.training.sharding import ShardedModel, sharded
+from opd_mcp.engine.training.sharding import ShardedModel, local, sharded
 from opd_mcp.engine.training.step import StepSettings, accumulate_gradients, sft_metrics
 from opd_mcp.schemas.errors import RunError
 from opd_mcp.schemas.memory import TILE_BYTES
@@ -123,7 +124,7 @@ def gradients(case: dict[str, Any], place: RankPlace) -> dict[str, float]:
     """By case, the worst relative difference of loss, log-probs and gradients from one process's."""
     device, answer = torch.device("cpu"), {}
     runtime = Runtime(device, getattr(torch, case.get("dtype", "float32")), 0)
-    ranks, data = joined(place, device), rows_of(SIZES[case["data"]])
+    ranks, data = joined(place, device).replicated(case.get("replicas", 1)), rows_of(SIZES[case["data"]])
     step = StepData(data, np.arange(len(data)))
     reweigh = (lambda tokens: 1 + tokens.logprobs.detach().abs()) if case.get("reweigh") else None
     TILE_BYTES["cpu"] = case.get("tile_bytes", 1 << 26)
@@ -264,22 +265,40 @@ def training(case: dict[str, Any], place: RankPlace, channel: Channel | None = N
         reporter=reporter if channel is None or place.rank else ChannelReporter(channel),
         check_fence=(lambda: None) if channel is None or place.rank else (lambda: channel.ask("check_fence")),
         checkpoints=Path(case["folder"]),
-        runtime=RuntimeRecipe(vocabulary=case.get("vocabulary", "auto")),
+        runtime=RuntimeRecipe(vocabulary=case.get("vocabulary", "auto"), replicas=case.get("replicas", "auto")),
         checkpoint=CheckpointRecipe(steps=case.get("every", 2)),
-        ranks=place if case.get("ranked", True) else None,
+        ranks=replace(place, nodes=case.get("nodes", 1)) if case.get("ranked", True) else None,
     )
     torch.manual_seed(7)
     runtime = Runtime(torch.device("cpu"), getattr(torch, case.get("dtype", "float32")), 0)
+    held: list[str] = []
+    make_whole = ShardedModel.make_whole
+
+    def note_and_make_whole(parts: ShardedModel) -> None:
+        held.append(digest(parts))
+        make_whole(parts)
+
+    ShardedModel.make_whole = note_and_make_whole
     try:
         summary = train(model, task, runtime, context)
-        stopped, vocabulary = None, summary.vocabulary
+        stopped, vocabulary, replicas = None, summary.vocabulary, summary.replicas
     except RunError as error:
-        stopped, vocabulary = error.code, None
+        stopped, vocabulary, replicas = error.code, None, None
+    finally:
+        ShardedModel.make_whole = make_whole
     if not stopped and place.rank == 0:
         tensors = {name: weight.detach().clone().contiguous() for name, weight in model.named_parameters()}
         save_file(tensors, Path(case["output"]))
     told = {"losses": reporter.losses, "alerts": reporter.alerts, "resumed": reporter.resumed_at, "stopped": stopped}
-    return {**told, "vocabulary": vocabulary}
+    return {**told, "vocabulary": vocabulary, "replicas": replicas, "held": held}
+
+
+def digest(parts: ShardedModel) -> str:
+    """The hash of what this rank holds of the weights."""
+    found = hashlib.sha256()
+    for weight in parts.weights().values():
+        found.update(local(weight).detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def main(case_file: Path, rank: int) -> None:

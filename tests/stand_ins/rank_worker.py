@@ -1,4 +1,4 @@
-"""A worker's team of two real ranks, one of which, or the worker, is killed when rank 0 calls something the Nth time.
+"""A worker's team of real ranks, one of which, or the worker, is killed when rank 0 calls something the Nth time.
 
 `python rank_worker.py FACTS.json`; each line on stdout is JSON: the processes, then how it ended.
 """
@@ -39,7 +39,7 @@ def answer(name: str):
 names = ("phase", "progress", "metric", "alert", "resumed", "position", "should_stop", "check_fence")
 command = [sys.executable, "-P", str(Path(__file__).with_name("rank_work.py"))]
 facts = {"case": given["case"], "summary": given["summary"]}
-work = RankWork(facts, [None, None], Path(given["folder"]), given.get("group_seconds", 60.0), command)
+work = RankWork(facts, [None] * given.get("ranks", 2), Path(given["folder"]), given.get("group_seconds", 60.0), command)
 team = RankTeam(work, {name: answer(name) for name in names}, {})
 try:
     team.trained()

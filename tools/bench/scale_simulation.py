@@ -43,6 +43,8 @@ class Assumptions:
     # 16,667 tokens per second at 0.6B (measured), divided by the weights that each step reads
     generation_tokens_per_second: float = 16_667.0 * 0.6 / 1.72
     devices_per_machine: int = 8
+    # each machine holds the student, and machines exchange gradients alone; else all devices hold it together
+    replicated: bool = True
     bandwidth_inside: float = 400e9
     bandwidth_between: float = 50e9
     collective_latency: float = 30e-6
@@ -111,14 +113,17 @@ def step_parts(given: Assumptions, devices: int, rng: np.random.Generator) -> di
     compute = rows * row / given.training_tokens_per_second * rng.lognormal(0.0, given.straggling, devices).max()
     if devices == 1:
         return {"compute": compute, "communication": 0.0}
-    share = (devices - 1) / devices
-    bandwidth = given.bandwidth_inside if devices <= given.devices_per_machine else given.bandwidth_between
+    within = min(devices, given.devices_per_machine) if given.replicated else devices
+    share, replicas = (within - 1) / within, devices / within
+    bandwidth = given.bandwidth_inside if within <= given.devices_per_machine else given.bandwidth_between
     body = given.student_parameters - given.student_vocabulary
     micro = max(1, ceil(rows * row / given.micro_batch_tokens))
     # two bf16 gathers (forward and backward) and one float32 reduce-scatter per layer and micro-batch
-    layers = micro * (8 * body * share / bandwidth + 3 * given.layers * given.collective_latency * log(devices, 2))
+    layers = micro * (8 * body * share / bandwidth + 3 * given.layers * given.collective_latency * log(within, 2))
     window = 8 * given.student_vocabulary * share / bandwidth  # float32 gathered, float32 gradient scattered
-    return {"compute": compute, "communication": max(0.0, layers - compute) + window}
+    # a rank's part of the float32 gradient, added up over the replicas once per step
+    between = 8 * given.student_parameters / within * (1 - 1 / replicas) / given.bandwidth_between
+    return {"compute": compute, "communication": max(0.0, layers - compute) + window + between}
 
 
 def trained(given: Assumptions, devices: int, rng: np.random.Generator) -> PhaseTime:

@@ -4,8 +4,8 @@
   `opd-mcp worker` after the plan and the log.
 - `python processes.py server ROOT PLAN LOG`: the real stdio server over failpoints, with idle workers. SIGUSR1 makes it
   read the plan: from then on hits count.
-- `python processes.py idle SECONDS RUN_ID --workspace …`: a worker that computes nothing. It holds the run's lock,
-  keeps its journal, and ends after these seconds or on a cancel request.
+- `python processes.py idle SECONDS RUN_ID --workspace …`: a worker that computes nothing. It holds the run's lock
+  or renews its heartbeat, keeps its journal, and ends after these seconds or on a cancel request.
 - `python processes.py hanging HOW RUN_ID --workspace …`: the real worker with a stage that hangs as the file HOW says
   (one of `HANGS`), or is over at once where there is no such file.
 
@@ -93,6 +93,7 @@ def _patch_launch(points: Failpoints) -> None:
 
 def idle_worker(words: list[str]) -> None:
     """A run that writes three metrics, waits, and succeeds, or is cancelled on request."""
+    from opd_mcp.store.claims import RunClaim
     from opd_mcp.store.runs import RunLock, taken_up
 
     parser = argparse.ArgumentParser()
@@ -100,10 +101,15 @@ def idle_worker(words: list[str]) -> None:
     parser.add_argument("run_id")
     parser.add_argument("--workspace", type=Path)
     parser.add_argument("--lock-fd", type=int)
+    parser.add_argument("--ticket")
     given, _ = parser.parse_known_args(words)
     directory = given.workspace / "runs" / given.run_id
     end = time.monotonic() + given.seconds
-    with RunLock.adopt(directory, given.lock_fd) as lock, taken_up(lock) as journal:
+    if given.ticket is not None:
+        right: RunClaim | RunLock = RunClaim.begun_by(directory, given.ticket, 0).beating()
+    else:
+        right = RunLock.adopt(directory, given.lock_fd)
+    with right, taken_up(right) as journal:
         journal.append("state", {"state": "running"})
         journal.append("phase", {"phase": "sft", "event": "started"})
         for step in range(1, 4):

@@ -2,6 +2,8 @@
 
 Run: `make chaos` or `python tools/chaos/run.py [--seed N] [--quick] [--only PART] [--hangs N] [--index-losses N]`; the
 parts are worker, server, enospc, damage, contention, hang and index. The last line is the result in JSON.
+With `--heartbeats` the parts worker, server and enospc have no locks: an executor places their runs, and claims and
+heartbeats alone tell whether a worker lives. The undisturbed runs stay those of this machine.
 The same seed chooses the same failpoints, bytes and calls; times differ. docs/reliability.md says what each part
 proves. The product has no failpoints: failpoints.py replaces the system calls below it.
 """
@@ -30,9 +32,11 @@ from tools.chaos.hangs import hung_workers
 from tools.chaos.index_losses import lost_indexes
 from tools.chaos.server_kills import killed_servers
 from tools.chaos.worker_kills import KINDS, Chain, kill_chains, references, run_chains
-from tools.chaos.workload import Place, Work
+from tools.chaos.workload import Place, Work, far_place, reach_far
 
 PARTS = ("worker", "server", "enospc", "damage", "contention", "hang", "index")
+FAR_PARTS = ("worker", "server", "enospc")
+"""Where it matters how a worker is told alive; the others look at one machine's files and processes."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,14 @@ QUICK_KINDS = ("phase_sft", "checkpoint_write", "checkpoint_rename", "shard_writ
 class Chaos:
     """The parts, all in one folder; each adds its fields to the result and its problems to the list."""
 
-    def __init__(self, root: Path, seed: int, size: Size, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, seed: int, size: Size, tell: Callable[[str], None], heartbeats: bool = False
+    ) -> None:
         self.root = root
         self.seed = seed
         self.size = size
         self.tell = tell
+        self.heartbeats = heartbeats
         self.result: dict[str, int] = {}
         self.problems: list[str] = []
         self._undisturbed: dict[Work, tuple[Place, RunStatus]] = {}
@@ -102,7 +109,7 @@ class Chaos:
         quick = self.size.kills_per_kind == 0
         kinds, per_kind = (QUICK_KINDS, 1) if quick else (KINDS, self.size.kills_per_kind)
         chains = kill_chains(self.seed, self.size.chains, kinds, per_kind)
-        done = run_chains(self.root / "kills", self.seed, chains, self.undisturbed(set(self.size.chains)), self.tell)
+        done = self._run_chains("kills", chains, self.undisturbed(set(self.size.chains)))
         kinds_hit = sum((chain.kills for chain in done), Counter[str]())
         self.tell(f"worker kills by failpoint: {dict(sorted(kinds_hit.items()))}")
         equal = sum(chain.killed for chain in done if not chain.wrong)
@@ -114,7 +121,8 @@ class Chaos:
 
     def server(self) -> None:
         """SIGKILL of servers."""
-        found = anyio.run(killed_servers, self.root / "servers", self.seed, self.size.servers, self.tell)
+        place = (far_place if self.heartbeats else Place)(self.root / "servers")
+        found = anyio.run(killed_servers, place, self.seed, self.size.servers, self.tell)
         self.tell(f"server kills by failpoint: {dict(sorted(found.kills.items()))}")
         during = found.kills.total()
         self.result |= {"server_kills": during, "lost_or_duplicate": len(found.wrong)}
@@ -126,7 +134,7 @@ class Chaos:
         points, corrupt = full_stores(self.root / "stores", self.tell)
         chains = [full_disk_chain(self.seed, phases) for phases in self.size.enospc_phases]
         undisturbed = self.undisturbed({"lightning"}) if chains else {}
-        done = run_chains(self.root / "full", self.seed, chains, undisturbed, self.tell)
+        done = self._run_chains("full", chains, undisturbed)
         self._problems_of(done)
         self.problems += corrupt
         in_worker = sum(chain.killed for chain in done)
@@ -163,6 +171,13 @@ class Chaos:
         self.result |= {"index_losses": found.kinds.total(), "index_lost_or_duplicate": len(found.wrong)}
         self.problems += found.wrong
 
+    def _run_chains(
+        self, name: str, chains: list[Chain], undisturbed: dict[Work, tuple[Place, RunStatus]]
+    ) -> list[Chain]:
+        for chain in chains:
+            chain.heartbeats = self.heartbeats
+        return run_chains(self.root / name, self.seed, chains, undisturbed, self.tell)
+
     def _problems_of(self, chains: list[Chain]) -> None:
         self.problems += [problem for chain in chains for problem in chain.wrong]
 
@@ -177,6 +192,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--quick", action="store_true", help="about three minutes; `make test-tools` runs this")
     parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--heartbeats", action="store_true", help="without locks; parts: worker, server, enospc")
     parser.add_argument("--hangs", type=int, help="how many workers hang in this part")
     parser.add_argument("--index-losses", type=int, help="how often the index is lost in this part")
     arguments = parser.parse_args()
@@ -189,8 +205,11 @@ def main() -> int:
     tell(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="opd-chaos-") as folder:
         given = {name: getattr(arguments, name) for name in ("hangs", "index_losses") if getattr(arguments, name)}
-        chaos = Chaos(Path(folder), seed, replace(QUICK if arguments.quick else FULL, **given), tell)
-        for part in arguments.only or PARTS:
+        size = replace(QUICK if arguments.quick else FULL, **given)
+        chaos = Chaos(Path(folder), seed, size, tell, arguments.heartbeats)
+        if arguments.heartbeats:
+            reach_far(Path(folder))
+        for part in arguments.only or (FAR_PARTS if arguments.heartbeats else PARTS):
             run_part(chaos, part)
             tell(f"{part} done")
     for problem in chaos.problems[:40]:

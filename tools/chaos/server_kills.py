@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -43,10 +42,10 @@ class ServerKills:
     wrong: list[str] = field(default_factory=list)
 
 
-async def killed_servers(root: Path, seed: int, count: int, tell: Callable[[str], None]) -> ServerKills:
+async def killed_servers(place: Place, seed: int, count: int, tell: Callable[[str], None]) -> ServerKills:
     """Kill `count` servers during a start; each next one must show what the previous one acknowledged."""
-    root.mkdir(parents=True)
-    place, rng, found = Place(root), random.Random(f"{seed}/servers"), ServerKills()
+    place.root.mkdir(parents=True, exist_ok=True)
+    rng, found = random.Random(f"{seed}/servers"), ServerKills()
     for number in range(2 * count):  # a server that dies after its answer does not count
         if found.kills.total() == count:
             break
@@ -74,7 +73,7 @@ async def _one_life(place: Place, plan: Plan, number: int, rng: random.Random, f
     async with Client(_server(place)) as client:
         pid = _last_pid(place)
         if number:
-            await _repeat(client, number - 1, found)
+            await _repeat(client, place, number - 1, found)
         plan.save(place.plan_file)
         found.unanswered = 0
         if plan.kind != RANDOM:
@@ -82,7 +81,7 @@ async def _one_life(place: Place, plan: Plan, number: int, rng: random.Random, f
             await _until(lambda: place.log.read_text(encoding="utf-8").endswith(f"{pid} armed\n"))
         async with anyio.create_task_group() as calls:
             for _ in range(2):  # two agents that want the same run
-                calls.start_soon(_call, client, number, found)
+                calls.start_soon(_call, client, place, number, found)
             if plan.kind == RANDOM:
                 await anyio.sleep(rng.uniform(0, CALL_SECONDS))
             else:
@@ -97,10 +96,10 @@ async def _one_life(place: Place, plan: Plan, number: int, rng: random.Random, f
             calls.cancel_scope.cancel()
 
 
-async def _call(client: Client, number: int, found: ServerKills) -> None:
+async def _call(client: Client, place: Place, number: int, found: ServerKills) -> None:
     found.unanswered += 1
     try:
-        answer = await client.call_tool("sample_model", _request(number))
+        answer = await client.call_tool(*_request(place, number))
     except Exception as error:
         if isinstance(error, ValueError):  # an answer that does not fit its schema; the rest: closed connections
             found.wrong.append(f"call {number}: {error!r}")
@@ -112,10 +111,11 @@ async def _call(client: Client, number: int, found: ServerKills) -> None:
     found.acknowledged.add(str((answer.structured_content or {})["run_id"]))
 
 
-async def _repeat(client: Client, number: int, found: ServerKills) -> None:
+async def _repeat(client: Client, place: Place, number: int, found: ServerKills) -> None:
     """Repeat the call: everything acknowledged is there, and one run does the work."""
     await _check_acknowledged(client, found, sorted(found.acknowledged)[-3:])
-    again = await _answer(client, "sample_model", **_request(number))
+    tool, asked = _request(place, number)
+    again = await _answer(client, tool, **asked)
     status = await _answer(client, "get_run_status", run_id=again["run_id"])
     if status["state"] not in ACTIVE_STATES:
         found.wrong.append(f"call {number} again: {again['run_id']} is {status['state']}")
@@ -144,8 +144,13 @@ def _check_directories(place: Place, found: ServerKills) -> None:
     ]
 
 
-def _request(number: int) -> dict[str, Any]:
-    return {"model": str(EXAMPLE / "student"), "prompts": [f"{number}+1=?"], "seed": number}
+def _request(place: Place, number: int) -> tuple[str, dict[str, Any]]:
+    """A call that starts a run, and its arguments; a sample is always of this machine."""
+    model = str(EXAMPLE / "student")
+    if place.executor is None:
+        return "sample_model", {"model": model, "prompts": [f"{number}+1=?"], "seed": number}
+    asked = {"model": model, "prompts": str(EXAMPLE / "tune.jsonl"), "preset": "demo", "executor": place.executor}
+    return "benchmark_student", {**asked, "overrides": {"runtime.seed": number}}
 
 
 def _server(place: Place) -> StdioServerParameters:

@@ -34,6 +34,8 @@ class Chain:
     name: str
     work: Work
     plans: list[Plan]
+    heartbeats: bool = False
+    """Whether heartbeats instead of locks tell that its workers live."""
     kills: Counter[str] = field(default_factory=Counter)
     unreached: list[Plan] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -92,7 +94,7 @@ def order_in_chain(plan: Plan, dealt: list[tuple[int, Plan]]) -> tuple[int, int]
 
 def run_chain(chain: Chain, root: Path, seed: int, expected: dict[str, Any]) -> Chain:
     """Stop and resume the chain's run until it succeeds; everything unexpected goes to `wrong`."""
-    place, rng = failing_place(root / chain.name), random.Random(f"{seed}/{chain.name}")
+    place, rng = failing_place(root / chain.name, chain.heartbeats), random.Random(f"{seed}/{chain.name}")
     service = place.service()
     waiting, run_id, attempts = deque(chain.plans), "", 0
     while True:
@@ -104,7 +106,7 @@ def run_chain(chain: Chain, root: Path, seed: int, expected: dict[str, Any]) -> 
         if attempts:
             service.resume(run_id)
         else:
-            run_id = service.start_distillation(arguments(chain.work)).run_id
+            run_id = service.start_distillation(arguments(chain.work, place.executor)).run_id
         attempts += 1
         shot = plan is not None and plan.kind == RANDOM and killed_from_outside(place, attempts, rng)
         status = ended(service, run_id)
@@ -200,4 +202,5 @@ def chains_of_the_rest(chains: Sequence[Chain], number: int) -> list[Chain]:
     for chain in chains:
         left.setdefault(chain.work, []).extend(replace(plan, hit=1) for plan in chain.unreached)
     halves = [(work, half, plans[half::2]) for work, plans in left.items() for half in (0, 1)]
-    return [Chain(f"{work}-more-{number}-{half}", work, plans) for work, half, plans in halves if plans]
+    far = any(chain.heartbeats for chain in chains)
+    return [Chain(f"{work}-more-{number}-{half}", work, plans, far) for work, half, plans in halves if plans]

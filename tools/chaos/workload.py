@@ -1,9 +1,11 @@
 """What the chaos runs compute: three small distillations of the embedded task, and what must be equal at the end."""
 
 import hashlib
+import json
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from opd_mcp.schemas.cache import CacheManifest
 from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.service import JobService
+from opd_mcp.store.claims import is_placed
 from opd_mcp.store.roots import AllowedRoots
 from opd_mcp.store.run_view import RunView
 from opd_mcp.store.workspace import Workspace
@@ -46,16 +49,33 @@ PHASES: dict[Work, tuple[str, ...]] = {
     "live": ("generate_responses", "sft", "distill", "benchmark"),
     "sft": ("generate_responses", "sft", "benchmark"),
 }
+FAR = "far"
+LEASE_SECONDS = 6.0
+FAR_SETTINGS = """
+[executors.far]
+kind = "ssh"
+hosts = ["another"]
+memory_gb = 8
+lease_seconds = {lease}
+setup = {setup}
+"""
+# Another machine that can be told to start and to end a worker, and never says whether it lives.
+SSH = """#!/bin/sh
+script=$(cat)
+case "$script" in *opd-mcp-gone*) exit 255;; esac
+printf '%s\\n' "$script" | /bin/sh -s
+"""
 TIMINGS = ("tokens_per_second", "utilisation")
 DEADLINE_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """One workspace with its own leases, and the command that starts its workers."""
+    """One workspace with its own leases, the command that starts its workers, and the executor that places them."""
 
     root: Path
     worker_command: tuple[str, ...] | None = None
+    executor: str | None = None
 
     def service(self) -> JobService:
         """A job service like a server's."""
@@ -79,14 +99,32 @@ class Place:
         return self.root / "home" / "runs" / run_id
 
 
-def failing_place(root: Path) -> Place:
-    """A workspace whose workers have failpoints."""
-    root.mkdir(parents=True)
-    place = Place(root)
-    return Place(root, command("worker", place.plan_file, place.log))
+def failing_place(root: Path, heartbeats: bool = False) -> Place:
+    """A workspace whose workers have failpoints; with `heartbeats` they run where no lock tells that they live."""
+    place = far_place(root) if heartbeats else Place(root)
+    root.mkdir(parents=True, exist_ok=True)
+    return replace(place, worker_command=command("worker", place.plan_file, place.log))
 
 
-def arguments(work: Work, **changes: Any) -> StartDistillation:
+def far_place(root: Path) -> Place:
+    """A workspace whose runs an executor places: claims and heartbeats alone tell whether a worker lives."""
+    home = root / "home"
+    home.mkdir(parents=True, mode=0o700)
+    setup = json.dumps([f"export XDG_RUNTIME_DIR={root}"])
+    (home / "settings.toml").write_text(FAR_SETTINGS.format(lease=LEASE_SECONDS, setup=setup), encoding="utf-8")
+    return Place(root, executor=FAR)
+
+
+def reach_far(root: Path) -> None:
+    """Put an `ssh` first on this process's PATH that starts workers here, but does not answer whether they live."""
+    folder = root / "programs"
+    folder.mkdir()
+    (folder / "ssh").write_text(SSH, encoding="utf-8")
+    (folder / "ssh").chmod(0o700)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def arguments(work: Work, executor: str | None = None, **changes: Any) -> StartDistillation:
     """The start of one of the three distillations."""
     return StartDistillation(
         student=str(EXAMPLE / "student"),
@@ -96,6 +134,7 @@ def arguments(work: Work, **changes: Any) -> StartDistillation:
         eval_prompts=str(EXAMPLE / "tune.jsonl"),
         preset="demo",
         method=work,
+        executor=executor,
         overrides={**SMALL, **CHANGES[work], **changes},
     )
 
@@ -103,10 +142,11 @@ def arguments(work: Work, **changes: Any) -> StartDistillation:
 def ended(service: JobService, run_id: str) -> RunStatus:
     """The run's status once it is no longer active; raises TimeoutError."""
     deadline = time.monotonic() + DEADLINE_SECONDS
+    pause = 0.3 if is_placed(service.workspace.run(run_id)) else 0.03  # an executor is asked at each look
     while (status := service.status(run_id)).state in ACTIVE_STATES:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{run_id} has not ended: {status}")
-        time.sleep(0.03)
+        time.sleep(pause)
     return status
 
 

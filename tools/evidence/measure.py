@@ -5,7 +5,7 @@
     python tools/evidence/measure.py --work DIR --only-write
 
 Each row (task, arm, seed) is kept below DIR as soon as it is measured, and an interrupted call goes on from there; runs
-find what earlier ones made. Two seeds are measured at a time, one thread each. `--quick` takes two seeds of one task
+find what earlier ones made. Two arms are measured at a time, one thread each. `--quick` takes two seeds of one task
 with a few steps: it shows that the command works, and writes below DIR instead of `docs/`. `--only-write` measures
 nothing and writes from the rows that are kept. The figures need matplotlib, the arms `trl_live*` TRL (both in the extra
 `evidence`); they are left out without it. An arm that fails is named at the end, and the exit status is 1.
@@ -14,7 +14,7 @@ nothing and writes from the rows that are kept. The figures need matplotlib, the
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -35,19 +35,26 @@ from tools.evidence.claims import claims_of, figures_of
 from tools.evidence.document import document, with_readme_line
 from tools.evidence.figures import drawings
 
+Measured = dict[str, dict[str, dict[int, Row]]]
 TASKS: tuple[TaskName, ...] = ("arithmetic", "chain_sum")
+"""By length, the shorter one first."""
 SEEDS = (1, 2, 3, 4, 5)
 TRL_SEEDS = 3
 QUICK_ARMS = ("base", "sft", "lightning_sampled", "live_sampled", "opsa", "rounds_2")
 
 
-def measured(bench: Bench, arms: Sequence[str], seeds: Iterable[int]) -> tuple[dict[str, dict[int, Row]], list[str]]:
-    """The rows by arm and seed, and what failed; two seeds at a time, and of a seed one arm after the other."""
-    rows: dict[str, dict[int, Row]] = {arm: {} for arm in arms}
+def measured(benches: Mapping[str, Bench], arms: Sequence[str], seeds: Sequence[int]) -> tuple[Measured, list[str]]:
+    """The rows by task, arm and seed, and what failed.
+
+    Two parts at a time, so that no core waits: a part is a seed of a task with the arms of the comparison, or with the
+    others, and measures one arm after the other. Parts of the longer task come first.
+    """
+    rows: Measured = {task: {arm: {} for arm in arms} for task in benches}
     failed: list[str] = []
 
-    def one_seed(place: int, seed: int) -> None:
-        for arm in arms:
+    def part(bench: Bench, some: Sequence[str], place: int) -> None:
+        seed = seeds[place]
+        for arm in some:
             if arm.startswith("trl_live") and place >= TRL_SEEDS:
                 continue
             try:
@@ -56,13 +63,21 @@ def measured(bench: Bench, arms: Sequence[str], seeds: Iterable[int]) -> tuple[d
                 failed.append(f"{bench.task}, {arm}, seed {seed}: {type(error).__name__}: {error}")
                 continue
             if arm in found:
-                rows[arm][seed] = found[arm]
+                rows[bench.task][arm][seed] = found[arm]
                 row = found[arm]
                 text = f"{row.accuracy:.3f}, KL {row.reverse_kl:.3f}, {row.processor_seconds:.1f} s"
                 print(f"{bench.task}, seed {seed}, {arm}: {text}", flush=True)
 
+    groups = [[arm for arm in arms if arm in group] for group in (ARMS, MORE)]
+    longest_first = sorted(benches.values(), key=lambda bench: TASKS.index(bench.task), reverse=True)
     with ThreadPoolExecutor(2) as pool:
-        for work in [pool.submit(one_seed, place, seed) for place, seed in enumerate(seeds)]:
+        works = [
+            pool.submit(part, bench, some, place)
+            for some in groups
+            for bench in longest_first
+            for place in range(len(seeds))
+        ]
+        for work in works:
             work.result()
     return rows, failed
 
@@ -122,16 +137,10 @@ def main(arguments: Sequence[str] | None = None, settings: JobSettings | None = 
         arms = [arm for arm in arms if not arm.startswith("trl_live")]
     service = service_of(work, settings)
     benches = {task: Bench(task, service, work, options.quick) for task in tasks}
-    failed: list[str] = []
-    rows: dict[str, dict[str, dict[int, Row]]] = {task: {} for task in tasks}
-    for some in ([arm for arm in arms if arm in ARMS], [arm for arm in arms if arm in MORE]):
-        for task, bench in benches.items():
-            if options.only_write:
-                rows[task] |= kept(bench, some, seeds)
-                continue
-            found, problems = measured(bench, some, seeds)
-            rows[task] |= found
-            failed += problems
+    if options.only_write:
+        rows, failed = {task: kept(bench, arms, seeds) for task, bench in benches.items()}, []
+    else:
+        rows, failed = measured(benches, arms, seeds)
     by_task = {task: figures_of(rows[task]) for task in tasks}
     evidence: dict[str, Any] = {"tasks": by_task, "claims": claims_of(by_task)}
     if options.quick:

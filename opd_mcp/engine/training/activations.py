@@ -65,12 +65,12 @@ def step_memory(
     *,
     tokens: int,
     runtime: Runtime,
-    sharing: tuple[int, VocabularySharing] = (1, "auto"),
+    sharing: tuple[int, VocabularySharing, int] = (1, "auto", 1),
 ) -> TrainingMemory:
     """The estimate for micro-batches of `tokens`, `auto` resolved by what is free on the device now.
 
-    `sharing`: how many ranks train the model, of which it is one's, and what they do with the vocabulary. On the CPU
-    they share the memory.
+    `sharing`: how many ranks train the model, of which it is one's, what they do with the vocabulary, and how many
+    replicas they hold. On the CPU they share the memory.
 
     Raises ArgumentError `invalid_argument` for a policy that the model's class cannot follow.
     """
@@ -83,14 +83,31 @@ def step_memory(
             fix="Set 'activation_checkpointing' to 'auto' or 'none', and lower 'micro_batch_tokens' to save memory.",
         )
     held = weight_bytes_held(model)
-    dtype: Literal["float32", "bfloat16"] = "bfloat16" if runtime.trains_in_autocast else "float32"
-    device, ranks = runtime.device.type, sharing[0]
-    step = StepSize(precision, tokens, dtype, device, is_compiled(model), adapter_size(model), *sharing)
+    step, ranks = step_size(model, precision, tokens, runtime, sharing), sharing[0]
     if ranks > 1:
         free = free_memory(runtime.device) // (ranks if runtime.device.type == "cpu" else 1)
-        return training_memory(model_shape(model), step, checkpointing, free + held // ranks)
+        return training_memory(model_shape(model), step, checkpointing, free + held // step.sharing)
     room = free_memory(runtime.device) + held
     return training_memory(model_shape(model), step, checkpointing if able else "none", room)
+
+
+def step_size(
+    model: PreTrainedModel,
+    precision: Precision,
+    tokens: int,
+    runtime: Runtime,
+    sharing: tuple[int, VocabularySharing, int] = (1, "auto", 1),
+) -> StepSize:
+    """A step of this model, with what `step_memory` calls so."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if runtime.trains_in_autocast else "float32"
+    return StepSize(precision, tokens, dtype, runtime.device.type, is_compiled(model), adapter_size(model), *sharing)
+
+
+def whole_memory(device: torch.device) -> int:
+    """Bytes of the device, free or not; on the CPU of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return (statistic(Path("/proc/meminfo"), "MemTotal:") or 1 << 52) << 10
 
 
 def free_memory(device: torch.device) -> int:

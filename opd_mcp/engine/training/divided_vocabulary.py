@@ -5,6 +5,7 @@
     embedding   each rank gets the rows of its micro-batch's tokens from those that hold them
 
 The head's gradient of a rank's rows is complete there; that of the hidden states is summed over the ranks at once.
+"All ranks" are those that hold one replica; the gradients of several are added up at the end of a step.
 Vocabulary-parallel as in Megatron-LM (arXiv 1909.08053, §3), with the one-pass head's gradients.
 """
 
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from opd_mcp.engine.losses.linear_head import HeadLosses, LossRows
 from opd_mcp.engine.losses.logit_tiles import LEAST_REST, Head
@@ -23,7 +23,7 @@ from opd_mcp.engine.losses.objectives import SFT_OBJECTIVE, RowObjective, RowTer
 from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.runtime import Runtime
 from opd_mcp.engine.training.ranks import Ranks, own_rows, rows_of
-from opd_mcp.engine.training.sharding import ShardedModel, local
+from opd_mcp.engine.training.sharding import ShardedModel, local, row_gradient
 from opd_mcp.engine.training.step import LossesOf, main_gradient
 from opd_mcp.schemas.memory import TILE_BYTES
 
@@ -38,7 +38,7 @@ class DividedVocabulary:
         self._embedded = sharded.rows_of(self._embedding)
         rows = sharded.rows_of(model.get_output_embeddings())
         whole = model_head(model, runtime.dtype if runtime.trains_in_autocast else None)
-        held = own_rows(rows.shape[0], self._ranks.rank, self._ranks.size)
+        held = own_rows(rows.shape[0], self._ranks.part, self._ranks.sharing)
         bias = whole.bias if whole.bias is None else whole.bias.detach()[held]
         bias_grad = None if whole.bias is None else main_gradient(whole.bias)
         self._part = _HeadPart(
@@ -47,7 +47,7 @@ class DividedVocabulary:
             first=held.start,
             vocab=rows.shape[0],
             tile_bytes=self._tile_bytes,
-            main_grad=_row_gradient(rows),
+            main_grad=row_gradient(rows) if rows.requires_grad else None,
             bias_grad=None if bias_grad is None else bias_grad[held],
         )
 
@@ -72,7 +72,7 @@ class DividedVocabulary:
         module, rows = self._embedding, self._embedded
         padding, place = getattr(module, "padding_idx", None), module.weight
         ids = input_ids.unique()
-        size = max(1, self._tile_bytes // (self._ranks.size * rows.shape[1] * rows.itemsize))
+        size = max(1, self._tile_bytes // (self._ranks.sharing * rows.shape[1] * rows.itemsize))
         parts = _tiles(self._ranks, len(ids), size, ids.device)
         lent = nn.Parameter(self._fetched(ids, parts), requires_grad=rows.requires_grad)
         try:
@@ -97,15 +97,14 @@ class DividedVocabulary:
         return found
 
     def _give_back(self, ids: Tensor, parts: list["_Tile"], gradient: Tensor) -> None:
-        total = _row_gradient(self._embedded)
-        assert total is not None, "rows that have a gradient are trained"
+        total = row_gradient(self._embedded)
         for part in parts:
             asked, here = self._held(part.gathered(ids))
             total.index_add_(0, here[asked], part.gathered(gradient.to(total.dtype))[asked])
 
     def _held(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Which of these ids this rank holds, and where among its rows."""
-        held = own_rows(self._embedded.shape[0], self._ranks.rank, self._ranks.size)
+        held = own_rows(self._embedded.shape[0], self._ranks.part, self._ranks.sharing)
         return (ids >= held.start) & (ids < held.stop), ids - held.start
 
 
@@ -123,7 +122,7 @@ class _HeadPart:
 
     def tiles(self, rows: int) -> list["_Tile"]:
         """The tiles of this rank's rows and all others'."""
-        size, itemsize = self.ranks.size, self.head.wide.itemsize
+        size, itemsize = self.ranks.sharing, self.head.wide.itemsize
         each = max(1, self.tile_bytes // (rows_of(self.vocab, size) * itemsize) // size)
         return _tiles(self.ranks, rows, each, self.head.weight.device)
 
@@ -140,8 +139,8 @@ class _Tile:
     @property
     def mine(self) -> slice:
         """Where this rank's rows are among those of all ranks."""
-        first = sum(self.held[: self.ranks.rank])
-        return slice(first, first + self.held[self.ranks.rank])
+        first = sum(self.held[: self.ranks.part])
+        return slice(first, first + self.held[self.ranks.part])
 
     def gathered(self, values: Tensor) -> Tensor:
         """The tile's rows of every rank [C, …], of this rank's `values` for its whole micro-batch [R, …]."""
@@ -158,10 +157,10 @@ class _Tile:
         """This rank's rows of the sum of every rank's `values` [C, …]."""
         whole = values
         if min(self.held) < self.each:
-            whole = values.new_zeros(self.ranks.size * self.each, *values.shape[1:])
+            whole = values.new_zeros(self.ranks.sharing * self.each, *values.shape[1:])
             for rank, part in enumerate(values.split(self.held)):
                 whole[rank * self.each : rank * self.each + len(part)] = part
-        return self.ranks.scattered_sum(whole)[: self.held[self.ranks.rank]]
+        return self.ranks.scattered_sum(whole)[: self.held[self.ranks.part]]
 
 
 def _tiles(ranks: Ranks, rows: int, each: int, device: torch.device) -> list[_Tile]:
@@ -171,7 +170,7 @@ def _tiles(ranks: Ranks, rows: int, each: int, device: torch.device) -> list[_Ti
     for start in range(0, max(counts), each):
         size = min(each, max(counts) - start)
         held = [min(max(count - start, 0), size) for count in counts]
-        found.append(_Tile(ranks, slice(start, start + held[ranks.rank]), size, held))
+        found.append(_Tile(ranks, slice(start, start + held[ranks.part]), size, held))
     return found
 
 
@@ -269,7 +268,7 @@ def _tile_logits(part: _HeadPart, logits: Tensor, ids: Tensor, targets: Tensor) 
     said = torch.cat([known, greatest[:, None], values.sum(dim=1, keepdim=True)], dim=1)
     if slopes is not None:
         values.mul_(slopes)
-    heard = part.ranks.gathered(said).unflatten(0, (part.ranks.size, count))
+    heard = part.ranks.gathered(said).unflatten(0, (part.ranks.sharing, count))
     known, tops = heard[..., :-2].amax(dim=0), heard[..., -2]  # an id is known to the one rank that holds it
     top = tops.amax(dim=0)
     outside = (heard[..., -1] * (tops - top).exp()).sum(dim=0)
@@ -306,13 +305,3 @@ def _add_gradients(
     if part.bias_grad is not None:
         part.bias_grad.add_(logits.common @ logits.values).index_add_(0, logits.column, logits.at_ids)
     return dense
-
-
-def _row_gradient(rows: nn.Parameter) -> Tensor | None:
-    """This rank's rows of the gradient, float32 or wider, zeros at first; None for a frozen weight."""
-    if not rows.requires_grad:
-        return None
-    if rows.grad is None:
-        rows.grad = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-    assert isinstance(rows.grad, DTensor), "rows of a divided weight have a divided gradient"
-    return local(rows.grad)

@@ -19,13 +19,24 @@ from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.models.nf4 import weight_count
 from opd_mcp.engine.runtime import Runtime, hardware_name, is_out_of_memory, matmul_peak, peak_memory
-from opd_mcp.engine.training.activations import checkpointed_activations, step_memory
+from opd_mcp.engine.training.activations import (
+    checkpointed_activations,
+    model_shape,
+    step_memory,
+    step_size,
+    whole_memory,
+)
 from opd_mcp.engine.training.checkpoints import Checkpoints, leave_moments, restore_moments
 from opd_mcp.engine.training.held_out import HeldOut
 from opd_mcp.engine.training.optim import NarrowAdamW, build_optimizer, learning_rate_at, set_rate
-from opd_mcp.engine.training.rank_checkpoints import RankCheckpoints, leave_whole_moments, restore_whole_moments
+from opd_mcp.engine.training.rank_checkpoints import (
+    RankCheckpoints,
+    leave_whole_moments,
+    replicas_before,
+    restore_whole_moments,
+)
 from opd_mcp.engine.training.rank_step import accumulate_on_ranks
-from opd_mcp.engine.training.ranks import joined
+from opd_mcp.engine.training.ranks import Ranks, joined
 from opd_mcp.engine.training.sharding import sharded
 from opd_mcp.engine.training.step import (
     Metrics,
@@ -39,7 +50,7 @@ from opd_mcp.engine.training.step import (
 from opd_mcp.engine.training.watches import FiniteGuard
 from opd_mcp.schemas.base import content_hash
 from opd_mcp.schemas.errors import RunError
-from opd_mcp.schemas.memory import POLICIES, TrainingMemory, micro_tokens
+from opd_mcp.schemas.memory import POLICIES, Division, TrainingMemory, micro_tokens
 from opd_mcp.schemas.recipes import ActivationCheckpointing, DistillRecipe, Normalize, OptimizerRecipe, SftRecipe
 from opd_mcp.schemas.reports import LoopState, Throughput, TrainingSummary
 
@@ -211,7 +222,7 @@ def _end(process: "_OneProcess", optimizer: torch.optim.Optimizer) -> None:
 class _OneProcess:
     """What a training step needs of its process: here this one has the whole model."""
 
-    size = 1
+    size, replicas = 1, 1
 
     def __init__(
         self, model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context: Context, clock: Stopwatch
@@ -296,7 +307,7 @@ class _OneProcess:
         lengths = data.sequences.lengths()[data.indices]
         tokens = micro_tokens(micro_batch_tokens, int(lengths.max(initial=1)), int(lengths.sum()))
         precision = self.task.settings.optimizer.precision
-        sharing = (self.size, self.vocabulary)
+        sharing = (self.size, self.vocabulary, self.replicas)
         return step_memory(self.model, precision, checkpointing, tokens=tokens, runtime=self.runtime, sharing=sharing)
 
 
@@ -308,8 +319,9 @@ class _OneOfRanks(_OneProcess):
     ) -> None:
         super().__init__(model, task, runtime, context, clock)
         assert context.ranks is not None, "a rank has its place"
-        self.parts = sharded(model, joined(context.ranks, runtime.device), runtime)
-        self.size = context.ranks.size
+        self.size, ranks = context.ranks.size, joined(context.ranks, runtime.device)
+        self.replicas = self._shared_replicas(ranks, context.ranks.nodes)
+        self.parts = sharded(model, ranks.replicated(self.replicas), runtime)
         if runtime.device.type == "cuda":
             slower = "on several devices they are not compiled"
             context.reporter.alert("plain_layers", f"The decoder layers run in plain torch, more slowly: {slower}.")
@@ -375,7 +387,20 @@ class _OneOfRanks(_OneProcess):
         """The summary, once the first rank has the whole model."""
         self.parts.make_whole()
         told = None if self.vocabulary == "auto" else self.vocabulary  # no step was left to take
-        return summary.model_copy(update={"devices": self.size, "vocabulary": told})
+        replicas = self.replicas if self.replicas > 1 else None
+        return summary.model_copy(update={"devices": self.size, "vocabulary": told, "replicas": replicas})
+
+    def _shared_replicas(self, ranks: Ranks, nodes: int) -> int:
+        """How many replicas the ranks hold, as the first one finds: by itself as many as before it resumed."""
+        settings, device, wish = self.task.settings, self.runtime.device, self.context.runtime.replicas
+        if wish == "auto" and nodes > 1:
+            wish = replicas_before(self.context.checkpoints, self.size) or wish
+        room = whole_memory(device) // (1 if device.type == "cuda" else self.size // nodes)
+        precision, sharing = settings.optimizer.precision, (self.size, self.vocabulary, 1)
+        step = step_size(self.model, precision, settings.micro_batch_tokens, self.runtime, sharing)
+        division = Division(wish, nodes, room)
+        found = division.replicas(model_shape(self.model), step, settings.activation_checkpointing)
+        return ranks.agreed(found)[0]
 
 
 def _summary(

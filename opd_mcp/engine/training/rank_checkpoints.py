@@ -1,6 +1,7 @@
 """Checkpoints of several ranks: each writes its own part, rank 0 seals them, and any number of ranks continues.
 
-    step-00000120/rank-00000-of-00002.safetensors     rows/NAME: this rank's rows of what is divided
+    step-00000120/rank-00000-of-00002.safetensors     rows/NAME: this rank's rows of what is divided; of several
+                                                      replicas the first one's
                                                       whole/NAME: what all ranks have alike, from rank 0
                   rank-00001-of-00002.safetensors     random/cpu, random/cuda: this rank's random states
                   checkpoint.json                     as for one process
@@ -13,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class RankCheckpoints(Checkpoints):
         if not token:
             return
         started = time.monotonic()
-        record = self._record(state, self._ranks.device)
+        several = {"replicas": self._ranks.replicas} if self._ranks.replicas > 1 else {}
+        record = self._record(state, self._ranks.device).model_copy(update=several)
         place = self.context.ranks
         assert place is not None, "several ranks have their places"
         part = _Part(directory, directory / f"{BUILDING_PREFIX}{token:016x}", place.rank, place.size, place.timeout)
@@ -104,7 +106,8 @@ class RankCheckpoints(Checkpoints):
         parts = {f"{RANDOM}{name}": value for name, value in random_states().items()}
         for name, value in self._state():
             if isinstance(value, DTensor):
-                parts[f"{ROWS}{name}"] = value.to_local()
+                if self._ranks.holds_first:
+                    parts[f"{ROWS}{name}"] = value.to_local()
             elif self._ranks.rank == 0:
                 parts[f"{WHOLE}{name}"] = value
         return {name: copied(value) for name, value in parts.items()}
@@ -148,7 +151,7 @@ class RankCheckpoints(Checkpoints):
             for name, value in self._state():
                 key = f"{ROWS}{name}" if isinstance(value, DTensor) else f"{WHOLE}{name}"
                 if isinstance(value, DTensor):
-                    rows = own_rows(value.shape[0], ranks.rank, ranks.size)
+                    rows = own_rows(value.shape[0], ranks.part, ranks.sharing)
                     _read_rows(files, key, rows, local(value))
                 else:
                     value.copy_(files[0].get_tensor(key))
@@ -156,7 +159,11 @@ class RankCheckpoints(Checkpoints):
                 own = files[ranks.rank]
                 states = [key for key in own.keys() if key.startswith(RANDOM)]  # noqa: SIM118
                 restore_random_states({key.removeprefix(RANDOM): own.get_tensor(key) for key in states})
-        places = {"device": (record.device, ranks.device.type), "number of devices": (len(names), ranks.size)}
+        places: dict[str, tuple[Any, Any]] = {
+            "device": (record.device, ranks.device.type),
+            "number of devices": (len(names), ranks.size),
+            "number of replicas": (record.replicas or 1, ranks.replicas),
+        }
         self._tell_differences(record, places)
         self.context.reporter.resumed(record.state.step)
         return record.state
@@ -229,10 +236,19 @@ def restore_whole_moments(sharded: ShardedModel, optimizer: torch.optim.Optimize
             optimizer.state[weight] = _empty_moments(weight)
             for key, value in optimizer.state[weight].items():
                 if isinstance(value, DTensor):
-                    rows = own_rows(value.shape[0], sharded.ranks.rank, sharded.ranks.size)
+                    rows = own_rows(value.shape[0], sharded.ranks.part, sharded.ranks.sharing)
                     _read_rows([opened], f"{key}/{name}", rows, local(value))
                 else:
                     value.copy_(opened.get_tensor(f"{key}/{name}"))
+
+
+def replicas_before(directory: Path | None, size: int) -> int | None:
+    """How many replicas so many ranks held when they wrote the newest checkpoint; None where they wrote none."""
+    for path in reversed([] if directory is None else saved_checkpoints(directory)):
+        with suppress(OSError, ValidationError):
+            record = CheckpointRecord.from_json((path / RECORD_FILE).read_bytes())
+            return (record.replicas or 1) if sorted(record.files)[0] == part_name(0, size) else None
+    return None
 
 
 def part_name(rank: int, size: int) -> str:
@@ -247,9 +263,11 @@ def _empty_moments(weight: nn.Parameter) -> dict[str, Tensor]:
 
 
 def _read_rows(files: list[Any], key: str, rows: slice, into: Tensor) -> None:
-    """Fill `into` with these rows of a tensor whose rows lie one after the other in the files."""
+    """Fill `into` with these rows of a tensor whose rows lie one after the other in the files that have some."""
     begin = 0
     for file in files:
+        if key not in file.keys():  # noqa: SIM118  not a mapping; a rank of another replica wrote it
+            continue
         part = file.get_slice(key)
         end = begin + part.get_shape()[0]
         first, last = max(rows.start, begin), min(rows.stop, end)

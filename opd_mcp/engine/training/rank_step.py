@@ -109,6 +109,7 @@ def _vocabulary(sharded: ShardedModel, tokens: NDArray[np.int64], runtime: Runti
     """That of a step with these tokens, the same on all ranks."""
     if sharded.divides_steps:
         yield DividedVocabulary(sharded, runtime)
+        sharded.add_up_rows()
         return
     with sharded.window(tokens) as placed:
         yield _Gathered(sharded.model, placed, runtime)
@@ -132,7 +133,8 @@ class _Step:
     def batches(self, share: Share, vocabulary: _Vocabulary, clock: Stopwatch) -> Iterator[Batch]:
         """The share's micro-batches, empty ones included; the embedding knows the ids of the last one."""
         device = self._settings.runtime.device
-        for group in share:
+        for last, group in enumerate(share, 1 - len(share)):
+            self._sharded.add_up_layers(now=last == 0)
             with clock.part("data"):
                 batch = self._empty() if group is None else build_batch(self._sequences, group, device)
             with vocabulary.looked_up(batch.input_ids) as placed:

@@ -1,11 +1,12 @@
-"""Ranks: the processes of one machine that train one model together, and what they have to agree on.
+"""Ranks: the processes that train one model together, and what they have to agree on.
 
+They hold the model together, or replicas of it (hybrid sharding): one per node, or as many as the recipe asks for.
 Rank 0 decides what depends on a clock or on the outside (when to stop, when to save). All others get its word by one
 small broadcast, so that no rank waits in a collective operation that another one does not begin.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from opd_mcp.engine.context import RankPlace
 from opd_mcp.engine.data.batches import Group
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.parts import Arrays, Shares
+from opd_mcp.schemas.resolve import require_even_replicas
 
 # their names in torch 2.13, and before
 GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,13 +33,48 @@ MEETING_TIME = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, how many there are, the mesh of all their devices, and where they leave notes."""
+    """This process's number, how many there are, the mesh of all their devices, and where they leave notes.
+
+    They hold `replicas` of the model. Ranks that follow each other hold one together; the mesh is then of two
+    dimensions, replicas and the parts of one. Collective operations of either have the `timeout` of those of all.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
     notes: dist.Store
+    timeout: timedelta
+    replicas: int = 1
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks hold one replica together."""
+        return self.size // self.replicas
+
+    @property
+    def part(self) -> int:
+        """Which of a replica's parts this rank holds, from 0 on."""
+        return self.rank % self.sharing
+
+    @property
+    def holds_first(self) -> bool:
+        """Whether this rank is one of those that hold the first replica."""
+        return self.rank < self.sharing
+
+    def replicated(self, replicas: int) -> "Ranks":
+        """The same ranks that hold so many replicas; all of them call this at the same place.
+
+        Raises ArgumentError `devices_unsupported` where the replicas would not be held by equally many.
+        """
+        if replicas == self.replicas:
+            return self
+        require_even_replicas(replicas, self.size)
+        grid = torch.arange(self.size).view(replicas, -1)
+        # groups that a mesh makes by itself would wait for half an hour
+        groups = [dist.new_subgroups_by_enumeration(of.tolist(), timeout=self.timeout)[0] for of in (grid.T, grid)]
+        mesh = DeviceMesh.from_group(groups, self.device.type, mesh=grid, mesh_dim_names=("replica", "part"))
+        return replace(self, mesh=mesh, replicas=replicas)
 
     def agreed(self, *values: int) -> tuple[int, ...]:
         """Rank 0's values."""
@@ -57,14 +94,26 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
+    def add_up_within(self, tensor: Tensor) -> Tensor:
+        """The tensor, in place the sum of those of the N ranks that hold this rank's replica."""
+        dist.all_reduce(tensor, group=self._within)
+        return tensor
+
+    def add_up_replicas(self, tensor: Tensor) -> Tensor:
+        """The tensor, in place the sum of those of the ranks that hold the same part of each replica."""
+        if self.replicas > 1 and tensor.numel():
+            dist.all_reduce(tensor, group=self.mesh.get_group(0))
+        return tensor
+
     def gathered(self, mine: Tensor) -> Tensor:
-        """[N · n, …] of every rank's tensor [n, …]."""
-        whole = torch.empty(self.size * len(mine), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
-        GATHER(whole, mine)
+        """[N · n, …] of the tensors [n, …] of the N ranks that hold this rank's replica."""
+        whole = torch.empty(self.sharing * len(mine), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
+        GATHER(whole, mine, group=self._within)
         return whole
 
     def exchanged(self, mine: Arrays) -> list[Arrays]:
         """Every rank's arrays, by rank; each has the same names, types and sizes but the first one."""
+        assert self.replicas == 1, "the whole group exchanges"
         found: list[dict[str, NDArray[Any]]] = [{} for _ in range(self.size)]
         for name, values in mine.items():
             counts = self.gathered(torch.tensor([len(values)], device=self.device)).tolist()
@@ -79,14 +128,19 @@ class Ranks:
         return list(found)
 
     def scattered_sum(self, whole: Tensor) -> Tensor:
-        """This rank's [n, …] of the sum of every rank's tensor [N · n, …]."""
-        mine = torch.empty(len(whole) // self.size, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
-        REDUCE_SCATTER(mine, whole)
+        """This rank's [n, …] of the sum of the tensors [N · n, …] of the N ranks that hold its replica."""
+        mine = torch.empty(len(whole) // self.sharing, *whole.shape[1:], dtype=whole.dtype, device=whole.device)
+        REDUCE_SCATTER(mine, whole, group=self._within)
         return mine
+
+    @property
+    def _within(self) -> dist.ProcessGroup | None:
+        return self.mesh.get_group(1) if self.replicas > 1 else None
 
 
 def joined(place: RankPlace, device: torch.device) -> Ranks:
     """The group of all ranks, once they are all there; a process joins one group in its life."""
+    timeout = timedelta(seconds=place.timeout)
     if not dist.is_initialized():
         store = dist.FileStore(str(place.folder / MEETING_FILE), place.size)
         store.set(f"arrived/{place.rank}", "yes")
@@ -96,10 +150,10 @@ def joined(place: RankPlace, device: torch.device) -> Ranks:
             store=store,
             rank=place.rank,
             world_size=place.size,
-            timeout=timedelta(seconds=place.timeout),
+            timeout=timeout,
         )
     notes = dist.FileStore(str(place.folder / NOTES_FILE), -1)
-    return Ranks(place.rank, place.size, device, init_device_mesh(device.type, (place.size,)), notes)
+    return Ranks(place.rank, place.size, device, init_device_mesh(device.type, (place.size,)), notes, timeout)
 
 
 def shares_of(place: RankPlace | None, device: torch.device) -> Shares | None:

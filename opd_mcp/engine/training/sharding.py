@@ -6,6 +6,9 @@
     untied embedding           DTensor rows; those of the step's tokens are gathered, and their gradients added up
     norms, biases, adapters    whole on every rank, their gradients added up once per step
 
+Where the ranks hold several replicas, each replica is divided so; what is reduced within one is then added up over
+them, the decoder layers' with the last micro-batch of a step.
+
 Gradients are sums over the ranks, never means: a token's weight is already that of the whole step.
 """
 
@@ -18,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.models.compiled import decoder_layers
@@ -87,10 +90,24 @@ class ShardedModel:
             for name, found in modules.items():
                 for module in found:
                     module.weight = places[name]
-        for name, rows in self.vocabulary.items():
+        # the looked-up rows last: by then the gathered weight and its gradient are gone
+        for name, rows in sorted(self.vocabulary.items(), key=lambda item: item[0] == some):
             gradient = lent.pop(name).grad  # the weight itself is let go before room is needed for the sum
             if gradient is not None:
                 rows.grad = self._summed(gradient, rows) if name != some else self._added_up(gradient, rows, ids)
+
+    def add_up_layers(self, *, now: bool) -> None:
+        """Whether the next backward adds up the layers' gradients over the replicas, with those of backwards before."""
+        if self.ranks.replicas > 1:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_all_reduce(now, recurse=False)
+
+    def add_up_rows(self) -> None:
+        """Sum the gradients of the vocabulary's rows over the replicas, after a step without a window."""
+        for rows in self.vocabulary.values():
+            if rows.requires_grad:
+                self.ranks.add_up_replicas(row_gradient(rows))
 
     def add_up_gradients(self) -> None:
         """Sum the gradients of what every rank holds whole; the others' are sums already."""
@@ -107,7 +124,7 @@ class ShardedModel:
         square = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         gradients = [weight.grad for weight in self.trained().values() if weight.grad is not None]
         for gradient in gradients:
-            if isinstance(gradient, DTensor) or self.ranks.rank == 0:
+            if self.ranks.holds_first if isinstance(gradient, DTensor) else self.ranks.rank == 0:
                 square += local(gradient).double().square().sum()
         norm = float(self.ranks.add_up(square).sqrt())
         scale = limit / (norm + 1e-6)
@@ -139,7 +156,7 @@ class ShardedModel:
                     module._buffers[leaf] = buffer.cpu()
 
     def _whole(self, rows: nn.Parameter) -> nn.Parameter:
-        mine, each = local(rows).detach(), rows_of(rows.shape[0], self.ranks.size)
+        mine, each = local(rows).detach(), rows_of(rows.shape[0], self.ranks.sharing)
         if len(mine) < each:
             mine = torch.cat([mine, mine.new_zeros(each - len(mine), *mine.shape[1:])])
         whole = self.ranks.gathered(mine)[: rows.shape[0]]
@@ -150,28 +167,28 @@ class ShardedModel:
         own, here = self._own(rows, ids)
         found = own.new_zeros(len(ids), *own.shape[1:])
         found[here >= 0] = own[here[here >= 0]]
-        return nn.Parameter(self.ranks.add_up(found), requires_grad=rows.requires_grad)
+        return nn.Parameter(self.ranks.add_up_within(found), requires_grad=rows.requires_grad)
 
     def _added_up(self, gradient: Tensor, rows: nn.Parameter, ids: Tensor) -> DTensor:
         """This rank's rows of the sum of every rank's gradient [n, H] of these ids' rows."""
         own, here = self._own(rows, ids)
         mine = gradient.new_zeros(own.shape)
-        mine[here[here >= 0]] = self.ranks.add_up(gradient)[here >= 0]
+        mine[here[here >= 0]] = self.ranks.add_up_replicas(self.ranks.add_up_within(gradient)[here >= 0])
         return _rows(mine, rows.shape, self.ranks)
 
     def _own(self, rows: nn.Parameter, ids: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's rows of a matrix, and where among them each id's is; -1 for those of other ranks."""
-        held = own_rows(rows.shape[0], self.ranks.rank, self.ranks.size)
+        held = own_rows(rows.shape[0], self.ranks.part, self.ranks.sharing)
         inside = (ids >= held.start) & (ids < held.stop)
         return local(rows).detach(), torch.where(inside, ids - held.start, -1)
 
     def _summed(self, gradient: Tensor, rows: nn.Parameter) -> Tensor:
-        each = rows_of(rows.shape[0], self.ranks.size)
+        each, sharing = rows_of(rows.shape[0], self.ranks.sharing), self.ranks.sharing
         padded = gradient
-        if len(gradient) < each * self.ranks.size:
-            padded = gradient.new_zeros(each * self.ranks.size, *gradient.shape[1:])
+        if len(gradient) < each * sharing:
+            padded = gradient.new_zeros(each * sharing, *gradient.shape[1:])
             padded[: len(gradient)] = gradient
-        mine = self.ranks.scattered_sum(padded)[: len(local(rows))]
+        mine = self.ranks.add_up_replicas(self.ranks.scattered_sum(padded))[: len(local(rows))]
         return _rows(mine, rows.shape, self.ranks)
 
 
@@ -232,6 +249,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def row_gradient(rows: nn.Parameter) -> Tensor:
+    """This rank's rows of the gradient of divided ones, float32 or wider, zeros at first."""
+    if rows.grad is None:
+        rows.grad = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+    assert isinstance(rows.grad, DTensor), "rows of a divided weight have a divided gradient"
+    return local(rows.grad)
+
+
 def _divided_vocabulary(model: PreTrainedModel, ranks: Ranks) -> dict[str, nn.Parameter]:
     """This rank's rows of embedding and head by name; the modules are left with weights on `meta`."""
     ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
@@ -239,7 +264,7 @@ def _divided_vocabulary(model: PreTrainedModel, ranks: Ranks) -> dict[str, nn.Pa
     for name, weight in list(model.named_parameters()):  # a tied weight is named once
         if not any(weight is end for end in ends):
             continue
-        own = weight.detach()[own_rows(len(weight), ranks.rank, ranks.size)]
+        own = weight.detach()[own_rows(len(weight), ranks.part, ranks.sharing)]
         rows = own.to(ranks.device, _held_dtype(weight), copy=True)
         found[name] = nn.Parameter(_rows(rows, weight.shape, ranks), requires_grad=weight.requires_grad)
         empty = torch.empty_like(weight, dtype=rows.dtype, device="meta")
@@ -265,7 +290,8 @@ def _widen(module: nn.Module) -> None:
 def _rows(mine: Tensor, shape: torch.Size, ranks: Ranks) -> DTensor:
     """The tensor of this shape of which `mine` are this rank's rows."""
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(mine, ranks.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    placements = [Shard(0)] if ranks.replicas == 1 else [Replicate(), Shard(0)]
+    return DTensor.from_local(mine, ranks.mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _owners(model: nn.Module, name: str) -> list[tuple[nn.Module, str]]:

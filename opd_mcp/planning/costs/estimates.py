@@ -76,7 +76,7 @@ class CostModel:
             estimates.insert(0, self._start())
         heaviest = max(works, key=lambda name: works[name].memory, default=None)
         shares = heaviest in RANKED | HELPED and self.target.kind == "cpu"
-        processes = PROCESS_BYTES * (self.target.devices if shares else 1)
+        processes = PROCESS_BYTES * (self.target.devices_per_node if shares else 1)
         peak = (works[heaviest].memory if heaviest else 0) + processes
         checkpoints = max(map(workload.checkpoint_disk, works), default=0)
         return MethodEstimate(
@@ -97,7 +97,7 @@ class CostModel:
     def _everywhere(self, name: PhaseName, share: float) -> Work:
         """A share of a phase's work, with the memory of every process where they share the host's."""
         work = _share(self.workload.work(name), share)
-        copies = self.target.devices if name in HELPED and is_divided(self.workload.recipe, name) else 1
+        copies = self.target.devices_per_node if name in HELPED and is_divided(self.workload.recipe, name) else 1
         return replace(work, memory=copies * work.memory) if self.target.kind == "cpu" else work
 
     def _start(self) -> PhaseEstimate:
@@ -323,8 +323,8 @@ def recipe_for_device(
 
 def room_of(target: Target) -> Room:
     """What of a target is there for a run's tensors."""
-    processes = target.devices if target.kind == "cpu" else 1
-    return Room(target.kind, max(target.memory - processes * PROCESS_BYTES, 0), target.devices)
+    processes = target.devices_per_node if target.kind == "cpu" else 1
+    return Room(target.kind, max(target.memory - processes * PROCESS_BYTES, 0), target.devices, target.nodes)
 
 
 def _share(work: Work, share: float) -> Work:
@@ -333,9 +333,15 @@ def _share(work: Work, share: float) -> Work:
 
 
 def _recomputed(work: Work) -> str:
+    held = (
+        f"; {work.replicas} groups of devices each hold the student, since it fits a node or the recipe asks for it"
+        if work.replicas > 1
+        else ""
+    )
     if work.checkpointing in (None, "none"):
-        return ""
-    return f"; {work.checkpointing} activation checkpointing, since it would not fit without or the recipe asks for it"
+        return held
+    why = "since it would not fit without or the recipe asks for it"
+    return f"{held}; {work.checkpointing} activation checkpointing, {why}"
 
 
 COST_FILE = "cost.json"

@@ -15,6 +15,7 @@ from opd_mcp.schemas.memory import (
     USABLE_SHARE,
     AdapterSize,
     CheckpointingPolicy,
+    Division,
     ModelShape,
     StepSize,
     micro_tokens,
@@ -37,17 +38,19 @@ ACTIVATIONS_PER_WIDTH = 34
 class Room:
     """The device that a plan is made for: its kind, and the bytes that are free on it before a process starts.
 
-    Of the `devices` of a training these are the bytes of each GPU, or those of the CPU that all share.
+    Of the `devices` of a training, which are on `nodes` machines, these are the bytes of each GPU, or those of the CPU
+    that all of a machine share.
     """
 
     device: str = "cpu"
     memory: int = 1 << 62
     devices: int = 1
+    nodes: int = 1
 
     @property
     def processes(self) -> int:
         """The processes of a training that share these bytes."""
-        return self.devices if self.device == "cpu" else 1
+        return self.devices // self.nodes if self.device == "cpu" else 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Work:
     """One phase: operations, forward passes in sequence, peak memory in bytes, and training's checkpointing.
 
     Of a phase that generates, `batch` is the number of rows drawn at a time, and `kv_bytes` are their keys and values.
+    Of a training, `replicas` are the groups of devices that each hold the student.
     """
 
     flops: float
@@ -76,6 +80,7 @@ class Work:
     checkpointing: CheckpointingPolicy | None = None
     batch: int | None = None
     kv_bytes: int | None = None
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -243,16 +248,18 @@ class Workload:
             vocabulary=self.recipe.runtime.vocabulary,
         )
         sharing, judging = room.processes, self._judging(section, room)
-        free = max(room.memory - judging, 0) // sharing
-        memory = training_memory(self.student, step, section.activation_checkpointing, free)
+        checkpointing, each = section.activation_checkpointing, max(room.memory - judging, 0) // sharing
+        division = Division(self.recipe.runtime.replicas, room.nodes, each)
+        step = replace(step, replicas=division.replicas(self.student, step, checkpointing))
+        memory = training_memory(self.student, step, checkpointing, each)
         total = max(sharing * memory.total + judging, self._loading(self._packed(section)))
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         # a frozen weight forms no gradient of its own
-        each = (
+        operations = (
             6.0 * self.student.parameters if adapter is None else 4.0 * self.student.parameters + 6.0 * adapter.trained
         )
-        flops = each * section.steps * tokens
-        return Work(flops, passes, total, memory.policy)
+        flops = operations * section.steps * tokens
+        return Work(flops, passes, total, memory.policy, replicas=step.replicas)
 
     def _copy(self, section: SftRecipe | DistillRecipe) -> int:
         """Bytes of a whole student that takes the weights of one that several devices train in parts."""
@@ -320,7 +327,7 @@ class Workload:
         return Work(
             sum(work.flops * count for work, count in works),
             sum(work.passes * count for work, count in works),
-            replace(small.live(), room=replace(self.room, devices=1)).work("distill").memory,
+            replace(small.live(), room=replace(self.room, devices=1, nodes=1)).work("distill").memory,
         )
 
     def _export(self) -> Work:

@@ -13,6 +13,7 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,6 +46,12 @@ def share_of(devices: int, hosts: int) -> list[int]:
     """How many of the devices are on each machine: as many as fit an even share, the last ones may have fewer."""
     each = -(-devices // max(hosts, 1))
     return [max(0, min(each, devices - each * host)) for host in range(hosts)]
+
+
+def even_nodes(here: int, far: Sequence[FarRank]) -> int:
+    """How many machines the ranks are on, where equally many are on each; else 1."""
+    counts = Counter(rank.host for rank in far)
+    return 1 + len(counts) if set(counts.values()) <= {here} else 1
 
 
 @dataclass

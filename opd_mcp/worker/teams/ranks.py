@@ -30,7 +30,7 @@ import psutil
 from opd_mcp.schemas.errors import OpdError, RunError
 from opd_mcp.schemas.next_action import NextAction, resume_call
 from opd_mcp.schemas.reports import TrainingSummary
-from opd_mcp.worker.teams.far_ranks import FarRank, Gate, Start, by_srun
+from opd_mcp.worker.teams.far_ranks import FarRank, Gate, Start, by_srun, even_nodes
 
 POLL_SECONDS = 0.05
 # between the first rank that lost its group and the evidence of which one left it
@@ -144,7 +144,8 @@ class RankTeam:
     def _tell(self, rank: _Rank, folder: Path, line: Mapping[str, Any]) -> None:
         """Give a rank its work."""
         size, timeout = len(self.work.devices) + len(self.work.far), self.work.group_seconds
-        place = {"rank": rank.number, "size": size, "folder": str(folder), "timeout": timeout}
+        nodes = even_nodes(len(self.work.devices), self.work.far)
+        place = {"rank": rank.number, "size": size, "folder": str(folder), "timeout": timeout, "nodes": nodes}
         assert rank.process.stdin is not None, "a rank reads its work"
         with suppress(BrokenPipeError), rank.process.stdin:  # it is lost already, which is found later
             rank.process.stdin.write(json.dumps({**self.work.facts, "place": place, **line}).encode())

@@ -17,6 +17,7 @@ from opd_mcp.planning.costs.estimates import (
     PhaseCost,
     measured_costs,
     recipe_for_device,
+    room_of,
     work_name,
 )
 from opd_mcp.planning.costs.run_workload import model_shape, workload_of
@@ -472,3 +473,28 @@ def test_several_devices_hold_whole_models_where_the_student_draws_within_its_tr
         alone = memory(kind, **live) - memory(kind)
         assert more == pytest.approx(processes * (alone + student))
         assert memory(kind, **two, **live, **judged) == memory(kind, **two, **live)
+
+
+def test_a_plan_for_several_nodes_counts_a_replica_on_each_and_says_so():
+    """What does not fit a node is divided among all; each rank of a replica needs more than one of all."""
+
+    def found(memory: int, nodes: int = 2, **overrides):
+        target = Target("cuda", "each of 4 GPUs", memory, capacity=memory, devices=4, nodes=nodes)
+        recipe = resolve_recipe("demo", {"runtime.devices": 4, "runtime.device": "auto", **overrides})
+        workload = Workload(recipe, SMALL, LARGE, DATA, room_of(target))
+        return CostModel(workload, target).estimate("lightning", [phase for phase in PHASES if phase.name == "distill"])
+
+    by_node, among_all = found(1 << 40), found(1 << 40, **{"runtime.replicas": 1})
+    assert "2 groups of devices each hold the student" in by_node.memory_basis
+    assert "groups of devices" not in among_all.memory_basis + found(1 << 40, nodes=1).memory_basis
+    assert by_node.peak_memory_bytes > among_all.peak_memory_bytes == found(1 << 40, nodes=1).peak_memory_bytes
+    assert found(1 << 20) == found(1 << 20, **{"runtime.replicas": 1})
+
+
+def test_devices_of_a_cpu_share_the_memory_of_their_machine_alone():
+    def peak(nodes: int) -> int:
+        target = replace(CPU, devices=4, nodes=nodes)
+        workload = Workload(resolve_recipe("demo", {"runtime.devices": 4}), SMALL, LARGE, DATA, room_of(target))
+        return CostModel(workload, target).estimate("lightning", PHASES[:2]).peak_memory_bytes
+
+    assert peak(2) == peak(1) / 2

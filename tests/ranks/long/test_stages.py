@@ -61,8 +61,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def trained(tmp_path: Path, made: dict[str, Path]):
-    """`trained(phase, name, roles, …)`: the phase on two ranks; `at(call, nth, team)` is told of rank 0's calls."""
+def trained(request: pytest.FixtureRequest, tmp_path: Path, made: dict[str, Path]):
+    """`trained(phase, name, roles, …)`: the phase on two ranks; `at(call, nth, team)` is told of rank 0's calls.
+
+    Its parameter are overrides of the recipe.
+    """
+    overrides = {"runtime.devices": 2, **getattr(request, "param", {})}
 
     def run(
         phase: str,
@@ -85,11 +89,10 @@ def trained(tmp_path: Path, made: dict[str, Path]):
 
             return called
 
-        changes = {"runtime.devices": 2, "distill.rounds": (number and 2) or 1, **more}
-        recipe = resolve_recipe("demo", SHORT | changes)
-        request = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
+        recipe = resolve_recipe("demo", SHORT | overrides | {"distill.rounds": (number and 2) or 1} | more)
+        asked = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
         record = RunRecord(
-            run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=request, versions={}, hardware=""
+            run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=asked, versions={}, hardware=""
         )
         facts = {
             "record": record.to_dict(),
@@ -238,6 +241,7 @@ def test_live_on_two_ranks_draws_and_scores_what_one_process_does(adapter, train
     assert all(torch.allclose(one[key].float(), alone[key].float(), rtol=1e-2, atol=1e-3) for key in alone)
 
 
+@pytest.mark.parametrize("trained", [{}, {"runtime.replicas": 2}], indirect=True, ids=["together", "replicas"])
 def test_rounds_on_two_ranks_go_on_with_the_optimizer_of_the_round_before(trained, made, tmp_path: Path) -> None:
     """A second round that is killed and resumed is a whole one to the bit, and one process's up to rounding."""
     recipe = resolve_recipe("demo", SHORT | {"distill.rounds": 2})

@@ -141,21 +141,24 @@ def test_what_goes_into_the_script_is_quoted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("devices", "gpus", "device", "nodes"),
+    ("devices", "gpus", "device", "nodes", "even"),
     [
-        (1, 4, "auto", 1),
-        (4, 4, "auto", 1),
-        (6, 4, "auto", 2),
-        ("all", 4, "auto", 3),
-        (5, 0, "cpu", 3),
-        (2, 4, "cpu", 1),
+        (1, 4, "auto", 1, 1),
+        (4, 4, "auto", 1, 1),
+        (6, 4, "auto", 2, 2),
+        (7, 4, "auto", 2, 1),
+        ("all", 4, "auto", 3, 3),
+        (5, 0, "cpu", 3, 1),
+        (2, 4, "cpu", 1, 1),
     ],
 )
-def test_a_run_gets_as_many_machines_as_its_devices_need(devices, gpus, device, nodes):
+def test_a_run_gets_as_many_machines_as_its_devices_need(devices, gpus, device, nodes, even):
     settings = SlurmExecutor(kind="slurm", memory_gb=80, gpus=gpus, cpus=2, nodes=3)
     runtime = RuntimeRecipe(devices=devices, device=device)
     assert nodes_of(runtime, settings) == nodes
-    assert declared_target(runtime, "big", settings).devices == (12 if devices == "all" else devices)
+    target = declared_target(runtime, "big", settings)
+    assert target.devices == (12 if devices == "all" else devices)
+    assert target.nodes == even
 
 
 def test_more_gpus_than_all_machines_have_are_refused():

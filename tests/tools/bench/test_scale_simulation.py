@@ -31,5 +31,17 @@ def test_more_devices_never_do_more_each_and_failures_cost_time():
     assert often["distill"].seconds > simulated(replace(Assumptions(), device_mtbf=1e30), 64)["distill"].seconds
 
 
+def test_between_machines_replicas_cost_a_gradient_per_step_and_no_weights():
+    slow = replace(Assumptions(), straggling=0.0, device_mtbf=1e30, bandwidth_inside=1e30, bandwidth_between=1e9)
+    slow = replace(slow, collective_latency=0.0)
+    apart, together = (simulated(replace(slow, replicated=way), 16)["distill"].seconds for way in (True, False))
+    free = simulated(replace(slow, bandwidth_between=1e30), 16)["distill"].seconds
+    gradient = 8 * slow.student_parameters / 8 * (1 - 1 / 2) / 1e9
+    assert apart - free == pytest.approx(slow.steps * gradient)
+    assert together > apart
+    one = replace(slow, replicated=False)
+    assert simulated(one, 8)["distill"].seconds == simulated(slow, 8)["distill"].seconds
+
+
 def test_the_document_quotes_it():
     assert table(report(measured(Assumptions()))) in SCALE.read_text()

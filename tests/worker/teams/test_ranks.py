@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from opd_mcp.schemas.errors import OpdError, RunError
-from opd_mcp.worker.teams.far_ranks import FarRank, Gate, come_in, share_of
+from opd_mcp.worker.teams.far_ranks import FarRank, Gate, come_in, even_nodes, share_of
 from opd_mcp.worker.teams.ranks import RankTeam, RankWork
 
 STAND_IN = Path(__file__).parents[2] / "stand_ins" / "stand_in_rank.py"
@@ -202,3 +202,10 @@ def test_who_has_not_the_token_does_not_come_in() -> None:
 )
 def test_devices_are_divided_among_machines(devices: int, hosts: int, shares: list[int]) -> None:
     assert share_of(devices, hosts) == shares
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "nodes"), [(4, [], 1), (2, ["b", "b"], 2), (1, ["b", "c"], 3), (3, ["b", "b"], 1)]
+)
+def test_ranks_know_on_how_many_machines_equally_many_are(here: int, there: list[str], nodes: int) -> None:
+    assert even_nodes(here, [FarRank(host, None, "a") for host in there]) == nodes
