@@ -162,6 +162,8 @@ def drawing_of(job: Job, rows: Arrays) -> tuple[list[list[int]], GenerationSetti
 
 
 def _rows(part: Arrays) -> list[Generated]:
+    if len(part["lengths"]) == 0:  # which a split would make one row
+        return []
     ends = np.cumsum(part["lengths"])[:-1]
     pairs = zip(np.split(part["ids"], ends), np.split(part["logprobs"], ends), part["ended"], strict=True)
     return [Generated(ids.tolist(), values.tolist(), EOS if ended else TRUNCATED) for ids, values, ended in pairs]

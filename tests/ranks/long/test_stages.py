@@ -13,12 +13,12 @@ from opd_mcp.engine import stages
 from opd_mcp.engine.context import (
     Context,
     DistillInputs,
-    Reporter,
     ResponsesInputs,
     RolloutInputs,
     RoundInputs,
     ScoreInputs,
     SftInputs,
+    SilentReporter,
 )
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.schemas.errors import OpdError
@@ -222,9 +222,12 @@ def test_live_on_two_ranks_draws_and_scores_what_one_process_does(adapter, train
     assert all(torch.equal(one[key], other[key]) for key in one)
 
     recipe, told = resolve_recipe("demo", SHORT | given), []
-    reporter = Reporter()
-    reporter.metric = lambda step, values: told.append(dict(values))
-    context = Context(recipe.runtime, recipe.prompting, reporter=reporter)
+
+    class Told(SilentReporter):
+        def metric(self, step, values) -> None:
+            told.append(dict(values))
+
+    context = Context(recipe.runtime, recipe.prompting, reporter=Told())
     inputs = DistillInputs(
         student=student,
         teacher=made["teacher"],
