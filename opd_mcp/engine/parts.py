@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,18 @@ class Job(Schema):
         """A job for the model that these facts describe."""
         form: BaseForm = "plain" if facts.identity.quantization is None else "nf4"
         return cls(kind=kind, model=facts.path, form=form, parts=parts, settings=settings)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The parts of a work that several processes compute at the same time, and then have all of.
+
+    `number` of `size` is this process; `exchanged` gives every process the arrays of each.
+    """
+
+    number: int
+    size: int
+    exchanged: Callable[[Arrays], Sequence[Arrays]]
 
 
 def computed_together(

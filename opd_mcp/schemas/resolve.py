@@ -255,19 +255,13 @@ def require_divisible(recipe: Recipe) -> None:
                 value=value,
                 fix=f"Leave out '{name}.adapter.quantization', or {one}",
             )
-    if (steps := recipe.distill.evaluate_steps) is not None:
+    if recipe.distill.method == "live" and recipe.rollout.engine not in (None, "auto"):
         raise ArgumentError(
             "devices_unsupported",
-            f"'distill.evaluate_steps' is {steps}: within its training the student generates, which one device does.",
+            "On several devices a live distillation draws its rollouts itself, each device its share; an engine is "
+            f"given no student that is divided among them. 'rollout.engine' is '{recipe.rollout.engine}'.",
             value=value,
-            fix=f"Leave out 'distill.evaluate_steps', or {one}",
-        )
-    if recipe.distill.method == "live":
-        raise ArgumentError(
-            "devices_unsupported",
-            "Live distillation draws its rollouts from the student at every step, which here one device does.",
-            value=value,
-            fix=f"Use method='lightning', whose training is divided among devices, or {one}",
+            fix=f"Leave out 'rollout.engine', or {one}",
         )
 
 

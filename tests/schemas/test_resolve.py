@@ -127,8 +127,7 @@ def test_a_precision_that_loses_the_updates_is_refused_with_the_number(section: 
     [
         ({"sft.optimizer.precision": "split_master"}, "'sft.optimizer.precision' to 'fp32_master'"),
         ({"distill.adapter.quantization": "nf4"}, "'distill.adapter.quantization'"),
-        ({"distill.method": "live"}, "method='lightning'"),
-        ({"distill.evaluate_steps": 10}, "Leave out 'distill.evaluate_steps'"),
+        ({"distill.method": "live", "rollout.engine": "vllm"}, "Leave out 'rollout.engine'"),
     ],
 )
 def test_what_several_devices_cannot_share_is_refused_with_the_way_out(devices, overrides, way_out: str) -> None:
@@ -138,6 +137,7 @@ def test_what_several_devices_cannot_share_is_refused_with_the_way_out(devices, 
     assert way_out in caught.value.fix
     assert "'runtime.devices' to 1" in caught.value.fix
     resolve_recipe("paper", {"runtime.devices": devices, "distill.rounds": 2})
+    resolve_recipe("paper", {"runtime.devices": devices, "distill.method": "live", "distill.evaluate_steps": 10})
     resolve_recipe("paper", overrides)
 
 

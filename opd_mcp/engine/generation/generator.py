@@ -23,7 +23,7 @@ from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.kv_cache import continued, keep_rows, prefilled, roomy_cache
 from opd_mcp.engine.models.loading import LoadedModel
-from opd_mcp.engine.parts import Arrays, Job, computed_together
+from opd_mcp.engine.parts import Arrays, Job, Shares, computed_together, share_of
 from opd_mcp.engine.runtime import generator_for
 from opd_mcp.schemas.identity import EngineFacts
 from opd_mcp.schemas.memory import PREFILL_TOKENS
@@ -102,6 +102,41 @@ class SharedGenerator:
         return as_sequences(prompts, [rows[number] for number in range(len(ids))])
 
 
+@dataclass(frozen=True)
+class RankGenerator:
+    """The same model in every rank of a training: each draws its share of the batches, and all have all rows."""
+
+    model: LoadedModel
+    shares: Shares
+    facts: EngineFacts | None = None
+
+    def draw(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        settings: GenerationSettings,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> Sequences:
+        """As the protocol, by all ranks together; the same rows as one process draws with these weights, to the bit."""
+        ids, size = [prompt.ids for prompt in prompts], self.shares.size
+        batches = length_sorted_batches([len(prompt) for prompt in ids], settings.batch_size)
+        numbers = share_of(range(len(batches)), size, self.shares.number)
+        mine = [NOTHING_DRAWN, *(drawn_part(self.model, ids, settings, number) for number in numbers)]
+        found = self.shares.exchanged({name: np.concatenate([part[name] for part in mine]) for name in NOTHING_DRAWN})
+        order = [row for rank in range(size) for batch in share_of(batches, size, rank) for row in batch.tolist()]
+        rows = dict(zip(order, (row for part in found for row in _rows(part)), strict=True))
+        on_batch(len(ids))
+        return as_sequences(prompts, [rows[number] for number in range(len(ids))])
+
+
+# what a process that draws no batch has drawn, with the types of `drawn_part`
+NOTHING_DRAWN: Arrays = {
+    "lengths": np.zeros(0, dtype=np.int64),
+    "ended": np.zeros(0, dtype=np.bool_),
+    "ids": np.zeros(0, dtype=np.int32),
+    "logprobs": np.zeros(0, dtype=np.float32),
+}
+
+
 @torch.no_grad()
 def drawn_part(
     model: LoadedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, number: int
@@ -127,6 +162,8 @@ def drawing_of(job: Job, rows: Arrays) -> tuple[list[list[int]], GenerationSetti
 
 
 def _rows(part: Arrays) -> list[Generated]:
+    if len(part["lengths"]) == 0:  # which a split would make one row
+        return []
     ends = np.cumsum(part["lengths"])[:-1]
     pairs = zip(np.split(part["ids"], ends), np.split(part["logprobs"], ends), part["ended"], strict=True)
     return [Generated(ids.tolist(), values.tolist(), EOS if ended else TRUNCATED) for ids, values, ended in pairs]

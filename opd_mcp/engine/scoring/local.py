@@ -3,7 +3,7 @@
 All scores are log-probs of given tokens at temperature 1, untruncated.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from opd_mcp.engine.models.attention import hidden_rows, packs
 from opd_mcp.engine.models.embeddings import model_head
 from opd_mcp.engine.models.loading import LoadedModel, load_model
 from opd_mcp.engine.models.lora import adapters
-from opd_mcp.engine.parts import Arrays, Job, computed_together, share_of
+from opd_mcp.engine.parts import Arrays, Job, Shares, computed_together, share_of
 from opd_mcp.engine.provenance import full_identity
 from opd_mcp.engine.runtime import Runtime, open_runtime
 from opd_mcp.identity.models import inspect_model
@@ -183,8 +183,7 @@ def score_sequences(
 
     Ids at or above `valid_vocab` (a padded vocabulary's tail) are left out of the top k, never out of the softmax.
     """
-    how = Scoring(topk, micro_batch_tokens, valid_vocab)
-    return _filled(sequences, topk, scored_groups(teacher, sequences, how, runtime))
+    return scored_in_shares(teacher, sequences, Scoring(topk, micro_batch_tokens, valid_vocab), runtime, None)
 
 
 # the flat places of some response tokens [t], and their scores
@@ -197,9 +196,27 @@ def scored_part(teacher: LoadedModel, sequences: Sequences, job: Job, runtime: R
     """The scores of the tokens of a part of the job's micro-batches, as arrays: `positions` [t] and columns."""
     how = Scoring(**job.settings)
     groups = share_of(how.groups(teacher, sequences), job.parts, number)
-    found = [*scored_groups(teacher, sequences, how, runtime, groups)]
+    return _stacked([*scored_groups(teacher, sequences, how, runtime, groups)], how.topk)
+
+
+def scored_in_shares(
+    teacher: LoadedModel, sequences: Sequences, how: Scoring, runtime: Runtime, shares: Shares | None
+) -> TeacherScores:
+    """As `score_sequences`; with `shares` each rank scores its share of the micro-batches, and all have all scores.
+
+    They are the same to the bit for any number of ranks.
+    """
+    if shares is None:
+        return _filled(sequences, how.topk, scored_groups(teacher, sequences, how, runtime))
+    groups = share_of(how.groups(teacher, sequences), shares.size, shares.number)
+    mine = _stacked([*scored_groups(teacher, sequences, how, runtime, groups)], how.topk)
+    return _filled(sequences, how.topk, (_scores(part) for part in shares.exchanged(mine)))
+
+
+def _stacked(found: Sequence[Scored], topk: int) -> Arrays:
+    """Scores of several micro-batches as arrays: `positions` [t] and columns."""
     if not found:  # rows without a response
-        return {"positions": np.zeros(0, dtype=np.int64), **_zeros(0, how.topk).columns()}
+        return {"positions": np.zeros(0, dtype=np.int64), **_zeros(0, topk).columns()}
     columns = [scores.columns() for _, scores in found]
     return {
         "positions": np.concatenate([positions for positions, _ in found]),

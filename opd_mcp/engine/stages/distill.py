@@ -4,32 +4,22 @@ Both methods share loop, estimator, generator and settings (Lightning OPD, arXiv
 opened and checked before any step.
 """
 
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from opd_mcp.engine.cache.flat import open_flat
 from opd_mcp.engine.cache.repair import repaired
 from opd_mcp.engine.context import Context, DistillInputs, QuietReporter, RoundInputs
 from opd_mcp.engine.data.batches import (
-    StepData,
     StepsFrom,
     shortened_steps,
-    shuffled_batches,
     steps_by_domain,
     stored_batches,
 )
-from opd_mcp.engine.data.encoding import EncodedPrompt, context_of, encode_prompts, ids_of, recorded_moment
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.engine.evaluation.model_score import Measurement, asked
-from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import LocalGenerator
 from opd_mcp.engine.generation.served import room_for
 from opd_mcp.engine.losses.objectives import distill_objective
 from opd_mcp.engine.models.loading import (
@@ -40,7 +30,7 @@ from opd_mcp.engine.models.loading import (
     model_warnings,
     stored_dtype,
 )
-from opd_mcp.engine.models.lora import renew_adapter, without_adapters
+from opd_mcp.engine.models.lora import renew_adapter
 from opd_mcp.engine.models.saving import SavedForm, saved_files
 from opd_mcp.engine.provenance import (
     Provenance,
@@ -50,10 +40,10 @@ from opd_mcp.engine.provenance import (
     frozen_hash,
     full_identity,
     record_lineage,
-    require_self,
 )
-from opd_mcp.engine.runtime import Runtime, generator_for, loading_runtime, open_runtime
-from opd_mcp.engine.scoring.local import base_as_teacher, engine_gap, require_agreement, score_sequences
+from opd_mcp.engine.runtime import Runtime, loading_runtime, open_runtime
+from opd_mcp.engine.scoring.local import base_as_teacher, require_agreement
+from opd_mcp.engine.stages.live import LiveSource, live_batches, open_live
 from opd_mcp.engine.training.following import EngineFollower
 from opd_mcp.engine.training.held_out import HeldOut
 from opd_mcp.engine.training.loop import LoopSettings, Stretch, TrainingTask, train
@@ -63,14 +53,12 @@ from opd_mcp.grading.golds import recipe_grader
 from opd_mcp.grading.graders import grader_for
 from opd_mcp.identity.consistency import cache_claim, inherited, require_behaviour, require_consistent, vouched
 from opd_mcp.identity.data.reading import read_prompts
-from opd_mcp.identity.data.rows import prompts_hash, require_all_or_no_domain
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.identity.lineage import read_manifest, verified_lineage
 from opd_mcp.identity.models import inspect_model
-from opd_mcp.identity.tokenizers import require_unused, special_differences
 from opd_mcp.schemas.errors import ArgumentError, ConsistencyError
 from opd_mcp.schemas.identity import ModelIdentity, Parent, TeacherClaim
-from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, RolloutRecipe, base_form
+from opd_mcp.schemas.recipes import BenchmarkRecipe, DistillRecipe, base_form
 from opd_mcp.schemas.reports import RepairSummary, RoundSummary, TrainingSummary
 
 MOMENTS_FILE = "optimizer/moments.safetensors"
@@ -96,9 +84,11 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
         return _trained(section, inputs, output, Opened(model, cached, steps), context)
     assert inputs.teacher is not None, "live distillation queries a teacher"
     assert inputs.rollout is not None, "live distillation draws rollouts by a recipe"
-    source = open_live(section, inputs, context)
-    model = load_model(student, runtime, for_training=True, generates=True, adapter=section.adapter)
-    teacher = base_as_teacher(model, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
+    source, divided = open_live(section, inputs, context), context.ranks is not None
+    place = loading_runtime(runtime, context)
+    model = load_model(student, place, for_training=True, generates=not divided, adapter=section.adapter)
+    drawing = whole_copy(model, section, runtime) if divided else model
+    teacher = base_as_teacher(drawing, inputs.teacher, runtime) or load_model(inputs.teacher, runtime)
     model_warnings(context, model, teacher)
     with ExitStack() as stack:
         if inputs.rollout.engine is not None:
@@ -107,8 +97,15 @@ def distill(section: DistillRecipe, inputs: DistillInputs, output: Path, context
             every = inputs.rollout.reload_steps
             follower = EngineFollower(model, form, inputs.rollout.engine, every, length, context)
             source = replace(source, follower=stack.enter_context(follower))
-        steps = live_batches(model, teacher, source, section, inputs.rollout, runtime)
-        return _trained(section, inputs, output, Opened(model, source, steps, teacher), context)
+        steps = live_batches(drawing, teacher, source, section, inputs.rollout, runtime)
+        opened = Opened(model, source, steps, teacher, drawing if divided else None)
+        return _trained(section, inputs, output, opened, context)
+
+
+def whole_copy(student: LoadedModel, section: DistillRecipe, runtime: Runtime) -> LoadedModel:
+    """The student again, whole, for a rank that draws by it; it takes the trained weights from the ranks' parts."""
+    adapter = section.adapter
+    return load_model(student.path, runtime, for_training=True, generates=True, compiled=False, adapter=adapter)
 
 
 def distill_adapters(
@@ -186,13 +183,15 @@ def stretch_of_round(of: RoundInputs, output: Path) -> Stretch:
 class Opened:
     """What one distillation trains: the student, what it learns from, and the rows of its steps.
 
-    `judge` is a live distillation's teacher, by which the student may be judged as well.
+    `judge` is a live distillation's teacher, by which the student may be judged as well. `copy` is this rank's whole
+    copy of a student that ranks divide, by which it draws.
     """
 
     student: LoadedModel
     source: "CacheSource | LiveSource"
     steps: StepsFrom
     judge: LoadedModel | None = None
+    copy: LoadedModel | None = None
 
 
 def _trained(
@@ -223,6 +222,7 @@ def _trained(
         reweigh_of(section),
         stretch_of_round(of_round, output) if of_round else None,
         held_out := held_out_of(section, inputs, opened, context),
+        opened.copy,
     )
     summary = train(model.model, task, open_runtime(context.runtime), context)
     if not context.writes:
@@ -258,10 +258,13 @@ def held_out_of(section: DistillRecipe, inputs: DistillInputs, opened: Opened, c
     """What judges the student in its training, where the recipe asks for it."""
     if section.evaluate_steps is None or inputs.held_out is None:
         return None
-    runtime = open_runtime(context.runtime)
-    judge = opened.judge or (load_model(inputs.judge, runtime) if inputs.judge else None)
-    if judge is not None and judge.model is opened.student.model:
-        judge = load_model(judge.path, runtime)  # the module whose adapter is being trained
+    runtime, student, judge = open_runtime(context.runtime), opened.copy or opened.student, opened.judge
+    if context.writes:  # of several ranks one judges, by a copy
+        judge = judge or (load_model(inputs.judge, runtime) if inputs.judge else None)
+        if context.ranks is not None and opened.copy is None:
+            student = whole_copy(student, section, runtime)
+        if judge is not None and judge.model is student.model:
+            judge = load_model(judge.path, runtime)  # the module whose adapter is being trained
     grading = inputs.grading or BenchmarkRecipe()
     rows = [asked(row, grading.prompt_template) for row in read_prompts(inputs.held_out)[: section.evaluate_prompts]]
     name, _ = recipe_grader(grading, [row.answer for row in rows if row.answer is not None])
@@ -270,7 +273,7 @@ def held_out_of(section: DistillRecipe, inputs: DistillInputs, opened: Opened, c
     quiet = replace(context, reporter=QuietReporter(context.reporter))
     return HeldOut(
         settings=section,
-        student=opened.student,
+        student=student,
         eos_token_ids=tuple(opened.source.adopted.eos_token_ids),
         task=Measurement(settings, rows, grader, judge, runtime, quiet, inputs.judges),
         context=context,
@@ -304,24 +307,6 @@ class CacheSource:
     domains: Mapping[str, int]
     repair: RepairSummary | None = None
     rendered_at: str | None = None
-
-
-@dataclass(frozen=True)
-class LiveSource:
-    """Prompts for rollouts that a live teacher will score; a `follower` draws them in place of the student itself."""
-
-    prompts: list[EncodedPrompt]
-    teacher: ModelIdentity
-    adopted: AdoptedTokenizer
-    parents: list[Parent]
-    claim: TeacherClaim | None
-    rendered_at: str | None = None
-    follower: EngineFollower | None = None
-
-    @property
-    def domains(self) -> Mapping[str, int]:
-        """Prompts by the domain of their teacher; none where they have no domain."""
-        return Counter(prompt.row.teacher_domain for prompt in self.prompts if prompt.row.teacher_domain is not None)
 
 
 def require_weighed(section: DistillRecipe, domains: Mapping[str, int]) -> None:
@@ -398,75 +383,3 @@ def cached_steps(
         scope=scope,
     )
     return lambda step: steps(step - first)
-
-
-def open_live(section: DistillRecipe, inputs: DistillInputs, context: Context) -> LiveSource:
-    """The prompts as the teacher's template encodes them, once teacher and student are proven to fit.
-
-    Raises ConsistencyError `tokenizer_mismatch`, `teacher_mismatch` or `lineage_missing`, and as `self_claim`.
-    """
-    assert inputs.teacher is not None, "live distillation queries a teacher"
-    assert inputs.prompts is not None, "live distillation draws rollouts for prompts"
-    differing = special_differences(inputs.teacher, inputs.student)
-    rows, claim = read_prompts(inputs.prompts), claim_of(inputs.student, inputs.sft_teacher, context)
-    identity = full_identity(inputs.teacher).model_copy(update={"context": context_of(rows, context.prompting)})
-    require_self(claim, identity, full_identity(inputs.student, base_form(section.adapter)))
-    require_consistent(identity, claim, allowed=inputs.allow_teacher_mismatch)
-    adopted = adopt_tokenizer(inputs.teacher, context.prompting)
-    parents = [Parent(role="teacher", identity=identity), Parent(role="prompts", sha256=prompts_hash(rows))]
-    require_all_or_no_domain(rows)
-    encoded = encode_prompts(rows, adopted.tokenizer, context)
-    require_unused(differing, ids_of(encoded) if differing else (), context.prompting, inputs.student)
-    return LiveSource(encoded, identity, adopted, parents, claim, recorded_moment(adopted.tokenizer, context))
-
-
-def live_batches(
-    student: LoadedModel,
-    teacher: LoadedModel,
-    source: LiveSource,
-    section: DistillRecipe,
-    rollout: RolloutRecipe,
-    runtime: Runtime,
-) -> StepsFrom:
-    """Each step's rollouts drawn from the student as it is then, or a few steps before, scored by the teacher at once.
-
-    A step's random stream follows from the seed and the step's number, so a resumed run draws what it would have drawn.
-    A teacher that is the student's own base is the same module with its adapters off. The first step raises RunError
-    `engine_disagrees` as `engine_gap` does.
-    """
-    valid_vocab, prompts = min(student.facts.tokens, teacher.facts.tokens), source.prompts
-    sampling = rollout.sampling
-    if section.horizon is not None and section.horizon >= 1 and section.horizon_growth_steps is None:
-        drawn = min(sampling.max_new_tokens, int(section.horizon))  # what lies beyond would not be trained on
-        sampling = sampling.model_copy(update={"max_new_tokens": drawn})
-
-    def step_data(step: int, indices: NDArray[np.int64], *, checked: bool) -> StepData:
-        started = time.perf_counter()
-        eos, scope = source.adopted.eos_token_ids, f"live/{step}"
-        settings = GenerationSettings(sampling, eos, rollout.batch_size, runtime.seed, scope, valid_vocab)
-        wanted = [prompts[row] for row in indices]
-        if source.follower is not None:
-            sequences = source.follower.draw(step, wanted, settings)
-        else:
-            sequences = LocalGenerator(student).draw(wanted, settings)
-            if checked:
-                engine_gap(student, sequences, runtime)
-        generated = time.perf_counter()
-        with without_adapters(student.model) if teacher.model is student.model else nullcontext():
-            scores = score_sequences(
-                teacher,
-                sequences.for_teacher(),
-                topk=section.teacher_tokens,
-                micro_batch_tokens=section.micro_batch_tokens,
-                runtime=runtime,
-                valid_vocab=valid_vocab,
-            )
-        rows, scored = sequences.with_columns(**scores.columns()), time.perf_counter()
-        return StepData(rows, np.arange(len(rows)), generated - started, scored - generated)
-
-    def steps_from(first: int) -> Iterator[StepData]:
-        generator, size = generator_for(runtime.seed, "live", "order"), min(section.batch_size, len(prompts))
-        batches = shuffled_batches(len(prompts), size, section.steps, generator, first=first)
-        return (step_data(step, rows, checked=step == first) for step, rows in enumerate(batches, start=first))
-
-    return steps_from

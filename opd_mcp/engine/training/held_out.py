@@ -3,6 +3,8 @@
 Every `evaluate_steps` steps the student answers the same few prompts: the reverse KL to the teacher where that one is
 here, and graded accuracy where the prompts have answers. Everything follows from the seed and the weights, so a resumed
 training judges as it would have; what was judged after its checkpoint is judged again.
+
+Of several ranks the first one judges, by a whole copy of the student that takes the trained weights before each time.
 """
 
 import json
@@ -27,7 +29,10 @@ WEIGHTS_FILE, HISTORY_FILE = "best.safetensors", "held_out.json"
 
 @dataclass
 class HeldOut:
-    """Judges one student at steps of its training; `folder` keeps what a resumed training needs."""
+    """Judges one student at steps of its training; `folder` keeps what a resumed training needs.
+
+    `student` is the model that is trained; of several ranks, a whole copy of it that has its weights.
+    """
 
     settings: DistillRecipe
     student: LoadedModel
@@ -48,10 +53,13 @@ class HeldOut:
             self.history = [HeldOutEvaluation.model_validate(row) for row in saved["history"] if row["step"] <= step]
             self._kept = saved["kept"]
 
+    def is_due(self, step: int) -> bool:
+        """Whether the student is judged after this step."""
+        return step % (self.settings.evaluate_steps or self.total) == 0 or step == self.total
+
     def metrics(self, step: int) -> dict[str, float]:
         """What the student is judged by after this step, where that is due."""
-        due = step % (self.settings.evaluate_steps or self.total) == 0 or step == self.total
-        if not due or any(entry.step == step for entry in self.history):
+        if not self.is_due(step) or any(entry.step == step for entry in self.history):
             return {}
         entry = self._judged(step)
         named = {"held_out_reverse_kl": entry.reverse_kl, "held_out_accuracy": entry.accuracy}

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from opd_mcp.engine.context import Context, run_cancelled
 from opd_mcp.engine.data.batches import StepData, StepsFrom
 from opd_mcp.engine.losses.objectives import RowObjective
 from opd_mcp.engine.models.attention import packs
+from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.models.nf4 import weight_count
 from opd_mcp.engine.runtime import Runtime, hardware_name, is_out_of_memory, matmul_peak, peak_memory
 from opd_mcp.engine.training.activations import (
@@ -99,7 +100,7 @@ class TrainingTask:
 
     `frozen` is the hash of what an adapter is trained on, which no checkpoint holds; `reweigh` gives the tokens of a
     step their factors; `stretch` says which of the steps are taken, where not all are; `held_out` judges the student
-    between steps.
+    between steps. `copy` is a whole student by which `steps` draws, where ranks divide the one that is trained.
     """
 
     settings: LoopSettings
@@ -110,6 +111,7 @@ class TrainingTask:
     reweigh: Reweigh | None = None
     stretch: Stretch | None = None
     held_out: HeldOut | None = None
+    copy: LoadedModel | None = None
 
     def judged(self, step: int) -> Metrics:
         """What the student is judged by after a step; mostly nothing."""
@@ -153,7 +155,7 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
             started = time.perf_counter()
             rate = learning_rate_at(state.step, settings.steps, settings.optimizer)
             set_rate(optimizer, rate)
-            data = next(steps)
+            data = process.data(steps)
             if memory is None:
                 memory = process.memory(data, state.micro_batch_tokens)
                 stack.enter_context(checkpointed_activations(model, memory.policy))
@@ -175,7 +177,7 @@ def train(model: PreTrainedModel, task: TrainingTask, runtime: Runtime, context:
             flops = training_flops(model, result.lengths, result.tokens)
             metrics |= {"tokens_per_second": result.tokens / seconds, "utilisation": flops / seconds / peak}
             with clock.part("evaluation" if task.held_out else "logging"):
-                judged = task.judged(state.step + 1)
+                judged = process.judged(state.step + 1)
             with clock.part("logging"):
                 context.reporter.metric(state.step + 1, metrics | judged)
                 context.reporter.progress(state.step + 1, settings.steps, "steps")
@@ -282,6 +284,14 @@ class _OneProcess:
                 "is the same.",
             )
 
+    def data(self, steps: Iterator[StepData]) -> StepData:
+        """The rows of the next step."""
+        return next(steps)
+
+    def judged(self, step: int) -> Metrics:
+        """What the student is judged by after a step; mostly nothing."""
+        return self.task.judged(step)
+
     def clipped_norm(self) -> float:
         """The norm of the gradient before it was clipped."""
         limit = self.task.settings.optimizer.gradient_clip
@@ -353,6 +363,21 @@ class _OneOfRanks(_OneProcess):
         task = self.task
         result = accumulate_on_ranks(self.parts, data, task.objective, settings, reweigh=task.reweigh, clock=self.clock)
         return result, settings
+
+    def data(self, steps: Iterator[StepData]) -> StepData:
+        """The same for all ranks; what draws them has the weights of now."""
+        if self.task.copy is not None:
+            self.parts.copy_trained(self.task.copy.model)
+        return super().data(steps)
+
+    def judged(self, step: int) -> Metrics:
+        """The same by the first rank, with the weights of all; the others wait as long as it takes."""
+        held_out, ranks, found = self.task.held_out, self.parts.ranks, Metrics()
+        if held_out is not None and held_out.is_due(step):
+            self.parts.copy_trained(held_out.student.model if ranks.rank == 0 else None)
+            found = self.task.judged(step) if ranks.rank == 0 else found
+            ranks.wait_for_first(f"judged/{step}")
+        return found
 
     def clipped_norm(self) -> float:
         """That of the whole gradient."""

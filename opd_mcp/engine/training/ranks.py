@@ -8,29 +8,32 @@ small broadcast, so that no rank waits in a collective operation that another on
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opd_mcp.engine.context import RankPlace
 from opd_mcp.engine.data.batches import Group
 from opd_mcp.engine.data.sequences import Sequences
+from opd_mcp.engine.parts import Arrays, Shares
 from opd_mcp.schemas.resolve import require_even_replicas
 
 # their names in torch 2.13, and before
 GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-MEETING_FILE = "meeting"
+MEETING_FILE, NOTES_FILE = "meeting", "notes"
 # A rank may grade or load for long before it comes; the worker sees to one that never does.
 MEETING_TIME = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, how many there are, and the mesh of all their devices.
+    """This process's number, how many there are, the mesh of all their devices, and where they leave notes.
 
     They hold `replicas` of the model. Ranks that follow each other hold one together; the mesh is then of two
     dimensions, replicas and the parts of one. Collective operations of either have the `timeout` of those of all.
@@ -40,6 +43,7 @@ class Ranks:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    notes: dist.Store
     timeout: timedelta
     replicas: int = 1
 
@@ -78,6 +82,13 @@ class Ranks:
         dist.broadcast(word, src=0)
         return tuple(word.tolist())
 
+    def wait_for_first(self, done: str) -> None:
+        """Wait until rank 0 is here, too, however long its work takes; `done` is a name that is used once."""
+        if self.rank == 0:
+            self.notes.set(done, "yes")
+        else:
+            self.notes.wait([done], MEETING_TIME)
+
     def add_up(self, tensor: Tensor) -> Tensor:
         """The tensor, in place the sum of all ranks'."""
         dist.all_reduce(tensor)
@@ -99,6 +110,22 @@ class Ranks:
         whole = torch.empty(self.sharing * len(mine), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
         GATHER(whole, mine, group=self._within)
         return whole
+
+    def exchanged(self, mine: Arrays) -> list[Arrays]:
+        """Every rank's arrays, by rank; each has the same names, types and sizes but the first one."""
+        assert self.replicas == 1, "the whole group exchanges"
+        found: list[dict[str, NDArray[Any]]] = [{} for _ in range(self.size)]
+        for name, values in mine.items():
+            counts = self.gathered(torch.tensor([len(values)], device=self.device)).tolist()
+            longest, shape = max(counts), values.shape[1:]
+            padded = np.zeros((longest, *shape), dtype=values.dtype)
+            padded[: len(values)] = values
+            sent = torch.from_numpy(padded.reshape(-1).view(np.uint8)).to(self.device)
+            whole = (self.gathered(sent) if longest else sent).cpu().numpy().view(values.dtype)
+            parts = whole.reshape(self.size if longest else 0, longest, *shape)
+            for rank, count in enumerate(counts):
+                found[rank][name] = parts[rank, :count].copy() if longest else padded
+        return list(found)
 
     def scattered_sum(self, whole: Tensor) -> Tensor:
         """This rank's [n, …] of the sum of the tensors [N · n, …] of the N ranks that hold its replica."""
@@ -125,7 +152,13 @@ def joined(place: RankPlace, device: torch.device) -> Ranks:
             world_size=place.size,
             timeout=timeout,
         )
-    return Ranks(place.rank, place.size, device, init_device_mesh(device.type, (place.size,)), timeout)
+    notes = dist.FileStore(str(place.folder / NOTES_FILE), -1)
+    return Ranks(place.rank, place.size, device, init_device_mesh(device.type, (place.size,)), notes, timeout)
+
+
+def shares_of(place: RankPlace | None, device: torch.device) -> Shares | None:
+    """How the ranks share what each could compute; None for a process that is alone."""
+    return None if place is None else Shares(place.rank, place.size, joined(place, device).exchanged)
 
 
 # the micro-batches of one rank; None stands for an empty one, which only takes part in the collective operations

@@ -133,6 +133,15 @@ class ShardedModel:
                 local(gradient).mul_(scale)
         return norm
 
+    @torch.no_grad()
+    def copy_trained(self, copy: nn.Module | None) -> None:
+        """Let a whole copy of the model have the weights that are trained; a rank without one only takes part."""
+        held = {} if copy is None else dict(copy.named_parameters())
+        for name, weight in self.trained().items():
+            gathered = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if copy is not None:
+                held[name].copy_(gathered)
+
     def make_whole(self) -> None:
         """Give rank 0 the whole model, in the host's memory; the other ranks keep weights without memory."""
         for name, weight in self.weights().items():

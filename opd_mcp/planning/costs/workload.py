@@ -47,6 +47,11 @@ class Room:
     devices: int = 1
     nodes: int = 1
 
+    @property
+    def processes(self) -> int:
+        """The processes of a training that share these bytes."""
+        return self.devices // self.nodes if self.device == "cpu" else 1
+
 
 @dataclass(frozen=True)
 class DataSize:
@@ -252,12 +257,12 @@ class Workload:
             ranks=room.devices,
             vocabulary=self.recipe.runtime.vocabulary,
         )
-        sharing = room.devices // room.nodes if room.device == "cpu" else 1
-        checkpointing, each = section.activation_checkpointing, room.memory // sharing
+        sharing, judging = room.processes, self._judging(section, room)
+        checkpointing, each = section.activation_checkpointing, max(room.memory - judging, 0) // sharing
         division = Division(self.recipe.runtime.replicas, room.nodes, each)
         step = replace(step, replicas=division.replicas(self.student, step, checkpointing))
         memory = training_memory(self.student, step, checkpointing, each)
-        total = max(sharing * memory.total, self._loading(self._packed(section)))
+        total = max(sharing * memory.total + judging, self._loading(self._packed(section)))
         passes = 3 * section.steps * ceil(tokens / section.micro_batch_tokens)
         # a frozen weight forms no gradient of its own
         operations = (
@@ -265,6 +270,19 @@ class Workload:
         )
         flops = operations * section.steps * tokens
         return Work(flops, passes, total, memory.policy, replicas=step.replicas)
+
+    def _copy(self, section: SftRecipe | DistillRecipe) -> int:
+        """Bytes of a whole student that takes the weights of one that several devices train in parts."""
+        adapter = self.adapter(section)
+        return 4 * self.student.parameters if adapter is None else adapter.base_bytes * self.student.parameters
+
+    def _judging(self, section: SftRecipe | DistillRecipe, room: Room) -> int:
+        """Bytes by which the first of several devices judges: a copy of the student, and the teacher."""
+        if not isinstance(section, DistillRecipe) or section.evaluate_steps is None or room.devices == 1:
+            return 0
+        # a live distillation has both on every device
+        here = section.method == "live"
+        return 0 if here else self._copy(section) + self.teacher.parameters * self._value_bytes
 
     @property
     def _answers(self) -> int:
@@ -319,7 +337,7 @@ class Workload:
         return Work(
             sum(work.flops * count for work, count in works),
             sum(work.passes * count for work, count in works),
-            small.live().work("distill").memory,
+            replace(small.live(), room=replace(self.room, devices=1, nodes=1)).work("distill").memory,
         )
 
     def _export(self) -> Work:
@@ -350,8 +368,10 @@ class Workload:
         # The student trains next to the resident teacher and its own generation cache; its weights draw the rollouts.
         cached = rollouts.memory - self.student.weights(width, packed)
         second = 0 if self._shares_base(section) else teacher.parameters * self._value_bytes
-        resident = second + self._forward_memory(teacher, micro) + cached
-        training = self._training(section, length, Room(room.device, max(room.memory - resident, 0)))
+        # On several devices each has a whole teacher, and a whole student that draws its share.
+        drawing = self._copy(section) if room.devices > 1 else 0
+        resident = room.processes * (second + self._forward_memory(teacher, micro) + cached + drawing)
+        training = self._training(section, length, replace(room, memory=max(room.memory - resident, 0)))
         scoring_passes = ceil(rows * length / section.micro_batch_tokens)
         return Work(
             training.flops + section.steps * (rollouts.flops + 2.0 * teacher.parameters * rows * length),

@@ -1,19 +1,27 @@
 """Scores of a local teacher against transformers' own logits."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from opd_mcp.engine.data.encoding import EncodedPrompt
 from opd_mcp.engine.data.sequences import Sequences, build_sequences
+from opd_mcp.engine.generation.batch_state import GenerationSettings
+from opd_mcp.engine.generation.generator import LocalGenerator, RankGenerator
 from opd_mcp.engine.losses import logit_tiles as tiles
 from opd_mcp.engine.models.loading import LoadedModel
+from opd_mcp.engine.parts import Arrays, Shares
 from opd_mcp.engine.runtime import Runtime
-from opd_mcp.engine.scoring.local import score_sequences
+from opd_mcp.engine.scoring.local import Scoring, TeacherScores, score_sequences, scored_in_shares
+from opd_mcp.identity.data.rows import PromptRow
 from opd_mcp.identity.models import ModelFacts, inspect_model
+from opd_mcp.schemas.recipes import Sampling
 
 VOCAB, K = 13, 4
 
@@ -75,3 +83,37 @@ def test_without_top_k_only_the_sampled_tokens_are_scored(
 ) -> None:
     scores = score_sequences(teacher, sequences, topk=0, micro_batch_tokens=20, runtime=runtime)
     assert list(scores.columns()) == ["teacher_logprobs"]
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_processes_that_share_batches_have_the_rows_and_scores_of_one(teacher, runtime: Runtime, size: int) -> None:
+    """To the bit, also where some have no batch."""
+    lengths = [3, 1, 6, 2, 4]
+    prompts = [EncodedPrompt(PromptRow(f"p{n}", "x"), [2 + n] * length) for n, length in enumerate(lengths)]
+    settings = GenerationSettings(Sampling(max_new_tokens=6), [1], batch_size=2, seed=0, scope="test")
+    one = LocalGenerator(teacher).draw(prompts, settings)
+    how = Scoring(K, 20)
+    expected = score_sequences(teacher, one, topk=K, micro_batch_tokens=20, runtime=runtime)
+    left: list[Arrays] = [{}] * size
+    barrier = Barrier(size)
+
+    def work(number: int) -> tuple[Sequences, TeacherScores]:
+        def exchanged(mine: Arrays) -> list[Arrays]:
+            left[number] = mine
+            barrier.wait()
+            found = list(left)
+            barrier.wait()
+            return found
+
+        shares = Shares(number, size, exchanged)
+        drawn = RankGenerator(teacher, shares).draw(prompts, settings)
+        return drawn, scored_in_shares(teacher, drawn, how, runtime, shares)
+
+    with ThreadPoolExecutor(size) as pool:
+        for drawn, scores in pool.map(work, range(size)):
+            assert drawn.prompt_row_ids == one.prompt_row_ids
+            assert drawn.finish_reasons == one.finish_reasons
+            assert np.array_equal(drawn.response_ids, one.response_ids)
+            assert np.array_equal(drawn.columns["behaviour_logprobs"], one.columns["behaviour_logprobs"])
+            for name, values in expected.columns().items():
+                assert np.array_equal(scores.columns()[name], values), name

@@ -486,6 +486,25 @@ def test_several_devices_share_what_is_drawn_and_scored_here():
     assert served.memory_bytes == phases(**{"rollout.engine": "vllm"})["rollout"].memory_bytes
 
 
+def test_several_devices_hold_whole_models_where_the_student_draws_within_its_training():
+    def memory(kind="cpu", **overrides):
+        devices = overrides.get("runtime.devices", 1)
+        room = Room(kind, devices=devices)
+        return Workload(resolve_recipe("demo", overrides), LARGE, LARGE, DATA, room=room).work("distill").memory
+
+    two, judged = {"runtime.devices": 2}, {"distill.evaluate_steps": 2}
+    student, teacher = 4 * LARGE.parameters, 4 * LARGE.parameters
+    for kind in ("cpu", "cuda"):  # one device judges, by a copy and the teacher
+        assert memory(kind, **two, **judged) - memory(kind, **two) == student + teacher
+        assert memory(kind, **judged) == memory(kind)
+    live = {"distill.method": "live"}
+    for kind, processes in (("cpu", 2), ("cuda", 1)):  # of what a plan counts
+        more = memory(kind, **two, **live) - memory(kind, **two)
+        alone = memory(kind, **live) - memory(kind)
+        assert more == pytest.approx(processes * (alone + student))
+        assert memory(kind, **two, **live, **judged) == memory(kind, **two, **live)
+
+
 def test_a_plan_for_several_nodes_counts_a_replica_on_each_and_says_so():
     """What does not fit a node is divided among all; each rank of a replica needs more than one of all."""
 

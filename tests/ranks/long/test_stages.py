@@ -18,6 +18,7 @@ from opd_mcp.engine.context import (
     RoundInputs,
     ScoreInputs,
     SftInputs,
+    SilentReporter,
 )
 from opd_mcp.identity.lineage import verified_lineage
 from opd_mcp.schemas.errors import OpdError
@@ -74,6 +75,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path, made: dict[str, Path
         at=lambda call, nth, team: None,
         stop: int | None = None,
         number: int | None = None,
+        **more: object,
     ):
         directory, counts, heard = tmp_path / name, {}, {}
         directory.mkdir(exist_ok=True)
@@ -87,7 +89,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path, made: dict[str, Path
 
             return called
 
-        recipe = resolve_recipe("demo", SHORT | overrides | {"distill.rounds": (number and 2) or 1})
+        recipe = resolve_recipe("demo", SHORT | overrides | {"distill.rounds": (number and 2) or 1} | more)
         asked = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
         record = RunRecord(
             run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=asked, versions={}, hardware=""
@@ -158,6 +160,88 @@ def test_a_death_and_a_cancel_cost_no_bit(trained, made) -> None:
     assert "alert" not in heard
     one, other = weights(expected), weights(output)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_student_on_two_ranks_is_judged_in_its_training_as_one_process_judges_it(trained, made, tmp_path) -> None:
+    """By the first rank, with the weights of both; what it had found best is saved, after a death as well."""
+    judged = {"distill.evaluate_steps": 2, "distill.evaluate_prompts": 6, "distill.keep": "best"}
+    recipe = resolve_recipe("demo", SHORT | judged)
+    roles = {"student": made["sft"], "cache": made["cache"], "teacher": made["teacher"]}
+    roles["eval_prompts"] = EXAMPLE / "eval.jsonl"
+
+    def kill(call: str, nth: int, team: RankTeam) -> None:
+        if (call, nth) == ("metric", 5):
+            os.kill(team.ranks[1].process.pid, signal.SIGKILL)
+
+    with pytest.raises(OpdError, match="rank_lost"):
+        trained("distill", "judged", roles, kill, **judged)
+    _, output, heard = trained("distill", "judged", roles, **judged)
+    context, plain = Context(recipe.runtime, recipe.prompting), tmp_path / "plain"
+    inputs = DistillInputs(
+        student=made["sft"],
+        cache=made["cache"],
+        judge=made["teacher"],
+        held_out=roles["eval_prompts"],
+        grading=recipe.benchmark,
+    )
+    one = stages.distill(recipe.distill, inputs, plain, context).held_out
+    two = json.loads((output / "training.json").read_bytes())["held_out"]
+    assert [entry["step"] for entry in two["evaluations"]] == [entry.step for entry in one.evaluations] == [2, 4, 6]
+    for mine, theirs in zip(two["evaluations"], one.evaluations, strict=True):
+        assert mine["reverse_kl"] == pytest.approx(theirs.reverse_kl, rel=0.05)
+    assert two["kept_step"] == two["best_step"]
+    resumed = heard["resumed"][0][0]
+    again = [step for step, values in heard["metric"] if "held_out_reverse_kl" in values]
+    assert again == [step for step in (4, 6) if step > resumed > 1]
+
+
+LIVE = {"distill.method": "live", "rollout.batch_size": 4, "distill.evaluate_steps": 3, "distill.evaluate_prompts": 4}
+
+
+@pytest.mark.parametrize("adapter", [{}, {"distill.adapter": {"rank": 2, "save": "adapter"}}], ids=["all", "adapter"])
+def test_live_on_two_ranks_draws_and_scores_what_one_process_does(adapter, trained, made, tmp_path: Path) -> None:
+    """Each rank by whole copies, its share; a rank's death costs no bit. The adapter's base is its own teacher."""
+    given = LIVE | adapter
+    student = made["teacher"] if adapter else made["sft"]
+    roles = {"student": student, "teacher": made["teacher"], "prompts": EXAMPLE / "opd.jsonl"}
+    roles["eval_prompts"] = EXAMPLE / "eval.jsonl"
+    given |= {"sft.skip": True} if adapter else {}
+
+    def kill(call: str, nth: int, team: RankTeam) -> None:
+        if (call, nth) == ("metric", 5):
+            os.kill(team.ranks[1].process.pid, signal.SIGKILL)
+
+    summary, whole, heard = trained("distill", "live", roles, **given)
+    assert (summary.devices, [step for step, _ in heard["metric"]]) == (2, [1, 2, 3, 4, 5, 6])
+    with pytest.raises(OpdError, match="rank_lost"):
+        trained("distill", "killed", roles, kill, **given)
+    _, output, again = trained("distill", "killed", roles, **given)
+    assert again["resumed"][0][0] > 2
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    one, other = load_file(whole / name), load_file(output / name)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+    recipe, told = resolve_recipe("demo", SHORT | given), []
+
+    class Told(SilentReporter):
+        def metric(self, step, values) -> None:
+            told.append(dict(values))
+
+    context = Context(recipe.runtime, recipe.prompting, reporter=Told())
+    inputs = DistillInputs(
+        student=student,
+        teacher=made["teacher"],
+        prompts=roles["prompts"],
+        rollout=recipe.rollout,
+        held_out=roles["eval_prompts"],
+        grading=recipe.benchmark,
+    )
+    stages.distill(recipe.distill, inputs, tmp_path / "plain", context)
+    for mine, (_, theirs) in zip(told, heard["metric"], strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3, abs=1e-6)
+        assert theirs.get("held_out_reverse_kl") == pytest.approx(mine.get("held_out_reverse_kl"), rel=0.05, abs=1e-6)
+    alone = load_file(tmp_path / "plain" / name)
+    assert all(torch.allclose(one[key].float(), alone[key].float(), rtol=1e-2, atol=1e-3) for key in alone)
 
 
 @pytest.mark.parametrize("trained", [{}, {"runtime.replicas": 2}], indirect=True, ids=["together", "replicas"])
