@@ -3,6 +3,7 @@ of one that is to be trained are those of the student.
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -136,3 +137,21 @@ def test_a_run_on_an_adapter_is_planned_with_base_and_adapter(service, world, ad
     assert plan.inputs.student.parameters > inspect_model(Path(world.student)).parameters
     teacher = service.plan(world.plan_arguments(teacher=str(adapter("teacher"))))
     assert not teacher.blocking
+
+
+@pytest.mark.parametrize(
+    ("sft", "distill", "message"),
+    [
+        (None, {"continue_adapter": True}, "ends with a whole model"),
+        ({"save": "merged"}, {"continue_adapter": True}, "ends with a whole model"),
+        ({"rank": 4, "save": "adapter"}, {"rank": 8, "continue_adapter": True}, "rank 4 and scale 2 .* rank 8"),
+        ({"rank": 4, "save": "both"}, {"rank": 4, "continue_adapter": True}, None),
+        ({}, {}, None),
+    ],
+)
+def test_an_adapter_that_the_sft_does_not_leave_blocks_before_any_work(world, service, sft, distill, message):
+    overrides = {"distill.adapter": distill} | ({} if sft is None else {"sft.adapter": sft})
+    plan = service.plan(world.plan_arguments(overrides=overrides))
+    texts = [f"{finding.message} {finding.fix}" for finding in plan.blocking if "adapter" in finding.message]
+    assert len(texts) == (message is not None)
+    assert message is None or re.search(message, texts[0])

@@ -414,24 +414,6 @@ def test_a_merged_sft_is_not_rounded_to_4_bits_again(world, service, sft, distil
 
 
 @pytest.mark.parametrize(
-    ("sft", "distill", "message"),
-    [
-        (None, {"continue_adapter": True}, "ends with a whole model"),
-        ({"save": "merged"}, {"continue_adapter": True}, "ends with a whole model"),
-        ({"rank": 4, "save": "adapter"}, {"rank": 8, "continue_adapter": True}, "rank 4 and scale 2 .* rank 8"),
-        ({"rank": 4, "save": "both"}, {"rank": 4, "continue_adapter": True}, None),
-        ({}, {}, None),
-    ],
-)
-def test_an_adapter_that_the_sft_does_not_leave_blocks_before_any_work(world, service, sft, distill, message):
-    overrides = {"distill.adapter": distill} | ({} if sft is None else {"sft.adapter": sft})
-    plan = service.plan(world.plan_arguments(overrides=overrides))
-    texts = [f"{finding.message} {finding.fix}" for finding in plan.blocking if "adapter" in finding.message]
-    assert len(texts) == (message is not None)
-    assert message is None or re.search(message, texts[0])
-
-
-@pytest.mark.parametrize(
     ("preset", "overrides", "told"),
     [
         ("demo", {}, {}),
