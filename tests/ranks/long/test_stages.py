@@ -20,10 +20,13 @@ from opd_mcp.engine.context import (
     SftInputs,
     SilentReporter,
 )
+from opd_mcp.identity.consistency import teacher_context
 from opd_mcp.identity.lineage import verified_lineage
+from opd_mcp.identity.models import inspect_model
 from opd_mcp.schemas.errors import OpdError
+from opd_mcp.schemas.identity import TeacherClaim
 from opd_mcp.schemas.resolve import resolve_recipe
-from opd_mcp.schemas.runs import RunInputs, RunRecord, RunRequest
+from opd_mcp.schemas.runs import ModelInput, RunInputs, RunRecord, RunRequest
 from opd_mcp.worker.teams.ranks import RankTeam, RankWork
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "arithmetic"
@@ -38,6 +41,9 @@ SHORT = {
     "distill.batch_size": 8,
     "checkpoint.steps": 1,
 }
+
+
+TOLD = "Add the numbers."
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     inputs = DistillInputs(student=paths["sft"], cache=paths["cache"])
     stages.distill(recipe.distill, inputs, paths["plain"], context)
     return {**paths, "teacher": teacher, "student": student}
+
+
+def own_teacher(model: Path) -> TeacherClaim:
+    """That a student is its own teacher, which sees a system prompt besides."""
+    identity = inspect_model(model).identity.model_copy(update={"context": teacher_context(TOLD, None)})
+    return TeacherClaim(basis="by_construction", name=model.name, identity=identity)
 
 
 @pytest.fixture
@@ -90,7 +102,11 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path, made: dict[str, Path
             return called
 
         recipe = resolve_recipe("demo", SHORT | overrides | {"distill.rounds": (number and 2) or 1} | more)
-        asked = RunRequest(kind="distill", recipe=recipe, inputs=RunInputs(), phases=[])
+        inputs = RunInputs()
+        if recipe.sft.skip:
+            claim = own_teacher(roles["student"])
+            inputs = RunInputs(student=ModelInput(reference="student", identity=claim.identity, sft_teacher=claim))
+        asked = RunRequest(kind="distill", recipe=recipe, inputs=inputs, phases=[])
         record = RunRecord(
             run_id="r", created_at="2026-11-28T00:00:00Z", request_hash="0", request=asked, versions={}, hardware=""
         )
@@ -205,7 +221,7 @@ def test_live_on_two_ranks_draws_and_scores_what_one_process_does(adapter, train
     student = made["teacher"] if adapter else made["sft"]
     roles = {"student": student, "teacher": made["teacher"], "prompts": EXAMPLE / "opd.jsonl"}
     roles["eval_prompts"] = EXAMPLE / "eval.jsonl"
-    given |= {"sft.skip": True} if adapter else {}
+    given |= {"sft.skip": True, "prompting.teacher_system": TOLD} if adapter else {}
 
     def kill(call: str, nth: int, team: RankTeam) -> None:
         if (call, nth) == ("metric", 5):
@@ -233,13 +249,16 @@ def test_live_on_two_ranks_draws_and_scores_what_one_process_does(adapter, train
         teacher=made["teacher"],
         prompts=roles["prompts"],
         rollout=recipe.rollout,
+        sft_teacher=own_teacher(student) if adapter else None,
         held_out=roles["eval_prompts"],
         grading=recipe.benchmark,
     )
     stages.distill(recipe.distill, inputs, tmp_path / "plain", context)
     for mine, (_, theirs) in zip(told, heard["metric"], strict=True):
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-3, abs=1e-6)
-        assert theirs.get("held_out_reverse_kl") == pytest.approx(mine.get("held_out_reverse_kl"), rel=0.05, abs=1e-6)
+        assert mine.keys() == theirs.keys()
+        if judged := mine.get("held_out_reverse_kl"):
+            assert theirs["held_out_reverse_kl"] == pytest.approx(judged, rel=0.05)
     alone = load_file(tmp_path / "plain" / name)
     assert all(torch.allclose(one[key].float(), alone[key].float(), rtol=1e-2, atol=1e-3) for key in alone)
 
