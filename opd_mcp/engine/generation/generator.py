@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -98,8 +99,7 @@ class SharedGenerator:
             self.context,
             lambda done: on_batch(min(done * settings.batch_size, len(ids))),
         )
-        rows = dict(zip(np.concatenate(batches).tolist(), (row for part in drawn for row in _rows(part)), strict=True))
-        return as_sequences(prompts, [rows[number] for number in range(len(ids))])
+        return _in_order(prompts, batches, drawn)
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,8 @@ class RankGenerator:
         numbers = share_of(range(len(batches)), size, self.shares.number)
         mine = [NOTHING_DRAWN, *(drawn_part(self.model, ids, settings, number) for number in numbers)]
         found = self.shares.exchanged({name: np.concatenate([part[name] for part in mine]) for name in NOTHING_DRAWN})
-        order = [row for rank in range(size) for batch in share_of(batches, size, rank) for row in batch.tolist()]
-        rows = dict(zip(order, (row for part in found for row in _rows(part)), strict=True))
         on_batch(len(ids))
-        return as_sequences(prompts, [rows[number] for number in range(len(ids))])
+        return _in_order(prompts, [batch for rank in range(size) for batch in share_of(batches, size, rank)], found)
 
 
 # what a process that draws no batch has drawn, with the types of `drawn_part`
@@ -159,6 +157,15 @@ def drawing_of(job: Job, rows: Arrays) -> tuple[list[list[int]], GenerationSetti
     prompts = np.split(rows["ids"], rows["offsets"][1:-1])
     sampling = Sampling.model_validate(job.settings["sampling"])
     return [prompt.tolist() for prompt in prompts], GenerationSettings(**{**job.settings, "sampling": sampling})
+
+
+def _in_order(
+    prompts: Sequence[EncodedPrompt], batches: Sequence[NDArray[np.int64]], drawn: Sequence[Arrays]
+) -> Sequences:
+    """The rows of the prompts, where those of `drawn` follow the prompts' numbers in the batches."""
+    numbers = (int(number) for batch in batches for number in batch)
+    rows = dict(zip(numbers, (row for part in drawn for row in _rows(part)), strict=True))
+    return as_sequences(prompts, [rows[number] for number in range(len(prompts))])
 
 
 def _rows(part: Arrays) -> list[Generated]:
