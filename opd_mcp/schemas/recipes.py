@@ -35,6 +35,7 @@ BATCH = (
     "Sampled tokens depend on it: each batch has a random stream of its own"
 )
 MANAGED_ENGINES = ("vllm", "sglang")
+SGLANG_KEEPS = 6  # tokens of its context that no prompt may reach (sglang/srt/managers/utils.py)
 MAX_ROUNDS = 32
 
 

@@ -41,8 +41,9 @@ END_SECONDS = 20.0
 LEAST_LENGTH = 64
 MOST_LOGPROBS = 20
 SPARE_BYTES = 4 << 30
+CPU_CACHE_BYTES = 1 << 30
 ENGINE_SIDE = Path(__file__).with_name("engine_side")
-GUARD = "opd_engine_guard.Guard"
+GUARD, SGLANG_START = "opd_engine_guard.Guard", ENGINE_SIDE / "opd_sglang_start.py"
 SHELLS_SIGNALS = 128  # a shell's status for a command that a signal ended is this and the signal
 
 
@@ -82,26 +83,31 @@ class EngineProgram:
     on_gpu: bool
     devices: tuple[str, ...] = ()
 
-    def command(self, model: EngineModel, port: int, key: str) -> list[str]:
+    def command(self, model: EngineModel, port: int) -> list[str]:
         """The argument list; what would change log-probs or sampling silently is said explicitly."""
         from opd_mcp.planning.engines import vllm_command
+        from opd_mcp.schemas.recipes import SGLANG_KEEPS
 
-        length = str(served_length(model))
         common = ["--host", "127.0.0.1", "--port", str(port), "--dtype", model.dtype]
+        common += ["--served-model-name", model.served_name]
+        length, many = served_length(model), str(len(self.devices)) if len(self.devices) > 1 else ""
         if self.kind == "sglang":
+            memory = ["--enable-deterministic-inference", "--mem-fraction-static"]
+            memory.append(f"{memory_share(model, self.devices, of_free=True):.2f}")
+            on_cpu = ["--device", "cpu", "--attention-backend", "torch_native"]
+            on_cpu += ["--max-total-tokens", str(cached_tokens(model))]
             return [
-                *(self.program, "-m", "sglang.launch_server", "--model-path", str(model.path), *common),
-                *("--served-model-name", model.served_name, "--context-length", length, "--random-seed", "0"),
-                *("--api-key", key, "--enable-deterministic-inference"),
-                *(("--tp-size", str(len(self.devices))) if len(self.devices) > 1 else ()),
-                *(() if self.on_gpu else ("--device", "cpu")),
+                *(self.program, str(SGLANG_START), "--model-path", str(model.path), *common, "--random-seed", "0"),
+                *("--context-length", str(length + SGLANG_KEEPS), "--disable-radix-cache", "--enable-metrics"),
+                *("--log-level", "warning"),  # else it writes its key, and a line a batch, into the run's log
+                *(("--tp-size", many) if many else ()),
+                *(memory if self.on_gpu else on_cpu),
             ]
         return [
-            *(*vllm_command(self.program), str(model.path), *common),
-            *("--served-model-name", model.served_name, "--max-model-len", length, "--seed", "0"),
+            *(*vllm_command(self.program), str(model.path), *common, "--max-model-len", str(length), "--seed", "0"),
             *("--max-logprobs", str(max(model.topk, MOST_LOGPROBS)), "--logprobs-mode", "raw_logprobs"),
             *("--generation-config", "vllm", "--no-enable-prefix-caching", "--uvicorn-log-level", "warning"),
-            *(("--tensor-parallel-size", str(len(self.devices))) if len(self.devices) > 1 else ()),
+            *(("--tensor-parallel-size", many) if many else ()),
             *(("--middleware", GUARD) if model.reloads else ()),
             *(
                 ("--gpu-memory-utilization", f"{memory_share(model, self.devices):.2f}")
@@ -127,7 +133,11 @@ class EngineProgram:
         # Else a core that gives itself a title overwrites its environment, where the mark is (setproctitle).
         titled = {"SPT_NOENV": "1"}
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        on_cpu = {
+            "VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_BYTES >> 30),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "SGLANG_USE_CPU_ENGINE": "1",
+        }
         # The path that takes new weights is one of its developers', which its guard closes to all without the key.
         reloading = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ENGINE_SIDE)}
         return {
@@ -138,8 +148,9 @@ class EngineProgram:
             **quiet,
             **titled,
             **({"CUDA_VISIBLE_DEVICES": ",".join(self.devices)} if self.devices else {}),
-            "VLLM_API_KEY": key,
+            "VLLM_API_KEY" if self.kind == "vllm" else "OPD_ENGINE_KEY": key,
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # by what it keeps of its context
             MARK: str(run),
         }
 
@@ -152,14 +163,27 @@ def served_length(model: EngineModel) -> int:
     return min(wanted, positions) if isinstance(positions, int) else wanted
 
 
-def memory_share(model: EngineModel, devices: Sequence[str] = ()) -> float:
-    """The share of each GPU's memory that an engine may use: what is free, less room for the model here on our GPU."""
+def cached_tokens(model: EngineModel) -> int:
+    """The tokens whose keys and values SGLang may hold on a CPU, where it would else take most of the memory."""
+    from opd_mcp.schemas.memory import ModelShape
+
+    config = json.loads((model.path / "config.json").read_bytes())
+    shape = ModelShape.of(0, 0, config.get("text_config", config).get)
+    return max(served_length(model), int(CPU_CACHE_BYTES / (4 * shape.cached_values(0, 1))))
+
+
+def memory_share(model: EngineModel, devices: Sequence[str] = (), *, of_free: bool = False) -> float:
+    """The share of each GPU's memory that an engine may use: what is free, less room for the model here on our GPU.
+
+    It is vLLM's share of all memory, or SGLang's of what is free.
+    """
     from opd_mcp.devices.hardware import gpus
 
     ours = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     room = 1.2 * weight_bytes(model.path) if model.room is None else model.room
     shares = [
-        (gpu.free_memory - (room if gpu.uuid in ours else 0) - SPARE_BYTES) / gpu.total_memory
+        (gpu.free_memory - (room if gpu.uuid in ours else 0) - SPARE_BYTES)
+        / (gpu.free_memory if of_free else gpu.total_memory)
         for gpu in gpus()
         if gpu.uuid in (devices or ours)
     ]
@@ -273,7 +297,7 @@ class ManagedEngine:
     def _start(self) -> None:
         """Start the processes and wait until they answer; raises _Killed where a signal ended them before."""
         begun = time.monotonic()
-        command = self.program.command(self.model, self.port, self.key)
+        command = self.program.command(self.model, self.port)
         logger.info("Starting %s for %s at %s", self.program.kind, self.model.path.name, self.url)
         told, tell = os.pipe()
         facts = {"command": command, "run": str(self.run), "number": self.number, "tell": tell}

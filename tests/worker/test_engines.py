@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -223,8 +224,8 @@ def test_a_gpu_each_where_the_model_fits_it_else_one_engine_on_all(tmp_path, mon
     model = EngineModel(EXAMPLE / "teacher", "float32", 10)
     one, both = (EngineProgram("vllm", "/v/vllm", tmp_path, True, group) for group in (("GPU-b",), tuple(devices)))
     assert one.environment({}, tmp_path, "k")["CUDA_VISIBLE_DEVICES"] == "GPU-b"
-    assert "--tensor-parallel-size" not in one.command(model, 7, "k")
-    command = both.command(model, 7, "k")
+    assert "--tensor-parallel-size" not in one.command(model, 7)
+    command = both.command(model, 7)
     assert command[command.index("--tensor-parallel-size") + 1] == "2"
 
 
@@ -304,10 +305,35 @@ def test_a_python_starts_vllm_as_a_module_and_sglang_is_told_to_be_deterministic
     assert vllm_command(str(command)) == vllm_command(str(python)), "the CPU build's own command does not start"
     (tmp_path / "lib" / "python3.11" / "site-packages" / "vllm-0.32.0.dist-info").mkdir(parents=True)
     assert vllm_command(str(command)) == (str(command), "serve")
-    vllm = EngineProgram("vllm", str(python), tmp_path, on_gpu=False).command(model, 7, "key")
+    vllm = EngineProgram("vllm", str(python), tmp_path, on_gpu=False).command(model, 7)
     assert vllm[:3] == [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     assert vllm[vllm.index("--max-logprobs") + 1] == "32"
     assert "--enforce-eager" in vllm
-    sglang = EngineProgram("sglang", "/opt/bin/python", tmp_path, on_gpu=True).command(model, 7, "key")
-    assert {"--enable-deterministic-inference", "--api-key"} <= set(sglang)
+    sglang = EngineProgram("sglang", "/opt/bin/python", tmp_path, on_gpu=True).command(model, 7)
+    assert {"--enable-deterministic-inference", "--mem-fraction-static", "--disable-radix-cache"} <= set(sglang)
     assert json.loads((EXAMPLE / "teacher" / "config.json").read_text())["max_position_embeddings"] >= 64
+
+
+def test_sglang_on_a_cpu_is_given_what_it_runs_with_there(tmp_path):
+    """Seen in 0.5.23: no deterministic inference, a cache that takes the memory, 6 tokens of the context kept."""
+    program = EngineProgram("sglang", "/opt/bin/python", tmp_path, on_gpu=False)
+    command = program.command(EngineModel(EXAMPLE / "teacher", "float32", 100), 7)
+    said = dict(pairwise(command))
+    assert (said["--device"], said["--attention-backend"]) == ("cpu", "torch_native")
+    assert said["--context-length"] == "107"
+    assert said["--max-total-tokens"] == str((1 << 30) // (3 * 2 * 96 * 4)), "a gibibyte of keys and values"
+    assert "--enable-deterministic-inference" not in command
+    assert program.environment({}, tmp_path, "k")["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_sglang_is_given_its_key_where_no_other_user_reads_it(tmp_path):
+    """A package `sglang` in place of the real one tells its arguments."""
+    server = tmp_path / "sglang" / "launch_server.py"
+    server.parent.mkdir()
+    server.write_text("import json, sys\nprint(json.dumps([__name__, *sys.argv[1:]]))\n")
+    program = EngineProgram("sglang", sys.executable, tmp_path, on_gpu=False)
+    command = program.command(EngineModel(EXAMPLE / "teacher", "float32", 100), 7)
+    environment = program.environment(os.environ, tmp_path, "the-key") | {"PYTHONPATH": str(tmp_path)}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert json.loads(told) == ["__main__", *command[2:], "--api-key", "the-key"]
+    assert "the-key" not in command

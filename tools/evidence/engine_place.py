@@ -22,7 +22,10 @@ from opd_mcp.store.workspace import Workspace
 from tools import EXAMPLE
 
 WIDTH = 32
-CLOSED_PATHS = ("/collective_rpc", "/sleep", "/metrics", "/v1/completions")
+CLOSED_PATHS = {
+    "vllm": ("/collective_rpc", "/sleep", "/metrics", "/v1/completions"),
+    "sglang": ("/update_weights_from_disk", "/generate", "/v1/models", "/server_info"),
+}
 RUN_SECONDS = 3600.0
 COMMON = {"runtime.device": "cpu", "benchmark.references": (), "score.topk": 4, "sft.on_truncated": "keep"}
 SHORT = {
@@ -39,11 +42,6 @@ SHORT = {
 }
 
 
-def on_engine(*phases: str) -> dict[str, str]:
-    """Overrides that let vLLM compute these phases."""
-    return {f"{phase}.engine": "vllm" for phase in phases}
-
-
 @dataclass(frozen=True)
 class Place:
     """Where it all lies, and what is known so far: `file` is written after every part and every kill."""
@@ -52,6 +50,7 @@ class Place:
     program: Path
     short: bool
     file: Path
+    kind: str = "vllm"
 
     def known(self) -> dict[str, Any]:
         """What earlier parts found."""
@@ -75,6 +74,10 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         return str(path if path.exists() else shutil.copyfile(EXAMPLE / path.name, path))
 
+    def on_engine(self, *phases: str) -> dict[str, str]:
+        """Overrides that let the engine compute these phases."""
+        return {f"{phase}.engine": self.kind for phase in phases}
+
     def settings(self, sizes: dict[str, Any]) -> dict[str, Any]:
         """Overrides of the preset `demo`."""
         return COMMON | sizes | (SHORT if self.short else {})
@@ -88,7 +91,7 @@ class Runs:
         settings = JobSettings(place.root / "leases", 2, EXAMPLE.parent)
         self.service = JobService(Workspace(home), AllowedRoots([place.root]), settings)
         program = json.dumps(str(place.program.absolute()))
-        (home / "settings.toml").write_text(f"[engines]\nvllm = {program}\nrestarts = {restarts}\n")
+        (home / "settings.toml").write_text(f"[engines]\n{place.kind} = {program}\nrestarts = {restarts}\n")
 
     def run_of(self, run_id: str) -> Path:
         """The run's directory."""
@@ -161,11 +164,11 @@ def reloads(run: Path) -> list[float]:
     ]
 
 
-def without_key(run: Path) -> dict[str, int]:
+def without_key(run: Path, kind: str) -> dict[str, int]:
     """The status that a run's last engine answers with, by path, to somebody who has not its key."""
     [*_, port] = re.findall(r" at http://127\.0\.0\.1:(\d+)$", (run / LOG_FILE).read_text(), re.MULTILINE)
     found = dict[str, int]()
-    for path in CLOSED_PATHS:
+    for path in CLOSED_PATHS[kind]:
         connection = HTTPConnection("127.0.0.1", int(port), timeout=60)
         connection.request("POST", path, body="{}", headers={"Content-Type": "application/json"})
         found[path] = connection.getresponse().status

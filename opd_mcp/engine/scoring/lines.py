@@ -24,9 +24,12 @@ MISSED_LOOKS = 3
 RETURN_SECONDS = 600.0
 NO_QUEUE = "metrics without a queue"
 METRICS_PATH = "/metrics"
-# vllm/v1/metrics/loggers.py and SGLang's production metrics: one line per engine core, in Prometheus' text format
+# vllm/v1/metrics/loggers.py and SGLang's production metrics: one line per engine core, in Prometheus' text format;
+# SGLang counts again by priority (sglang/srt/observability/metrics_collector.py)
 WAITING = re.compile(
-    rb"^(?:vllm:num_requests_waiting|sglang:num_queue_reqs)(?:\{[^}\n]*\})? ([0-9.eE+]+)\s*$", re.MULTILINE
+    rb"^(?:vllm:num_requests_waiting|sglang:num_queue_reqs)"
+    rb'(?:\{(?![^}\n]*\bpriority="[^"])[^}\n]*\})? ([0-9.eE+]+)\s*$',
+    re.MULTILINE,
 )
 FAILED = "_failed"  # what a managed engine's error ends with once it is not started again
 

@@ -46,6 +46,7 @@ from opd_mcp.identity.tokenizers import (
 from opd_mcp.schemas.errors import ConsistencyError, ResourceError, RunError
 from opd_mcp.schemas.identity import EngineFacts, ModelIdentity, RemoteTeacher
 from opd_mcp.schemas.next_action import resume_call
+from opd_mcp.schemas.recipes import SGLANG_KEEPS
 from opd_mcp.schemas.texts import escaped
 
 PROBE_TOKENS = 16
@@ -199,13 +200,13 @@ def open_remote(
         identity = _identity(server, remote, entry, tokens, tokenizer, files)
         if dialect != "opd-mcp":
             require_same_texts(server, dialect, str(entry["id"]), tokenizer, probe_ids(max(tokens) + 1))
-        length = entry.get("max_model_len")
+        length = _longest(dialect, entry)
         teacher = RemoteScorer(
             server=server,
             dialect=dialect,
             model=str(entry["id"]),
             tokens=max(tokens) + 1,
-            max_length=length if type(length) is int else None,
+            max_length=length,
             connections=[Line(server), *(Line(server.another()) for _ in range(concurrency - 1))],
             identity=identity,
             vocab_size=int(entry.get("opd_vocab_size") or max(tokens) + 1),
@@ -319,14 +320,24 @@ def _served_model(server: Server, name: str) -> dict[str, Any]:
     )
 
 
+def _longest(dialect: Dialect, entry: dict[str, Any]) -> int | None:
+    """How long a sequence may be with the tokens asked for, where the server tells its context."""
+    context = entry.get("max_model_len")
+    if type(context) is not int:
+        return None
+    return context - SGLANG_KEEPS if dialect == "sglang" else context
+
+
 def _engine_facts(server: Server, dialect: Dialect, entry: dict[str, Any]) -> EngineFacts:
     """The engine with its version, where the server tells it."""
     if dialect == "opd-mcp":
         return EngineFacts(name=dialect, version=_text(entry.get("opd_version")), dtype=_text(entry.get("opd_dtype")))
     told = None
     if server.access.role == "engine":
-        with suppress(Refusal):
-            told = server.ask("GET", "/version" if dialect == "vllm" else "/get_server_info")
+        for path in ("/version",) if dialect == "vllm" else ("/server_info", "/get_server_info"):
+            with suppress(Refusal):
+                told = server.ask("GET", path)
+                break
     return EngineFacts(name=dialect, version=_text(told.get("version")) if isinstance(told, dict) else None)
 
 

@@ -1,7 +1,7 @@
 """Run inside vLLM's API server, by `--middleware`: no path but /health is answered without the engine's key.
 
 vLLM itself asks for the key below /v1 only. An engine that takes new weights has further paths, which run methods of
-its cores. This file is alone in its folder, which is all that the engine's interpreter is shown of this package.
+its cores. Its folder is all that the engine's interpreter is shown of this package.
 """
 
 import os

@@ -77,6 +77,7 @@ GOOD = {
         "expected": [0.5, 0.8],
         "left_over": 0,
     },
+    "live": {"state": "succeeded", "starts": [9.0], "reloads": [0.1, 0.1], "without_key": {"/p": 401}, "left_over": 0},
     "kills": [{"killed": "core", "left_over": 0}],
     "builds": [
         {
@@ -100,6 +101,8 @@ GOOD = {
         (lambda all: all["flow"]["lineage"].update(report=[]), "lineage"),
         (lambda all: all["builds"][0].update(same_ids=False), "other rows"),
         (lambda all: all["builds"][0].update(teacher_logprobs=1.0), "other log-probs"),
+        (lambda all: all["live"].update(reloads=[0.1]), "from one start"),
+        (lambda all: all["live"].update(without_key={"/p": 200}), "without its key"),
         (lambda all: all["kills"][0].update(left_over=1), "is left"),
     ],
 )
@@ -109,6 +112,10 @@ def test_what_is_not_as_it_must_be_is_a_problem(change, why):
     change(bad)
     [found] = problems(bad)
     assert why in found
+
+
+def test_students_may_be_left_out():
+    assert problems({part: value for part, value in GOOD.items() if part != "students"}) == []
 
 
 def test_its_figures_are_kept_part_by_part(tmp_path):
