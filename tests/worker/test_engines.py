@@ -227,6 +227,13 @@ def test_a_gpu_each_where_the_model_fits_it_else_one_engine_on_all(tmp_path, mon
     assert "--tensor-parallel-size" not in one.command(model, 7)
     command = both.command(model, 7)
     assert command[command.index("--tensor-parallel-size") + 1] == "2"
+    visible(20 << 30)
+    shares = {"vllm": "--gpu-memory-utilization", "sglang": "--mem-fraction-static"}
+    for kind, share in shares.items():
+        command = replace(both, kind=kind).command(model, 7)
+        shares[kind] = command[command.index(share) + 1]
+    assert shares == {"vllm": "0.20", "sglang": "0.80"}, "of all memory, and of what is free"
+    assert replace(both, kind="sglang").command(model, 7)[-5:-3] == ["--tp-size", "2"]
 
 
 OWNER = """
