@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,19 @@ def test_log_probs_of_rows_that_join_are_those_of_a_forward_pass(model: PreTrain
     assert joined == drawn(model, 4, temperature=0.7, top_p=0.8)
     assert joined != drawn(model, 5, temperature=0.7, top_p=0.8), "a part has one random stream"
     require_true_log_probs(model, joined)
+
+
+def test_a_part_is_drawn_the_same_by_any_process(model: PreTrainedModel, fixed_buffers: None) -> None:
+    """Alone, as a helper or a rank draws it, and after others."""
+    how = GenerationSettings(Sampling(max_new_tokens=LIMIT), [EOS, 2], 3, 0, "test")
+    whole, parts = generate(model, PROMPTS, how), generator.parts_of(model, PROMPTS, 3)
+    assert len(parts) == 3
+    for number in (2, 0, 1):
+        part = generator.drawn_part(SimpleNamespace(model=model), PROMPTS, how, number)  # type: ignore[arg-type]
+        expected = [whole[row] for row in parts[number]]
+        assert part["ids"].tolist() == [token for row in expected for token in row.response_ids]
+        assert part["logprobs"].tolist() == pytest.approx([value for row in expected for value in row.logprobs], abs=0)
+        assert part["lengths"].tolist() == [len(row.response_ids) for row in expected]
 
 
 def test_places_are_taken_again_as_rows_end(
