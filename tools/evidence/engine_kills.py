@@ -13,7 +13,7 @@ import psutil
 from opd_mcp.schemas.requests import BuildTeacherCache
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
 from opd_mcp.worker.engines import marked
-from tools.evidence.engine_place import RUN_SECONDS, Place, Runs, on_engine, starts
+from tools.evidence.engine_place import RUN_SECONDS, Place, Runs, starts
 
 GONE_SECONDS = 60.0
 START_PAUSE_SECONDS = 20.0
@@ -42,8 +42,8 @@ def build(place: Place, runs: Runs) -> str:
         student=place.known()["flow"]["sft"],
         prompts=place.prompts("opd"),
         declared_teacher=str(place.model("teacher")),
-        preset="demo",
-        overrides=place.settings(KILLED) | on_engine("rollout", "score"),
+        preset=place.task_of().arguments["preset"],
+        overrides=place.settings(KILLED) | place.on_engine("rollout", "score"),
     )
     return runs.service.build_teacher_cache(arguments).run_id
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_mcp.demo import Task, TaskName, embedded_task
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
@@ -22,9 +23,12 @@ from opd_mcp.store.workspace import Workspace
 from tools import EXAMPLE
 
 WIDTH = 32
-CLOSED_PATHS = ("/collective_rpc", "/sleep", "/metrics", "/v1/completions")
+CLOSED_PATHS = {
+    "vllm": ("/collective_rpc", "/sleep", "/metrics", "/v1/completions"),
+    "sglang": ("/update_weights_from_disk", "/generate", "/v1/models", "/server_info"),
+}
 RUN_SECONDS = 3600.0
-COMMON = {"runtime.device": "cpu", "benchmark.references": (), "score.topk": 4, "sft.on_truncated": "keep"}
+COMMON = {"runtime.device": "cpu", "benchmark.references": (), "sft.on_truncated": "keep"}
 SHORT = {
     "responses.limit": 24,
     "sft.steps": 3,
@@ -39,11 +43,6 @@ SHORT = {
 }
 
 
-def on_engine(*phases: str) -> dict[str, str]:
-    """Overrides that let vLLM compute these phases."""
-    return {f"{phase}.engine": "vllm" for phase in phases}
-
-
 @dataclass(frozen=True)
 class Place:
     """Where it all lies, and what is known so far: `file` is written after every part and every kill."""
@@ -52,6 +51,12 @@ class Place:
     program: Path
     short: bool
     file: Path
+    kind: str = "vllm"
+    task: TaskName = "chain_sum"
+
+    def task_of(self) -> Task:
+        """The embedded task whose models, prompts and recipe are used."""
+        return embedded_task(self.task, {name: str(EXAMPLE / name) for name in ("teacher", "student")})
 
     def known(self) -> dict[str, Any]:
         """What earlier parts found."""
@@ -65,19 +70,23 @@ class Place:
         write_atomic(self.file, json.dumps(known, indent=1) + "\n")
 
     def model(self, name: str) -> Path:
-        """A model of the example with wide heads."""
+        """A model of the task with wide heads."""
         path = self.root / "data" / name
-        return path if path.exists() else widened(EXAMPLE / name, path)
+        return path if path.exists() else widened(EXAMPLE.with_name(self.task) / name, path)
 
     def prompts(self, name: str) -> str:
-        """A prompt set of the example, in an allowed folder."""
+        """A prompt set of the task, in an allowed folder."""
         path = self.root / "data" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return str(path if path.exists() else shutil.copyfile(EXAMPLE / path.name, path))
+        return str(path if path.exists() else shutil.copyfile(EXAMPLE.with_name(self.task) / path.name, path))
+
+    def on_engine(self, *phases: str) -> dict[str, str]:
+        """Overrides that let the engine compute these phases."""
+        return {f"{phase}.engine": self.kind for phase in phases}
 
     def settings(self, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Overrides of the preset `demo`."""
-        return COMMON | sizes | (SHORT if self.short else {})
+        """Overrides of the task's preset."""
+        return dict(self.task_of().arguments.get("overrides", {})) | COMMON | sizes | (SHORT if self.short else {})
 
 
 class Runs:
@@ -88,7 +97,7 @@ class Runs:
         settings = JobSettings(place.root / "leases", 2, EXAMPLE.parent)
         self.service = JobService(Workspace(home), AllowedRoots([place.root]), settings)
         program = json.dumps(str(place.program.absolute()))
-        (home / "settings.toml").write_text(f"[engines]\nvllm = {program}\nrestarts = {restarts}\n")
+        (home / "settings.toml").write_text(f"[engines]\n{place.kind} = {program}\nrestarts = {restarts}\n")
 
     def run_of(self, run_id: str) -> Path:
         """The run's directory."""
@@ -161,11 +170,11 @@ def reloads(run: Path) -> list[float]:
     ]
 
 
-def without_key(run: Path) -> dict[str, int]:
+def without_key(run: Path, kind: str) -> dict[str, int]:
     """The status that a run's last engine answers with, by path, to somebody who has not its key."""
     [*_, port] = re.findall(r" at http://127\.0\.0\.1:(\d+)$", (run / LOG_FILE).read_text(), re.MULTILINE)
     found = dict[str, int]()
-    for path in CLOSED_PATHS:
+    for path in CLOSED_PATHS[kind]:
         connection = HTTPConnection("127.0.0.1", int(port), timeout=60)
         connection.request("POST", path, body="{}", headers={"Content-Type": "application/json"})
         found[path] = connection.getresponse().status

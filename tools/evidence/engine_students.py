@@ -11,12 +11,15 @@ from opd_mcp.schemas.requests import CompareRuns, StartDistillation
 from opd_mcp.schemas.runs import RunStatus
 from opd_mcp.store.runs import read_record
 from opd_mcp.worker.engines import marked
-from tools.evidence.engine_place import Place, Runs, on_engine
+from tools.evidence.engine_place import Place, Runs
 
-FLOW = {"rollout.count": 3200, "rollout.shard_rows": 800, "rollout.batch_size": 128, "distill.steps": 200}
-WHOLE = on_engine("responses", "rollout", "score", "benchmark")
+PHASES = ("responses", "rollout", "score", "benchmark")
+FLOW: dict[str, dict[str, Any]] = {
+    "arithmetic": {"rollout.count": 3200, "rollout.shard_rows": 800, "rollout.batch_size": 128, "distill.steps": 200},
+    "chain_sum": {"rollout.count": 6400, "rollout.shard_rows": 1600, "sft.steps": 800, "distill.steps": 150},
+}
 # sizes of micro-batch by which the same scores are computed with other rounding
-ROUNDINGS = (16384, 6000, 3000, 1500)
+ROUNDINGS = (2048, 6000, 3000, 1500)
 # 97.5 % quantiles of Student's t with n − 1 degrees of freedom
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
@@ -30,8 +33,9 @@ def distilled(place: Place, runs: Runs, settings: dict[str, Any]) -> tuple[dict[
         prompts=place.prompts("opd"),
         sft_prompts=place.prompts("sft"),
         eval_prompts=place.prompts("eval"),
-        preset="demo",
-        overrides=place.settings(FLOW) | settings,
+        overrides=place.settings(FLOW[place.task]) | settings,
+        **place.task_of().distillation,
+        preset=place.task_of().arguments["preset"],
     )
     status = runs.ended(runs.service.start_distillation(arguments).run_id)
     answer = {"state": status.state, "seconds": round(time.perf_counter() - begun, 1), "phases": phase_seconds(status)}
@@ -43,11 +47,11 @@ def students(place: Place, count: int) -> dict[str, Any]:
     """The engine's students and those made here with the same seeds, and students of the first one's own rollouts."""
     runs, engine = Runs(place, "flow"), place.known()["flow"]["run_id"]
     again = [
-        distilled(place, runs, on_engine("responses", "rollout") | {"score.micro_batch_tokens": size})
+        distilled(place, runs, place.on_engine("responses", "rollout") | {"score.micro_batch_tokens": size})
         for size in ROUNDINGS
     ]
     here = [distilled(place, runs, {"runtime.seed": seed}) for seed in range(count)]
-    there = [distilled(place, runs, WHOLE | {"runtime.seed": seed}) for seed in range(1, count)]
+    there = [distilled(place, runs, place.on_engine(*PHASES) | {"runtime.seed": seed}) for seed in range(1, count)]
     left = sum(answer["left_over"] for answer, _ in (*again, *here, *there))
     if any(status.result is None for _, status in (*again, *here, *there)):
         return {"error": "a run did not succeed", "left_over": left}

