@@ -239,7 +239,7 @@ def _drawn_part(
         first = waiting.begun
         prefill = waiting.taken_in(settings.batch_size)
         state.begin(first, waiting.begun - first)
-        drawn = state.take(prefill.logits)
+        drawn = state.take(head_logits(model, prefill.hidden))
         if replays(model, prefill.cache):
             draw_replayed(model, prefill, drawn, state, waiting)
         else:

@@ -8,19 +8,18 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opd_mcp.engine.models.attention import packs
-from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.engine.models.kv_cache import prefilled, roomy_cache
 from opd_mcp.schemas.memory import PREFILL_TOKENS
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prompts in a cache: their mask [B, L], last positions [B, 1] and the fp32 logits of what follows [B, V]."""
+    """Prompts in a cache: their mask [B, L], last positions [B, 1] and the hidden states [B, H] there."""
 
     cache: DynamicCache
     mask: Tensor
     positions: Tensor
-    logits: Tensor
+    hidden: Tensor
 
 
 @dataclass
@@ -66,7 +65,7 @@ def taken_in(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefil
     # models whose attention was compared with packed rows are known to see what came before as they should
     width = max(PREFILL_TOKENS // len(prompts), 1) if packs(model) else input_ids.shape[1]
     hidden = prefilled(model, cache, input_ids, mask, positions, width)
-    return Prefill(cache, mask, positions[:, -1:], head_logits(model, hidden))
+    return Prefill(cache, mask, positions[:, -1:], hidden)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

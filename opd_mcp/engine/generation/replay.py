@@ -228,7 +228,8 @@ class Segment:
         for columns in self.columns.values():
             held = columns.seen(prefill.mask.shape[1])
             columns.join(places, columns.begin + done, prefill.mask[:, prefill.mask.shape[1] - held :])
-        self.input_ids.index_copy_(0, places, self.state.take(prefill.logits, places)[:, None])
+        drawn = self.state.take(head_logits(self.model, prefill.hidden), places)
+        self.input_ids.index_copy_(0, places, drawn[:, None])
         self.positions.index_copy_(0, places, prefill.positions + 1)
 
 
