@@ -32,7 +32,7 @@ Devices = Annotated[int, Field(ge=1, le=1024)] | Literal["all"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 BATCH = (
     "rows drawn at a time; halved by the plan, unless an override names it, until the device's memory holds it. "
-    "Sampled tokens depend on it: each batch has a random stream of its own"
+    "Sampled tokens depend on it: each batch, or four that share their places on CUDA, has a random stream of its own"
 )
 MANAGED_ENGINES = ("vllm", "sglang")
 SGLANG_KEEPS = 6  # tokens of its context that no prompt may reach (sglang/srt/managers/utils.py)

@@ -112,7 +112,8 @@ class EngineProgram:
             *(
                 ("--gpu-memory-utilization", f"{memory_share(model, self.devices):.2f}")
                 if self.on_gpu
-                else ("--enforce-eager",)
+                # part of a prompt alone makes vLLM 0.32 set back its row's seed, which a CPU's generator cannot
+                else ("--enforce-eager", "--no-enable-chunked-prefill")
             ),
         ]
 

@@ -315,7 +315,7 @@ def test_a_python_starts_vllm_as_a_module_and_sglang_is_told_to_be_deterministic
     vllm = EngineProgram("vllm", str(python), tmp_path, on_gpu=False).command(model, 7)
     assert vllm[:3] == [str(python), "-m", "vllm.entrypoints.openai.api_server"]
     assert vllm[vllm.index("--max-logprobs") + 1] == "32"
-    assert "--enforce-eager" in vllm
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(vllm)
     sglang = EngineProgram("sglang", "/opt/bin/python", tmp_path, on_gpu=True).command(model, 7)
     assert {"--enable-deterministic-inference", "--mem-fraction-static", "--disable-radix-cache"} <= set(sglang)
     assert json.loads((EXAMPLE / "teacher" / "config.json").read_text())["max_position_embeddings"] >= 64

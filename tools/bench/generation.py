@@ -4,6 +4,9 @@ Run: `python tools/bench/generation.py [--rounds 5] [--json FILE]`. It prints {"
 "hf_ratio_uneven"}: the speed at top-p 0.95 over the speed at top-p 1 (bar 0.95), and ours over HF's where a row in
 seven reaches the limit (bar 1.3) and where rows end at very different lengths (bar 1.5). Each is the median of ratios
 of processor time, taken within the rounds of one interleaved run. `engine.py` takes `generation_variants` as a case.
+
+And what rows that join bring, which a GPU has them do: the uneven rows in batches of 64 by steps in buffers of fixed
+size, once as there (`joining_ratio`, and `joining_steps`, the ratio of the steps), once with batches that begin anew.
 """
 
 import argparse
@@ -14,15 +17,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opd_mcp.engine.generation import generator, replay
 from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import generate, left_padded
+from opd_mcp.engine.generation.generator import generate
+from opd_mcp.engine.generation.prefill import left_padded
 from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.schemas.recipes import Sampling
 
@@ -60,8 +67,8 @@ def built_model(vocab: int, spread: float | None = None) -> Qwen3ForCausalLM:
 
 def random_prompts(vocab: int, count: int) -> list[list[int]]:
     """Prompts of 8 to 39 tokens, none of them a stop."""
-    generator = random.Random(0)
-    return [[generator.randrange(20, vocab) for _ in range(generator.randrange(8, 40))] for _ in range(count)]
+    chance = random.Random(0)
+    return [[chance.randrange(20, vocab) for _ in range(chance.randrange(8, 40))] for _ in range(count)]
 
 
 def generation_variants(*, quick: bool, stops: list[int] | None = None, limit: int | None = None) -> dict[str, Run]:
@@ -83,6 +90,32 @@ def generation_variants(*, quick: bool, stops: list[int] | None = None, limit: i
         plain.generate(ids, attention_mask=mask, generation_config=settings)
 
     return {"ours": ours, "hf_generate": hf_generate}
+
+
+def joining_variants(steps: dict[str, int]) -> dict[str, Run]:
+    """The uneven rows by the way of a GPU, whose steps run here as they are; each run notes how many it took."""
+    model = built_model(VOCAB)
+    assert use_packed_attention(model)
+    prompts, sampling = random_prompts(VOCAB, BATCH), Sampling(max_new_tokens=UNEVEN_TOKENS)
+    settings = GenerationSettings(sampling, UNEVEN_STOPS, BATCH // generator.JOINING, 0, "bench")
+
+    def run(name: str, room: int) -> None:
+        steps[name] = 0
+        step = replay.Segment.step
+
+        def counted(segment: replay.Segment) -> None:
+            steps[name] += 1
+            step(segment)
+
+        with (
+            patch.object(generator, "replays", replay.has_fixed_steps),
+            patch.object(replay, "LEAST_STEPS", 10**9),  # there is nothing to record on
+            patch.object(replay, "JOINING_BYTES", room),
+            patch.object(replay.Segment, "step", counted),
+        ):
+            generate(model, prompts, settings)
+
+    return {"joining": partial(run, "joining", replay.JOINING_BYTES), "batches": partial(run, "batches", 0)}
 
 
 def top_p_variants() -> dict[str, Run]:
@@ -124,11 +157,14 @@ def main(rounds: int, file: Path | None) -> None:
         generation_variants(quick=False),
         generation_variants(quick=False, stops=UNEVEN_STOPS, limit=UNEVEN_TOKENS),
     )
-    wide = top_p_variants()
+    wide, steps = top_p_variants(), dict[str, int]()
+    joining = joining_variants(steps)
     answer = {
         "top_p_ratio": median_ratio(wide["top_p"], wide["plain"], rounds),
         "hf_ratio": median_ratio(even["ours"], even["hf_generate"], rounds),
         "hf_ratio_uneven": median_ratio(uneven["ours"], uneven["hf_generate"], rounds),
+        "joining_ratio": median_ratio(joining["joining"], joining["batches"], rounds),
+        "joining_steps": steps["batches"] / steps["joining"],
         "rounds": rounds,
         "load": load,
         "seconds": time.perf_counter() - begun,

@@ -42,7 +42,7 @@ def build(place: Place, runs: Runs) -> str:
         student=place.known()["flow"]["sft"],
         prompts=place.prompts("opd"),
         declared_teacher=str(place.model("teacher")),
-        preset="demo",
+        preset=place.task_of().arguments["preset"],
         overrides=place.settings(KILLED) | place.on_engine("rollout", "score"),
     )
     return runs.service.build_teacher_cache(arguments).run_id

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_mcp.demo import Task, TaskName, embedded_task
 from opd_mcp.devices.settings import JobSettings
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
@@ -27,7 +28,7 @@ CLOSED_PATHS = {
     "sglang": ("/update_weights_from_disk", "/generate", "/v1/models", "/server_info"),
 }
 RUN_SECONDS = 3600.0
-COMMON = {"runtime.device": "cpu", "benchmark.references": (), "score.topk": 4, "sft.on_truncated": "keep"}
+COMMON = {"runtime.device": "cpu", "benchmark.references": (), "sft.on_truncated": "keep"}
 SHORT = {
     "responses.limit": 24,
     "sft.steps": 3,
@@ -51,6 +52,11 @@ class Place:
     short: bool
     file: Path
     kind: str = "vllm"
+    task: TaskName = "chain_sum"
+
+    def task_of(self) -> Task:
+        """The embedded task whose models, prompts and recipe are used."""
+        return embedded_task(self.task, {name: str(EXAMPLE / name) for name in ("teacher", "student")})
 
     def known(self) -> dict[str, Any]:
         """What earlier parts found."""
@@ -64,23 +70,23 @@ class Place:
         write_atomic(self.file, json.dumps(known, indent=1) + "\n")
 
     def model(self, name: str) -> Path:
-        """A model of the example with wide heads."""
+        """A model of the task with wide heads."""
         path = self.root / "data" / name
-        return path if path.exists() else widened(EXAMPLE / name, path)
+        return path if path.exists() else widened(EXAMPLE.with_name(self.task) / name, path)
 
     def prompts(self, name: str) -> str:
-        """A prompt set of the example, in an allowed folder."""
+        """A prompt set of the task, in an allowed folder."""
         path = self.root / "data" / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return str(path if path.exists() else shutil.copyfile(EXAMPLE / path.name, path))
+        return str(path if path.exists() else shutil.copyfile(EXAMPLE.with_name(self.task) / path.name, path))
 
     def on_engine(self, *phases: str) -> dict[str, str]:
         """Overrides that let the engine compute these phases."""
         return {f"{phase}.engine": self.kind for phase in phases}
 
     def settings(self, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Overrides of the preset `demo`."""
-        return COMMON | sizes | (SHORT if self.short else {})
+        """Overrides of the task's preset."""
+        return dict(self.task_of().arguments.get("overrides", {})) | COMMON | sizes | (SHORT if self.short else {})
 
 
 class Runs:

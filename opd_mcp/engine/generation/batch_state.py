@@ -35,49 +35,70 @@ class GenerationSettings:
 
 
 class BatchState:
-    """Tokens and log-probs [B, limit] drawn so far, and the rows [n] of the batch that are still in work.
+    """Tokens and log-probs of `rows` responses, of which those at a place [n] of the batch are in work.
 
-    A row in work that has ended continues to be drawn until it is dropped with `keep`; those tokens are no part of its
-    response. Every value stays on the device, so that no step waits for the host.
+    A row that has ended keeps its place, and is drawn on, until another row takes the place or it is dropped with
+    `keep`; those tokens are no part of its response. Every value stays on the device, so that no step waits for the
+    host, and at its address until places are dropped, so that a step can be recorded.
     """
 
     def __init__(self, rows: int, vocab: int, settings: GenerationSettings, generator: torch.Generator) -> None:
         self.sampling, self.valid_vocab, self.generator = settings.sampling, settings.valid_vocab, generator
         self.limit = settings.sampling.max_new_tokens
         device = generator.device
-        self.tokens = torch.zeros(rows, self.limit, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(rows, self.limit, device=device)
+        # what is drawn of rows that have reached the limit goes into the last column
+        self.tokens = torch.zeros(rows, self.limit + 1, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, self.limit + 1, device=device)
         self.lengths = torch.full((rows,), self.limit, device=device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         self.rows = torch.arange(rows, device=device)
-        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.drawn = torch.zeros(rows, dtype=torch.long, device=device)
         stops = [token for token in settings.eos_token_ids if 0 <= token < vocab]
         self.is_stop = torch.zeros(vocab, dtype=torch.bool, device=device)
         self.is_stop[torch.tensor(stops, dtype=torch.long, device=device)] = True
 
-    def take(self, logits: Tensor) -> Tensor:
-        """Draw and record the next token of each row in work from fp32 logits [n, V]; the tokens [n]."""
+    def begin(self, first: int, count: int) -> None:
+        """Give so many rows, from `first` on, a place each."""
+        self.rows = torch.arange(first, first + count, device=self.rows.device)
+        self.drawn = torch.zeros_like(self.rows)
+
+    def join(self, places: Tensor, first: int) -> None:
+        """Give these places [m] to the rows from `first` on."""
+        self.rows.index_copy_(0, places, torch.arange(first, first + len(places), device=places.device))
+        self.drawn.index_fill_(0, places, 0)
+
+    def take(self, logits: Tensor, places: Tensor | None = None) -> Tensor:
+        """Draw and record the next token of each place, or of these [m], from fp32 logits [n, V]; the tokens [n]."""
         drawn = draw_tokens(logits[:, : self.valid_vocab], self.sampling, self.generator)
         of_drawn = torch.log_softmax(logits, dim=-1).gather(1, drawn[:, None])[:, 0].float()
-        self.tokens.index_put_((self.rows, self.step), drawn)
-        self.logprobs.index_put_((self.rows, self.step), of_drawn)
-        self.step += 1
-        stopped = self.stopped[self.rows]
-        ends = self.is_stop[drawn] & ~stopped
-        self.lengths.index_copy_(0, self.rows, torch.where(ends, self.step, self.lengths[self.rows]))
-        self.stopped.index_copy_(0, self.rows, stopped | ends)
+        rows, before = (self.rows, self.drawn) if places is None else (self.rows[places], self.drawn[places])
+        column = before.clamp(max=self.limit)
+        self.tokens.index_put_((rows, column), drawn)
+        self.logprobs.index_put_((rows, column), of_drawn)
+        stopped = self.stopped[rows]
+        ends = self.is_stop[drawn] & ~stopped & (before < self.limit)
+        self.lengths.index_copy_(0, rows, torch.where(ends, before + 1, self.lengths[rows]))
+        self.stopped.index_copy_(0, rows, stopped | ends)
+        if places is None:
+            self.drawn += 1
+        else:
+            self.drawn.index_add_(0, places, torch.ones_like(places))
         return drawn
 
+    def left(self) -> Tensor:
+        """How many tokens may still be drawn at each place [n]; 0 where the row has ended."""
+        return torch.where(self.stopped[self.rows], 0, self.limit - self.drawn).clamp(min=0)
+
     def going(self) -> Tensor:
-        """Which of the rows in work [n] have not ended."""
-        return ~self.stopped[self.rows]
+        """At which of the places [n] the row has not ended."""
+        return self.left() > 0
 
     def keep(self, kept: Tensor) -> None:
-        """Drop all rows in work but these, given by their numbers [m] among them."""
-        self.rows = self.rows[kept]
+        """Drop all places but these, given by their numbers [m]."""
+        self.rows, self.drawn = self.rows[kept], self.drawn[kept]
 
     def responses(self) -> list[Generated]:
-        """The batch's responses, each up to and with its first stop token."""
+        """The responses of all rows, each up to and with its first stop token."""
         ids, logprobs = self.tokens.tolist(), self.logprobs.tolist()
         ends = zip(self.lengths.tolist(), self.stopped.tolist(), strict=True)
         return [

@@ -1,6 +1,7 @@
 """Bulk generation with a KV cache: left-padded, longest prompts first, finished rows dropped from the batch.
 
-A batch has a random stream of its own, so batches may be drawn by several processes (`SharedGenerator`).
+Where steps are recorded, rows join a batch as others end. A part, one batch or several, has a random stream of its own,
+and what joins follows from it alone, so parts may be drawn by several processes (`SharedGenerator`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,24 +13,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from opd_mcp.engine.context import Context
 from opd_mcp.engine.data.batches import length_sorted_batches
 from opd_mcp.engine.data.encoding import EncodedPrompt
 from opd_mcp.engine.data.sequences import EOS, TRUNCATED, Sequences, TeacherPrompts, build_sequences, flatten
 from opd_mcp.engine.generation.batch_state import BatchState, Generated, GenerationSettings
+from opd_mcp.engine.generation.prefill import Prefill, Waiting
 from opd_mcp.engine.generation.replay import draw_replayed, replays
-from opd_mcp.engine.models.attention import packs
 from opd_mcp.engine.models.embeddings import head_logits
-from opd_mcp.engine.models.kv_cache import continued, keep_rows, prefilled, roomy_cache
+from opd_mcp.engine.models.kv_cache import continued, keep_rows, roomy_cache
 from opd_mcp.engine.models.loading import LoadedModel
 from opd_mcp.engine.parts import Arrays, Job, Shares, computed_together, share_of
 from opd_mcp.engine.runtime import generator_for
 from opd_mcp.schemas.identity import EngineFacts
-from opd_mcp.schemas.memory import PREFILL_TOKENS
 from opd_mcp.schemas.recipes import Sampling
 
+# Batches whose rows are drawn as one part where they can join: one tail of few rows instead of so many. With more there
+# would be too few parts for several devices.
+JOINING = 4
 # dropping rows copies the KV cache: worth it once this share of the rows is done
 FINISHED_SHARE_TO_DROP = 0.125
 
@@ -86,20 +89,20 @@ class SharedGenerator:
     ) -> Sequences:
         """As the protocol; the same rows as one process draws, to the bit."""
         ids = [prompt.ids for prompt in prompts]
-        batches = length_sorted_batches([len(prompt) for prompt in ids], settings.batch_size)
-        if len(batches) < 2:
+        parts = parts_of(self.model.model, ids, settings.batch_size)
+        if len(parts) < 2:
             return LocalGenerator(self.model).draw(prompts, settings, on_batch)
         how = {name: value for name, value in vars(settings).items() if name != "sampling"}
-        job = Job.of("draw", self.model.facts, len(batches), **how, sampling=settings.sampling.to_dict())
+        job = Job.of("draw", self.model.facts, len(parts), **how, sampling=settings.sampling.to_dict())
         flat, offsets = flatten(ids)
         drawn = computed_together(
             job,
             {"ids": flat, "offsets": offsets},
             partial(drawn_part, self.model, ids, settings),
             self.context,
-            lambda done: on_batch(min(done * settings.batch_size, len(ids))),
+            lambda done: on_batch(min(done * len(parts[0]), len(ids))),
         )
-        return _in_order(prompts, batches, drawn)
+        return _in_order(prompts, parts, drawn)
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,12 @@ class RankGenerator:
     ) -> Sequences:
         """As the protocol, by all ranks together; the same rows as one process draws with these weights, to the bit."""
         ids, size = [prompt.ids for prompt in prompts], self.shares.size
-        batches = length_sorted_batches([len(prompt) for prompt in ids], settings.batch_size)
-        numbers = share_of(range(len(batches)), size, self.shares.number)
+        parts = parts_of(self.model.model, ids, settings.batch_size)
+        numbers = share_of(range(len(parts)), size, self.shares.number)
         mine = [NOTHING_DRAWN, *(drawn_part(self.model, ids, settings, number) for number in numbers)]
         found = self.shares.exchanged({name: np.concatenate([part[name] for part in mine]) for name in NOTHING_DRAWN})
         on_batch(len(ids))
-        return _in_order(prompts, [batch for rank in range(size) for batch in share_of(batches, size, rank)], found)
+        return _in_order(prompts, [part for rank in range(size) for part in share_of(parts, size, rank)], found)
 
 
 # what a process that draws no batch has drawn, with the types of `drawn_part`
@@ -139,10 +142,10 @@ NOTHING_DRAWN: Arrays = {
 def drawn_part(
     model: LoadedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, number: int
 ) -> Arrays:
-    """Batch `number` of the prompts' responses: lengths [B], whether each ended [B], ids [T] and log-probs [T]."""
-    batch = length_sorted_batches([len(prompt) for prompt in prompts], settings.batch_size)[number]
+    """Part `number` of the prompts' responses: lengths [B], whether each ended [B], ids [T] and log-probs [T]."""
+    rows = parts_of(model.model, prompts, settings.batch_size)[number]
     model.model.eval()
-    drawn = _drawn_batch(model.model, [prompts[row] for row in batch], settings, number)
+    drawn = _drawn_part(model.model, [prompts[row] for row in rows], settings, number)
     ids, offsets = flatten([row.response_ids for row in drawn])
     return {
         "lengths": np.diff(offsets),
@@ -160,10 +163,10 @@ def drawing_of(job: Job, rows: Arrays) -> tuple[list[list[int]], GenerationSetti
 
 
 def _in_order(
-    prompts: Sequence[EncodedPrompt], batches: Sequence[NDArray[np.int64]], drawn: Sequence[Arrays]
+    prompts: Sequence[EncodedPrompt], parts: Sequence[NDArray[np.int64]], drawn: Sequence[Arrays]
 ) -> Sequences:
-    """The rows of the prompts, where those of `drawn` follow the prompts' numbers in the batches."""
-    numbers = (int(number) for batch in batches for number in batch)
+    """The rows of the prompts, where those of `drawn` follow the prompts' numbers in the parts."""
+    numbers = (int(number) for part in parts for number in part)
     rows = dict(zip(numbers, (row for part in drawn for row in _rows(part)), strict=True))
     return as_sequences(prompts, [rows[number] for number in range(len(prompts))])
 
@@ -207,53 +210,56 @@ def generate(
     was_training = model.training
     model.eval()
     results: dict[int, Generated] = {}
-    batches = length_sorted_batches([len(prompt) for prompt in prompts], settings.batch_size)
-    for number, rows in enumerate(batches):
-        batch = _drawn_batch(model, [prompts[row] for row in rows], settings, number)
-        results.update(zip(rows.tolist(), batch, strict=True))
+    for number, rows in enumerate(parts_of(model, prompts, settings.batch_size)):
+        told = partial(_told, on_batch, len(results))
+        part = _drawn_part(model, [prompts[row] for row in rows], settings, number, told)
+        results.update(zip(rows.tolist(), part, strict=True))
         on_batch(len(results))
     model.train(was_training)
     return [results[row] for row in range(len(prompts))]
 
 
-def _drawn_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings, number: int
+def _told(on_batch: Callable[[int], None], before: int, ended: int) -> None:
+    on_batch(before + ended)
+
+
+def _drawn_part(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    number: int,
+    on_ended: Callable[[int], None] = lambda ended: None,
 ) -> list[Generated]:
-    """The responses of batch `number`, whose prompts these are."""
+    """The responses of part `number`, whose prompts these are, longest first; `on_ended` hears how many have ended."""
     vocab = len(model.get_output_embeddings().weight)
     generator = generator_for(settings.seed, settings.scope, number, device=model.device)
-    return _generate_batch(model, prompts, BatchState(len(prompts), vocab, settings, generator))
-
-
-def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Input ids and attention mask [B, L], prompts at the right edge."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], state: BatchState) -> list[Generated]:
-    input_ids, mask = left_padded(prompts, model.device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    cache = roomy_cache(model.config)
-    # models whose attention was compared with packed rows are known to see what came before as they should
-    width = max(PREFILL_TOKENS // len(prompts), 1) if packs(model) else input_ids.shape[1]
-    hidden = prefilled(model, cache, input_ids, mask, positions, width)
-    drawn = state.take(head_logits(model, hidden))
-    draw_rest = draw_replayed if replays(model, cache) else _draw_growing
-    draw_rest(model, cache, mask, positions[:, -1:], drawn, state)
+    state = BatchState(len(prompts), vocab, settings, generator)
+    waiting = Waiting(model, prompts, state.limit, on_ended)
+    while waiting.left:
+        first = waiting.begun
+        prefill = waiting.taken_in(settings.batch_size)
+        state.begin(first, waiting.begun - first)
+        drawn = state.take(head_logits(model, prefill.hidden))
+        if replays(model, prefill.cache):
+            draw_replayed(model, prefill, drawn, state, waiting)
+        else:
+            _draw_growing(model, prefill, drawn, state)
     return state.responses()
 
 
-def _draw_growing(
-    model: PreTrainedModel, cache: DynamicCache, mask: Tensor, positions: Tensor, drawn: Tensor, state: BatchState
-) -> None:
+def parts_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> list[NDArray[np.int64]]:
+    """The prompts' numbers by the part that they are drawn in, longest first: what one process draws by itself.
+
+    A part is a batch; where rows can join a batch as others of it end, those of `JOINING` batches.
+    """
+    together = JOINING if replays(model, roomy_cache(model.config)) else 1
+    return length_sorted_batches([len(prompt) for prompt in prompts], batch_size * together)
+
+
+def _draw_growing(model: PreTrainedModel, prefill: Prefill, drawn: Tensor, state: BatchState) -> None:
     """The rest of a batch after its prefill, with a cache that grows and loses its finished rows."""
-    for _ in range(1, state.limit):
+    cache, mask, positions = prefill.cache, prefill.mask, prefill.positions
+    while True:
         going = state.going()
         count = int(going.sum())
         if count == 0:

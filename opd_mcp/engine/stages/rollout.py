@@ -8,9 +8,8 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from opd_mcp.engine.cache.building import ShardNote, begun_build, built_shard, known_engine, open_build, shared_engine
+from opd_mcp.engine.cache.building import begun_build, built_shard, drawn_shard, known_engine, open_build, shared_engine
 from opd_mcp.engine.cache.manifest import RECORD_FILE, RolloutRecord, RolloutTally, read_record, write_record
-from opd_mcp.engine.cache.shards import write_shard
 from opd_mcp.engine.context import Context, RolloutInputs, counter, require_going
 from opd_mcp.engine.data.encoding import (
     EncodedPrompt,
@@ -117,7 +116,7 @@ def rollout(section: RolloutRecipe, inputs: RolloutInputs, output: Path, context
                 gap = first_gap(generator, chosen, settings, model, context)
             on_batch = counter(context, count, "rollouts", before=first)
             draw = partial(_rows, generator, chosen, settings, on_batch, model if section.rescore else None)
-            drawn, note, kept = built_shard(path, partial(_drawn, draw, path, context))
+            drawn, note, kept = built_shard(path, partial(drawn_shard, draw, path, context.check_fence))
             earlier += note.seconds if kept else 0.0
             context.reporter.progress(first + len(drawn), count, "rollouts")
             tally.add(drawn)
@@ -173,13 +172,6 @@ def _rows(
     runtime = Runtime(rescorer.device, rescorer.model.dtype, settings.seed)
     scores = score_sequences(rescorer, drawn, topk=0, micro_batch_tokens=RESCORING_TOKENS, runtime=runtime)
     return drawn.with_columns(behaviour_logprobs=scores.logprobs)
-
-
-def _drawn(draw: Callable[[], Sequences], path: Path, context: Context) -> tuple[Sequences, ShardNote]:
-    begun = time.perf_counter()
-    drawn = draw()
-    shard = write_shard(path, drawn, check_fence=context.check_fence)
-    return drawn, ShardNote(shard=shard, seconds=time.perf_counter() - begun)
 
 
 def prompt_hygiene(rows: list[PromptRow], usable: int, evaluation: Path | None) -> Hygiene:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from opd_mcp.schemas.memory import (
+    JOINING_ROOM,
+    JOINING_SHARE,
     NF4_BYTES,
     PREFILL_TOKENS,
     TILE_BYTES,
@@ -227,11 +229,22 @@ class Workload:
         packed: int = 0,
         value_bytes: int | None = None,
     ) -> Work:
-        """Keys and values have the dtype of the weights, of `value_bytes` each; None: the run's."""
+        """Keys and values have the dtype of the weights, of `value_bytes` each; None: the run's.
+
+        On a GPU rows join a batch as others end, next to the longest one in work.
+        """
         width = value_bytes or self._value_bytes
         batch, new_tokens = min(batch, max(rows, 1)), sampling.max_new_tokens
         length = self.data.prompt_tokens + new_tokens
-        kv = int(batch * model.cached_values(self.data.prompt_tokens, length) * width)
+        held, joins = length, rows > batch and self.room.device != "cpu"
+        if joins:
+            held += JOINING_ROOM
+        values = batch * model.cached_values(self.data.prompt_tokens, held)
+        if joins:
+            values += ceil(batch * JOINING_SHARE) * model.cached_values(
+                self.data.prompt_tokens, self.data.prompt_tokens
+            )
+        kv = int(values * width)
         together = min(batch * self.data.prompt_tokens, PREFILL_TOKENS)
         passing = int(together * ACTIVATIONS_PER_WIDTH * model.hidden * width)
         stepping = LOGIT_COPIES * 4 * batch * model.vocab  # once the prompts are through

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_mcp.engine.data.sequences import build_sequences
-from opd_mcp.engine.generation import generator
+from opd_mcp.engine.generation import prefill
 from opd_mcp.engine.generation.batch_state import Generated, GenerationSettings
 from opd_mcp.engine.generation.generator import generate
 from opd_mcp.engine.losses.objectives import target_logprobs
@@ -42,13 +42,13 @@ def test_small_batches_are_admitted_by_length_and_answered_in_the_prompts_order(
 ) -> None:
     greedy = Sampling(temperature=0, max_new_tokens=12)
     whole, widths = drawn(model, PROMPTS, sampling=greedy), []
-    pad = generator.left_padded
+    pad = prefill.left_padded
 
     def noting(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         widths.extend(len(prompt) for prompt in prompts)
         return pad(prompts, device)
 
-    monkeypatch.setattr(generator, "left_padded", noting)
+    monkeypatch.setattr(prefill, "left_padded", noting)
     assert [row.response_ids for row in drawn(model, PROMPTS, sampling=greedy, batch_size=2)] == [
         row.response_ids for row in whole
     ]
@@ -112,10 +112,10 @@ def test_no_pass_takes_more_tokens_of_prompts_than_fit(model: PreTrainedModel, m
         return real(model, cache, ids, *given)
 
     monkeypatch.setattr(kv_cache, "continued", continued)
-    monkeypatch.setattr(generator, "packs", lambda model: True)
+    monkeypatch.setattr(prefill, "packs", lambda model: True)
     whole = drawn(model, PROMPTS, sampling=Sampling(max_new_tokens=3))
     assert max(sizes) == 8 * 7
-    monkeypatch.setattr(generator, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 20)
     sizes.clear()
     pieces = drawn(model, PROMPTS, sampling=Sampling(max_new_tokens=3))
     assert max(sizes) == 16, "two tokens of eight rows"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.manifest import read_record
 from opd_mcp.engine.context import Context, RolloutInputs
-from opd_mcp.engine.generation import generator
+from opd_mcp.engine.generation import generator, prefill
 from opd_mcp.engine.generation.batch_state import GenerationSettings
 from opd_mcp.engine.losses.objectives import target_logprobs
 from opd_mcp.engine.models.kv_cache import decoding_problem, prefilled, roomy_cache
@@ -142,7 +142,7 @@ def test_prompts_are_taken_in_piece_by_piece(name: str, width: int) -> None:
     """The last piece may be shorter; a prompt may begin in any of them, and windows end in between."""
     model = random_model(name, **DECODED[name])
     prompts = [[*range(5, 22)], [23, 24], [*range(30, 41)]]
-    ids, mask = generator.left_padded(prompts, model.device)
+    ids, mask = prefill.left_padded(prompts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
         expected = prefilled(model, roomy_cache(model.config), ids, mask, positions, ids.shape[1])

@@ -11,11 +11,14 @@ import pytest
 from opd_mcp.engine import stages
 from opd_mcp.engine.cache.building import BUILD_FILE, BuildRecord, ShardNote
 from opd_mcp.engine.cache.verify import verified
-from opd_mcp.engine.context import RolloutInputs, ScoreInputs
+from opd_mcp.engine.context import ResponsesInputs, RolloutInputs, ScoreInputs
+from opd_mcp.engine.stages import responses
 from opd_mcp.identity.lineage import read_manifest
 from opd_mcp.schemas.errors import ConsistencyError, IntegrityError, RunError
+from opd_mcp.schemas.reports import StageCost
 
-KILLS = Path(__file__).resolve().parents[3] / "tools" / "chaos" / "cache_builds.py"
+REPOSITORY = Path(__file__).resolve().parents[3]
+KILLS, EXAMPLE = REPOSITORY / "tools" / "chaos" / "cache_builds.py", REPOSITORY / "examples" / "arithmetic"
 
 
 def test_sigkill_anywhere_loses_one_shard_at_most_and_changes_nothing():
@@ -50,6 +53,30 @@ def test_a_stopped_cache_goes_on_and_has_the_same_content(build, stopping, drawn
     assert not list(cache.glob("*.done.json"))
     assert not (cache / BUILD_FILE).exists()
     assert verified(cache).problems == []
+
+
+def answered(build, name: str, context, **changes: object) -> StageCost:
+    """The teacher's answers to twelve prompts."""
+    section = build.recipe.responses.model_copy(update={"limit": 12, **changes})
+    inputs = ResponsesInputs(teacher=build.teacher, prompts=EXAMPLE / "sft.jsonl")
+    return stages.generate_responses(section, inputs, build.root / name, context)
+
+
+def test_stopped_responses_go_on_and_keep_their_shards(build, stopping, monkeypatch):
+    monkeypatch.setattr(responses, "SHARD_ROWS", 4)
+    answered(build, "whole", build.context())
+    kept = build.root / "checkpoints"
+    with pytest.raises(RunError, match="run_cancelled"):
+        answered(build, "answers", build.context(checkpoints=kept, reporter=stopping(after=3)))
+    assert 0 < len(list(kept.glob("*.parquet"))) < 3
+    known, times = slowed(kept, 1000.0), {path: path.stat().st_mtime_ns for path in kept.glob("*.parquet")}
+    with pytest.raises(IntegrityError, match="another responses"):
+        answered(build, "answers", build.context(checkpoints=kept), limit=11)
+    cost = answered(build, "answers", build.context(checkpoints=kept))
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert known * 1000 < cost.seconds < known * 1000 + 900
+    answers, whole = (build.root / name / "responses.parquet" for name in ("answers", "whole"))
+    assert answers.read_bytes() == whole.read_bytes()
 
 
 def slowed(directory: Path, seconds: float) -> int:

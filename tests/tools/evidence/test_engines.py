@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from tools import EXAMPLE
 from tools.evidence import engines
 from tools.evidence.engine_place import WIDTH, Place, widened
+from tools.evidence.engine_students import interval
 from tools.evidence.engines import installed, problems
 
 NO_PACKAGE = """#!/bin/sh
@@ -72,12 +73,18 @@ GOOD = {
         "distances": {"behaviour_logprobs": {"mean": 1e-6}, "teacher_logprobs": {"mean": 1e-6}},
     },
     "students": {
-        "same_rollouts": {"difference": [0.01, -0.01, 0.03]},
-        "engine": 0.7,
+        "paired": [0.01, -0.01, 0.03],
+        "engine": [0.7, 0.6],
         "expected": [0.5, 0.8],
         "left_over": 0,
     },
-    "live": {"state": "succeeded", "starts": [9.0], "reloads": [0.1, 0.1], "without_key": {"/p": 401}, "left_over": 0},
+    "live": {
+        "state": "succeeded",
+        "starts": [30.0],
+        "reloads": [0.1, 0.1],
+        "without_key": {"/sleep": 401},
+        "left_over": 0,
+    },
     "kills": [{"killed": "core", "left_over": 0}],
     "builds": [
         {
@@ -96,13 +103,13 @@ GOOD = {
     [
         (lambda all: all["flow"].update(state="failed"), "did not succeed"),
         (lambda all: all["flow"]["distances"]["teacher_logprobs"].update(mean=2e-5), "teacher_logprobs: mean distance"),
-        (lambda all: all["students"].update(same_rollouts={"difference": [0.05, 0.01, 0.09]}), "differ in accuracy"),
-        (lambda all: all["students"].update(engine=0.4), "made here"),
+        (lambda all: all["students"].update(paired=[0.05, 0.01, 0.09]), "differ in accuracy"),
+        (lambda all: all["students"].update(engine=[0.4, 0.7]), "rounding makes"),
         (lambda all: all["flow"]["lineage"].update(report=[]), "lineage"),
         (lambda all: all["builds"][0].update(same_ids=False), "other rows"),
         (lambda all: all["builds"][0].update(teacher_logprobs=1.0), "other log-probs"),
-        (lambda all: all["live"].update(reloads=[0.1]), "from one start"),
-        (lambda all: all["live"].update(without_key={"/p": 200}), "without its key"),
+        (lambda all: all["live"].update(starts=[30.0, 31.0]), "one start"),
+        (lambda all: all["live"].update(without_key={"/sleep": 200}), "without its key"),
         (lambda all: all["kills"][0].update(left_over=1), "is left"),
     ],
 )
@@ -114,8 +121,10 @@ def test_what_is_not_as_it_must_be_is_a_problem(change, why):
     assert why in found
 
 
-def test_students_may_be_left_out():
-    assert problems({part: value for part, value in GOOD.items() if part != "students"}) == []
+def test_an_interval_is_of_the_mean_or_of_another_value():
+    """By hand: mean 0.5, deviation 0.1, t = 4.303 for three values."""
+    assert interval([0.4, 0.5, 0.6]) == [0.5, 0.2516, 0.7484]
+    assert interval([0.4, 0.5, 0.6], of_another=True) == [0.0031, 0.9969]
 
 
 def test_its_figures_are_kept_part_by_part(tmp_path):
