@@ -340,18 +340,18 @@ def test_a_device_too_small_for_the_batches_is_offered_smaller_ones_in_a_call_th
 
 
 def test_the_batch_follows_from_all_memory_of_the_device_not_from_what_is_free(service, world, gpu):
-    """1024 rows of the preset have 73 MiB of keys and values; a plan and a cache of the same rows agree."""
+    """1024 rows of the preset have 198 MiB of keys and values; a plan and a cache of the same rows agree."""
     overrides = {"runtime.device": "auto", "rollout.count": 4096}
     declared = {"declared_teacher": world.teacher}
     plans = []
-    for free in (790, 300):
-        gpu(total=790, free=free)
+    for free in (860, 300):
+        gpu(total=860, free=free)
         plans.append(service.plan(world.plan_arguments(overrides=overrides, **declared)))
     assert [plan.recipe.rollout.batch_size for plan in plans] == [512, 512]
     assert plans[0].plan_id == plans[1].plan_id
     [rollout] = [phase for phase in plans[0].estimates[0].phases if phase.phase == "rollout"]
     assert rollout.batch_size == 512
-    assert "rollout 512 rows, 3" in plan_text(plans[0])
+    assert "rollout 512 rows, 98.8 MiB" in plan_text(plans[0])
     cache = service._builder.cache(world.cache_arguments(world.student, overrides=overrides, **declared))
     assert [phase.key for phase in cache.phases] == [phase.key for phase in plans[0].phases][:2]
     named = service.plan(world.plan_arguments(overrides=overrides | {"rollout.batch_size": 1024}, **declared))

@@ -238,7 +238,7 @@ class Workload:
         length = self.data.prompt_tokens + new_tokens
         held, joins = length, rows > batch and self.room.device != "cpu"
         if joins:
-            held += JOINING_ROOM
+            held += min(new_tokens, JOINING_ROOM) + JOINING_ROOM
         values = batch * model.cached_values(self.data.prompt_tokens, held)
         if joins:
             values += ceil(batch * JOINING_SHARE) * model.cached_values(

@@ -168,7 +168,7 @@ def test_buffers_with_rows_that_join_are_no_longer_than_the_longest_row(
     model: PreTrainedModel, fixed_buffers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Besides what a plan counts."""
-    assert JOINING_ROOM == 2 * replay.ALIGNMENT
+    assert JOINING_ROOM == replay.ALIGNMENT
     extents = []
     following = replay.Columns.next
 

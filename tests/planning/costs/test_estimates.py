@@ -274,7 +274,7 @@ def test_rollouts_are_drawn_in_the_largest_batch_that_the_card_holds(shape, batc
     """The preset's 256 rows of 4096 tokens would need 123 GB of keys and values for 1.7B."""
     workload = Workload(resolve_recipe("paper", {}), shape, EIGHT, DATA, CARD)
     whole = workload.work("rollout")
-    tokens = 256 * (4106 + JOINING_ROOM) + 256 // 8 * 10
+    tokens = 256 * (4106 + 2 * JOINING_ROOM) + 256 // 8 * 10
     assert (whole.batch, whole.kv_bytes) == (256, 2 * tokens * shape.layers * 1024 * 2)
     chosen = with_fitting_batches(workload, ["rollout"], ())
     assert chosen == workload.recipe.model_copy(
@@ -301,12 +301,12 @@ def test_layers_with_a_window_hold_no_more_than_the_window_and_a_segment():
     shape = replace(full, window=512, windowed=22)
     changes = {"rollout.sampling.max_new_tokens": 16384, "rollout.batch_size": 1024}
     workload = Workload(resolve_recipe("paper", changes), shape, EIGHT, replace(DATA, prompts=10**4), CARD)
-    length = DATA.prompt_tokens + 16384 + JOINING_ROOM
+    length = DATA.prompt_tokens + 16384 + 2 * JOINING_ROOM
     work = workload.work("rollout")
     joining = 1024 // 8 * 26 * DATA.prompt_tokens
     assert work.kv_bytes == 2 * (1024 * (4 * length + 22 * (512 + WINDOW_ROOM)) + joining) * 256 * 2
     alone = replace(workload, recipe=resolve_recipe("paper", changes | {"rollout.count": 1024})).work("rollout")
-    assert alone.kv_bytes == 2 * 1024 * (4 * (length - JOINING_ROOM) + 22 * (512 + WINDOW_ROOM)) * 256 * 2
+    assert alone.kv_bytes == 2 * 1024 * (4 * (length - 2 * JOINING_ROOM) + 22 * (512 + WINDOW_ROOM)) * 256 * 2
     assert shape.cached_values(20_000, 20_100) == 2 * 256 * (4 * 20_100 + 22 * 20_000), "a prompt is kept whole"
     assert shape.cached_values(10, 50) == full.cached_values(10, 50)
     batches = [
