@@ -48,8 +48,8 @@ SHAPE_SETTINGS = (
 )
 # Tokens that a generation's buffers hold next to a window: those of a recorded segment, and its alignment.
 WINDOW_ROOM = 256 + 64
-# Tokens that buffers hold behind the longest row where rows join others: those of a short segment, no more than are drawn,
-# and as many for its alignment; and the share of the rows whose prompts are taken in at a time.
+# Tokens that buffers hold behind the longest row where rows join others: those of a short segment, no more than are
+# drawn, and as many for its alignment; and the share of the rows whose prompts are taken in at a time.
 JOINING_ROOM, JOINING_SHARE = 64, 1 / 8
 # Values that selective checkpointing keeps: the layer's input, and the outputs of its products and of attention.
 SELECTIVE_VALUES = (3, 2, 2, 2)
