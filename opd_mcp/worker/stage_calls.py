@@ -152,6 +152,7 @@ class StageCalls:
     def _computed(self, name: PhaseName, output: Path, number: int | None, context: Context) -> StageCost:
         """The cost of a phase that trains nothing, once its stage has run."""
         recipe, paths, stages = self.record.request.recipe, self.paths, self.stages
+        begun = time.perf_counter()
         match name:
             case "generate_responses":
                 prompts = paths.get("sft_prompts") or paths["prompts"]
@@ -184,9 +185,9 @@ class StageCalls:
                 made = ExportInputs(model=paths["model"], report=report, models=target.models, data=target.data)
                 cost = stages.export(ExportRecipe(format=target.format), made, output, context)
             case _ if (task := self._task()) is not None:
-                cost = report_cost(stages.benchmark_task(recipe.benchmark, task, output, context))
+                cost = report_cost(stages.benchmark_task(recipe.benchmark, task, output, context), begun)
             case _:
-                cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context))
+                cost = report_cost(stages.benchmark(recipe.benchmark, self._benchmark(), output, context), begun)
         return cost
 
     def trained(self, name: PhaseName, output: Path, number: int | None = None) -> TrainingSummary:
@@ -468,11 +469,11 @@ def training_cost(name: PhaseName, summary: TrainingSummary) -> StageCost:
     )
 
 
-def report_cost(report: BenchmarkReport) -> StageCost:
-    """A benchmark's cost in the form of all stages' costs."""
+def report_cost(report: BenchmarkReport, begun: float) -> StageCost:
+    """A benchmark's cost in the form of all stages' costs, with what its models and engines took to start."""
     return StageCost(
         stage="benchmark",
-        seconds=sum(model.seconds for model in report.models),
+        seconds=time.perf_counter() - begun,
         tokens=sum(model.tokens for model in report.models),
         device=report.hardware,
     )

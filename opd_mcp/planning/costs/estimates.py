@@ -132,7 +132,7 @@ class CostModel:
             )
         else:
             seconds, source = self._assumed_seconds(name, work)
-        starts = rounds * engine_starts(self.workload.recipe, name) if engine in MANAGED_ENGINES else 0
+        starts = rounds * engine_starts(self.workload, name) if engine in MANAGED_ENGINES else 0
         if engine is not None and starts > 0:
             each = self._engine_start(engine)
             seconds += each * starts
@@ -385,11 +385,15 @@ def engine_of(recipe: Recipe, phase: str) -> str | None:
     return engines.get(phase)
 
 
-def engine_starts(recipe: Recipe, phase: str) -> int:
-    """How often a phase starts its engine: not for the scores of a student that is its own teacher.
+def engine_starts(workload: Workload, phase: str) -> int:
+    """How often a phase starts its engine: for each model of a report, and not for the scores of a student that is its
+    own teacher.
 
     The engine of the rollouts stays for them. One whose student is trained meanwhile takes new weights in place.
     """
+    recipe = workload.recipe
+    if phase == "benchmark":
+        return workload.reported_models
     shared = phase == "score" and recipe.sft.skip and recipe.rollout.engine == recipe.score.engine
     return 0 if shared else 1
 

@@ -395,6 +395,16 @@ class Workload:
             rollouts.kv_bytes,
         )
 
+    @property
+    def reported_models(self) -> int:
+        """How many models a report measures, one after the other."""
+        return self.data.models + len(self._reference_rows)
+
+    @property
+    def _reference_rows(self) -> frozenset[str]:
+        """The report's rows besides those of the run's models: `base`, `teacher`."""
+        return self.data.references & set(self.recipe.benchmark.references) if self.data.eval_prompts else frozenset()
+
     def _benchmark(self) -> Work:
         section, data, student = self.recipe.benchmark, self.data, self.student
         available = data.eval_prompts or min(section.kl_prompts, data.prompts)
@@ -403,9 +413,8 @@ class Workload:
         answers = self._generation(student, rows, section.batch_size, section.sampling)
         kl = self._generation(student, min(section.kl_prompts, prompts), section.batch_size, section.sampling)
         scored = 1 + (self.teacher.parameters + student.parameters) / student.parameters
-        rows_besides = data.references & set(section.references) if data.eval_prompts else set()
-        models, flops, passes, memory = data.models + ("base" in rows_besides), 0.0, 0.0, 0
-        if "teacher" in rows_besides:
+        models, flops, passes, memory = data.models + ("base" in self._reference_rows), 0.0, 0.0, 0
+        if "teacher" in self._reference_rows:
             own = self._generation(self.teacher, rows, section.batch_size, section.sampling)
             flops, passes, memory = own.flops, own.passes, own.memory
         return Work(

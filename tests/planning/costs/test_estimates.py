@@ -106,6 +106,19 @@ def test_a_student_that_is_its_own_teacher_draws_and_scores_with_one_start():
     assert "engine's start" in apart["score"]
 
 
+def test_a_report_starts_its_engine_for_each_model_that_it_measures():
+    def basis(references: list[str], **data) -> str:
+        recipe = resolve_recipe("demo", {"benchmark.engine": "vllm", "benchmark.references": references})
+        workload = Workload(recipe, SMALL, LARGE, replace(DATA, **data), Room("cpu", CPU.memory))
+        phases = CostModel(workload, CPU, ()).estimate("lightning", PHASES).phases
+        return next(phase.basis for phase in phases if phase.phase == "benchmark")
+
+    here = {"references": frozenset({"teacher", "base"})}
+    assert f"each of its engine's {DATA.models} starts" in basis([])
+    assert f"each of its engine's {DATA.models + 2} starts" in basis(["teacher", "base"], **here)
+    assert f"each of its engine's {DATA.models} starts" in basis(["teacher"]), "the run has none"
+
+
 def test_a_second_plan_takes_an_engine_s_speed_and_its_start_from_the_run_before():
     """The start does not grow with the rows."""
 
