@@ -107,8 +107,8 @@ def test_a_student_that_is_its_own_teacher_draws_and_scores_with_one_start():
 
 
 def test_a_report_starts_its_engine_for_each_model_that_it_measures():
-    def basis(references: list[str], **data) -> str:
-        recipe = resolve_recipe("demo", {"benchmark.engine": "vllm", "benchmark.references": references})
+    def basis(rows: list[str], **data) -> str:
+        recipe = resolve_recipe("demo", {"benchmark.engine": "vllm", "benchmark.references": rows})
         workload = Workload(recipe, SMALL, LARGE, replace(DATA, **data), Room("cpu", CPU.memory))
         phases = CostModel(workload, CPU, ()).estimate("lightning", PHASES).phases
         return next(phase.basis for phase in phases if phase.phase == "benchmark")
