@@ -71,7 +71,8 @@ def configured(workspace: Workspace, environment: Mapping[str, str]) -> EngineLi
     for name in MANAGED_ENGINES:
         program = settings.program(name)
         if program is None:
-            rows.append(EngineRow(name=name, problem="the settings name none"))
+            way = "opd-mcp engines install vllm" if name == InstallWish().name else f"[engines] {name} = its Python"
+            rows.append(EngineRow(name=name, problem=f"the settings name none ({way})"))
             continue
         version, problem = answered_version(name, program, environment)
         rows.append(EngineRow(name=name, program=program, version=version, problem=problem))

@@ -35,6 +35,7 @@ class PhaseEstimate(Schema):
     batch_size: int | None = Field(None, description="rows that it generates at a time, by the memory of the device")
     kv_cache_bytes: int | None = Field(None, description="keys and values of such a batch at full length")
     download_bytes: int | None = Field(None, description="of a fetch")
+    start_seconds: float | None = Field(None, description="of its seconds those until its managed engine answers")
 
 
 class MethodEstimate(Schema):

@@ -354,7 +354,11 @@ class ManagedEngine:
             if self.restarts >= self.settings.restarts:
                 raise self._failed(f"{why}, after {self.restarts} restarts")
             self.restarts += 1
-            self.alert("engine_restarted", f"{self.program.kind} is started again ({self.restarts}): {why}.")
+            self.alert(
+                "engine_restarted",
+                f"{self.program.kind} for {self.model.served_name} is started again ({self.restarts} of "
+                f"{self.settings.restarts} times in this phase): {why}. Rows that are finished are kept.",
+            )
             try:
                 self._start()
                 return

@@ -7,6 +7,7 @@ from opd_mcp.planning.engines import require_engines_used, with_engines
 from opd_mcp.schemas.errors import ArgumentError, ResourceError
 from opd_mcp.schemas.resolve import resolve_recipe
 from opd_mcp.schemas.runs import EngineSettings
+from opd_mcp.server.render.plans import plan_text
 
 URL = "http://127.0.0.1:8000"
 
@@ -100,6 +101,7 @@ def test_a_live_distillation_has_an_engine_that_is_started_for_it(world, service
     [live] = [made for made in plan.estimates if made.method == "live"]
     basis = {phase.phase: phase.basis for phase in live.phases}["distill"]
     assert basis.startswith("on vllm, ")
+    assert "starts of engines: 3 min in distill" in plan_text(plan)
     assert "180 s for its engine's start" in basis, "the others are weights given in place"
     with pytest.raises(ArgumentError, match=r"invalid_argument.*whole models, and this distillation trains an adapter"):
         service.plan(world.plan_arguments(method="live", overrides=overrides | {"distill.adapter": {}}))

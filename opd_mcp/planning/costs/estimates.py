@@ -133,8 +133,8 @@ class CostModel:
         else:
             seconds, source = self._assumed_seconds(name, work)
         starts = rounds * engine_starts(self.workload, name) if engine in MANAGED_ENGINES else 0
-        if engine is not None and starts > 0:
-            each = self._engine_start(engine)
+        each = self._engine_start(engine) if engine is not None and starts > 0 else 0.0
+        if each > 0:
             seconds += each * starts
             of_what = "its engine's start" if starts == 1 else f"each of its engine's {starts} starts"
             source += f", and {each:.3g} s for {of_what}"
@@ -148,6 +148,7 @@ class CostModel:
             memory_bytes=work.memory + PROCESS_BYTES,
             batch_size=work.batch,
             kv_cache_bytes=work.kv_bytes,
+            start_seconds=round(each * starts, 3) or None,
         )
 
     def _engine_start(self, engine: str) -> float:

@@ -124,6 +124,7 @@ def _fit_line(option: FitOption) -> str:
 def _estimate_line(estimate: MethodEstimate) -> str:
     start = next((phase for phase in estimate.phases if phase.phase == PROCESS_START), None)
     of_it = f" (of it {duration(start.seconds)} process start, {start.basis.split(':')[0]})" if start else ""
+    engines = [f"{duration(phase.start_seconds)} in {phase.phase}" for phase in estimate.phases if phase.start_seconds]
     batches = [
         f"{phase.phase} {phase.batch_size} rows, {byte_size(phase.kv_cache_bytes)}"
         for phase in estimate.phases
@@ -134,5 +135,6 @@ def _estimate_line(estimate: MethodEstimate) -> str:
     return (
         f"{estimate.method}: {duration(estimate.seconds)}{after}{of_it}, {estimate.flops:.2g} FLOPs, "
         f"{byte_size(estimate.peak_memory_bytes)} memory, {byte_size(estimate.disk_bytes)} disk"
+        + (f"; starts of engines: {', '.join(engines)}" if engines else "")
         + (f"; rows drawn at a time, and their keys and values: {'; '.join(batches)}" if batches else "")
     )

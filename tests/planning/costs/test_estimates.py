@@ -135,6 +135,7 @@ def test_a_second_plan_takes_an_engine_s_speed_and_its_start_from_the_run_before
     )
     again, other = rollout(1000, [ran])
     assert again.basis.startswith("on vllm, measured in 1 earlier run(s) on cpu, and 30 s for its engine's start")
+    assert (first.start_seconds, again.start_seconds) == (180.0, 30.0)
     assert again.seconds == pytest.approx(70.0), "40 s of drawing and a start, one of which was a restart"
     assert rollout(4000, [ran])[0].seconds == pytest.approx(190.0)
     assert other.seconds == pytest.approx(score.seconds - 150.0), "its own speed is not known, the start is"
