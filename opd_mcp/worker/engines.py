@@ -196,21 +196,6 @@ def weight_bytes(model: Path) -> int:
     return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
-def device_groups(model: Path, devices: Sequence[str | None], on_gpu: bool) -> list[tuple[str, ...]]:
-    """The GPUs of each engine on these devices: one engine per GPU where every one holds the weights, else one on all.
-
-    Without a GPU an engine per place in `devices`, with none.
-    """
-    from opd_mcp.devices.hardware import gpus
-
-    named = [device for device in devices if device is not None]
-    if not on_gpu or not named:
-        return [()] * max(len(devices), 1)
-    room = min((gpu.free_memory for gpu in gpus() if gpu.uuid in named), default=0)
-    fits = room >= 2.2 * weight_bytes(model) + SPARE_BYTES  # as an engine's, and as the model here
-    return [(device,) for device in named] if fits else [tuple(named)]
-
-
 class _Killed(Exception):
     """A signal ended the engine, or its keeper, before it answered: starting it again can help."""
 

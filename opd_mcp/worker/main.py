@@ -47,7 +47,6 @@ from opd_mcp.worker.engines import (
     EngineModel,
     EngineProgram,
     ManagedEngine,
-    device_groups,
     free_ports,
     side_by_side,
 )
@@ -59,7 +58,15 @@ from opd_mcp.worker.held_engine import HeldEngine, address_of
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.log import logging_to_stderr, take_over_libraries
 from opd_mcp.worker.pipeline import Pipeline
-from opd_mcp.worker.run_devices import device_kind, device_lease, far_ranks, gpu_of, rank_devices, runtime_here
+from opd_mcp.worker.run_devices import (
+    device_groups,
+    device_kind,
+    device_lease,
+    far_ranks,
+    gpu_of,
+    rank_devices,
+    runtime_here,
+)
 from opd_mcp.worker.stage_calls import StageCalls, Stages
 from opd_mcp.worker.teams.far_ranks import FarRank
 from opd_mcp.worker.teams.helpers import HelperTeam

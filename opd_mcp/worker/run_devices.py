@@ -1,6 +1,7 @@
-"""The devices of a run's attempt: those that it leases here, and those of a job's other machines."""
+"""The devices of a run's attempt: those that it leases here, its engines' among them, and those of other machines."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from opd_mcp.devices.hardware import Gpu, device_count, gpu_slot, gpus
 from opd_mcp.devices.leases import Lease, LeaseFolder, Wish
@@ -9,6 +10,7 @@ from opd_mcp.planning.costs.estimates import engine_of, is_divided
 from opd_mcp.schemas.recipes import MANAGED_ENGINES, RuntimeRecipe
 from opd_mcp.schemas.runs import RunRecord
 from opd_mcp.store.store import Store
+from opd_mcp.worker.engines import SPARE_BYTES, weight_bytes
 from opd_mcp.worker.journal_reporter import JournalReporter
 from opd_mcp.worker.pipeline import run_cancelled
 from opd_mcp.worker.teams.far_ranks import FarRank, share_of
@@ -98,3 +100,16 @@ def gpu_of(lease: Lease) -> str | None:
 def device_kind(lease: Lease) -> str:
     """`cuda` or `cpu`."""
     return "cpu" if gpu_of(lease) is None else "cuda"
+
+
+def device_groups(model: Path, devices: Sequence[str | None], on_gpu: bool) -> list[tuple[str, ...]]:
+    """The GPUs of each engine on these devices: one engine per GPU where every one holds the weights, else one on all.
+
+    Without a GPU an engine per place in `devices`, with none.
+    """
+    named = [device for device in devices if device is not None]
+    if not on_gpu or not named:
+        return [()] * max(len(devices), 1)
+    room = min((gpu.free_memory for gpu in gpus() if gpu.uuid in named), default=0)
+    fits = room >= 2.2 * weight_bytes(model) + SPARE_BYTES  # as an engine's, and as the model here
+    return [(device,) for device in named] if fits else [tuple(named)]

@@ -23,9 +23,10 @@ from opd_mcp.schemas.runs import EngineSettings
 from opd_mcp.store.journal import JournalWriter
 from opd_mcp.store.store import Store
 from opd_mcp.store.workspace import Workspace, read_settings
-from opd_mcp.worker import engines
-from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, device_groups, marked, side_by_side
+from opd_mcp.worker import engines, run_devices
+from opd_mcp.worker.engines import EngineModel, EngineProgram, ManagedEngine, marked, side_by_side
 from opd_mcp.worker.main import RunWorker, WorkerSettings
+from opd_mcp.worker.run_devices import device_groups
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "arithmetic"
 STAND_IN = Path(__file__).resolve().parents[1] / "stand_ins" / "stand_in_engine.py"
@@ -213,7 +214,8 @@ def test_one_that_does_not_start_ends_the_others(engine, program, tmp_path):
 def test_a_gpu_each_where_the_model_fits_it_else_one_engine_on_all(tmp_path, monkeypatch):
     def visible(free: int):
         gpus = [Gpu(f"GPU-{name}", "H", total_memory=80 << 30, free_memory=free) for name in "ab"]
-        monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+        for module in (hardware, run_devices):
+            monkeypatch.setattr(module, "gpus", lambda: gpus)
 
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
     devices = ["GPU-a", "GPU-b"]
